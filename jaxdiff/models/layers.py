@@ -1,0 +1,102 @@
+"""What several networks share: text features, time embedding, rotary positions, stacked blocks."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+Remat = Literal["none", "dots", "full"]
+"""What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+class TextFeatures(NamedTuple):
+    """A prompt as a denoiser sees it.
+
+    `tokens` are the encoder's hidden states, `pooled` its one vector for the whole prompt, and
+    `mask` is true up to and including the end token.
+    """
+
+    tokens: Float[Array, "b n d"]
+    pooled: Float[Array, "b e"]
+    mask: Bool[Array, "b n"]
+
+
+def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """Builds `depth` blocks as one module whose parameters carry a leading axis of `depth`."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> Block:
+        return make(rngs)
+
+    return build(rngs)
+
+
+def scan_blocks(
+    blocks: Block,
+    x: Float[Array, "b n d"],
+    call: Callable[[Block, Any], Any],
+    *,
+    remat: Remat = "none",
+    all_states: bool = False,
+) -> tuple[Any, Any]:
+    """Runs stacked blocks one after the other, compiled once however deep the stack.
+
+    Args:
+      blocks: what `stack_blocks` returned.
+      x: the input of the first block.
+      call: `call(block, x)` gives the next x, of the same shape.
+      remat: what is kept for the backward pass.
+      all_states: also return the output of every block, `[depth, b, n, d]`; otherwise None.
+
+    Returns:
+      The output of the last block, and all outputs or None.
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def body(x, params):
+        x = call(nnx.merge(graphdef, params), x)
+        return x, x if all_states else None
+
+    if remat != "none":
+        saves_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(
+            body, policy=saves_dots if remat == "dots" else None, prevent_cse=False
+        )
+    return jax.lax.scan(body, x, params)
+
+
+def fourier_features(
+    t: Float[Array, " b"], width: int, *, scale: float = 1000.0, max_period: float = 10_000.0
+) -> Float[Array, "b {width}"]:
+    """Cosines, then sines, of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
+
+    t in [0, 1] is stretched by `scale`, so that networks see the range of DDPM's step index.
+    """
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(width // 2) / (width // 2))
+    angles = scale * t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_table(
+    positions: Int[Array, "n axes"], head_dim: int, *, base: float = 100.0
+) -> Float[Array, "n {head_dim//2}"]:
+    """Angles of axial rotary embeddings (Su et al. 2021; one share of the head to each axis)."""
+    axes = positions.shape[1]
+    per_axis = head_dim // 2 // axes
+    frequencies = base ** (-jnp.arange(per_axis) / per_axis)
+    angles = positions[:, :, None] * frequencies
+    angles = angles.reshape(positions.shape[0], axes * per_axis)
+    return jnp.pad(angles, ((0, 0), (0, head_dim // 2 - axes * per_axis)))
+
+
+def rotate(x: Float[Array, "b n heads k"], angles: Float[Array, "n half"]) -> Array:
+    """Turns each pair (x[i], x[i + k/2]) of a head by its position's angle, in float32."""
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
