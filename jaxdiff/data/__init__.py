@@ -1,0 +1,1 @@
+"""Sources of captioned images, the tokenizer, the transforms, and the input pipeline."""

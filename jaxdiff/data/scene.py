@@ -1,0 +1,118 @@
+"""Scenes of fruit and vegetables: what is in a picture, and which combinations are held out.
+
+Held-out rule: kind number k (its place in `KINDS`) in colour number c (its place in `COLOURS`) is
+held out where c = (k + 4) mod 6. That is one colour for each kind, never the colour in which the
+kind ripens, and no training scene contains such a pair: blue bananas, purple tomatoes, red pea
+pods, orange peas, yellow carrots, green aubergines, blue pears, purple peppers, red lemons and
+orange strawberries.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+Kind = Literal[
+    "banana",
+    "tomato",
+    "pea pod",
+    "pea",
+    "carrot",
+    "aubergine",
+    "pear",
+    "pepper",
+    "lemon",
+    "strawberry",
+]
+Colour = Literal["red", "orange", "yellow", "green", "blue", "purple"]
+Size = Literal["small", "medium", "large"]
+Relation = Literal["left of", "right of", "above", "below"]
+Position = Literal["left", "right", "top", "bottom", "centre"]
+Split = Literal["train", "held_out"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+COLOURS: tuple[Colour, ...] = get_args(Colour)
+SIZES: tuple[Size, ...] = get_args(Size)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+POSITIONS: tuple[Position, ...] = get_args(Position)
+
+# Direction of the first item from the second, or of the item from the centre; y points down.
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "centre": (0, 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One object of a scene."""
+
+    kind: Kind
+    colour: Colour
+    size: Size
+    stem: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One item, alone at a `position` or `count` times; or two items in a `relation`.
+
+    The relation is that of the first item to the second. `position` is set for a lone object only.
+    """
+
+    items: tuple[Item, ...]
+    count: int = 1
+    relation: Relation | None = None
+    position: Position | None = None
+
+
+def held_out(kind: Kind, colour: Colour) -> bool:
+    """Whether this combination is kept out of training (the rule is stated in the module)."""
+    return COLOURS.index(colour) == (KINDS.index(kind) + 4) % len(COLOURS)
+
+
+def allowed_in_training(scene: Scene) -> bool:
+    """Whether none of the scene's items is held out."""
+    return not any(held_out(item.kind, item.colour) for item in scene.items)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[rng.integers(len(options))]
+
+
+def draw_item(
+    rng: np.random.Generator,
+    split: Split,
+    sizes: tuple[Size, ...] = SIZES,
+    not_kind: Kind | None = None,
+) -> Item:
+    """A random item whose kind and colour belong to the split."""
+    kind = _pick(rng, [k for k in KINDS if k != not_kind])
+    wanted = split == "held_out"
+    colour = _pick(rng, [c for c in COLOURS if held_out(kind, c) == wanted])
+    return Item(kind=kind, colour=colour, size=_pick(rng, sizes), stem=bool(rng.integers(2)))
+
+
+def draw_single(rng: np.random.Generator, split: Split) -> Scene:
+    """One object at a random position."""
+    return Scene(items=(draw_item(rng, split),), position=_pick(rng, POSITIONS))
+
+
+def draw_group(rng: np.random.Generator, split: Split) -> Scene:
+    """Two or three alike: three are small, two are small or medium, so that all have room."""
+    count = int(rng.integers(2, 4))
+    return Scene(items=(draw_item(rng, split, SIZES[: 4 - count]),), count=count)
+
+
+def draw_pair(rng: np.random.Generator, split: Split) -> Scene:
+    """Two objects of different kinds in a relation; of a held-out pair, the first is held out."""
+    first = draw_item(rng, split, SIZES[:2])
+    second = draw_item(rng, "train", SIZES[:2], not_kind=first.kind)
+    return Scene(items=(first, second), relation=_pick(rng, RELATIONS))

@@ -1,0 +1,30 @@
+"""What every data set is to the pipeline: records by index."""
+
+from typing import Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+
+
+class Record(TypedDict):
+    """One captioned image: uint8 pixels [h, w, 3] or an encoded file, its captions, its name."""
+
+    image: np.ndarray | bytes
+    captions: list[str]
+    name: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to records; constructing one opens nothing."""
+
+    def __len__(self) -> int:
+        """The number of records."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Record:
+        """The record at `index`, the same at every call and in every process."""
+        ...
+
+    def check(self) -> None:
+        """Raises `UserError` early where the data are missing or empty."""
+        ...
