@@ -1,0 +1,166 @@
+"""CLIP's tokenizer: lower-cased byte-level BPE (Radford et al. 2021, section 2.4)."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int32
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
+
+from jaxdiff.errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_LENGTH = 77
+_SUFFIX = "</w>"  # marks the end of a word, so that "cat" and the start of "category" differ
+_SPECIAL = 2
+# Contractions, then runs of letters, single digits, and runs of anything else but space.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """Texts to token ids of one length: start token, words, end token, padding.
+
+    `length` counts them all. A text that is too long loses its end, never its end token. CLIP
+    pads with the end token; variants that pad with another keep it. Made by `load` or `train`.
+    """
+
+    bpe: tokenizers.Tokenizer
+    length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+
+    def __call__(self, texts: list[str]) -> Int32[np.ndarray, "b n"]:
+        """The ids [len(texts), length], each in [0, vocab_size)."""
+        encodings = self.bpe.encode_batch_fast(texts)
+        ids = [encoding.ids for encoding in encodings]
+        return np.array(ids, np.int32).reshape(len(texts), self.length)
+
+    def truncated(self, text: str) -> bool:
+        """Whether `text` is longer than the encoder takes, so that its end is not read."""
+        return bool(self.bpe.encode(text).overflowing)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of different ids."""
+        return self.bpe.get_vocab_size()
+
+    def save(self, folder: str) -> None:
+        """Writes `tokenizer.json`, all that `load` needs, into `folder`."""
+        target = epath.Path(folder) / _FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".partial-{_FILE}"
+        partial.write_bytes(self.bpe.to_str(pretty=True).encode())
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, folder: str, *, length: int | None = None) -> "Tokenizer":
+        """Reads a Hugging Face folder: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+
+        `length` is what the file states, or 77, unless given. Raises `UserError` where the
+        folder holds no CLIP tokenizer.
+        """
+        root = epath.Path(folder)
+        try:
+            if (root / _FILE).exists():
+                bpe = tokenizers.Tokenizer.from_buffer((root / _FILE).read_bytes())
+            else:
+                vocab = json.loads((root / "vocab.json").read_bytes())
+                lines = (root / "merges.txt").read_bytes().decode().split("\n")
+                pairs = [line.split(" ") for line in lines if line and line[:8] != "#version"]
+                bpe = _clip(vocab, [(left, right) for left, right in pairs])
+            config = _json(root / "tokenizer_config.json") | _json(root / "special_tokens_map.json")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} holds no tokenizer: expected {_FILE}, or vocab.json and merges.txt."
+            ) from error
+        except Exception as error:  # `tokenizers` raises plain Exception for what it cannot parse
+            raise UserError(
+                f"The tokenizer in {folder} cannot be read ({error}): expected CLIP's, "
+                f"as {_FILE}, or as vocab.json and merges.txt."
+            ) from error
+        stated = (bpe.truncation or {}).get("max_length") or config.get("model_max_length")
+        pad = (bpe.padding or {}).get("pad_token") or config.get("pad_token") or END
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        return _with_length(bpe, length or min(int(stated or MAX_LENGTH), MAX_LENGTH), pad)
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], *, vocab_size: int = 2048, length: int = MAX_LENGTH
+    ) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens from `captions`; the same captions, the same tokens.
+
+        The ids are laid out like CLIP's: 256 bytes, 256 bytes that end a word, merged tokens,
+        start, end. So any text can be written, and the end token is the greatest id.
+        """
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {token: i for i, token in enumerate([*letters, *(x + _SUFFIX for x in letters)])}
+        if vocab_size < len(vocab) + _SPECIAL:
+            raise UserError(
+                f"A tokenizer of {vocab_size} tokens is too small: "
+                f"it needs at least {len(vocab) + _SPECIAL}."
+            )
+        learner = _clip(vocab, [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - _SPECIAL,
+            # Naming the bytes fixes their ids, by which ties between merges are broken.
+            special_tokens=list(vocab),
+            end_of_word_suffix=_SUFFIX,
+            show_progress=False,
+        )
+        learner.train_from_iterator(captions, trainer)
+        merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
+        for left, right in merges:
+            vocab.setdefault(left + right, len(vocab))
+        for token in (START, END):
+            vocab[token] = len(vocab)
+        return _with_length(_clip(vocab, merges), length, END)
+
+
+def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's steps around one vocabulary: normalise, split into words, spell in bytes, merge."""
+    bpe = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=END, fuse_unk=False)
+    )
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    if START in vocab and END in vocab:
+        bpe.add_special_tokens([START, END])
+    return bpe
+
+
+def _with_length(bpe: tokenizers.Tokenizer, length: int, pad_token: str) -> Tokenizer:
+    if not 2 < length <= MAX_LENGTH:
+        raise UserError(
+            f"A text of {length} tokens does not fit CLIP: expected from 3 to {MAX_LENGTH}."
+        )
+    start_id, end_id = bpe.token_to_id(START), bpe.token_to_id(END)
+    pad_id = bpe.token_to_id(pad_token)
+    if start_id is None or end_id is None or pad_id is None:
+        raise UserError(
+            f"The tokenizer is not CLIP's: its vocabulary lacks {START}, {END} or {pad_token}; "
+            "give the tokenizer folder of a CLIP text encoder."
+        )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, start_id), (END, end_id)]
+    )
+    bpe.enable_truncation(length)
+    bpe.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)
+    return Tokenizer(bpe=bpe, length=length, start_id=start_id, end_id=end_id, pad_id=pad_id)
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.exists() else {}

@@ -1,0 +1,85 @@
+import io
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from jaxdiff.data.array_record import (
+    ArrayRecord,
+    decode_record,
+    encode_record,
+    write_array_record,
+)
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.errors import UserError
+
+
+def _records(start, stop):
+    return [
+        {"image": b"image %d" % i, "captions": [f"caption {i}", "größe"], "name": f"n{i}"}
+        for i in range(start, stop)
+    ]
+
+
+def _write_raw(path, data):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(data)
+    writer.close()
+
+
+def test_what_is_written_is_read_back_across_shards(tmp_path):
+    assert write_array_record(str(tmp_path / "a.array_record-0"), _records(0, 3)) == 3
+    write_array_record(str(tmp_path / "a.array_record-1"), _records(3, 7))
+    source = ArrayRecord(path=str(tmp_path))
+    source.check()
+    assert [source[i] for i in range(len(source))] == _records(0, 7)
+
+
+def test_pixels_survive_the_encoding():
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    record = decode_record(encode_record({"image": pixels, "captions": ["x"], "name": "n"}))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"]))), pixels)
+
+
+def test_a_write_that_fails_leaves_no_file_under_the_name(tmp_path):
+    def broken():
+        yield from _records(0, 2)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_array_record(str(tmp_path / "a.array_record"), broken())
+    with pytest.raises(UserError, match="holds no ArrayRecord file"):
+        ArrayRecord(path=str(tmp_path)).check()
+
+
+def test_records_of_another_encoding_are_told(tmp_path):
+    _write_raw(tmp_path / "x.array_record", b"a record of something else")
+    source = ArrayRecord(path=str(tmp_path))
+    with pytest.raises(UserError, match="hold no captioned images"):
+        source.check()
+    with pytest.raises(RecordError, match="record 0"):
+        _ = source[0]
+
+
+@pytest.mark.parametrize("damage", [slice(4, 8), slice(8, 20)])
+def test_damaged_records_are_bad(tmp_path, damage):
+    data = bytearray(encode_record(_records(0, 1)[0]))
+    data[damage] = b"\xff" * (damage.stop - damage.start)
+    _write_raw(tmp_path / "x.array_record", bytes(data))
+    with pytest.raises(RecordError, match="record 0"):
+        _ = ArrayRecord(path=str(tmp_path))[0]
+
+
+def test_file_of_another_kind_is_told(tmp_path):
+    (tmp_path / "x.array_record").write_bytes(b"short")
+    with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
+        ArrayRecord(path=str(tmp_path)).check()
+
+
+def test_missing_and_empty_are_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ArrayRecord(path=str(tmp_path / "none")).check()
+    write_array_record(str(tmp_path / "x.array_record"), [])
+    with pytest.raises(UserError, match="are empty"):
+        ArrayRecord(path=str(tmp_path)).check()

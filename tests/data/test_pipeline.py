@@ -1,0 +1,190 @@
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
+
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import DataConfig, make_dataset, to_device
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.errors import UserError
+
+RECORDS = 13
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a pea", "two bananas"] * 5, vocab_size=530, length=8)
+
+
+def _folder(path, broken=()):
+    """Images whose pixels tell their index; those in `broken` cannot be decoded."""
+    for i in range(RECORDS):
+        file = path / f"{i:02}.png"
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(file)
+        if i in broken:
+            file.write_bytes(b"damaged")
+        file.with_suffix(".txt").write_text(f"a pea {i}\ntwo bananas {i}")
+    return ImageFolder(path=str(path))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return _folder(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    return _folder(tmp_path_factory.mktemp("damaged"), broken=(3, 4, 9))
+
+
+def _dataset(source, tokenizer, *, batch_size=4, seed=0, host=0, num_hosts=1, dropout=0.5, **data):
+    config = DataConfig(
+        source=source, transforms=Transforms(size=8, caption_dropout=dropout), **data
+    )
+    return make_dataset(
+        config, tokenizer, batch_size=batch_size, seed=seed, host=host, num_hosts=num_hosts
+    )
+
+
+def _take(iterable, batches):
+    return list(itertools.islice(iterable, batches))
+
+
+def _stream(dataset, records):
+    """The first records as (index, tokens)."""
+    stream = []
+    for batch in dataset:
+        rows = zip(batch["image"][:, 0, 0, 0].tolist(), batch["tokens"].tolist(), strict=True)
+        stream += [(index, tuple(tokens)) for index, tokens in rows]
+        if len(stream) >= records:
+            return stream[:records]
+    raise AssertionError("the data set ended")
+
+
+def _indices(dataset, records):
+    return [index for index, _ in _stream(dataset, records)]
+
+
+def _assert_equal(batches, expected):
+    assert len(batches) == len(expected) > 0
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys() == {"image", "tokens", "skipped", "bad"}
+        for key in ("image", "tokens"):
+            np.testing.assert_array_equal(batch[key], other[key])
+        assert (batch["skipped"], batch["bad"]) == (other["skipped"], other["bad"])
+
+
+def test_a_batch_holds_what_was_promised(source, tokenizer):
+    (batch,) = _take(_dataset(source, tokenizer), 1)
+    assert (batch["image"].shape, batch["image"].dtype) == ((4, 8, 8, 3), np.uint8)
+    assert (batch["tokens"].shape, batch["tokens"].dtype) == ((4, 8), np.int32)
+    assert (batch["skipped"], batch["bad"]) == (0, [])
+
+
+def test_every_epoch_is_a_new_permutation(source, tokenizer):
+    order = _indices(_dataset(source, tokenizer), 3 * RECORDS)
+    epochs = [tuple(order[i : i + RECORDS]) for i in range(0, 3 * RECORDS, RECORDS)]
+    assert len(set(epochs)) == 3
+    assert all(sorted(epoch) == list(range(RECORDS)) for epoch in epochs)
+
+
+def test_the_seed_fixes_the_order_and_changes_it(source, tokenizer):
+    one, again, other = (_stream(_dataset(source, tokenizer, seed=s), 20) for s in (0, 0, 1))
+    assert one == again
+    assert one != other
+
+
+def test_without_shuffling_records_come_in_order(source, tokenizer):
+    order = _indices(_dataset(source, tokenizer, shuffle=False), RECORDS + 2)
+    assert order == [*range(RECORDS), 0, 1]
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3])
+def test_hosts_share_out_the_order_of_one_without_overlap_or_loss(source, tokenizer, num_hosts):
+    alone = _stream(_dataset(source, tokenizer), 2 * RECORDS + 1)
+    shares = [
+        _stream(_dataset(source, tokenizer, host=host, num_hosts=num_hosts), 2 * RECORDS)
+        for host in range(num_hosts)
+    ]
+    dealt = [shares[i % num_hosts][i // num_hosts] for i in range(len(alone))]
+    assert dealt == alone
+
+
+def test_captions_vary_between_epochs_and_are_dropped_at_their_share(source, tokenizer):
+    stream = _stream(_dataset(source, tokenizer, dropout=0.25), 20 * RECORDS)
+    empty = tuple(tokenizer([""])[0])
+    share = sum(tokens == empty for _, tokens in stream) / len(stream)
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(stream)) ** 0.5
+    assert len({tokens for index, tokens in stream if index == 5}) == 3
+
+
+def test_bad_records_are_passed_over_counted_and_named(damaged, tokenizer):
+    batches = _take(_dataset(damaged, tokenizer, shuffle=False), 5)
+    order = [i for batch in batches for i in batch["image"][:, 0, 0, 0].tolist()]
+    assert order == [i for i in [*range(RECORDS)] * 2 if i not in (3, 4, 9)]
+    assert [batch["skipped"] for batch in batches] == [2, 1, 0, 2, 1]
+    assert ["03.png" in batches[0]["bad"][0], "04.png" in batches[0]["bad"][1]] == [True, True]
+    assert "cannot be decoded" in batches[1]["bad"][0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_restored_iterator_goes_on_exactly(damaged, tokenizer, workers):
+    def iterator():
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return iter(to_device(_dataset(damaged, tokenizer, workers=workers), sharding))
+
+    first = iterator()
+    _take(first, 3)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = _take(first, 4)
+    first.close()
+    second = iterator()
+    second.set_state(state)
+    _assert_equal(_take(second, 4), expected)
+    second.close()
+    if workers:
+        _assert_equal(expected, _take(_dataset(damaged, tokenizer), 7)[3:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_bad_records_end_in_an_error_that_names_some(tmp_path, tokenizer, workers):
+    broken = _folder(tmp_path, broken=range(RECORDS))
+    dataset = _dataset(broken, tokenizer, workers=workers)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(UserError, match=r"13 records in a row .*\d\d\.png: .*max_bad_share"):
+        next(iter(to_device(dataset, sharding)))
+
+
+def test_batches_are_laid_out_over_the_devices(source, tokenizer):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    host = _take(_dataset(source, tokenizer), 3)
+    device = _take(to_device(_dataset(source, tokenizer), sharding), 3)
+    for batch in device:
+        assert batch["image"].sharding == batch["tokens"].sharding == sharding
+        assert batch["image"].addressable_shards[0].data.shape == (1, 8, 8, 3)
+    _assert_equal(device, host)
+
+
+def test_more_records_in_a_batch_than_a_host_has_are_refused(source, tokenizer):
+    with pytest.raises(UserError, match=r"batch of 7 .* than the 6 .* host 1 of 2"):
+        _dataset(source, tokenizer, batch_size=7, host=1, num_hosts=2)
+    _dataset(source, tokenizer, batch_size=7, host=0, num_hosts=2)
+
+
+def test_missing_data_are_told_before_anything_starts(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="does not exist"):
+        _dataset(ImageFolder(path=str(tmp_path / "none")), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"workers": -1}, {"threads": 0}, {"prefetch": 0}, {"max_bad_share": 2.0}]
+)
+def test_impossible_settings_are_told(source, setting):
+    with pytest.raises(UserError, match=f"data.{next(iter(setting))}"):
+        DataConfig(source=source, transforms=Transforms(size=8), **setting)

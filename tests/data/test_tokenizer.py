@@ -1,0 +1,132 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
+
+CAPTIONS = [
+    "a photo of a ripe tomato with a stem",
+    "a small green pea, left of two bananas",
+    "There's one large banana on the table!",
+] * 5
+TEXTS = [
+    "",
+    "a photo of a ripe tomato",
+    "  A  PHOTO\n of\ta Tomato ",
+    "It's 2 peas, 13 bananas; isn't it?!",
+    "naïve café, größe ÀÉ 豆 ☃ 🍌",
+    "a pea " * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(CAPTIONS, vocab_size=600)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """The trained tokenizer in the two files that OpenAI published CLIP's in."""
+    model = json.loads(tokenizer.bpe.to_str())["model"]
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def _words(tokenizer, text):
+    encoding = tokenizer.bpe.encode(text, add_special_tokens=False)
+    return encoding.tokens[: sum(encoding.attention_mask)]
+
+
+def test_ids_are_start_words_end_and_padding_with_the_end(tokenizer):
+    ids = tokenizer(["a pea", ""])
+    assert ids.shape == (2, 77)
+    assert ids.dtype == np.int32
+    assert (ids[:, 0] == tokenizer.start_id).all()
+    assert ids[1].tolist() == [tokenizer.start_id] + [tokenizer.end_id] * 76
+    words = (ids[0] != tokenizer.end_id).sum()
+    assert 3 <= words < 10
+    assert (ids[0, words:] == tokenizer.end_id).all()
+
+
+def test_ids_equal_those_of_transformers(tokenizer, folder):
+    from transformers import CLIPTokenizer
+
+    theirs = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    np.testing.assert_array_equal(Tokenizer.load(str(folder))(TEXTS), expected)
+
+
+def test_every_form_on_disk_gives_the_same_ids(tokenizer, folder, tmp_path):
+    tokenizer.save(str(tmp_path / "saved"))
+    assert [f.name for f in (tmp_path / "saved").iterdir()] == ["tokenizer.json"]
+    saved = Tokenizer.load(str(tmp_path / "saved"))
+    for other in (saved, Tokenizer.load(str(folder)), pickle.loads(pickle.dumps(tokenizer))):
+        np.testing.assert_array_equal(other(TEXTS), tokenizer(TEXTS))
+        assert other.vocab_size == tokenizer.vocab_size
+
+
+def test_length_and_padding_survive_saving(tmp_path):
+    Tokenizer.train(CAPTIONS, vocab_size=600, length=12).save(str(tmp_path))
+    assert Tokenizer.load(str(tmp_path))(TEXTS).shape == (len(TEXTS), 12)
+    assert Tokenizer.load(str(tmp_path), length=20).length == 20
+
+
+def test_a_folder_may_name_another_padding(folder, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    tokenizer = Tokenizer.load(str(tmp_path))
+    ids = tokenizer(["a pea"])[0]
+    end = ids.tolist().index(tokenizer.end_id)
+    assert set(ids[end + 1 :].tolist()) == {tokenizer.bpe.token_to_id("!")}
+
+
+def test_training_merges_frequent_words_and_is_repeatable(tokenizer):
+    for _ in range(8):
+        again = Tokenizer.train(iter(CAPTIONS), vocab_size=600)
+        assert again.bpe.to_str() == tokenizer.bpe.to_str()
+    assert _words(tokenizer, "banana on") == ["banana</w>", "on</w>"]
+    assert tokenizer.end_id == tokenizer.vocab_size - 1
+    assert Tokenizer.train(CAPTIONS, vocab_size=520).vocab_size == 520
+
+
+def test_no_text_produces_an_end_token_before_its_end(tokenizer):
+    every_byte = bytes(range(1, 128)).decode() + "é ü ß 豆 🍌 \u0085"
+    for text in every_byte.split():
+        assert "<|endoftext|>" not in _words(tokenizer, text)
+        assert _words(tokenizer, text)
+
+
+def test_truncation_is_told_exactly(tokenizer):
+    fits, longer = "pea " * 75, "pea " * 76
+    assert _words(tokenizer, "pea") == ["pea</w>"]
+    assert not tokenizer.truncated(fits)
+    assert tokenizer.truncated(longer)
+    assert tokenizer([longer])[0, -1] == tokenizer.end_id
+    assert not tokenizer.truncated("")
+
+
+def test_folders_without_a_clip_tokenizer_are_told(tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenizer.load(str(tmp_path / "none"))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokenizer.load(str(tmp_path))
+    other = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="is not CLIP's"):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_impossible_sizes_are_told():
+    with pytest.raises(UserError, match="too small"):
+        Tokenizer.train(CAPTIONS, vocab_size=100)
+    with pytest.raises(UserError, match="does not fit CLIP"):
+        Tokenizer.train(CAPTIONS, vocab_size=600, length=100)

@@ -1,0 +1,159 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.errors import UserError
+
+
+def _encode(pixels, kind="PNG", **options):
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _record(image, captions=("a pea",)):
+    return {"image": image, "captions": list(captions), "name": "pea.png"}
+
+
+def _image(transforms, image, seed=0):
+    return transforms(_record(image), np.random.default_rng(seed))[0]
+
+
+def _ramp(height, width):
+    """Red tells the column, green the row."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(width)
+    pixels[..., 1] = np.arange(height)[:, None]
+    return pixels
+
+
+def test_pixels_of_the_right_size_pass_unchanged():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(_image(Transforms(size=8), pixels), pixels)
+    np.testing.assert_array_equal(_image(Transforms(size=8), _encode(pixels)), pixels)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_the_centre_crop_is_the_central_square(shape):
+    out = _image(Transforms(size=40), _encode(_ramp(*shape)))
+    rows, columns = (slice((n - 40) // 2, (n + 40) // 2) for n in shape)
+    np.testing.assert_array_equal(out, _ramp(*shape)[rows, columns])
+
+
+def test_random_crops_reach_both_ends_and_stay_inside():
+    transforms = Transforms(size=10, crop="random")
+    rng = np.random.default_rng(0)
+    lefts = [transforms(_record(_ramp(10, 15)), rng)[0][0, 0, 0] for _ in range(200)]
+    assert set(lefts) == set(range(6))
+
+
+def test_shrinking_does_not_alias():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    out = _image(Transforms(size=16), _encode(stripes)).astype(int)
+    assert np.abs(out - 127.5).max() < 8
+
+
+def test_growing_keeps_a_constant_constant():
+    out = _image(Transforms(size=30), _encode(np.full((7, 9, 3), 77, np.uint8)))
+    assert out.shape == (30, 30, 3)
+    assert (out == 77).all()
+
+
+def test_large_jpegs_look_as_if_decoded_whole():
+    smooth = np.asarray(Image.fromarray(_ramp(8, 8) * 30).resize((512, 512)))
+    expected = _image(Transforms(size=32), smooth).astype(int)
+    out = _image(Transforms(size=32), _encode(smooth, "JPEG", quality=95)).astype(int)
+    assert np.abs(out - expected).max() < 12
+
+
+def test_half_of_the_images_are_flipped_and_none_unless_asked():
+    pixels = _ramp(8, 8)
+    rng = np.random.default_rng(0)
+    flipped = 0
+    for _ in range(400):
+        out = Transforms(size=8, flip=True)(_record(pixels), rng)[0]
+        flipped += bool(out[0, 0, 0])
+        np.testing.assert_array_equal(out[:, ::-1] if out[0, 0, 0] else out, pixels)
+        np.testing.assert_array_equal(Transforms(size=8)(_record(pixels), rng)[0], pixels)
+    assert 160 < flipped < 240
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_the_share_asked(share):
+    transforms = Transforms(size=4, caption_dropout=share)
+    rng = np.random.default_rng(1)
+    record = _record(np.zeros((4, 4, 3), np.uint8), ["one", "two", " "])
+    captions = [transforms(record, rng)[1] for _ in range(4000)]
+    assert set(captions) <= {"one", "two", ""}
+    dropped = captions.count("") / 4000
+    deviation = (share * (1 - share) / 4000) ** 0.5
+    assert abs(dropped - share) <= 4 * deviation
+    if share < 1:
+        assert 0.45 < captions.count("one") / (4000 - captions.count("")) < 0.55
+
+
+def test_the_same_generator_state_gives_the_same_result():
+    transforms = Transforms(size=8, crop="random", flip=True)
+    record = _record(_ramp(8, 30), ["a", "b", "c"])
+    one, other = (transforms(record, np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(one[0], other[0])
+    assert one[1] == other[1]
+
+
+def test_grey_palette_deep_and_transparent_images_become_rgb():
+    grey = np.full((8, 8), 100, np.uint8)
+    clear = np.zeros((8, 8, 4), np.uint8)  # black, but wholly transparent
+    deep = Image.fromarray(np.full((8, 8), 100 * 256, np.uint16))
+    transforms = Transforms(size=8)
+    assert (_image(transforms, _encode(grey)) == 100).all()
+    assert (_image(transforms, _encode(deep)) == 100).all()
+    assert (_image(transforms, _encode(Image.fromarray(grey).convert("P"))) == 100).all()
+    assert (_image(transforms, _encode(clear)) == 255).all()
+
+
+def test_photographs_are_turned_as_their_camera_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned = _image(Transforms(size=8), _encode(_ramp(8, 8), exif=exif.tobytes()))
+    np.testing.assert_array_equal(turned, np.rot90(_ramp(8, 8), -1))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (b"", "empty file"),
+        (b"not an image", "cannot be decoded"),
+        (_encode(_ramp(64, 64))[:-40], "cannot be decoded"),
+        (_encode(_ramp(64, 64), "JPEG")[:-300], "cannot be decoded"),
+        (_encode(np.zeros((11, 10, 3), np.uint8)), "10 x 11 pixels, more than the 100"),
+        (np.zeros((4, 4, 3), np.float32), "not uint8"),
+        (np.zeros((4, 4), np.uint8), "not uint8"),
+    ],
+)
+def test_unusable_images_are_named_with_the_reason(image, reason):
+    limit = 100 if "more than" in reason else 10_000
+    with pytest.raises(RecordError, match=rf"^pea\.png: .*{reason}"):
+        Transforms(size=8, max_pixels=limit)(_record(image), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [([], "no caption"), (["", "  "], "no caption"), (["caf\udce9"], "not UTF-8")],
+)
+def test_unusable_captions_are_named_with_the_reason(captions, reason):
+    record = _record(np.zeros((8, 8, 3), np.uint8), captions)
+    with pytest.raises(RecordError, match=rf"^pea\.png: .*{reason}"):
+        Transforms(size=8)(record, np.random.default_rng(0))
+
+
+def test_impossible_settings_are_told():
+    with pytest.raises(UserError, match=r"transforms\.size"):
+        Transforms(size=0)
+    with pytest.raises(UserError, match=r"transforms\.caption_dropout"):
+        Transforms(size=8, caption_dropout=1.5)
