@@ -1,0 +1,1 @@
+"""From noise to images: solvers, guidance and the one sampling loop."""

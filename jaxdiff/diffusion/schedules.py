@@ -1,0 +1,295 @@
+"""Noise schedules: how much data and how much noise there is at each time.
+
+    x_t = alpha(t) x0 + sigma(t) eps,  t in [0, 1]: 0 is data, 1 is noise          (1)
+    log_snr(t) = 2 log(alpha(t) / sigma(t))                                        (2)
+
+Every schedule has alpha(0) = 1 and sigma(0) = 0 exactly, and log_snr falls with t. `norm` is what
+a schedule keeps at 1: alpha^2 + sigma^2 (its root) where variance is preserved, alpha + sigma on
+a straight path, alpha where variance explodes. Two schedules of equal log_snr differ by a
+rescaling of x_t only (Karras et al. 2022, section 2), and `norm` fixes that scale.
+
+`TimeGrid` says at which times a sampler stands.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.errors import UserError
+
+LOG_SNR_LIMIT = 40.0  # log_snr is clipped to +-40, so that weightings stay finite at the ends
+
+Times = Float[Array, "*b"]
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What the rest of the package asks of a schedule; each takes times of any shape."""
+
+    def alpha(self, t: Times) -> Times:
+        """Amount of data, in [0, 1]."""
+        ...
+
+    def sigma(self, t: Times) -> Times:
+        """Amount of noise, at least 0."""
+        ...
+
+    def log_snr(self, t: Times) -> Times:
+        """Log of the signal-to-noise ratio, eq. 2, within +-LOG_SNR_LIMIT."""
+        ...
+
+
+def _log_snr(alpha: Times, sigma: Times) -> Times:
+    return jnp.clip(2 * (jnp.log(alpha) - jnp.log(sigma)), -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """alpha = cos(c t), sigma = sin(c t), c just under pi / 2.
+
+    Nichol & Dhariwal 2021, eq. 17, in the continuous form of Hoogeboom et al. 2023 (simple
+    diffusion, eq. 4). c is set so that log_snr(1) = min_log_snr: with c = pi / 2 there would be no
+    signal at t = 1, and x0 could not be told from a prediction of eps, nor could any error in eps
+    be survived. The default leaves alpha(1) = 0.018, a quarter of Stable Diffusion's.
+
+    Raises:
+        UserError: min_log_snr is not negative.
+    """
+
+    min_log_snr: float = -8.0
+
+    def __post_init__(self):
+        if not self.min_log_snr < 0:
+            raise UserError(
+                f"Cosine.min_log_snr is {self.min_log_snr}: t = 1 would hold more signal than "
+                "noise; give a negative number such as -8."
+            )
+
+    def _angle(self, t: Times) -> Times:
+        return math.atan(math.exp(-self.min_log_snr / 2)) * t
+
+    def alpha(self, t: Times) -> Times:
+        """cos(c t)."""
+        return jnp.cos(self._angle(t))
+
+    def sigma(self, t: Times) -> Times:
+        """sin(c t)."""
+        return jnp.sin(self._angle(t))
+
+    def log_snr(self, t: Times) -> Times:
+        """-2 log tan(c t)."""
+        return _log_snr(self.alpha(t), self.sigma(t))
+
+    def norm(self, alpha: Times, sigma: Times) -> Times:
+        """Variance is preserved."""
+        return jnp.hypot(alpha, sigma)
+
+
+@functools.lru_cache
+def _scaled_linear_log_snr(beta_start: float, beta_end: float, num_train_steps: int) -> np.ndarray:
+    """log_snr [num_train_steps] in float64: float32 would lose the product's last digits."""
+    betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=np.float64) ** 2
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLinear:
+    """The discrete schedule of Stable Diffusion (Rombach et al. 2022), made continuous.
+
+    sqrt(beta_i) is linear in i, alpha^2 = prod(1 - beta_i) (Ho et al. 2020, eq. 4). Training step
+    i, counted from 0, stands at t = (i + 1) / num_train_steps, so t = 1 is the last one and t = 0
+    is data. At those times alpha and sigma are the table's; in between log_snr is linear in t;
+    below the first of them sigma / alpha is linear in t, down to 0.
+
+    Raises:
+        UserError: betas outside 0 < beta_start <= beta_end < 1, or fewer than two steps.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_steps: int = 1000
+
+    def __post_init__(self):
+        if not 0 < self.beta_start <= self.beta_end < 1 or self.num_train_steps < 2:
+            raise UserError(
+                f"ScaledLinear got beta_start={self.beta_start}, beta_end={self.beta_end}, "
+                f"num_train_steps={self.num_train_steps}; give 0 < beta_start <= beta_end < 1 and "
+                "at least 2 steps."
+            )
+
+    def train_step(self, t: Times) -> Times:
+        """The training step, in [0, num_train_steps - 1], at which a discrete network stands at t.
+
+        A whole number at the table's times and a fraction in between; times below the first are
+        taken to be the first.
+        """
+        return jnp.maximum(t * self.num_train_steps - 1, 0.0)
+
+    def log_snr(self, t: Times) -> Times:
+        """The table's, linearly interpolated."""
+        table = _scaled_linear_log_snr(self.beta_start, self.beta_end, self.num_train_steps)
+        steps = jnp.arange(self.num_train_steps, dtype=t.dtype)
+        inside = jnp.interp(self.train_step(t), steps, jnp.asarray(table, t.dtype))
+        below = 2 * jnp.log(jnp.minimum(t * self.num_train_steps, 1.0))
+        return jnp.clip(inside - below, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
+
+    def alpha(self, t: Times) -> Times:
+        """sqrt(alpha_bar)."""
+        return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))
+
+    def sigma(self, t: Times) -> Times:
+        """sqrt(1 - alpha_bar)."""
+        # log_snr is clipped, and sigma(0) must be 0 all the same.
+        return jnp.where(t > 0, jnp.sqrt(jax.nn.sigmoid(-self.log_snr(t))), 0.0)
+
+    def norm(self, alpha: Times, sigma: Times) -> Times:
+        """Variance is preserved."""
+        return jnp.hypot(alpha, sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectifiedFlow:
+    """alpha = 1 - t, sigma = t: the straight path (Liu et al. 2022, eq. 1; Lipman et al. 2023)."""
+
+    def alpha(self, t: Times) -> Times:
+        """1 - t."""
+        return 1 - t
+
+    def sigma(self, t: Times) -> Times:
+        """t."""
+        return t
+
+    def log_snr(self, t: Times) -> Times:
+        """2 log((1 - t) / t)."""
+        return _log_snr(1 - t, t)
+
+    def norm(self, alpha: Times, sigma: Times) -> Times:
+        """The shares of data and noise sum to one."""
+        return alpha + sigma
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceExploding:
+    """alpha = 1, sigma up to sigma_max (Karras et al. 2022, eq. 5 and table 1).
+
+    sigma(t)^(1/rho) is linear from sigma_min, just above t = 0, to sigma_max at t = 1; sigma(0) is
+    0, EDM's own last step. x_t is as large as sigma: scale it by 1 / sqrt(1 + sigma^2) inside the
+    network.
+
+    Raises:
+        UserError: not 0 < sigma_min < sigma_max, or rho below 1.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max or self.rho < 1:
+            raise UserError(
+                f"VarianceExploding got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
+                f"rho={self.rho}; give 0 < sigma_min < sigma_max and rho of at least 1."
+            )
+
+    def alpha(self, t: Times) -> Times:
+        """One."""
+        return jnp.ones_like(t)
+
+    def sigma(self, t: Times) -> Times:
+        """(low + t (high - low))^rho, low and high the rho-th roots of sigma_min and sigma_max."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return jnp.where(t > 0, (low + t * (high - low)) ** self.rho, 0.0)
+
+    def log_snr(self, t: Times) -> Times:
+        """-2 log sigma."""
+        return _log_snr(self.alpha(t), self.sigma(t))
+
+    def norm(self, alpha: Times, sigma: Times) -> Times:
+        """The data keep their size."""
+        return alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """Another schedule with its log_snr lowered by 2 log(shift), for images of more pixels.
+
+    Noise must grow with resolution to hide the same: Hoogeboom et al. 2023, eq. 3 (there shift =
+    side / 64). On a rectified flow this is Stable Diffusion 3's t' = s t / (1 + (s - 1) t)
+    (Esser et al. 2024, eq. 23).
+
+    Raises:
+        UserError: shift is not positive.
+    """
+
+    base: Cosine | ScaledLinear | RectifiedFlow | VarianceExploding = field(
+        default_factory=RectifiedFlow
+    )
+    shift: float = 1.0
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise UserError(f"Shifted.shift is {self.shift}; give a positive number.")
+
+    def alpha(self, t: Times) -> Times:
+        """The base's, brought back to its norm after the noise has grown."""
+        alpha, sigma = self.base.alpha(t), self.shift * self.base.sigma(t)
+        return alpha / self.base.norm(alpha, sigma)
+
+    def sigma(self, t: Times) -> Times:
+        """shift times the base's, brought back to its norm."""
+        alpha, sigma = self.base.alpha(t), self.shift * self.base.sigma(t)
+        return sigma / self.base.norm(alpha, sigma)
+
+    def log_snr(self, t: Times) -> Times:
+        """The base's less 2 log(shift)."""
+        shifted = self.base.log_snr(t) - 2 * math.log(self.shift)
+        return jnp.clip(shifted, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
+
+
+AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifted
+
+
+def shift_time(t: Times, shift: float) -> Times:
+    """s t / (1 + (s - 1) t), which maps [0, 1] onto itself (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeGrid:
+    """The times at which a sampler stands: (1 - i / num_steps)^rho, then shifted.
+
+    rho = 1 is even. A larger rho takes shorter steps near the data, as Karras et al. 2022, eq. 5,
+    does in sigma: where log_snr runs off to infinity even steps are too long for a multistep
+    solver. A shift above 1 spends more of the steps on high noise, where large images are composed;
+    give a network the shift of the times that it was trained on. For Stable Diffusion's schedule
+    the even grid is the "trailing" one of Lin et al. 2023 (table 2), which starts at the last
+    training step.
+
+    Raises:
+        UserError: shift is not positive, or rho is below 1.
+    """
+
+    shift: float = 1.0
+    rho: float = 1.0
+
+    def __post_init__(self):
+        if not (self.shift > 0 and self.rho >= 1):
+            raise UserError(
+                f"TimeGrid got shift={self.shift}, rho={self.rho}; give a positive shift and a rho "
+                "of at least 1."
+            )
+
+    def __call__(
+        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
+    ) -> Float[Array, "*b"]:
+        """The time before step i of num_steps; both may be traced. It is 1 at 0, 0 at num_steps."""
+        dtype = jnp.result_type(float)
+        left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
+        return shift_time(left**self.rho, self.shift)

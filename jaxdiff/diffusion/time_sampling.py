@@ -1,0 +1,68 @@
+"""Which times a training step sees: t [b] in (0, 1]."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.diffusion.schedules import shift_time
+from jaxdiff.errors import UserError
+
+T_MIN = 1e-5  # t = 0 teaches nothing: there is no noise to remove
+
+
+def _uniform(key: Key[Array, ""], batch: int, stratified: bool) -> Float[Array, " b"]:
+    """Uniform draws from [T_MIN, 1 - T_MIN]; stratified, one in each of `batch` equal strata.
+
+    Strata lower the variance of the loss (Kingma et al. 2021, appendix I.1). They are dealt out in
+    random order, so that an image's place in the batch says nothing about its time.
+    """
+    draw, deal = jax.random.split(key)
+    u = jax.random.uniform(draw, (batch,), jnp.float32)
+    if stratified:
+        u = (jax.random.permutation(deal, batch) + u) / batch
+    return jnp.clip(u, T_MIN, 1 - T_MIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Every time is as likely as any other (Ho et al. 2020, algorithm 1)."""
+
+    stratified: bool = True
+
+    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+        """t [batch], float32."""
+        return _uniform(key, batch, self.stratified)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """logit(t) ~ N(mean, std^2), then t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 19, 23).
+
+    A higher mean or a shift above 1 means more noise. shift adds log(shift) to the mean; the two
+    are kept apart because one belongs to the data set and the other to the resolution.
+
+    Raises:
+        UserError: std or shift is not positive.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    stratified: bool = True
+
+    def __post_init__(self):
+        if not (self.std > 0 and self.shift > 0):
+            raise UserError(
+                f"LogitNormal got std={self.std}, shift={self.shift}; both must be positive."
+            )
+
+    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+        """t [batch], float32."""
+        normal = jax.scipy.special.ndtri(_uniform(key, batch, self.stratified))
+        t = shift_time(jax.nn.sigmoid(self.mean + self.std * normal), self.shift)
+        return jnp.maximum(t, T_MIN)
+
+
+TimeSampler = Uniform | LogitNormal  # called with (key, batch)

@@ -1,0 +1,45 @@
+"""How a model is sampled unless a caller says otherwise."""
+
+from dataclasses import dataclass
+
+from jaxdiff.diffusion.schedules import TimeGrid
+from jaxdiff.errors import UserError
+from jaxdiff.sampling.guidance import DynamicThreshold, StaticThreshold
+from jaxdiff.sampling.solvers import DDIM, DPMSolverPP2M, Euler, Heun
+
+SOLVERS = {"ddim": DDIM, "euler": Euler, "heun": Heun, "dpm++2m": DPMSolverPP2M}
+"""The solvers, under the names that a command line or a prompt file takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """A recipe's way of sampling.
+
+    Attributes:
+      solver: of the sampling ODE.
+      grid: the times that it visits.
+      num_steps: of the solver.
+      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
+      threshold: keeps estimates of x0 in range; for pixels, not for latents.
+      interval: times between which guidance acts.
+      rescale: how far guided estimates are brought back to the conditional one's contrast.
+      prompts: of the grids and the strip that a training run draws, one seed each from 0.
+    """
+
+    solver: DDIM | Euler | Heun | DPMSolverPP2M = DPMSolverPP2M()
+    grid: TimeGrid = TimeGrid()
+    num_steps: int = 20
+    guidance_scale: float = 3.0
+    threshold: StaticThreshold | DynamicThreshold | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_num_steps(self.num_steps)
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raises `UserError` for a number of steps that no solver can take."""
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")

@@ -1,0 +1,132 @@
+"""Schedules: their ends, their norms, their order, and the published forms they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.diffusion.schedules import (
+    LOG_SNR_LIMIT,
+    Cosine,
+    RectifiedFlow,
+    ScaledLinear,
+    Shifted,
+    TimeGrid,
+    VarianceExploding,
+    shift_time,
+)
+from jaxdiff.errors import UserError
+
+VARIANCE_PRESERVING = [
+    Cosine(),
+    ScaledLinear(),
+    Shifted(base=Cosine(), shift=4.0),
+    Shifted(base=ScaledLinear(), shift=0.5),
+]
+SCHEDULES = [
+    *VARIANCE_PRESERVING,
+    RectifiedFlow(),
+    VarianceExploding(),
+    Shifted(base=RectifiedFlow(), shift=3.0),
+    Shifted(base=VarianceExploding(), shift=2.0),
+]
+TIMES = np.linspace(0, 1, 1001)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_data_are_clean_at_zero_and_noise_prevails_at_one(schedule):
+    ends = jnp.array([0.0, 1.0])
+    alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
+    assert alpha[0] == 1
+    assert sigma[0] == 0
+    assert sigma[1] > 5 * alpha[1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_log_snr_falls_and_is_finite_everywhere(schedule):
+    log_snr = np.asarray(schedule.log_snr(jnp.asarray(TIMES)))
+    assert np.all(np.abs(log_snr) <= LOG_SNR_LIMIT)
+    assert np.all(np.diff(log_snr) < 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_log_snr_is_that_of_alpha_and_sigma(schedule):
+    t = jnp.linspace(0.001, 0.999, 500)
+    ratio = 2 * jnp.log(schedule.alpha(t) / schedule.sigma(t))
+    np.testing.assert_allclose(schedule.log_snr(t), ratio, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", VARIANCE_PRESERVING, ids=repr)
+def test_variance_is_preserved(schedule):
+    t = jnp.asarray(TIMES)
+    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_flow_is_a_shift_of_time(shift):
+    t, schedule = jnp.asarray(TIMES), Shifted(base=RectifiedFlow(), shift=shift)
+    np.testing.assert_allclose(schedule.sigma(t), shift_time(t, shift), atol=1e-6)
+    np.testing.assert_allclose(schedule.alpha(t), 1 - shift_time(t, shift), atol=1e-6)
+
+
+def test_shift_divides_the_ratio_of_data_to_noise():
+    t, base = jnp.linspace(0.1, 0.9, 9), Cosine()
+    shifted = Shifted(base=base, shift=4.0)
+    ratio, shifted_ratio = base.alpha(t) / base.sigma(t), shifted.alpha(t) / shifted.sigma(t)
+    np.testing.assert_allclose(shifted_ratio, ratio / 4, rtol=1e-5)
+
+
+def test_cosine_ends_at_the_log_snr_it_is_given():
+    assert Cosine(min_log_snr=-6.0).log_snr(jnp.ones(())) == pytest.approx(-6, abs=1e-3)
+    with jax.enable_x64(True):
+        t = jnp.linspace(0, 1, 11)
+        alpha = Cosine(min_log_snr=-60.0).alpha(t)
+        np.testing.assert_allclose(alpha, np.cos(np.pi / 2 * np.linspace(0, 1, 11)), atol=1e-12)
+
+
+def test_scaled_linear_is_stable_diffusions_table():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    t, schedule = jnp.arange(1, 1001) / 1000, ScaledLinear()
+    np.testing.assert_allclose(schedule.alpha(t), np.sqrt(alpha_bar), rtol=1e-5)
+    np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1 - alpha_bar), rtol=1e-5)
+    np.testing.assert_allclose(schedule.train_step(t), np.arange(1000), atol=1e-3)
+
+
+def test_variance_exploding_follows_the_rho_grid_of_edm():
+    low, high, i = 0.002 ** (1 / 7), 80 ** (1 / 7), np.arange(18)
+    edm = (high + i / 17 * (low - high)) ** 7
+    t = jnp.asarray(1 - i / 17).at[-1].set(1e-9)  # at 0 itself there is no noise at all
+    np.testing.assert_allclose(VarianceExploding().sigma(t), edm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [TimeGrid(), TimeGrid(shift=3.0), TimeGrid(rho=2.0)], ids=repr)
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_time_grid_falls_from_one_to_zero(grid, num_steps):
+    times = np.asarray(grid(jnp.arange(num_steps + 1), num_steps))
+    assert times[0] == 1
+    assert times[-1] == 0
+    assert np.all(np.diff(times) < 0)
+
+
+def test_time_grid_is_even_unless_told_otherwise():
+    i = jnp.arange(11)
+    np.testing.assert_allclose(TimeGrid()(i, 10), 1 - i / 10, atol=1e-6)
+    np.testing.assert_allclose(TimeGrid(rho=2.0)(i, 10), (1 - i / 10) ** 2, atol=1e-6)
+    assert np.all(TimeGrid(shift=3.0)(i, 10)[1:-1] > 1 - i[1:-1] / 10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cosine(min_log_snr=1.0),
+        lambda: ScaledLinear(beta_start=0.1, beta_end=0.01),
+        lambda: VarianceExploding(sigma_min=0.0),
+        lambda: Shifted(shift=0.0),
+        lambda: TimeGrid(shift=-1.0),
+        lambda: TimeGrid(rho=0.5),
+    ],
+)
+def test_impossible_settings_are_refused(make):
+    with pytest.raises(UserError, match="give"):
+        make()
