@@ -1,0 +1,275 @@
+"""The KL autoencoder in Stable Diffusion's architecture (Rombach et al. 2022, appendix G), at any size."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.errors import UserError
+
+NORM_EPSILON = 1e-6
+
+LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
+
+    Attributes:
+      image_channels: of the images, in and out.
+      latent_channels: of the latents.
+      block_out_channels: one width for each resolution, finest first; each next halves the sides.
+      layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
+      norm_num_groups: of the group norms; divides every width.
+      mid_block_add_attention: self-attention at the coarsest resolution.
+      use_quant_conv: a 1x1 convolution after the encoder.
+      use_post_quant_conv: a 1x1 convolution before the decoder.
+      scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
+        variance, which the schedules assume.
+      shift_factor: the mean of z.
+      remat: recompute each residual block in the backward pass, rather than store what is inside it.
+    """
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    remat: bool = False
+
+    def __post_init__(self):
+        odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if odd:
+            raise UserError(
+                f"autoencoder: {self.norm_num_groups} norm groups do not divide the width {odd[0]}; "
+                "choose block_out_channels as multiples of norm_num_groups."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to one latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution over z, float32; works under `jax.vmap` too."""
+
+    mean: Float[Array, "*b h w c"]
+    logvar: Float[Array, "*b h w c"]
+
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "*b h w c"]:
+        """One z for each image."""
+        noise = jax.random.normal(key, self.mean.shape)
+        return self.mean + jnp.exp(self.logvar / 2) * noise
+
+    def mode(self) -> Float[Array, "*b h w c"]:
+        """The most likely z."""
+        return self.mean
+
+    def kl(self) -> Float[Array, "*b"]:
+        """Divergence from the unit normal in nats, summed over z (Kingma & Welling 2014, app. B)."""
+        nats = (self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar) / 2
+        return jnp.sum(nats, axis=(-3, -2, -1))
+
+
+def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs):
+    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group norm with statistics in float32 that returns the dtype of its input."""
+
+    def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
+        super().__init__(channels, groups, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return super().__call__(x).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions, each after a norm and SiLU, with a residual around them."""
+
+    def __init__(self, inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.remat = config.remat
+        self.norm1 = GroupNorm(inputs, config.norm_num_groups, rngs)
+        self.conv1 = _conv(inputs, outputs, 3, rngs)
+        self.norm2 = GroupNorm(outputs, config.norm_num_groups, rngs)
+        self.conv2 = _conv(outputs, outputs, 3, rngs)
+        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, rngs)
+
+    def _residual(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        if not self.remat:
+            return self._residual(x)
+        graphdef, params = nnx.split(self)
+        return jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)._residual(x))(params, x)
+
+
+class SpatialAttention(nnx.Module):
+    """Self-attention of one head over all positions."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.norm = GroupNorm(channels, config.norm_num_groups, rngs)
+        self.q = nnx.Linear(channels, channels, rngs=rngs)
+        self.k = nnx.Linear(channels, channels, rngs=rngs)
+        self.v = nnx.Linear(channels, channels, rngs=rngs)
+        self.out = nnx.Linear(channels, channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.norm(x).reshape(b, h * w, 1, c)
+        y = jax.nn.dot_product_attention(self.q(y), self.k(y), self.v(y))
+        return x + self.out(y.reshape(b, h, w, c))
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block, at the coarsest resolution."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.first = ResidualBlock(channels, channels, config, rngs)
+        attends = config.mid_block_add_attention
+        self.attention = SpatialAttention(channels, config, rngs) if attends else None
+        self.second = ResidualBlock(channels, channels, config, rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = self.first(x)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.second(x)
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, then the convolution that goes with leaving it, if any."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        resample: nnx.Conv | None,
+        config: AutoencoderConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.blocks = nnx.List(
+            ResidualBlock(outputs if i else inputs, outputs, config, rngs) for i in range(depth)
+        )
+        self.resample = resample
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Images to the moments of z: mean and logvar, one after the other along the channels."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = _conv(config.image_channels, widths[0], 3, rngs)
+        self.levels = nnx.List()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            down = None
+            if i + 1 < len(
+                widths
+            ):  # padded at the far sides alone, as the published weights want it
+                down = nnx.Conv(width, width, (3, 3), 2, padding=((0, 1), (0, 1)), rngs=rngs)
+            self.levels.append(Level(before, width, config.layers_per_block, down, config, rngs))
+        self.middle = Middle(widths[-1], config, rngs)
+        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, rngs)
+        self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+            if level.resample is not None:
+                x = level.resample(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """From z to images."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = _conv(config.latent_channels, widths[0], 3, rngs)
+        self.middle = Middle(widths[0], config, rngs)
+        self.levels = nnx.List()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            up = None if i + 1 == len(widths) else _conv(width, width, 3, rngs)
+            self.levels.append(Level(before, width, config.layers_per_block + 1, up, config, rngs))
+        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, rngs)
+        self.conv_out = _conv(widths[-1], config.image_channels, 3, rngs)
+
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = self.middle(self.conv_in(z))
+        for level in self.levels:
+            x = level(x)
+            if level.resample is not None:
+                x = level.resample(x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Autoencoder(nnx.Module):
+    """Images in [-1, 1] to a distribution over z and back; computes in the dtype of its weights.
+
+    `encode` and `decode` speak of z, as the network has it; what a denoiser sees are latents, shifted and
+    scaled to unit variance by `to_latents`.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        z = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, rngs)
+        self.decoder = Decoder(config, rngs)
+        self.quant_conv = _conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
+        self.post_quant_conv = _conv(z, z, 1, rngs) if config.use_post_quant_conv else None
+
+    def encode(self, images: Float[Array, "b h w c"]) -> Gaussian:
+        """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
+
+        Raises:
+          UserError: the sides are no multiples of `config.downsampling`.
+        """
+        h, w, side = *images.shape[1:3], self.config.downsampling
+        if h % side or w % side:
+            raise UserError(
+                f"autoencoder: images of {w}x{h} cannot be encoded; "
+                f"their sides must be multiples of {side}: crop or resize them."
+            )
+        moments = self.encoder(images.astype(self.encoder.conv_in.kernel.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Images, float32, about in [-1, 1]: the network does not clip them."""
+        z = z.astype(self.decoder.conv_in.kernel.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32)
+
+    def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """What a denoiser sees: z, shifted and scaled to unit variance."""
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def from_latents(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """The inverse of `to_latents`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor

@@ -1,0 +1,385 @@
+"""CLIP's text and vision towers (Radford et al. 2021), in OpenAI's and OpenCLIP's variants.
+
+Both towers are pre-norm transformers of the same block. They differ between publishers only in what
+their configs say: the activation, the sizes, how the end token is found.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.layers import Dense, Remat, TextFeatures, scan_blocks, stack_blocks
+
+Activation = Literal["quick_gelu", "gelu"]
+"""OpenAI's x * sigmoid(1.702 x), or the exact GELU of OpenCLIP (Hendrycks & Gimpel 2016)."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+
+NORM_EPSILON = 1e-5
+
+
+def _check_heads(tower: str, width: int, heads: int):
+    if width % heads:
+        raise UserError(
+            f"{tower}: width {width} does not split into {heads} heads; "
+            "choose width as a multiple of heads."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    """Size and variant of a text tower; the defaults are those of OpenAI's ViT-L/14.
+
+    Attributes:
+      vocab_size: number of token ids.
+      length: the most tokens a prompt has, start and end included.
+      width: of a token; a multiple of `heads`.
+      depth: number of blocks.
+      heads: of attention.
+      mlp_ratio: hidden width of the MLP over `width`.
+      activation: of the MLP.
+      projection_dim: width of the joint space that `pooled` is projected to; None leaves it as it is.
+      end_id: the first token of this id ends the prompt; None takes the largest id, as OpenAI's code
+        and checkpoints whose config has `eos_token_id = 2` do.
+      remat: what a block keeps for the backward pass.
+    """
+
+    vocab_size: int = 49408
+    length: int = 77
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    activation: Activation = "quick_gelu"
+    projection_dim: int | None = None
+    end_id: int | None = None
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        _check_heads("CLIP text tower", self.width, self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipVisionConfig:
+    """Size and variant of a vision tower; the defaults are those of OpenAI's ViT-L/14.
+
+    Attributes:
+      image_size: side of the square images, in pixels; a multiple of `patch_size`.
+      patch_size: side of the square that becomes one token.
+      width: of a token; a multiple of `heads`.
+      depth: number of blocks.
+      heads: of attention.
+      mlp_ratio: hidden width of the MLP over `width`.
+      activation: of the MLP.
+      projection_dim: width of the joint space that `pooled` is projected to; None leaves it as it is.
+      remat: what a block keeps for the backward pass.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    activation: Activation = "quick_gelu"
+    projection_dim: int | None = None
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        _check_heads("CLIP vision tower", self.width, self.heads)
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"CLIP vision tower: patches of {self.patch_size} do not tile images of "
+                f"{self.image_size}; choose image_size as a multiple of patch_size."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Two towers that end in the same space; the `projection_dim` of both must be set and equal."""
+
+    text: ClipTextConfig
+    vision: ClipVisionConfig
+
+    def __post_init__(self):
+        ends = self.text.projection_dim, self.vision.projection_dim
+        if None in ends or ends[0] != ends[1]:
+            raise UserError(
+                f"CLIP: the towers end in spaces of {ends[0]} (text) and {ends[1]} (vision) "
+                "dimensions; set text.projection_dim and vision.projection_dim to the same number."
+            )
+
+
+class ImageFeatures(NamedTuple):
+    """An image as the vision tower sees it: a class token, then the patches row by row."""
+
+    tokens: Float[Array, "b n d"]
+    pooled: Float[Array, "b e"]
+
+
+class ClipEmbeddings(NamedTuple):
+    """Unit vectors in the joint space, float32, and the factor on their cosines (1 / temperature)."""
+
+    image: Float[Array, "b e"]
+    text: Float[Array, "b e"]
+    logit_scale: Float[Array, ""]
+
+
+def _linear(inputs: int, outputs: int, std: float, rngs: nnx.Rngs, *, bias: bool = True):
+    init = nnx.initializers.normal(std)
+    return Dense(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs)
+
+
+def _layer_norm(width: int, rngs: nnx.Rngs):
+    return nnx.LayerNorm(width, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+
+
+def _activate(x: Array, activation: Activation) -> Array:
+    if activation == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return jax.nn.gelu(x, approximate=False)
+
+
+class ClipAttention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, *, out_std: float, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q = _linear(width, width, width**-0.5, rngs)
+        self.k = _linear(width, width, width**-0.5, rngs)
+        self.v = _linear(width, width, width**-0.5, rngs)
+        self.out = _linear(width, width, out_std, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
+        heads = *x.shape[:2], self.heads, x.shape[2] // self.heads
+        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
+
+
+class ClipBlock(nnx.Module):
+    """Attention and MLP, each after a layer norm and with a residual around it.
+
+    What leads back into the residual starts smaller the deeper the network, as in OpenAI's code.
+    """
+
+    def __init__(self, config: ClipTextConfig | ClipVisionConfig, rngs: nnx.Rngs):
+        width, hidden = config.width, round(config.width * config.mlp_ratio)
+        out_std = width**-0.5 * (2 * config.depth) ** -0.5
+        self.activation: Activation = config.activation
+        self.attention_norm = _layer_norm(width, rngs)
+        self.attention = ClipAttention(width, config.heads, out_std=out_std, rngs=rngs)
+        self.mlp_norm = _layer_norm(width, rngs)
+        self.mlp_in = _linear(width, hidden, (2 * width) ** -0.5, rngs)
+        self.mlp_out = _linear(hidden, width, out_std, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
+        # The norms may hold float32 scales beside bf16 kernels; the sum stays in the kernels' type.
+        x = x + self.attention(self.attention_norm(x).astype(x.dtype), causal=causal)
+        y = self.mlp_in(self.mlp_norm(x).astype(x.dtype))
+        return x + self.mlp_out(_activate(y, self.activation))
+
+
+def _run_blocks(
+    blocks: ClipBlock,
+    x: Float[Array, "b n d"],
+    *,
+    causal: bool,
+    remat: Remat,
+    depth: int,
+    layer: int | None,
+) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+    """The last hidden state, and the one that `layer` names."""
+    count = depth + 1
+    index = depth if layer is None else layer
+    if not -count <= index < count:
+        raise UserError(
+            f"CLIP: there is no layer {layer}; a tower of {depth} blocks has hidden states "
+            f"{-count} to {count - 1}."
+        )
+    index %= count
+    inner = 0 < index < depth
+    last, states = scan_blocks(
+        blocks, x, lambda block, x: block(x, causal=causal), remat=remat, all_states=inner
+    )
+    if inner:
+        return last, states[index - 1]
+    return last, last if index else x
+
+
+class ClipText(nnx.Module):
+    """The text tower: causal, pooled at the end token."""
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.config = config
+        self.token_embedding = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, width))
+        )
+        self.position_embedding = nnx.Param(
+            nnx.initializers.normal(0.01)(rngs.params(), (config.length, width))
+        )
+        self.blocks = stack_blocks(lambda rngs: ClipBlock(config, rngs), config.depth, rngs)
+        self.final_norm = _layer_norm(width, rngs)
+        if config.projection_dim:
+            self.projection = _linear(width, config.projection_dim, width**-0.5, rngs, bias=False)
+
+    def __call__(
+        self, ids: Int[Array, "b n"], *, layer: int | None = None, final_norm: bool = True
+    ) -> TextFeatures:
+        """Encodes tokenized prompts of at most `config.length` tokens.
+
+        Stable Diffusion 1.x and 2.x read the last hidden state after the final norm, the default (2.x
+        ships its tower without the last block); "clip skip" on these is an earlier layer, still
+        normalised. XL and 3 read `layer=-2, final_norm=False`.
+
+        Args:
+          ids: token ids, each prompt with its end token; what follows it is padding.
+          layer: which of the `depth + 1` hidden states becomes `tokens`, counted as transformers does:
+            0 is the embeddings, -1 or None the output of the last block.
+          final_norm: whether the final layer norm is applied to `tokens`.
+
+        Returns:
+          Features in the dtype of the weights. `pooled` is always the last hidden state at the end
+          token, normalised, and projected if the config has a projection.
+
+        Raises:
+          UserError: there is no such layer.
+        """
+        config = self.config
+        # A prompt without an end token is taken whole.
+        if config.end_id is None:
+            end = jnp.argmax(ids, axis=1)
+        else:
+            is_end = ids == config.end_id
+            end = jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
+
+        dtype = self.token_embedding.dtype
+        # An id beyond the vocabulary becomes NaN rather than its neighbour.
+        x = jnp.take(self.token_embedding[...], ids, axis=0, mode="fill")
+        x = x + self.position_embedding[: ids.shape[1]].astype(dtype)
+        last, tokens = _run_blocks(
+            self.blocks, x, causal=True, remat=config.remat, depth=config.depth, layer=layer
+        )
+        pooled = self.final_norm(last[jnp.arange(ids.shape[0]), end]).astype(dtype)
+        if config.projection_dim:
+            pooled = self.projection(pooled)
+        if final_norm:
+            tokens = self.final_norm(tokens).astype(dtype)
+        return TextFeatures(tokens, pooled, jnp.arange(ids.shape[1]) <= end[:, None])
+
+
+def normalize_for_clip(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """From [-1, 1] to CLIP's zero mean and unit variance: transformers' `pixel_values`, in NHWC."""
+    mean, std = jnp.array(CLIP_MEAN), jnp.array(CLIP_STD)
+    return ((images + 1) / 2 - mean) / std
+
+
+class ClipVision(nnx.Module):
+    """The vision tower: patches and a class token, which is pooled."""
+
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
+        width, patch = config.width, config.patch_size
+        init = nnx.initializers.normal(width**-0.5)
+        self.config = config
+        self.patch_embedding = nnx.Conv(
+            3, width, (patch, patch), strides=patch, padding="VALID", use_bias=False, rngs=rngs
+        )
+        self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
+        tokens = (config.image_size // patch) ** 2 + 1
+        self.position_embedding = nnx.Param(init(rngs.params(), (tokens, width)))
+        self.first_norm = _layer_norm(width, rngs)
+        self.blocks = stack_blocks(lambda rngs: ClipBlock(config, rngs), config.depth, rngs)
+        self.final_norm = _layer_norm(width, rngs)
+        if config.projection_dim:
+            self.projection = _linear(width, config.projection_dim, width**-0.5, rngs, bias=False)
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], *, layer: int | None = None
+    ) -> ImageFeatures:
+        """Encodes images in [-1, 1], both sides `config.image_size`; they are normalised in here.
+
+        Args:
+          images: in [-1, 1].
+          layer: which of the `depth + 1` hidden states becomes `tokens`, never normalised, counted as
+            transformers does: 0 is what enters the first block, -1 or None the output of the last.
+
+        Returns:
+          Features in the dtype of the weights. `pooled` is the last hidden state at the class token,
+          normalised, and projected if the config has a projection.
+
+        Raises:
+          UserError: the images are of another size, or there is no such layer.
+        """
+        config = self.config
+        x = self._embed(images)
+        last, tokens = _run_blocks(
+            self.blocks, x, causal=False, remat=config.remat, depth=config.depth, layer=layer
+        )
+        pooled = self.final_norm(last[:, 0]).astype(x.dtype)
+        if config.projection_dim:
+            pooled = self.projection(pooled)
+        return ImageFeatures(tokens, pooled)
+
+    def hidden_states(self, images: Float[Array, "b h w 3"]) -> Float[Array, "k b n d"]:
+        """All `depth + 1` hidden states: what `tokens` is for each `layer`, in one pass.
+
+        Takes and raises what a call does.
+        """
+        x = self._embed(images)
+        _, states = scan_blocks(
+            self.blocks,
+            x,
+            lambda block, x: block(x, causal=False),
+            remat=self.config.remat,
+            all_states=True,
+        )
+        return jnp.concatenate([x[None], states])
+
+    def _embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """What enters the first block."""
+        config, (b, h, w, _) = self.config, images.shape
+        if not h == w == config.image_size:
+            raise UserError(
+                f"CLIP: images of {w}x{h} given to a vision tower for "
+                f"{config.image_size}x{config.image_size}; resize them."
+            )
+        dtype = self.patch_embedding.kernel.dtype
+        patches = self.patch_embedding(normalize_for_clip(images).astype(dtype))
+        patches = patches.reshape(b, -1, config.width)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (b, 1, config.width))
+        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(dtype)
+        return self.first_norm(x).astype(dtype)
+
+
+def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class Clip(nnx.Module):
+    """Both towers and the learned temperature of their cosines."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.text = ClipText(config.text, rngs=rngs)
+        self.vision = ClipVision(config.vision, rngs=rngs)
+        # The logarithm of the factor; 0.07 as in Wu et al. 2018.
+        self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
+
+    def __call__(self, images: Float[Array, "b h w 3"], ids: Int[Array, "m n"]) -> ClipEmbeddings:
+        """Embeds images in [-1, 1] and tokenized prompts, not necessarily as many of each."""
+        logit_scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
+        return ClipEmbeddings(
+            _unit(self.vision(images).pooled),
+            _unit(self.text(ids).pooled),
+            jnp.minimum(logit_scale, MAX_LOGIT_SCALE),
+        )

@@ -1,0 +1,124 @@
+"""Translates a network's parameters to the tensors of a PyTorch checkpoint, and back, by a table.
+
+A table maps the path of one of our modules (or parameters) to its name there:
+
+    "blocks.attention.q": "text_model.encoder.layers.{layer}.self_attn.q_proj"
+    "encoder.levels.*.blocks.*": "encoder.down_blocks.{}.resnets.{}"
+
+`*` is an index in a list, and fills the `{}` in order; `{layer}` says that our parameters carry all layers
+stacked along a leading axis. The entry with the longest matching path counts, and what follows it in
+the path is the same in both. Layouts follow from the parameter: `kernel` is transposed (linear) or turned from
+HWIO to OIHW (convolution) and called `weight` there, as is `scale`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx, traverse_util
+
+from jaxdiff.errors import UserError
+
+Path = tuple[str | int, ...]
+
+_LEAVES = {"kernel": "weight", "scale": "weight"}
+
+_SHOWN = 5  # names in an error message
+
+
+class _Tensor(NamedTuple):
+    """One parameter of ours and where it lies there; `depth` is None unless layers are stacked."""
+
+    name: str
+    is_kernel: bool
+    depth: int | None
+
+    def names(self) -> list[str]:
+        return [self.name.format(layer=layer) for layer in range(self.depth or 1)]
+
+    def to_torch(self, value: np.ndarray) -> np.ndarray:
+        """One layer, in PyTorch's layout: [out, in] or [out, in, height, width]."""
+        if not self.is_kernel:
+            return value
+        return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+    def from_torch(self, value: np.ndarray) -> np.ndarray:
+        if not self.is_kernel:
+            return value
+        return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def abstract_params(network: Callable[..., nnx.Module], config: Any) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters of `network(config)`, as a nested dict."""
+    model = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def _locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> _Tensor:
+    pieces = ["*" if isinstance(piece, int) else piece for piece in path]
+    indices = [piece for piece in path if isinstance(piece, int)]
+    for end in range(len(path), 0, -1):
+        theirs = names.get(".".join(pieces[:end]))
+        if theirs is None:
+            continue
+        rest = [str(piece) for piece in path[end:]]
+        if rest:
+            rest[-1] = _LEAVES.get(rest[-1], rest[-1])
+        name = ".".join([theirs.format(*indices, layer="{layer}"), *rest])
+        return _Tensor(name, path[-1] == "kernel", shape[0] if "{layer}" in theirs else None)
+    raise KeyError(f"the table of names has no entry for {'.'.join(map(str, path))}")
+
+
+def _raise_if_any(what: str, names: list[str], advice: str):
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        listed = ", ".join(sorted(names)[:_SHOWN])
+        raise UserError(f"checkpoint: {what}: {listed}{more}; {advice}.")
+
+
+def from_torch_names(
+    tensors: Mapping[str, np.ndarray], names: Mapping[str, str], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Our parameters from a checkpoint's tensors, each in its own dtype.
+
+    Args:
+      tensors: of the checkpoint, by name.
+      names: the table.
+      params: nested dict of what the network has; only the shapes are read, so abstract will do.
+
+    Returns:
+      A nested dict of numpy arrays, of the structure of `params`, for `nnx.merge` or `nnx.update`.
+
+    Raises:
+      UserError: tensors are missing, unexpected or of another shape; it names them.
+    """
+    advice = "check that the config is the one that belongs to this checkpoint"
+    flat = traverse_util.flatten_dict(params)
+    located = {path: _locate(path, value.shape, names) for path, value in flat.items()}
+    wanted = {name for tensor in located.values() for name in tensor.names()}
+    _raise_if_any("missing tensors", list(wanted - set(tensors)), advice)
+    _raise_if_any("unexpected tensors", list(set(tensors) - wanted), advice)
+
+    misshapen, ours = [], {}
+    for path, tensor in located.items():
+        shape = flat[path].shape if tensor.depth is None else flat[path].shape[1:]
+        layers = [tensor.from_torch(np.asarray(tensors[name])) for name in tensor.names()]
+        for name, layer in zip(tensor.names(), layers, strict=True):
+            if layer.shape != shape:
+                expected = tensor.to_torch(np.empty(shape)).shape
+                misshapen.append(f"{name} is {tensors[name].shape}, expected {expected}")
+        if not misshapen:
+            ours[path] = layers[0] if tensor.depth is None else np.stack(layers)
+    _raise_if_any("tensors of another shape", misshapen, advice)
+    return traverse_util.unflatten_dict(ours)
+
+
+def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
+    tensors = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        tensor = _locate(path, value.shape, names)
+        layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
+        for name, layer in zip(tensor.names(), layers, strict=True):
+            tensors[name] = np.asarray(tensor.to_torch(layer), order="C")
+    return tensors

@@ -1,0 +1,90 @@
+"""The same random weights, saved by diffusers and read by jaxdiff, give the same z and images."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import jax.numpy as jnp
+from diffusers import AutoencoderKL
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.pretrained import autoencoder as autoencoder_names
+
+pytestmark = pytest.mark.parity
+
+# Named as in diffusers' config.json: like SD 1.x and XL; like SD 3 and FLUX; and one of another shape.
+VARIANTS = {
+    "sd": {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 4},
+    "sd3": {
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "norm_num_groups": 8,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "no attention": {
+        "block_out_channels": (8,),
+        "layers_per_block": 3,
+        "latent_channels": 3,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+}
+
+
+def torch_autoencoder(variant) -> AutoencoderKL:
+    levels = len(variant["block_out_channels"])
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **variant,
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def as_nhwc(x) -> np.ndarray:
+    return x.numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_moments_and_images(name, tmp_path):
+    config = AutoencoderConfig(**VARIANTS[name])
+    theirs = torch_autoencoder(VARIANTS[name])
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    ours = Autoencoder(config, rngs=nnx.Rngs(0))
+    nnx.update(ours, autoencoder_names.from_torch_names(tensors, config))
+
+    draw = np.random.default_rng(0)
+    images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    side = config.downsampling
+    z = draw.normal(size=(2, 16 // side, 24 // side, config.latent_channels)).astype(np.float32)
+    with torch.no_grad():
+        moments = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
+        decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
+
+    gaussian = ours.encode(jnp.asarray(images))
+    np.testing.assert_allclose(gaussian.mean, as_nhwc(moments.mean), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(gaussian.logvar, as_nhwc(moments.logvar), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(gaussian.kl(), moments.kl().numpy(), rtol=1e-4)
+    np.testing.assert_allclose(ours.decode(jnp.asarray(z)), as_nhwc(decoded), rtol=0, atol=1e-4)
+
+
+def test_our_tensors_load_into_diffusers():
+    config = AutoencoderConfig(**VARIANTS["sd"])
+    ours = Autoencoder(config, rngs=nnx.Rngs(3))
+    tensors = autoencoder_names.to_torch_names(nnx.to_pure_dict(nnx.state(ours)))
+    theirs = torch_autoencoder(VARIANTS["sd"])
+    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+    z = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    with torch.no_grad():
+        decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
+    np.testing.assert_allclose(ours.decode(jnp.asarray(z)), as_nhwc(decoded), rtol=0, atol=1e-4)
