@@ -1,0 +1,61 @@
+"""Text to images of fruit and vegetables: the default recipe."""
+
+from jaxdiff.config import Config, TokenizerConfig, TrainConfig
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
+from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.dit import DiTConfig
+from jaxdiff.sampling.guidance import StaticThreshold
+from jaxdiff.sampling.settings import SamplingConfig
+from jaxdiff.training.diffusion import DiffusionTask, TextTower
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
+
+PROMPTS = (
+    "a small green pea",
+    "a large ripe tomato with a stem",
+    "a large blue banana on the left",
+    "three small yellow lemons",
+    "a purple pepper without a stem",
+    "a banana left of a red tomato",
+    "a small orange carrot above a purple aubergine",
+    "a large red strawberry in the middle",
+)
+
+
+def get_config() -> Config:
+    """A JiT of 16 tokens on pixels, predicting x0 with the loss on velocity."""
+    return Config(
+        name="produce",
+        task=DiffusionTask(
+            denoiser=DiTConfig(
+                patch_size=16, width=256, depth=6, heads=4, text_width=128, pooled_width=128
+            ),
+            text=TextTower(
+                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4)
+            ),
+            objective=Objective(
+                prediction="x0",
+                loss_on="velocity",
+                schedule=RectifiedFlow(),
+                times=LogitNormal(mean=1.3, std=1.5),
+                floor=0.2,
+            ),
+        ),
+        data=DataConfig(source=Produce(length=10_000_000), transforms=Transforms(size=64)),
+        tokenizer=TokenizerConfig(vocab_size=1024, length=24, records=2000),
+        optimizer=AdamW(
+            learning_rate=1e-3,
+            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
+        ),
+        ema=Ema(decay=0.998),
+        train=TrainConfig(steps=2500, batch_size=16, checkpoint_every=500, log_every=50),
+        sampling=SamplingConfig(
+            grid=TimeGrid(shift=6.0), threshold=StaticThreshold(), prompts=PROMPTS
+        ),
+        eval_samples=200,
+    )

@@ -1,0 +1,213 @@
+"""Floating-point operations of the models, counted on paper, and what devices can do at most.
+
+Only matrix products and convolutions count, a multiplication with its addition as two:
+
+  linear layer   2 n d_in d_out                for n tokens
+  attention      4 n m d                       n queries, m keys, width d: q k^T and the sum over v
+  convolution    2 k^2 c_in c_out h_out w_out  a kernel of k x k, its padding included
+
+These are model FLOPs (Chowdhery et al. 2022, appendix B): what the mathematics needs, whatever the
+program does. A causal mask saves nothing, rematerialization adds nothing, and what is linear in the
+activations (norms, nonlinearities, embeddings) is left out. XLA's `cost_analysis` cannot stand in
+for them: it counts the body of a scan once, however many blocks run through it.
+
+All figures are for one image or one prompt; multiply by the batch.
+"""
+
+import functools
+import time
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
+from jaxdiff.models.dit import DiTConfig
+
+
+def training_flops(forward: float) -> float:
+    """Of a training step: three times the forward pass.
+
+    The backward pass has two products for each of the forward pass, one for the gradient of the
+    activations and one for that of the weights. A frozen model costs its forward pass alone.
+    """
+    return 3 * forward
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> float:
+    return 2.0 * tokens * inputs * outputs
+
+
+def _attention(queries: int, keys: int, width: int) -> float:
+    return 4.0 * queries * keys * width
+
+
+def _conv(side: int, inputs: int, outputs: int, area: int) -> float:
+    """`area` is that of the output, in pixels."""
+    return 2.0 * side**2 * inputs * outputs * area
+
+
+def dit_flops(config: DiTConfig, *, height: int, width: int, text_length: int) -> float:
+    """Of one evaluation of a DiT.
+
+    Args:
+      config: of the DiT.
+      height: of the image or the latents, in pixels of that.
+      width: likewise.
+      text_length: tokens of the prompt, padding included.
+    """
+    d, hidden = config.width, config.hidden
+    patch = config.patch_size**2 * config.channels
+    n = height // config.patch_size * (width // config.patch_size)
+    joint = config.text == "joint"
+    length = n + text_length if joint else n
+
+    block = _linear(1, d, 6 * d)  # modulation
+    block += _linear(length, d, 4 * d) + _attention(length, length, d)
+    block += _linear(length, d, 3 * hidden)  # SwiGLU
+    if not joint:  # q and out on the image, k and v on the text
+        block += _linear(n, d, 2 * d) + _linear(text_length, config.text_width, 2 * d)
+        block += _attention(n, text_length, d)
+
+    if config.bottleneck is None:
+        ends = _linear(n, patch, d)
+    else:
+        ends = _linear(n, patch, config.bottleneck) + _linear(n, config.bottleneck, d)
+    ends += _linear(1, d, 2 * d) + _linear(1, config.pooled_width, d)  # time, pooled text
+    ends += _linear(1, d, 2 * d) + _linear(n, d, patch)  # final modulation and layer
+    if joint:
+        ends += _linear(text_length, config.text_width, d)
+    return config.depth * block + ends
+
+
+def _clip_tower(config: ClipTextConfig | ClipVisionConfig, tokens: int) -> float:
+    """Blocks, and the projection of the one pooled token."""
+    d, hidden = config.width, round(config.width * config.mlp_ratio)
+    block = _linear(tokens, d, 4 * d) + _attention(tokens, tokens, d)
+    block += _linear(tokens, d, 2 * hidden)
+    return config.depth * block + _linear(1, d, config.projection_dim or 0)
+
+
+def clip_text_flops(config: ClipTextConfig) -> float:
+    """Of encoding one prompt of `config.length` tokens, padding included."""
+    return _clip_tower(config, config.length)
+
+
+def clip_vision_flops(config: ClipVisionConfig) -> float:
+    """Of encoding one image of `config.image_size`."""
+    patches = (config.image_size // config.patch_size) ** 2
+    embedding = _conv(config.patch_size, 3, config.width, patches)
+    return embedding + _clip_tower(config, patches + 1)
+
+
+def _residual_block(inputs: int, outputs: int, area: int) -> float:
+    shortcut = 0.0 if inputs == outputs else _conv(1, inputs, outputs, area)
+    return _conv(3, inputs, outputs, area) + _conv(3, outputs, outputs, area) + shortcut
+
+
+def _middle(config: AutoencoderConfig, area: int) -> float:
+    width = config.block_out_channels[-1]
+    total = 2 * _residual_block(width, width, area)
+    if config.mid_block_add_attention:
+        total += _linear(area, width, 4 * width) + _attention(area, area, width)
+    return total
+
+
+def encode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float:
+    """Of encoding one image of this size, in pixels, to the moments of z."""
+    widths, area, moments = config.block_out_channels, height * width, 2 * config.latent_channels
+    total = _conv(3, config.image_channels, widths[0], area)
+    for i, outputs in enumerate(widths):
+        total += _residual_block(widths[max(i - 1, 0)], outputs, area)
+        total += (config.layers_per_block - 1) * _residual_block(outputs, outputs, area)
+        if i + 1 < len(widths):
+            area //= 4
+            total += _conv(3, outputs, outputs, area)
+    total += _middle(config, area) + _conv(3, widths[-1], moments, area)
+    return total + (_conv(1, moments, moments, area) if config.use_quant_conv else 0.0)
+
+
+def decode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float:
+    """Of decoding z to one image of this size, in pixels."""
+    widths, z = config.block_out_channels[::-1], config.latent_channels
+    area = height * width // config.downsampling**2
+    total = _conv(1, z, z, area) if config.use_post_quant_conv else 0.0
+    total += _conv(3, z, widths[0], area) + _middle(config, area)
+    for i, outputs in enumerate(widths):
+        total += _residual_block(widths[max(i - 1, 0)], outputs, area)
+        total += config.layers_per_block * _residual_block(outputs, outputs, area)
+        if i + 1 < len(widths):
+            area *= 4
+            total += _conv(3, outputs, outputs, area)
+    return total + _conv(3, widths[-1], config.image_channels, area)
+
+
+# Dense bf16 FLOP/s of one JAX device, by the start of its `device_kind`; the first that fits
+# counts. From the makers' data sheets. A device is one core of two on TPU v2, v3 and 7x, and the
+# chip on all others. What has no bf16 units (V100, T4) is left out.
+_PEAKS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4 lite": 138e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What tells devices apart: a `jax.Device`, or one of a topology that is compiled for."""
+
+    @property
+    def platform(self) -> str:
+        """Such as "cpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The maker's name for it."""
+        ...
+
+
+def peak_flops(device: Device) -> float | None:
+    """The most FLOP/s that one device can do, to divide by for model FLOP utilisation.
+
+    For accelerators the data sheet's dense bf16 figure; None for one that is not in the table. A
+    CPU has no such figure: for it the best of three float32 products of 2048 x 2048 matrices is
+    measured at the first call in a process (about a second), and shared out among its devices.
+    What else runs on the machine at that time lowers it.
+    """
+    if device.platform == "cpu":
+        return _measured_cpu_flops() / jax.local_device_count("cpu")
+    kind = device.device_kind
+    return next((peak for start, peak in _PEAKS.items() if kind.startswith(start)), None)
+
+
+@functools.cache
+def _measured_cpu_flops() -> float:
+    size = 2048
+    product = jax.jit(jnp.dot)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        x = jnp.ones((size, size), jnp.float32)
+        product(x, x).block_until_ready()  # compiles
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            return time.perf_counter() - start
+
+        return _linear(size, size, size) / min(seconds() for _ in range(3))

@@ -1,0 +1,33 @@
+"""Model FLOPs of training, for each thing that can be trained."""
+
+from jaxdiff.benchmark.flops import (
+    clip_text_flops,
+    clip_vision_flops,
+    decode_flops,
+    dit_flops,
+    encode_flops,
+)
+from jaxdiff.benchmark.flops import training_flops as three_passes
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import DiffusionTask
+
+
+def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) -> float:
+    """Of one image of side `size` in a training step: frozen parts only run forward."""
+    if isinstance(task, ClipTask):
+        return three_passes(clip_text_flops(task.model.text) + clip_vision_flops(task.model.vision))
+    if isinstance(task, AutoencoderTask):
+        sides = {"height": size, "width": size}
+        total = encode_flops(task.model, **sides) + decode_flops(task.model, **sides)
+        seen = 2 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
+        return three_passes(total) + seen
+    height, width, _ = task.shape(size, size)
+    denoiser = dit_flops(
+        task.denoiser, height=height, width=width, text_length=task.text.model.length
+    )
+    text = clip_text_flops(task.text.model)
+    total = three_passes(denoiser) + (text if task.text.pretrained else three_passes(text))
+    if task.latents:
+        total += encode_flops(task.latents.model, height=size, width=size)
+    return total

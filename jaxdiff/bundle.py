@@ -1,0 +1,184 @@
+"""A trained model as a folder: what is loaded to sample, and what ships with the package.
+
+    config.json         the recipe
+    tokenizer.json      where the model reads text
+    model.safetensors   params.* of what was trained, frozen.* of the parts it was trained with
+
+A run's folder has the first two as well, its weights in `checkpoints/`, and `frozen.safetensors` where
+it was trained with frozen parts: these are stored once, not in every checkpoint.
+"""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import PyTree
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from jaxdiff.config import Config, from_json, to_json
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
+from jaxdiff.training.checkpoint import load_params
+from jaxdiff.training.task import Task
+
+CONFIG, MODEL, FROZEN, CHECKPOINTS = (
+    "config.json",
+    "model.safetensors",
+    "frozen.safetensors",
+    "checkpoints",
+)
+
+
+class Bundle(NamedTuple):
+    """A trained model: its recipe, its weights (of a run, their moving average), its tokenizer."""
+
+    config: Config
+    params: PyTree
+    frozen: PyTree
+    tokenizer: Tokenizer | None
+
+
+def read_config(folder: str | epath.Path) -> Config:
+    """The recipe in a run's or a bundle's folder.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = epath.Path(folder) / CONFIG
+    try:
+        return from_json(Config, json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no model: expected {CONFIG} in it, as the folder of a run or an "
+            "exported model has; check the path."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it.") from error
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".partial-{path.name}"
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def write_config(folder: str | epath.Path, config: Config) -> None:
+    """Writes the recipe into a run's or a bundle's folder."""
+    text = json.dumps(to_json(config), indent=2) + "\n"
+    write_whole(epath.Path(folder) / CONFIG, text.encode())
+
+
+def write_weights(path: epath.Path, dtype: str = "float32", **trees: PyTree) -> None:
+    """Trees of arrays in one safetensors file, as `tree.path.to.leaf`, floats cast to `dtype`."""
+    flat = {}
+    for name, tree in trees.items():
+        for key, leaf in nnx.traversals.flatten_mapping(tree, sep=".").items():
+            value = np.asarray(jax.device_get(leaf))
+            flat[f"{name}.{key}"] = np.ascontiguousarray(
+                value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
+            )
+    write_whole(path, save(flat))
+
+
+def read_weights(path: epath.Path) -> dict[str, PyTree]:
+    """The trees of `write_weights`, floats as float32."""
+    try:
+        flat = load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; copy the whole folder of the model.") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); copy it anew.") from error
+    halves = (np.float16, ml_dtypes.bfloat16)
+    widened = {k: v.astype(np.float32) if v.dtype in halves else v for k, v in flat.items()}
+    return nnx.traversals.unflatten_mapping(
+        {tuple(key.split(".")): value for key, value in widened.items()}
+    )
+
+
+def write_bundle(folder: str | epath.Path, bundle: Bundle, dtype: str = "bfloat16") -> None:
+    """Writes a model's folder, its recipe last: a folder with a recipe is whole."""
+    folder = epath.Path(folder)
+    write_weights(folder / MODEL, dtype, params=bundle.params, frozen=bundle.frozen)
+    if bundle.tokenizer is not None:
+        bundle.tokenizer.save(str(folder))
+    write_config(folder, bundle.config)
+
+
+def read_bundle(folder: str | epath.Path) -> Bundle:
+    """A trained model from a bundle's folder, or from a run's: its newest checkpoint's average.
+
+    Raises:
+      UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
+    """
+    folder = epath.Path(folder)
+    config = read_config(folder)
+    abstract = abstract_params(config.task)
+    if (folder / MODEL).exists():
+        trees = read_weights(folder / MODEL)
+        params, frozen = trees.get("params", {}), trees.get("frozen", {})
+    else:
+        params, _ = load_params(folder / CHECKPOINTS, abstract)
+        frozen = read_weights(folder / FROZEN) if (folder / FROZEN).exists() else {}
+    check_fit(params, abstract, str(folder))
+    has_text = (folder / "tokenizer.json").exists()
+    tokenizer = Tokenizer.load(str(folder)) if has_text else None
+    return Bundle(config, params, frozen, tokenizer)
+
+
+def read_frozen(task: Task) -> PyTree:
+    """The weights of a task's frozen parts, each from the folder that its recipe names.
+
+    Raises:
+      UserError: a folder holds no such part, or one of another size.
+    """
+    parts = {}
+    for name, part in task.frozen().items():
+        params: Any = read_bundle(part.folder).params
+        for key in part.part:
+            if key not in params:
+                raise UserError(f"The model in {part.folder} has no part {key!r} to serve as {name}.")
+            params = params[key]
+        abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(part.build))[1])
+        check_fit(params, abstract, part.folder)
+        parts[name] = params
+    return parts
+
+
+def abstract_params(task: Task) -> PyTree:
+    """Shapes and types of what a task trains, with nothing allocated."""
+    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[1])
+
+
+def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:
+    """Raises `UserError` naming the first weights that are missing, unexpected or of another shape."""
+    have = nnx.traversals.flatten_mapping(params, sep=".")
+    want = nnx.traversals.flatten_mapping(abstract, sep=".")
+    wrong = [f"{k} is missing" for k in want if k not in have]
+    wrong += [f"{k} is not expected" for k in have if k not in want]
+    wrong += [
+        f"{k} is of shape {have[k].shape}, not {want[k].shape}"
+        for k in want
+        if k in have and tuple(have[k].shape) != tuple(want[k].shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"The weights in {folder} are not those of its recipe: {'; '.join(wrong[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''}; was config.json changed?"
+        )
+
+
+def weights_fingerprint(params: PyTree) -> str:
+    """SHA-256, in hex, over names and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for key, leaf in sorted(nnx.traversals.flatten_mapping(params, sep=".").items()):
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""The recipe of a run: frozen dataclasses, as JSON and back, and the differences of two of them.
+
+Every value in a recipe is a typed object. JSON holds {"type": class name, ...} where a field may be
+one of several classes; the field's own annotation says which, so nothing is looked up by name
+anywhere else.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.errors import UserError
+from jaxdiff.parallel.mesh import MeshConfig
+from jaxdiff.sampling.settings import SamplingConfig
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.step import ComputeType
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """CLIP's tokenizer, read from a folder or trained on the captions.
+
+    Attributes:
+      path: a Hugging Face tokenizer folder; None trains one on the run's own captions.
+      vocab_size: of a trained one, at most.
+      length: tokens of a prompt, start and end included; longer prompts are truncated.
+      records: how many records a trained one reads its captions from.
+    """
+
+    path: str | None = None
+    vocab_size: int = 1024
+    length: int = 32
+    records: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at a time, and how often what is written.
+
+    Attributes:
+      steps: of the run.
+      batch_size: images of one step, over all devices and micro-batches.
+      accumulate: micro-batches that a step's batch is split into, one after the other.
+      compute: type of activations and products; parameters stay float32.
+      seed: of initialisation, data order and noise.
+      log_every: steps from one line of metrics to the next.
+      checkpoint_every: steps from one checkpoint to the next; the last step always has one.
+      keep: newest checkpoints that are kept.
+      sample_every: steps from one grid of samples to the next; 0 for none but the last.
+      max_nonfinite: updates skipped in a row, for a loss or gradient that is not finite, after which
+        the run stops.
+      wandb: also log to Weights & Biases.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    accumulate: int = 1
+    compute: ComputeType = "float32"
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 2
+    sample_every: int = 0
+    max_nonfinite: int = 20
+    wandb: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)}: expected a positive number."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A recipe: what is trained, on what, how, on which mesh, and how it is then looked at.
+
+    Attributes:
+      name: of the run; its folder is `runs/NAME` unless told otherwise.
+      eval_samples: prompts of each kind that the trained model is scored on at the end; 0 for none.
+    """
+
+    name: str
+    task: DiffusionTask | AutoencoderTask | ClipTask
+    data: DataConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: AdamW = field(default_factory=AdamW)
+    ema: Ema = field(default_factory=Ema)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    eval_samples: int = 0
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses as dicts that say their type; tuples as lists; everything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(annotation: Any, data: Any, path: str = "config") -> Any:
+    """The value that `to_json` wrote, given the type that is expected there.
+
+    Raises:
+      UserError: for a type or a key that is not expected, naming the nearest that is.
+    """
+    candidates = _members(annotation)
+    if isinstance(data, dict) and "type" in data:
+        classes = {c.__name__: c for c in candidates if dataclasses.is_dataclass(c)}
+        if data["type"] not in classes:
+            raise UserError(
+                f"{path} is of type {data['type']}: expected {' or '.join(classes)}; the file was "
+                "written by another version of jaxdiff or edited by hand."
+            )
+        cls = classes[data["type"]]
+        hints = typing.get_type_hints(cls)
+        known = [f.name for f in dataclasses.fields(cls)]
+        values = {}
+        for name, value in data.items():
+            if name == "type":
+                continue
+            if name not in known:
+                raise unknown_key(f"{path}.{name}", [f"{path}.{k}" for k in known])
+            values[name] = from_json(hints[name], value, f"{path}.{name}")
+        return cls(**values)
+    if isinstance(data, list):
+        for candidate in candidates:
+            if typing.get_origin(candidate) is tuple:
+                inner = typing.get_args(candidate)
+                kinds = [inner[0]] * len(data) if inner[-1:] == (Ellipsis,) else inner
+                pairs = zip(kinds, data, strict=True)
+                return tuple(from_json(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(pairs))
+    if isinstance(data, int) and not isinstance(data, bool) and candidates == [float]:
+        return float(data)
+    return data
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The classes that a field may hold: of a union its members, else itself."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [m for a in typing.get_args(annotation) for m in _members(a)]
+    return [annotation]
+
+
+def unknown_key(key: str, known: list[str]) -> UserError:
+    """The error for a key that no recipe has, with the nearest one that it has."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(known)}."
+    return UserError(f"{key} is not a key of this recipe: {hint}")
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """`{"train.steps": 10, ...}` of what `to_json` returned."""
+    if isinstance(value, dict):
+        flat: dict[str, Any] = {}
+        for name, inner in value.items():
+            flat |= flatten(inner, f"{path}.{name}" if path else name)
+        return flat
+    return {path: value}
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """`key: ours, theirs` for each key in which two recipes differ."""
+    a, b = flatten(to_json(ours)), flatten(to_json(theirs))
+    missing: Literal["(none)"] = "(none)"
+    keys = list(dict.fromkeys([*a, *b]))
+    return [
+        f"{key} is {a.get(key, missing)!r} here and {b.get(key, missing)!r} there"
+        for key in keys
+        if a.get(key, missing) != b.get(key, missing)
+    ]

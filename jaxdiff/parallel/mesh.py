@@ -1,0 +1,75 @@
+"""The mesh of devices: data parallel, fully sharded and tensor parallel axes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxdiff.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+"""A batch is split over these axes; `tensor` devices see the same images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis has; one of them may be -1: all that remain.
+
+    Attributes:
+      data: copies of the model, each on its share of the batch.
+      fsdp: devices that share the batch and the parameters, which are gathered layer by layer
+        (Zhao et al. 2023).
+      tensor: devices that share each matrix product (Shoeybi et al. 2019).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices`, all of them by default.
+
+    Raises:
+      UserError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(
+            f"mesh {asked}: each axis takes a positive number of devices, and at most one of them "
+            "-1 for all that remain."
+        )
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh {asked} does not fit the {len(devices)} devices here: the sizes must multiply "
+            "to their number; change mesh.data, mesh.fsdp or mesh.tensor."
+        )
+    if isinstance(devices[0], jax.Device) and devices == jax.devices():
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays whose first axis is the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
+    """Raises `UserError` unless every device gets the same number of images in every micro-batch."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    if batch_size % parts:
+        raise UserError(
+            f"train.batch_size {batch_size} does not divide into {parts} equal parts "
+            f"({mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp devices x {accumulate} "
+            f"micro-batches); choose a multiple of {parts}."
+        )

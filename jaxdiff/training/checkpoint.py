@@ -1,0 +1,262 @@
+"""Checkpoints of a run: written while it goes on, and checked byte by byte before they are used.
+
+Orbax writes and reads the arrays; `checkpoint_folder` says what a complete checkpoint is on disk.
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from jaxdiff.errors import UserError
+from jaxdiff.training import checkpoint_folder
+from jaxdiff.training.state import TrainState
+
+# Of a state, what Orbax keeps together as "training"; params and ema can be read without it.
+TRAINING = ("step", "key", "opt_state", "task_state", "nonfinite")
+DISK_FULL = re.compile("No space left|Disk quota exceeded")
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `folder`, of which the newest `keep` stay.
+
+    Every process of a multi-host run makes one and calls it alike; process 0 does what is to be
+    done once. `folder` may be local or `gs://`, and is made when first needed. `report` gets one
+    sentence for each damaged checkpoint that is passed over.
+
+    Raises `UserError` if `keep` is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int = 3,
+        report: checkpoint_folder.Report | None = None,
+    ):
+        if keep < 1:
+            raise UserError(f"{keep} checkpoints cannot be kept: expected at least 1.")
+        self._folder = checkpoint_folder.absolute(folder)
+        self._keep = keep
+        self._report = report or logging.getLogger(__name__).warning
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._newest: int | None = None  # step known to be complete on disk
+        logging.getLogger("absl").addFilter(_not_orbax_traceback)
+
+    def save(self, state: TrainState, data_state: Any) -> None:
+        """Starts to save `state`, and `data_state`, this host's JSON-able place in the data.
+
+        Returns once all arrays are copied to the host, so that `state` may be donated; the writing
+        goes on in the background. Waits for a save still in flight and raises its error. Does
+        nothing if the step is the one saved or restored last.
+        """
+        self.wait()
+        step = int(state.step)
+        if step == self._newest:
+            return
+        if jax.process_index() == 0:
+            checkpoint_folder.clean(self._folder)
+        parts = _parts(state)
+        files = {
+            checkpoint_folder.ARRAYS: json.dumps(_describe(parts), indent=0),
+            checkpoint_folder.DATA: "[%s]" % ",\n".join(_gather(json.dumps(data_state))),
+        }
+        try:
+            writing = ocp.save_checkpointables_async(
+                checkpoint_folder.unfinished(self._folder, step),
+                parts,
+                overwrite=True,
+            )
+        except (OSError, ValueError) as error:
+            self._fail(step, error)
+        else:
+            self._pending = self._thread.submit(
+                self._finish, writing.result, step, _describe(parts)
+            )
+
+    def wait(self) -> None:
+        """Returns when all is on disk.
+
+        Raises `UserError` if it could not be written, as on a full disk. The part that was written
+        is removed; the checkpoints before it are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, its files not checked; None if there is none."""
+        return max(checkpoint_folder.steps(self._folder), default=None)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Any] | None:
+        """The newest undamaged checkpoint's state and this host's place in the data.
+
+        `abstract` holds a `jax.ShapeDtypeStruct` per array. Each device reads just what the
+        struct's sharding gives it, whatever the mesh was that saved (no sharding: the first
+        device). Returns None only if the folder holds no checkpoint at all.
+
+        Raises `UserError` if none is undamaged, if the arrays are not those of `abstract`, or if
+        the number of hosts is another.
+        """
+        self.wait()
+        step = checkpoint_folder.newest_undamaged(self._folder, self._report)
+        if step is None:
+            return None
+        path, parts = self._folder / str(step), _parts(abstract)
+        _check_fit(path, parts)
+        places = json.loads((path / checkpoint_folder.DATA).read_text())
+        if len(places) != jax.process_count():
+            raise UserError(
+                f"{path} was saved by {len(places)} hosts, and the place in the data is kept for "
+                f"each, but there are {jax.process_count()}: resume on as many as saved it."
+            )
+        loaded = ocp.load_checkpointables(path, _placed(parts))
+        self._newest = step
+        state = TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
+        return state, places[jax.process_index()]
+
+    def close(self) -> None:
+        """As `wait`, and ends the thread that writes."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if exception is None:
+                raise
+            self._report(str(error))  # what ended the block is the greater news
+
+    def _finish(self, written: Callable[[], None], step: int, files: dict[str, str]) -> None:
+        """Completes a save, in the background, once `written` returns."""
+        try:
+            written()
+            if jax.process_index() == 0:
+                checkpoint_folder.complete(self._folder, step, files)
+        except (OSError, ValueError) as error:
+            self._fail(step, error)
+        self._newest = step
+        if jax.process_index() == 0:
+            self._retire(step)
+
+    def _retire(self, step: int) -> None:
+        """Removes the checkpoints that retention gives up now that `step` is complete."""
+        # Newer steps are damaged, or this one would not have followed: they count for nothing.
+        steps = [old for old in checkpoint_folder.steps(self._folder) if old <= step]
+        try:
+            for old in steps[: -self._keep]:
+                checkpoint_folder.remove(self._folder / str(old))
+        except OSError as error:  # no reason to end a run
+            self._report(f"The checkpoint of step {old} could not be removed: {error}.")
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Raises `error`, as a `UserError` if writing failed, and removes what was written."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the next save tries again
+                checkpoint_folder.clean(self._folder)
+        # The C++ that writes arrays raises ValueError, its status code in front.
+        if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
+            raise error
+        full = "the disk is full" if DISK_FULL.search(str(error)) else str(error)
+        latest = self.latest_step()
+        kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
+        raise UserError(
+            f"The checkpoint of step {step} could not be written to {self._folder}: {full}; "
+            f"{kept}. Make room or write access there and run the same command again."
+        ) from error
+
+
+def load_params(
+    folder: epath.PathLike,
+    abstract_params: PyTree,
+    which: Literal["ema", "params"] = "ema",
+    *,
+    report: checkpoint_folder.Report | None = None,
+) -> tuple[PyTree, int]:
+    """The parameters, or their average, of the newest checkpoint in `folder`, and its step.
+
+    Reads and checks nothing else of it. `abstract_params` is as in `Checkpoints.restore`.
+
+    Raises `UserError` if there is no checkpoint, none is undamaged, or it is of another model.
+    """
+    path = checkpoint_folder.absolute(folder)
+    step = checkpoint_folder.newest_undamaged(
+        path, report or logging.getLogger(__name__).warning, which
+    )
+    if step is None:
+        raise UserError(f"There is no checkpoint in {path}: expected the folder of a trained run.")
+    _check_fit(path / str(step), {which: abstract_params})
+    loaded = ocp.load_checkpointables(path / str(step), _placed({which: abstract_params}))
+    return loaded[which], step
+
+
+def _gather(text: str) -> list[str]:
+    """Every host's `text`, ASCII, on each host; shorter ones end in spaces."""
+    data = np.frombuffer(text.encode("ascii"), np.uint8)
+    longest = np.max(multihost_utils.process_allgather(np.int32(data.size)))
+    padded = np.pad(data, (0, int(longest) - data.size), constant_values=ord(" "))
+    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
+    return [row.tobytes().decode("ascii") for row in rows]
+
+
+def _parts(state: TrainState) -> dict[str, PyTree]:
+    """The state as Orbax keeps it: each part can be read alone."""
+    training = {name: getattr(state, name) for name in TRAINING}
+    return {"params": state.params, "ema": state.ema, "training": training}
+
+
+def _placed(parts: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The same with a sharding for each leaf; else Orbax takes that saved, if the devices exist."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or first
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, parts)
+
+
+def _describe(parts: dict[str, PyTree]) -> dict[str, str]:
+    """Type and shape of every array, by its path: {"params/blocks/kernel": "float32[64, 64]"}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts)
+    }
+
+
+def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
+    """Raises `UserError` unless the arrays saved under `path` are those of `parts`."""
+    wanted = _describe(parts)
+    saved = json.loads((path / checkpoint_folder.ARRAYS).read_text())
+    saved = {name: array for name, array in saved.items() if name.split("/")[0] in parts}
+    if differing := sorted(k for k in saved.keys() | wanted if saved.get(k) != wanted.get(k)):
+        shown = "; ".join(
+            f"{k} is {saved.get(k, 'absent')}, expected {wanted.get(k, 'none')}"
+            for k in differing[:3]
+        )
+        raise UserError(
+            f"{path} is a checkpoint of another model: {len(differing)} arrays differ ({shown}). "
+            "Use the recipe that it was trained with, or another folder."
+        )
+
+
+def _not_orbax_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of every thread that a failed write passes through; we raise it."""
+    return not (record.exc_info and "orbax" in record.pathname)

@@ -1,0 +1,169 @@
+"""Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jaxdiff.diffusion.curriculum import CurriculumState, NoiseCurriculum
+from jaxdiff.diffusion.losses import Objective, loss_by_level
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import ClipText, ClipTextConfig
+from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.layers import TextFeatures, merge
+from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTower:
+    """The text encoder: trained along with the denoiser, or taken from a trained CLIP.
+
+    Attributes:
+      model: its size.
+      pretrained: folder of a run or bundle whose text tower is used as it is; None trains one.
+    """
+
+    model: ClipTextConfig
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """The latent space of a trained autoencoder.
+
+    Attributes:
+      model: the autoencoder.
+      pretrained: folder of the run or bundle that holds it.
+    """
+
+    model: AutoencoderConfig
+    pretrained: str
+
+
+class TextToImage(nnx.Module):
+    """What is trained: the denoiser, and the text encoder unless that is a frozen one."""
+
+    def __init__(self, denoiser: DiTConfig, text: ClipTextConfig | None, *, rngs: nnx.Rngs):
+        if text is not None:
+            self.text = ClipText(text, rngs=rngs)
+        self.denoiser = DiT(denoiser, rngs=rngs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTask:
+    """Prediction of the noise, or of x0, v or velocity, given a prompt.
+
+    Attributes:
+      denoiser: the network.
+      text: the text encoder.
+      latents: the space that is modelled; None for pixels.
+      objective: what the network predicts, on which noise, and how errors count.
+      curriculum: little noise first; None draws all levels from the start.
+    """
+
+    denoiser: DiTConfig
+    text: TextTower
+    latents: Latents | None = None
+    objective: Objective
+    curriculum: NoiseCurriculum | None = None
+
+    def __post_init__(self):
+        text, denoiser = self.text.model, self.denoiser
+        widths = (text.width, text.projection_dim or text.width)
+        if widths != (denoiser.text_width, denoiser.pooled_width):
+            raise UserError(
+                f"The denoiser expects text of widths {denoiser.text_width} and "
+                f"{denoiser.pooled_width} (pooled) but the text encoder gives {widths[0]} and "
+                f"{widths[1]}; make denoiser.text_width and denoiser.pooled_width those."
+            )
+        channels = self.latents.model.latent_channels if self.latents else 3
+        if channels != denoiser.channels:
+            raise UserError(
+                f"The denoiser works on {denoiser.channels} channels but the images it is given "
+                f"have {channels}; set denoiser.channels to {channels}."
+            )
+
+    def build(self, rngs: nnx.Rngs) -> TextToImage:
+        """The module that is trained, freshly drawn."""
+        text = self.text.model if self.text.pretrained is None else None
+        return TextToImage(self.denoiser, text, rngs=rngs)
+
+    def frozen(self) -> dict[str, Frozen]:
+        """The parts taken from elsewhere: which folder, which of its parts, and what module."""
+        parts = {}
+        if self.latents is not None:
+            model = self.latents.model
+            parts["autoencoder"] = Frozen(
+                self.latents.pretrained, (), lambda: Autoencoder(model, rngs=nnx.Rngs(0))
+            )
+        if self.text.pretrained is not None:
+            config = self.text.model
+            parts["text"] = Frozen(
+                self.text.pretrained, ("text",), lambda: ClipText(config, rngs=nnx.Rngs(0))
+            )
+        return parts
+
+    def init_state(self) -> CurriculumState | tuple[()]:
+        """The curriculum at its first level."""
+        return self.curriculum.init() if self.curriculum else ()
+
+    def features(self, model: TextToImage, frozen: PyTree, ids: Int[Array, "b n"]) -> TextFeatures:
+        """What the denoiser is told of prompts given as token ids."""
+        if self.text.pretrained is None:
+            return model.text(ids)
+        return merge(self.frozen()["text"].build, frozen["text"])(ids)
+
+    def encode(
+        self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""]
+    ) -> Float[Array, "b i j c"]:
+        """Images in [-1, 1] to the space that is modelled."""
+        if self.latents is None:
+            return images
+        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
+        return autoencoder.to_latents(autoencoder.encode(images).sample(key))
+
+    def decode(
+        self, frozen: PyTree, x: Float[Array, "b i j c"]
+    ) -> Float[Array, "b h w 3"]:
+        """From the space that is modelled to images, about in [-1, 1]."""
+        if self.latents is None:
+            return x
+        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
+        return autoencoder.decode(autoencoder.from_latents(x))
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Height, width and channels of what is modelled for images of this size."""
+        factor = self.latents.model.downsampling if self.latents else 1
+        return height // factor, width // factor, self.denoiser.channels
+
+    def loss(
+        self,
+        model: TextToImage,
+        frozen: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        task_state: CurriculumState | tuple[()],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The objective's mean over the batch, and its sums by level of noise."""
+        encode_key, loss_key = jax.random.split(key)
+        text = self.features(model, frozen, batch["tokens"])
+        x0 = self.encode(frozen, from_uint8(batch["image"]), encode_key)
+        max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
+        result = self.objective.loss(
+            lambda x, t: model.denoiser(x, t, text), x0, loss_key, max_t
+        )
+        sums, counts = loss_by_level(result.loss, result.t)
+        loss = jnp.mean(result.loss)
+        metrics = {"loss": loss, "loss_by_level_sum": sums, "loss_by_level_count": counts}
+        if self.curriculum:
+            metrics["max_t"] = jnp.asarray(max_t)
+        return loss, metrics
+
+    def next_state(
+        self, task_state: CurriculumState | tuple[()], metrics: Metrics
+    ) -> CurriculumState | tuple[()]:
+        """The curriculum after this step's loss."""
+        return self.curriculum.update(task_state, metrics["loss"]) if self.curriculum else ()

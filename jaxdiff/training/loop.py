@@ -1,0 +1,316 @@
+"""The one training loop: a recipe and a folder in, a trained model in that folder out."""
+
+import functools
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jaxdiff.bundle import (
+    CHECKPOINTS,
+    FROZEN,
+    read_frozen,
+    read_weights,
+    write_weights,
+)
+from jaxdiff.benchmark.flops import peak_flops
+from jaxdiff.benchmark.task_flops import training_flops
+from jaxdiff.config import Config, to_json
+from jaxdiff.data.bad_records import BadRecords
+from jaxdiff.data.pipeline import ON_DEVICE, make_dataset, to_device
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
+from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
+from jaxdiff.parallel.sharding import replicated, state_shardings
+from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
+from jaxdiff.training.run_folder import open_run
+from jaxdiff.training.state import TrainState, fingerprint
+from jaxdiff.training.step import TrainStep, init_state, make_train_step, structure
+from jaxdiff.training.task import COUNT, SUM
+
+Hook = Callable[[TrainState, PyTree, Tokenizer], None]
+"""Looks at a state and its frozen parts now and then, e.g. draws samples."""
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    summary: dict[str, Any]  # step, fingerprint, speed
+    state: TrainState
+    frozen: PyTree
+    tokenizer: Tokenizer
+    finished: bool  # False if a signal stopped it before its last step
+
+
+def train(
+    config: Config,
+    out: str | epath.Path,
+    *,
+    fresh: bool = False,
+    on_sample: Hook | None = None,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Trains a recipe to its last step, from where the run in `out` stands.
+
+    Args:
+      config: the recipe.
+      out: the run's folder, local or `gs://`; made if it is not there.
+      fresh: start anew, removing what the folder holds of an earlier run.
+      on_sample: called every `train.sample_every` steps, and after the last.
+      say: takes one sentence at a time.
+
+    Returns:
+      The end of the run; not `finished` if SIGTERM or SIGINT stopped it, its state saved.
+
+    Raises:
+      UserError: a run of another recipe in `out`, data or a mesh that do not fit, no space left, too
+        many bad records, or too many updates in a row that are not finite.
+    """
+    out = epath.Path(out)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    tokenizer = open_run(config, out, fresh=fresh, say=say)
+    frozen = jax.device_put(_frozen(config, out), replicated(mesh))
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=say)
+        )
+        state, place, shardings = _start(config, mesh, checkpoints, say)
+        batches = _batches(config, tokenizer, mesh, place)
+        stack.callback(batches.close)
+        stop = stack.enter_context(_stop_on_signal(say))
+        run = _Run(config, out, int(state.step))
+        stack.enter_context(run.writer)
+        stack.enter_context(run.progress)
+        step = compile_step(config, mesh, shardings)
+        first = number = int(state.step)
+
+        def look() -> None:
+            if on_sample:
+                on_sample(state, frozen, tokenizer)
+
+        place, pending = batches.get_state(), None
+        while number < config.train.steps and not stop.asked:
+            batch = run.take(batches)
+            with run.throughput.compiling() if number == first else nullcontext():
+                state, metrics = step(state, frozen, batch)
+            place, number = batches.get_state(), number + 1
+            if pending is not None:  # a step's metrics are read once the next step is on its way
+                run.read(*pending)
+            pending = (number, metrics)
+            if number % config.train.checkpoint_every == 0:
+                checkpoints.save(state, place)
+            every = config.train.sample_every
+            if every and number % every == 0 and number < config.train.steps:
+                with run.throughput.paused():
+                    look()
+        if pending is not None:
+            run.read(*pending)
+            checkpoints.save(state, place)
+        checkpoints.wait()
+    finished = number == config.train.steps
+    if finished:
+        look()
+    summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
+    return Result(summary, state, frozen, tokenizer, finished)
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and types of a recipe's train state, with nothing allocated."""
+    optimizer = config.optimizer.build(config.train.steps)
+    return jax.eval_shape(
+        lambda: init_state(config.task, optimizer, config.ema, config.train.seed)
+    )
+
+
+def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep:
+    """The jitted step of a recipe: shardings in and out, the old state's memory given to the new."""
+    step = make_train_step(
+        config.task,
+        structure(config.task),
+        config.optimizer.build(config.train.steps),
+        config.ema,
+        accumulate=config.train.accumulate,
+        compute=config.train.compute,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _start(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> tuple[TrainState, Any, TrainState]:
+    """The newest checkpoint's state and place in the data, or a fresh state and no place."""
+    abstract = abstract_state(config)
+    shardings = state_shardings(abstract, mesh)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    restored = checkpoints.restore(placed)
+    if restored is not None:
+        state, place = restored
+        say(f"Resuming at step {int(state.step)} of {config.train.steps}.")
+        return state, place, shardings
+    optimizer = config.optimizer.build(config.train.steps)
+    init = jax.jit(
+        lambda: init_state(config.task, optimizer, config.ema, config.train.seed),
+        out_shardings=shardings,
+    )
+    return init(), None, shardings
+
+
+def _frozen(config: Config, out: epath.Path) -> PyTree:
+    """Weights of the frozen parts: from the run's own copy, which is made the first time."""
+    if not config.task.frozen():
+        return {}
+    if not (out / FROZEN).exists():
+        parts = read_frozen(config.task)
+        if jax.process_index() == 0:
+            write_weights(out / FROZEN, **parts)
+        return parts
+    return read_weights(out / FROZEN)
+
+
+def _batches(config: Config, tokenizer: Tokenizer, mesh: Mesh, place: Any) -> Any:
+    """This host's iterator over batches on the devices, at its place."""
+    hosts = jax.process_count()
+    dataset = make_dataset(
+        config.data,
+        tokenizer,
+        batch_size=config.train.batch_size // hosts,
+        seed=config.train.seed,
+        host=jax.process_index(),
+        num_hosts=hosts,
+    )
+    batches = iter(to_device(dataset, batch_sharding(mesh), prefetch=config.data.prefetch))
+    if place is not None:
+        batches.set_state(place)
+    return batches
+
+
+class _Stop:
+    """Whether the run has been asked to end."""
+
+    asked = False
+
+
+@contextmanager
+def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
+    """Turns the first SIGTERM or SIGINT into a request; a second one acts as it always does."""
+    stop, before = _Stop(), {}
+
+    def ask(number, _frame):
+        stop.asked = True
+        say(f"{signal.Signals(number).name}: saving, then stopping; send it again to stop at once.")
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """What one pass through the loop counts and reports."""
+
+    def __init__(self, config: Config, out: epath.Path, first: int):
+        train = config.train
+        self.train = train
+        self.bad = BadRecords(config.data.max_bad_share)
+        self.window: dict[str, np.ndarray] = {}
+        self.writer = MetricsWriter(
+            out, resume_from=first, wandb=train.wandb, config=to_json(config)
+        )
+        self.progress = Progress(train.steps, start=first)
+        peak = peak_flops(jax.devices()[0])
+        self.throughput = Throughput(
+            train.batch_size,
+            flops_per_image=training_flops(config.task, config.data.transforms.size),
+            peak_flops=peak and peak * jax.device_count(),
+        )
+        self.rates: list[dict[str, float]] = []
+        self.learning_rate = functools.partial(
+            config.optimizer.learning_rate_at, total_steps=train.steps
+        )
+
+    def take(self, batches: Any) -> dict[str, jax.Array]:
+        """The next batch; its bad records are told, counted and judged."""
+        with self.throughput.waiting():
+            batch = next(batches)
+        for name in batch["bad"]:
+            logging.getLogger(__name__).warning("Skipped %s", name)
+        self._add({"skipped_records": np.float64(batch["skipped"])})
+        self.bad.add(batch["skipped"], batch["bad"], self.train.batch_size)
+        return {name: batch[name] for name in ON_DEVICE}
+
+    def read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Adds a step's metrics to those of the window; at its end, writes a line of them.
+
+        Raises:
+          UserError: too many updates in a row were not finite.
+        """
+        values = {k: np.asarray(v, np.float64) for k, v in jax.device_get(metrics).items()}
+        in_a_row = int(values.pop("nonfinite_in_a_row"))
+        if in_a_row >= self.train.max_nonfinite:
+            raise UserError(
+                f"The loss or its gradient was not finite for {in_a_row} steps in a row, until "
+                f"step {step}; lower optimizer.learning_rate, or look at the data, and start anew "
+                "with --fresh or resume from the last checkpoint."
+            )
+        self.throughput.step()
+        self._add({**values, "steps": np.ones(())})
+        noise = float(values["max_t"]) if "max_t" in values else None
+        if step % self.train.log_every == 0 or step == self.train.steps:
+            line = self._line(step, values)
+            self.writer.write(step, line)
+            self.progress.update(
+                step, loss=line["loss"], images_per_s=line["images_per_s"], noise=noise
+            )
+            self.window = {}
+        else:
+            self.progress.update(step)
+
+    def totals(self) -> dict[str, float]:
+        """Medians over the lines of this process, and the seconds that compilation took."""
+        keys = {key for line in self.rates for key in line if key != "compile_s"}
+        medians = {k: float(np.median([line[k] for line in self.rates])) for k in sorted(keys)}
+        return medians | {"compile_s": sum(line.get("compile_s", 0.0) for line in self.rates)}
+
+    def _add(self, values: dict[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+
+    def _line(self, step: int, last: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Means over the window; sums over counts; totals of what is counted."""
+        window = dict(self.window)
+        steps = window.pop("steps")
+        line: dict[str, Any] = {"skipped_records": int(window.pop("skipped_records"))}
+        line["skipped_updates"] = int(last["nonfinite"])
+        del window["nonfinite"]
+        for name, value in window.items():
+            if name.endswith(SUM):
+                count = window[name.removesuffix(SUM) + COUNT]
+                mean = np.divide(value, count, out=np.full_like(value, np.nan), where=count > 0)
+                line[name.removesuffix(SUM)] = mean.tolist()
+            elif not name.endswith(COUNT):
+                line[name] = (value / steps).tolist()
+        line["learning_rate"] = float(self.learning_rate(step - 1))
+        self.rates.append(self.throughput.rates())
+        return line | self.rates[-1]

@@ -1,0 +1,351 @@
+"""What a run reports: records on disk, a line of progress, and how fast it goes."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from tensorboardX import SummaryWriter
+
+from jaxdiff.errors import UserError
+
+RECORDS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id.txt"
+
+UPLOAD_SECONDS = 60.0  # between copies of the records to a cloud's storage, which cannot append
+
+Metrics = Mapping[str, Any]
+"""Name to a number, or to a list of numbers; those of NumPy and JAX, on the host, will do."""
+
+
+class MetricsWriter:
+    """Writes metrics to `metrics.jsonl`, TensorBoard and, if asked to, Weights & Biases.
+
+    A line of `metrics.jsonl` is one JSON object with `step` and the metrics of that step. Only
+    process 0 of a multi-host run writes; in the others every method does nothing.
+
+    Args:
+      folder: of the run, local or on a cloud's storage; made if there is none.
+      resume_from: steps taken so far. Records of later steps, which a run wrote between its last
+        checkpoint and its end, are dropped, as is a last line that was cut short.
+      wandb: also log to Weights & Biases, whose own settings (project, key, mode) it takes from the
+        environment. A resumed run goes on under the same id, kept in the folder.
+      config: of the run, shown there.
+
+    Raises:
+      UserError: the package `wandb` is wanted and missing, or the one that TensorBoard's records
+        need on this storage.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        resume_from: int = 0,
+        wandb: bool = False,
+        config: dict[str, Any] | None = None,
+    ):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._folder = epath.Path(folder)
+        self._remote = "://" in str(self._folder)
+        self._wandb = self._start_wandb(resume_from, config) if wandb else None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=resume_from + 1)
+        except ImportError as error:
+            raise UserError(
+                f"TensorBoard's records cannot be written to {folder}: {error}; install the "
+                "package, or give a local folder."
+            ) from error
+        self._lines = _records_until(resume_from, self._folder / RECORDS)
+        self._upload()
+        self._file: IO[str] | None = None
+        if not self._remote:
+            self._lines.clear()
+            path = pathlib.Path(self._folder, RECORDS)
+            self._file = path.open("a", buffering=1)
+
+    def _start_wandb(self, resume_from: int, config: dict[str, Any] | None):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "Weights & Biases was asked for and its package is not installed; "
+                "run: pip install 'jaxdiff[wandb]'"
+            ) from None
+        known = self._folder / WANDB_ID
+        same = resume_from and known.exists()
+        run = wandb.init(
+            id=known.read_text().strip() if same else None,
+            resume="allow",
+            name=self._folder.name,
+            dir=None if self._remote else str(self._folder),
+            config=config,
+        )
+        if not same:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            known.write_text(run.id)
+        return run
+
+    def _upload(self) -> None:
+        """Replaces the records on disk, whole, by those in memory."""
+        partial = self._folder / f".partial-{RECORDS}"
+        partial.write_text("".join(f"{line}\n" for line in self._lines))
+        partial.replace(self._folder / RECORDS)
+        self._uploaded_at = time.monotonic()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Appends one record; what is not finite becomes null, as JSON has no word for it.
+
+        A list, such as the loss by noise level, is kept as such in `metrics.jsonl`, and elsewhere
+        becomes one scalar for each element: `name/0`, `name/1` and so on.
+        """
+        if not self._active:
+            return
+        record = {"step": step} | {name: _jsonable(value) for name, value in metrics.items()}
+        line = json.dumps(record, allow_nan=False)
+        if self._file is not None:
+            self._file.write(f"{line}\n")
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._uploaded_at >= UPLOAD_SECONDS:
+                self._upload()
+        scalars = dict(_scalars(metrics))
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        if not self._active:
+            return
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._upload()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _records_until(step: int, path: epath.Path) -> list[str]:
+    """The lines of `metrics.jsonl` up to a step, without one that a killed process cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            lines.append(line)
+    return lines
+
+
+def _jsonable(value: Any) -> Any:
+    """Python's numbers for a number or a list of them; None for what is not finite."""
+    plain = np.asarray(value).tolist()
+    if isinstance(plain, list):
+        return [v if math.isfinite(v) else None for v in plain]
+    return plain if math.isfinite(plain) else None
+
+
+def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        values = np.asarray(value, np.float64)
+        if values.ndim:
+            yield from ((f"{name}/{i}", float(v)) for i, v in enumerate(values))
+        else:
+            yield name, float(values)
+
+
+class Throughput:
+    """Images per second, the share of time spent waiting for data, and model FLOP utilisation.
+
+    The loop tells it what goes on; time in `compiling` and `paused` counts for nothing else:
+
+        with throughput.compiling():  # around the first call of the step, or its compilation
+        with throughput.waiting():    # around the fetch of a batch
+        with throughput.paused():     # around what is no training, such as drawing samples
+        throughput.step()             # when the results of a step have arrived
+
+    Args:
+      batch_size: images in a step, over all devices.
+      flops_per_image: model FLOPs of a training step, see `jaxdiff.benchmark.flops`; None reports
+        no utilisation.
+      peak_flops: FLOP/s of all devices together; None likewise.
+      clock: seconds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        flops_per_image: float | None = None,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._batch_size = batch_size
+        self._utilisation = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+        self._clock = clock
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = self._clock()
+        self._steps = 0
+        self._spent = {"compile": 0.0, "wait": 0.0, "pause": 0.0}
+
+    @contextmanager
+    def _spending(self, on: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._spent[on] += self._clock() - start
+
+    def compiling(self):
+        """A context: its time is `compile_s`."""
+        return self._spending("compile")
+
+    def waiting(self):
+        """A context: its time is the numerator of `data_wait`."""
+        return self._spending("wait")
+
+    def paused(self):
+        """A context: its time is left out."""
+        return self._spending("pause")
+
+    def step(self) -> None:
+        """One more step has finished."""
+        self._steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """The figures since the last call, or since the start; begins a new window.
+
+        Returns:
+          `images_per_s`; `data_wait`, in [0, 1]; `mfu`, in [0, 1], where it can be known; and
+          `compile_s`, in seconds, where something was compiled.
+        """
+        spent = self._spent
+        seconds = self._clock() - self._start - spent["compile"] - spent["pause"]
+        seconds = max(seconds, 1e-9)  # a window of no length has no steps either
+        rate = self._steps * self._batch_size / seconds
+        figures = {"images_per_s": rate, "data_wait": min(spent["wait"] / seconds, 1.0)}
+        if self._utilisation is not None:
+            figures["mfu"] = rate * self._utilisation
+        if spent["compile"]:
+            figures["compile_s"] = spent["compile"]
+        self._reset()
+        return figures
+
+
+class Progress:
+    """Step, loss, images/s and time left: a live line on a terminal, a line now and then in a log.
+
+    A context manager. Only process 0 shows anything. An update costs microseconds: a terminal is
+    drawn by another thread, a few times a second.
+
+    Args:
+      total: steps of the whole run.
+      start: steps taken before.
+      every: seconds between lines where there is no terminal; the last step always has one.
+      console: where to write; standard output unless given.
+      clock: seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        every: float = 15.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._start, self._every, self._clock = total, start, every, clock
+        self._console = console or Console()
+        self._active = jax.process_index() == 0
+        self._first: tuple[int, float] | None = None
+        self._printed_at = -math.inf
+        self._shown: dict[str, str] = {}
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._active and self._console.is_terminal:
+            bar = Bar(
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            line = self._line(self._start, self._clock())
+            self._task = bar.add_task(line, total=self._total, completed=self._start)
+            bar.start()
+            self._bar = bar
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        images_per_s: float | None = None,
+        noise: float | None = None,
+    ) -> None:
+        """Shows that `step` steps have been taken; what is None stays as it was last shown.
+
+        Args:
+          step: of the whole run.
+          loss: of a late step.
+          images_per_s: likewise.
+          noise: the highest noise of the curriculum's present level, in [0, 1].
+        """
+        if not self._active:
+            return
+        now = self._clock()
+        self._first = self._first or (step, now)  # later than the compilation
+        if loss is not None:
+            self._shown["loss"] = f"loss {loss:.4g}"
+        if images_per_s is not None:
+            self._shown["rate"] = f"{images_per_s:,.1f} images/s"
+        if noise is not None:
+            self._shown["noise"] = f"noise <= {noise:.0%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=self._line(step, now))
+        elif now - self._printed_at >= self._every or step >= self._total:
+            self._printed_at = now
+            self._console.print(
+                self._line(step, now), highlight=False, markup=False, soft_wrap=True
+            )
+
+    def _line(self, step: int, now: float) -> str:
+        parts = [f"step {step}/{self._total}"]
+        parts += [self._shown[part] for part in ("loss", "rate", "noise") if part in self._shown]
+        first_step, first_time = self._first or (step, now)
+        if step > first_step:
+            left = (self._total - step) * (now - first_time) / (step - first_step)
+            hours, minutes = divmod(round(left) // 60, 60)
+            parts.append(f"{hours}:{minutes:02}:{round(left) % 60:02} left")
+        return "  ".join(parts)

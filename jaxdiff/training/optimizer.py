@@ -1,0 +1,165 @@
+"""AdamW with a weight-decay mask and gradient clipping, and the schedules of its learning rate.
+
+A schedule gives the factor on the learning rate at each update: it rises linearly over
+`warmup_steps` updates, holds or falls, and is a small frozen dataclass with one method,
+`factor(step, total_steps)`. Steps are counted from 0 and may be traced.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxdiff.errors import UserError
+
+Step = int | Int[Array, ""]
+
+
+def _check_schedule(name: str, warmup_steps: int, **shares: float) -> None:
+    if warmup_steps < 0:
+        raise UserError(f"{name}: warmup_steps must be 0 or more; got {warmup_steps}.")
+    for field, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}: {field} must be from 0 to 1; got {value}.")
+
+
+def _warmup(step: Step, warmup_steps: int) -> Float[Array, ""]:
+    """(step + 1) / warmup_steps up to 1, so that the first update already moves."""
+    return jnp.minimum(1.0, (jnp.float32(step) + 1) / max(warmup_steps, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantLR:
+    """Warm-up, then a factor of 1."""
+
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        _check_schedule("ConstantLR", self.warmup_steps)
+
+    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
+        """The factor on the learning rate at update `step` of `total_steps`."""
+        return _warmup(step, self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineLR:
+    """Warm-up, then half a cosine from 1 to `final` (Loshchilov & Hutter 2017, eq. 5)."""
+
+    warmup_steps: int = 1000
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule("CosineLR", self.warmup_steps, final=self.final)
+
+    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
+        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
+        falling = max(total_steps - self.warmup_steps, 1)
+        done = jnp.clip((jnp.float32(step) - self.warmup_steps) / falling, 0, 1)
+        cosine = (1 + jnp.cos(jnp.pi * done)) / 2
+        return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Warm-up, then a factor of 1, then a fall to `final` (Hu et al. 2024, section 4).
+
+    Attributes:
+      warmup_steps: updates of linear rise.
+      decay_share: the share of all updates, at the end, over which the factor falls.
+      decay: the shape of the fall: "linear", or "sqrt" for 1 - sqrt(share done) (Hägele et al.
+        2024, section 3).
+      final: the factor at the end.
+    """
+
+    warmup_steps: int = 1000
+    decay_share: float = 0.2
+    decay: Literal["linear", "sqrt"] = "sqrt"
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule(
+            "WarmupStableDecay",
+            self.warmup_steps,
+            decay_share=self.decay_share,
+            final=self.final,
+        )
+
+    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
+        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
+        falling = max(self.decay_share * total_steps, 1)
+        done = jnp.clip((jnp.float32(step) - (total_steps - falling)) / falling, 0, 1)
+        left = 1 - (jnp.sqrt(done) if self.decay == "sqrt" else done)
+        return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * left)
+
+
+def decayed(params: PyTree) -> PyTree[bool]:
+    """True for what weight decay applies to: kernels of linear layers and of convolutions.
+
+    Biases, norms, embeddings, positions and the temperature of CLIP are left alone. The name
+    decides, not the rank: stacked blocks give every bias a leading axis of depth.
+    """
+
+    def is_kernel(path, _) -> bool:
+        names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
+        return "kernel" in names
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), gradients clipped.
+
+    Attributes:
+      learning_rate: at its highest; the schedule's factor multiplies it.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of their squares.
+      eps: added to the root of the latter.
+      weight_decay: `learning rate x weight_decay` of each kernel is taken off at each update.
+      clip_norm: gradients of a greater global norm are scaled down to it (Pascanu et al. 2013,
+        algorithm 1); None clips nothing.
+      schedule: of the learning rate.
+    """
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+    schedule: ConstantLR | CosineLR | WarmupStableDecay = ConstantLR()
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.weight_decay < 0 or self.eps <= 0:
+            raise UserError(
+                f"AdamW: learning_rate and eps must be positive and weight_decay not negative; got "
+                f"{self.learning_rate}, {self.eps} and {self.weight_decay}."
+            )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise UserError(f"AdamW: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(
+                f"AdamW: clip_norm must be positive, or None to clip nothing; got {self.clip_norm}."
+            )
+
+    def learning_rate_at(self, step: Step, total_steps: int) -> Float[Array, ""]:
+        """The learning rate of update `step`, counted from 0, of a run of `total_steps`."""
+        return self.learning_rate * self.schedule.factor(step, total_steps)
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation for a run of `total_steps` updates; its state is all it remembers."""
+        adamw = optax.adamw(
+            lambda count: self.learning_rate_at(jnp.asarray(count), total_steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=decayed,
+        )
+        if self.clip_norm is None:
+            return adamw
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)

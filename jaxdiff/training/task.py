@@ -1,0 +1,58 @@
+"""What the one training loop asks of a thing that can be trained."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+Batch = Mapping[str, Any]  # image uint8 [b, h, w, 3], tokens int32 [b, n]
+Metrics = dict[str, jax.Array]
+
+SUM, COUNT = "_sum", "_count"
+"""A metric x_sum is logged as x: its total since the last line over that of x_count."""
+
+
+class Frozen(NamedTuple):
+    """A trained part that is used as it is: where it lies, and how its module is built."""
+
+    folder: str  # of a run or bundle
+    part: tuple[str, ...]  # of that model's parameters; () for all of them
+    build: Callable[[], nnx.Module]
+
+
+class Task(Protocol):
+    """A model, its loss, and whatever it carries along from step to step.
+
+    Parameters of frozen parts come as a tree of their own, {name: params}, so that they are neither
+    trained nor saved with each checkpoint.
+    """
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module whose parameters are trained, freshly drawn."""
+        ...
+
+    def frozen(self) -> dict[str, Frozen]:
+        """The parts that are used as they are, by name."""
+        ...
+
+    def init_state(self) -> PyTree:
+        """What is carried along at the start, a tree of arrays; () for nothing."""
+        ...
+
+    def loss(
+        self, model: Any, frozen: PyTree, batch: Batch, key: Key[Array, ""], task_state: PyTree
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The mean loss over the batch, float32, and what is to be logged, the loss as "loss"."""
+        ...
+
+    def next_state(self, task_state: PyTree, metrics: Metrics) -> PyTree:
+        """What is carried to the next step, given this step's metrics."""
+        ...
+
+
+def from_uint8(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Pixels 0..255 to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1

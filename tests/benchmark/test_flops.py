@@ -1,0 +1,148 @@
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxdiff.benchmark.flops import (
+    clip_text_flops,
+    clip_vision_flops,
+    decode_flops,
+    dit_flops,
+    encode_flops,
+    peak_flops,
+    training_flops,
+)
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.layers import TextFeatures
+
+BATCH = 2
+DIT = DiTConfig(
+    channels=4, patch_size=2, width=256, depth=1, heads=4, text_width=192, pooled_width=96
+)
+TEXT = ClipTextConfig(vocab_size=64, length=77, width=256, depth=1, heads=4, projection_dim=128)
+VISION = ClipVisionConfig(image_size=112, width=256, depth=1, heads=4, projection_dim=128)
+AUTOENCODER = AutoencoderConfig(block_out_channels=(64, 128))
+
+
+def counted(model: nnx.Module, call, *inputs) -> float:
+    """XLA's count for one example of a batch; lowers the program, neither compiles nor runs it."""
+    graphdef, params = nnx.split(model)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((BATCH, *x.shape), x.dtype), inputs)
+    lowered = jax.jit(lambda p, *x: call(nnx.merge(graphdef, p), *x)).lower(params, *inputs)
+    return lowered.cost_analysis()["flops"] / BATCH
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def counted_dit(config, text_length):
+    text = TextFeatures(
+        shape(text_length, config.text_width),
+        shape(config.pooled_width),
+        shape(text_length, dtype=jnp.bool_),
+    )
+    return counted(
+        nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))),
+        lambda model, x, t, tokens, pooled, mask: model(x, t, TextFeatures(tokens, pooled, mask)),
+        shape(32, 48, config.channels),
+        shape(),
+        *text,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"text": "joint"}, {"patch_size": 8, "bottleneck": 64, "channels": 3}],
+    ids=["cross", "joint", "pixels"],
+)
+def test_dit_agrees_with_xla(changes):
+    config = dataclasses.replace(DIT, **changes)
+    ours = dit_flops(config, height=32, width=48, text_length=64)
+    assert ours == pytest.approx(counted_dit(config, 64), rel=0.03)
+
+
+def test_clip_text_agrees_with_xla():
+    xla = counted(
+        nnx.eval_shape(lambda: ClipText(TEXT, rngs=nnx.Rngs(0))),
+        lambda model, ids: model(ids),
+        shape(TEXT.length, dtype=jnp.int32),
+    )
+    assert clip_text_flops(TEXT) == pytest.approx(xla, rel=0.03)
+
+
+def test_clip_vision_agrees_with_xla():
+    xla = counted(
+        nnx.eval_shape(lambda: ClipVision(VISION, rngs=nnx.Rngs(0))),
+        lambda model, images: model(images),
+        shape(112, 112, 3),
+    )
+    assert clip_vision_flops(VISION) == pytest.approx(xla, rel=0.03)
+
+
+BARE = dict(
+    layers_per_block=1,
+    mid_block_add_attention=False,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+
+
+@pytest.mark.parametrize("changes", [{}, BARE], ids=["full", "bare"])
+def test_autoencoder_agrees_with_xla(changes):
+    config = dataclasses.replace(AUTOENCODER, **changes)
+    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    xla = counted(model, lambda model, x: model.encode(x).mean, shape(128, 192, 3))
+    assert encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
+    xla = counted(model, lambda model, z: model.decode(z), shape(64, 96, 4))
+    assert decode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
+
+
+def test_a_training_step_costs_three_forward_passes():
+    def step(params, x):
+        return jax.grad(lambda p, x: jnp.sum(((x @ p[0]) @ p[1]) ** 2), argnums=(0, 1))(params, x)
+
+    params = [shape(64, 96), shape(96, 32)]
+    xla = jax.jit(step).lower(params, shape(512, 64)).cost_analysis()["flops"]
+    assert training_flops(2.0 * 512 * (64 * 96 + 96 * 32)) == pytest.approx(xla, rel=0.03)
+
+
+def test_a_deeper_model_costs_each_block_once_more():
+    costs = [
+        dit_flops(dataclasses.replace(DIT, depth=depth), height=32, width=32, text_length=16)
+        for depth in (1, 2, 9)
+    ]
+    assert costs[2] - costs[0] == pytest.approx(8 * (costs[1] - costs[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_accelerators_have_their_makers_figure(kind, peak):
+    assert peak_flops(SimpleNamespace(platform="other", device_kind=kind)) == peak
+
+
+def test_a_cpu_is_measured_once_and_shared_by_its_devices(monkeypatch):
+    first, second = (peak_flops(device) for device in jax.devices("cpu")[:2])
+    assert first == second > 0
+    monkeypatch.setattr(jax, "local_device_count", lambda _: 1)
+    assert peak_flops(jax.devices("cpu")[0]) == pytest.approx(first * len(jax.devices("cpu")))
