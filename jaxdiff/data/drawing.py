@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float32, Float64, UInt8
 
 from jaxdiff.data.scene import DIRECTIONS, Colour, Item, Kind, Scene, Size
 
@@ -30,6 +31,7 @@ HUE: dict[Colour, float] = {
 POSITION_OFFSET = 12.0  # from the picture's centre, in pixels of a 64-pixel picture
 PAIR_OFFSET = 14.5
 MARGIN = 0.5  # least distance to the frame
+MAX_TURN = 20.0  # degrees, either way
 GAP = 1.5  # least distance between two objects
 
 TEXELS = 96
@@ -66,11 +68,12 @@ def _banana(x, y):
 
 def _tomato(x, y):
     angle = np.arctan2(x, y)  # from the top
-    radius = 1 / np.hypot(np.sin(angle), np.cos(angle) / 0.76)
-    lobes = 1 + 0.025 * np.cos(5 * angle + np.pi) - 0.13 * _bump(angle, 0.3)
-    crease = sum(_bump(angle - a, 0.07 + 0.02 * abs(a)) for a in (-1.0, -0.45, 0.45, 1.0))
-    fade = np.clip(np.hypot(x, y) - 0.15, 0, 0.8) * np.clip(y + 0.35, 0, 1)
-    return np.hypot(x, y) - radius * lobes, 1 - 0.3 * crease * fade
+    radius = 1 / np.hypot(np.sin(angle), np.cos(angle) / 0.78)
+    lobes = 1 + 0.02 * np.cos(6 * angle) - 0.15 * _bump(angle, 0.35)
+    away = np.hypot(x, y - 0.62)
+    crease = sum(_bump(x - a * (0.15 + 0.8 * away), 0.05) for a in (-0.75, -0.3, 0.3, 0.75))
+    fade = np.clip(away, 0, 0.3) * np.clip(1 - away, 0, 1)
+    return (np.hypot(x, y) - radius * lobes) * 0.85, 1 - 0.6 * crease * fade
 
 
 def _pea_pod(x, y):
@@ -113,15 +116,13 @@ def _pear(x, y):
 
 
 def _pepper(x, y):
-    low = 1 / (1 + np.exp(12 * y))
-    lobes = 0.1 * np.cos(3 * np.pi * x / 0.72) * low + 0.13 * _bump(x, 0.2) * (1 - low)
-    corner = 0.26
-    across = np.abs(x / (1 + 0.16 * y)) - (0.72 - corner)
-    along = np.abs(y + lobes * np.abs(y) / 0.7) - (0.78 - corner)
-    outside = np.hypot(np.maximum(across, 0), np.maximum(along, 0))
-    distance = outside + np.minimum(np.maximum(across, along), 0) - corner
-    crease = sum(_bump(x - s * (0.25 + 0.03 * y), 0.06) for s in (-1, 1))
-    return distance, 1 - 0.24 * crease
+    fat = x / (1 + 0.13 * np.clip(y, -0.8, 0.8))
+    side = np.abs(fat) - 0.4
+    outer = np.hypot(side, np.maximum(np.abs(y + 0.02) - 0.5, 0)) - 0.33
+    inner = np.hypot(fat, np.maximum(np.abs(y + 0.08) - 0.52, 0)) - 0.3
+    distance = np.minimum(outer, inner)
+    crease = sum(_bump(fat - s * 0.2, 0.055) for s in (-1, 1))
+    return distance, 1 - 0.22 * crease
 
 
 def _lemon(x, y):
@@ -159,12 +160,25 @@ SHAPES: dict[Kind, tuple[Shape, tuple[float, float], tuple[float, float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A kind's shape, sampled: `planes` [TEXELS, TEXELS, 4] = distance, slope x, slope y, tone."""
+    """A kind's shape, sampled; the planes are distance, rise along x and y, and tone."""
 
-    planes: np.ndarray
-    outline: np.ndarray  # [n, 2], points on the body's edge
+    planes: Float32[np.ndarray, "v u 4"]
+    outline: Float32[np.ndarray, "n 2"]  # points on the body's edge
     stem_at: np.ndarray  # [2]
     stem_towards: np.ndarray  # [2], of length 1
+
+    def sample(self, u: Plane, v: Plane) -> Float32[np.ndarray, "h w 4"]:
+        """Bilinear look-up at template coordinates; beyond the template its border goes on."""
+        step = (TEXELS - 1) / (2 * HALF)
+        x = np.clip((u + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
+        y = np.clip((v + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
+        column, row = x.astype(np.int32), y.astype(np.int32)
+        x, y = (x - column)[..., None], (y - row)[..., None]
+        corner = row * TEXELS + column
+        flat = self.planes.reshape(-1, 4)
+        upper = flat[corner] * (1 - x) + flat[corner + 1] * x
+        lower = flat[corner + TEXELS] * (1 - x) + flat[corner + TEXELS + 1] * x
+        return upper * (1 - y) + lower * y
 
 
 @functools.cache
@@ -183,9 +197,10 @@ def template(kind: Kind) -> Template:
     x, y = np.meshgrid(grid, grid)
     distance, tone = shape(x * extent + centre[0], y * extent + centre[1])
     slope_y, slope_x = np.gradient(distance / extent, grid, grid)
-    steepness = np.maximum(np.hypot(slope_x, slope_y), 0.5)  # makes any implicit function a distance
-    # The inflated surface is the body's silhouette, blurred: smooth where the distance has creases.
-    surface = _blur((distance < 0).astype(float), 0.05) + _blur((distance < 0).astype(float), 0.11)
+    steepness = np.maximum(np.hypot(slope_x, slope_y), 0.5)  # makes of any function a distance
+    # The inflated surface is the blurred silhouette: smooth where the distance has creases.
+    body = (distance < 0).astype(float)
+    surface = _blur(body, 0.05) + _blur(body, 0.1) + 1.2 * _blur(body, 0.2)
     rise_y, rise_x = np.gradient(surface, grid, grid)
     planes = [distance / extent / steepness, rise_x, rise_y, tone]
     return Template(
@@ -205,7 +220,7 @@ def _blur(plane: Plane, width: float) -> Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pose:
-    """An object ready to be placed; lengths in pixels, y down, from the centre of its body's box."""
+    """An object to be placed; lengths in pixels, y down, from the centre of its body's box."""
 
     item: Item
     extent: float
@@ -218,11 +233,15 @@ class _Pose:
     box: np.ndarray  # [2, 2], low and high corner around body and stem
 
 
+def turning(degrees: float, mirror: float) -> Float64[np.ndarray, "2 2"]:
+    """From a template's axes (y up) to the picture's (y down); `mirror` is 1, or -1 to flip x."""
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return np.array([[cos, -sin], [sin, cos]]) @ np.diag([mirror, -1.0])
+
+
 def _pose(item: Item, rng: np.random.Generator) -> _Pose:
     shape = template(item.kind)
-    angle = np.deg2rad(rng.uniform(-20, 20))
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, -sin], [sin, cos]]) @ np.diag([rng.choice([-1.0, 1.0]), -1.0])
+    turn = turning(rng.uniform(-MAX_TURN, MAX_TURN), rng.choice([-1.0, 1.0]))
     extent = EXTENT[item.size] * rng.uniform(0.96, 1.04)
     stem_length = (4.6 + 0.05 * extent) * rng.uniform(0.95, 1.1)
     stem_width = 1.5 + 0.012 * extent
@@ -288,8 +307,11 @@ def _places_of_three(rng: np.random.Generator) -> list[np.ndarray]:
     return list(centres + jitter)
 
 
-def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """The scene as uint8 [size, size, 3]; pose, shade and background come from `rng`."""
+def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> UInt8[np.ndarray, "h w 3"]:
+    """The scene, `size` pixels wide and high, in sRGB.
+
+    Pose, shade and background come from `rng`.
+    """
     items = [item for item in scene.items for _ in range(scene.count)]
     poses = [_pose(item, rng) for item in items]
     centres = _places(scene, poses, rng)
@@ -307,7 +329,9 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A light wall of little colour, and often a table of another tint."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
-    tint = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.02, 0.1), rng.uniform(0.9, 0.98)))
+    tint = np.array(
+        colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.02, 0.1), rng.uniform(0.9, 0.98))
+    )
     slope = rng.uniform(-0.04, 0.04, 2)
     light = 1 + slope[0] * axis[None, :] + slope[1] * axis[:, None]
     picture = light[..., None].astype(np.float32) * tint.astype(np.float32)
@@ -332,15 +356,19 @@ def _window(
 
 
 def _paint(window: np.ndarray, colour: np.ndarray, distance: Plane, scale: float) -> None:
-    """Covers the inside of `distance` (64-pixel units), with an edge about one pixel wide."""
-    cover = np.clip(0.5 - distance * scale, 0, 1)
-    cover = (cover * cover * (3 - 2 * cover))[..., None]
-    window += cover * (colour - window)
+    """Lays a colour over the inside of `distance`, which is in 64-pixel units."""
+    window += coverage(distance * scale)[..., None] * (colour - window)
+
+
+def coverage(distance: Plane) -> Plane:
+    """How much of a pixel lies inside, 0 to 1, by its distance to the edge in pixels."""
+    inside = np.clip(0.5 - distance, 0, 1)
+    return inside * inside * (3 - 2 * inside)
 
 
 def _draw_shadow(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float) -> None:
     radius = np.array([pose.body[0] * 0.85 + 1, 1.6 + 0.06 * pose.extent])
-    middle = centre + [1.0, pose.body[1] - 0.3 * radius[1]]
+    middle = centre + np.array([1.0, pose.body[1] - 0.3 * radius[1]])
     window, x, y = _window(picture, middle - 2 * radius, middle + 2 * radius, scale)
     away = ((x - middle[0]) / radius[0]) ** 2 + ((y - middle[1]) / radius[1]) ** 2
     window *= 1 - 0.3 * np.exp(-1.2 * away)[..., None]
@@ -351,7 +379,7 @@ def _draw_body(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: floa
     x, y = x - (centre + pose.origin)[0], y - (centre + pose.origin)[1]
     turn = pose.turn
     u, v = x * turn[0, 0] + y * turn[1, 0], x * turn[0, 1] + y * turn[1, 1]
-    planes = _sample(template(pose.item.kind).planes, u / pose.extent, v / pose.extent)
+    planes = template(pose.item.kind).sample(u / pose.extent, v / pose.extent)
     distance, rise_x, rise_y, tone = np.moveaxis(planes, -1, 0)
     slope_x = -0.11 * (rise_x * turn[0, 0] + rise_y * turn[0, 1])
     slope_y = -0.11 * (rise_x * turn[1, 0] + rise_y * turn[1, 1])
@@ -361,22 +389,8 @@ def _draw_body(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: floa
     gleam = 0.75 * np.clip((facing - 0.86) / 0.14, 0, 1) ** 2
     seeds = np.clip(tone - 1, 0, 0.6)
     colour = (light * np.minimum(tone, 1))[..., None] * pose.rgb
-    colour += np.maximum(gleam, seeds)[..., None] * (np.float32([1, 1, 0.94]) - colour)
+    colour += np.maximum(gleam, seeds)[..., None] * (np.array([1, 1, 0.94], np.float32) - colour)
     _paint(window, colour, distance * pose.extent, scale)
-
-
-def _sample(planes: np.ndarray, x: Plane, y: Plane) -> np.ndarray:
-    """Bilinear look-up of template planes at template coordinates."""
-    step = (TEXELS - 1) / (2 * HALF)
-    x = np.clip((x + HALF) * step, 0, TEXELS - 1.001)
-    y = np.clip((y + HALF) * step, 0, TEXELS - 1.001)
-    column, row = x.astype(np.int32), y.astype(np.int32)
-    x, y = (x - column)[..., None], (y - row)[..., None]
-    corner = row * TEXELS + column
-    flat = planes.reshape(-1, planes.shape[-1])
-    upper = flat[corner] * (1 - x) + flat[corner + 1] * x
-    lower = flat[corner + TEXELS] * (1 - x) + flat[corner + TEXELS + 1] * x
-    return upper * (1 - y) + lower * y
 
 
 def _draw_stem(
