@@ -22,6 +22,7 @@ from jaxtyping import Int32, UInt8
 from jaxdiff.data.array_record import ArrayRecord
 from jaxdiff.data.bad_records import MINIMUM, RecordError, too_many
 from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.parquet import Parquet
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.tfds import TFDS
@@ -43,7 +44,7 @@ class DataConfig:
     records is unreadable.
     """
 
-    source: Produce | ImageFolder | Parquet | ArrayRecord | TFDS
+    source: Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS
     transforms: Transforms
     workers: int = 0
     threads: int = 1

