@@ -10,7 +10,7 @@ at the origin and y up; lengths in `render` are in pixels of a 64-pixel picture 
 
 import colorsys
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,10 @@ def _bump(x: Plane, width: float) -> Plane:
     return np.exp(-((x / width) ** 2))
 
 
+def _bumps(x: Plane, width: float, centres: Iterable[Plane | float]) -> Plane:
+    return np.sum([_bump(x - centre, width) for centre in centres], axis=0)
+
+
 def _banana(x, y):
     t = np.linspace(-1, 1, 48)
     bend = 0.9
@@ -71,7 +75,7 @@ def _tomato(x, y):
     radius = 1 / np.hypot(np.sin(angle), np.cos(angle) / 0.78)
     lobes = 1 + 0.02 * np.cos(6 * angle) - 0.15 * _bump(angle, 0.35)
     away = np.hypot(x, y - 0.62)
-    crease = sum(_bump(x - a * (0.15 + 0.8 * away), 0.05) for a in (-0.75, -0.3, 0.3, 0.75))
+    crease = _bumps(x, 0.05, [a * (0.15 + 0.8 * away) for a in (-0.75, -0.3, 0.3, 0.75)])
     fade = np.clip(away, 0, 0.3) * np.clip(1 - away, 0, 1)
     return (np.hypot(x, y) - radius * lobes) * 0.85, 1 - 0.6 * crease * fade
 
@@ -95,10 +99,9 @@ def _pea(x, y):
 def _carrot(x, y):
     t = np.linspace(0, 1, 48)
     distance = _tube(x, y, 0 * t, 0.8 - 1.8 * t, 0.03 + 0.29 * (1 - t) ** 0.85)
-    rings = sum(
-        _bump(y - h, 0.035) * _bump(x - side * 0.14, 0.13)
-        for h, side in ((0.75, -1), (0.5, 1), (0.2, -0.8), (-0.05, 0.7), (-0.35, -0.4))
-    )
+    rings = np.zeros_like(x)
+    for height, side in ((0.75, -1), (0.5, 1), (0.2, -0.8), (-0.05, 0.7), (-0.35, -0.4)):
+        rings += _bump(y - height, 0.035) * _bump(x - side * 0.14, 0.13)
     return distance, 1 - 0.22 * rings
 
 
@@ -121,7 +124,7 @@ def _pepper(x, y):
     outer = np.hypot(side, np.maximum(np.abs(y + 0.02) - 0.5, 0)) - 0.33
     inner = np.hypot(fat, np.maximum(np.abs(y + 0.08) - 0.52, 0)) - 0.3
     distance = np.minimum(outer, inner)
-    crease = sum(_bump(fat - s * 0.2, 0.055) for s in (-1, 1))
+    crease = _bumps(fat, 0.055, [-0.2, 0.2])
     return distance, 1 - 0.22 * crease
 
 

@@ -7,10 +7,13 @@ pods, orange peas, yellow carrots, green aubergines, blue pears, purple peppers,
 orange strawberries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
+
+T = TypeVar("T")
 
 Kind = Literal[
     "banana",
@@ -83,8 +86,8 @@ def allowed_in_training(scene: Scene) -> bool:
     return not any(held_out(item.kind, item.colour) for item in scene.items)
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[rng.integers(len(options))]
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
 
 
 def draw_item(
@@ -94,9 +97,11 @@ def draw_item(
     not_kind: Kind | None = None,
 ) -> Item:
     """A random item whose kind and colour belong to the split."""
-    kind = _pick(rng, [k for k in KINDS if k != not_kind])
+    kinds: list[Kind] = [k for k in KINDS if k != not_kind]
+    kind = _pick(rng, kinds)
     wanted = split == "held_out"
-    colour = _pick(rng, [c for c in COLOURS if held_out(kind, c) == wanted])
+    colours: list[Colour] = [c for c in COLOURS if held_out(kind, c) == wanted]
+    colour = _pick(rng, colours)
     return Item(kind=kind, colour=colour, size=_pick(rng, sizes), stem=bool(rng.integers(2)))
 
 

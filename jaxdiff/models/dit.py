@@ -227,7 +227,7 @@ class DiT(nnx.Module):
 
 def _absolute_positions(positions: Array, width: int) -> Float[Array, "n {width}"]:
     """Half the channels say the row, half the column (Dosovitskiy et al. 2021, 2D sin-cos)."""
-    rows, columns = positions[:, 0], positions[:, 1]
+    rows, columns = positions.astype(jnp.float32).T
     return jnp.concatenate(
         [fourier_features(axis, width // 2, scale=1.0) for axis in (rows, columns)], axis=-1
     )

@@ -1,6 +1,6 @@
 """How a model is sampled unless a caller says otherwise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxdiff.diffusion.schedules import TimeGrid
 from jaxdiff.errors import UserError
@@ -26,8 +26,8 @@ class SamplingConfig:
       prompts: of the grids and the strip that a training run draws, one seed each from 0.
     """
 
-    solver: DDIM | Euler | Heun | DPMSolverPP2M = DPMSolverPP2M()
-    grid: TimeGrid = TimeGrid()
+    solver: DDIM | Euler | Heun | DPMSolverPP2M = field(default_factory=DPMSolverPP2M)
+    grid: TimeGrid = field(default_factory=TimeGrid)
     num_steps: int = 20
     guidance_scale: float = 3.0
     threshold: StaticThreshold | DynamicThreshold | None = None

@@ -45,11 +45,11 @@ class Perceptual:
             )
 
     def distance(
-        self, tower: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b h w 3"]
+        self, tower: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b i j 3"]
     ) -> Float[Array, ""]:
         """Mean square of the distance of unit vectors over images, tokens and layers, in [0, 4].
 
-        Images in [-1, 1] of any size: both sides are made those that the tower takes.
+        Images in [-1, 1] of any size: both sides become those that the tower takes.
         """
         a, b = (tower.hidden_states(self._fit(x)) for x in (images, others))
         return jnp.mean(jnp.sum((_unit(a) - _unit(b)) ** 2, axis=-1))

@@ -68,22 +68,19 @@ class Checkpoints:
         if jax.process_index() == 0:
             checkpoint_folder.clean(self._folder)
         parts = _parts(state)
+        places = _gather(json.dumps(data_state))
         files = {
             checkpoint_folder.ARRAYS: json.dumps(_describe(parts), indent=0),
-            checkpoint_folder.DATA: "[%s]" % ",\n".join(_gather(json.dumps(data_state))),
+            checkpoint_folder.DATA: f"[{', '.join(places)}]",
         }
         try:
             writing = ocp.save_checkpointables_async(
-                checkpoint_folder.unfinished(self._folder, step),
-                parts,
-                overwrite=True,
+                checkpoint_folder.unfinished(self._folder, step), parts, overwrite=True
             )
         except (OSError, ValueError) as error:
             self._fail(step, error)
         else:
-            self._pending = self._thread.submit(
-                self._finish, writing.result, step, _describe(parts)
-            )
+            self._pending = self._thread.submit(self._finish, writing.result, step, files)
 
     def wait(self) -> None:
         """Returns when all is on disk.

@@ -1,7 +1,7 @@
 """What the one training loop asks of a thing that can be trained."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Frozen(NamedTuple):
     build: Callable[[], nnx.Module]
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model, its loss, and whatever it carries along from step to step.
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdiff.models.clip import Clip, ClipConfig, ClipEmbeddings, ClipTextConfig, ClipVisionConfig
+from jaxdiff.models.clip import ClipConfig, ClipEmbeddings, ClipTextConfig, ClipVisionConfig
 from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
 from jaxdiff.training.clip import ClipTask, contrastive_loss
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step, structure
+from jaxdiff.training.task import from_uint8
 
 BATCH = 8
 OPTIMIZER = AdamW(learning_rate=3e-3).build(100)
@@ -100,19 +101,19 @@ def losses_and_gradients(masked: bool, repeated: bool):
     if repeated:
         batch["tokens"][[3, 5]] = batch["tokens"][0]
     task = ClipTask(model=CONFIG, mask_equal_captions=masked)
-    model = Clip(CONFIG, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
 
     @jax.jit
-    def run(params):
+    def run(params, batch):
         def loss(params):
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(structure(task), params)
             return task.loss(model, {}, batch, jax.random.key(0), ())
 
-        outputs = model(batch["image"].astype(jnp.float32) / 127.5 - 1, batch["tokens"])
+        model = nnx.merge(structure(task), params)
+        outputs = model(from_uint8(batch["image"]), batch["tokens"])
         return jax.value_and_grad(loss, has_aux=True)(params), outputs
 
-    ((loss, _), gradient), outputs = run(params)
+    _, state = train_step()
+    ((loss, _), gradient), outputs = run(state.params, jax.tree.map(jnp.asarray, batch))
     return float(loss), gradient, jax.tree.map(np.asarray, outputs)
 
 
@@ -136,16 +137,14 @@ def test_masking_changes_nothing_where_all_captions_differ():
 
 def test_a_few_steps_tell_the_pairs_apart():
     history = on_one_device()
-    assert history[0]["loss"] == pytest.approx(np.log(BATCH), abs=1.0)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["accuracy_image_to_text"] == history[-1]["accuracy_text_to_image"] == 1
     assert 1 < history[-1]["logit_scale"] <= 100
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
-def test_negatives_come_from_all_devices(sizes):
+def test_negatives_come_from_all_devices():
     """Eight devices with an image each learn what one device with eight images learns."""
-    mesh = make_mesh(MeshConfig(**sizes))
+    mesh = make_mesh(MeshConfig(data=8))
     step, state = train_step()
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
     placed = state_shardings(jax.eval_shape(lambda: state), mesh)
