@@ -155,7 +155,7 @@ class EvaluateOptions:
     """Folder of a run or of an exported model, or `shipped`."""
     samples: int = 500
     """Prompts of each kind."""
-    batch_size: int = 50
+    batch_size: int = 64
     """Images drawn at a time."""
 
 

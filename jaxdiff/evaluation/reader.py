@@ -6,6 +6,7 @@ analysis by synthesis with the shapes of `jaxdiff.data.drawing`. A body that fit
 closely is of no kind, so that mush is not read as something.
 """
 
+import colorsys
 import functools
 import itertools
 from dataclasses import dataclass
@@ -175,8 +176,60 @@ def _size(extent: float) -> Size | None:
 
 def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: Float32[np.ndarray, "n"]) -> Colour | None:
     """The nearest hue to that of the body's more colourful half."""
-    red, green, blue = pixels[chroma >= np.median(chroma)].mean(0)
-    hue = np.rad2deg(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
-    away = {name: abs((hue - _round_hue(HUE[name]) + 180) % 360 - 180) for name in COLOURS}
-    colour = min(away, key=away.__getitem__)
+    red, green, blue = pixels[chroma >= np.median(chroma)].mean(0) / 255
+    hue = 360 * colorsys.rgb_to_hsv(red, green, blue)[0]
+    away = {name: abs((hue - HUE[name] + 180) % 360 - 180) for name in COLOURS}
+    colour = min(COLOURS, key=lambda name: away[name])
     return colour if away[colour] < 25 else None
+
+
+@functools.cache
+def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"]]:
+    """Every kind at many poses, as coverage of the window: their kinds, their flat pixels."""
+    axis = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2
+    x, y = axis[None, :], axis[:, None]
+    kinds, covers = [], []
+    for kind in KINDS:
+        shape = template(kind)
+        body = shape.planes[..., 0]
+        symmetric = np.abs(body - body[:, ::-1]).max() < 0.02
+        poses = itertools.product(
+            np.linspace(-MAX_TURN - 4, MAX_TURN + 4, 13),
+            (1.0,) if symmetric else (1.0, -1.0),
+            FITTED * np.array([1.0, 1.05, 1.1, 1.17]),  # a stem hides some of the extent
+        )
+        for degrees, mirror, extent in poses:
+            turn = turning(degrees, mirror)
+            outline = shape.outline @ turn.T * extent
+            left, top = (outline.min(0) + outline.max(0)) / 2
+            u = (x + left) * turn[0, 0] + (y + top) * turn[1, 0]
+            v = (x + left) * turn[0, 1] + (y + top) * turn[1, 1]
+            distance = shape.sample(u / extent, v / extent)[..., 0] * extent
+            kinds.append(kind)
+            covers.append(coverage(distance / 1.4).ravel())  # about the blur of the resampling
+    return kinds, np.stack(covers).astype(np.float32)
+
+
+def _nearest_kind(
+    cover: Float32[np.ndarray, "h w"], visible: Mask, centre: np.ndarray, extent: float
+) -> tuple[Kind | None, float]:
+    """The kind of the silhouette that misses the body least, and by what share of its area.
+
+    Where a stem hides the body, nothing is compared.
+    """
+    kinds, silhouettes = _silhouettes()
+    axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
+    shift_y, shift_x, y, x = np.meshgrid(SHIFTS, SHIFTS, axis, axis, indexing="ij")
+    pixel = extent / FITTED
+    at = [centre[1] + (y + shift_y) * pixel - 0.5, centre[0] + (x + shift_x) * pixel - 0.5]
+    pixels = WINDOW * WINDOW
+    body = ndimage.map_coordinates(cover, at, order=1).reshape(-1, pixels)
+    weight = ndimage.map_coordinates(visible.astype(np.float32), at, order=1, cval=0.0)
+    weight = weight.reshape(-1, pixels)
+    squares = silhouettes**2
+    area = weight @ squares.T
+    missed = (weight * body**2).sum(-1, keepdims=True) - 2 * (weight * body) @ silhouettes.T + area
+    misfit = missed / area
+    nearest = int(np.argmin(misfit.min(0)))
+    least = float(misfit[:, nearest].min())
+    return (kinds[nearest] if least < MISFIT_LIMIT else None), least

@@ -14,7 +14,7 @@ from jaxdiff import pictures
 from jaxdiff.bundle import Bundle, write_whole
 from jaxdiff.config import Config
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.evaluation.evaluate import evaluate
+from jaxdiff.evaluation.evaluate import evaluate, table
 from jaxdiff.models.layers import merge
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.training.autoencoder import AutoencoderTask
@@ -41,9 +41,10 @@ def run_recipe(
         return result
     if isinstance(config.task, DiffusionTask) and config.eval_samples:
         pipeline = Pipeline(_bundle(config, result.state, result.frozen, result.tokenizer))
-        report = evaluate(pipeline, samples=config.eval_samples)
-        say(report.table())
-        result.summary["scores"] = report.scores()
+        say(f"Scoring {config.eval_samples} samples of each kind.")
+        figures = evaluate(pipeline, samples=config.eval_samples)
+        say(table(figures))
+        result.summary["scores"] = figures
     if jax.process_index() == 0:
         text = json.dumps(result.summary, indent=2) + "\n"
         write_whole(folder / "summary.json", text.encode())

@@ -1,0 +1,86 @@
+"""Scores pictures of drawn scenes by how many of the prompted attributes a reader finds in them.
+
+A score says little alone: `ceiling` is what the reader makes of true drawings of the same scenes,
+`chance` what the pictures score against the scenes in another order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxdiff.data.drawing import render
+from jaxdiff.data.scene import Scene, Split, draw_pair, draw_single
+from jaxdiff.evaluation.reader import ATTRIBUTES, check, read
+
+SEED = 20_240_611  # far from any training seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProduceReport:
+    """Accuracies in [0, 1] per attribute, and "joint", of `samples` pictures, with their bounds."""
+
+    samples: int
+    score: dict[str, float]
+    ceiling: dict[str, float]
+    chance: dict[str, float]
+
+    def table(self) -> str:
+        """Plain text, a line for each attribute, in percent."""
+        head = f"{'attribute':<10}{'score':>9}{'ceiling':>9}{'chance':>9}"
+        lines = [
+            f"{name:<10}{self.score[name]:>9.1%}{self.ceiling[name]:>9.1%}{self.chance[name]:>9.1%}"
+            for name in self.score
+        ]
+        return "\n".join([head, *lines, f"{self.samples} samples"])
+
+
+def evaluation_scenes(
+    n: int, split: Split, kind: Literal["single", "two"] = "single"
+) -> list[Scene]:
+    """The same `n` scenes at every call; of "two" held-out scenes, the first item is held out."""
+    draw = draw_single if kind == "single" else draw_pair
+    seeds = (SEED, split == "held_out", kind == "two")
+    return [draw(np.random.default_rng((*seeds, i)), split) for i in range(n)]
+
+
+def score(
+    images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
+) -> dict[str, float]:
+    """The share of scenes whose attribute is read back from their image (uint8), and of "joint".
+
+    An attribute that some scenes lack is averaged over those that have it.
+    """
+    found = [check(scene, read(image)) for image, scene in zip(images, scenes, strict=True)]
+    return {
+        name: float(np.mean([one[name] for one in found if name in one]))
+        for name in (*ATTRIBUTES, "joint")
+        if any(name in one for one in found)
+    }
+
+
+def ceiling(scenes: Sequence[Scene], size: int = 64) -> dict[str, float]:
+    """What fresh true drawings of the scenes score."""
+    images = [
+        render(scene, np.random.default_rng((SEED, index)), size)
+        for index, scene in enumerate(scenes)
+    ]
+    return score(images, scenes)
+
+
+def chance(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """What the images score against the scenes in a fixed other order."""
+    order = np.random.default_rng(SEED).permutation(len(scenes))
+    return score(images, [scenes[i] for i in order])
+
+
+def report(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> ProduceReport:
+    """The images' score beside its ceiling and chance."""
+    return ProduceReport(
+        samples=len(scenes),
+        score=score(images, scenes),
+        ceiling=ceiling(scenes),
+        chance=chance(images, scenes),
+    )
