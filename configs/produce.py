@@ -8,7 +8,7 @@ from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.dit import DiTConfig
+from jaxdiff.models.unet import UNetConfig
 from jaxdiff.sampling.guidance import StaticThreshold
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.diffusion import DiffusionTask, TextTower
@@ -32,24 +32,22 @@ def get_config() -> Config:
     return Config(
         name="produce",
         task=DiffusionTask(
-            denoiser=DiTConfig(
-                patch_size=16, width=256, depth=6, heads=4, text_width=128, pooled_width=128
-            ),
+            denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
             text=TextTower(
-                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4)
+                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=2, heads=4)
             ),
             objective=Objective(
                 prediction="x0",
                 loss_on="velocity",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(mean=1.3, std=1.5),
-                floor=0.2,
+                times=LogitNormal(mean=1.0, std=1.5),
+                floor=0.3,
             ),
         ),
         data=DataConfig(source=Produce(length=10_000_000), transforms=Transforms(size=64)),
         tokenizer=TokenizerConfig(vocab_size=1024, length=24, records=2000),
         optimizer=AdamW(
-            learning_rate=1e-3,
+            learning_rate=1.5e-3,
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),

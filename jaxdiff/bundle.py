@@ -4,12 +4,13 @@
     tokenizer.json      where the model reads text
     model.safetensors   params.* of what was trained, frozen.* of the parts it was trained with
 
-A run's folder has the first two as well, its weights in `checkpoints/`, and `frozen.safetensors` where
-it was trained with frozen parts: these are stored once, not in every checkpoint.
+A run's folder has the first two as well, its weights in `checkpoints/`, and `frozen.safetensors`
+where it was trained with frozen parts: these are stored once, not in every checkpoint.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class Bundle(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def read_config(folder: str | epath.Path) -> Config:
+def read_config(folder: epath.PathLike) -> Config:
     """The recipe in a run's or a bundle's folder.
 
     Raises:
@@ -53,13 +54,30 @@ def read_config(folder: str | epath.Path) -> Config:
     path = epath.Path(folder) / CONFIG
     try:
         return from_json(Config, json.loads(path.read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} holds no model: expected {CONFIG} in it, as the folder of a run or an "
             "exported model has; check the path."
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); restore it.") from error
+
+
+def make_folder(folder: epath.PathLike) -> epath.Path:
+    """A folder to write into, made if there is none.
+
+    Raises:
+      UserError: it cannot be made: a file is in its place, or the place may not be written to.
+    """
+    path = epath.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{folder} cannot be made a folder ({reason}): choose another one to write into."
+        ) from error
+    return path
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:
@@ -70,7 +88,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def write_config(folder: str | epath.Path, config: Config) -> None:
+def write_config(folder: epath.PathLike, config: Config) -> None:
     """Writes the recipe into a run's or a bundle's folder."""
     text = json.dumps(to_json(config), indent=2) + "\n"
     write_whole(epath.Path(folder) / CONFIG, text.encode())
@@ -80,7 +98,7 @@ def write_weights(path: epath.Path, dtype: str = "float32", **trees: PyTree) -> 
     """Trees of arrays in one safetensors file, as `tree.path.to.leaf`, floats cast to `dtype`."""
     flat = {}
     for name, tree in trees.items():
-        for key, leaf in nnx.traversals.flatten_mapping(tree, sep=".").items():
+        for key, leaf in _flatten(tree).items():
             value = np.asarray(jax.device_get(leaf))
             flat[f"{name}.{key}"] = np.ascontiguousarray(
                 value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
@@ -99,36 +117,46 @@ def read_weights(path: epath.Path) -> dict[str, PyTree]:
     halves = (np.float16, ml_dtypes.bfloat16)
     widened = {k: v.astype(np.float32) if v.dtype in halves else v for k, v in flat.items()}
     return nnx.traversals.unflatten_mapping(
-        {tuple(key.split(".")): value for key, value in widened.items()}
+        {
+            tuple(int(part) if part.isdigit() else part for part in key.split(".")): value
+            for key, value in widened.items()
+        }
     )
 
 
-def write_bundle(folder: str | epath.Path, bundle: Bundle, dtype: str = "bfloat16") -> None:
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """`{"path.to.leaf": leaf}`; the members of a list of modules go by their number."""
+    flat = nnx.traversals.flatten_mapping(tree)
+    return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def write_bundle(folder: epath.PathLike, bundle: Bundle, dtype: str = "bfloat16") -> None:
     """Writes a model's folder, its recipe last: a folder with a recipe is whole."""
-    folder = epath.Path(folder)
-    write_weights(folder / MODEL, dtype, params=bundle.params, frozen=bundle.frozen)
+    root = epath.Path(folder)
+    write_weights(root / MODEL, dtype, params=bundle.params, frozen=bundle.frozen)
     if bundle.tokenizer is not None:
-        bundle.tokenizer.save(str(folder))
-    write_config(folder, bundle.config)
+        bundle.tokenizer.save(str(root))
+    write_config(root, bundle.config)
 
 
-def read_bundle(folder: str | epath.Path) -> Bundle:
+def read_bundle(folder: epath.PathLike) -> Bundle:
     """A trained model from a bundle's folder, or from a run's: its newest checkpoint's average.
 
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
     """
-    folder = epath.Path(folder)
+    root = epath.Path(folder)
     config = read_config(folder)
-    abstract = abstract_params(config.task)
-    if (folder / MODEL).exists():
-        trees = read_weights(folder / MODEL)
+    parts = {name: _abstract(part.build) for name, part in config.task.frozen().items()}
+    abstract = {"params": abstract_params(config.task), "frozen": parts}
+    if (root / MODEL).exists():
+        trees = read_weights(root / MODEL)
         params, frozen = trees.get("params", {}), trees.get("frozen", {})
     else:
-        params, _ = load_params(folder / CHECKPOINTS, abstract)
-        frozen = read_weights(folder / FROZEN) if (folder / FROZEN).exists() else {}
-    check_fit(params, abstract, str(folder))
-    has_text = (folder / "tokenizer.json").exists()
+        params, _ = load_params(root / CHECKPOINTS, abstract["params"])
+        frozen = read_weights(root / FROZEN) if (root / FROZEN).exists() else {}
+    check_fit({"params": params, "frozen": frozen}, abstract, str(folder))
+    has_text = (root / "tokenizer.json").exists()
     tokenizer = Tokenizer.load(str(folder)) if has_text else None
     return Bundle(config, params, frozen, tokenizer)
 
@@ -144,23 +172,27 @@ def read_frozen(task: Task) -> PyTree:
         params: Any = read_bundle(part.folder).params
         for key in part.part:
             if key not in params:
-                raise UserError(f"The model in {part.folder} has no part {key!r} to serve as {name}.")
+                raise UserError(
+                    f"The model in {part.folder} has no part {key!r} to serve as {name}."
+                )
             params = params[key]
-        abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(part.build))[1])
-        check_fit(params, abstract, part.folder)
+        check_fit(params, _abstract(part.build), part.folder)
         parts[name] = params
     return parts
 
 
 def abstract_params(task: Task) -> PyTree:
     """Shapes and types of what a task trains, with nothing allocated."""
-    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[1])
+    return _abstract(lambda: task.build(nnx.Rngs(0)))
+
+
+def _abstract(build: Callable[[], nnx.Module]) -> PyTree:
+    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(build))[1])
 
 
 def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:
-    """Raises `UserError` naming the first weights that are missing, unexpected or of another shape."""
-    have = nnx.traversals.flatten_mapping(params, sep=".")
-    want = nnx.traversals.flatten_mapping(abstract, sep=".")
+    """Raises `UserError` naming weights that are missing, unexpected or of another shape."""
+    have, want = _flatten(params), _flatten(abstract)
     wrong = [f"{k} is missing" for k in want if k not in have]
     wrong += [f"{k} is not expected" for k in have if k not in want]
     wrong += [
@@ -178,7 +210,7 @@ def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:
 def weights_fingerprint(params: PyTree) -> str:
     """SHA-256, in hex, over names and bytes of a model's weights."""
     digest = hashlib.sha256()
-    for key, leaf in sorted(nnx.traversals.flatten_mapping(params, sep=".").items()):
+    for key, leaf in sorted(_flatten(params).items()):
         digest.update(key.encode())
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()

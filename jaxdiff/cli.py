@@ -5,25 +5,29 @@ import difflib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from jaxdiff.bundle import read_bundle, write_bundle
-from jaxdiff.config import Config
+from jaxdiff.bundle import make_folder, read_bundle, write_bundle
+from jaxdiff.config import Config, members
 from jaxdiff.data.array_record import write_array_record
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.source import Record, Source
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.sample_command import SampleOptions, draw
 from jaxdiff.training.session import run_recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "produce.py"
+NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 2 for a mistake of the user's, told in one line."""
+    """Runs one command; returns its exit status: 2 for a user's mistake, told in one sentence."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
@@ -45,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxdiff: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # tyro's way out, after --help or a value that it cannot read
+        return int(end.code or 0)
     return 0
 
 
@@ -56,9 +62,9 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(str(p) for p in DEFAULT_RECIPE.parent.glob("*.py"))
-        nearest = difflib.get_close_matches(str(path), there, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]}?" if nearest else "give the path of a file in configs/."
+        there = sorted(p.name for p in DEFAULT_RECIPE.parent.glob("*.py"))
+        nearest = difflib.get_close_matches(f"{path.stem}.py", there, n=1)
+        hint = f"did you mean configs/{nearest[0]}?" if nearest else "see those in configs/."
         raise UserError(f"There is no recipe {path}: {hint}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -86,65 +92,65 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) 
         **options,
     )
     if unknown:
-        known = sorted(_flags(target, default))
         flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"{prog} has no place for {flag!r}: see {prog} --help.")
+        known = sorted(_flags(target if default is None else default))
         nearest = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"see {prog} --help."
         raise UserError(f"{prog} does not know {flag}: {hint}")
     return value
 
 
-def _flags(target: Any, default: Any) -> list[str]:
-    """All flags, as `--train.batch-size`, of a dataclass or of its nested default."""
-    value = target if default is None else default
+def _flags(options: Any, prefix: str = "") -> list[str]:
+    """All flags, as `--train.batch-size`, of a dataclass, and of a nested one by its default."""
+    hints = typing.get_type_hints(
+        options if isinstance(options, type) else type(options), include_extras=True
+    )
+    flags = []
+    for f in dataclasses.fields(options):
+        marks = typing.get_args(hints[f.name])[1:]
+        value = getattr(options, f.name, None)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            own = "" if NO_PREFIX in marks else f"{f.name}."
+            flags += _flags(value, prefix + own)
+        elif tyro.conf.Positional not in marks and not _is_part(hints[f.name]):
+            flags.append(f"--{prefix}{f.name}".replace("_", "-"))
+    return flags
 
-    def walk(value: Any, prefix: str) -> list[str]:
-        names = []
-        for f in dataclasses.fields(value):
-            name = f"{prefix}{f.name.replace('_', '-')}"
-            inner = getattr(value, f.name, None)
-            nested = dataclasses.is_dataclass(inner) and not isinstance(inner, type)
-            names += walk(inner, f"{name}.") if nested else [f"--{name}"]
-        return names
 
-    return walk(value, "")
+def _is_part(hint: Any) -> bool:
+    """Whether a field holds a dataclass, whose keys are flags, while it has none of its own."""
+    return any(dataclasses.is_dataclass(c) for c in members(hint))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where a run's folder is, and whether to go on in it."""
+class TrainOptions:
+    """Trains a recipe: its file first, then keys of it to change, each followed by its value."""
 
+    config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     out: str | None = None
     """The run's folder, local or gs://; runs/NAME by default."""
-    resume: bool = True
+    resume: bool = False
     """Go on from the newest checkpoint in the folder: what happens anyway."""
     fresh: bool = False
     """Start anew, removing the run in the folder."""
 
 
+def _recipe(arguments: list[str]) -> tuple[Config, list[str]]:
+    """The recipe whose file comes first, or the default one, and the arguments after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return load_recipe(arguments[0]), arguments[1:]
+    return load_recipe(DEFAULT_RECIPE), arguments
+
+
 def train(arguments: list[str]) -> None:
     """`jaxdiff train [RECIPE] [--path.to.key VALUE ...] [--out DIR] [--resume | --fresh]`."""
-    recipe: str | Path = DEFAULT_RECIPE
-    if arguments and not arguments[0].startswith("-"):
-        recipe, arguments = arguments[0], arguments[1:]
-    config = load_recipe(recipe)
-    own, overrides = _split(arguments, ("--out", "--resume", "--fresh"))
-    options = parse(RunOptions, own, prog="train")
-    config = parse(type(config), overrides, prog="train", default=config)
-
-    run_recipe(config, options.out or f"runs/{config.name}", fresh=options.fresh)
-
-
-def _split(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Flags of these names, with their values, and the rest."""
-    own: list[str] = []
-    rest: list[str] = []
-    target = rest
-    for argument in arguments:
-        if argument.startswith("--"):
-            target = own if argument.split("=")[0] in names else rest
-        target.append(argument)
-    return own, rest
+    config, arguments = _recipe(arguments)
+    options = parse(TrainOptions, arguments, prog="train", default=TrainOptions(config=config))
+    if options.resume and options.fresh:
+        raise UserError("--resume and --fresh exclude each other: give one of them.")
+    run_recipe(options.config, options.out or f"runs/{options.config.name}", fresh=options.fresh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +161,8 @@ class EvaluateOptions:
     """Folder of a run or of an exported model, or `shipped`."""
     samples: int = 500
     """Prompts of each kind."""
-    batch_size: int = 64
-    """Images drawn at a time."""
+    batch_size: int | None = None
+    """Images drawn at a time; chosen for the device by default."""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -182,28 +188,42 @@ def export(arguments: list[str]) -> None:
     options = parse(ExportOptions, arguments, prog="jaxdiff export")
     if options.dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
-    write_bundle(options.out, read_bundle(options.run), options.dtype)
+    bundle = read_bundle(options.run)
+    write_bundle(make_folder(options.out), bundle, options.dtype)
     print(f"Wrote {options.out}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Writes a recipe's records as ArrayRecord files, fast to read at random from many hosts."""
+    """Writes a recipe's records as ArrayRecord files, fast to read at random from many hosts.
 
-    recipe: Annotated[str, tyro.conf.Positional]
-    """The recipe whose data are written."""
+    The recipe's file comes first, then the folder, then keys of the recipe to change. Records that
+    cannot be used are named and left out.
+    """
+
+    config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
 
 
 def prepare(arguments: list[str]) -> None:
-    """`jaxdiff prepare RECIPE OUT`."""
-    options = parse(PrepareOptions, arguments, prog="jaxdiff prepare")
-    source = load_recipe(options.recipe).data.source
+    """`jaxdiff prepare RECIPE OUT [--data.source.KEY VALUE ...]`."""
+    config, arguments = _recipe(arguments)
+    default = PrepareOptions(config=config, out=tyro.MISSING)
+    options = parse(PrepareOptions, arguments, prog="jaxdiff prepare", default=default)
+    source = options.config.data.source
     source.check()
-    records = (source[i] for i in range(len(source)))
-    path = f"{options.out}/records.array_record"
-    print(f"Wrote {write_array_record(path, records)} records to {path}")
+    path = make_folder(options.out) / "records.array_record"
+    print(f"Wrote {write_array_record(str(path), _usable(source))} records to {path}")
+
+
+def _usable(source: Source) -> Iterator[Record]:
+    """The records that can be used; the others are named."""
+    for i in range(len(source)):
+        try:
+            yield source[i]
+        except RecordError as error:
+            print(f"Skipped {error}", file=sys.stderr)
 
 
 def sample(arguments: list[str]) -> None:

@@ -57,8 +57,8 @@ class TrainConfig:
       checkpoint_every: steps from one checkpoint to the next; the last step always has one.
       keep: newest checkpoints that are kept.
       sample_every: steps from one grid of samples to the next; 0 for none but the last.
-      max_nonfinite: updates skipped in a row, for a loss or gradient that is not finite, after which
-        the run stops.
+      max_nonfinite: updates skipped in a row, for a loss or gradient that is not finite, after
+        which the run stops.
       wandb: also log to Weights & Biases.
     """
 
@@ -75,7 +75,8 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+        positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
+        for name in (*positive, "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"train.{name} is {getattr(self, name)}: expected a positive number."
@@ -117,43 +118,69 @@ def from_json(annotation: Any, data: Any, path: str = "config") -> Any:
     """The value that `to_json` wrote, given the type that is expected there.
 
     Raises:
-      UserError: for a type or a key that is not expected, naming the nearest that is.
+      UserError: for a type, a key or a value that is not expected, naming the nearest that is.
     """
-    candidates = _members(annotation)
-    if isinstance(data, dict) and "type" in data:
-        classes = {c.__name__: c for c in candidates if dataclasses.is_dataclass(c)}
-        if data["type"] not in classes:
-            raise UserError(
-                f"{path} is of type {data['type']}: expected {' or '.join(classes)}; the file was "
-                "written by another version of jaxdiff or edited by hand."
-            )
-        cls = classes[data["type"]]
-        hints = typing.get_type_hints(cls)
-        known = [f.name for f in dataclasses.fields(cls)]
-        values = {}
-        for name, value in data.items():
-            if name == "type":
-                continue
-            if name not in known:
-                raise unknown_key(f"{path}.{name}", [f"{path}.{k}" for k in known])
-            values[name] = from_json(hints[name], value, f"{path}.{name}")
-        return cls(**values)
-    if isinstance(data, list):
-        for candidate in candidates:
-            if typing.get_origin(candidate) is tuple:
-                inner = typing.get_args(candidate)
-                kinds = [inner[0]] * len(data) if inner[-1:] == (Ellipsis,) else inner
-                pairs = zip(kinds, data, strict=True)
-                return tuple(from_json(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(pairs))
-    if isinstance(data, int) and not isinstance(data, bool) and candidates == [float]:
+    candidates = members(annotation)
+    if isinstance(data, dict):
+        return _object_from_json(candidates, data, path)
+    tuples = [c for c in candidates if typing.get_origin(c) is tuple]
+    if isinstance(data, list) and tuples:
+        inner = typing.get_args(tuples[0])
+        kinds = [inner[0]] * len(data) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) == len(data):
+            pairs = enumerate(zip(kinds, data, strict=True))
+            return tuple(from_json(kind, value, f"{path}[{i}]") for i, (kind, value) in pairs)
+    if type(data) is int and float in candidates and int not in candidates:
         return float(data)
+    if not any(_fits(data, candidate) for candidate in candidates):
+        raise UserError(
+            f"{path} is {data!r}: expected {' or '.join(_name(c) for c in candidates)}; {_FOREIGN}"
+        )
     return data
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The classes that a field may hold: of a union its members, else itself."""
+_FOREIGN = "the file was written by another version of jaxdiff or edited by hand."
+
+
+def _object_from_json(candidates: list[Any], data: dict[str, Any], path: str) -> Any:
+    """The dataclass, one of the candidates, that a JSON object states."""
+    classes: dict[str, Any] = {_name(c): c for c in candidates if dataclasses.is_dataclass(c)}
+    if data.get("type") not in classes:
+        raise UserError(
+            f"{path} is of type {data.get('type')}: expected "
+            f"{' or '.join(classes) or 'a value'}; {_FOREIGN}"
+        )
+    cls = classes[data["type"]]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {name: value for name, value in data.items() if name != "type"}
+    for name in given:
+        if name not in fields:
+            raise unknown_key(f"{path}.{name}", [f"{path}.{k}" for k in fields])
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise UserError(f"{path}.{name} is missing: {_FOREIGN}")
+    return cls(**{k: from_json(hints[k], value, f"{path}.{k}") for k, value in given.items()})
+
+
+def _fits(data: Any, candidate: Any) -> bool:
+    """Whether a JSON value that is no object and no list is of this type."""
+    if typing.get_origin(candidate) is Literal:
+        return data in typing.get_args(candidate)
+    return type(data) is candidate
+
+
+def _name(candidate: Any) -> str:
+    if typing.get_origin(candidate) is Literal:
+        return " or ".join(repr(value) for value in typing.get_args(candidate))
+    return "null" if candidate is type(None) else getattr(candidate, "__name__", str(candidate))
+
+
+def members(annotation: Any) -> list[Any]:
+    """The types that a field may hold: of a union its members, else itself."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [m for a in typing.get_args(annotation) for m in _members(a)]
+        return [m for a in typing.get_args(annotation) for m in members(a)]
     return [annotation]
 
 

@@ -6,13 +6,12 @@ import re
 import time
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
-from etils import epath
 
 from jaxdiff import pictures
+from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import load
+from jaxdiff.pipeline import LARGEST_SEED, load
 from jaxdiff.sampling.settings import SOLVERS
 
 
@@ -52,9 +51,14 @@ def draw(options: SampleOptions) -> None:
     """
     if options.num_images < 1:
         raise UserError(f"--num-images is {options.num_images}: expected at least 1.")
-    if not 0 <= options.seed <= 2**32 - options.num_images:
-        raise UserError(f"--seed is {options.seed}: expected a number from 0 to 2**32 - 1.")
+    last = LARGEST_SEED - options.num_images + 1
+    if not 0 <= options.seed <= last:
+        raise UserError(f"--seed is {options.seed}: expected a number from 0 to {last}.")
+    if options.strip < 0:
+        raise UserError(f"--strip is {options.strip}: expected the number of estimates, or 0.")
     start = time.perf_counter()
+    size = _size(options.size)
+    folder = make_folder(options.out)
     pipeline = load(options.model)
     prompts = [prompt for prompt in options.prompts for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompts for i in range(options.num_images)]
@@ -74,10 +78,9 @@ def draw(options: SampleOptions) -> None:
         "num_steps": num_steps,
         "guidance_scale": scale,
         "solver": solver,
-        "size": _size(options.size),
+        "size": size,
     }
     images = pipeline(prompts, **arguments)
-    folder = epath.Path(options.out)
     for i, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
         text = {
             "prompt": prompt,

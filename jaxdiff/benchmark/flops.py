@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
 from jaxdiff.models.dit import DiTConfig
+from jaxdiff.models.unet import UNetConfig
 
 
 def training_flops(forward: float) -> float:
@@ -79,6 +80,49 @@ def dit_flops(config: DiTConfig, *, height: int, width: int, text_length: int) -
     if joint:
         ends += _linear(text_length, config.text_width, d)
     return config.depth * block + ends
+
+
+def unet_flops(config: UNetConfig, *, height: int, width: int, text_length: int) -> float:
+    """Of one evaluation of a U-Net.
+
+    Args:
+      config: of the U-Net.
+      height: of the image or the latents, in pixels of that.
+      width: likewise.
+      text_length: tokens of the prompt, padding included.
+    """
+    widths, levels, cond = config.widths, len(config.widths), 4 * config.widths[0]
+    areas = [height * width // config.patch_size**2 // 4**i for i in range(levels)]
+    patch = config.patch_size**2 * config.channels
+
+    def block(inputs: int, level: int) -> float:
+        modulation = _linear(1, cond, 2 * widths[level])
+        return _residual_block(inputs, widths[level], areas[level]) + modulation
+
+    def attention(level: int) -> float:
+        if not config.attention[level]:
+            return 0.0
+        area, d = areas[level], widths[level]
+        projections = _linear(area, d, 4 * d) + _linear(text_length, d, 2 * d)
+        words = _linear(text_length, config.text_width, d)
+        return projections + words + _attention(area, area + text_length, d)
+
+    total = 2 * _linear(1, cond, cond) + _linear(1, config.pooled_width, cond)
+    total += 2 * _linear(areas[0], patch, widths[0]) + _linear(areas[0], widths[0], widths[0])
+    skips = [widths[0]]
+    for i, d in enumerate(widths):
+        inputs = [widths[max(i - 1, 0)]] + [d] * (config.blocks - 1)
+        total += sum(block(n, i) for n in inputs) + attention(i)
+        skips += [d] * config.blocks
+        if i + 1 < levels:
+            total += _conv(3, d, d, areas[i + 1])
+    total += block(widths[-1], levels - 1) + attention(levels - 1)
+    for i in reversed(range(levels)):
+        before = widths[min(i + 1, levels - 1)]
+        for j in range(config.blocks + (i == 0)):
+            total += block((widths[i] if j else before) + skips.pop(), i)
+        total += attention(i) + (_conv(3, widths[i], widths[i], areas[i - 1]) if i else 0.0)
+    return total
 
 
 def _clip_tower(config: ClipTextConfig | ClipVisionConfig, tokens: int) -> float:

@@ -6,8 +6,10 @@ from jaxdiff.benchmark.flops import (
     decode_flops,
     dit_flops,
     encode_flops,
+    unet_flops,
 )
 from jaxdiff.benchmark.flops import training_flops as three_passes
+from jaxdiff.models.dit import DiTConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
@@ -23,9 +25,11 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
         seen = 2 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
         return three_passes(total) + seen
     height, width, _ = task.shape(size, size)
-    denoiser = dit_flops(
-        task.denoiser, height=height, width=width, text_length=task.text.model.length
-    )
+    seen = {"height": height, "width": width, "text_length": task.text.model.length}
+    if isinstance(task.denoiser, DiTConfig):
+        denoiser = dit_flops(task.denoiser, **seen)
+    else:
+        denoiser = unet_flops(task.denoiser, **seen)
     text = clip_text_flops(task.text.model)
     total = three_passes(denoiser) + (text if task.text.pretrained else three_passes(text))
     if task.latents:

@@ -176,7 +176,7 @@ class Template:
         x = np.clip((u + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
         y = np.clip((v + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
         column, row = x.astype(np.int32), y.astype(np.int32)
-        x, y = (x - column)[..., None], (y - row)[..., None]
+        x, y = (x % 1)[..., None], (y % 1)[..., None]
         corner = row * TEXELS + column
         flat = self.planes.reshape(-1, 4)
         upper = flat[corner] * (1 - x) + flat[corner + 1] * x
@@ -242,9 +242,9 @@ def turning(degrees: float, mirror: float) -> Float64[np.ndarray, "2 2"]:
     return np.array([[cos, -sin], [sin, cos]]) @ np.diag([mirror, -1.0])
 
 
-def _pose(item: Item, rng: np.random.Generator) -> _Pose:
+def _pose(item: Item, mirror: float, rng: np.random.Generator) -> _Pose:
     shape = template(item.kind)
-    turn = turning(rng.uniform(-MAX_TURN, MAX_TURN), rng.choice([-1.0, 1.0]))
+    turn = turning(rng.uniform(-MAX_TURN, MAX_TURN), mirror)
     extent = EXTENT[item.size] * rng.uniform(0.96, 1.04)
     stem_length = (4.6 + 0.05 * extent) * rng.uniform(0.95, 1.1)
     stem_width = 1.5 + 0.012 * extent
@@ -279,19 +279,13 @@ def _places(scene: Scene, poses: list[_Pose], rng: np.random.Generator) -> list[
         jitter = rng.uniform(-1.5, 1.5, 2)
         centres = [np.array(DIRECTIONS[scene.position]) * POSITION_OFFSET + jitter]
     elif scene.count == 3:
-        centres = _places_of_three(rng)
+        centres = _places_of_three(poses, rng)
     else:
         relation = scene.relation or ("left of", "above")[rng.integers(2)]
         axis = np.array(DIRECTIONS[relation], float)
         across = axis[::-1] * rng.uniform(-3, 3, (2, 1))
         centres = [axis * PAIR_OFFSET + across[0], -axis * PAIR_OFFSET + across[1]]
-        along = int(abs(axis[1]))
-        first, second = (0, 1) if axis[along] < 0 else (1, 0)
-        space = centres[second][along] + poses[second].box[0, along]
-        overlap = centres[first][along] + poses[first].box[1, along] + GAP - space
-        if overlap > 0:
-            centres[first][along] -= overlap / 2
-            centres[second][along] += overlap / 2
+        _separate(centres, poses, int(abs(axis[1])))
     limit = 32 - MARGIN
     return [
         32 + np.clip(centre, -limit - pose.box[0], limit - pose.box[1])
@@ -299,15 +293,31 @@ def _places(scene: Scene, poses: list[_Pose], rng: np.random.Generator) -> list[
     ]
 
 
-def _places_of_three(rng: np.random.Generator) -> list[np.ndarray]:
-    if rng.random() < 0.5:
-        centres = np.array([[-20.0, 0.0], [0.0, 0.0], [20.0, 0.0]])
-        jitter = rng.uniform(-0.5, 0.5, (3, 2)) + [0, 1] * rng.uniform(-6, 6, (3, 1))
-    else:
-        centres = np.array([[-13.0, 12.0], [0.0, -12.0], [13.0, 12.0]])
-        centres[:, 1] *= rng.choice([-1.0, 1.0])
-        jitter = rng.uniform(-1.0, 1.0, (3, 2))
-    return list(centres + jitter)
+def _separate(centres: list[np.ndarray], poses: list[_Pose], along: int) -> None:
+    """Moves two objects apart along an axis until nothing touches, and both into the frame."""
+    first, second = (0, 1) if centres[0][along] < centres[1][along] else (1, 0)
+    gap = centres[second][along] + poses[second].box[0, along]
+    gap -= centres[first][along] + poses[first].box[1, along]
+    push = max(0.0, GAP - gap) / 2
+    low = centres[first][along] - push + poses[first].box[0, along]
+    high = centres[second][along] + push + poses[second].box[1, along]
+    limit = 32 - MARGIN
+    shift = max(0.0, -limit - low) - max(0.0, high - limit)
+    centres[first][along] += shift - push
+    centres[second][along] += shift + push
+
+
+def _places_of_three(poses: list[_Pose], rng: np.random.Generator) -> list[np.ndarray]:
+    """In a row where that leaves room between them, else in a triangle."""
+    widths = np.array([pose.box[1, 0] - pose.box[0, 0] for pose in poses])
+    gap = (64 - widths.sum()) / 4
+    if gap >= GAP and rng.random() < 0.5:
+        ends = np.cumsum(widths + gap) - 32
+        x = ends - np.array([pose.box[1, 0] for pose in poses])
+        return list(np.stack([x, rng.uniform(-6, 6, 3)], -1))
+    centres = np.array([[-16.0, 12.0], [0.0, -12.0], [16.0, 12.0]])
+    centres[:, 1] *= rng.choice([-1.0, 1.0])
+    return list(centres + rng.uniform(-1.0, 1.0, (3, 2)))
 
 
 def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> UInt8[np.ndarray, "h w 3"]:
@@ -316,7 +326,9 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> UInt8[np.n
     Pose, shade and background come from `rng`.
     """
     items = [item for item in scene.items for _ in range(scene.count)]
-    poses = [_pose(item, rng) for item in items]
+    mirrors = rng.choice([-1.0, 1.0], len(scene.items))
+    # All of a group face the same way, lest stems that grow sideways meet.
+    poses = [_pose(item, mirrors[i // scene.count], rng) for i, item in enumerate(items)]
     centres = _places(scene, poses, rng)
     scale = size / 64
     picture = _background(rng, size)

@@ -19,13 +19,13 @@ Figures = dict[str, dict[str, dict[str, float]]]
 Draw = Callable[[Sequence[str]], np.ndarray]
 
 
-def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int = 64) -> Figures:
+def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None = None) -> Figures:
     """Draws prompts that rules can judge, and judges the images.
 
     Args:
       pipeline: a model trained on `Produce` or on `OpenMoji`.
       samples: prompts of each kind; image i has seed i.
-      batch_size: images drawn at a time.
+      batch_size: images drawn at a time; chosen for the device by default.
 
     Raises:
       UserError: no rule judges images of the model's data set.
@@ -91,7 +91,7 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def evaluate_folder(folder: str, *, samples: int, batch_size: int) -> None:
+def evaluate_folder(folder: str, *, samples: int, batch_size: int | None) -> None:
     """`jaxdiff evaluate`: prints the table, and saves the figures in the model's folder.
 
     "shipped" names the model that comes with jaxdiff, whose figures are only printed.

@@ -23,12 +23,13 @@ BODY_CHROMA = 60.0  # least difference between a body pixel's channels; backgrou
 STEM_LIGHT = 100.0  # a stem's pixels have no channel above this, a body's have one
 LEAST_BODY = 20  # pixels; smaller specks are no objects
 LEAST_STEM = 6
-CENTRE_RADIUS = 4.5  # pixels: nearer to the picture's centre than this is "centre"
+CENTRE_RADIUS = 3.25  # pixels: nearer to the picture's centre than this is "centre"
 MISFIT_LIMIT = 0.2  # share of a body's area by which it may miss its kind's silhouette
 
 WINDOW = 32  # bodies are compared on this grid, at a longest extent of FITTED pixels
 FITTED = 23.0
-SHIFTS = (-1.2, 0.0, 1.2)  # of that grid's pixels, tried along both axes
+SHIFTS = (0.0, -1.2, 1.2)  # of that grid's pixels, tried along both axes
+LIKELIEST = 60
 
 ATTRIBUTES = ("kind", "colour", "size", "stem", "position", "count", "relation")
 
@@ -62,8 +63,7 @@ def read(image: UInt8[np.ndarray, "h w 3"]) -> list[Reading]:
     bodies = _components((chroma > BODY_CHROMA) & ~dark, LEAST_BODY)
     owners = _stem_owners(dark, bodies)
     readings = [
-        _read_body(pixels, chroma, body, dark, index in owners)
-        for index, body in enumerate(bodies)
+        _read_body(pixels, chroma, body, dark, index in owners) for index, body in enumerate(bodies)
     ]
     return sorted(readings, key=lambda reading: reading.centre)
 
@@ -89,9 +89,7 @@ def check(scene: Scene, readings: list[Reading]) -> dict[str, bool]:
     return {**found, "joint": all(found.values())}
 
 
-def _check_match(
-    scene: Scene, wanted: list[Item], match: tuple[Reading, ...]
-) -> dict[str, bool]:
+def _check_match(scene: Scene, wanted: list[Item], match: tuple[Reading, ...]) -> dict[str, bool]:
     pairs = list(zip(wanted, match, strict=True))
     found = {
         name: all(getattr(item, name) == getattr(reading, name) for item, reading in pairs)
@@ -139,7 +137,7 @@ def _stem_owners(dark: Mask, bodies: list[Mask]) -> set[int]:
 def _read_body(
     pixels: Float32[np.ndarray, "h w 3"], chroma: Plane, body: Mask, dark: Mask, stem: bool
 ) -> Reading:
-    filled = ndimage.binary_fill_holes(body)
+    filled = np.asarray(ndimage.binary_fill_holes(body))
     rows, columns = np.nonzero(filled)
     low = np.array([columns.min(), rows.min()])
     high = np.array([columns.max(), rows.max()])
@@ -147,7 +145,7 @@ def _read_body(
     extent = _extent(columns, rows)
     around = ndimage.binary_dilation(body, iterations=2)
     inner = ndimage.binary_erosion(filled)
-    cover = np.clip((chroma / np.median(chroma[body]) - 0.1) / 0.7, 0, 1)
+    cover = np.clip((chroma / np.median(chroma[body]) - 0.08) / 0.5, 0, 1)
     cover = np.where(inner, 1, np.where(around, cover, 0)).astype(np.float32)
     kind, misfit = _nearest_kind(cover, ~dark, centre, extent)
     return Reading(
@@ -174,7 +172,7 @@ def _size(extent: float) -> Size | None:
     return size if abs(extent / EXTENT[size] - 1) < 0.25 else None
 
 
-def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: Float32[np.ndarray, "n"]) -> Colour | None:
+def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: np.ndarray) -> Colour | None:
     """The nearest hue to that of the body's more colourful half."""
     red, green, blue = pixels[chroma >= np.median(chroma)].mean(0) / 255
     hue = 360 * colorsys.rgb_to_hsv(red, green, blue)[0]
@@ -184,8 +182,8 @@ def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: Float32[np.ndarray, "n"]
 
 
 @functools.cache
-def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"]]:
-    """Every kind at many poses, as coverage of the window: their kinds, their flat pixels."""
+def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.ndarray, "s p"]]:
+    """Every kind at many poses, as coverage of the window: kinds, flat pixels, their squares."""
     axis = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2
     x, y = axis[None, :], axis[:, None]
     kinds, covers = [], []
@@ -196,7 +194,7 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"]]:
         poses = itertools.product(
             np.linspace(-MAX_TURN - 4, MAX_TURN + 4, 13),
             (1.0,) if symmetric else (1.0, -1.0),
-            FITTED * np.array([1.0, 1.05, 1.1, 1.17]),  # a stem hides some of the extent
+            FITTED * np.array([1.0, 1.06, 1.12, 1.18, 1.25]),  # a stem hides some of the extent
         )
         for degrees, mirror, extent in poses:
             turn = turning(degrees, mirror)
@@ -207,7 +205,8 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"]]:
             distance = shape.sample(u / extent, v / extent)[..., 0] * extent
             kinds.append(kind)
             covers.append(coverage(distance / 1.4).ravel())  # about the blur of the resampling
-    return kinds, np.stack(covers).astype(np.float32)
+    silhouettes = np.stack(covers).astype(np.float32)
+    return kinds, silhouettes, silhouettes**2
 
 
 def _nearest_kind(
@@ -217,19 +216,32 @@ def _nearest_kind(
 
     Where a stem hides the body, nothing is compared.
     """
-    kinds, silhouettes = _silhouettes()
+    kinds, silhouettes, squares = _silhouettes()
+    x, y = _window_positions()
+    pixel = extent / FITTED
+    at = [centre[1] + y * pixel - 0.5, centre[0] + x * pixel - 0.5]
+    body = ndimage.map_coordinates(cover, at, order=1)
+    weight = ndimage.map_coordinates(visible.astype(np.float32), at, order=1)
+
+    def misfits(shifts: slice, poses: np.ndarray | slice) -> Float32[np.ndarray, "k s"]:
+        weighted = weight[shifts] * body[shifts]
+        area = weight[shifts] @ squares[poses].T
+        own = (weighted * body[shifts]).sum(-1, keepdims=True)
+        return (own - 2 * weighted @ silhouettes[poses].T + area) / area
+
+    # Only the likeliest poses, unshifted, are worth shifting.
+    poses = np.argsort(misfits(slice(1), slice(None))[0])[:LIKELIEST]
+    misfit = misfits(slice(None), poses).min(0)
+    nearest = int(np.argmin(misfit))
+    least = float(misfit[nearest])
+    return (kinds[poses[nearest]] if least < MISFIT_LIMIT else None), least
+
+
+@functools.cache
+def _window_positions() -> tuple[Float32[np.ndarray, "k p"], Float32[np.ndarray, "k p"]]:
+    """x and y of the window's pixels from its centre, under every shift; the first is none."""
     axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
     shift_y, shift_x, y, x = np.meshgrid(SHIFTS, SHIFTS, axis, axis, indexing="ij")
-    pixel = extent / FITTED
-    at = [centre[1] + (y + shift_y) * pixel - 0.5, centre[0] + (x + shift_x) * pixel - 0.5]
     pixels = WINDOW * WINDOW
-    body = ndimage.map_coordinates(cover, at, order=1).reshape(-1, pixels)
-    weight = ndimage.map_coordinates(visible.astype(np.float32), at, order=1, cval=0.0)
-    weight = weight.reshape(-1, pixels)
-    squares = silhouettes**2
-    area = weight @ squares.T
-    missed = (weight * body**2).sum(-1, keepdims=True) - 2 * (weight * body) @ silhouettes.T + area
-    misfit = missed / area
-    nearest = int(np.argmin(misfit.min(0)))
-    least = float(misfit[:, nearest].min())
-    return (kinds[nearest] if least < MISFIT_LIMIT else None), least
+    x, y = (x + shift_x).reshape(-1, pixels), (y + shift_y).reshape(-1, pixels)
+    return x.astype(np.float32), y.astype(np.float32)

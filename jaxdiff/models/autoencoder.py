@@ -1,4 +1,4 @@
-"""The KL autoencoder in Stable Diffusion's architecture (Rombach et al. 2022, appendix G), at any size."""
+"""Stable Diffusion's KL autoencoder, at any size (Rombach et al. 2022, section 3.1)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.initializers import fan_in_normal
 
 NORM_EPSILON = 1e-6
 
@@ -31,7 +32,7 @@ class AutoencoderConfig:
       scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
         variance, which the schedules assume.
       shift_factor: the mean of z.
-      remat: recompute each residual block in the backward pass, rather than store what is inside it.
+      remat: recompute each residual block in the backward pass rather than store its inside.
     """
 
     image_channels: int = 3
@@ -50,8 +51,8 @@ class AutoencoderConfig:
         odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
         if odd:
             raise UserError(
-                f"autoencoder: {self.norm_num_groups} norm groups do not divide the width {odd[0]}; "
-                "choose block_out_channels as multiples of norm_num_groups."
+                f"autoencoder: {self.norm_num_groups} norm groups do not divide the width "
+                f"{odd[0]}; choose block_out_channels as multiples of norm_num_groups."
             )
 
     @property
@@ -76,13 +77,24 @@ class Gaussian(NamedTuple):
         return self.mean
 
     def kl(self) -> Float[Array, "*b"]:
-        """Divergence from the unit normal in nats, summed over z (Kingma & Welling 2014, app. B)."""
+        """Nats from the unit normal, summed over z (Kingma & Welling 2014, appendix B)."""
         nats = (self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar) / 2
         return jnp.sum(nats, axis=(-3, -2, -1))
 
 
 def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs):
-    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
+    init = fan_in_normal()
+    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, kernel_init=init, rngs=rngs)
+
+
+def _downsample(channels: int, rngs: nnx.Rngs):
+    # Padded at the far sides alone, as the published weights want it.
+    sides, init = ((0, 1), (0, 1)), fan_in_normal()
+    return nnx.Conv(channels, channels, (3, 3), 2, padding=sides, kernel_init=init, rngs=rngs)
+
+
+def _linear(channels: int, rngs: nnx.Rngs):
+    return nnx.Linear(channels, channels, kernel_init=fan_in_normal(), rngs=rngs)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -92,6 +104,7 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, groups, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises each group of each image."""
         return super().__call__(x).astype(x.dtype)
 
 
@@ -112,6 +125,7 @@ class ResidualBlock(nnx.Module):
         return y + (x if self.shortcut is None else self.shortcut(x))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        """To the width of `outputs`, at the same resolution."""
         if not self.remat:
             return self._residual(x)
         graphdef, params = nnx.split(self)
@@ -123,12 +137,13 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config.norm_num_groups, rngs)
-        self.q = nnx.Linear(channels, channels, rngs=rngs)
-        self.k = nnx.Linear(channels, channels, rngs=rngs)
-        self.v = nnx.Linear(channels, channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs)
+        self.q = _linear(channels, rngs)
+        self.k = _linear(channels, rngs)
+        self.v = _linear(channels, rngs)
+        self.out = _linear(channels, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Adds what each position reads from all."""
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, 1, c)
         y = jax.nn.dot_product_attention(self.q(y), self.k(y), self.v(y))
@@ -145,6 +160,7 @@ class Middle(nnx.Module):
         self.second = ResidualBlock(channels, channels, config, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The same shape."""
         x = self.first(x)
         if self.attention is not None:
             x = self.attention(x)
@@ -152,7 +168,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The residual blocks of one resolution, then the convolution that goes with leaving it, if any."""
+    """The residual blocks of one resolution, and the convolution for leaving it, if any."""
 
     def __init__(
         self,
@@ -169,6 +185,7 @@ class Level(nnx.Module):
         self.resample = resample
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        """Runs the residual blocks; the caller resamples."""
         for block in self.blocks:
             x = block(x)
         return x
@@ -183,17 +200,14 @@ class Encoder(nnx.Module):
         self.levels = nnx.List()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
-            down = None
-            if i + 1 < len(
-                widths
-            ):  # padded at the far sides alone, as the published weights want it
-                down = nnx.Conv(width, width, (3, 3), 2, padding=((0, 1), (0, 1)), rngs=rngs)
+            down = _downsample(width, rngs) if i + 1 < len(widths) else None
             self.levels.append(Level(before, width, config.layers_per_block, down, config, rngs))
         self.middle = Middle(widths[-1], config, rngs)
         self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, rngs)
         self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """From images to `2 * latent_channels` channels."""
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -218,6 +232,7 @@ class Decoder(nnx.Module):
         self.conv_out = _conv(widths[-1], config.image_channels, 3, rngs)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """From z to images."""
         x = self.middle(self.conv_in(z))
         for level in self.levels:
             x = level(x)
@@ -229,8 +244,8 @@ class Decoder(nnx.Module):
 class Autoencoder(nnx.Module):
     """Images in [-1, 1] to a distribution over z and back; computes in the dtype of its weights.
 
-    `encode` and `decode` speak of z, as the network has it; what a denoiser sees are latents, shifted and
-    scaled to unit variance by `to_latents`.
+    `encode` and `decode` speak of z, as the network has it; what a denoiser sees are latents,
+    shifted and scaled to unit variance by `to_latents`.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):

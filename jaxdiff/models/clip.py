@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.initializers import fan_in_normal, normal
 from jaxdiff.models.layers import Dense, Remat, TextFeatures, scan_blocks, stack_blocks
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -47,9 +48,9 @@ class ClipTextConfig:
       heads: of attention.
       mlp_ratio: hidden width of the MLP over `width`.
       activation: of the MLP.
-      projection_dim: width of the joint space that `pooled` is projected to; None leaves it as it is.
-      end_id: the first token of this id ends the prompt; None takes the largest id, as OpenAI's code
-        and checkpoints whose config has `eos_token_id = 2` do.
+      projection_dim: width of the joint space that `pooled` is projected to; None: it is not.
+      end_id: the first token of this id ends the prompt; None takes the largest id, as OpenAI's
+        code does, and transformers where a config has `eos_token_id = 2`.
       remat: what a block keeps for the backward pass.
     """
 
@@ -80,7 +81,7 @@ class ClipVisionConfig:
       heads: of attention.
       mlp_ratio: hidden width of the MLP over `width`.
       activation: of the MLP.
-      projection_dim: width of the joint space that `pooled` is projected to; None leaves it as it is.
+      projection_dim: width of the joint space that `pooled` is projected to; None: it is not.
       remat: what a block keeps for the backward pass.
     """
 
@@ -127,7 +128,7 @@ class ImageFeatures(NamedTuple):
 
 
 class ClipEmbeddings(NamedTuple):
-    """Unit vectors in the joint space, float32, and the factor on their cosines (1 / temperature)."""
+    """Unit vectors in the joint space and the factor on their cosines, 1 / temperature; float32."""
 
     image: Float[Array, "b e"]
     text: Float[Array, "b e"]
@@ -135,8 +136,7 @@ class ClipEmbeddings(NamedTuple):
 
 
 def _linear(inputs: int, outputs: int, std: float, rngs: nnx.Rngs, *, bias: bool = True):
-    init = nnx.initializers.normal(std)
-    return Dense(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs)
+    return Dense(inputs, outputs, use_bias=bias, kernel_init=normal(std), rngs=rngs)
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs):
@@ -160,6 +160,7 @@ class ClipAttention(nnx.Module):
         self.out = _linear(width, width, out_std, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
+        """Mixes the tokens; causal: each with those before it and itself alone."""
         heads = *x.shape[:2], self.heads, x.shape[2] // self.heads
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
@@ -182,6 +183,7 @@ class ClipBlock(nnx.Module):
         self.mlp_out = _linear(hidden, width, out_std, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
+        """The tokens, mixed; causal: each with those before it and itself alone."""
         # The norms may hold float32 scales beside bf16 kernels; the sum stays in the kernels' type.
         x = x + self.attention(self.attention_norm(x).astype(x.dtype), causal=causal)
         y = self.mlp_in(self.mlp_norm(x).astype(x.dtype))
@@ -221,12 +223,8 @@ class ClipText(nnx.Module):
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.config = config
-        self.token_embedding = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, width))
-        )
-        self.position_embedding = nnx.Param(
-            nnx.initializers.normal(0.01)(rngs.params(), (config.length, width))
-        )
+        self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, width)))
+        self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.length, width)))
         self.blocks = stack_blocks(lambda rngs: ClipBlock(config, rngs), config.depth, rngs)
         self.final_norm = _layer_norm(width, rngs)
         if config.projection_dim:
@@ -237,14 +235,14 @@ class ClipText(nnx.Module):
     ) -> TextFeatures:
         """Encodes tokenized prompts of at most `config.length` tokens.
 
-        Stable Diffusion 1.x and 2.x read the last hidden state after the final norm, the default (2.x
-        ships its tower without the last block); "clip skip" on these is an earlier layer, still
-        normalised. XL and 3 read `layer=-2, final_norm=False`.
+        Stable Diffusion 1.x and 2.x read the last hidden state after the final norm, the default
+        (2.x ships its tower without the last block); "clip skip" on these is an earlier layer,
+        still normalised. XL and 3 read `layer=-2, final_norm=False`.
 
         Args:
           ids: token ids, each prompt with its end token; what follows it is padding.
-          layer: which of the `depth + 1` hidden states becomes `tokens`, counted as transformers does:
-            0 is the embeddings, -1 or None the output of the last block.
+          layer: which of the `depth + 1` hidden states becomes `tokens`, counted as transformers
+            does: 0 is the embeddings, -1 or None the output of the last block.
           final_norm: whether the final layer norm is applied to `tokens`.
 
         Returns:
@@ -288,10 +286,17 @@ class ClipVision(nnx.Module):
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.width, config.patch_size
-        init = nnx.initializers.normal(width**-0.5)
+        init = normal(width**-0.5)
         self.config = config
         self.patch_embedding = nnx.Conv(
-            3, width, (patch, patch), strides=patch, padding="VALID", use_bias=False, rngs=rngs
+            3,
+            width,
+            (patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            kernel_init=fan_in_normal(),
+            rngs=rngs,
         )
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         tokens = (config.image_size // patch) ** 2 + 1
@@ -309,12 +314,13 @@ class ClipVision(nnx.Module):
 
         Args:
           images: in [-1, 1].
-          layer: which of the `depth + 1` hidden states becomes `tokens`, never normalised, counted as
-            transformers does: 0 is what enters the first block, -1 or None the output of the last.
+          layer: which of the `depth + 1` hidden states becomes `tokens`, never normalised, counted
+            as transformers does: 0 is what enters the first block, -1 or None the output of the
+            last.
 
         Returns:
-          Features in the dtype of the weights. `pooled` is the last hidden state at the class token,
-          normalised, and projected if the config has a projection.
+          Features in the dtype of the weights. `pooled` is the last hidden state at the class
+          token, normalised, and projected if the config has a projection.
 
         Raises:
           UserError: the images are of another size, or there is no such layer.

@@ -14,15 +14,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.layers import (
-    Dense,
     Remat,
     TextFeatures,
+    absolute_positions,
     fourier_features,
+    patchify,
     rotary_table,
-    rotate,
     scan_blocks,
     stack_blocks,
+    unpatchify,
 )
 
 
@@ -64,60 +66,27 @@ class DiTConfig:
             )
 
     @property
+    def smallest(self) -> int:
+        """Sides of an image must be multiples of this."""
+        return self.patch_size
+
+    @property
     def hidden(self) -> int:
         """Hidden width of the SwiGLU, a multiple of 32 that vector units like."""
         return round(self.width * self.mlp_ratio / 32) * 32
-
-
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True):
-    init = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
-    return Dense(inputs, outputs, kernel_init=init, use_bias=bias, rngs=rngs)
 
 
 def _modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class Attention(nnx.Module):
-    """Multi-head attention with RMS-normalised queries and keys (Henry et al. 2020)."""
-
-    def __init__(self, width: int, heads: int, *, source_width: int, rngs: nnx.Rngs, zero=False):
-        self.heads = heads
-        self.q = _linear(width, width, rngs, bias=False)
-        self.k = _linear(source_width, width, rngs, bias=False)
-        self.v = _linear(source_width, width, rngs, bias=False)
-        self.out = _linear(width, width, rngs, zero=zero)
-        self.q_norm = nnx.RMSNorm(width // heads, rngs=rngs)
-        self.k_norm = nnx.RMSNorm(width // heads, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        source: Float[Array, "b m e"],
-        *,
-        angles: Float[Array, "n half"] | None = None,
-        mask: Bool[Array, "b m"] | None = None,
-    ) -> Float[Array, "b n d"]:
-        q, k, v = (
-            y.reshape(*y.shape[:2], self.heads, -1)
-            for y in (self.q(x), self.k(source), self.v(source))
-        )
-        q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if mask is not None:
-            mask = mask[:, None, None, :]
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.out(y.reshape(x.shape))
-
-
 class SwiGLU(nnx.Module):
     """silu(x W1) * (x W2), then W3 (Shazeer 2020)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = _linear(width, hidden, rngs)
-        self.up = _linear(width, hidden, rngs)
-        self.down = _linear(hidden, width, rngs)
+        self.gate = linear(width, hidden, rngs)
+        self.up = linear(width, hidden, rngs)
+        self.down = linear(hidden, width, rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -128,7 +97,7 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.width
-        self.modulation = _linear(width, 6 * width, rngs, zero=True)
+        self.modulation = linear(width, 6 * width, rngs, zero=True)
         self.norm1 = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
         if config.text == "cross":
@@ -163,20 +132,20 @@ class DiT(nnx.Module):
         self.config = config
         width, patch = config.width, config.patch_size**2 * config.channels
         if config.bottleneck is None:
-            self.patch = _linear(patch, width, rngs)
+            self.patch = linear(patch, width, rngs)
         else:
-            self.patch_down = _linear(patch, config.bottleneck, rngs, bias=False)
-            self.patch = _linear(config.bottleneck, width, rngs)
-        self.time1 = _linear(width, width, rngs)
-        self.time2 = _linear(width, width, rngs)
-        self.pooled = _linear(config.pooled_width, width, rngs)
+            self.patch_down = linear(patch, config.bottleneck, rngs, bias=False)
+            self.patch = linear(config.bottleneck, width, rngs)
+        self.time1 = linear(width, width, rngs)
+        self.time2 = linear(width, width, rngs)
+        self.pooled = linear(config.pooled_width, width, rngs)
         self.text_norm = nnx.RMSNorm(config.text_width, rngs=rngs)
         if config.text == "joint":
-            self.text = _linear(config.text_width, width, rngs)
+            self.text = linear(config.text_width, width, rngs)
         self.blocks = stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
         self.final_norm = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
-        self.final_modulation = _linear(width, 2 * width, rngs, zero=True)
-        self.final = _linear(width, patch, rngs, zero=True)
+        self.final_modulation = linear(width, 2 * width, rngs, zero=True)
+        self.final = linear(width, patch, rngs, zero=True)
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: TextFeatures
@@ -193,12 +162,12 @@ class DiT(nnx.Module):
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
-        tokens = _patchify(x.astype(dtype), config.patch_size)
+        tokens = patchify(x.astype(dtype), config.patch_size)
         if config.bottleneck is not None:
             tokens = self.patch_down(tokens)
         positions = jnp.stack(jnp.mgrid[:height, :width], axis=-1).reshape(-1, 2)
         # Rotary positions are relative; where a thing stands in the picture needs absolute ones.
-        tokens = self.patch(tokens) + _absolute_positions(positions, config.width).astype(dtype)
+        tokens = self.patch(tokens) + absolute_positions(positions, config.width).astype(dtype)
         angles = rotary_table(positions, config.width // config.heads)
 
         time = fourier_features(t, config.width).astype(dtype)
@@ -222,28 +191,4 @@ class DiT(nnx.Module):
             tokens = tokens[:, : height * width]
         shift, scale = jnp.split(self.final_modulation(cond), 2, axis=-1)
         out = self.final(_modulate(self.final_norm(tokens), shift, scale))
-        return _unpatchify(out.astype(jnp.float32), height, width, config.patch_size)
-
-
-def _absolute_positions(positions: Array, width: int) -> Float[Array, "n {width}"]:
-    """Half the channels say the row, half the column (Dosovitskiy et al. 2021, 2D sin-cos)."""
-    rows, columns = positions.astype(jnp.float32).T
-    return jnp.concatenate(
-        [fourier_features(axis, width // 2, scale=1.0) for axis in (rows, columns)], axis=-1
-    )
-
-
-def _patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n d"]:
-    b, h, w, c = x.shape
-    if h % patch or w % patch:
-        raise UserError(
-            f"An image of {w}x{h} does not split into patches of {patch}; "
-            f"choose a size that is a multiple of {patch}."
-        )
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
-
-
-def _unpatchify(x: Float[Array, "b n d"], rows: int, columns: int, patch: int) -> Array:
-    x = x.reshape(x.shape[0], rows, columns, patch, patch, -1)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * patch, columns * patch, -1)
+        return unpatchify(out.astype(jnp.float32), height, width, config.patch_size)

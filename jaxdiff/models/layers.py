@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.errors import UserError
+
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
 
@@ -113,6 +115,32 @@ def rotate(x: Float[Array, "b n heads k"], angles: Float[Array, "n half"]) -> Ar
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def absolute_positions(positions: Array, width: int) -> Float[Array, "n {width}"]:
+    """Half the channels say the row, half the column (Dosovitskiy et al. 2021, 2D sin-cos)."""
+    rows, columns = positions.astype(jnp.float32).T
+    return jnp.concatenate(
+        [fourier_features(axis, width // 2, scale=1.0) for axis in (rows, columns)], axis=-1
+    )
+
+
+def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n d"]:
+    """Squares of `patch` pixels as tokens, row by row; raises `UserError` where they do not fit."""
+    b, h, w, c = x.shape
+    if h % patch or w % patch:
+        raise UserError(
+            f"An image of {w}x{h} does not split into patches of {patch}; "
+            f"choose a size that is a multiple of {patch}."
+        )
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(x: Float[Array, "b n d"], rows: int, columns: int, patch: int) -> Array:
+    """The inverse of `patchify` for a picture of rows x columns patches."""
+    x = x.reshape(x.shape[0], rows, columns, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
 def merge(build: Callable[[], nnx.Module], params: Any) -> Any:

@@ -58,6 +58,16 @@ CLIP_NAMES = {
 }
 
 
+# What transformers 5 saves of a tower alone begins with these, without the tower's name.
+_BARE = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
+
+
+def _full_name(name: str, config: AnyClipConfig) -> str:
+    if not name.startswith(_BARE):
+        return name
+    return f"{'text' if isinstance(config, ClipTextConfig) else 'vision'}_model.{name}"
+
+
 def _network(config: AnyClipConfig) -> tuple[type[nnx.Module], dict[str, str]]:
     match config:
         case ClipTextConfig():
@@ -69,14 +79,18 @@ def _network(config: AnyClipConfig) -> tuple[type[nnx.Module], dict[str, str]]:
 
 
 def from_torch_names(tensors: Mapping[str, np.ndarray], config: AnyClipConfig) -> dict[str, Any]:
-    """Parameters of the network of `config` from the tensors of a transformers checkpoint.
+    """Parameters of the network of `config` from a transformers checkpoint, old or new.
 
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     network, table = _network(config)
     # Old checkpoints store the row 0, 1, 2 ... beside the positions' embeddings.
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
+    tensors = {
+        _full_name(name, config): value
+        for name, value in tensors.items()
+        if not name.endswith(".position_ids")
+    }
     return names.from_torch_names(tensors, table, names.abstract_params(network, config))
 
 

@@ -5,14 +5,15 @@ A table maps the path of one of our modules (or parameters) to its name there:
     "blocks.attention.q": "text_model.encoder.layers.{layer}.self_attn.q_proj"
     "encoder.levels.*.blocks.*": "encoder.down_blocks.{}.resnets.{}"
 
-`*` is an index in a list, and fills the `{}` in order; `{layer}` says that our parameters carry all layers
-stacked along a leading axis. The entry with the longest matching path counts, and what follows it in
-the path is the same in both. Layouts follow from the parameter: `kernel` is transposed (linear) or turned from
-HWIO to OIHW (convolution) and called `weight` there, as is `scale`.
+`*` is an index in a list, and fills the `{}` in order; `{layer}` says that our parameters carry all
+layers stacked along a leading axis. The entry with the longest matching path counts, and what
+follows it in the path is the same in both. Layouts follow from the parameter: `kernel` is
+transposed (linear) or turned from HWIO to OIHW (convolution) and called `weight` there, as is
+`scale`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from flax import nnx, traverse_util
@@ -54,6 +55,10 @@ def abstract_params(network: Callable[..., nnx.Module], config: Any) -> dict[str
     return nnx.to_pure_dict(nnx.state(model))
 
 
+def _flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
+    return cast(dict[Path, Any], traverse_util.flatten_dict(params))
+
+
 def _locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> _Tensor:
     pieces = ["*" if isinstance(piece, int) else piece for piece in path]
     indices = [piece for piece in path if isinstance(piece, int)]
@@ -93,7 +98,7 @@ def from_torch_names(
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     advice = "check that the config is the one that belongs to this checkpoint"
-    flat = traverse_util.flatten_dict(params)
+    flat = _flatten(params)
     located = {path: _locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
     _raise_if_any("missing tensors", list(wanted - set(tensors)), advice)
@@ -116,7 +121,7 @@ def from_torch_names(
 def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """A checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
     tensors = {}
-    for path, value in traverse_util.flatten_dict(params).items():
+    for path, value in _flatten(params).items():
         tensor = _locate(path, value.shape, names)
         layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
         for name, layer in zip(tensor.names(), layers, strict=True):

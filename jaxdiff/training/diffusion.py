@@ -14,6 +14,7 @@ from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, merge
+from jaxdiff.models.unet import UNet, UNetConfig
 from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
 
 
@@ -46,10 +47,13 @@ class Latents:
 class TextToImage(nnx.Module):
     """What is trained: the denoiser, and the text encoder unless that is a frozen one."""
 
-    def __init__(self, denoiser: DiTConfig, text: ClipTextConfig | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, denoiser: DiTConfig | UNetConfig, text: ClipTextConfig | None, *, rngs: nnx.Rngs
+    ):
         if text is not None:
             self.text = ClipText(text, rngs=rngs)
-        self.denoiser = DiT(denoiser, rngs=rngs)
+        network = DiT if isinstance(denoiser, DiTConfig) else UNet
+        self.denoiser = network(denoiser, rngs=rngs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class DiffusionTask:
       curriculum: little noise first; None draws all levels from the start.
     """
 
-    denoiser: DiTConfig
+    denoiser: DiTConfig | UNetConfig
     text: TextTower
     latents: Latents | None = None
     objective: Objective
@@ -125,9 +129,7 @@ class DiffusionTask:
         autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
         return autoencoder.to_latents(autoencoder.encode(images).sample(key))
 
-    def decode(
-        self, frozen: PyTree, x: Float[Array, "b i j c"]
-    ) -> Float[Array, "b h w 3"]:
+    def decode(self, frozen: PyTree, x: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
         """From the space that is modelled to images, about in [-1, 1]."""
         if self.latents is None:
             return x
@@ -152,9 +154,7 @@ class DiffusionTask:
         text = self.features(model, frozen, batch["tokens"])
         x0 = self.encode(frozen, from_uint8(batch["image"]), encode_key)
         max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
-        result = self.objective.loss(
-            lambda x, t: model.denoiser(x, t, text), x0, loss_key, max_t
-        )
+        result = self.objective.loss(lambda x, t: model.denoiser(x, t, text), x0, loss_key, max_t)
         sums, counts = loss_by_level(result.loss, result.t)
         loss = jnp.mean(result.loss)
         metrics = {"loss": loss, "loss_by_level_sum": sums, "loss_by_level_count": counts}

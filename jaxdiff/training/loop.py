@@ -99,13 +99,13 @@ def train(
 
         place, pending = batches.get_state(), None
         while number < config.train.steps and not stop.asked:
-            batch = run.take(batches)
+            batch, skipped = run.take(batches)
             with run.throughput.compiling() if number == first else nullcontext():
                 state, metrics = step(state, frozen, batch)
             place, number = batches.get_state(), number + 1
             if pending is not None:  # a step's metrics are read once the next step is on its way
                 run.read(*pending)
-            pending = (number, metrics)
+            pending = (number, metrics, skipped)
             if number % config.train.checkpoint_every == 0:
                 checkpoints.save(state, place)
             every = config.train.sample_every
@@ -126,9 +126,7 @@ def train(
 def abstract_state(config: Config) -> TrainState:
     """Shapes and types of a recipe's train state, with nothing allocated."""
     optimizer = config.optimizer.build(config.train.steps)
-    return jax.eval_shape(
-        lambda: init_state(config.task, optimizer, config.ema, config.train.seed)
-    )
+    return jax.eval_shape(lambda: init_state(config.task, optimizer, config.ema, config.train.seed))
 
 
 def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep:
@@ -250,17 +248,16 @@ class _Run:
             config.optimizer.learning_rate_at, total_steps=train.steps
         )
 
-    def take(self, batches: Any) -> dict[str, jax.Array]:
-        """The next batch; its bad records are told, counted and judged."""
+    def take(self, batches: Any) -> tuple[dict[str, jax.Array], int]:
+        """The next batch, and how many bad records were passed over for it, told and judged."""
         with self.throughput.waiting():
             batch = next(batches)
         for name in batch["bad"]:
             logging.getLogger(__name__).warning("Skipped %s", name)
-        self._add({"skipped_records": np.float64(batch["skipped"])})
         self.bad.add(batch["skipped"], batch["bad"], self.train.batch_size)
-        return {name: batch[name] for name in ON_DEVICE}
+        return {name: batch[name] for name in ON_DEVICE}, batch["skipped"]
 
-    def read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def read(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> None:
         """Adds a step's metrics to those of the window; at its end, writes a line of them.
 
         Raises:
@@ -275,7 +272,8 @@ class _Run:
                 "with --fresh or resume from the last checkpoint."
             )
         self.throughput.step()
-        self._add({**values, "steps": np.ones(())})
+        counts = {"steps": np.ones(()), "skipped_records": np.float64(skipped)}
+        self._add(values | counts)
         noise = float(values["max_t"]) if "max_t" in values else None
         if step % self.train.log_every == 0 or step == self.train.steps:
             line = self._line(step, values)

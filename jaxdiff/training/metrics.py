@@ -107,7 +107,7 @@ class MetricsWriter:
         self._uploaded_at = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Appends one record; what is not finite becomes null, as JSON has no word for it.
+        """Appends one record; what is not finite becomes null there and is left out elsewhere.
 
         A list, such as the loss by noise level, is kept as such in `metrics.jsonl`, and elsewhere
         becomes one scalar for each element: `name/0`, `name/1` and so on.
@@ -122,7 +122,7 @@ class MetricsWriter:
             self._lines.append(line)
             if time.monotonic() - self._uploaded_at >= UPLOAD_SECONDS:
                 self._upload()
-        scalars = dict(_scalars(metrics))
+        scalars = {name: x for name, x in _scalars(metrics) if math.isfinite(x)}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from jaxdiff.bundle import CHECKPOINTS, CONFIG, read_config, write_config
+from jaxdiff.bundle import CHECKPOINTS, CONFIG, FROZEN, read_config, write_config
 from jaxdiff.config import Config, differences
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.training.optimizer import ConstantLR
+from jaxdiff.training import checkpoint_folder
+from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 
 # Keys that say how a run is carried out and looked at, not what it computes.
 _FREE = (
@@ -25,6 +28,20 @@ _FREE = (
     "train.max_nonfinite",
     "train.wandb",
 )
+# What a run leaves in its folder, the checkpoints first: what is left of a removal that was cut
+# short is a run without checkpoints, which starts anew under the same recipe.
+_OF_A_RUN = (
+    CHECKPOINTS,
+    FROZEN,
+    "samples",
+    TENSORBOARD,
+    WANDB_ID,
+    RECORDS,
+    "summary.json",
+    "evaluation.json",
+    "tokenizer.json",
+    CONFIG,
+)
 
 
 def open_run(
@@ -37,12 +54,10 @@ def open_run(
         that are no run.
     """
     lead = jax.process_index() == 0
-    if fresh and lead:
-        for name in (CHECKPOINTS, "samples"):
-            if (out / name).exists():
-                (out / name).rmtree()
-        for path in out.glob("*.json*") if out.exists() else ():
-            path.unlink()
+    if fresh:
+        if lead:
+            _remove_run(out)
+        multihost_utils.sync_global_devices("the folder's earlier run is removed")
     if (out / CONFIG).exists():
         _check_same(config, read_config(out), out)
     elif (out / CHECKPOINTS).exists():
@@ -57,9 +72,26 @@ def open_run(
     return tokenizer
 
 
+def _remove_run(out: epath.Path) -> None:
+    for name in _OF_A_RUN:
+        path = out / name
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _check_same(config: Config, there: Config, out: epath.Path) -> None:
-    # With a constant learning rate a longer run goes through the same states as a shorter one.
-    free = (*_FREE, "train.steps") if isinstance(config.optimizer.schedule, ConstantLR) else _FREE
+    steps = checkpoint_folder.steps(checkpoint_folder.absolute(out / CHECKPOINTS))
+    taken = max(steps, default=0)
+    if config.train.steps < taken:
+        raise UserError(
+            f"{out} holds a run that has taken {taken} steps, but train.steps is "
+            f"{config.train.steps}: give {taken} or more, choose another --out, or start anew with "
+            "--fresh, which removes that run."
+        )
+    # A run of another length goes through the same states as long as its learning rates are equal.
+    free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE
     differing = [
         line
         for line in differences(config, there)
@@ -71,6 +103,17 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
             f"{' ...' if len(differing) > 5 else ''}. Choose another --out, or start anew with "
             "--fresh, which removes that run."
         )
+
+
+def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
+    """Whether the two lengths of the run make no difference to the `taken` updates made so far."""
+
+    def factors(steps: int):
+        factor = config.optimizer.schedule.factor
+        return jax.vmap(lambda step: factor(step, steps))(jnp.arange(taken))
+
+    ours, theirs = config.train.steps, there.train.steps
+    return ours == theirs or bool(jnp.array_equal(factors(ours), factors(theirs)))
 
 
 def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> Tokenizer:

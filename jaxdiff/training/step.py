@@ -22,7 +22,9 @@ def structure(task: Task) -> Any:
     return nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[0]
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, ema: Ema, seed: int) -> TrainState:
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, ema: Ema, seed: int
+) -> TrainState:
     """The state of a run at step 0. Call it under `jax.eval_shape`, or jitted with shardings."""
     params = nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(seed)))[1])
     return TrainState(
@@ -70,7 +72,7 @@ def make_train_step(
         grads, metrics = _mean_gradient(
             jax.grad(loss, has_aux=True), accumulate, state, frozen, batch, key
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = {

@@ -1,11 +1,12 @@
 import pickle
 import re
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from jaxdiff.data import openmoji
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.openmoji_names import GENDERS, PROFESSIONS, TONES, Worker, captions, worker
 from jaxdiff.errors import UserError
@@ -113,17 +114,26 @@ def test_a_worker_process_gets_the_fields_and_reads_the_same(everything):
     np.testing.assert_array_equal(pickle.loads(data)[5]["image"], everything[5]["image"])
 
 
-def test_two_processes_may_render_at_once(tmp_path):
-    program = (
-        "import sys; from jaxdiff.data import openmoji;"
-        "files = openmoji._svg_files()[:9]; openmoji._svg_files = lambda: files;"
-        "from pathlib import Path; openmoji._render_all(Path(sys.argv[1]) / 'a.npy', 8)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    runs = [subprocess.Popen(command) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
-    assert np.load(tmp_path / "a.npy").shape == (9, 8, 8, 3)
+def test_two_may_render_into_one_cache_at_once(tmp_path, monkeypatch):
+    files = openmoji._svg_files()[:30]
+    monkeypatch.setattr(openmoji, "_svg_files", lambda: files)
+    path = tmp_path / "a.npy"
+    with ThreadPoolExecutor(2) as two:
+        for rendering in [two.submit(openmoji._render_all, path, 8) for _ in range(2)]:
+            rendering.result()
+    assert list(tmp_path.iterdir()) == [path]
+    assert np.load(path).shape == (30, 8, 8, 3)
+    assert np.load(path).std() > 0
+
+
+def test_a_rendering_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(openmoji, "_render", fail)
+    with pytest.raises(UserError, match="no space left"):
+        OpenMoji(size=8, cache=str(tmp_path)).check()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_a_users_mistake(monkeypatch):

@@ -1,21 +1,20 @@
 """The same random weights, saved by diffusers and read by jaxdiff, give the same z and images."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
-import jax.numpy as jnp
-from diffusers import AutoencoderKL
 from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
 pytestmark = pytest.mark.parity
 
-# Named as in diffusers' config.json: like SD 1.x and XL; like SD 3 and FLUX; and one of another shape.
+# Named as in diffusers' config.json: like SD 1.x and XL; like SD 3 and FLUX; of another shape.
 VARIANTS = {
     "sd": {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 4},
     "sd3": {
@@ -36,9 +35,9 @@ VARIANTS = {
 }
 
 
-def torch_autoencoder(variant) -> AutoencoderKL:
+def torch_autoencoder(variant) -> torch.nn.Module:
     levels = len(variant["block_out_channels"])
-    model = AutoencoderKL(
+    model = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         **variant,
@@ -83,7 +82,7 @@ def test_our_tensors_load_into_diffusers():
     ours = Autoencoder(config, rngs=nnx.Rngs(3))
     tensors = autoencoder_names.to_torch_names(nnx.to_pure_dict(nnx.state(ours)))
     theirs = torch_autoencoder(VARIANTS["sd"])
-    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     z = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     with torch.no_grad():
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample

@@ -1,11 +1,8 @@
 """The same random weights, saved by transformers and read by jaxdiff, give the same features."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
-import jax.numpy as jnp
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file
@@ -21,6 +18,8 @@ from jaxdiff.models.clip import (
 )
 from jaxdiff.pretrained import clip as clip_names
 
+torch = pytest.importorskip("torch")
+
 pytestmark = pytest.mark.parity
 
 END = 49
@@ -29,7 +28,7 @@ IDS = np.array(
 )
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
-# transformers' arguments, then ours: OpenAI's, whose configs give the wrong end id 2, and OpenCLIP's.
+# transformers' arguments, then ours: OpenAI's, whose configs give the wrong end id 2; OpenCLIP's.
 TEXT_VARIANTS = [
     (
         {"hidden_act": "quick_gelu", "intermediate_size": 128, "eos_token_id": 2},
@@ -182,7 +181,7 @@ def test_our_tensors_load_into_transformers(tmp_path):
     params = nnx.to_pure_dict(nnx.state(tower))
     tensors = clip_names.to_torch_names(params, text_config(**ours))
     model = transformers.CLIPTextModelWithProjection(torch_text_config(**theirs)).eval()
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+    model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS))
     assert_close(tower(jnp.asarray(IDS)).pooled, expected.text_embeds)

@@ -114,6 +114,14 @@ def test_the_position_rows_of_old_checkpoints_are_passed_over():
     assert clip_names.from_torch_names(tensors, TEXT)["token_embedding"].shape == (6, 8)
 
 
+def test_a_tower_saved_without_its_name_is_found():
+    tensors = text_tensors()
+    bare = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    assert "encoder.layers.0.layer_norm1.bias" in bare
+    expected = clip_names.from_torch_names(tensors, TEXT)
+    assert_same(clip_names.from_torch_names(bare, TEXT), expected)
+
+
 def test_the_attention_of_old_autoencoders_is_found():
     params = random_params(Autoencoder, AUTOENCODER)
     new = autoencoder_names.to_torch_names(params)

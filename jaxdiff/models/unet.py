@@ -1,0 +1,227 @@
+"""A U-Net on pixels or latents (Ho et al. 2020), for data sets too small for a transformer.
+
+Residual blocks are modulated by time and pooled text (Dhariwal & Nichol 2021, section 3), and at the
+coarse levels one attention reads the picture and the words together (Saharia et al. 2022, Imagen,
+appendix B). A first and a last linear layer trade resolution for channels (Hoogeboom et al. 2023,
+section 3.2), which saves most of the cost of full-size convolutions.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.attention import Attention, linear
+from jaxdiff.models.layers import (
+    TextFeatures,
+    absolute_positions,
+    fourier_features,
+    patchify,
+    unpatchify,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Size and shape of a U-Net.
+
+    Attributes:
+      channels: of the input and the output; 3 for pixels, the autoencoder's for latents.
+      patch_size: side of the square of pixels that becomes one position of the finest level.
+      widths: channels of each level, finest first; each next one halves the sides.
+      blocks: residual blocks of each level on the way down, and again on the way up.
+      attention: whether each level attends to itself and to the text.
+      heads: of attention; divides the width of every level that attends.
+      groups: of the group norms; divides every width.
+      text_width: of the text encoder's tokens.
+      pooled_width: of its pooled vector.
+      remat: recompute each residual block in the backward pass.
+    """
+
+    channels: int = 3
+    patch_size: int = 4
+    widths: tuple[int, ...] = (64, 128, 192)
+    blocks: int = 1
+    attention: tuple[bool, ...] = (False, True, True)
+    heads: int = 4
+    groups: int = 8
+    text_width: int = 128
+    pooled_width: int = 128
+    remat: bool = False
+
+    def __post_init__(self):
+        if len(self.attention) != len(self.widths):
+            raise UserError(
+                f"UNet: attention has {len(self.attention)} entries for {len(self.widths)} widths; "
+                "give one for each level."
+            )
+        if any(width % self.groups or width % (2 * self.heads) for width in self.widths):
+            raise UserError(
+                f"UNet: widths {self.widths} must be multiples of {self.groups} groups and of "
+                f"2 x {self.heads} heads; change widths, groups or heads."
+            )
+
+    @property
+    def smallest(self) -> int:
+        """Sides of an image must be multiples of this."""
+        return self.patch_size * 2 ** (len(self.widths) - 1)
+
+
+def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
+    init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+    return nnx.Conv(inputs, outputs, (size, size), stride, kernel_init=init, rngs=rngs)
+
+
+class ResBlock(nnx.Module):
+    """Two convolutions, each after a norm and SiLU; the second norm is modulated."""
+
+    def __init__(self, inputs: int, width: int, cond: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.norm1 = nnx.GroupNorm(inputs, config.groups, rngs=rngs)
+        self.conv1 = _conv(inputs, width, rngs)
+        self.modulation = linear(cond, 2 * width, rngs)
+        self.norm2 = nnx.GroupNorm(width, config.groups, rngs=rngs)
+        self.conv2 = _conv(width, width, rngs)
+        self.shortcut = None if inputs == width else _conv(inputs, width, rngs, size=1)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
+    ) -> Float[Array, "b h w e"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x).astype(x.dtype)))
+        shift, scale = jnp.split(self.modulation(cond)[:, None, None], 2, axis=-1)
+        y = self.norm2(y).astype(x.dtype) * (1 + scale) + shift
+        y = self.conv2(jax.nn.silu(y))
+        x = x if self.shortcut is None else self.shortcut(x)
+        return (x + y) * 0.5**0.5  # keeps the variance over many blocks (Song et al. 2021, app. H)
+
+
+class TextAttention(nnx.Module):
+    """Every position reads all positions and all words."""
+
+    def __init__(self, width: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.norm = nnx.GroupNorm(width, config.groups, rngs=rngs)
+        self.text = linear(config.text_width, width, rngs)
+        self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], text: TextFeatures
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.norm(x).astype(x.dtype).reshape(b, h * w, c)
+        source = jnp.concatenate([y, self.text(text.tokens)], axis=1)
+        mask = jnp.pad(text.mask, ((0, 0), (h * w, 0)), constant_values=True)
+        return x + self.attention(y, source, mask=mask).reshape(x.shape)
+
+
+class UNetLevel(nnx.Module):
+    """The blocks of one level, in one direction."""
+
+    def __init__(
+        self, inputs: tuple[int, ...], level: int, cond: int, config: UNetConfig, rngs: nnx.Rngs
+    ):
+        width = config.widths[level]
+        self.remat = config.remat
+        self.blocks = nnx.List([ResBlock(n, width, cond, config, rngs) for n in inputs])
+        attends = config.attention[level]
+        self.attention = TextAttention(width, config, rngs) if attends else None
+
+    def block(
+        self, index: int, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
+    ) -> Float[Array, "b h w e"]:
+        """One residual block."""
+        if not self.remat:
+            return self.blocks[index](x, cond)
+        graphdef, params = nnx.split(self.blocks[index])
+        return jax.checkpoint(lambda p, x, cond: nnx.merge(graphdef, p)(x, cond))(params, x, cond)
+
+    def attend(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+        """The attention, where this level has one."""
+        return x if self.attention is None else self.attention(x, text)
+
+
+class UNet(nnx.Module):
+    """Predicts one quantity of the same shape as x_t; which one is the objective's affair."""
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        widths, patch = config.widths, config.patch_size**2 * config.channels
+        cond = 4 * widths[0]
+        self.time1 = linear(cond, cond, rngs)
+        self.time2 = linear(cond, cond, rngs)
+        self.pooled = linear(config.pooled_width, cond, rngs)
+        self.text_norm = nnx.RMSNorm(config.text_width, rngs=rngs)
+        self.patch = linear(patch, widths[0], rngs)
+        self.position = linear(widths[0], widths[0], rngs)
+
+        self.down, self.down_convs = nnx.List(), nnx.List()
+        skips = [widths[0]]
+        for i, width in enumerate(widths):
+            inputs = (widths[max(i - 1, 0)],) + (width,) * (config.blocks - 1)
+            self.down.append(UNetLevel(inputs, i, cond, config, rngs))
+            skips += [width] * config.blocks
+            if i + 1 < len(widths):
+                self.down_convs.append(_conv(width, width, rngs, stride=2))
+        self.middle = UNetLevel((widths[-1],), len(widths) - 1, cond, config, rngs)
+        self.up, self.up_convs = nnx.List(), nnx.List()
+        for i, width in reversed(list(enumerate(widths))):
+            before = widths[min(i + 1, len(widths) - 1)]
+            last = config.blocks + (i == 0)  # the finest level also gets the stem's output
+            inputs = tuple((width if j else before) + skips.pop() for j in range(last))
+            self.up.append(UNetLevel(inputs, i, cond, config, rngs))
+            if i > 0:
+                self.up_convs.append(_conv(width, width, rngs))
+        self.final_norm = nnx.GroupNorm(widths[0], config.groups, rngs=rngs)
+        self.final = linear(widths[0], patch, rngs, zero=True)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: TextFeatures
+    ) -> Float[Array, "b h w c"]:
+        """One evaluation; the compute type is that of the weights, the result float32.
+
+        Args:
+          x: noisy images or latents; h and w are multiples of `config.smallest`.
+          t: time in [0, 1].
+          text: features of the prompts.
+
+        Raises:
+          UserError: if the sides of the image do not halve as often as there are levels.
+        """
+        config, dtype = self.config, self.patch.kernel[...].dtype
+        if x.shape[1] % config.smallest or x.shape[2] % config.smallest:
+            raise UserError(
+                f"An image of {x.shape[2]}x{x.shape[1]} does not fit the U-Net; "
+                f"choose sides that are multiples of {config.smallest}."
+            )
+        rows, columns = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
+        width = config.widths[0]
+        time = fourier_features(t, 4 * width).astype(dtype)
+        cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
+        cond = jax.nn.silu(cond)
+        text = text._replace(tokens=self.text_norm(text.tokens.astype(dtype)).astype(dtype))
+
+        # Convolutions know no place but by the frame; prompts name places.
+        places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
+        h = self.patch(patchify(x.astype(dtype), config.patch_size))
+        h = h + self.position(absolute_positions(places, width).astype(dtype))
+        h = h.reshape(-1, rows, columns, width)
+
+        skips = [h]
+        for i, level in enumerate(self.down):
+            for j in range(config.blocks):
+                h = level.block(j, h, cond)
+                if j + 1 == config.blocks:
+                    h = level.attend(h, text)
+                skips.append(h)
+            if i + 1 < len(self.down):
+                h = self.down_convs[i](h)
+        h = self.middle.attend(self.middle.block(0, h, cond), text)
+        for i, level in enumerate(self.up):
+            for j in range(len(level.blocks)):
+                h = level.block(j, jnp.concatenate([h, skips.pop()], axis=-1), cond)
+            h = level.attend(h, text)
+            if i + 1 < len(self.up):
+                h = self.up_convs[i](h.repeat(2, axis=1).repeat(2, axis=2))
+        h = jax.nn.silu(self.final_norm(h).astype(dtype)).reshape(-1, rows * columns, width)
+        return unpatchify(self.final(h).astype(jnp.float32), rows, columns, config.patch_size)

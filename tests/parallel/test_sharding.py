@@ -1,0 +1,108 @@
+"""Where the rules put arrays, and that a step is the same wherever they lie."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxdiff.parallel.sharding import partition_spec, state_shardings
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.loop import abstract_state, compile_step
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.step import init_state
+
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+# Adam divides by the root of squared gradients: where these are rounding errors, eps says so.
+OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        # Outputs of the first product split, inputs of the second: one exchange for the pair.
+        (".blocks.attention.q.kernel", (6, 256, 256), (None, "fsdp", "tensor")),
+        (".blocks.attention.out.kernel", (6, 256, 256), (None, "tensor", "fsdp")),
+        (".blocks.mlp.down.kernel", (6, 704, 256), (None, "tensor", "fsdp")),
+        # What has no place on tensor is split over fsdp along its longest axis.
+        (".embedding", (1024, 128), ("fsdp", None)),
+        (".decoder.conv.kernel", (3, 3, 64, 128), (None, None, None, "fsdp")),
+        # The depth that the scan runs over is never split, however well it divides.
+        (".blocks.modulation.kernel", (512, 64, 64), (None, "fsdp", None)),
+        # Whole: vectors, stacked or not, what is small, and what no axis divides.
+        (".blocks.q.bias", (6, 4096), ()),
+        (".norm.scale", (4096,), ()),
+        (".patch.kernel", (48, 32), (None, None)),
+        (".odd.kernel", (91, 93), (None, None)),
+    ],
+)
+def test_a_place_follows_from_name_and_shape(name, shape, spec):
+    assert partition_spec(name, shape, make_mesh(MESH)) == PartitionSpec(*spec)
+
+
+@functools.cache
+def small(recipe):
+    """The tiny recipe with one block, and its state with weights away from zero."""
+    config = recipe(steps=10)
+    denoiser = dataclasses.replace(config.task.denoiser, depth=1, width=64)
+    task = dataclasses.replace(config.task, denoiser=denoiser)
+    config = dataclasses.replace(config, task=task, optimizer=OPTIMIZER, ema=Ema(decay=0.5))
+    state = jax.jit(lambda: init_state(task, OPTIMIZER.build(10), config.ema, 0))()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), state.params)
+    return config, jax.device_get(dataclasses.replace(state, params=params))
+
+
+@functools.cache
+def after_two_steps(recipe, mesh_config):
+    """State and metrics, as they lie on the mesh; None is a single device."""
+    config, state = small(recipe)
+    devices = jax.devices()[: 1 if mesh_config is None else 8]
+    mesh = make_mesh(mesh_config or MeshConfig(), devices)
+    shardings = state_shardings(abstract_state(config), mesh)
+    step = compile_step(config, mesh, shardings)
+    rng = np.random.default_rng(1)
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "tokens": rng.integers(0, 600, (8, 16), np.int32),
+    }
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    state = jax.device_put(state, shardings)
+    losses = []
+    for _ in range(2):
+        state, metrics = step(state, {}, batch)
+        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return state, losses
+
+
+@pytest.mark.slow
+def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe):
+    one, losses = after_two_steps(tiny_recipe, None)
+    eight, sharded_losses = after_two_steps(tiny_recipe, MESH)
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
+    assert losses[1] != losses[0]
+    for name in ("params", "ema", "opt_state", "task_state"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
+            getattr(eight, name),
+            getattr(one, name),
+        )
+
+
+@pytest.mark.slow
+def test_moments_and_average_lie_where_their_parameters_lie(tiny_recipe):
+    state, _ = after_two_steps(tiny_recipe, MESH)
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+    for tree in (state.ema, adam.mu, adam.nu):
+        assert jax.tree.map(lambda x: x.sharding.spec, tree) == specs
+    kernel = adam.mu["denoiser"]["blocks"]["attention"]["q"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert {shard.data.nbytes for shard in kernel.addressable_shards} == {kernel.nbytes // 4}
+
+
+def _is_adam(node) -> bool:
+    return hasattr(node, "mu")

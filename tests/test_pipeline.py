@@ -1,0 +1,252 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdiff import pipeline as module
+from jaxdiff.bundle import Bundle, abstract_params, write_bundle, write_config, write_weights
+from jaxdiff.diffusion.process import to_x0_eps
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.layers import merge
+from jaxdiff.pipeline import Pipeline, load
+from jaxdiff.sampling.sampler import noise_from_seeds
+from jaxdiff.sampling.settings import SamplingConfig
+from jaxdiff.sampling.solvers import DDIM
+from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.loop import abstract_state
+
+PEA, TOMATO = "a small red pea", "a green tomato with a stem"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    settings = SamplingConfig(solver=DDIM(), num_steps=STEPS)
+    config = dataclasses.replace(tiny_bundle.config, sampling=settings)
+    return Pipeline(tiny_bundle._replace(config=config))
+
+
+@pytest.fixture
+def compilations():
+    """Names of the functions that are compiled during the test."""
+    names = []
+
+    def listen(event, *_, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_images_are_uint8_or_float_from_0_to_1(pipeline):
+    images = pipeline([PEA, TOMATO], seeds=[1, 2])
+    floats = pipeline([PEA, TOMATO], seeds=[1, 2], output="float")
+    assert images.shape == floats.shape == (2, 32, 32, 3)
+    assert (images.dtype, floats.dtype) == (np.uint8, np.float32)
+    assert floats.min() >= 0
+    assert floats.max() <= 1
+    np.testing.assert_array_equal(images, np.rint(floats * 255))
+
+
+def test_the_image_depends_on_prompt_seed_steps_scale_and_negative_prompt(pipeline):
+    arguments = {"seeds": [1], "num_steps": 3, "guidance_scale": 2.0}
+    image = pipeline([PEA], **arguments)
+    changes = (
+        {"seeds": [2]},
+        {"num_steps": 2},
+        {"guidance_scale": 4.0},
+        {"negative_prompt": [TOMATO]},
+    )
+    for change in changes:
+        assert (pipeline([PEA], **(arguments | change)) != image).any(), change
+    assert (pipeline([TOMATO], **arguments) != image).any()
+    np.testing.assert_array_equal(pipeline([PEA], **arguments), image)
+
+
+def test_an_image_is_the_same_alone_at_any_place_and_among_any_number(pipeline):
+    """To the last bit: also of what is not yet rounded to 8 bits."""
+    alone = pipeline([PEA], seeds=[7], output="float")[0]
+    for n in (3, 7):
+        for place in (0, n - 1):
+            prompts, seeds = [TOMATO] * n, list(range(100, 100 + n))
+            prompts[place], seeds[place] = PEA, 7
+            images = pipeline(prompts, seeds=seeds, output="float")
+            np.testing.assert_array_equal(images[place], alone)
+
+
+def test_settings_of_the_others_do_not_matter(pipeline):
+    alone = pipeline([PEA], seeds=[7], guidance_scale=2.0, negative_prompt=["red"])[0]
+    images = pipeline(
+        [TOMATO, PEA],
+        seeds=[1, 7],
+        guidance_scale=[5.0, 2.0],
+        negative_prompt=["", "red"],
+    )
+    np.testing.assert_array_equal(images[1], alone)
+
+
+def test_another_batch_size_changes_no_more_than_rounding(pipeline):
+    prompts, seeds = [PEA, TOMATO] * 3, list(range(6))
+    images = pipeline(prompts, seeds=seeds, output="float")
+    other = pipeline(prompts, seeds=seeds, output="float", batch_size=2)
+    np.testing.assert_allclose(other, images, atol=1e-4)
+    alone = pipeline([TOMATO], seeds=[5], output="float", batch_size=2)
+    np.testing.assert_array_equal(alone[0], other[5])
+
+
+def test_no_argument_of_the_loop_compiles_it_again(pipeline, compilations):
+    pipeline([PEA], seeds=[1], num_steps=3, guidance_scale=2.0)
+    compilations.clear()
+    pipeline([TOMATO], seeds=[2**32 - 1], num_steps=3, guidance_scale=2.0)
+    pipeline([TOMATO], seeds=[2], num_steps=5)
+    pipeline([PEA], guidance_scale=7)
+    pipeline(["something else", PEA], guidance_scale=[1.0, 2.0], negative_prompt=["a pea"])
+    pipeline([PEA] * 5, seeds=range(5), output="float")
+    assert not compilations
+
+
+def test_guidance_scale_1_is_the_conditional_model(pipeline):
+    """With one DDIM step from pure noise the image is the network's own estimate of x0."""
+    noise = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    image = pipeline([PEA], num_steps=1, guidance_scale=1.0, latents=noise, output="float")
+
+    task = pipeline.task
+    model = merge(lambda: task.build(nnx.Rngs(0)), pipeline.weights["params"])
+    schedule = task.objective.schedule
+    t = jax.numpy.ones(())
+    x = schedule.sigma(t) * noise
+    ids = jax.numpy.asarray(pipeline.tokenizer([PEA]))
+    output = jax.jit(lambda x: model.denoiser(x, t[None], task.features(model, {}, ids)))(x)
+    x0, _ = to_x0_eps(task.objective.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
+    np.testing.assert_allclose(image, np.clip(x0 / 2 + 0.5, 0, 1), atol=1e-4)
+
+    other = pipeline(
+        [PEA],
+        num_steps=1,
+        guidance_scale=1.0,
+        latents=noise,
+        output="float",
+        negative_prompt=[TOMATO],
+    )
+    np.testing.assert_array_equal(other, image)
+
+
+def test_given_noise_stands_in_for_the_seeds_own(pipeline):
+    noise = np.asarray(noise_from_seeds(jax.numpy.uint32([3, 4]), (32, 32, 3)))
+    seeded = pipeline([PEA, TOMATO], seeds=[3, 4], output="float")
+    given = pipeline([PEA, TOMATO], seeds=[8, 9], latents=noise, output="float")
+    np.testing.assert_allclose(given, seeded, atol=1e-4)
+
+
+def test_the_last_snapshot_is_close_to_the_image(pipeline):
+    prompts = {"prompts": [PEA, TOMATO], "seeds": [1, 2], "output": "float"}
+    image = pipeline(**prompts)
+    snapshots = pipeline(**prompts, num_snapshots=STEPS)
+    assert snapshots.shape == (STEPS, 2, 32, 32, 3)
+    np.testing.assert_allclose(snapshots[-1], image, atol=1e-4)
+    assert np.abs(snapshots[0] - image).max() > 0.05
+
+
+def test_another_size_that_the_patches_tile(pipeline, compilations):
+    assert pipeline([PEA], size=(40, 24)).shape == (1, 24, 40, 3)
+    assert compilations  # which shows that they are counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"prompts": []}, "prompt"),
+        ({"prompts": PEA}, "list"),
+        ({"negative_prompt": "red"}, "list"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
+        ({"negative_prompt": []}, "negative_prompt"),
+        ({"seeds": [1, 2]}, "seeds"),
+        ({"seeds": [-1]}, "-1"),
+        ({"seeds": [2**32]}, str(2**32)),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"size": (33, 32)}, "33x32"),
+        ({"size": (0, 32)}, "0x32"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"latents": np.zeros((2, 32, 32, 3), np.float32)}, "latents"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(pipeline, arguments, names):
+    with pytest.raises(UserError, match=names):
+        pipeline(**({"prompts": [PEA, TOMATO, PEA]} | arguments))
+
+
+def test_a_prompt_that_is_too_long_is_cut_off_and_told(pipeline):
+    start = "pea " * 20
+    assert pipeline.truncated(start)
+    assert not pipeline.truncated(PEA)
+    np.testing.assert_array_equal(
+        pipeline([start + "red"], seeds=[1]), pipeline([start + "green"], seeds=[1])
+    )
+
+
+def test_a_run_and_its_exported_bundle_draw_the_same(tiny_bundle, pipeline, tmp_path):
+    config, params, _, tokenizer = tiny_bundle._replace(config=pipeline.config)
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    zeros = jax.tree.map(
+        lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jax.random.key(0, impl="threefry2x32"),
+        abstract_state(config),
+    )
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(zeros.replace(ema=jax.device_put(params)), None)
+        checkpoints.wait()
+    write_config(run, config)
+    tokenizer.save(str(run))
+    write_bundle(exported, Bundle(config, params, {}, tokenizer), dtype="float32")
+
+    expected = pipeline([PEA], seeds=[1])
+    for folder in (run, exported):
+        loaded = load(str(folder))
+        np.testing.assert_array_equal(loaded([PEA], seeds=[1]), expected)
+        assert loaded.fingerprint == pipeline.fingerprint
+
+
+def test_only_text_to_image_models_are_loaded(tiny_bundle):
+    with pytest.raises(UserError, match="DiffusionTask"):
+        Pipeline(tiny_bundle._replace(tokenizer=None))
+
+
+def test_latents_are_decoded(tiny_bundle, tmp_path):
+    small = AutoencoderConfig(
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
+    )
+    task = tiny_bundle.config.task
+    task = dataclasses.replace(
+        task,
+        denoiser=dataclasses.replace(task.denoiser, channels=4, patch_size=4, depth=1),
+        latents=Latents(model=small, pretrained="unused"),
+    )
+    config = dataclasses.replace(
+        tiny_bundle.config, task=task, sampling=SamplingConfig(solver=DDIM(), num_steps=1)
+    )
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(task))
+    autoencoder = nnx.to_pure_dict(nnx.split(Autoencoder(small, rngs=nnx.Rngs(0)))[1])
+    bundle = Bundle(config, params, {"autoencoder": autoencoder}, tiny_bundle.tokenizer)
+
+    write_bundle(tmp_path / "model", bundle, dtype="float32")
+    drawn = load(str(tmp_path / "model"))([PEA])
+    assert drawn.shape == (1, 32, 32, 3)
+    with pytest.raises(UserError, match="multiples of 8"):
+        Pipeline(bundle)([PEA], size=(20, 32))
+
+    write_weights(tmp_path / "model" / "model.safetensors", params=params)
+    with pytest.raises(UserError, match=r"frozen\.autoencoder\."):
+        load(str(tmp_path / "model"))
+
+
+def test_how_many_images_are_drawn_at_a_time_depends_on_their_size():
+    sizes = [module._batch_size(side, side) for side in (16, 64, 128, 512)]
+    assert sizes == [4, 4, 1, 1]

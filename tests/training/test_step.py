@@ -1,0 +1,221 @@
+"""One training step, on a task whose loss has no chance in it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxdiff.models.layers import scan_blocks, stack_blocks
+from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxdiff.parallel.sharding import replicated, state_shardings
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.step import init_state, make_train_step, structure
+
+WIDTH, BATCH = 64, 32
+OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4).build(100)
+EMA = Ema(decay=0.5)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = stack_blocks(Block, 2, rngs)
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        x, _ = scan_blocks(self.blocks, x[:, None], lambda block, h: block(h))
+        return self.scale[...] * x[:, 0]
+
+
+class Regression:
+    """Mean squared error; carries the number of its steps along.
+
+    A batch whose `root` is 0 has a finite loss whose gradient is not.
+    """
+
+    def __init__(self, seen: list | None = None):
+        self.seen = seen if seen is not None else []
+
+    def build(self, rngs):
+        return Network(rngs)
+
+    def frozen(self):
+        return {}
+
+    def init_state(self):
+        return {"steps": jnp.zeros((), jnp.int32)}
+
+    def loss(self, model, frozen, batch, key, task_state):
+        self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))})
+        x = batch["image"].astype(model.scale[...].dtype)
+        error = (model(x) - batch["target"]).astype(jnp.float32)
+        root = jnp.sqrt(jnp.abs(model.scale[...] * batch["root"])).astype(jnp.float32)
+        loss = jnp.mean(error**2) + 0 * jnp.mean(root)
+        return loss, {"loss": loss, "root": jnp.mean(root)}
+
+    def next_state(self, task_state, metrics):
+        return {"steps": task_state["steps"] + 1}
+
+
+@functools.cache
+def initial():
+    return jax.device_get(jax.jit(lambda: init_state(Regression(), OPTIMIZER, EMA, 0))())
+
+
+def make_batch(**changes):
+    rng = np.random.default_rng(0)
+    batch = {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("image", "target")}
+    return batch | {"root": np.ones(BATCH, np.float32)} | changes
+
+
+@functools.cache
+def compiled(mesh_config: MeshConfig | None = None, **options):
+    """The jitted step on a mesh, None for a single device, and how to place a state and a batch."""
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
+    placed = state_shardings(initial(), mesh)
+    task = Regression()
+    step = make_train_step(task, structure(task), OPTIMIZER, EMA, **options)
+    step = jax.jit(
+        step,
+        in_shardings=(placed, replicated(mesh), batch_sharding(mesh)),
+        out_shardings=(placed, replicated(mesh)),
+    )
+
+    def run(state, batch):
+        return step(jax.device_put(state, placed), {}, jax.device_put(batch, batch_sharding(mesh)))
+
+    return run
+
+
+def two_steps(run):
+    state, first = run(initial(), make_batch())
+    state, second = run(state, make_batch(image=make_batch()["target"]))
+    return state, [float(m[k]) for m in (first, second) for k in ("loss", "grad_norm")]
+
+
+@functools.cache
+def on_one_device():
+    return two_steps(compiled())
+
+
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=2, fsdp=4),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=1, tensor=8),
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"), [*((mesh, 1) for mesh in MESHES), (None, 4), (MESHES[1], 2)]
+)
+def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
+    expected, figures = on_one_device()
+    state, found = two_steps(compiled(mesh, accumulate=accumulate))
+    np.testing.assert_allclose(found, figures, rtol=1e-5)
+    assert not np.isclose(figures[0], figures[2], rtol=1e-2)
+    for name in ("params", "ema", "opt_state", "task_state", "step"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            getattr(state, name),
+            getattr(expected, name),
+        )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "up", "share"),
+    [
+        (MESHES[1], (None, None, "fsdp"), 4),
+        (MESHES[3], (None, "fsdp", "tensor"), 4),
+        (MESHES[4], (None, None, "tensor"), 8),
+    ],
+)
+def test_parameters_moments_and_average_are_really_split(mesh, up, share):
+    state, _ = compiled(mesh, accumulate=1)(initial(), make_batch())
+    adam = state.opt_state[1][0]
+    for tree in (state.params, state.ema, adam.mu, adam.nu):
+        kernel = tree["blocks"]["up"]["kernel"]
+        assert kernel.sharding.spec == PartitionSpec(*up)
+        held = {shard.data.nbytes for shard in kernel.addressable_shards}
+        assert held == {kernel.nbytes // share}
+
+
+def same_bits(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+BAD = {
+    "loss": {"image": np.full((BATCH, WIDTH), np.nan, np.float32)},
+    "gradient": {"root": np.zeros(BATCH, np.float32)},
+}
+
+
+@pytest.mark.parametrize("where", BAD)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(where):
+    run = compiled()
+    before, _ = run(initial(), make_batch())
+    state, metrics = run(before, make_batch(**BAD[where]))
+    assert np.isfinite(metrics["loss"]) == (where == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    for name in ("params", "ema", "opt_state", "task_state"):
+        assert same_bits(getattr(state, name), getattr(before, name))
+    assert int(state.step) == 2
+    state, metrics = run(state, make_batch(**BAD[where]))
+    assert (int(metrics["nonfinite_in_a_row"]), int(metrics["nonfinite"])) == (2, 2)
+
+    state, metrics = run(state, make_batch())
+    assert (int(metrics["nonfinite_in_a_row"]), int(metrics["nonfinite"])) == (0, 2)
+    assert jax.device_get(state.nonfinite) == {"in_a_row": 0, "total": 2}
+    assert int(state.task_state["steps"]) == 2
+    assert not same_bits(state.params, before.params)
+
+
+def test_one_bad_micro_batch_skips_the_whole_update():
+    root = np.ones(BATCH, np.float32)
+    root[5] = 0
+    run = compiled(None, accumulate=4)
+    state, metrics = run(initial(), make_batch(root=root))
+    assert int(metrics["nonfinite"]) == 1
+    assert same_bits(state.params, initial().params)
+
+
+def test_bfloat16_computes_on_copies_of_float32_masters():
+    task = Regression(seen=[])
+    step = make_train_step(task, structure(task), OPTIMIZER, EMA, compute="bfloat16")
+    state, metrics = jax.jit(step)(initial(), {}, make_batch())
+    assert task.seen
+    assert all(types == {"bfloat16"} for types in task.seen)
+    floats = [
+        leaf.dtype
+        for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert set(floats) == {jnp.dtype("float32")}
+    loss = float(compiled()(initial(), make_batch())[1]["loss"])
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=2e-2)
+    assert float(metrics["loss"]) != loss
+
+
+def test_an_update_too_small_for_bfloat16_reaches_the_masters():
+    optimizer = AdamW(learning_rate=1e-5, weight_decay=0.0).build(100)
+    task = Regression()
+    start = initial().replace(opt_state=optimizer.init(initial().params))
+    step = make_train_step(task, structure(task), optimizer, EMA, compute="bfloat16")
+    state, _ = jax.jit(step)(start, {}, make_batch())
+    moved = float(state.params["scale"]) - 1
+    assert 0 < abs(moved) < 2**-9  # half of the distance from 1 to the next bfloat16
