@@ -38,10 +38,9 @@ def get_config() -> Config:
             ),
             objective=Objective(
                 prediction="x0",
-                loss_on="velocity",
+                loss_on="x0",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(mean=1.0, std=1.5),
-                floor=0.3,
+                times=LogitNormal(mean=1.5, std=1.5),
             ),
         ),
         data=DataConfig(source=Produce(length=10_000_000), transforms=Transforms(size=64)),

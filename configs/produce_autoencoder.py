@@ -42,5 +42,5 @@ def get_config() -> Config:
             schedule=CosineLR(warmup_steps=50, final=0.02),
         ),
         ema=Ema(decay=0.99),
-        train=TrainConfig(steps=1500, batch_size=16, log_every=50, checkpoint_every=500),
+        train=TrainConfig(steps=900, batch_size=16, log_every=50, checkpoint_every=300),
     )

@@ -41,5 +41,5 @@ def get_config() -> Config:
             schedule=CosineLR(warmup_steps=100, final=0.02),
         ),
         ema=Ema(decay=0.99),
-        train=TrainConfig(steps=1000, batch_size=64, log_every=50, checkpoint_every=500),
+        train=TrainConfig(steps=800, batch_size=64, log_every=50, checkpoint_every=400),
     )

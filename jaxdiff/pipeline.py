@@ -75,12 +75,12 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         negative_prompt: Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
         num_steps: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
+        guidance_scale: int | float | Iterable[int | float] | None = None,
         solver: Solver | None = None,
         size: tuple[int, int] | None = None,
-        latents: np.ndarray | None = None,
+        latents: np.ndarray | jax.Array | None = None,
         output: Literal["uint8", "float"] = "uint8",
         batch_size: int | None = None,
         num_snapshots: int = 0,
@@ -121,10 +121,11 @@ class Pipeline:
         shape = self._shape(*size)
         negative = [""] if negative_prompt is None else _texts("negative_prompt", negative_prompt)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        scales = [scale] if isinstance(scale, int | float) else scale
         rows = {
             "ids": self.tokenizer(prompts),
             "negative_ids": self.tokenizer(_one_each("negative_prompt", negative, n)),
-            "scale": np.asarray(_one_each("guidance_scale", np.ravel(scale), n), np.float32),
+            "scale": np.asarray(_one_each("guidance_scale", scales, n), np.float32),
             "seeds": _seeds(_one_each("seeds", range(n) if seeds is None else seeds, n)),
         }
         if latents is not None:
@@ -144,8 +145,10 @@ class Pipeline:
             count = len(part["seeds"])
             part = {k: np.resize(v, (batch_size, *v.shape[1:])) for k, v in part.items()}
             images = draw(self.weights, part, np.int32(num_steps), num_snapshots)
-            batches.append(images[..., :count, :, :, :])
-        images = np.concatenate(jax.device_get(batches), axis=-4)
+            batches.append((images, count))
+        # Cut on the host, where a new number of images compiles nothing.
+        drawn = [np.asarray(images)[..., :count, :, :, :] for images, count in batches]
+        images = np.concatenate(drawn, axis=-4)
         return images if output == "float" else np.rint(images * 255).astype(np.uint8)
 
     def truncated(self, prompt: str) -> bool:

@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from jaxdiff import pipeline as module
@@ -195,9 +196,11 @@ def test_a_run_and_its_exported_bundle_draw_the_same(tiny_bundle, pipeline, tmp_
     config, params, _, tokenizer = tiny_bundle._replace(config=pipeline.config)
     run, exported = tmp_path / "run", tmp_path / "exported"
     zeros = jax.tree.map(
-        lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else jax.random.key(0, impl="threefry2x32"),
+        lambda leaf: (
+            jax.numpy.zeros(leaf.shape, leaf.dtype)
+            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jax.random.key(0, impl="threefry2x32")
+        ),
         abstract_state(config),
     )
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
@@ -242,7 +245,7 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
     with pytest.raises(UserError, match="multiples of 8"):
         Pipeline(bundle)([PEA], size=(20, 32))
 
-    write_weights(tmp_path / "model" / "model.safetensors", params=params)
+    write_weights(epath.Path(tmp_path / "model" / "model.safetensors"), params=params)
     with pytest.raises(UserError, match=r"frozen\.autoencoder\."):
         load(str(tmp_path / "model"))
 

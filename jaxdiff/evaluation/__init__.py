@@ -1,0 +1,1 @@
+"""Scores of trained models, by rules that read images back; nothing here is learned."""

@@ -1,5 +1,6 @@
 """Scores of a trained text-to-image model, by the rules of the data set that it was trained on."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 
@@ -47,16 +48,16 @@ def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None =
 
 def _produce(draw: Draw, samples: int) -> Figures:
     """Single objects in combinations held out of training, the same in trained ones, and pairs."""
+    scenes_of = functools.partial(produce_score.evaluation_scenes, samples)
     sets = {
-        "single objects, held-out combinations": ("held_out", "single"),
-        "single objects, trained combinations": ("train", "single"),
-        "two objects": ("train", "two"),
+        "single objects, held-out combinations": scenes_of("held_out", "single"),
+        "single objects, trained combinations": scenes_of("train", "single"),
+        "two objects": scenes_of("train", "two"),
     }
     figures = {}
-    for name, (split, kind) in sets.items():
-        scenes = produce_score.evaluation_scenes(samples, split, kind)
+    for name, scenes in sets.items():
         images = draw([full_caption(scene) for scene in scenes])
-        report = produce_score.report(images, scenes)
+        report = produce_score.report(list(images), scenes)
         figures[name] = {
             attribute: {
                 "score": report.score[attribute],

@@ -24,7 +24,7 @@ STEM_LIGHT = 100.0  # a stem's pixels have no channel above this, a body's have 
 LEAST_BODY = 20  # pixels; smaller specks are no objects
 LEAST_STEM = 6
 CENTRE_RADIUS = 3.25  # pixels: nearer to the picture's centre than this is "centre"
-MISFIT_LIMIT = 0.2  # share of a body's area by which it may miss its kind's silhouette
+MISFIT_LIMIT = 0.15  # share of a body's area by which it may miss its kind's silhouette
 
 WINDOW = 32  # bodies are compared on this grid, at a longest extent of FITTED pixels
 FITTED = 23.0
@@ -138,6 +138,9 @@ def _read_body(
     pixels: Float32[np.ndarray, "h w 3"], chroma: Plane, body: Mask, dark: Mask, stem: bool
 ) -> Reading:
     filled = np.asarray(ndimage.binary_fill_holes(body))
+    # Seeds and gleams leave holes in the colour; larger ones are holes in the thing itself.
+    if (filled & ~body & ~dark).sum() > 0.15 * body.sum():
+        filled = body
     rows, columns = np.nonzero(filled)
     low = np.array([columns.min(), rows.min()])
     high = np.array([columns.max(), rows.max()])

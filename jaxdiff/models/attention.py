@@ -33,6 +33,7 @@ class Attention(nnx.Module):
         angles: Float[Array, "n half"] | None = None,
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
+        """x, the queries, reads the source where the mask is true; angles turn queries and keys."""
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1)
             for y in (self.q(x), self.k(source), self.v(source))

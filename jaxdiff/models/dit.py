@@ -1,8 +1,9 @@
 """The diffusion transformer, on latents or, with large patches, on pixels.
 
-Peebles & Xie 2023 (adaLN-zero), with RMSNorm, QK-norm, rotary positions and SwiGLU as in LightningDiT
-(Yao et al. 2025) and JiT (Li & He 2025, arXiv 2511.13720). Text enters every block twice: its pooled vector
-through the modulation, and its tokens through cross-attention or as extra tokens of the sequence.
+Peebles & Xie 2023 (adaLN-zero), with RMSNorm, QK-norm, rotary positions and SwiGLU as in
+LightningDiT (Yao et al. 2025) and JiT (Li & He 2025, arXiv 2511.13720). Text enters every block
+twice: its pooled vector through the modulation, and its tokens through cross-attention or as extra
+tokens of the sequence.
 """
 
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class SwiGLU(nnx.Module):
         self.down = linear(hidden, width, rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The same shape."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -117,6 +119,7 @@ class DiTBlock(nnx.Module):
         angles: Float[Array, "n half"],
         mask: Bool[Array, "b n"] | None,
     ) -> Float[Array, "b n d"]:
+        """The same shape; `cond` is time and pooled text, `text` the words."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(cond), 6, axis=-1)
         h = _modulate(self.norm1(x), shift1, scale1)
         x = x + gate1[:, None] * self.attention(h, h, angles=angles, mask=mask)

@@ -1,9 +1,9 @@
 """A U-Net on pixels or latents (Ho et al. 2020), for data sets too small for a transformer.
 
-Residual blocks are modulated by time and pooled text (Dhariwal & Nichol 2021, section 3), and at the
-coarse levels one attention reads the picture and the words together (Saharia et al. 2022, Imagen,
-appendix B). A first and a last linear layer trade resolution for channels (Hoogeboom et al. 2023,
-section 3.2), which saves most of the cost of full-size convolutions.
+Residual blocks are modulated by time and pooled text (Dhariwal & Nichol 2021, section 3), and at
+the coarse levels one attention reads the picture and the words together (Saharia et al. 2022,
+Imagen, appendix B). A first and a last linear layer trade resolution for channels (Hoogeboom et al.
+2023, section 3.2), which saves most of the cost of full-size convolutions.
 """
 
 from dataclasses import dataclass
@@ -89,6 +89,7 @@ class ResBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
     ) -> Float[Array, "b h w e"]:
+        """To the block's width, at the same resolution."""
         y = self.conv1(jax.nn.silu(self.norm1(x).astype(x.dtype)))
         shift, scale = jnp.split(self.modulation(cond)[:, None, None], 2, axis=-1)
         y = self.norm2(y).astype(x.dtype) * (1 + scale) + shift
@@ -105,9 +106,8 @@ class TextAttention(nnx.Module):
         self.text = linear(config.text_width, width, rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], text: TextFeatures
-    ) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+        """The same shape."""
         b, h, w, c = x.shape
         y = self.norm(x).astype(x.dtype).reshape(b, h * w, c)
         source = jnp.concatenate([y, self.text(text.tokens)], axis=1)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices`, all of them by default.
 
     Raises:
@@ -65,7 +66,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
-    """Raises `UserError` unless every device gets the same number of images in every micro-batch."""
+    """Raises `UserError` unless all devices get as many images of each micro-batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size % parts:
         raise UserError(

@@ -1,13 +1,14 @@
 """Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxdiff.diffusion.curriculum import CurriculumState, NoiseCurriculum
+from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -52,8 +53,10 @@ class TextToImage(nnx.Module):
     ):
         if text is not None:
             self.text = ClipText(text, rngs=rngs)
-        network = DiT if isinstance(denoiser, DiTConfig) else UNet
-        self.denoiser = network(denoiser, rngs=rngs)
+        if isinstance(denoiser, DiTConfig):
+            self.denoiser = DiT(denoiser, rngs=rngs)
+        else:
+            self.denoiser = UNet(denoiser, rngs=rngs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ class DiffusionTask:
             )
         return parts
 
-    def init_state(self) -> CurriculumState | tuple[()]:
+    def init_state(self) -> Any:
         """The curriculum at its first level."""
         return self.curriculum.init() if self.curriculum else ()
 
@@ -147,7 +150,7 @@ class DiffusionTask:
         frozen: PyTree,
         batch: Batch,
         key: Key[Array, ""],
-        task_state: CurriculumState | tuple[()],
+        task_state: Any,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
@@ -162,8 +165,6 @@ class DiffusionTask:
             metrics["max_t"] = jnp.asarray(max_t)
         return loss, metrics
 
-    def next_state(
-        self, task_state: CurriculumState | tuple[()], metrics: Metrics
-    ) -> CurriculumState | tuple[()]:
+    def next_state(self, task_state: Any, metrics: Metrics) -> Any:
         """The curriculum after this step's loss."""
         return self.curriculum.update(task_state, metrics["loss"]) if self.curriculum else ()

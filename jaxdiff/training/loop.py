@@ -13,6 +13,8 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.benchmark.flops import peak_flops
+from jaxdiff.benchmark.task_flops import training_flops
 from jaxdiff.bundle import (
     CHECKPOINTS,
     FROZEN,
@@ -20,8 +22,6 @@ from jaxdiff.bundle import (
     read_weights,
     write_weights,
 )
-from jaxdiff.benchmark.flops import peak_flops
-from jaxdiff.benchmark.task_flops import training_flops
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.pipeline import ON_DEVICE, make_dataset, to_device
@@ -71,8 +71,8 @@ def train(
       The end of the run; not `finished` if SIGTERM or SIGINT stopped it, its state saved.
 
     Raises:
-      UserError: a run of another recipe in `out`, data or a mesh that do not fit, no space left, too
-        many bad records, or too many updates in a row that are not finite.
+      UserError: a run of another recipe in `out`, data or a mesh that do not fit, no space left,
+        too many bad records, or too many updates in a row that are not finite.
     """
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
@@ -130,7 +130,7 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep:
-    """The jitted step of a recipe: shardings in and out, the old state's memory given to the new."""
+    """The jitted step of a recipe, sharded in and out; the old state's memory goes to the new."""
     step = make_train_step(
         config.task,
         structure(config.task),

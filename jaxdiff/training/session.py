@@ -66,7 +66,7 @@ def _samples(config: Config, out: epath.Path, say: Callable[[str], None]) -> Hoo
 
 
 def _draw_prompts(bundle: Bundle, step: int, out: epath.Path, say: Callable[[str], None]) -> None:
-    """`samples/step_N.png`, a grid of the recipe's prompts, and `step_N_strip.png`, their making."""
+    """`samples/step_N.png`, a grid of the recipe's prompts, and their making as a strip."""
     prompts = list(bundle.config.sampling.prompts)
     snapshots = Pipeline(bundle)(prompts, num_snapshots=STRIP_LENGTH)
     path = out / "samples" / f"step_{step:06d}.png"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdiff.data.produce import RIPE, SIZE_WORDS, Produce, full_caption
+from jaxdiff.data.produce import RIPE, SIZE_WORDS, Produce, caption, full_caption
 from jaxdiff.data.scene import (
     COLOURS,
     KINDS,
@@ -49,21 +49,21 @@ def test_one_colour_of_each_kind_is_held_out_and_never_its_ripe_one():
 
 def test_no_training_scene_holds_a_held_out_combination():
     train, rest = Produce(), Produce(split="held_out")
-    assert all(allowed_in_training(train.scene(i)) for i in range(2000))
-    assert not any(allowed_in_training(rest.scene(i)) for i in range(200))
-    assert all(len(rest.scene(i).items) == rest.scene(i).count == 1 for i in range(200))
+    assert all(allowed_in_training(train.scene(i)) for i in range(600))
+    assert not any(allowed_in_training(rest.scene(i)) for i in range(100))
+    assert all(len(rest.scene(i).items) == rest.scene(i).count == 1 for i in range(100))
 
 
 def test_the_mix_of_scenes_is_as_asked():
     source = Produce(group_share=0.2, pair_share=0.5)
-    scenes = [source.scene(i) for i in range(2000)]
-    assert np.mean([scene.count > 1 for scene in scenes]) == pytest.approx(0.2, abs=0.04)
-    assert np.mean([len(scene.items) == 2 for scene in scenes]) == pytest.approx(0.5, abs=0.04)
+    scenes = [source.scene(i) for i in range(700)]
+    assert np.mean([scene.count > 1 for scene in scenes]) == pytest.approx(0.2, abs=0.07)
+    assert np.mean([len(scene.items) == 2 for scene in scenes]) == pytest.approx(0.5, abs=0.07)
 
 
 def test_captions_name_the_kind_and_never_a_wrong_attribute():
-    source = Produce(pair_share=0, group_share=0)
-    for i in range(400):
+    source = Produce(pair_share=0.0, group_share=0.0)
+    for i in range(60):
         item = source.scene(i).items[0]
         for text in source[i]["captions"]:
             words = set(text.split())
@@ -80,16 +80,17 @@ def test_captions_name_the_kind_and_never_a_wrong_attribute():
 
 
 def test_captions_leave_attributes_out_as_often_as_stated():
-    source = Produce(pair_share=0, group_share=0, captions_per_image=1)
-    texts = [source[i]["captions"][0] for i in range(1200)]
+    source = Produce(pair_share=0.0, group_share=0.0)
+    texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(100)]
     said = np.mean(["stem" in text for text in texts])
     coloured = np.mean([bool(set(t.split()) & {*COLOURS, "ripe", "unripe"}) for t in texts])
-    assert said == pytest.approx(0.75, abs=0.05)
-    assert coloured == pytest.approx(0.85, abs=0.04)
+    assert said == pytest.approx(0.75, abs=0.07)
+    assert coloured == pytest.approx(0.85, abs=0.06)
 
 
 def test_the_vocabulary_is_small_and_captions_are_short():
-    texts = [text for i in range(1500) for text in Produce()[i]["captions"]]
+    source = Produce()
+    texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(700)]
     assert len({word for text in texts for word in text.split()}) < 120
     assert max(len(text.split()) for text in texts) <= 24
     assert all(text == text.lower() for text in texts)
@@ -98,7 +99,7 @@ def test_the_vocabulary_is_small_and_captions_are_short():
 
 def test_full_captions_tell_different_scenes_apart():
     for draw in (draw_single, draw_group, draw_pair):
-        scenes = {draw(np.random.default_rng(i), "train") for i in range(500)}
+        scenes = {draw(np.random.default_rng(i), "train") for i in range(100)}
         assert len({full_caption(scene) for scene in scenes}) == len(scenes)
 
 

@@ -32,12 +32,12 @@ def soft(image, rng):
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("kind", ["single", "two"])
 def test_true_drawings_are_read(split, kind):
-    assert joint(evaluation_scenes(120, split, kind)) >= 0.97
+    assert joint(evaluation_scenes(50, split, kind)) >= 0.97
 
 
 @pytest.mark.parametrize("spoil", [noisy, soft])
 def test_slight_noise_and_softness_hardly_matter(spoil):
-    assert joint(evaluation_scenes(120, "train"), spoil) >= 0.96
+    assert joint(evaluation_scenes(50, "train"), spoil) >= 0.96
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,13 +55,12 @@ def test_mush_is_of_no_kind():
     angle = np.arctan2(y, x)
     crosses = (np.minimum(abs(x), abs(y)) < 4) & (np.maximum(abs(x), abs(y)) < 15)
     rays = np.hypot(x, y) < 10 + 7 * np.cos(4 * angle)
-    cloud = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(64, 64)), 3) > 0.05
+    ring = abs(np.hypot(x, y) - 12) < 3
     assert read(background) == []
-    for mask in (crosses, rays, cloud):
+    for mask in (crosses, rays, ring):
         picture = np.where(mask[..., None], [220, 30, 40], background).astype(np.uint8)
         readings = read(picture)
-        assert readings
-        assert all(reading.kind is None for reading in readings)
+        assert [reading.kind for reading in readings] == [None]
 
 
 def test_check_finds_each_single_mistake():

@@ -1,5 +1,6 @@
 """The same random weights, saved by diffusers and read by jaxdiff, give the same z and images."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,8 +60,9 @@ def test_moments_and_images(name, tmp_path):
     theirs = torch_autoencoder(VARIANTS[name])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    ours = Autoencoder(config, rngs=nnx.Rngs(0))
-    nnx.update(ours, autoencoder_names.from_torch_names(tensors, config))
+    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    params = autoencoder_names.from_torch_names(tensors, config)
+    nnx.update(ours, jax.tree.map(jnp.asarray, params))
 
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
@@ -70,20 +72,24 @@ def test_moments_and_images(name, tmp_path):
         moments = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
 
-    gaussian = ours.encode(jnp.asarray(images))
+    gaussian = jax.jit(ours.encode)(images)
     np.testing.assert_allclose(gaussian.mean, as_nhwc(moments.mean), rtol=0, atol=1e-4)
     np.testing.assert_allclose(gaussian.logvar, as_nhwc(moments.logvar), rtol=0, atol=1e-4)
     np.testing.assert_allclose(gaussian.kl(), moments.kl().numpy(), rtol=1e-4)
-    np.testing.assert_allclose(ours.decode(jnp.asarray(z)), as_nhwc(decoded), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-4)
 
 
 def test_our_tensors_load_into_diffusers():
     config = AutoencoderConfig(**VARIANTS["sd"])
-    ours = Autoencoder(config, rngs=nnx.Rngs(3))
-    tensors = autoencoder_names.to_torch_names(nnx.to_pure_dict(nnx.state(ours)))
+    draw = np.random.default_rng(0)
+    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(ours))
+    params = jax.tree.map(lambda p: jnp.asarray(0.1 * draw.normal(size=p.shape), p.dtype), shapes)
+    nnx.update(ours, params)
+    tensors = autoencoder_names.to_torch_names(params)
     theirs = torch_autoencoder(VARIANTS["sd"])
     theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
-    z = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    z = draw.normal(size=(1, 4, 4, 4)).astype(np.float32)
     with torch.no_grad():
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
-    np.testing.assert_allclose(ours.decode(jnp.asarray(z)), as_nhwc(decoded), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-4)

@@ -1,5 +1,6 @@
 """The same random weights, saved by transformers and read by jaxdiff, give the same features."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ def load(network, config, model, folder):
     """Our network with the weights of theirs, by way of the file that transformers writes."""
     model.save_pretrained(folder)
     params = clip_names.from_torch_names(load_file(folder / "model.safetensors"), config)
-    ours = network(config, rngs=nnx.Rngs(0))
-    nnx.update(ours, params)
+    ours = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    nnx.update(ours, jax.tree.map(jnp.asarray, params))
     return ours
 
 

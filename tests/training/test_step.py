@@ -194,28 +194,29 @@ def test_one_bad_micro_batch_skips_the_whole_update():
     assert same_bits(state.params, initial().params)
 
 
-def test_bfloat16_computes_on_copies_of_float32_masters():
+@functools.cache
+def in_bfloat16():
+    """A small step from the start, its metrics, and the types of weights that the loss saw."""
+    optimizer = AdamW(learning_rate=1e-5, weight_decay=0.0).build(100)
     task = Regression(seen=[])
-    step = make_train_step(task, structure(task), OPTIMIZER, EMA, compute="bfloat16")
-    state, metrics = jax.jit(step)(initial(), {}, make_batch())
-    assert task.seen
-    assert all(types == {"bfloat16"} for types in task.seen)
-    floats = [
-        leaf.dtype
-        for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state))
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    assert set(floats) == {jnp.dtype("float32")}
+    start = initial().replace(opt_state=optimizer.init(initial().params))
+    step = make_train_step(task, structure(task), optimizer, EMA, compute="bfloat16")
+    return *jax.jit(step)(start, {}, make_batch()), task.seen
+
+
+def test_bfloat16_computes_on_copies_of_float32_masters():
+    state, metrics, seen = in_bfloat16()
+    assert seen
+    assert all(types == {"bfloat16"} for types in seen)
+    leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
+    floats = {leaf.dtype.name for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert floats == {"float32"}
     loss = float(compiled()(initial(), make_batch())[1]["loss"])
     assert float(metrics["loss"]) == pytest.approx(loss, rel=2e-2)
     assert float(metrics["loss"]) != loss
 
 
 def test_an_update_too_small_for_bfloat16_reaches_the_masters():
-    optimizer = AdamW(learning_rate=1e-5, weight_decay=0.0).build(100)
-    task = Regression()
-    start = initial().replace(opt_state=optimizer.init(initial().params))
-    step = make_train_step(task, structure(task), optimizer, EMA, compute="bfloat16")
-    state, _ = jax.jit(step)(start, {}, make_batch())
+    state, _, _ = in_bfloat16()
     moved = float(state.params["scale"]) - 1
     assert 0 < abs(moved) < 2**-9  # half of the distance from 1 to the next bfloat16

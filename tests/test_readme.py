@@ -1,0 +1,52 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxdiff import cli
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+START = re.compile(r"^(python (train|sample)\.py|jaxdiff)\b")
+
+
+def commands() -> list[str]:
+    """Every train, sample or jaxdiff command line in a code block of the README."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    # A backslash joins lines; `&&` parts commands.
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    steps = (step.strip() for line in lines for step in line.split("&&"))
+    return [step for step in steps if START.match(step)]
+
+
+def arguments(command: str) -> list[str]:
+    """What `jaxdiff.cli.main` is given for it; comments and what a user may leave out are cut."""
+    words = shlex.split(command.replace("[", "").replace("]", ""), comments=True)
+    if words[0] == "jaxdiff":
+        return words[1:]
+    assert (ROOT / words[1]).is_file()
+    return [Path(words[1]).stem, *words[2:]]
+
+
+def test_the_readme_shows_how_to_train_and_to_sample():
+    names = {arguments(command)[0] for command in commands()}
+    assert {"train", "sample"} <= names
+
+
+@pytest.mark.parametrize("command", commands() if README.is_file() else [])
+def test_its_commands_are_understood(command, monkeypatch, capsys):
+    ran = []
+    for name in ("run_recipe", "draw", "evaluate_folder"):
+        monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
+    for name in ("read_bundle", "write_bundle", "make_folder", "write_array_record"):
+        monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
+    assert cli.main(arguments(command)) == 0, capsys.readouterr().err
+    if arguments(command)[0] in ("train", "sample", "evaluate"):
+        assert len(ran) == 1
+
+
+def test_its_pictures_and_links_exist():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text())
+    missing = [x for x in links if "://" not in x and not (ROOT / x).exists()]
+    assert not missing

@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxdiff.cli import load_recipe
+from jaxdiff.config import Config
+from jaxdiff.parallel.mesh import check_batch, make_mesh
+from jaxdiff.training.loop import abstract_state
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(path) -> Config:
+    return load_recipe(path)
+
+
+def test_there_are_recipes_for_all_three_tasks():
+    kinds = {type(load_recipe(path).task).__name__ for path in RECIPES}
+    assert kinds == {"DiffusionTask", "AutoencoderTask", "ClipTask"}
+
+
+def test_it_is_named_like_its_file(path, config):
+    assert config.name == path.stem
+
+
+def test_it_builds_abstractly(config):
+    state = abstract_state(config)
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert 1e4 < trained < 2e10
+    assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
+
+
+def test_its_batch_fits_one_device(config):
+    check_batch(config.train.batch_size, make_mesh(config.mesh, jax.devices()[:1]), 1)
+
+
+def test_its_tokens_fit_its_text_encoder(config):
+    text = getattr(config.task, "text", None) or getattr(config.task.model, "text", None)
+    if text is None:
+        pytest.skip("reads no text")
+    model = getattr(text, "model", text)
+    assert config.tokenizer.length <= model.length
+    assert config.tokenizer.vocab_size <= model.vocab_size
+
+
+def test_its_docstring_states_command_and_hardware(path):
+    module = path.read_text().split('"""')[1]
+    assert f"python train.py configs/{path.name}" in module or (
+        path.stem == "produce" and re.search(r"python train\.py$", module, re.MULTILINE)
+    )
+    assert re.search(r"\b(CPU|GPU|TPU)\b", module)
+    assert re.search(r"\b(minutes|hours)\b", module)

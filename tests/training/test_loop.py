@@ -1,0 +1,298 @@
+"""The loop: exact resumption, signals, what it writes, and that it never waits for the device."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff.config import to_json
+from jaxdiff.data.produce import Produce
+from jaxdiff.diffusion.curriculum import CurriculumState
+from jaxdiff.errors import UserError
+from jaxdiff.parallel.mesh import MeshConfig
+from jaxdiff.training import loop
+from jaxdiff.training.loop import train
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 6
+
+RECIPE = """
+import json, pathlib
+from jaxdiff.config import Config, from_json
+
+def get_config():
+    return from_json(Config, json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
+"""
+
+# Dies in step 5, with the checkpoint of step 4 complete and that of step 6 not begun.
+KILLED = """
+import os, pathlib, signal, sys, time
+from jaxdiff.cli import load_recipe
+from jaxdiff.training.loop import train
+
+recipe, _, out = sys.argv[1:]
+
+def look(state, *_):
+    if int(state.step) == 5:
+        while not (pathlib.Path(out) / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(load_recipe(recipe), out, on_sample=look)
+"""
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_bits(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    folder: pathlib.Path
+    result: loop.Result
+    compiled: list[str]  # a name for each program that was compiled
+    records: list[dict]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_recipe, compile_cache) -> Run:
+    """The tiny recipe from its first step to its last."""
+    folder = tmp_path_factory.mktemp("straight")
+    compiled = []
+
+    def listen(event: str, _seconds: float, **about) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    result = train(tiny_recipe(steps=STEPS), folder, say=quiet)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return Run(folder, result, compiled, records(folder))
+
+
+def assert_same_end(result: loop.Result, folder, straight: Run) -> None:
+    """Also the curriculum and what was logged, which the fingerprint does not cover."""
+    assert result.finished
+    assert result.summary["fingerprint"] == straight.result.summary["fingerprint"]
+    assert same_bits(result.state.task_state, straight.result.state.task_state)
+    figures = ("step", "loss", "grad_norm", "learning_rate", "max_t", "loss_by_level")
+    found, expected = ([[r[f] for f in figures] for r in x] for x in (records(folder), straight.records))
+    assert found == expected
+
+
+def test_a_run_ends_at_its_last_step_and_compiles_its_step_once(straight):
+    assert straight.result.finished
+    assert straight.result.summary["step"] == STEPS
+    assert sum("train_step" in name for name in straight.compiled) == 1
+
+
+def test_noise_is_raised_from_a_tenth_by_a_curriculum_in_the_state(straight):
+    np.testing.assert_allclose([r["max_t"] for r in straight.records], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    assert isinstance(straight.result.state.task_state, CurriculumState)
+    assert int(straight.result.state.task_state.level) == 1 + STEPS // 2
+
+
+def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
+    figures = {"loss", "loss_by_level", "grad_norm", "learning_rate", "images_per_s"}
+    for record in straight.records:
+        assert figures | {"skipped_records", "skipped_updates"} <= record.keys()
+        assert np.isfinite([record["loss"], record["grad_norm"]]).all()
+    assert [r["step"] for r in straight.records] == list(range(1, STEPS + 1))
+
+
+def run_process(code: list[str], folder, config, environment) -> subprocess.Popen:
+    """Starts a process that trains a recipe file in `folder / "run"`, its output in `log.txt`."""
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "recipe.json").write_text(json.dumps(to_json(config)))
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, *code, str(folder / "recipe.py"), "--out", str(folder / "run")],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_straight_bit_for_bit(
+    straight, tmp_path, tiny_recipe, compile_cache
+):
+    (tmp_path / "killed.py").write_text(KILLED)
+    config = tiny_recipe(steps=STEPS, sample_every=1)
+    out = tmp_path / "run"
+    process = run_process([str(tmp_path / "killed.py")], tmp_path, config, compile_cache)
+    assert process.wait(timeout=300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    said = []
+    result = train(tiny_recipe(steps=STEPS), out, say=said.append)
+    assert "Resuming at step 4 of 6." in said
+    assert_same_end(result, out, straight)
+
+
+def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
+    straight, tmp_path, tiny_recipe
+):
+    def look(state, *_):
+        if int(state.step) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    said = []
+    config = tiny_recipe(steps=STEPS, sample_every=1)
+    result = train(config, tmp_path, on_sample=look, say=said.append)
+    assert (result.finished, result.summary["step"]) == (False, 3)
+    assert any("SIGTERM: saving" in line for line in said)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert_same_end(train(config, tmp_path, say=quiet), tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_with_status_0_and_its_step_saved(
+    tmp_path, tiny_recipe, compile_cache
+):
+    config = tiny_recipe(steps=100_000, checkpoint_every=50_000)
+    process = run_process(["train.py"], tmp_path, config, compile_cache)
+    out = tmp_path / "run"
+    log = tmp_path / "log.txt"
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0, log.read_text()
+    (step,) = [path.name for path in (out / "checkpoints").iterdir()]
+    assert f"Stopped at step {step}" in log.read_text()
+
+
+class Watched:
+    """A metric that tells when it is read."""
+
+    def __init__(self, value: float, tell):
+        self.value, self.tell = value, tell
+
+    def __array__(self, dtype=None, copy=None):
+        self.tell()
+        return np.asarray(self.value, dtype)
+
+
+@pytest.fixture
+def faked(monkeypatch, compile_cache):
+    """In the place of the compiled step one that only counts; returns what happened, in order.
+
+    The loss of step n is n; from step 3 on, its gradient is not finite.
+    """
+    events: list[tuple[str, int]] = []
+
+    def step(state, _frozen, batch):
+        n = int(state.step) + 1
+        events.append(("step", n))
+        assert batch["image"].shape == (8, 32, 32, 3)
+        skipped = np.int32(max(n - 2, 0))
+        metrics = {
+            "loss": Watched(n, lambda: events.append(("read", n))),
+            "part_sum": np.array([n, 0.0]),
+            "part_count": np.array([2.0, 0.0]),
+            "nonfinite": skipped,
+            "nonfinite_in_a_row": skipped,
+        }
+        return state.replace(step=state.step + 1), metrics
+
+    monkeypatch.setattr(loop, "compile_step", lambda *_: step)
+    return events
+
+
+def test_a_step_is_on_its_way_before_the_metrics_of_the_one_before_are_read(
+    faked, tmp_path, tiny_recipe
+):
+    train(tiny_recipe(steps=4), tmp_path, say=quiet)
+    order = ["step 1", "step 2", "read 1", "step 3", "read 2", "step 4", "read 3", "read 4"]
+    assert [f"{what} {n}" for what, n in faked] == order
+
+
+def test_lines_are_means_over_the_steps_since_the_last(faked, tmp_path, tiny_recipe):
+    train(tiny_recipe(steps=6, log_every=4), tmp_path, say=quiet)
+    first, second = records(tmp_path)
+    assert (first["step"], first["loss"], first["skipped_updates"]) == (4, 2.5, 2)
+    assert (second["step"], second["loss"], second["skipped_updates"]) == (6, 5.5, 4)
+    assert (first["part"], second["part"]) == ([10 / 8, None], [11 / 4, None])
+
+
+def test_many_updates_in_a_row_that_are_not_finite_end_the_run(faked, tmp_path, tiny_recipe):
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row, until step 5"):
+        train(tiny_recipe(steps=100, max_nonfinite=3), tmp_path, say=quiet)
+    assert faked[-2:] == [("step", 6), ("read", 5)]
+
+
+def test_a_finished_run_is_left_alone_and_fresh_starts_anew(faked, tmp_path, tiny_recipe):
+    train(tiny_recipe(steps=2), tmp_path, say=quiet)
+    faked.clear()
+    assert train(tiny_recipe(steps=2), tmp_path, say=quiet).finished
+    assert faked == []
+    train(tiny_recipe(steps=3), tmp_path, say=quiet)
+    assert ("step", 2) not in faked
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+    faked.clear()
+    train(tiny_recipe(steps=2, seed=1), tmp_path, fresh=True, say=quiet)
+    assert faked[0] == ("step", 1)
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+
+
+def test_samples_are_drawn_now_and_then_and_at_the_end(faked, tmp_path, tiny_recipe):
+    seen = []
+    look = lambda state, frozen, tokenizer: seen.append(int(state.step))  # noqa: E731
+    train(tiny_recipe(steps=5, sample_every=2), tmp_path, on_sample=look, say=quiet)
+    assert seen == [2, 4, 5]
+
+
+def test_records_that_cannot_be_used_are_named_and_counted(
+    faked, tmp_path, tiny_recipe, monkeypatch, caplog
+):
+    whole = Produce.__getitem__
+
+    def without_caption(self, index):
+        record = whole(self, index)
+        return record | {"captions": []} if index == 7 else record
+
+    monkeypatch.setattr(Produce, "__getitem__", without_caption)
+    recipe = tiny_recipe(steps=6)
+    data = dataclasses.replace(recipe.data, source=Produce(size=32, length=12))
+    train(dataclasses.replace(recipe, data=data), tmp_path, say=quiet)
+    told = [r.getMessage() for r in caplog.records if "Skipped" in r.getMessage()]
+    assert len(told) >= 3
+    assert all("produce/train/7" in line for line in told)
+    assert sum(r["skipped_records"] for r in records(tmp_path)) == len(told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(data=16)}, "does not fit the 8 devices"),
+        ({"batch_size": 12}, r"train\.batch_size 12 does not divide"),
+        ({"accumulate": 3}, r"3 micro-batches.* multiple of 24"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused_before_anything_is_written(
+    changes, message, tmp_path, tiny_recipe
+):
+    mesh = changes.pop("mesh", MeshConfig())
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(tiny_recipe(**changes), mesh=mesh), tmp_path, say=quiet)
+    assert list(tmp_path.iterdir()) == []
