@@ -28,13 +28,14 @@ PROMPTS = (
 
 
 def get_config() -> Config:
-    """A JiT of 16 tokens on pixels, predicting x0 with the loss on velocity."""
+    """A small U-Net on pixels that predicts x0, told of prompts by a small text encoder."""
     return Config(
         name="produce",
         task=DiffusionTask(
             denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
             text=TextTower(
-                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=2, heads=4)
+                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=2, heads=4),
+                trained=False,
             ),
             objective=Objective(
                 prediction="x0",

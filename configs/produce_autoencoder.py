@@ -35,7 +35,7 @@ def get_config() -> Config:
             source=Produce(),
             transforms=Transforms(size=64, flip=True, caption_dropout=0.0),
         ),
-        tokenizer=TokenizerConfig(vocab_size=1024, length=32),
+        tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
         optimizer=AdamW(
             learning_rate=2e-3,
             weight_decay=0.01,

@@ -33,7 +33,7 @@ def get_config() -> Config:
             # Captions tell left from right, and an image without a caption teaches nothing.
             transforms=Transforms(size=64, flip=False, caption_dropout=0.0),
         ),
-        tokenizer=TokenizerConfig(vocab_size=1024, length=32),
+        tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
         optimizer=AdamW(
             learning_rate=1e-3,
             b2=0.98,

@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.util
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
-from jaxdiff.config import Config, members
+from jaxdiff.config import Config, load_recipe, members
 from jaxdiff.data.array_record import write_array_record
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.source import Record, Source
@@ -52,28 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # tyro's way out, after --help or a value that it cannot read
         return int(end.code or 0)
     return 0
-
-
-def load_recipe(path: str | os.PathLike[str]) -> Config:
-    """The `Config` that a recipe's `get_config()` returns.
-
-    Raises:
-      UserError: no such file, or no `get_config` in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.name for p in DEFAULT_RECIPE.parent.glob("*.py"))
-        nearest = difflib.get_close_matches(f"{path.stem}.py", there, n=1)
-        hint = f"did you mean configs/{nearest[0]}?" if nearest else "see those in configs/."
-        raise UserError(f"There is no recipe {path}: {hint}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no recipe: expected a Python file; see configs/.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} defines no get_config(): a recipe returns its Config from it.")
-    return module.get_config()
 
 
 def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:

@@ -7,10 +7,13 @@ anywhere else.
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.errors import UserError
@@ -23,7 +26,7 @@ from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import ComputeType
 
-T = TypeVar("T")
+RECIPES = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,3 +214,25 @@ def differences(ours: Config, theirs: Config) -> list[str]:
         for key in keys
         if a.get(key, missing) != b.get(key, missing)
     ]
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Config:
+    """The `Config` that a recipe's `get_config()` returns.
+
+    Raises:
+      UserError: no such file, or no `get_config` in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in RECIPES.glob("*.py"))
+        nearest = difflib.get_close_matches(f"{path.stem}.py", there, n=1)
+        hint = f"did you mean configs/{nearest[0]}?" if nearest else "see those in configs/."
+        raise UserError(f"There is no recipe {path}: {hint}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no recipe: expected a Python file; see configs/.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} defines no get_config(): a recipe returns its Config from it.")
+    return module.get_config()

@@ -70,12 +70,17 @@ def compile_cache(tmp_path_factory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_recipe):
     """The tiny recipe as if trained: random weights in which prompt, seed and time all matter."""
+    import dataclasses
+
     import numpy as np
 
     from jaxdiff.bundle import Bundle, abstract_params
     from jaxdiff.data.tokenizer import Tokenizer
+    from jaxdiff.sampling.settings import SamplingConfig
+    from jaxdiff.sampling.solvers import DDIM
 
-    config = tiny_recipe()
+    sampling = SamplingConfig(solver=DDIM(), num_steps=3)
+    config = dataclasses.replace(tiny_recipe(), sampling=sampling)
     rng = np.random.default_rng(0)
 
     def draw(leaf):

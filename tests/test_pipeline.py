@@ -21,14 +21,11 @@ from jaxdiff.training.diffusion import Latents
 from jaxdiff.training.loop import abstract_state
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_bundle):
-    settings = SamplingConfig(solver=DDIM(), num_steps=STEPS)
-    config = dataclasses.replace(tiny_bundle.config, sampling=settings)
-    return Pipeline(tiny_bundle._replace(config=config))
+    return Pipeline(tiny_bundle)
 
 
 @pytest.fixture
@@ -148,8 +145,8 @@ def test_given_noise_stands_in_for_the_seeds_own(pipeline):
 def test_the_last_snapshot_is_close_to_the_image(pipeline):
     prompts = {"prompts": [PEA, TOMATO], "seeds": [1, 2], "output": "float"}
     image = pipeline(**prompts)
-    snapshots = pipeline(**prompts, num_snapshots=STEPS)
-    assert snapshots.shape == (STEPS, 2, 32, 32, 3)
+    snapshots = pipeline(**prompts, num_snapshots=3)
+    assert snapshots.shape == (3, 2, 32, 32, 3)
     np.testing.assert_allclose(snapshots[-1], image, atol=1e-4)
     assert np.abs(snapshots[0] - image).max() > 0.05
 
@@ -193,7 +190,7 @@ def test_a_prompt_that_is_too_long_is_cut_off_and_told(pipeline):
 
 
 def test_a_run_and_its_exported_bundle_draw_the_same(tiny_bundle, pipeline, tmp_path):
-    config, params, _, tokenizer = tiny_bundle._replace(config=pipeline.config)
+    config, params, _, tokenizer = tiny_bundle
     run, exported = tmp_path / "run", tmp_path / "exported"
     zeros = jax.tree.map(
         lambda leaf: (

@@ -21,15 +21,19 @@ from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
 
 @dataclass(frozen=True, kw_only=True)
 class TextTower:
-    """The text encoder: trained along with the denoiser, or taken from a trained CLIP.
+    """The text encoder: trained along with the denoiser, left as drawn, or taken from a CLIP.
 
     Attributes:
       model: its size.
-      pretrained: folder of a run or bundle whose text tower is used as it is; None trains one.
+      pretrained: folder of a run or bundle whose text tower is used as it is; None draws one.
+      trained: whether one that was drawn learns along with the denoiser. In a short run it had
+        better not: before the denoiser heeds prompts they are noise to it, and an encoder that
+        learns then learns to say the same of all of them. Even as drawn it tells prompts apart.
     """
 
     model: ClipTextConfig
     pretrained: str | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,8 @@ class DiffusionTask:
     def features(self, model: TextToImage, frozen: PyTree, ids: Int[Array, "b n"]) -> TextFeatures:
         """What the denoiser is told of prompts given as token ids."""
         if self.text.pretrained is None:
-            return model.text(ids)
+            text = model.text(ids)
+            return text if self.text.trained else jax.lax.stop_gradient(text)
         return merge(self.frozen()["text"].build, frozen["text"])(ids)
 
     def encode(

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 def train(
     config: Config,
-    out: str | epath.Path,
+    out: epath.PathLike,
     *,
     fresh: bool = False,
     on_sample: Hook | None = None,

@@ -12,6 +12,8 @@ from jaxdiff.config import Config, differences
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training import checkpoint_folder
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 
 # Keys that say how a run is carried out and looked at, not what it computes.
@@ -66,6 +68,7 @@ def open_run(
             "are; restore that file, choose another --out, or start anew with --fresh."
         )
     tokenizer = _tokenizer(config, out, say)
+    _check_text(config, tokenizer)
     if lead:
         tokenizer.save(str(out))
         write_config(out, config)
@@ -114,6 +117,20 @@ def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
 
     ours, theirs = config.train.steps, there.train.steps
     return ours == theirs or bool(jnp.array_equal(factors(ours), factors(theirs)))
+
+
+def _check_text(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if the tokenizer's ids or lengths are more than the text encoder takes."""
+    if isinstance(config.task, AutoencoderTask):
+        return
+    is_clip = isinstance(config.task, ClipTask)
+    text = config.task.model.text if is_clip else config.task.text.model
+    if tokenizer.length != text.length or tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"The tokenizer gives {tokenizer.length} tokens out of {tokenizer.vocab_size}, but the "
+            f"text encoder takes {text.length} out of {text.vocab_size}: make tokenizer.length and "
+            "tokenizer.vocab_size fit the encoder's length and vocab_size."
+        )
 
 
 def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> Tokenizer:

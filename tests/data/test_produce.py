@@ -81,7 +81,7 @@ def test_captions_name_the_kind_and_never_a_wrong_attribute():
 
 def test_captions_leave_attributes_out_as_often_as_stated():
     source = Produce(pair_share=0.0, group_share=0.0)
-    texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(100)]
+    texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(400)]
     said = np.mean(["stem" in text for text in texts])
     coloured = np.mean([bool(set(t.split()) & {*COLOURS, "ripe", "unripe"}) for t in texts])
     assert said == pytest.approx(0.75, abs=0.07)
@@ -99,7 +99,7 @@ def test_the_vocabulary_is_small_and_captions_are_short():
 
 def test_full_captions_tell_different_scenes_apart():
     for draw in (draw_single, draw_group, draw_pair):
-        scenes = {draw(np.random.default_rng(i), "train") for i in range(100)}
+        scenes = {draw(np.random.default_rng(i), "train") for i in range(200)}
         assert len({full_caption(scene) for scene in scenes}) == len(scenes)
 
 

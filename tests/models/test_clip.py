@@ -237,8 +237,9 @@ def test_embeddings_are_unit_vectors_and_the_scale_is_capped():
     np.testing.assert_allclose(jnp.linalg.norm(out.image, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(jnp.linalg.norm(out.text, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(out.logit_scale, 1 / 0.07, rtol=1e-6)
-    model.logit_scale[...] = jnp.array(9.0)
-    assert model(images(2), IDS).logit_scale == MAX_LOGIT_SCALE
+    graphdef, params = split_clip()
+    params = nnx.to_pure_dict(params) | {"logit_scale": jnp.array(9.0)}
+    assert nnx.merge(graphdef, params)(images(2), IDS).logit_scale == MAX_LOGIT_SCALE
 
 
 def test_from_its_first_weights_clip_learns_to_tell_pairs_apart():

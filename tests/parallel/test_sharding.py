@@ -52,7 +52,9 @@ def small(recipe):
     config = dataclasses.replace(config, task=task, optimizer=OPTIMIZER, ema=Ema(decay=0.5))
     state = jax.jit(lambda: init_state(task, OPTIMIZER.build(10), config.ema, 0))()
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), state.params)
+    params = jax.tree.map(
+        lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), state.params
+    )
     return config, jax.device_get(dataclasses.replace(state, params=params))
 
 

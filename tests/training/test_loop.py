@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -93,7 +95,9 @@ def assert_same_end(result: loop.Result, folder, straight: Run) -> None:
     assert result.summary["fingerprint"] == straight.result.summary["fingerprint"]
     assert same_bits(result.state.task_state, straight.result.state.task_state)
     figures = ("step", "loss", "grad_norm", "learning_rate", "max_t", "loss_by_level")
-    found, expected = ([[r[f] for f in figures] for r in x] for x in (records(folder), straight.records))
+    found, expected = (
+        [[r[f] for f in figures] for r in x] for x in (records(folder), straight.records)
+    )
     assert found == expected
 
 
@@ -104,7 +108,9 @@ def test_a_run_ends_at_its_last_step_and_compiles_its_step_once(straight):
 
 
 def test_noise_is_raised_from_a_tenth_by_a_curriculum_in_the_state(straight):
-    np.testing.assert_allclose([r["max_t"] for r in straight.records], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    np.testing.assert_allclose(
+        [r["max_t"] for r in straight.records], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    )
     assert isinstance(straight.result.state.task_state, CurriculumState)
     assert int(straight.result.state.task_state.level) == 1 + STEPS // 2
 
@@ -117,18 +123,20 @@ def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
     assert [r["step"] for r in straight.records] == list(range(1, STEPS + 1))
 
 
-def run_process(code: list[str], folder, config, environment) -> subprocess.Popen:
-    """Starts a process that trains a recipe file in `folder / "run"`, its output in `log.txt`."""
+@contextmanager
+def process(code: str, folder, config, environment) -> Iterator[subprocess.Popen]:
+    """A process that trains a recipe file in `folder / "run"`, its output in `log.txt`."""
     (folder / "recipe.py").write_text(RECIPE)
     (folder / "recipe.json").write_text(json.dumps(to_json(config)))
+    command = [sys.executable, code, str(folder / "recipe.py"), "--out", str(folder / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with (folder / "log.txt").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, *code, str(folder / "recipe.py"), "--out", str(folder / "run")],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
 
 
 @pytest.mark.slow
@@ -138,8 +146,8 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(
     (tmp_path / "killed.py").write_text(KILLED)
     config = tiny_recipe(steps=STEPS, sample_every=1)
     out = tmp_path / "run"
-    process = run_process([str(tmp_path / "killed.py")], tmp_path, config, compile_cache)
-    assert process.wait(timeout=300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    with process(str(tmp_path / "killed.py"), tmp_path, config, compile_cache) as killed:
+        assert killed.wait(timeout=300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     said = []
     result = train(tiny_recipe(steps=STEPS), out, say=said.append)
     assert "Resuming at step 4 of 6." in said
@@ -164,21 +172,21 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("straight")  # whose compiled step it takes
 def test_sigterm_ends_the_command_with_status_0_and_its_step_saved(
     tmp_path, tiny_recipe, compile_cache
 ):
     config = tiny_recipe(steps=100_000, checkpoint_every=50_000)
-    process = run_process(["train.py"], tmp_path, config, compile_cache)
-    out = tmp_path / "run"
-    log = tmp_path / "log.txt"
+    log, metrics = tmp_path / "log.txt", tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, log.read_text()
-    (step,) = [path.name for path in (out / "checkpoints").iterdir()]
+    with process("train.py", tmp_path, config, compile_cache) as training:
+        while not metrics.exists() or not metrics.read_text():
+            assert training.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(timeout=120) == 0, log.read_text()
+    (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert f"Stopped at step {step}" in log.read_text()
 
 

@@ -77,7 +77,9 @@ def initial():
 
 def make_batch(**changes):
     rng = np.random.default_rng(0)
-    batch = {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("image", "target")}
+    batch = {
+        name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("image", "target")
+    }
     return batch | {"root": np.ones(BATCH, np.float32)} | changes
 
 

@@ -1,0 +1,169 @@
+"""The denoiser's task: noise by the curriculum's level, heard prompts, frozen parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.layers import merge
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.step import structure
+from jaxdiff.training.task import from_uint8
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def task(tiny_recipe) -> DiffusionTask:
+    return tiny_recipe().task
+
+
+def random_params(build):
+    """Weights away from their initial zeros, which would hide what lies behind them."""
+    rng = np.random.default_rng(1)
+    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(build))[1])
+    return jax.tree.map(lambda p: jnp.asarray(0.1 * rng.normal(size=p.shape), p.dtype), abstract)
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    tokens = np.full((BATCH, 16), 599, np.int32)  # the end token, which also pads
+    tokens[:, 0] = 598
+    tokens[:, 1:5] = rng.integers(0, 598, (BATCH, 4))
+    return {"image": rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8), "tokens": tokens}
+
+
+@functools.cache
+def compiled(task: DiffusionTask):
+    """`run(level, key, batch)` -> (loss, metrics), gradient."""
+    params = random_params(lambda: task.build(nnx.Rngs(0)))
+
+    @jax.jit
+    def run(params, state, key, batch):
+        def loss(params):
+            return task.loss(nnx.merge(structure(task), params), {}, batch, key, state)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def at(level: int, key: int = 0, batch=None):
+        state = task.init_state()._replace(level=jnp.asarray(level, jnp.int32))
+        batch = jax.tree.map(jnp.asarray, batch or make_batch())
+        return run(params, state, jax.random.key(key), batch)
+
+    return at
+
+
+def test_training_starts_at_a_tenth_of_the_noise_and_the_state_says_so(task, tiny_recipe):
+    state = task.init_state()
+    assert float(task.curriculum.max_t(state)) == pytest.approx(0.1)
+    in_the_run = abstract_state(tiny_recipe()).task_state
+    assert jax.tree.structure(in_the_run) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("level", [1, 3])
+def test_no_time_beyond_the_level_is_drawn(task, level):
+    counts = np.zeros(10)
+    for key in range(4):
+        (_, metrics), _ = compiled(task)(level, key)
+        counts += np.asarray(metrics["loss_by_level_count"])
+    assert float(metrics["max_t"]) == pytest.approx(level / 10)
+    assert counts.sum() == 4 * BATCH
+    assert np.all(counts[:level] > 0)
+    assert np.all(counts[level:] == 0)
+
+
+def test_the_loss_is_the_mean_that_its_levels_add_up_to(task):
+    (loss, metrics), _ = compiled(task)(10)
+    np.testing.assert_allclose(metrics["loss_by_level_sum"].sum() / BATCH, loss, rtol=1e-5)
+    assert float(metrics["loss"]) == float(loss)
+
+
+def test_noise_is_the_keys_and_the_prompt_is_heard(task):
+    (loss, _), gradient = compiled(task)(10)
+    (again, _), _ = compiled(task)(10)
+    assert float(again) == float(loss)
+    assert float(compiled(task)(10, key=1)[0][0]) != float(loss)
+    other = make_batch()
+    other["tokens"][:, 1:5] = other["tokens"][::-1, 1:5]
+    assert float(compiled(task)(10, batch=other)[0][0]) != float(loss)
+    for part in ("text", "denoiser"):
+        sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient[part])]
+        assert max(sizes) > 0
+
+
+def test_the_level_rises_with_the_steps_taken(task):
+    state = task.init_state()
+    seen = []
+    for _ in range(5):
+        seen.append(int(state.level))
+        state = task.next_state(state, {"loss": jnp.asarray(1.0)})
+    assert seen == [1, 1, 2, 2, 3]
+
+
+def test_without_a_curriculum_all_levels_are_drawn_from_the_start(task):
+    plain = dataclasses.replace(task, curriculum=None)
+    assert plain.init_state() == ()
+    assert plain.next_state((), {"loss": jnp.zeros(())}) == ()
+    batch = jax.tree.map(jnp.asarray, make_batch())
+
+    def loss(params):
+        model = nnx.merge(structure(plain), params)
+        return plain.loss(model, {}, batch, jax.random.key(0), ())
+
+    _, metrics = jax.eval_shape(loss, random_params(lambda: plain.build(nnx.Rngs(0))))
+    assert metrics.keys() == {"loss", "loss_by_level_sum", "loss_by_level_count"}
+
+
+def test_pixels_are_in_minus_1_to_1():
+    images = jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1).repeat(3, -1)
+    np.testing.assert_allclose(from_uint8(images)[:, 0, 0], [[-1] * 3, [1] * 3])
+
+
+def test_a_pretrained_text_tower_is_used_and_not_trained(task):
+    text = dataclasses.replace(task.text, pretrained="runs/clip")
+    frozen_text = dataclasses.replace(task, text=text)
+    model = nnx.eval_shape(lambda: frozen_text.build(nnx.Rngs(0)))
+    assert set(nnx.to_pure_dict(nnx.split(model)[1])) == {"denoiser"}
+    part = frozen_text.frozen()["text"]
+    assert (part.folder, part.part) == ("runs/clip", ("text",))
+    params = random_params(part.build)
+    ids = jnp.asarray(make_batch()["tokens"])
+    found = jax.jit(lambda p: frozen_text.features(None, {"text": p}, ids).pooled)(params)
+    expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_latents_are_what_is_modelled_where_there_is_an_autoencoder(task):
+    model = AutoencoderConfig(
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=6
+    )
+    denoiser = dataclasses.replace(task.denoiser, channels=6, patch_size=2)
+    latent = dataclasses.replace(
+        task, denoiser=denoiser, latents=Latents(model=model, pretrained="runs/autoencoder")
+    )
+    part = latent.frozen()["autoencoder"]
+    assert (part.folder, part.part) == ("runs/autoencoder", ())
+    frozen = {"autoencoder": nnx.to_pure_dict(nnx.split(nnx.eval_shape(part.build))[1])}
+    assert isinstance(nnx.eval_shape(part.build), Autoencoder)
+    images = jax.ShapeDtypeStruct((2, 32, 16, 3), jnp.float32)
+    x = jax.eval_shape(latent.encode, frozen, images, jax.random.key(0))
+    assert x.shape == (2, *latent.shape(32, 16)) == (2, 16, 8, 6)
+    assert jax.eval_shape(latent.decode, frozen, x).shape == images.shape
+    assert task.shape(32, 16) == (32, 16, 3)
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(task):
+    wider = dataclasses.replace(task.text.model, projection_dim=24)
+    with pytest.raises(
+        UserError, match=r"widths 16 and 16 .* 16 and 24; make denoiser\.text_width"
+    ):
+        dataclasses.replace(task, text=TextTower(model=wider))
+    with pytest.raises(UserError, match=r"works on 4 channels .* set denoiser\.channels to 3"):
+        dataclasses.replace(task, denoiser=dataclasses.replace(task.denoiser, channels=4))
