@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import PyTree
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from jaxdiff.config import Config, from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
@@ -34,6 +34,9 @@ CONFIG, MODEL, FROZEN, CHECKPOINTS = (
     "frozen.safetensors",
     "checkpoints",
 )
+
+# What `safetensors.numpy` reads lacks bfloat16.
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Bundle(NamedTuple):
@@ -95,33 +98,37 @@ def write_config(folder: epath.PathLike, config: Config) -> None:
 
 
 def write_weights(path: epath.Path, dtype: str = "float32", **trees: PyTree) -> None:
-    """Trees of arrays in one safetensors file, as `tree.path.to.leaf`, floats cast to `dtype`."""
+    """Trees of floats in one safetensors file, as `tree.path.to.leaf`, rounded to `dtype`."""
     flat = {}
     for name, tree in trees.items():
         for key, leaf in _flatten(tree).items():
             value = np.asarray(jax.device_get(leaf))
-            flat[f"{name}.{key}"] = np.ascontiguousarray(
-                value.astype(dtype) if np.issubdtype(value.dtype, np.floating) else value
-            )
+            flat[f"{name}.{key}"] = np.ascontiguousarray(value.astype(dtype))
     write_whole(path, save(flat))
 
 
 def read_weights(path: epath.Path) -> dict[str, PyTree]:
-    """The trees of `write_weights`, floats as float32."""
+    """The trees of `write_weights`, in float32.
+
+    Raises:
+      UserError: there is no such file, or it cannot be read.
+    """
     try:
-        flat = load(path.read_bytes())
+        stored = deserialize(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; copy the whole folder of the model.") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut off ({error}); copy it anew.") from error
-    halves = (np.float16, ml_dtypes.bfloat16)
-    widened = {k: v.astype(np.float32) if v.dtype in halves else v for k, v in flat.items()}
-    return nnx.traversals.unflatten_mapping(
-        {
-            tuple(int(part) if part.isdigit() else part for part in key.split(".")): value
-            for key, value in widened.items()
-        }
-    )
+    tree = {}
+    for key, tensor in stored:
+        if tensor["dtype"] not in FLOATS:
+            raise UserError(
+                f"{path} holds {tensor['dtype']} in {key}: expected {', '.join(FLOATS)}."
+            )
+        value = np.frombuffer(tensor["data"], FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
+        names = (int(name) if name.isdigit() else name for name in key.split("."))
+        tree[tuple(names)] = value.astype(np.float32)
+    return nnx.traversals.unflatten_mapping(tree)
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors import deserialize
+from safetensors.numpy import save
 
 from jaxdiff.bundle import (
     Bundle,
@@ -58,8 +59,8 @@ def test_float32_survives_bit_for_bit(tiny_bundle, folder):
 def test_shorter_types_round_once_and_are_read_as_float32(tiny_bundle, tmp_path, dtype):
     write_bundle(tmp_path, tiny_bundle, dtype=dtype)
     short = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    stored = load_file(tmp_path / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {short}
+    stored = deserialize((tmp_path / "model.safetensors").read_bytes())
+    assert {tensor["dtype"] for _, tensor in stored} == {{"bfloat16": "BF16"}.get(dtype, "F16")}
     rounded = jax.tree.map(lambda x: x.astype(short).astype(np.float32), tiny_bundle.params)
     assert_same(read_bundle(tmp_path).params, rounded)
 
@@ -122,6 +123,12 @@ def test_a_damaged_header_is_told(folder):
     data[10:20] = b"\xff" * 10
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="damaged"):
+        read_bundle(folder)
+
+
+def test_weights_that_are_no_floats_are_told(folder):
+    (folder / "model.safetensors").write_bytes(save({"params.a": np.zeros(3, np.int32)}))
+    with pytest.raises(UserError, match=r"I32 in params\.a: expected F32"):
         read_bundle(folder)
 
 

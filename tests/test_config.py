@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 import jaxdiff
-from jaxdiff.cli import load_recipe
-from jaxdiff.config import Config, differences, flatten, from_json, members, to_json
+from jaxdiff.config import (
+    Config,
+    differences,
+    flatten,
+    from_json,
+    load_recipe,
+    members,
+    to_json,
+)
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.errors import UserError
 from jaxdiff.training.autoencoder import Perceptual

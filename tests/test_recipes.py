@@ -4,8 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdiff.cli import load_recipe
-from jaxdiff.config import Config
+from jaxdiff.config import Config, load_recipe
 from jaxdiff.parallel.mesh import check_batch, make_mesh
 from jaxdiff.training.loop import abstract_state
 

@@ -24,7 +24,7 @@ def model(tiny_bundle, tmp_path_factory):
 def sample(model, tmp_path):
     """`sample("a prompt", "--seed", "3")`: the exit status of `sample.py` with the tiny model."""
     return lambda *words: cli.main(
-        ["sample", *words, "--model", model, "--out", str(tmp_path / "out")]
+        ["sample", "--model", model, "--out", str(tmp_path / "out"), *words]
     )
 
 
@@ -74,22 +74,10 @@ def test_the_image_is_drawn_again_from_its_text_chunks(sample, model, tmp_path):
 
 @pytest.mark.parametrize(
     "prompt",
-    [
-        "../../x",
-        "/etc/passwd",
-        "..",
-        "a\\b",
-        "茄子 🍆",
-        "éclair",
-        "",
-        " ",
-        "x" * 500,
-        "a\nb",
-        "CON:",
-    ],
+    ["../../x", "/etc/passwd", "..", "a\\b", "茄子 🍆", "éclair", "", "x" * 500, "a\nb", "-x"],
 )
 def test_no_prompt_leads_out_of_the_folder(sample, tmp_path, prompt):
-    assert sample("--num-steps", "1", "--", prompt) == 0 or prompt == ""
+    assert sample("--num-steps", "1", "--", prompt) == 0
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {p.parent for p in written} == {tmp_path / "out"}
     drawn = next(p for p in written if p.name != "grid.png")

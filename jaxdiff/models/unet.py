@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
+from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import (
     TextFeatures,
     absolute_positions,
@@ -71,8 +72,9 @@ class UNetConfig:
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
-    init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-    return nnx.Conv(inputs, outputs, (size, size), stride, kernel_init=init, rngs=rngs)
+    return nnx.Conv(
+        inputs, outputs, (size, size), stride, kernel_init=fan_in_normal(), rngs=rngs
+    )
 
 
 class ResBlock(nnx.Module):

@@ -135,7 +135,7 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     assert (part.folder, part.part) == ("runs/clip", ("text",))
     params = random_params(part.build)
     ids = jnp.asarray(make_batch()["tokens"])
-    found = jax.jit(lambda p: frozen_text.features(None, {"text": p}, ids).pooled)(params)
+    found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids).pooled)(params)
     expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
     np.testing.assert_array_equal(found, expected)
 

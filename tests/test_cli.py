@@ -1,0 +1,252 @@
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff import cli
+from jaxdiff.bundle import read_bundle, write_bundle
+from jaxdiff.config import load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.produce import Produce
+from jaxdiff.errors import UserError
+
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare")
+RECIPE = """
+from jaxdiff.config import Config
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.training.autoencoder import AutoencoderTask
+
+
+def get_config():
+    return Config(
+        name="tiny",
+        task=AutoencoderTask(model=AutoencoderConfig()),
+        data=DataConfig(source={source}, transforms=Transforms(size=32)),
+    )
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE.format(source="Produce(size=32, length=4)"))
+    return str(path)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `train` would have run: recipe, folder, and whether afresh."""
+    runs = []
+    monkeypatch.setattr(
+        cli, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
+    )
+    return runs
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
+
+    def run(*words: str) -> str:
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), *((c, "--help") for c in COMMANDS)])
+def test_help_is_given(words, capsys):
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS if len(words) < 2 else words[:1]:
+        assert command in text
+
+
+def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for flag in ("--out", "--resume", "--fresh", "--train.steps", "--data.source.length"):
+        assert re.search(rf"{re.escape(flag)}\b", text), flag
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("trian",), "did you mean train?"),
+        (("bogus-word",), "there are train, sample, evaluate, export, prepare."),
+        (("train", "--train.stps", "5"), "--train.stps: did you mean --train.steps?"),
+        (("train", "--train.btach_size=5"), "--train.btach_size: did you mean --train.batch-size?"),
+        (("train", "--data.source.lenght", "5"), "did you mean --data.source.length?"),
+        (("train", "--ou", "x"), "did you mean --out?"),
+        (("train", "--fersh"), "did you mean --fresh?"),
+        (("train", "--zzzzzzzzzzzz"), "see train --help"),
+        (("train", "--out", "x", "configs/produce.py"), "no place for 'configs/produce.py'"),
+        (("train", "configs/prodce.py"), "did you mean configs/produce.py?"),
+        (("train", "--train.steps", "0"), "train.steps is 0"),
+        (("train", "--resume", "--fresh"), "exclude each other"),
+        (("sample", "a pea", "--num-step", "3"), "did you mean --num-steps?"),
+        (("evaluate", "runs/x", "--sample", "3"), "did you mean --samples?"),
+        (("evaluate", "nowhere"), "nowhere holds no model"),
+        (("export", "nowhere", "out"), "nowhere holds no model"),
+        (("export", "a", "b", "--dtype", "int8"), "expected bfloat16, float16 or float32"),
+    ],
+)
+def test_a_users_mistake_is_told_in_one_line(refused, started, words, told):
+    message = refused(*words)
+    assert told in message
+    assert message.count("\n") == 1
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("train", "--train.steps", "many"), "--train.steps"),
+        (("train", "--train.compute", "float8"), "bfloat16"),
+        (("train", "--out"), "--out"),
+        (("export", "runs/x"), "Folder to write"),
+        (("evaluate",), "Folder of a run"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told(refused, started, words, told):
+    assert told in refused(*words)
+    assert not started
+
+
+def test_a_flag_is_never_said_to_be_meant_when_it_was_given(refused):
+    for flag in ("--prompts", "--task.curriculum", "--data.no-shuffle", "--config.name"):
+        command = ("sample", "a pea") if flag == "--prompts" else ("train",)
+        assert f"did you mean {flag}?" not in refused(*command, flag, "1")
+
+
+def test_train_alone_runs_the_default_recipe(started):
+    assert cli.main(["train"]) == 0
+    [(config, out, fresh)] = started
+    assert config == load_recipe("configs/produce.py")
+    assert (out, fresh) == ("runs/produce", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (("--train.steps", "5"), {"train": {"steps": 5}}),
+        (("--train.steps=5",), {"train": {"steps": 5}}),
+        (("--train.batch_size", "4"), {"train": {"batch_size": 4}}),
+        (("--train.batch-size", "4"), {"train": {"batch_size": 4}}),
+        (("--data.shuffle", "False"), {"data": {"shuffle": False}}),
+        (("--mesh.data", "-1"), {"mesh": {"data": -1}}),
+        (("--sampling.interval", "0.1", "0.9"), {"sampling": {"interval": (0.1, 0.9)}}),
+        (("--sampling.guidance-scale=-1.5",), {"sampling": {"guidance_scale": -1.5}}),
+        (("--sampling.guidance-scale", "-1.5"), {"sampling": {"guidance_scale": -1.5}}),
+        (("--sampling.prompts", "a pea", "two"), {"sampling": {"prompts": ("a pea", "two")}}),
+        (("--name", "mine"), {"name": "mine"}),
+    ],
+)
+def test_keys_of_the_recipe_are_changed(recipe, started, words, changes):
+    assert cli.main(["train", recipe, *words]) == 0
+    expected = load_recipe(recipe)
+    for key, change in changes.items():
+        if isinstance(change, dict):
+            change = dataclasses.replace(getattr(expected, key), **change)
+        expected = dataclasses.replace(expected, **{key: change})
+    assert started[0][0] == expected
+    assert started[0][1] == f"runs/{expected.name}"
+
+
+def test_flags_of_train_itself_stand_anywhere(recipe, started):
+    for words in (
+        ["--out", "x", "--train.steps", "3"],
+        ["--train.steps=3", "--resume", "--out=x"],
+        ["--fresh", "--train.steps", "3", "--out", "x"],
+    ):
+        assert cli.main(["train", recipe, *words]) == 0
+        config, out, fresh = started[-1]
+        assert (config.train.steps, out, fresh) == (3, "x", "--fresh" in words)
+
+
+def test_a_file_that_is_no_recipe_is_told(tmp_path, refused):
+    (tmp_path / "empty.py").write_text("")
+    assert "defines no get_config()" in refused("train", str(tmp_path / "empty.py"))
+    (tmp_path / "notes.txt").write_text("")
+    assert "is no recipe" in refused("train", str(tmp_path / "notes.txt"))
+    assert "There is no recipe" in refused("train", str(tmp_path))
+
+
+def test_a_programming_error_keeps_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", str(tmp_path / "broken.py")])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_export_writes_what_load_takes(tiny_bundle, tmp_path, capsys, dtype):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out" / "model")
+    write_bundle(run, tiny_bundle, dtype="float32")
+    assert cli.main(["export", run, out, "--dtype", dtype]) == 0
+    assert out in capsys.readouterr().out
+    exported = read_bundle(out)
+    assert exported.config == tiny_bundle.config
+    rounded = jax.tree.map(
+        lambda x: np.asarray(jax.numpy.asarray(x).astype(dtype).astype("float32")),
+        tiny_bundle.params,
+    )
+    jax.tree.map(np.testing.assert_array_equal, exported.params, rounded)
+
+
+def test_prepared_records_are_the_sources_own(recipe, tmp_path, capsys):
+    out = tmp_path / "new" / "records"
+    assert cli.main(["prepare", recipe, str(out)]) == 0
+    assert "4 records" in capsys.readouterr().out
+    prepared, source = ArrayRecord(path=str(out)), Produce(size=32, length=4)
+    prepared.check()
+    assert len(prepared) == 4
+    transform = load_recipe(recipe).data.transforms
+    for i in range(4):
+        assert prepared[i]["captions"] == source[i]["captions"]
+        assert prepared[i]["name"] == source[i]["name"]
+        pixels = (transform(r[i], np.random.default_rng(0))[0] for r in (prepared, source))
+        np.testing.assert_array_equal(*pixels)
+
+
+def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--data.source.length", "2"]) == 0
+    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
+
+
+def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
+    assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
+    assert "cannot be made a folder" in refused("prepare", recipe, recipe)
+    assert "Folder to write" in refused("prepare", recipe)
+    assert not (tmp_path / "o").exists()
+
+
+def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text("an image")
+    (images / "b.txt").write_bytes(b"\xff\xfe\xff")
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE.format(source=f"ImageFolder(path={str(images)!r})"))
+    assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
+    assert "b.txt" in capsys.readouterr().err
+    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
+
+
+def test_what_a_command_raises_is_told_in_one_line(refused, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("It is full: empty it.")
+
+    monkeypatch.setattr(cli, "run_recipe", fail)
+    assert refused("train") == "jaxdiff: It is full: empty it.\n"
