@@ -178,15 +178,17 @@ class PrepareOptions:
     """
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str | None, tyro.conf.Positional] = None
     """Folder to write."""
 
 
 def prepare(arguments: list[str]) -> None:
     """`jaxdiff prepare RECIPE OUT [--data.source.KEY VALUE ...]`."""
     config, arguments = _recipe(arguments)
-    default = PrepareOptions(config=config, out=tyro.MISSING)
+    default = PrepareOptions(config=config)
     options = parse(PrepareOptions, arguments, prog="jaxdiff prepare", default=default)
+    if options.out is None:
+        raise UserError("There is no folder to write: give it after the recipe.")
     source = options.config.data.source
     source.check()
     path = make_folder(options.out) / "records.array_record"

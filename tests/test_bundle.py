@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,13 +22,16 @@ from jaxdiff.bundle import (
     read_weights,
     weights_fingerprint,
     write_bundle,
+    write_config,
     write_weights,
     write_whole,
 )
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.state import TrainState, no_skips
 
 SMALL = AutoencoderConfig(
     latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
@@ -77,6 +81,21 @@ def test_lists_of_modules_survive(tiny_bundle, tmp_path):
     bundle = read_bundle(tmp_path)
     assert_same(bundle.params, params)
     assert bundle.tokenizer is None
+
+    run = tmp_path / "run"
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(0, impl="threefry2x32"),
+        params=params,
+        ema=jax.device_put(params),
+        opt_state=(),
+        task_state=(),
+        nonfinite=no_skips(),
+    )
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        checkpoints.save(state, None)
+    write_config(run, config)
+    assert_same(read_bundle(run).params, params)
 
     user = dataclasses.replace(
         tiny_bundle.config.task,

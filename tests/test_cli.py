@@ -226,7 +226,7 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
 def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
     assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
     assert "cannot be made a folder" in refused("prepare", recipe, recipe)
-    assert "Folder to write" in refused("prepare", recipe)
+    assert "no folder to write" in refused("prepare", recipe)
     assert not (tmp_path / "o").exists()
 
 
@@ -240,7 +240,7 @@ def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, caps
     path = tmp_path / "tiny.py"
     path.write_text(RECIPE.format(source=f"ImageFolder(path={str(images)!r})"))
     assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
-    assert "b.txt" in capsys.readouterr().err
+    assert "b.png" in capsys.readouterr().err
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
 
 

@@ -289,7 +289,8 @@ class _Run:
         """Medians over the lines of this process, and the seconds that compilation took."""
         keys = {key for line in self.rates for key in line if key != "compile_s"}
         medians = {k: float(np.median([line[k] for line in self.rates])) for k in sorted(keys)}
-        return medians | {"compile_s": sum(line.get("compile_s", 0.0) for line in self.rates)}
+        compile_s = sum((line.get("compile_s", 0.0) for line in self.rates), 0.0)
+        return medians | {"compile_s": compile_s}
 
     def _add(self, values: dict[str, np.ndarray]) -> None:
         for name, value in values.items():
