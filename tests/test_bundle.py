@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 from safetensors import deserialize
 from safetensors.numpy import save
 
@@ -234,9 +233,3 @@ def test_the_fingerprint_sees_names_and_values():
         {"a": np.nextafter(np.ones(2, np.float32), 2), "b": {"c": np.zeros(2, np.float32)}},
     ):
         assert weights_fingerprint(other) != weights_fingerprint(tree)
-
-
-def test_the_abstract_parameters_are_those_of_the_module(tiny_bundle):
-    task = tiny_bundle.config.task
-    built = nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(0)))[1])
-    check_fit(built, abstract_params(task), "model")

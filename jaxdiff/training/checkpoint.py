@@ -24,6 +24,11 @@ from jaxdiff.training.state import TrainState
 
 # Of a state, what Orbax keeps together as "training"; params and ema can be read without it.
 TRAINING = ("step", "key", "opt_state", "task_state", "nonfinite")
+# Devices that hold the same array write a slice of it each. A slice is a program to compile for
+# each shape and device, which small arrays are not worth: the first save would wait for hundreds.
+_ARRAYS = ocp.options.ArrayOptions(
+    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**22)
+)
 DISK_FULL = re.compile("No space left|Disk quota exceeded")
 
 
@@ -74,9 +79,10 @@ class Checkpoints:
             checkpoint_folder.DATA: f"[{', '.join(places)}]",
         }
         try:
-            writing = ocp.save_checkpointables_async(
-                checkpoint_folder.unfinished(self._folder, step), parts, overwrite=True
-            )
+            with ocp.Context(array_options=_ARRAYS):
+                writing = ocp.save_checkpointables_async(
+                    checkpoint_folder.unfinished(self._folder, step), parts, overwrite=True
+                )
         except (OSError, ValueError) as error:
             self._fail(step, error)
         else:

@@ -72,7 +72,9 @@ def after_two_steps(recipe, mesh_config):
         "tokens": rng.integers(0, 600, (8, 16), np.int32),
     }
     batch = jax.device_put(batch, batch_sharding(mesh))
-    state = jax.device_put(state, shardings)
+    # Its key stays on the device, where a step would delete it.
+    key = jax.random.clone(state.key)
+    state = jax.device_put(state.replace(key=key), shardings)
     losses = []
     for _ in range(2):
         state, metrics = step(state, {}, batch)
