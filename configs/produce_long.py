@@ -1,6 +1,10 @@
 """The default recipe, trained for longer: the weights that ship with jaxdiff.
 
-python train.py configs/produce_long.py
+    python train.py configs/produce_long.py
+
+About 40 minutes on one CPU core (AMD EPYC, Zen 4), without an accelerator, at 40 images/s.
+@@LONG@@ (`jaxdiff evaluate shipped`, 2026-11-22).
+The figures still rise with every step: it is the time that ends this run, not the model.
 """
 
 import dataclasses
@@ -17,6 +21,6 @@ def get_config() -> Config:
         base,
         name="produce_long",
         ema=Ema(decay=0.999),
-        train=dataclasses.replace(base.train, steps=6500, checkpoint_every=500),
+        train=dataclasses.replace(base.train, steps=5600, checkpoint_every=500),
         eval_samples=500,
     )

@@ -72,9 +72,7 @@ class UNetConfig:
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
-    return nnx.Conv(
-        inputs, outputs, (size, size), stride, kernel_init=fan_in_normal(), rngs=rngs
-    )
+    return nnx.Conv(inputs, outputs, (size, size), stride, kernel_init=fan_in_normal(), rngs=rngs)
 
 
 class ResBlock(nnx.Module):

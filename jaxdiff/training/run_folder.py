@@ -121,10 +121,10 @@ def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
 
 def _check_text(config: Config, tokenizer: Tokenizer) -> None:
     """Raises `UserError` if the tokenizer's ids or lengths are more than the text encoder takes."""
-    if isinstance(config.task, AutoencoderTask):
+    task = config.task
+    if isinstance(task, AutoencoderTask):
         return
-    is_clip = isinstance(config.task, ClipTask)
-    text = config.task.model.text if is_clip else config.task.text.model
+    text = task.model.text if isinstance(task, ClipTask) else task.text.model
     if tokenizer.length != text.length or tokenizer.vocab_size > text.vocab_size:
         raise UserError(
             f"The tokenizer gives {tokenizer.length} tokens out of {tokenizer.vocab_size}, but the "
