@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.models.unet import UNetConfig
+from jaxdiff.training.diffusion import DiffusionTask
 
 PROMPTS = (
     "a woman firefighter with dark skin",
@@ -28,6 +29,7 @@ PROMPTS = (
 def get_config() -> Config:
     """`configs/produce.py` on OpenMoji, larger and longer."""
     base = load_recipe(Path(__file__).with_name("produce.py"))
+    assert isinstance(base.task, DiffusionTask)
     text = dataclasses.replace(
         base.task.text.model, vocab_size=2048, length=32, width=256, depth=4, heads=4
     )
