@@ -2,10 +2,10 @@
 
     python train.py
 
-Made for two CPU cores without an accelerator: it stays within ten minutes there, installation
-included, and @@MEM@@ of memory. That is little: it learns where things stand, how many and how
-large, before it learns what they are (@@DEFAULT@@; measured
-on two cores of an AMD EPYC of the Zen 4 generation, 2026-11-22). `configs/produce_long.py` goes on.
+Made for two CPU cores without an accelerator, where it takes 8 minutes and 1.9 GB of memory, scoring
+included (AMD EPYC, Zen 4, 2026-11-22). That is little: of 64 single objects in held-out
+combinations 42 % stand where they were asked to, 41 % have the right colour, 8 % are of the right
+kind, and none is right in every attribute. `configs/produce_long.py` is the same for longer.
 """
 
 from jaxdiff.config import Config, TokenizerConfig, TrainConfig

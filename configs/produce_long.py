@@ -3,7 +3,8 @@
     python train.py configs/produce_long.py
 
 About 40 minutes on one CPU core (AMD EPYC, Zen 4), without an accelerator, at 40 images/s.
-@@LONG@@ (`jaxdiff evaluate shipped`, 2026-11-22).
+Of 500 single objects in held-out combinations 12.8 % are right in every attribute, of 500 prompts
+with two objects 0.2 % (`jaxdiff evaluate shipped`, 2026-11-22).
 The figures still rise with every step: it is the time that ends this run, not the model.
 """
 

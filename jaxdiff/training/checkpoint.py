@@ -26,9 +26,7 @@ from jaxdiff.training.state import TrainState
 TRAINING = ("step", "key", "opt_state", "task_state", "nonfinite")
 # Devices that hold the same array write a slice of it each. A slice is a program to compile for
 # each shape and device, which small arrays are not worth: the first save would wait for hundreds.
-_ARRAYS = ocp.options.ArrayOptions(
-    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**22)
-)
+_LEAST_SLICE = 2**22  # bytes
 DISK_FULL = re.compile("No space left|Disk quota exceeded")
 
 
@@ -79,7 +77,9 @@ class Checkpoints:
             checkpoint_folder.DATA: f"[{', '.join(places)}]",
         }
         try:
-            with ocp.Context(array_options=_ARRAYS):
+            context = ocp.Context()
+            context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_SLICE
+            with context:
                 writing = ocp.save_checkpointables_async(
                     checkpoint_folder.unfinished(self._folder, step), parts, overwrite=True
                 )
