@@ -2,8 +2,8 @@
 
     python train.py
 
-Made for two CPU cores without an accelerator, where it takes 8 minutes and 1.9 GB of memory, scoring
-included (AMD EPYC, Zen 4, 2026-11-22). That is little: of 64 single objects in held-out
+Made for two CPU cores without an accelerator, where it takes 8 minutes and 1.9 GB of memory,
+scoring included (AMD EPYC, Zen 4, 2026-11-22). That is little: of 64 single objects in held-out
 combinations 42 % stand where they were asked to, 41 % have the right colour, 8 % are of the right
 kind, and none is right in every attribute. `configs/produce_long.py` is the same for longer.
 """
