@@ -6,11 +6,13 @@
 
 A run's folder has the first two as well, its weights in `checkpoints/`, and `frozen.safetensors`
 where it was trained with frozen parts: these are stored once, not in every checkpoint.
+
+Wherever a folder of a model is asked for, `shipped:NAME` is one that comes with jaxdiff.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +28,7 @@ from jaxdiff.config import Config, from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training.checkpoint import load_params
-from jaxdiff.training.task import Task
+from jaxdiff.training.task import Pretrained, Task
 
 CONFIG, MODEL, FROZEN, CHECKPOINTS = (
     "config.json",
@@ -34,6 +36,8 @@ CONFIG, MODEL, FROZEN, CHECKPOINTS = (
     "frozen.safetensors",
     "checkpoints",
 )
+
+SHIPPED = epath.Path(__file__).parent / "weights"
 
 # What `safetensors.numpy` reads lacks bfloat16.
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -48,13 +52,30 @@ class Bundle(NamedTuple):
     tokenizer: Tokenizer | None
 
 
+def model_folder(model: epath.PathLike) -> epath.Path:
+    """The folder of a model: the path as it is, or where `shipped:NAME` lies.
+
+    Raises:
+      UserError: no model of that name comes with jaxdiff.
+    """
+    kind, _, name = str(model).partition(":")
+    if kind != "shipped":
+        return epath.Path(model)
+    names = sorted(path.name for path in SHIPPED.iterdir() if (path / CONFIG).exists())
+    if name not in names:
+        raise UserError(
+            f"There is no model {model}: with jaxdiff come shipped:{', shipped:'.join(names)}."
+        )
+    return SHIPPED / name
+
+
 def read_config(folder: epath.PathLike) -> Config:
     """The recipe in a run's or a bundle's folder.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    path = epath.Path(folder) / CONFIG
+    path = model_folder(folder) / CONFIG
     try:
         return from_json(Config, json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -103,7 +124,7 @@ def write_weights(path: epath.Path, dtype: str = "float32", **trees: PyTree) -> 
     for name, tree in trees.items():
         for key, leaf in _flatten(tree).items():
             value = np.asarray(jax.device_get(leaf))
-            flat[f"{name}.{key}"] = np.ascontiguousarray(value.astype(dtype))
+            flat[f"{name}.{key}"] = value.astype(dtype, order="C")
     write_whole(path, save(flat))
 
 
@@ -152,7 +173,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
     """
-    root = epath.Path(folder)
+    root = model_folder(folder)
     config = read_config(folder)
     parts = {name: _abstract(part.build) for name, part in config.task.frozen().items()}
     abstract = {"params": abstract_params(config.task), "frozen": parts}
@@ -164,18 +185,18 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
         frozen = read_weights(root / FROZEN) if (root / FROZEN).exists() else {}
     check_fit({"params": params, "frozen": frozen}, abstract, str(folder))
     has_text = (root / "tokenizer.json").exists()
-    tokenizer = Tokenizer.load(str(folder)) if has_text else None
+    tokenizer = Tokenizer.load(str(root)) if has_text else None
     return Bundle(config, params, frozen, tokenizer)
 
 
-def read_frozen(task: Task) -> PyTree:
-    """The weights of a task's frozen parts, each from the folder that its recipe names.
+def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
+    """The weights of parts that a task takes over, each from the folder that its recipe names.
 
     Raises:
       UserError: a folder holds no such part, or one of another size.
     """
     parts = {}
-    for name, part in task.frozen().items():
+    for name, part in wanted.items():
         params: Any = read_bundle(part.folder).params
         for key in part.part:
             if key not in params:

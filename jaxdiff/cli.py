@@ -1,7 +1,10 @@
 """The `jaxdiff` command: train, sample, evaluate, export, prepare."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxdiff: {error}", file=sys.stderr)
         return 2
-    except SystemExit as end:  # tyro's way out, after --help or a value that it cannot read
+    except SystemExit as end:  # tyro's way out, after --help
         return int(end.code or 0)
     return 0
 
@@ -56,17 +59,24 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) 
     """Parses flags into a dataclass or the arguments of a function, through tyro.
 
     Raises:
-      UserError: for a flag that there is not, with the nearest that there is.
+      UserError: for a value that cannot be read or is missing; for a flag that there is not, with
+        the nearest that there is.
     """
     options = {} if default is None else {"default": default}
-    value, unknown = tyro.cli(
-        target,
-        args=arguments,
-        prog=prog,
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-        **options,
-    )
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            value, unknown = tyro.cli(
+                target,
+                args=arguments,
+                prog=prog,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+                **options,
+            )
+        except SystemExit as end:
+            if not end.code:
+                raise
+            raise UserError(f"{_sentence(box.getvalue())} See {prog} --help.") from None
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
@@ -76,6 +86,14 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) 
         hint = f"did you mean {nearest[0]}?" if nearest else f"see {prog} --help."
         raise UserError(f"{prog} does not know {flag}: {hint}")
     return value
+
+
+def _sentence(box: str) -> str:
+    """A framed message of tyro's, what stands between its title and its next rule, as one line."""
+    lines = (line.strip("│| ") for line in box.splitlines()[1:])
+    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯+ ")))
+    told = next((" ".join(part) for is_text, part in parts if is_text), box)
+    return f"{told[:1].upper()}{told[1:].rstrip('.')}."
 
 
 def _flags(options: Any, prefix: str = "") -> list[str]:
@@ -134,7 +152,7 @@ class EvaluateOptions:
     """Scores a trained model."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run or of an exported model, or `shipped`."""
+    """Folder of a run or of an exported model, or `shipped:NAME`."""
     samples: int = 500
     """Prompts of each kind."""
     batch_size: int | None = None

@@ -33,6 +33,8 @@ RECIPES = Path(__file__).parent.parent / "configs"
 class TokenizerConfig:
     """CLIP's tokenizer, read from a folder or trained on the captions.
 
+    A recipe that takes its text encoder from elsewhere takes the tokenizer from there too.
+
     Attributes:
       path: a Hugging Face tokenizer folder; None trains one on the run's own captions.
       vocab_size: of a trained one, at most.

@@ -18,7 +18,7 @@ from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.training.diffusion import DiffusionTask
 
-SHIPPED = epath.Path(__file__).parent / "weights" / "produce"
+DEFAULT_MODEL = "shipped:produce"
 LARGEST_SEED = 2**32 - 1
 
 # Pixels drawn at a time unless a caller says otherwise, and the most images that may be. On two CPU
@@ -26,16 +26,16 @@ LARGEST_SEED = 2**32 - 1
 PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
 
 
-def load(model: epath.PathLike | None = None) -> "Pipeline":
+def load(model: epath.PathLike = DEFAULT_MODEL) -> "Pipeline":
     """A trained text-to-image model, ready to sample.
 
     Args:
-      model: folder of a run or of an exported model; None is the model that ships with jaxdiff.
+      model: folder of a run or of an exported model, or `shipped:NAME`.
 
     Raises:
-      UserError: the folder holds no text-to-image model.
+      UserError: there is no such model, or it is no text-to-image model.
     """
-    return Pipeline(read_bundle(model or SHIPPED))
+    return Pipeline(read_bundle(model))
 
 
 class Pipeline:

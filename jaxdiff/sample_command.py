@@ -11,7 +11,7 @@ import tyro
 from jaxdiff import pictures
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import LARGEST_SEED, load
+from jaxdiff.pipeline import DEFAULT_MODEL, LARGEST_SEED, load
 from jaxdiff.sampling.settings import SOLVERS
 
 
@@ -21,8 +21,8 @@ class SampleOptions:
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     """What to draw, each prompt in quotes."""
-    model: str | None = None
-    """Folder of a run or of an exported model; the shipped model by default."""
+    model: str = DEFAULT_MODEL
+    """Folder of a run or of an exported model, or `shipped:NAME`."""
     out: str = "samples"
     """Folder for the pictures."""
     seed: int = 0

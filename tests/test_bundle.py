@@ -11,13 +11,14 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from jaxdiff.bundle import (
+    SHIPPED,
     Bundle,
     abstract_params,
     check_fit,
     make_folder,
     read_bundle,
     read_config,
-    read_frozen,
+    read_pretrained,
     read_weights,
     weights_fingerprint,
     write_bundle,
@@ -101,18 +102,18 @@ def test_lists_of_modules_survive(tiny_bundle, tmp_path):
         denoiser=dataclasses.replace(tiny_bundle.config.task.denoiser, channels=4),
         latents=Latents(model=SMALL, pretrained=str(tmp_path)),
     )
-    assert_same(read_frozen(user), {"autoencoder": params})
+    assert_same(read_pretrained(user.frozen()), {"autoencoder": params})
 
     wider = dataclasses.replace(SMALL, block_out_channels=(8, 32))
     other = Latents(model=wider, pretrained=str(tmp_path))
     with pytest.raises(UserError, match="is of shape"):
-        read_frozen(dataclasses.replace(user, latents=other))
+        read_pretrained(dataclasses.replace(user, latents=other).frozen())
 
 
 def test_a_part_that_the_model_does_not_have_is_told(tiny_bundle, folder):
-    text = dataclasses.replace(tiny_bundle.config.task.text, pretrained=str(folder))
+    text = dataclasses.replace(tiny_bundle.config.task.text, pretrained=str(folder), trained=False)
     task = dataclasses.replace(tiny_bundle.config.task, text=text)
-    assert_same(read_frozen(task), {"text": tiny_bundle.params["text"]})
+    assert_same(read_pretrained(task.frozen()), {"text": tiny_bundle.params["text"]})
 
     del (params := dict(tiny_bundle.params))["text"]
     write_bundle(
@@ -124,7 +125,7 @@ def test_a_part_that_the_model_does_not_have_is_told(tiny_bundle, folder):
         frozen={"text": tiny_bundle.params["text"]},
     )
     with pytest.raises(UserError, match="no part 'text'"):
-        read_frozen(task)
+        read_pretrained(task.frozen())
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
@@ -233,3 +234,9 @@ def test_the_fingerprint_sees_names_and_values():
         {"a": np.nextafter(np.ones(2, np.float32), 2), "b": {"c": np.zeros(2, np.float32)}},
     ):
         assert weights_fingerprint(other) != weights_fingerprint(tree)
+
+
+def test_a_model_that_ships_is_found_by_name():
+    assert read_config("shipped:produce").name == read_config(SHIPPED / "produce").name
+    with pytest.raises(UserError, match=r"no model shipped:prodce: .* shipped:produce"):
+        read_bundle("shipped:prodce")

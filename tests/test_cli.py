@@ -118,8 +118,10 @@ def test_a_users_mistake_is_told_in_one_line(refused, started, words, told):
         (("evaluate",), "Folder of a run"),
     ],
 )
-def test_a_value_that_cannot_be_read_is_told(refused, started, words, told):
-    assert told in refused(*words)
+def test_a_value_that_cannot_be_read_is_told_in_one_line(refused, started, words, told):
+    message = refused(*words)
+    assert told in message
+    assert message.count("\n") == 1
     assert not started
 
 

@@ -31,7 +31,7 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
     else:
         denoiser = unet_flops(task.denoiser, **seen)
     text = clip_text_flops(task.text.model)
-    total = three_passes(denoiser) + (text if task.text.pretrained else three_passes(text))
+    total = three_passes(denoiser) + (three_passes(text) if task.text.trained else text)
     if task.latents:
         total += encode_flops(task.latents.model, height=size, width=size)
     return total

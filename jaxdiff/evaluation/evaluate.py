@@ -12,7 +12,7 @@ from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.produce import Produce, full_caption
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import openmoji_score, produce_score
-from jaxdiff.pipeline import SHIPPED, Pipeline
+from jaxdiff.pipeline import Pipeline
 
 Figures = dict[str, dict[str, dict[str, float]]]
 """{what was drawn: {attribute: {"score", "ceiling", "chance"}}}, fractions in [0, 1]."""
@@ -95,18 +95,18 @@ def table(figures: Figures) -> str:
 def evaluate_folder(folder: str, *, samples: int, batch_size: int | None) -> None:
     """`jaxdiff evaluate`: prints the table, and saves the figures in the model's folder.
 
-    "shipped" names the model that comes with jaxdiff, whose figures are only printed.
+    Those of a model that comes with jaxdiff (`shipped:NAME`) are only printed.
 
     Raises:
       UserError: as `evaluate`; or the folder holds no text-to-image model.
     """
     if samples < 2:
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")
-    bundle = read_bundle(SHIPPED if folder == "shipped" else folder)
+    bundle = read_bundle(folder)
     figures = evaluate(Pipeline(bundle), samples=samples, batch_size=batch_size)
     print(table(figures))
     print(f"{samples} samples of each kind")
-    if folder != "shipped":
+    if not folder.startswith("shipped:"):
         path = epath.Path(folder) / "evaluation.json"
         text = json.dumps({"samples": samples, "figures": figures}, indent=2) + "\n"
         write_whole(path, text.encode())

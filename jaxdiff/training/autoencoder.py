@@ -15,7 +15,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipVision, ClipVisionConfig
 from jaxdiff.models.layers import merge
-from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
 
@@ -108,13 +108,17 @@ class AutoencoderTask:
         """The module that is trained, freshly drawn."""
         return Autoencoder(self.model, rngs=rngs)
 
-    def frozen(self) -> dict[str, Frozen]:
+    def frozen(self) -> dict[str, Pretrained]:
         """The vision tower of the perceptual term, if there is one."""
         if self.perceptual is None:
             return {}
         model, folder = self.perceptual.model, self.perceptual.pretrained
-        tower = Frozen(folder, ("vision",), lambda: ClipVision(model, rngs=nnx.Rngs(0)))
+        tower = Pretrained(folder, ("vision",), lambda: ClipVision(model, rngs=nnx.Rngs(0)))
         return {"perceptual": tower}
+
+    def start(self) -> dict[str, Pretrained]:
+        """All of it starts as drawn."""
+        return {}
 
     def init_state(self) -> tuple[()]:
         """Nothing is carried along."""

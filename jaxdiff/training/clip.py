@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxdiff.models.clip import Clip, ClipConfig, ClipEmbeddings
-from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,12 @@ class ClipTask:
         """The module that is trained, freshly drawn."""
         return Clip(self.model, rngs=rngs)
 
-    def frozen(self) -> dict[str, Frozen]:
+    def frozen(self) -> dict[str, Pretrained]:
         """Nothing is taken from elsewhere."""
+        return {}
+
+    def start(self) -> dict[str, Pretrained]:
+        """All of it starts as drawn."""
         return {}
 
     def init_state(self) -> tuple[()]:

@@ -16,24 +16,28 @@ from jaxdiff.models.clip import ClipText, ClipTextConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, merge
 from jaxdiff.models.unet import UNet, UNetConfig
-from jaxdiff.training.task import Batch, Frozen, Metrics, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTower:
-    """The text encoder: trained along with the denoiser, left as drawn, or taken from a CLIP.
+    """The text encoder.
 
     Attributes:
       model: its size.
-      pretrained: folder of a run or bundle whose text tower is used as it is; None draws one.
-      trained: whether one that was drawn learns along with the denoiser. In a short run it had
-        better not: before the denoiser heeds prompts they are noise to it, and an encoder that
-        learns then learns to say the same of all of them. Even as drawn it tells prompts apart.
+      pretrained: folder of the run or bundle, or `shipped:NAME`, whose text tower it starts as;
+        None draws one. A tower that starts as drawn and learns along with the denoiser is in
+        danger: before the denoiser heeds prompts they are noise to it, and the tower then learns
+        to say the same of all of them.
+      trained: whether it learns along with the denoiser or stays as it starts.
+      layer: which hidden state becomes the words that the denoiser reads, counted as
+        `ClipText.__call__` does; 0 is the words alone, None the last.
     """
 
     model: ClipTextConfig
     pretrained: str | None = None
     trained: bool = True
+    layer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Latents:
 
     Attributes:
       model: the autoencoder.
-      pretrained: folder of the run or bundle that holds it.
+      pretrained: folder of the run or bundle that holds it, or `shipped:NAME`.
     """
 
     model: AutoencoderConfig
@@ -99,23 +103,32 @@ class DiffusionTask:
 
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
-        text = self.text.model if self.text.pretrained is None else None
+        text = None if self._frozen_text else self.text.model
         return TextToImage(self.denoiser, text, rngs=rngs)
 
-    def frozen(self) -> dict[str, Frozen]:
+    def frozen(self) -> dict[str, Pretrained]:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
         parts = {}
         if self.latents is not None:
             model = self.latents.model
-            parts["autoencoder"] = Frozen(
+            parts["autoencoder"] = Pretrained(
                 self.latents.pretrained, (), lambda: Autoencoder(model, rngs=nnx.Rngs(0))
             )
-        if self.text.pretrained is not None:
-            config = self.text.model
-            parts["text"] = Frozen(
-                self.text.pretrained, ("text",), lambda: ClipText(config, rngs=nnx.Rngs(0))
-            )
-        return parts
+        return parts | self._pretrained_text() if self._frozen_text else parts
+
+    def start(self) -> dict[str, Pretrained]:
+        """A trained text tower that is to learn on."""
+        return {} if self._frozen_text else self._pretrained_text()
+
+    @property
+    def _frozen_text(self) -> bool:
+        return self.text.pretrained is not None and not self.text.trained
+
+    def _pretrained_text(self) -> dict[str, Pretrained]:
+        folder, config = self.text.pretrained, self.text.model
+        if folder is None:
+            return {}
+        return {"text": Pretrained(folder, ("text",), lambda: ClipText(config, rngs=nnx.Rngs(0)))}
 
     def init_state(self) -> Any:
         """The curriculum at its first level."""
@@ -123,10 +136,11 @@ class DiffusionTask:
 
     def features(self, model: TextToImage, frozen: PyTree, ids: Int[Array, "b n"]) -> TextFeatures:
         """What the denoiser is told of prompts given as token ids."""
-        if self.text.pretrained is None:
-            text = model.text(ids)
-            return text if self.text.trained else jax.lax.stop_gradient(text)
-        return merge(self.frozen()["text"].build, frozen["text"])(ids)
+        if self._frozen_text:
+            tower = merge(self.frozen()["text"].build, frozen["text"])
+            return tower(ids, layer=self.text.layer)
+        text = model.text(ids, layer=self.text.layer)
+        return text if self.text.trained else jax.lax.stop_gradient(text)
 
     def encode(
         self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""]

@@ -18,7 +18,7 @@ from jaxdiff.benchmark.task_flops import training_flops
 from jaxdiff.bundle import (
     CHECKPOINTS,
     FROZEN,
-    read_frozen,
+    read_pretrained,
     read_weights,
     write_weights,
 )
@@ -165,10 +165,10 @@ def _start(
         return state, place, shardings
     optimizer = config.optimizer.build(config.train.steps)
     init = jax.jit(
-        lambda: init_state(config.task, optimizer, config.ema, config.train.seed),
+        lambda start: init_state(config.task, optimizer, config.ema, config.train.seed, start),
         out_shardings=shardings,
     )
-    return init(), None, shardings
+    return init(read_pretrained(config.task.start())), None, shardings
 
 
 def _frozen(config: Config, out: epath.Path) -> PyTree:
@@ -176,7 +176,7 @@ def _frozen(config: Config, out: epath.Path) -> PyTree:
     if not config.task.frozen():
         return {}
     if not (out / FROZEN).exists():
-        parts = read_frozen(config.task)
+        parts = read_pretrained(config.task.frozen())
         if jax.process_index() == 0:
             write_weights(out / FROZEN, **parts)
         return parts

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxdiff.bundle import CHECKPOINTS, CONFIG, FROZEN, read_config, write_config
+from jaxdiff.bundle import CHECKPOINTS, CONFIG, FROZEN, model_folder, read_config, write_config
 from jaxdiff.config import Config, differences
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training import checkpoint_folder
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 
 # Keys that say how a run is carried out and looked at, not what it computes.
@@ -134,10 +135,12 @@ def _check_text(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> Tokenizer:
-    """The run's own tokenizer, or the one that its recipe names, or one trained on its captions."""
-    settings = config.tokenizer
+    """The run's own tokenizer, its text encoder's, the recipe's, or one trained on its captions."""
+    settings, task = config.tokenizer, config.task
     if (out / "tokenizer.json").exists():
         return Tokenizer.load(str(out))
+    if isinstance(task, DiffusionTask) and task.text.pretrained is not None:
+        return Tokenizer.load(str(model_folder(task.text.pretrained)))
     if settings.path is not None:
         return Tokenizer.load(settings.path, length=settings.length)
     source = config.data.source

@@ -1,6 +1,7 @@
 """The training step: a pure function of (state, frozen, batch), sharded from outside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -23,10 +24,17 @@ def structure(task: Task) -> Any:
 
 
 def init_state(
-    task: Task, optimizer: optax.GradientTransformation, ema: Ema, seed: int
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    ema: Ema,
+    seed: int,
+    start: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> TrainState:
-    """The state of a run at step 0. Call it under `jax.eval_shape`, or jitted with shardings."""
-    params = nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(seed)))[1])
+    """The state of a run at step 0. Call it under `jax.eval_shape`, or jitted with shardings.
+
+    `start` has the weights of the parts that do not start as drawn, by their name in the module.
+    """
+    params = nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(seed)))[1]) | dict(start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed, impl="threefry2x32"),

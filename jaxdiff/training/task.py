@@ -15,10 +15,10 @@ SUM, COUNT = "_sum", "_count"
 """A metric x_sum is logged as x: its total since the last line over that of x_count."""
 
 
-class Frozen(NamedTuple):
-    """A trained part that is used as it is: where it lies, and how its module is built."""
+class Pretrained(NamedTuple):
+    """A trained part that a task takes over: where it lies, and how its module is built."""
 
-    folder: str  # of a run or bundle
+    folder: str  # of a run or bundle, or shipped:NAME
     part: tuple[str, ...]  # of that model's parameters; () for all of them
     build: Callable[[], nnx.Module]
 
@@ -35,8 +35,12 @@ class Task(Protocol):
         """The module whose parameters are trained, freshly drawn."""
         ...
 
-    def frozen(self) -> dict[str, Frozen]:
+    def frozen(self) -> dict[str, Pretrained]:
         """The parts that are used as they are, by name."""
+        ...
+
+    def start(self) -> dict[str, Pretrained]:
+        """The parts of `build()`'s module that do not start as drawn, by their name in it."""
         ...
 
     def init_state(self) -> PyTree:

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -13,8 +14,9 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import merge
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state
-from jaxdiff.training.step import structure
+from jaxdiff.training.step import init_state, structure
 from jaxdiff.training.task import from_uint8
 
 BATCH = 8
@@ -127,7 +129,7 @@ def test_pixels_are_in_minus_1_to_1():
 
 
 def test_a_pretrained_text_tower_is_used_and_not_trained(task):
-    text = dataclasses.replace(task.text, pretrained="runs/clip")
+    text = dataclasses.replace(task.text, pretrained="runs/clip", trained=False)
     frozen_text = dataclasses.replace(task, text=text)
     model = nnx.eval_shape(lambda: frozen_text.build(nnx.Rngs(0)))
     assert set(nnx.to_pure_dict(nnx.split(model)[1])) == {"denoiser"}
@@ -138,6 +140,41 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids).pooled)(params)
     expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pretrained_text_tower_can_learn_on(task):
+    text = dataclasses.replace(task.text, pretrained="runs/clip")
+    learning = dataclasses.replace(task, text=text)
+    assert not learning.frozen()
+    part = learning.start()["text"]
+    weights = random_params(part.build)
+
+    def start(weights):
+        return init_state(learning, optax.sgd(0.1), Ema(), 0, {"text": weights})
+
+    state = jax.jit(start)(weights)
+    for params in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, params["text"], weights)
+    drawn = jax.eval_shape(lambda: init_state(task, optax.sgd(0.1), Ema(), 0))
+    assert jax.tree.structure(state.params) == jax.tree.structure(drawn.params)
+
+
+def test_the_words_are_those_of_the_layer_that_the_recipe_names(task):
+    text = dataclasses.replace(task.text, layer=0)
+    words = dataclasses.replace(task, text=text)
+    params = random_params(lambda: task.build(nnx.Rngs(0)))
+    ids = jnp.asarray(make_batch()["tokens"])
+
+    def features(task, ids):
+        return task.features(nnx.merge(structure(task), params), {}, ids)
+
+    last, first = (jax.jit(functools.partial(features, t))(ids) for t in (task, words))
+    np.testing.assert_array_equal(last.pooled, first.pooled)
+    # The first hidden state of a word depends on what it is and where, not on what comes before.
+    other = ids.at[:, 1].add(1)
+    moved = jax.jit(functools.partial(features, words))(other)
+    np.testing.assert_array_equal(moved.tokens[:, 2:], first.tokens[:, 2:])
+    assert not np.allclose(jax.jit(functools.partial(features, task))(other).tokens, last.tokens)
 
 
 def test_latents_are_what_is_modelled_where_there_is_an_autoencoder(task):

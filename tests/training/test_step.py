@@ -55,6 +55,9 @@ class Regression:
     def frozen(self):
         return {}
 
+    def start(self):
+        return {}
+
     def init_state(self):
         return {"steps": jnp.zeros((), jnp.int32)}
 
