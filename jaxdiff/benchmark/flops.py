@@ -75,7 +75,9 @@ def dit_flops(config: DiTConfig, *, height: int, width: int, text_length: int) -
         ends = _linear(n, patch, d)
     else:
         ends = _linear(n, patch, config.bottleneck) + _linear(n, config.bottleneck, d)
-    ends += _linear(1, d, 2 * d) + _linear(1, config.pooled_width, d)  # time, pooled text
+    ends += _linear(1, d, 2 * d) + _linear(
+        1, config.pooled_width + config.text_width, d
+    )  # time, text
     ends += _linear(1, d, 2 * d) + _linear(n, d, patch)  # final modulation and layer
     if joint:
         ends += _linear(text_length, config.text_width, d)
@@ -107,7 +109,7 @@ def unet_flops(config: UNetConfig, *, height: int, width: int, text_length: int)
         words = _linear(text_length, config.text_width, d)
         return projections + words + _attention(area, area + text_length, d)
 
-    total = 2 * _linear(1, cond, cond) + _linear(1, config.pooled_width, cond)
+    total = 2 * _linear(1, cond, cond) + _linear(1, config.pooled_width + config.text_width, cond)
     total += 2 * _linear(areas[0], patch, widths[0]) + _linear(areas[0], widths[0], widths[0])
     skips = [widths[0]]
     for i, d in enumerate(widths):

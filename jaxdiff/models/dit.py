@@ -25,6 +25,7 @@ from jaxdiff.models.layers import (
     rotary_table,
     scan_blocks,
     stack_blocks,
+    sum_of_words,
     unpatchify,
 )
 
@@ -142,6 +143,7 @@ class DiT(nnx.Module):
         self.time1 = linear(width, width, rngs)
         self.time2 = linear(width, width, rngs)
         self.pooled = linear(config.pooled_width, width, rngs)
+        self.words = linear(config.text_width, width, rngs)
         self.text_norm = nnx.RMSNorm(config.text_width, rngs=rngs)
         if config.text == "joint":
             self.text = linear(config.text_width, width, rngs)
@@ -175,8 +177,8 @@ class DiT(nnx.Module):
 
         time = fourier_features(t, config.width).astype(dtype)
         cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        cond = jax.nn.silu(cond)
-        words = self.text_norm(text.tokens.astype(dtype))
+        words = self.text_norm(text.tokens.astype(dtype)).astype(dtype)
+        cond = jax.nn.silu(cond + self.words(sum_of_words(words, text.mask)))
 
         mask = None
         if config.text == "joint":

@@ -21,6 +21,7 @@ from jaxdiff.models.layers import (
     absolute_positions,
     fourier_features,
     patchify,
+    sum_of_words,
     unpatchify,
 )
 
@@ -151,6 +152,7 @@ class UNet(nnx.Module):
         self.time1 = linear(cond, cond, rngs)
         self.time2 = linear(cond, cond, rngs)
         self.pooled = linear(config.pooled_width, cond, rngs)
+        self.words = linear(config.text_width, cond, rngs)
         self.text_norm = nnx.RMSNorm(config.text_width, rngs=rngs)
         self.patch = linear(patch, widths[0], rngs)
         self.position = linear(widths[0], widths[0], rngs)
@@ -197,9 +199,9 @@ class UNet(nnx.Module):
         rows, columns = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         width = config.widths[0]
         time = fourier_features(t, 4 * width).astype(dtype)
-        cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        cond = jax.nn.silu(cond)
         text = text._replace(tokens=self.text_norm(text.tokens.astype(dtype)).astype(dtype))
+        cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
+        cond = jax.nn.silu(cond + self.words(sum_of_words(text.tokens, text.mask)))
 
         # Convolutions know no place but by the frame; prompts name places.
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
