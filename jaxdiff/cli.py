@@ -6,24 +6,32 @@ import difflib
 import io
 import itertools
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
 from jaxdiff.config import Config, load_recipe, members
 from jaxdiff.data.array_record import write_array_record
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.source import Record, Source
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.sample_command import SampleOptions, draw
 from jaxdiff.training.session import run_recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "produce.py"
+LOG_SECONDS = 15.0  # between lines of progress where there is no terminal
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
 
@@ -192,7 +200,7 @@ class PrepareOptions:
     """Writes a recipe's records as ArrayRecord files, fast to read at random from many hosts.
 
     The recipe's file comes first, then the folder, then keys of the recipe to change. Records that
-    cannot be used are named and left out.
+    the recipe could not be trained on are named and left out.
     """
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
@@ -207,19 +215,65 @@ def prepare(arguments: list[str]) -> None:
     options = parse(PrepareOptions, arguments, prog="jaxdiff prepare", default=default)
     if options.out is None:
         raise UserError("There is no folder to write: give it after the recipe.")
-    source = options.config.data.source
-    source.check()
+    data = options.config.data
+    data.source.check()
     path = make_folder(options.out) / "records.array_record"
-    print(f"Wrote {write_array_record(str(path), _usable(source))} records to {path}")
+    with _progress(len(data.source)) as advance:
+        records = _usable(data, advance)
+        first = next(records, None)
+        if first is None:
+            raise UserError(
+                f"None of the {len(data.source)} records can be used, as told above: repair them, "
+                "or name other data in data.source."
+            )
+        count = write_array_record(str(path), itertools.chain([first], records))
+    print(f"Wrote {count} records to {path}")
 
 
-def _usable(source: Source) -> Iterator[Record]:
-    """The records that can be used; the others are named."""
-    for i in range(len(source)):
+def _usable(data: DataConfig, advance: Callable[[], None]) -> Iterator[Record]:
+    """The records that can be trained on; the others are named. Each of them is an advance."""
+    for i in range(len(data.source)):
         try:
-            yield source[i]
+            record = data.source[i]
+            data.transforms(record, np.random.default_rng(0))  # as training does, to see if it can
         except RecordError as error:
             print(f"Skipped {error}", file=sys.stderr)
+        else:
+            yield record
+        advance()
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """Shows how many of `total` records are done, and the time left; gives what counts one more.
+
+    As in training, that is a live line on a terminal, and a line now and then in a log.
+    """
+    console = Console()
+    bar = Bar(
+        BarColumn(bar_width=20),
+        TextColumn("record {task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=total)
+    printed_at = time.monotonic()
+
+    def advance() -> None:
+        nonlocal printed_at
+        bar.advance(task)
+        if bar.disable and time.monotonic() - printed_at >= LOG_SECONDS:
+            printed_at = time.monotonic()
+            parts = [f"record {bar.tasks[0].completed}/{total}"]
+            if (left := bar.tasks[0].time_remaining) is not None:
+                parts.append(f"{timedelta(seconds=round(left))} left")
+            console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+
+    with bar:
+        yield advance
 
 
 def sample(arguments: list[str]) -> None:

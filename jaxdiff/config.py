@@ -86,6 +86,8 @@ class TrainConfig:
                 raise UserError(
                     f"train.{name} is {getattr(self, name)}: expected a positive number."
                 )
+        if self.seed < 0:
+            raise UserError(f"train.seed is {self.seed}: expected 0 or a positive number.")
 
 
 @dataclass(frozen=True, kw_only=True)

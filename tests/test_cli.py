@@ -1,10 +1,12 @@
 import dataclasses
+import io
 import re
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from jaxdiff import cli
 from jaxdiff.bundle import read_bundle, write_bundle
@@ -244,6 +246,59 @@ def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, caps
     assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
     assert "b.png" in capsys.readouterr().err
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
+
+
+@pytest.fixture
+def images(tmp_path):
+    """`images(a=("bytes", "caption"), ...)`: the path of a recipe for a folder of such files."""
+
+    def make(**files: tuple[bytes, str]) -> str:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for name, (data, caption) in files.items():
+            (folder / f"{name}.png").write_bytes(data)
+            (folder / f"{name}.txt").write_text(caption)
+        path = tmp_path / "folder.py"
+        path.write_text(RECIPE.format(source=f"ImageFolder(path={str(folder)!r})"))
+        return str(path)
+
+    return make
+
+
+def _png(side=32):
+    data = io.BytesIO()
+    Image.new("RGB", (side, side)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_prepare_names_and_leaves_out_what_training_could_not_use(images, tmp_path, capsys):
+    recipe = images(
+        good=(_png(), "x"), bad=(b"no", "x"), large=(_png(64), "x"), untold=(_png(), "\n")
+    )
+    limit = ("--data.transforms.max-pixels", "2000")
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), *limit]) == 0
+    captured = capsys.readouterr()
+    for name in ("bad.png: the image cannot be", "large.png: the image has", "untold.png: there"):
+        assert name in captured.err
+    assert "good.png" not in captured.err
+    assert "Wrote 1 records" in captured.out
+    assert ArrayRecord(path=str(tmp_path / "out"))[0]["name"].endswith("good.png")
+
+
+def test_prepare_refuses_data_of_which_nothing_can_be_used(images, tmp_path, refused):
+    recipe = images(a=(b"no", "x"), b=(b"no", "x"))
+    assert "None of the 2 records can be used" in refused("prepare", recipe, str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=terminal))
+    assert cli.main(["prepare", recipe, str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    for part in ("record 4/4", "left"):
+        assert part in text
 
 
 def test_what_a_command_raises_is_told_in_one_line(refused, monkeypatch):

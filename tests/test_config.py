@@ -175,6 +175,7 @@ def _set(data, path, value):
         ("train.steps", "many", r"train\.steps is 'many': expected int"),
         ("train.steps", True, r"train\.steps is True: expected int"),
         ("train.steps", 0, r"train\.steps is 0"),
+        ("train.seed", -1, r"train\.seed is -1: expected 0 or a positive"),
         ("train.compute", "float8", "expected 'float32' or 'bfloat16'"),
         ("sampling.interval", [0.1], r"sampling\.interval is \[0\.1\]"),
         ("sampling.prompts", [1], r"prompts\[0\] is 1: expected str"),

@@ -13,7 +13,8 @@ and every record is a group of its own (`group_size:1`), so that reading one dec
 import io
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,15 +107,37 @@ def decode_record(data: bytes) -> Record:
 def write_array_record(path: str, records: Iterable[Record]) -> int:
     """Writes `records` to one ArrayRecord file at `path` and returns how many there were.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is whole, and nothing of it stays where something
+    stops the writing. Raises `UserError` where it cannot be written.
     """
     target = epath.Path(path)
     partial = target.parent / f".partial-{target.name}"
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    count = 0
-    for record in records:
-        writer.write(encode_record(record))
-        count += 1
-    writer.close()
-    partial.replace(target)
+    writer, count = None, 0
+    try:
+        with _writing(target):
+            writer = ArrayRecordWriter(str(partial), "group_size:1")
+        for record in records:
+            data = encode_record(record)
+            with _writing(target):
+                writer.write(data)
+            count += 1
+        with _writing(target):
+            writer.close()
+            partial.replace(target)
+    finally:
+        if writer is not None and writer.is_open():
+            with suppress(OSError, RuntimeError):
+                writer.close()
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return count
+
+
+@contextmanager
+def _writing(target: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the writer raises RuntimeError on a full disk
+        raise UserError(
+            f"{target} cannot be written ({error}): make room there, or write to another folder."
+        ) from error

@@ -59,7 +59,10 @@ class ImageFolder:
         return {"image": image, "captions": captions, "name": str(file)}
 
     def check(self) -> None:
-        """Raises `UserError` for a folder that is missing, empty or has no usable captions."""
+        """Raises `UserError` for a folder that is missing or empty, or that has no captions.
+
+        Text files beside images are looked for, but are read only with their records.
+        """
         _ = self._entries
 
     @cached_property
@@ -91,7 +94,13 @@ class ImageFolder:
                 key="caption",
                 where=str(metadata),
             )
-        return [_Entry(row["file_name"], _texts(row.get(self.caption))) for row in rows]
+        entries = [_Entry(row["file_name"], _texts(row.get(self.caption))) for row in rows]
+        if rows and not any(text.strip() for entry in entries for text in entry.captions or ()):
+            raise UserError(
+                f"All captions in {metadata} under {self.caption!r} are missing or empty: "
+                "write some, or name another key with data.source.caption."
+            )
+        return entries
 
     def _rows(self, metadata: epath.Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import os
 import re
-import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,10 +46,10 @@ class OpenMoji:
     of profession, gender and skin tone that `Worker.held_out` names, "held_out" has only
     those, "all" has both. All drawings are rendered together at first use, into one file in
     the folder `cache` (the user's cache folder unless given), which later uses share. That
-    takes about eight seconds of one core at 64 x 64 and 55 MB of disk.
+    takes about eight seconds of one core at 64 x 64, and 55 MB of memory and of disk.
 
     Raises `UserError` for a size below 1, where the extra `openmoji` is
-    not installed, and where the cache cannot be written.
+    not installed, and where the cache cannot be written or read.
     """
 
     split: Literal["train", "held_out", "all"] = "train"
@@ -99,16 +99,17 @@ class OpenMoji:
     def _images(self) -> UInt8[np.ndarray, "n h w 3"]:
         folder = Path(self.cache) if self.cache else _user_cache()
         path = folder / f"openmoji-{_version()}-{self.size}.npy"
-        if not path.exists():
-            try:
+        try:
+            if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 _render_all(path, self.size)
-            except OSError as error:
-                raise UserError(
-                    f"The drawings of OpenMoji cannot be kept in {folder} ({error}): "
-                    "make room there, or name another folder in data.source.cache."
-                ) from error
-        return np.load(path, mmap_mode="r")
+            return np.load(path, mmap_mode="r")
+        except OSError as error:
+            raise UserError(
+                f"The drawings of OpenMoji cannot be kept in {folder} ({error}): make room and "
+                "see that you may read and write there, or name another folder in "
+                "data.source.cache."
+            ) from error
 
 
 def _names() -> dict[str, str]:
@@ -157,18 +158,17 @@ def _render_all(path: Path, size: int) -> None:
     and all are equal.
     """
     files = _svg_files()
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(descriptor)
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    with ThreadPoolExecutor() as threads:  # the renderer works outside Python's lock
+        for row, image in enumerate(threads.map(lambda file: _render(file, size), files)):
+            images[row] = image
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        shape = (len(files), size, size, 3)
-        images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor() as threads:  # the renderer works outside Python's lock
-            for row, image in enumerate(threads.map(lambda file: _render(file, size), files)):
-                images[row] = image
-        images.flush()
-        os.replace(part, path)
+        with part.open("xb") as file:  # written plainly: to a full disk, a memory map is fatal
+            np.save(file, images)
+        part.replace(path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _render(file: Path, size: int) -> UInt8[np.ndarray, "h w 3"]:

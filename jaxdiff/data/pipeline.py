@@ -40,8 +40,9 @@ class DataConfig:
     `workers` processes per host make batches (0: this process does), and in each of them
     `threads` read and decode: one is fastest for small images, which are bound by Python's lock,
     several for photographs and for remote storage. `prefetch` is the number of batches that
-    each worker makes ahead. The run stops once a share of more than `max_bad_share` of the
-    records is unreadable.
+    each worker makes ahead, and, whether there are workers or not, of those that wait on the
+    devices. The run stops once a share of more than `max_bad_share` of the records is
+    unreadable.
     """
 
     source: Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS
@@ -190,8 +191,13 @@ def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDatas
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Ctrl-C is for the main process, which saves first; its workers end when it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and SIGTERM, which reach all processes of a job, are for the main one.
+
+    It takes batches until it has saved. Grain ends the workers by an event, or kills them; should
+    the main process end without that, they end by themselves.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def end_with_parent() -> None:

@@ -86,7 +86,7 @@ class Produce:
         return self._scene(index)[0]
 
     def check(self) -> None:
-        """Raises `UserError` for a size too small to draw in, or an empty split."""
+        """Raises `UserError` for settings that nothing can be drawn by, or an empty split."""
         if self.size < 32:
             raise UserError(
                 f"Produce cannot draw at size {self.size}: it needs at least 32 pixels; "
@@ -96,6 +96,19 @@ class Produce:
             raise UserError(
                 f"Produce has length {self.length}, which leaves nothing to train on; "
                 "set a length of at least 1."
+            )
+        if self.seed < 0:
+            raise UserError(f"Produce has seed {self.seed}: set a seed of at least 0.")
+        shares = (self.group_share, self.pair_share)
+        if not (min(shares) >= 0 and sum(shares) <= 1):
+            raise UserError(
+                f"Produce has group_share {self.group_share} and pair_share {self.pair_share}: "
+                "set shares from 0 to 1 that sum to at most 1."
+            )
+        if self.captions_per_image < 1:
+            raise UserError(
+                f"Produce has captions_per_image {self.captions_per_image}, which leaves images "
+                "without a caption: set at least 1."
             )
 
     def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:

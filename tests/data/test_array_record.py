@@ -1,4 +1,5 @@
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -42,15 +43,31 @@ def test_pixels_survive_the_encoding():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"]))), pixels)
 
 
-def test_a_write_that_fails_leaves_no_file_under_the_name(tmp_path):
+def test_what_stops_a_write_is_raised_and_leaves_no_file(tmp_path):
     def broken():
         yield from _records(0, 2)
-        raise OSError("disk full")
+        raise OSError("the source is gone")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="the source is gone"):
         write_array_record(str(tmp_path / "a.array_record"), broken())
-    with pytest.raises(UserError, match="holds no ArrayRecord file"):
-        ArrayRecord(path=str(tmp_path)).check()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1000, 10_000_000])  # told at the end, and in the middle
+def test_a_full_disk_is_told_and_leaves_the_file_that_was_there(tmp_path, size):
+    path = tmp_path / "a.array_record"
+    write_array_record(str(path), _records(0, 2))
+    noise = np.random.default_rng(0).bytes(size)
+    records = ({"image": noise, "captions": ["x"], "name": "n"} for _ in range(10))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.array_record cannot be written .*make room"):
+            write_array_record(str(path), records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(ArrayRecord(path=str(path))) == 2
 
 
 def test_records_of_another_encoding_are_told(tmp_path):

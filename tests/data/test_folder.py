@@ -76,6 +76,22 @@ def test_missing_caption_column_suggests_the_nearest(tmp_path):
         ImageFolder(path=str(tmp_path)).check()
 
 
+@pytest.mark.parametrize("caption", [None, "", "  ", [], [None, ""]])
+def test_metadata_without_a_single_caption_is_told(tmp_path, caption):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    _metadata(tmp_path, *({"file_name": f"{name}.png", "text": caption} for name in "ab"))
+    with pytest.raises(UserError, match="'text' are missing or empty"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_one_caption_in_the_metadata_is_enough_to_begin(tmp_path):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    _metadata(tmp_path, {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": "x"})
+    ImageFolder(path=str(tmp_path)).check()
+
+
 @pytest.mark.parametrize(
     "name",
     ["../a.png", "sub/../../a.png", "/etc/passwd", "C:\\a.png", "..\\a.png", "gs://bucket/a.png"],

@@ -1,5 +1,7 @@
+import os
 import pickle
 import re
+import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -134,6 +136,47 @@ def test_a_rendering_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left"):
         OpenMoji(size=8, cache=str(tmp_path)).check()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """Rendering takes no time."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(openmoji, "_render", lambda *_: pixels)
+
+
+@pytest.mark.usefixtures("blank")
+def test_a_full_disk_is_a_users_mistake_and_leaves_nothing_behind(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="make room"):
+            OpenMoji(size=8, cache=str(tmp_path)).check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("blank")
+def test_the_cache_is_for_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        OpenMoji(size=8, cache=str(tmp_path)).check()
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.usefixtures("blank")
+def test_a_cache_that_may_not_be_read_is_a_users_mistake(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    OpenMoji(size=8, cache=str(tmp_path)).check()
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(UserError, match=r"not yours.*data\.source\.cache"):
+        OpenMoji(size=8, cache=str(tmp_path)).check()
 
 
 def test_a_missing_package_is_a_users_mistake(monkeypatch):

@@ -1,5 +1,8 @@
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import jax
 import numpy as np
@@ -115,6 +118,18 @@ def test_hosts_share_out_the_order_of_one_without_overlap_or_loss(source, tokeni
     assert dealt == alone
 
 
+@pytest.mark.slow
+def test_workers_share_out_a_hosts_records_without_overlap_or_loss(source, tokenizer):
+    rounds = 3  # of one batch of 4 from each of 2 workers of each of 2 hosts
+    alone = _stream(_dataset(source, tokenizer), rounds * 4 * 2 * 2)
+    shares = [
+        _stream(_dataset(source, tokenizer, host=host, num_hosts=2, workers=2), rounds * 4 * 2)
+        for host in range(2)
+    ]
+    for host, share in enumerate(shares):
+        assert sorted(share) == sorted(alone[host::2])
+
+
 def test_captions_vary_between_epochs_and_are_dropped_at_their_share(source, tokenizer):
     stream = _stream(_dataset(source, tokenizer, dropout=0.25), 20 * RECORDS)
     empty = tuple(tokenizer([""])[0])
@@ -132,7 +147,20 @@ def test_bad_records_are_passed_over_counted_and_named(damaged, tokenizer):
     assert "cannot be decoded" in batches[1]["bad"][0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_leave_signals_to_the_main_process(source, tokenizer):
+    iterator = iter(_dataset(source, tokenizer, workers=1))
+    before = _take(iterator, 1)
+    workers = multiprocessing.active_children()
+    assert workers
+    for child in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(child.pid, number)
+    batches = before + _take(iterator, 7)  # more than were made ahead
+    iterator.close()
+    _assert_equal(batches, _take(_dataset(source, tokenizer), 8))
+
+
+@pytest.mark.parametrize("workers", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_restored_iterator_goes_on_exactly(damaged, tokenizer, workers):
     def iterator():
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -147,7 +175,7 @@ def test_a_restored_iterator_goes_on_exactly(damaged, tokenizer, workers):
     second.set_state(state)
     _assert_equal(_take(second, 4), expected)
     second.close()
-    if workers:
+    if workers == 1:  # more of them make other batches of the same records
         _assert_equal(expected, _take(_dataset(damaged, tokenizer), 7)[3:])
 
 

@@ -117,7 +117,24 @@ def test_full_captions_read_as_english():
     )
 
 
-@pytest.mark.parametrize("settings", [{"size": 8}, {"length": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 8},
+        {"length": 0},
+        {"seed": -1},
+        {"group_share": -0.1},
+        {"pair_share": 1.1},
+        {"pair_share": float("nan")},
+        {"group_share": 0.6, "pair_share": 0.6},
+        {"captions_per_image": 0},
+    ],
+)
 def test_settings_that_cannot_work_are_refused_early(settings):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=next(iter(settings))):
         Produce(**settings).check()
+
+
+def test_the_shares_may_leave_no_single_object():
+    Produce(group_share=0.4, pair_share=0.6).check()
+    Produce(group_share=0.0, pair_share=1.0).check()
