@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.bundle import read_bundle, write_whole
+from jaxdiff.config import Config
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.produce import Produce, full_caption
 from jaxdiff.errors import UserError
@@ -29,8 +30,9 @@ def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None =
       batch_size: images drawn at a time; chosen for the device by default.
 
     Raises:
-      UserError: no rule judges images of the model's data set.
+      UserError: as `check_scorable`.
     """
+    check_scorable(pipeline.config)
     source = pipeline.config.data.source
 
     def draw(prompts: Sequence[str]) -> np.ndarray:
@@ -38,12 +40,30 @@ def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None =
 
     if isinstance(source, Produce):
         return _produce(draw, samples)
-    if isinstance(source, OpenMoji):
-        return _openmoji(draw, samples, source)
-    raise UserError(
-        f"There is no score for models trained on {type(source).__name__}: evaluate knows Produce "
-        "and OpenMoji, whose images rules can check against their prompts."
-    )
+    assert isinstance(source, OpenMoji)  # as was checked
+    return _openmoji(draw, samples, source)
+
+
+def check_scorable(config: Config) -> None:
+    """Tells before training whether `evaluate` can score what a recipe trains.
+
+    Raises:
+      UserError: no rule judges images of the recipe's data set, or none of their size.
+    """
+    source, size = config.data.source, config.data.transforms.size
+    otherwise = "score another model, or train with eval_samples 0, which leaves the scoring out."
+    if not isinstance(source, Produce | OpenMoji):
+        raise UserError(
+            f"There is no score for models trained on {type(source).__name__}: expected Produce or "
+            f"OpenMoji, whose images rules can check against their prompts; {otherwise}"
+        )
+    known = produce_score.SIZE if isinstance(source, Produce) else source.size
+    if size != known:
+        raise UserError(
+            f"There is no score for images of {size} pixels: expected data.transforms.size to be "
+            f"{known}, that of the drawings which {type(source).__name__} is scored by; "
+            f"{otherwise}"
+        )
 
 
 def _produce(draw: Draw, samples: int) -> Figures:
@@ -57,15 +77,11 @@ def _produce(draw: Draw, samples: int) -> Figures:
     figures = {}
     for name, scenes in sets.items():
         images = draw([full_caption(scene) for scene in scenes])
-        report = produce_score.report(list(images), scenes)
-        figures[name] = {
-            attribute: {
-                "score": report.score[attribute],
-                "ceiling": report.ceiling[attribute],
-                "chance": report.chance[attribute],
-            }
-            for attribute in report.score
-        }
+        figures[name] = _by_attribute(
+            score=produce_score.score(images, scenes),
+            ceiling=produce_score.ceiling(scenes),
+            chance=produce_score.chance(images, scenes),
+        )
     return figures
 
 
@@ -75,9 +91,13 @@ def _openmoji(draw: Draw, samples: int, source: OpenMoji) -> Figures:
     images = draw([prompt.text for prompt in prompts])
     drawings = OpenMoji(split="all", size=source.size, cache=source.cache)
     result = openmoji_score.score(images, [prompt.target for prompt in prompts], drawings)
-    joint = {"score": result.joint, "ceiling": result.ceiling, "chance": result.chance}
-    parts = {"gender": {"score": result.gender}, "tone": {"score": result.tone}}
-    return {"people at work, held-out combinations": {**parts, "joint": joint}}
+    return {"people at work, held-out combinations": _by_attribute(**result._asdict())}
+
+
+def _by_attribute(**columns: dict[str, float]) -> dict[str, dict[str, float]]:
+    """From {column: {attribute: figure}} to {attribute: {column: figure}}."""
+    attributes = columns["score"]
+    return {a: {name: column[a] for name, column in columns.items()} for a in attributes}
 
 
 def table(figures: Figures) -> str:
@@ -86,8 +106,7 @@ def table(figures: Figures) -> str:
     for name, attributes in figures.items():
         lines.append(f"{name:<40}{'score':>9}{'ceiling':>9}{'chance':>9}")
         for attribute, row in attributes.items():
-            cells = (row.get(column) for column in ("score", "ceiling", "chance"))
-            text = "".join(f"{'' if cell is None else f'{cell:.1%}':>9}" for cell in cells)
+            text = "".join(f"{row[column]:>9.1%}" for column in ("score", "ceiling", "chance"))
             lines.append(f"  {attribute:<38}{text}")
     return "\n".join(lines)
 
@@ -98,7 +117,7 @@ def evaluate_folder(folder: str, *, samples: int, batch_size: int | None) -> Non
     Those of a model that comes with jaxdiff (`shipped:NAME`) are only printed.
 
     Raises:
-      UserError: as `evaluate`; or the folder holds no text-to-image model.
+      UserError: as `evaluate`; fewer than two samples; or the folder holds no text-to-image model.
     """
     if samples < 2:
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")

@@ -30,18 +30,19 @@ class Prompt(NamedTuple):
 
 
 class OpenMojiScore(NamedTuple):
-    """Fractions of pictures, in [0, 1].
+    """Fractions of pictures, in [0, 1], each as {"gender", "tone", "joint"}.
 
-    `joint`: the nearest drawing is the prompted one. `gender` and `tone`: the nearest has the
-    prompted one. `ceiling`: `joint` for the real drawings, moved by a pixel and made noisy.
-    `chance`: `joint` for the same pictures against shuffled prompts.
+    "joint": the nearest drawing is the prompted one. "gender" and "tone": the nearest has the
+    prompted one.
+
+    `score`: of the pictures. `ceiling`: of the real drawings, moved by a pixel and made noisy.
+    `chance`: of the pictures against the prompts shifted by half of the drawings that they name,
+    so that none meets its own drawing where there are two or more.
     """
 
-    joint: float
-    gender: float
-    tone: float
-    ceiling: float
-    chance: float
+    score: dict[str, float]
+    ceiling: dict[str, float]
+    chance: dict[str, float]
 
 
 def held_out_prompts(count: int) -> list[Prompt]:
@@ -80,17 +81,28 @@ def score(
     rng = np.random.default_rng(_SEED)
     shown = [_blurred(image) for image in images]
     known = [_blurred(_disturbed(pixels[who][1], rng)) for who in wanted]
-    shuffled = [wanted[i] for i in rng.permutation(len(wanted))]
-    joint, gender, tone = np.mean(_right(shown, wanted, real), axis=0).tolist()
-    ceiling = np.mean(_right(known, wanted, real), axis=0)[0]
-    chance = np.mean(_right(shown, shuffled, real), axis=0)[0]
-    return OpenMojiScore(joint, gender, tone, float(ceiling), float(chance))
+    return OpenMojiScore(
+        score=_right(shown, wanted, real),
+        ceiling=_right(known, wanted, real),
+        chance=_right(shown, _shifted(wanted), real),
+    )
+
+
+def _shifted(wanted: list[Worker]) -> list[Worker]:
+    """For each prompted drawing the one that lies half of them further.
+
+    Of the drawings, not of the prompts: these go round, and may be at the same place again.
+    """
+    drawings = list(dict.fromkeys(wanted))
+    half = max(1, len(drawings) // 2)
+    other = dict(zip(drawings, [*drawings[-half:], *drawings[:-half]], strict=True))
+    return [other[who] for who in wanted]
 
 
 def _right(
     images: list[np.ndarray], wanted: list[Worker], real: dict[Worker, np.ndarray]
-) -> list[tuple[bool, bool, bool]]:
-    """For each image: is its nearest drawing the wanted one, of that gender, of that tone?"""
+) -> dict[str, float]:
+    """The share of images whose nearest drawing has the wanted gender or tone, or is wanted."""
     right = []
     for image, target in zip(images, wanted, strict=True):
         distances = {
@@ -103,12 +115,12 @@ def _right(
         nearest = [who for who, distance in distances.items() if distance == least]
         right.append(
             (
-                target in nearest,
                 any(who.gender == target.gender for who in nearest),
                 any(who.tone == target.tone for who in nearest),
+                target in nearest,
             )
         )
-    return right
+    return dict(zip(("gender", "tone", "joint"), np.mean(right, axis=0).tolist(), strict=True))
 
 
 def _blurred(image: UInt8[np.ndarray, "s s 3"]) -> Float[np.ndarray, "s s 3"]:

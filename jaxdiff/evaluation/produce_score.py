@@ -1,11 +1,10 @@
 """Scores pictures of drawn scenes by how many of the prompted attributes a reader finds in them.
 
 A score says little alone: `ceiling` is what the reader makes of true drawings of the same scenes,
-`chance` what the pictures score against the scenes in another order.
+`chance` what the pictures score against the scenes shifted by half of their number.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,25 +15,7 @@ from jaxdiff.data.scene import Scene, Split, draw_pair, draw_single
 from jaxdiff.evaluation.reader import ATTRIBUTES, check, read
 
 SEED = 20_240_611  # far from any training seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProduceReport:
-    """Accuracies in [0, 1] per attribute, and "joint", of `samples` pictures, with their bounds."""
-
-    samples: int
-    score: dict[str, float]
-    ceiling: dict[str, float]
-    chance: dict[str, float]
-
-    def table(self) -> str:
-        """Plain text, a line for each attribute, in percent."""
-        head = f"{'attribute':<10}{'score':>9}{'ceiling':>9}{'chance':>9}"
-        lines = [
-            f"{name:<10}{self.score[name]:>9.1%}{self.ceiling[name]:>9.1%}{self.chance[name]:>9.1%}"
-            for name in self.score
-        ]
-        return "\n".join([head, *lines, f"{self.samples} samples"])
+SIZE = 64  # pixels: the side of the pictures that `read` knows, and of no others
 
 
 def evaluation_scenes(
@@ -61,26 +42,21 @@ def score(
     }
 
 
-def ceiling(scenes: Sequence[Scene], size: int = 64) -> dict[str, float]:
+def ceiling(scenes: Sequence[Scene]) -> dict[str, float]:
     """What fresh true drawings of the scenes score."""
     images = [
-        render(scene, np.random.default_rng((SEED, index)), size)
+        render(scene, np.random.default_rng((SEED, index)), SIZE)
         for index, scene in enumerate(scenes)
     ]
     return score(images, scenes)
 
 
-def chance(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """What the images score against the scenes in a fixed other order."""
-    order = np.random.default_rng(SEED).permutation(len(scenes))
+def chance(
+    images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
+) -> dict[str, float]:
+    """What the images score against the prompts shifted by half of their number.
+
+    So none of two or more meets its own scene.
+    """
+    order = np.roll(np.arange(len(scenes)), max(1, len(scenes) // 2)).tolist()
     return score(images, [scenes[i] for i in order])
-
-
-def report(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> ProduceReport:
-    """The images' score beside its ceiling and chance."""
-    return ProduceReport(
-        samples=len(scenes),
-        score=score(images, scenes),
-        ceiling=ceiling(scenes),
-        chance=chance(images, scenes),
-    )

@@ -1,20 +1,25 @@
 """A whole run as a user starts it: train, draw samples on the way, score at the end."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jaxtyping import PyTree
+from jaxtyping import PyTree, UInt8
 
 from jaxdiff import pictures
 from jaxdiff.bundle import Bundle, write_whole
 from jaxdiff.config import Config
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.evaluation.evaluate import evaluate, table
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.models.layers import merge
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.training.autoencoder import AutoencoderTask
@@ -23,7 +28,9 @@ from jaxdiff.training.loop import Hook, Result, train
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.task import from_uint8
 
+SUMMARY = "summary.json"
 STRIP_LENGTH = 8
+RECONSTRUCTIONS = 16
 
 
 def run_recipe(
@@ -31,25 +38,59 @@ def run_recipe(
 ) -> Result:
     """Trains a recipe in the folder `out`, then writes `summary.json` with what became of it.
 
+    That is written before the scoring and again with its figures, so that a score which fails takes
+    nothing away. The same command once more scores what is not scored yet, and nothing twice.
+
     Raises:
-      UserError: as `jaxdiff.training.loop.train`.
+      UserError: as `jaxdiff.training.loop.train`; or, before any training, what cannot be scored.
     """
     folder = epath.Path(out)
+    scored = isinstance(config.task, DiffusionTask) and config.eval_samples != 0
+    if scored:
+        _check_scoring(config)
     result = train(config, folder, fresh=fresh, on_sample=_samples(config, folder, say), say=say)
     if not result.finished:
         say(f"Stopped at step {result.summary['step']}; the same command goes on from there.")
         return result
-    if isinstance(config.task, DiffusionTask) and config.eval_samples:
-        pipeline = Pipeline(_bundle(config, result.state, result.frozen, result.tokenizer))
-        say(f"Scoring {config.eval_samples} samples of each kind.")
-        figures = evaluate(pipeline, samples=config.eval_samples)
-        say(table(figures))
-        result.summary["scores"] = figures
-    if jax.process_index() == 0:
-        text = json.dumps(result.summary, indent=2) + "\n"
-        write_whole(folder / "summary.json", text.encode())
+    earlier = _read_summary(folder)
+    if earlier.get("fingerprint") == result.summary["fingerprint"]:
+        result = result._replace(summary=earlier)  # whose speeds are those of the training
+    if "scores" in result.summary:
+        say(f"{folder} has its scores already; jaxdiff evaluate {folder} takes them anew.")
+    else:
+        _write_summary(folder, result)
+        if scored:
+            pipeline = Pipeline(_bundle(config, result.state, result.frozen, result.tokenizer))
+            say(f"Scoring {config.eval_samples} samples of each kind.")
+            result.summary["scores"] = evaluate(pipeline, samples=config.eval_samples)
+            say(table(result.summary["scores"]))
+            _write_summary(folder, result)
     say(f"Finished at step {result.summary['step']}: {folder}")
     return result
+
+
+def _check_scoring(config: Config) -> None:
+    """Raises `UserError` for what would fail only after the training."""
+    if config.eval_samples < 2:
+        raise UserError(
+            f"eval_samples is {config.eval_samples}: expected at least 2, and 500 for firm "
+            "figures; eval_samples 0 leaves the scoring out."
+        )
+    check_scorable(config)
+
+
+def _read_summary(folder: epath.Path) -> dict[str, Any]:
+    """What an earlier end of the run wrote; {} where there is none that can be read."""
+    try:
+        return json.loads((folder / SUMMARY).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _write_summary(folder: epath.Path, result: Result) -> None:
+    if jax.process_index() == 0:
+        text = json.dumps(result.summary, indent=2) + "\n"
+        write_whole(folder / SUMMARY, text.encode())
 
 
 def _bundle(config: Config, state: TrainState, frozen: PyTree, tokenizer: Tokenizer) -> Bundle:
@@ -80,12 +121,20 @@ def _draw_reconstructions(
     config: Config, state: TrainState, out: epath.Path, say: Callable[[str], None]
 ) -> None:
     """`samples/step_N.png`: records of the data in the upper rows, what comes back in the lower."""
-    count = min(16, len(config.data.source))
-    rng = np.random.default_rng(0)
-    transform = config.data.transforms
-    images = np.stack([transform(config.data.source[i], rng)[0] for i in range(count)])
+    images = np.stack(list(itertools.islice(_usable(config.data), RECONSTRUCTIONS)))
     model = merge(lambda: config.task.build(nnx.Rngs(0)), state.ema)
     back = pictures.to_uint8(model.decode(model.encode(from_uint8(jnp.asarray(images))).mode()))
     path = out / "samples" / f"step_{int(state.step):06d}.png"
     pictures.save_png(path, pictures.grid(np.concatenate([images, back]), columns=8, scale=2))
     say(f"Reconstructions: {path}")
+
+
+def _usable(data: DataConfig) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    """Images of the records in their order; bad ones, which the pipeline names, are left out."""
+    rng = np.random.default_rng(0)
+    for i in range(len(data.source)):
+        try:
+            image, _ = data.transforms(data.source[i], rng)
+        except RecordError:
+            continue
+        yield image
