@@ -159,8 +159,18 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def write_bundle(folder: epath.PathLike, bundle: Bundle, dtype: str = "bfloat16") -> None:
-    """Writes a model's folder, its recipe last: a folder with a recipe is whole."""
+    """Writes a model's folder, its recipe last: a folder with a recipe is whole.
+
+    Raises:
+      UserError: the folder is that of a run.
+    """
     root = epath.Path(folder)
+    if (root / CHECKPOINTS).exists():
+        raise UserError(
+            f"{folder} is the folder of a run, whose checkpoints an exported model would hide: "
+            "choose another one to write into."
+        )
+    (root / CONFIG).unlink(missing_ok=True)
     write_weights(root / MODEL, dtype, params=bundle.params, frozen=bundle.frozen)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(str(root))
@@ -190,13 +200,16 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
 
 
 def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
-    """The weights of parts that a task takes over, each from the folder that its recipe names.
+    """The weights of the parts that a task takes over, from the folders that it names, or as drawn.
 
     Raises:
       UserError: a folder holds no such part, or one of another size.
     """
     parts = {}
     for name, part in wanted.items():
+        if part.folder is None:
+            parts[name] = nnx.to_pure_dict(nnx.split(part.build())[1])
+            continue
         params: Any = read_bundle(part.folder).params
         for key in part.part:
             if key not in params:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -240,3 +241,22 @@ def test_a_model_that_ships_is_found_by_name():
     assert read_config("shipped:produce").name == read_config(SHIPPED / "produce").name
     with pytest.raises(UserError, match=r"no model shipped:prodce: .* shipped:produce"):
         read_bundle("shipped:prodce")
+
+
+def test_an_exported_model_does_not_hide_a_run(tiny_bundle, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is the folder of a run"):
+        write_bundle(tmp_path, tiny_bundle)
+
+
+def test_scalars_keep_their_shape(tmp_path):
+    path = epath.Path(tmp_path / "model.safetensors")
+    write_weights(path, params={"logit_scale": np.float32(2.5)})
+    assert read_weights(path)["params"]["logit_scale"].shape == ()
+
+
+def test_what_ships_is_small_and_fits_its_recipe():
+    files = [path for path in Path(SHIPPED).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    for config in Path(SHIPPED).glob("*/config.json"):
+        read_bundle(f"shipped:{config.parent.name}")

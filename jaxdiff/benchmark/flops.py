@@ -27,7 +27,7 @@ from jaxdiff.models.dit import DiTConfig
 from jaxdiff.models.unet import UNetConfig
 
 
-def training_flops(forward: float) -> float:
+def three_passes(forward: float) -> float:
     """Of a training step: three times the forward pass.
 
     The backward pass has two products for each of the forward pass, one for the gradient of the

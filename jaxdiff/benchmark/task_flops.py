@@ -6,9 +6,9 @@ from jaxdiff.benchmark.flops import (
     decode_flops,
     dit_flops,
     encode_flops,
+    three_passes,
     unet_flops,
 )
-from jaxdiff.benchmark.flops import training_flops as three_passes
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
@@ -16,13 +16,14 @@ from jaxdiff.training.diffusion import DiffusionTask
 
 
 def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) -> float:
-    """Of one image of side `size` in a training step: frozen parts only run forward."""
+    """Of one image of side `size` in a training step; frozen parts get no gradient."""
     if isinstance(task, ClipTask):
         return three_passes(clip_text_flops(task.model.text) + clip_vision_flops(task.model.vision))
     if isinstance(task, AutoencoderTask):
         sides = {"height": size, "width": size}
         total = encode_flops(task.model, **sides) + decode_flops(task.model, **sides)
-        seen = 2 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
+        # The tower sees the image, and the reconstruction there and back.
+        seen = 3 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
         return three_passes(total) + seen
     height, width, _ = task.shape(size, size)
     seen = {"height": height, "width": width, "text_length": task.text.model.length}

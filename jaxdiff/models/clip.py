@@ -383,9 +383,11 @@ class Clip(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"], ids: Int[Array, "m n"]) -> ClipEmbeddings:
         """Embeds images in [-1, 1] and tokenized prompts, not necessarily as many of each."""
-        logit_scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
+        log = self.logit_scale[...].astype(jnp.float32)
+        # At most the limit, but with a gradient beyond it too, or it could not come back.
+        log = log - jax.lax.stop_gradient(jnp.maximum(log - math.log(MAX_LOGIT_SCALE), 0))
         return ClipEmbeddings(
             _unit(self.vision(images).pooled),
             _unit(self.text(ids).pooled),
-            jnp.minimum(logit_scale, MAX_LOGIT_SCALE),
+            jnp.exp(log),
         )

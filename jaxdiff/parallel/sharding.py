@@ -12,10 +12,11 @@ from jaxtyping import PyTree
 
 # Layers whose outputs are split over `tensor`, and those that take such outputs in: between the two
 # nothing is exchanged, after the second one sum is (Shoeybi et al. 2019, section 3).
-_SPLIT_OUTPUT = re.compile(r"\.(q|k|v|qkv|gate|up|fc1)\.kernel$")
-_SPLIT_INPUT = re.compile(r"\.(out|down|fc2)\.kernel$")
+_SPLIT_OUTPUT = re.compile(r"\.(q|k|v|gate|up|mlp_in)\.kernel$")
+_SPLIT_INPUT = re.compile(r"\.(out|down|mlp_out)\.kernel$")
 # Stacked blocks carry their depth as the first axis, which the scan runs over: never split it.
-_STACKED = re.compile(r"\.blocks\.")
+# Those of a list, `.blocks.0.`, do not.
+_STACKED = re.compile(r"\.blocks\.(?!\d)")
 # Below this size an all-gather costs more than the memory it saves.
 _SMALLEST = 2**12
 

@@ -114,20 +114,19 @@ class DiffusionTask:
             parts["autoencoder"] = Pretrained(
                 self.latents.pretrained, (), lambda: Autoencoder(model, rngs=nnx.Rngs(0))
             )
-        return parts | self._pretrained_text() if self._frozen_text else parts
+        return parts | self._text_part() if self._frozen_text else parts
 
     def start(self) -> dict[str, Pretrained]:
         """A trained text tower that is to learn on."""
-        return {} if self._frozen_text else self._pretrained_text()
+        as_drawn = self.text.pretrained is None
+        return {} if self._frozen_text or as_drawn else self._text_part()
 
     @property
     def _frozen_text(self) -> bool:
-        return self.text.pretrained is not None and not self.text.trained
+        return not self.text.trained
 
-    def _pretrained_text(self) -> dict[str, Pretrained]:
+    def _text_part(self) -> dict[str, Pretrained]:
         folder, config = self.text.pretrained, self.text.model
-        if folder is None:
-            return {}
         return {"text": Pretrained(folder, ("text",), lambda: ClipText(config, rngs=nnx.Rngs(0)))}
 
     def init_state(self) -> Any:
@@ -139,8 +138,7 @@ class DiffusionTask:
         if self._frozen_text:
             tower = merge(self.frozen()["text"].build, frozen["text"])
             return tower(ids, layer=self.text.layer)
-        text = model.text(ids, layer=self.text.layer)
-        return text if self.text.trained else jax.lax.stop_gradient(text)
+        return model.text(ids, layer=self.text.layer)
 
     def encode(
         self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""]

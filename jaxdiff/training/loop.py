@@ -77,6 +77,7 @@ def train(
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    config.data.source.check()  # before an earlier run is removed for the sake of a typo
     tokenizer = open_run(config, out, fresh=fresh, say=say)
     frozen = jax.device_put(_frozen(config, out), replicated(mesh))
     with ExitStack() as stack:
@@ -272,14 +273,15 @@ class _Run:
                 "with --fresh or resume from the last checkpoint."
             )
         self.throughput.step()
-        counts = {"steps": np.ones(()), "skipped_records": np.float64(skipped)}
-        self._add(values | counts)
+        self._add({"skipped_records": np.asarray(skipped, np.float64)})
+        if in_a_row == 0:  # what was skipped would make the means of the whole line NaN
+            self._add(values | {"steps": np.ones(())})
         noise = float(values["max_t"]) if "max_t" in values else None
         if step % self.train.log_every == 0 or step == self.train.steps:
             line = self._line(step, values)
             self.writer.write(step, line)
             self.progress.update(
-                step, loss=line["loss"], images_per_s=line["images_per_s"], noise=noise
+                step, loss=line.get("loss", np.nan), images_per_s=line["images_per_s"], noise=noise
             )
             self.window = {}
         else:
@@ -297,12 +299,12 @@ class _Run:
             self.window[name] = self.window.get(name, 0.0) + value
 
     def _line(self, step: int, last: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Means over the window; sums over counts; totals of what is counted."""
+        """Means over the window's updates; sums over counts; totals of what is counted."""
         window = dict(self.window)
-        steps = window.pop("steps")
+        steps = window.pop("steps", 0.0)
         line: dict[str, Any] = {"skipped_records": int(window.pop("skipped_records"))}
         line["skipped_updates"] = int(last["nonfinite"])
-        del window["nonfinite"]
+        window.pop("nonfinite", None)
         for name, value in window.items():
             if name.endswith(SUM):
                 count = window[name.removesuffix(SUM) + COUNT]
@@ -310,6 +312,7 @@ class _Run:
                 line[name.removesuffix(SUM)] = mean.tolist()
             elif not name.endswith(COUNT):
                 line[name] = (value / steps).tolist()
-        line["learning_rate"] = float(self.learning_rate(step - 1))
+        # The optimizer does not count the updates that were skipped.
+        line["learning_rate"] = float(self.learning_rate(step - 1 - line["skipped_updates"]))
         self.rates.append(self.throughput.rates())
         return line | self.rates[-1]

@@ -1,14 +1,25 @@
 """The folder of one run: which recipe it holds, and whether this one may go on in it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxdiff.bundle import CHECKPOINTS, CONFIG, FROZEN, model_folder, read_config, write_config
+from jaxdiff.bundle import (
+    CHECKPOINTS,
+    CONFIG,
+    FROZEN,
+    MODEL,
+    make_folder,
+    model_folder,
+    read_config,
+    write_config,
+)
 from jaxdiff.config import Config, differences
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.source import Source
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training import checkpoint_folder
@@ -53,16 +64,23 @@ def open_run(
     """Makes the run's folder, or goes on in it; writes its recipe and its tokenizer.
 
     Raises:
-      UserError: the folder holds a run of another recipe (the differing keys are named), or files
-        that are no run.
+      UserError: the folder cannot be made; it holds a run of another recipe (the differing keys
+        are named), an exported model, or checkpoints of nobody knows what.
     """
+    make_folder(out)
+    if (out / MODEL).exists():
+        raise UserError(f"{out} holds an exported model, which is no run: choose another --out.")
     lead = jax.process_index() == 0
-    if fresh:
+    # A run that was stopped before its first checkpoint, by a mistake in its recipe for instance,
+    # has nothing to keep: it may start anew as another one.
+    begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
+    there = read_config(out) if (out / CONFIG).exists() and not fresh else None
+    if fresh or (there is not None and not begun and differences(config, there)):
         if lead:
             _remove_run(out)
         multihost_utils.sync_global_devices("the folder's earlier run is removed")
-    if (out / CONFIG).exists():
-        _check_same(config, read_config(out), out)
+    elif there is not None:
+        _check_same(config, there, out)
     elif (out / CHECKPOINTS).exists():
         raise UserError(
             f"{out} holds checkpoints but no {CONFIG}, so it cannot be told of which recipe they "
@@ -154,6 +172,30 @@ def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> T
     )
 
 
-def _captions(source, indices: Iterable[int]) -> Iterable[str]:
+def _captions(source: Source, indices: Iterable[int]) -> Iterator[str]:
+    """The captions of these records; records and captions that cannot be used are passed over.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    found, last = 0, "they are empty"
     for index in indices:
-        yield from source[index]["captions"]
+        try:
+            record = source[index]
+        except RecordError as error:
+            last = str(error)
+            continue
+        for caption in record["captions"]:
+            try:
+                caption.encode()
+            except UnicodeEncodeError:
+                last = f"{record['name']}: the caption is not UTF-8"
+                continue
+            if caption.strip():
+                found += 1
+                yield caption
+    if not found:
+        raise UserError(
+            f"There is no caption to train a tokenizer on ({last}): repair the data, or name a "
+            "tokenizer's folder in tokenizer.path."
+        )

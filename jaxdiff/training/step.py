@@ -47,10 +47,14 @@ def init_state(
 
 
 def cast(tree: PyTree, compute: ComputeType) -> PyTree:
-    """Floating leaves in the type that a model computes in: a module takes that of its weights."""
+    """Floating arrays in the type that a model computes in: a module takes that of its weights.
+
+    Scalars stay as they are: of CLIP's logarithmic temperature bfloat16 would leave steps of 2 %.
+    """
 
     def convert(leaf):
-        return leaf.astype(compute) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(compute) if is_float and leaf.ndim else leaf
 
     return jax.tree.map(convert, tree)
 

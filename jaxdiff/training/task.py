@@ -18,7 +18,7 @@ SUM, COUNT = "_sum", "_count"
 class Pretrained(NamedTuple):
     """A trained part that a task takes over: where it lies, and how its module is built."""
 
-    folder: str  # of a run or bundle, or shipped:NAME
+    folder: str | None  # of a run or bundle, or shipped:NAME; None: it stays as drawn by `build`
     part: tuple[str, ...]  # of that model's parameters; () for all of them
     build: Callable[[], nnx.Module]
 

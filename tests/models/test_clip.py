@@ -238,8 +238,14 @@ def test_embeddings_are_unit_vectors_and_the_scale_is_capped():
     np.testing.assert_allclose(jnp.linalg.norm(out.text, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(out.logit_scale, 1 / 0.07, rtol=1e-6)
     graphdef, params = split_clip()
-    params = nnx.to_pure_dict(params) | {"logit_scale": jnp.array(9.0)}
-    assert nnx.merge(graphdef, params)(images(2), IDS).logit_scale == MAX_LOGIT_SCALE
+
+    def scale(log):
+        params_at = nnx.to_pure_dict(params) | {"logit_scale": log}
+        return nnx.merge(graphdef, params_at)(images(2), IDS).logit_scale
+
+    capped, gradient = jax.jit(jax.value_and_grad(scale))(jnp.array(9.0))
+    np.testing.assert_allclose(capped, MAX_LOGIT_SCALE, rtol=1e-5)
+    assert gradient > 0  # or it could not come back
 
 
 def test_from_its_first_weights_clip_learns_to_tell_pairs_apart():

@@ -27,6 +27,10 @@ OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
         (".blocks.attention.q.kernel", (6, 256, 256), (None, "fsdp", "tensor")),
         (".blocks.attention.out.kernel", (6, 256, 256), (None, "tensor", "fsdp")),
         (".blocks.mlp.down.kernel", (6, 704, 256), (None, "tensor", "fsdp")),
+        (".blocks.mlp_in.kernel", (6, 256, 1024), (None, "fsdp", "tensor")),
+        (".blocks.mlp_out.kernel", (6, 1024, 256), (None, "tensor", "fsdp")),
+        # The blocks of a list are not stacked.
+        (".down.0.blocks.1.modulation.kernel", (512, 128), ("fsdp", None)),
         # What has no place on tensor is split over fsdp along its longest axis.
         (".embedding", (1024, 128), ("fsdp", None)),
         (".decoder.conv.kernel", (3, 3, 64, 128), (None, None, None, "fsdp")),

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxdiff.bundle import read_pretrained
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import merge
@@ -140,6 +141,16 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids).pooled)(params)
     expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_text_tower_that_is_not_trained_stays_as_drawn(task):
+    still = dataclasses.replace(task, text=dataclasses.replace(task.text, trained=False))
+    model = nnx.eval_shape(lambda: still.build(nnx.Rngs(0)))
+    assert set(nnx.to_pure_dict(nnx.split(model)[1])) == {"denoiser"}
+    drawn, again = (read_pretrained(still.frozen())["text"] for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, drawn, again)
+    assert not still.start()
+    assert not task.start()
 
 
 def test_a_pretrained_text_tower_can_learn_on(task):

@@ -160,14 +160,14 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
 ):
     def look(state, *_):
         if int(state.step) == 3:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     said = []
     config = tiny_recipe(steps=STEPS, sample_every=1)
     result = train(config, tmp_path, on_sample=look, say=said.append)
     assert (result.finished, result.summary["step"]) == (False, 3)
-    assert any("SIGTERM: saving" in line for line in said)
+    assert any("SIGINT: saving" in line for line in said)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert_same_end(train(config, tmp_path, say=quiet), tmp_path, straight)
 
@@ -232,12 +232,14 @@ def test_a_step_is_on_its_way_before_the_metrics_of_the_one_before_are_read(
     assert [f"{what} {n}" for what, n in faked] == order
 
 
-def test_lines_are_means_over_the_steps_since_the_last(faked, tmp_path, tiny_recipe):
+def test_lines_are_means_over_the_updates_since_the_last(faked, tmp_path, tiny_recipe):
     train(tiny_recipe(steps=6, log_every=4), tmp_path, say=quiet)
     first, second = records(tmp_path)
-    assert (first["step"], first["loss"], first["skipped_updates"]) == (4, 2.5, 2)
-    assert (second["step"], second["loss"], second["skipped_updates"]) == (6, 5.5, 4)
-    assert (first["part"], second["part"]) == ([10 / 8, None], [11 / 4, None])
+    assert (first["step"], first["loss"], first["skipped_updates"]) == (4, 1.5, 2)
+    assert first["part"] == [3 / 4, None]
+    # All of the second line's updates were skipped: it has no means.
+    assert (second["step"], second["skipped_updates"]) == (6, 4)
+    assert not {"loss", "part"} & second.keys()
 
 
 def test_many_updates_in_a_row_that_are_not_finite_end_the_run(faked, tmp_path, tiny_recipe):

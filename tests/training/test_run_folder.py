@@ -7,9 +7,11 @@ import pytest
 from etils import epath
 
 from jaxdiff.bundle import read_config
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training.optimizer import AdamW, ConstantLR, CosineLR, WarmupStableDecay
-from jaxdiff.training.run_folder import open_run
+from jaxdiff.training.run_folder import _captions, open_run
 
 
 @pytest.fixture
@@ -34,6 +36,38 @@ def test_a_new_folder_gets_recipe_and_tokenizer(open_in, tmp_path, tiny_recipe):
     assert read_config(tmp_path) == tiny_recipe()
     assert (tmp_path / "tokenizer.json").exists()
     assert said == ["Training a tokenizer on the captions of 50 records."]
+
+
+class Captioned:
+    """A source of captions; None stands for a record that cannot be read."""
+
+    def __init__(self, *captions):
+        self.captions = captions
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, index, /):
+        if self.captions[index] is None:
+            raise RecordError(f"r{index}: unreadable")
+        return {"image": b"", "captions": self.captions[index], "name": f"r{index}"}
+
+    def check(self):
+        pass
+
+
+def test_a_tokenizer_is_trained_on_the_captions_that_can_be_used():
+    source = Captioned(["a pea"], None, ["a bad \udcff one", "two peas"], [" "], [], ["a pear"])
+    assert list(_captions(source, range(6))) == ["a pea", "two peas", "a pear"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "told"), [(None, "r1: unreadable"), (["\udcff"], "r1: .*UTF-8"), ([""], "empty")]
+)
+def test_data_without_a_usable_caption_are_refused_for_a_tokenizer(captions, told):
+    source = Captioned(captions, captions)
+    with pytest.raises(UserError, match=f"no caption to train a tokenizer on .*{told}"):
+        Tokenizer.train(_captions(source, range(2)), vocab_size=530, length=8)
 
 
 def test_a_run_keeps_its_tokenizer(open_in, tmp_path, tiny_recipe):
@@ -115,6 +149,21 @@ def test_without_a_checkpoint_any_length_will_do(open_in, tmp_path, tiny_recipe)
     longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=200))
     open_in(longer)
     assert read_config(tmp_path) == longer
+
+
+def test_what_never_took_a_step_may_start_as_another_recipe(open_in, tmp_path, tiny_recipe):
+    open_in(tiny_recipe())
+    other = tiny_recipe(batch_size=4)
+    open_in(other)
+    assert read_config(tmp_path) == other
+
+
+def test_a_folder_that_is_no_place_for_a_run_is_refused(open_in, tmp_path, tiny_recipe):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds an exported model"):
+        open_in(tiny_recipe())
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        open_run(tiny_recipe(), epath.Path(tmp_path / "model.safetensors"), fresh=False, say=print)
 
 
 def test_a_run_cannot_be_cut_below_the_steps_it_has_taken(open_in, tmp_path, tiny_recipe):
