@@ -13,8 +13,9 @@ from pathlib import Path
 
 from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.openmoji import OpenMoji
+from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet import UNetConfig
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.diffusion import DiffusionTask, TextTower
 
 PROMPTS = (
     "a woman firefighter with dark skin",
@@ -30,13 +31,15 @@ def get_config() -> Config:
     """`configs/produce.py` on OpenMoji, larger and longer."""
     base = load_recipe(Path(__file__).with_name("produce.py"))
     assert isinstance(base.task, DiffusionTask)
-    text = dataclasses.replace(
-        base.task.text.model, vocab_size=2048, length=32, width=256, depth=4, heads=4
-    )
     task = dataclasses.replace(
         base.task,
         denoiser=UNetConfig(widths=(128, 192, 256), blocks=2, text_width=256, pooled_width=256),
-        text=dataclasses.replace(base.task.text, model=text),
+        # As drawn: what tells the drawings apart are the words, which layer 0 leaves as they are.
+        text=TextTower(
+            model=ClipTextConfig(vocab_size=2048, length=32, width=256, depth=2, heads=4),
+            trained=False,
+            layer=0,
+        ),
     )
     return dataclasses.replace(
         base,

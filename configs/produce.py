@@ -8,7 +8,7 @@ combinations 42 % stand where they were asked to, 41 % have the right colour, 8 
 kind, and none is right in every attribute. `configs/produce_long.py` is the same for longer.
 """
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
+from jaxdiff.config import Config, TrainConfig
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.transforms import Transforms
@@ -42,8 +42,18 @@ def get_config() -> Config:
         task=DiffusionTask(
             denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
             text=TextTower(
-                model=ClipTextConfig(vocab_size=1024, length=24, width=128, depth=2, heads=4),
+                model=ClipTextConfig(
+                    vocab_size=1024,
+                    length=32,
+                    width=128,
+                    depth=2,
+                    heads=4,
+                    activation="gelu",
+                    projection_dim=128,
+                ),
+                pretrained="shipped:produce_clip",
                 trained=False,
+                layer=0,
             ),
             objective=Objective(
                 prediction="x0",
@@ -52,8 +62,11 @@ def get_config() -> Config:
                 times=LogitNormal(mean=1.5, std=1.5),
             ),
         ),
-        data=DataConfig(source=Produce(length=10_000_000), transforms=Transforms(size=64)),
-        tokenizer=TokenizerConfig(vocab_size=1024, length=24, records=2000),
+        # Mostly single objects: one thing at a time for so short a run.
+        data=DataConfig(
+            source=Produce(length=10_000_000, group_share=0.1, pair_share=0.1),
+            transforms=Transforms(size=64),
+        ),
         optimizer=AdamW(
             learning_rate=1.5e-3,
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
