@@ -2,10 +2,10 @@
 
     python train.py
 
-Made for two CPU cores without an accelerator, where it takes 8 minutes and 1.9 GB of memory,
-scoring included (AMD EPYC, Zen 4, 2026-11-22). That is little: of 64 single objects in held-out
-combinations 42 % stand where they were asked to, 41 % have the right colour, 8 % are of the right
-kind, and none is right in every attribute. `configs/produce_long.py` is the same for longer.
+Made for two CPU cores without an accelerator, where it takes less than 9 minutes, scoring included,
+and 2 GB of memory (AMD EPYC, Zen 4, 2026-11-22). That is little: of 64 single objects in held-out
+combinations 97 % stand where they were asked to, 94 % have the right colour, 31 % are of the right
+kind, and 17 % are right in every attribute. `configs/produce_long.py` is the same for longer.
 """
 
 from jaxdiff.config import Config, TrainConfig
