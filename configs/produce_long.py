@@ -2,7 +2,7 @@
 
     python train.py configs/produce_long.py
 
-Trained on two CPU cores (AMD EPYC, Zen 4), without an accelerator, in about 80 minutes: 66 images/s
+Trained on two CPU cores (AMD EPYC, Zen 4), without an accelerator, in about 90 minutes: 66 images/s
 beside other work, each core as a device of its own (which is a quarter faster at this batch size):
 
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"

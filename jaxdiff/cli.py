@@ -6,18 +6,14 @@ import difflib
 import io
 import itertools
 import sys
-import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
 from jaxdiff.config import Config, load_recipe, members
@@ -28,10 +24,10 @@ from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.sample_command import SampleOptions, draw
+from jaxdiff.training.metrics import Progress
 from jaxdiff.training.session import run_recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "produce.py"
-LOG_SECONDS = 15.0  # between lines of progress where there is no terminal
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
 
@@ -218,8 +214,9 @@ def prepare(arguments: list[str]) -> None:
     data = options.config.data
     data.source.check()
     path = make_folder(options.out) / "records.array_record"
-    with _progress(len(data.source)) as advance:
-        records = _usable(data, advance)
+    console = Console(stderr=True)
+    with Progress(len(data.source), unit="record", console=console) as progress:
+        records = _usable(data, progress)
         first = next(records, None)
         if first is None:
             raise UserError(
@@ -230,8 +227,8 @@ def prepare(arguments: list[str]) -> None:
     print(f"Wrote {count} records to {path}")
 
 
-def _usable(data: DataConfig, advance: Callable[[], None]) -> Iterator[Record]:
-    """The records that can be trained on; the others are named. Each of them is an advance."""
+def _usable(data: DataConfig, progress: Progress) -> Iterator[Record]:
+    """The records that can be trained on; the others are named."""
     for i in range(len(data.source)):
         try:
             record = data.source[i]
@@ -240,40 +237,7 @@ def _usable(data: DataConfig, advance: Callable[[], None]) -> Iterator[Record]:
             print(f"Skipped {error}", file=sys.stderr)
         else:
             yield record
-        advance()
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Shows how many of `total` records are done, and the time left; gives what counts one more.
-
-    As in training, that is a live line on a terminal, and a line now and then in a log.
-    """
-    console = Console()
-    bar = Bar(
-        BarColumn(bar_width=20),
-        TextColumn("record {task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("", total=total)
-    printed_at = time.monotonic()
-
-    def advance() -> None:
-        nonlocal printed_at
-        bar.advance(task)
-        if bar.disable and time.monotonic() - printed_at >= LOG_SECONDS:
-            printed_at = time.monotonic()
-            parts = [f"record {bar.tasks[0].completed}/{total}"]
-            if (left := bar.tasks[0].time_remaining) is not None:
-                parts.append(f"{timedelta(seconds=round(left))} left")
-            console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
-
-    with bar:
-        yield advance
+        progress.update(i + 1)
 
 
 def sample(arguments: list[str]) -> None:

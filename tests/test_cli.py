@@ -293,10 +293,9 @@ def test_prepare_refuses_data_of_which_nothing_can_be_used(images, tmp_path, ref
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, terminal):
-    monkeypatch.setattr(cli, "LOG_SECONDS", 0.0)
-    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=terminal))
+    monkeypatch.setattr(cli, "Console", lambda **to: Console(force_terminal=terminal, **to))
     assert cli.main(["prepare", recipe, str(tmp_path / "out")]) == 0
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     for part in ("record 4/4", "left"):
         assert part in text
 

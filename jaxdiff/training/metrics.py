@@ -266,6 +266,7 @@ class Progress:
     Args:
       total: steps of the whole run.
       start: steps taken before.
+      unit: what is counted.
       every: seconds between lines where there is no terminal; the last step always has one.
       console: where to write; standard output unless given.
       clock: seconds.
@@ -276,11 +277,13 @@ class Progress:
         total: int,
         *,
         start: int = 0,
+        unit: str = "step",
         every: float = 15.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._start, self._every, self._clock = total, start, every, clock
+        self._unit = unit
         self._console = console or Console()
         self._active = jax.process_index() == 0
         self._first: tuple[int, float] | None = None
@@ -341,7 +344,7 @@ class Progress:
             )
 
     def _line(self, step: int, now: float) -> str:
-        parts = [f"step {step}/{self._total}"]
+        parts = [f"{self._unit} {step}/{self._total}"]
         parts += [self._shown[part] for part in ("loss", "rate", "noise") if part in self._shown]
         first_step, first_time = self._first or (step, now)
         if step > first_step:
