@@ -1,54 +1,71 @@
-"""Real drawings: 3,903 emoji of OpenMoji, some combinations of people at work held out.
+"""Real drawings: the people at work of OpenMoji, some combinations of them held out.
 
     pip install -e '.[openmoji]' && python train.py configs/openmoji.py
     jaxdiff evaluate runs/openmoji
 
-A score is the share of held-out combinations (profession, gender, skin tone) whose nearest real
-drawing, among all of that profession, is the prompted one. Sized for one GPU; it has not been
-trained to the end yet, so no figure is stated.
+A U-Net that predicts x0 on pixels. It took 27 minutes of one core of an AMD EPYC (Zen 4), 2 GB of
+memory and no accelerator. A score is the share of held-out combinations (profession, gender, skin
+tone) whose nearest real drawing, among the 18 of that profession, is the prompted one: @OM@ of 500
+(2026-11-22). `--data.source.subset all` trains on all 3,903 drawings, which wants a GPU and longer.
 """
 
-import dataclasses
-from pathlib import Path
-
-from jaxdiff.config import Config, load_recipe
+from jaxdiff.config import Config, TokenizerConfig, TrainConfig
 from jaxdiff.data.openmoji import OpenMoji
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
+from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet import UNetConfig
+from jaxdiff.sampling.guidance import StaticThreshold
+from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.diffusion import DiffusionTask, TextTower
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
 
 PROMPTS = (
     "a woman firefighter with dark skin",
     "a man cook with light skin",
-    "a person astronaut with medium skin",
-    "a red apple",
-    "a cat face",
-    "a flag of Japan",
+    "an astronaut with medium skin",
+    "a female judge with medium-light skin",
+    "a man farmer with medium-dark skin",
+    "a detective",
+    "a woman scientist with light skin",
+    "a guard with dark skin",
 )
 
 
 def get_config() -> Config:
-    """`configs/produce.py` on OpenMoji, larger and longer."""
-    base = load_recipe(Path(__file__).with_name("produce.py"))
-    assert isinstance(base.task, DiffusionTask)
-    task = dataclasses.replace(
-        base.task,
-        denoiser=UNetConfig(widths=(128, 192, 256), blocks=2, text_width=256, pooled_width=256),
-        # As drawn: what tells the drawings apart are the words, which layer 0 leaves as they are.
-        text=TextTower(
-            model=ClipTextConfig(vocab_size=2048, length=32, width=256, depth=2, heads=4),
-            trained=False,
-            layer=0,
-        ),
-    )
-    return dataclasses.replace(
-        base,
+    """The recipe."""
+    tower = ClipTextConfig(vocab_size=1024, length=32, width=128, depth=2, heads=4)
+    return Config(
         name="openmoji",
-        task=task,
-        data=dataclasses.replace(base.data, source=OpenMoji()),
-        tokenizer=dataclasses.replace(base.tokenizer, vocab_size=2048, length=32, records=4000),
-        train=dataclasses.replace(
-            base.train, steps=40_000, batch_size=128, checkpoint_every=2000, compute="bfloat16"
+        task=DiffusionTask(
+            denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
+            # As drawn: what tells the drawings apart are the words, which layer 0 leaves alone.
+            text=TextTower(model=tower, trained=False, layer=0),
+            objective=Objective(
+                prediction="x0",
+                loss_on="x0",
+                schedule=RectifiedFlow(),
+                times=LogitNormal(mean=1.5, std=1.5),
+            ),
         ),
-        sampling=dataclasses.replace(base.sampling, prompts=PROMPTS),
+        data=DataConfig(source=OpenMoji(subset="workers"), transforms=Transforms(size=64)),
+        tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
+        optimizer=AdamW(
+            learning_rate=1.5e-3,
+            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
+        ),
+        ema=Ema(decay=0.998),
+        train=TrainConfig(steps=4000, batch_size=16, checkpoint_every=500, log_every=50),
+        # A prompt fits one drawing alone, of which guidance could only exaggerate the colours.
+        sampling=SamplingConfig(
+            grid=TimeGrid(shift=6.0),
+            guidance_scale=1.0,
+            threshold=StaticThreshold(),
+            prompts=PROMPTS,
+        ),
+        eval_samples=500,
     )

@@ -15,11 +15,11 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.unet import UNetConfig
-from jaxdiff.sampling.guidance import StaticThreshold
+from jaxdiff.models.dit import DiTConfig
 from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.training.diffusion import DiffusionTask, TextTower
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
 
@@ -40,7 +40,14 @@ def get_config() -> Config:
     return Config(
         name="produce",
         task=DiffusionTask(
-            denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
+            denoiser=DiTConfig(
+                channels=8,
+                patch_size=2,
+                width=128,
+                depth=6,
+                text_width=128,
+                pooled_width=128,
+            ),
             text=TextTower(
                 model=ClipTextConfig(
                     vocab_size=1024,
@@ -55,11 +62,23 @@ def get_config() -> Config:
                 trained=False,
                 layer=0,
             ),
+            latents=Latents(
+                model=AutoencoderConfig(
+                    latent_channels=8,
+                    block_out_channels=(64, 128),
+                    layers_per_block=1,
+                    patch_size=4,
+                    norm_num_groups=8,
+                    shift_factor=0.306,
+                    scaling_factor=1 / 1.836,
+                ),
+                pretrained="shipped:produce_autoencoder",
+            ),
             objective=Objective(
                 prediction="x0",
                 loss_on="x0",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(mean=1.5, std=1.5),
+                times=LogitNormal(mean=0.5, std=1.3),
             ),
         ),
         # Mostly single objects: one thing at a time for so short a run.
@@ -68,13 +87,11 @@ def get_config() -> Config:
             transforms=Transforms(size=64),
         ),
         optimizer=AdamW(
-            learning_rate=1.5e-3,
+            learning_rate=3e-3,
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(steps=1400, batch_size=16, checkpoint_every=500, log_every=50),
-        sampling=SamplingConfig(
-            grid=TimeGrid(shift=6.0), threshold=StaticThreshold(), prompts=PROMPTS
-        ),
+        train=TrainConfig(steps=2800, batch_size=32, checkpoint_every=500, log_every=50),
+        sampling=SamplingConfig(grid=TimeGrid(shift=3.0), prompts=PROMPTS),
         eval_samples=64,
     )

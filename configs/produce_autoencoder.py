@@ -15,7 +15,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.ema import Ema
-from jaxdiff.training.optimizer import AdamW, CosineLR
+from jaxdiff.training.optimizer import Muon, WarmupStableDecay
 
 
 def get_config() -> Config:
@@ -24,23 +24,25 @@ def get_config() -> Config:
         name="produce_autoencoder",
         task=AutoencoderTask(
             model=AutoencoderConfig(
-                latent_channels=4,
-                block_out_channels=(16, 32, 64),
+                latent_channels=8,
+                block_out_channels=(64, 128),
                 layers_per_block=1,
+                patch_size=4,
                 norm_num_groups=8,
             ),
+            kl_weight=1e-3,
             l2_share=0.5,
         ),
         data=DataConfig(
-            source=Produce(),
+            source=Produce(length=10_000_000),
             transforms=Transforms(size=64, flip=True, caption_dropout=0.0),
         ),
         tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
-        optimizer=AdamW(
-            learning_rate=2e-3,
-            weight_decay=0.01,
-            schedule=CosineLR(warmup_steps=50, final=0.02),
+        optimizer=Muon(
+            learning_rate=4e-3,
+            b2=0.99,
+            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.4, decay="linear"),
         ),
-        ema=Ema(decay=0.99),
-        train=TrainConfig(steps=900, batch_size=16, log_every=50, checkpoint_every=300),
+        ema=Ema(decay=0.998),
+        train=TrainConfig(steps=2800, batch_size=32, log_every=50, checkpoint_every=300),
     )

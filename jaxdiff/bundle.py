@@ -27,6 +27,7 @@ from safetensors.numpy import save
 from jaxdiff.config import Config, from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained, Task
 
@@ -102,14 +103,6 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
             f"{folder} cannot be made a folder ({reason}): choose another one to write into."
         ) from error
     return path
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".partial-{path.name}"
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def write_config(folder: epath.PathLike, config: Config) -> None:

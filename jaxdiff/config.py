@@ -23,7 +23,7 @@ from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
-from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.step import ComputeType
 
 RECIPES = Path(__file__).parent.parent / "configs"
@@ -103,7 +103,7 @@ class Config:
     task: DiffusionTask | AutoencoderTask | ClipTask
     data: DataConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: AdamW | Muon = field(default_factory=AdamW)
     ema: Ema = field(default_factory=Ema)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
 
 GAP = 2  # pixels between tiles
 GAP_COLOUR = 224
@@ -109,11 +110,7 @@ def save_png(path: epath.PathLike, image: Picture, text: dict[str, str] | None =
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="PNG", pnginfo=chunks)
 
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".partial-{target.name}"
-    partial.write_bytes(data.getvalue())
-    partial.replace(target)
+    write_whole(epath.Path(path), data.getvalue())
 
 
 def read_text(path: epath.PathLike) -> dict[str, str]:

@@ -75,9 +75,9 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         negative_prompt: Sequence[str] | None = None,
-        seeds: Iterable[int] | None = None,
+        seeds: int | Iterable[int] | None = None,
         num_steps: int | None = None,
-        guidance_scale: int | float | Iterable[int | float] | None = None,
+        guidance_scale: float | Iterable[float] | None = None,
         solver: Solver | None = None,
         size: tuple[int, int] | None = None,
         latents: np.ndarray | jax.Array | None = None,
@@ -121,11 +121,10 @@ class Pipeline:
         shape = self._shape(*size)
         negative = [""] if negative_prompt is None else _texts("negative_prompt", negative_prompt)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        scales = [scale] if isinstance(scale, int | float) else scale
         rows = {
             "ids": self.tokenizer(prompts),
             "negative_ids": self.tokenizer(_one_each("negative_prompt", negative, n)),
-            "scale": np.asarray(_one_each("guidance_scale", scales, n), np.float32),
+            "scale": np.asarray(_one_each("guidance_scale", scale, n), np.float32),
             "seeds": _seeds(_one_each("seeds", range(n) if seeds is None else seeds, n)),
         }
         if latents is not None:
@@ -186,9 +185,10 @@ def _seeds(values: list[int]) -> np.ndarray:
     return np.asarray(values, np.uint32)
 
 
-def _one_each(name: str, values: Iterable[Any], n: int) -> list[Any]:
-    """A list of n values, of which one may stand for all."""
-    values = list(values)
+def _one_each(name: str, values: Any, n: int) -> list[Any]:
+    """A list of n values, of which one, by itself or in a list, may stand for all."""
+    alone = not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
+    values = [values] if alone else list(values)
     if len(values) == 1:
         return values * n
     if len(values) != n:

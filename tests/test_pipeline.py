@@ -106,6 +106,7 @@ def test_no_argument_of_the_loop_compiles_it_again(pipeline, compilations):
     pipeline([PEA], guidance_scale=7)
     pipeline(["something else", PEA], guidance_scale=[1.0, 2.0], negative_prompt=["a pea"])
     pipeline([PEA] * 5, seeds=range(5), output="float")
+    pipeline([PEA, TOMATO], seeds=7, guidance_scale=np.float32(2))
     assert not compilations
 
 

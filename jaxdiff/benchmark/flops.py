@@ -162,8 +162,9 @@ def _middle(config: AutoencoderConfig, area: int) -> float:
 
 def encode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float:
     """Of encoding one image of this size, in pixels, to the moments of z."""
-    widths, area, moments = config.block_out_channels, height * width, 2 * config.latent_channels
-    total = _conv(3, config.image_channels, widths[0], area)
+    widths, moments = config.block_out_channels, 2 * config.latent_channels
+    area = height * width // config.patch_size**2
+    total = _conv(3, config.patch_channels, widths[0], area)
     for i, outputs in enumerate(widths):
         total += _residual_block(widths[max(i - 1, 0)], outputs, area)
         total += (config.layers_per_block - 1) * _residual_block(outputs, outputs, area)
@@ -186,7 +187,7 @@ def decode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float
         if i + 1 < len(widths):
             area *= 4
             total += _conv(3, outputs, outputs, area)
-    return total + _conv(3, widths[-1], config.image_channels, area)
+    return total + _conv(3, widths[-1], config.patch_channels, area)
 
 
 # Dense bf16 FLOP/s of one JAX device, by the start of its `device_kind`; the first that fits

@@ -44,7 +44,8 @@ class OpenMoji:
 
     Images are uint8 [size, size, 3] over white. The split "train" leaves out the combinations
     of profession, gender and skin tone that `Worker.held_out` names, "held_out" has only
-    those, "all" has both. All drawings are rendered together at first use, into one file in
+    those, "all" has both. The subset "workers" has only the people at work, by profession,
+    gender and skin tone. All drawings are rendered together at first use, into one file in
     the folder `cache` (the user's cache folder unless given), which later uses share. That
     takes about eight seconds of one core at 64 x 64, and 55 MB of memory and of disk.
 
@@ -53,6 +54,7 @@ class OpenMoji:
     """
 
     split: Literal["train", "held_out", "all"] = "train"
+    subset: Literal["all", "workers"] = "all"
     size: int = 64
     cache: str | None = None
 
@@ -89,6 +91,8 @@ class OpenMoji:
             if name is None:
                 continue
             who = worker(name)
+            if who is None and self.subset == "workers":
+                continue
             held_out = who is not None and who.held_out
             if self.split == "all" or held_out == (self.split == "held_out"):
                 texts = captions(name, flag=_FLAG.fullmatch(file.stem) is not None)

@@ -12,6 +12,7 @@ from jaxtyping import Int32
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -53,11 +54,7 @@ class Tokenizer:
 
     def save(self, folder: str) -> None:
         """Writes `tokenizer.json`, all that `load` needs, into `folder`."""
-        target = epath.Path(folder) / _FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".partial-{_FILE}"
-        partial.write_bytes(self.bpe.to_str(pretty=True).encode())
-        partial.replace(target)
+        write_whole(epath.Path(folder) / _FILE, self.bpe.to_str(pretty=True).encode())
 
     @classmethod
     def load(cls, folder: str, *, length: int | None = None) -> "Tokenizer":

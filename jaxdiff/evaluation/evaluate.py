@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from jaxdiff.bundle import read_bundle, write_whole
+from jaxdiff.bundle import read_bundle
 from jaxdiff.config import Config
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.produce import Produce, full_caption
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import openmoji_score, produce_score
+from jaxdiff.files import write_whole
 from jaxdiff.pipeline import Pipeline
 
 Figures = dict[str, dict[str, dict[str, float]]]

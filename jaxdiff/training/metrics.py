@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
 
 RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -101,9 +102,8 @@ class MetricsWriter:
 
     def _upload(self) -> None:
         """Replaces the records on disk, whole, by those in memory."""
-        partial = self._folder / f".partial-{RECORDS}"
-        partial.write_text("".join(f"{line}\n" for line in self._lines))
-        partial.replace(self._folder / RECORDS)
+        text = "".join(f"{line}\n" for line in self._lines)
+        write_whole(self._folder / RECORDS, text.encode())
         self._uploaded_at = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:

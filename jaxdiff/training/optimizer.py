@@ -1,4 +1,4 @@
-"""AdamW with a weight-decay mask and gradient clipping, and the schedules of its learning rate.
+"""AdamW and Muon, with weight decay and gradient clipping, and the schedules of the learning rate.
 
 A schedule gives the factor on the learning rate at each update: it rises linearly over
 `warmup_steps` updates, holds or falls, and is a small frozen dataclass with one method,
@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
+from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdiff.errors import UserError
 
 Step = int | Int[Array, ""]
+
+_RMS_OF_ADAM = 0.2  # of its updates over the learning rate, from 0.2 to 0.4 in practice
 
 
 def _check_schedule(name: str, warmup_steps: int, **shares: float) -> None:
@@ -136,14 +139,15 @@ class AdamW:
     def __post_init__(self):
         if self.learning_rate <= 0 or self.weight_decay < 0 or self.eps <= 0:
             raise UserError(
-                f"AdamW: learning_rate and eps must be positive and weight_decay not negative; got "
-                f"{self.learning_rate}, {self.eps} and {self.weight_decay}."
+                f"optimizer: learning_rate and eps must be positive and weight_decay not negative; "
+                f"got {self.learning_rate}, {self.eps} and {self.weight_decay}."
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise UserError(f"AdamW: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
+            raise UserError(f"optimizer: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(
-                f"AdamW: clip_norm must be positive, or None to clip nothing; got {self.clip_norm}."
+                "optimizer: clip_norm must be positive, or None to clip nothing; got "
+                f"{self.clip_norm}."
             )
 
     def learning_rate_at(self, step: Step, total_steps: int) -> Float[Array, ""]:
@@ -152,14 +156,61 @@ class AdamW:
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
         """The transformation for a run of `total_steps` updates; its state is all it remembers."""
-        adamw = optax.adamw(
-            lambda count: self.learning_rate_at(jnp.asarray(count), total_steps),
+        step = self._step(lambda count: self.learning_rate_at(jnp.asarray(count), total_steps))
+        if self.clip_norm is None:
+            return step
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), step)
+
+    def _step(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            learning_rate,
             b1=self.b1,
             b2=self.b2,
             eps=self.eps,
             weight_decay=self.weight_decay,
             mask=decayed,
         )
-        if self.clip_norm is None:
-            return adamw
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """Muon for the kernels, NAdam for all else (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
+
+    The momentum of each kernel's gradient is made orthogonal, so that no direction of it is left
+    behind, and scaled to the size of Adam's updates (Liu et al. 2025, eq. 4): the learning rate
+    and the weight decay mean what they do for `AdamW`. A convolution counts as the matrix from
+    all values under its window to its outputs; stacked blocks are taken one by one.
+
+    Attributes:
+      momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` serve the rest.
+    """
+
+    momentum: float = 0.95
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer: momentum must be in [0, 1); got {self.momentum}.")
+
+    def _step(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return muon(
+            learning_rate,
+            beta=self.momentum,
+            weight_decay=self.weight_decay,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            eps=self.eps,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=_RMS_OF_ADAM,
+        )
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Which axes of a kernel are a matrix's rows and columns; None for what is none."""
+
+    def matrix(kernel: bool, leaf: Array) -> MuonDimensionNumbers | None:
+        first = leaf.ndim % 2  # linear layers have two axes, convolutions four, stacked ones more
+        rows = tuple(range(first, leaf.ndim - 1))
+        return MuonDimensionNumbers(rows, leaf.ndim - 1) if kernel and rows else None
+
+    return jax.tree.map(matrix, decayed(params), params)

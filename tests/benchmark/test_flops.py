@@ -14,11 +14,13 @@ from jaxdiff.benchmark.flops import (
     encode_flops,
     peak_flops,
     three_passes,
+    unet_flops,
 )
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures
+from jaxdiff.models.unet import UNet, UNetConfig
 
 BATCH = 2
 DIT = DiTConfig(
@@ -26,6 +28,14 @@ DIT = DiTConfig(
 )
 TEXT = ClipTextConfig(vocab_size=64, length=77, width=256, depth=1, heads=4, projection_dim=128)
 VISION = ClipVisionConfig(image_size=112, width=256, depth=1, heads=4, projection_dim=128)
+UNET = UNetConfig(
+    channels=4,
+    patch_size=1,
+    widths=(64, 128),
+    attention=(False, True),
+    text_width=192,
+    pooled_width=96,
+)
 AUTOENCODER = AutoencoderConfig(block_out_channels=(64, 128))
 
 
@@ -41,14 +51,14 @@ def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def counted_dit(config, text_length):
+def counted_denoiser(kind, config, text_length):
     text = TextFeatures(
         shape(text_length, config.text_width),
         shape(config.pooled_width),
         shape(text_length, dtype=jnp.bool_),
     )
     return counted(
-        nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))),
         lambda model, x, t, tokens, pooled, mask: model(x, t, TextFeatures(tokens, pooled, mask)),
         shape(32, 48, config.channels),
         shape(),
@@ -64,7 +74,14 @@ def counted_dit(config, text_length):
 def test_dit_agrees_with_xla(changes):
     config = dataclasses.replace(DIT, **changes)
     ours = dit_flops(config, height=32, width=48, text_length=64)
-    assert ours == pytest.approx(counted_dit(config, 64), rel=0.03)
+    assert ours == pytest.approx(counted_denoiser(DiT, config, 64), rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{}, {"blocks": 2, "attention": (True, True)}])
+def test_unet_agrees_with_xla(changes):
+    config = dataclasses.replace(UNET, **changes)
+    ours = unet_flops(config, height=32, width=48, text_length=64)
+    assert ours == pytest.approx(counted_denoiser(UNet, config, 64), rel=0.04)
 
 
 def test_clip_text_agrees_with_xla():
@@ -93,13 +110,14 @@ BARE = dict(
 )
 
 
-@pytest.mark.parametrize("changes", [{}, BARE], ids=["full", "bare"])
+@pytest.mark.parametrize("changes", [{}, BARE, {"patch_size": 2}], ids=["full", "bare", "patches"])
 def test_autoencoder_agrees_with_xla(changes):
     config = dataclasses.replace(AUTOENCODER, **changes)
     model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
     xla = counted(model, lambda model, x: model.encode(x).mean, shape(128, 192, 3))
     assert encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
-    xla = counted(model, lambda model, z: model.decode(z), shape(64, 96, 4))
+    sides = (128 // config.downsampling, 192 // config.downsampling)
+    xla = counted(model, lambda model, z: model.decode(z), shape(*sides, 4))
     assert decode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
 
 

@@ -82,6 +82,16 @@ def test_the_splits_part_the_drawings(everything, cache):
     assert len(workers) == len(set(workers)) == len(PROFESSIONS) * len(GENDERS) * 6
 
 
+def test_the_subset_of_workers_has_them_alone(everything, cache):
+    workers = OpenMoji(split="all", subset="workers", size=SIZE, cache=cache)
+    assert [d.worker for d in workers.drawings] == [
+        d.worker for d in everything.drawings if d.worker
+    ]
+    name = workers.drawings[7].name
+    same = [d.name for d in everything.drawings].index(name)
+    np.testing.assert_array_equal(workers[7]["image"], everything[same]["image"])
+
+
 def test_no_held_out_drawing_has_an_equal_in_training(everything):
     held_out, trained = set(), set()
     for i, drawing in enumerate(everything.drawings):

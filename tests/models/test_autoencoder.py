@@ -60,6 +60,17 @@ def test_each_level_but_the_last_halves_the_sides_and_decoding_restores_them(
     assert decoded.shape == (2, 8, 8, 3)
 
 
+def test_patches_of_pixels_enter_and_leave_as_channels():
+    sizes = config(block_out_channels=(8, 16), patch_size=2, latent_channels=5)
+    z, decoded = jax.eval_shape(there_and_back(sizes), images())
+    assert sizes.downsampling == 4
+    assert z.mean.shape == (2, 2, 2, 5)
+    assert decoded.shape == (2, 8, 8, 3)
+    params = abstract_params(Autoencoder, sizes)
+    assert params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 12, 8)
+    assert params["decoder"]["conv_out"]["kernel"].shape == (3, 3, 8, 12)
+
+
 @pytest.mark.parametrize("name", ["use_quant_conv", "use_post_quant_conv"])
 def test_the_1x1_convolutions_are_optional(name):
     sizes, conv = config(**{name: False}), name.removeprefix("use_")

@@ -12,6 +12,7 @@ from jaxdiff.training.optimizer import (
     AdamW,
     ConstantLR,
     CosineLR,
+    Muon,
     WarmupStableDecay,
     decayed,
 )
@@ -51,6 +52,46 @@ def test_gradients_longer_than_clip_norm_are_scaled_and_others_left():
 
     np.testing.assert_allclose(moved(30, 40), [0.6, 0.8], rtol=1e-4)
     np.testing.assert_allclose(moved(0.3, 0.4), [0.3, 0.4], rtol=1e-4)
+
+
+def test_muon_moves_each_kernel_alike_in_all_directions_and_as_far_as_adam():
+    key, other = jax.random.split(jax.random.key(0))
+    # Singular values from 1 to 100, of which a plain gradient would follow the greatest alone.
+    u, v = (
+        jnp.linalg.qr(jax.random.normal(key, (2, 12, 4)))[0],
+        jnp.linalg.qr(jax.random.normal(other, (2, 4, 4)))[0],
+    )
+    gradient = jnp.einsum("bik,k,bjk->bij", u, jnp.array([100.0, 10, 3, 1]), v)
+    optimizer = Muon(learning_rate=0.5, weight_decay=0.0, clip_norm=None)
+    shapes = {"linear": gradient[0], "stacked": gradient, "conv": gradient[0].reshape(2, 2, 3, 4)}
+    params = {name: {"kernel": jnp.zeros(g.shape)} for name, g in shapes.items()}
+    ended = run(optimizer, params, [{name: {"kernel": g} for name, g in shapes.items()}])
+    step = -ended["stacked"]["kernel"] / (0.5 * 0.2 * 12**0.5)
+    values = jnp.linalg.svd(step, compute_uv=False)
+    assert values.min() > 0.6  # what five iterations leave
+    assert values.max() < 1.3
+    aligned = jnp.einsum("bik,bij,bjk->bk", u, step, v)
+    np.testing.assert_allclose(aligned, jnp.ones((2, 4)), atol=0.4)
+    np.testing.assert_allclose(ended["linear"]["kernel"], ended["stacked"]["kernel"][0], atol=1e-5)
+    np.testing.assert_allclose(
+        ended["conv"]["kernel"].reshape(12, 4), ended["linear"]["kernel"], atol=1e-5
+    )
+
+
+def test_muon_leaves_all_but_kernels_to_nadam_and_decays_kernels_as_adamw_does():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    gradients = [{"kernel": jnp.zeros((3, 2)), "bias": jnp.array([0.3, -2.0])}] * 3
+    settings = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "weight_decay": 0.5, "clip_norm": None}
+    ours = run(Muon(**settings), params, gradients)
+    decayed_alone = run(AdamW(**settings), params, gradients)["kernel"]
+    np.testing.assert_allclose(ours["kernel"], decayed_alone, rtol=1e-5)
+    nadam = optax.nadam(0.1, b1=0.8, b2=0.9)
+    state = nadam.init(params["bias"])
+    bias = params["bias"]
+    for gradient in gradients:
+        updates, state = nadam.update(gradient["bias"], state)
+        bias = optax.apply_updates(bias, updates)
+    np.testing.assert_allclose(ours["bias"], bias, rtol=1e-5)
 
 
 def names(tree, wanted: bool) -> set[str]:
@@ -148,6 +189,7 @@ def test_the_update_uses_the_learning_rate_that_is_reported():
         lambda: AdamW(learning_rate=0.0),
         lambda: AdamW(b2=1.0),
         lambda: AdamW(clip_norm=0.0),
+        lambda: Muon(momentum=1.0),
         lambda: CosineLR(final=1.5),
         lambda: WarmupStableDecay(decay_share=2.0),
         lambda: ConstantLR(warmup_steps=-1),

@@ -1,0 +1,11 @@
+"""Files that are there whole or not at all."""
+
+from etils import epath
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file under a temporary name, then renames it; makes its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".partial-{path.name}"
+    partial.write_bytes(data)
+    partial.replace(path)
