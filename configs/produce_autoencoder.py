@@ -1,10 +1,18 @@
-"""An autoencoder of the drawn produce: 64x64 pixels to 16x16 latents of 4 channels and back.
+"""An autoencoder of the drawn produce: 64x64 pixels to 8x8 latents of 8 channels and back.
 
     python train.py configs/produce_autoencoder.py
 
-Sized for about 10 minutes on two CPU cores without an accelerator, and less than 6 GB of memory.
-Its figures have not been measured yet. For a diffusion model on its latents, take `z_mean` and
-`z_std` from the last line of its metrics and set `shift_factor = z_mean` and
+Its first and last convolution work on patches of 4 pixels, which saves most of the cost. On two CPU
+cores without an accelerator it takes 28 minutes, at 55 images/s (AMD EPYC, Zen 4, 2026-11-22), each
+core as a device of its own:
+
+    XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+
+Images come back with 33.2 dB. What gets lost are bumps and ridges of a pixel: of the true drawings
+a reader still finds every attribute in 97.2 % of the single objects and in 85.6 % of the pairs, the
+best that a model on these latents can do (the column "latents" of `jaxdiff evaluate`). The weights
+ship as `shipped:produce_autoencoder`. For a diffusion model on the latents of another run, take
+`z_mean` and `z_std` from the last line of its metrics and set `shift_factor = z_mean` and
 `scaling_factor = 1 / z_std`.
 """
 

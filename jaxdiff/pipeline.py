@@ -17,6 +17,7 @@ from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.task import from_uint8
 
 DEFAULT_MODEL = "shipped:produce"
 LARGEST_SEED = 2**32 - 1
@@ -150,6 +151,21 @@ class Pipeline:
         images = np.concatenate(drawn, axis=-4)
         return images if output == "float" else np.rint(images * 255).astype(np.uint8)
 
+    def autoencode(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [n, h, w, 3] to latents and back: the best that this model could draw.
+
+        Those of a model that works on pixels come back as they are.
+        """
+        if self.task.latents is None:
+            return images
+        size = _batch_size(*images.shape[2:0:-1])
+        parts = [images[i : i + size] for i in range(0, len(images), size)]
+        back = [
+            _autoencoder(self.task)(self.weights["frozen"], np.resize(x, (size, *x.shape[1:])))
+            for x in parts
+        ]
+        return np.concatenate([np.asarray(y)[: len(x)] for x, y in zip(parts, back, strict=True)])
+
     def truncated(self, prompt: str) -> bool:
         """Whether the end of a prompt is cut off because the text encoder takes no more."""
         return self.tokenizer.truncated(prompt)
@@ -194,6 +210,18 @@ def _one_each(name: str, values: Any, n: int) -> list[Any]:
     if len(values) != n:
         raise UserError(f"{name} has {len(values)} values for {n} prompts: give one, or one each.")
     return values
+
+
+@functools.lru_cache(maxsize=16)
+def _autoencoder(task: DiffusionTask):
+    """The jitted way from images to latents, without their noise, and back."""
+
+    @jax.jit
+    def autoencode(frozen, images):
+        back = jnp.clip(task.decode(frozen, task.encode(frozen, from_uint8(images))), -1, 1)
+        return jnp.rint((back + 1) * 127.5).astype(jnp.uint8)
+
+    return autoencode
 
 
 @functools.lru_cache(maxsize=16)

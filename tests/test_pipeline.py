@@ -12,6 +12,7 @@ from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import merge
+from jaxdiff.pictures import to_uint8
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.settings import SamplingConfig
@@ -19,6 +20,7 @@ from jaxdiff.sampling.solvers import DDIM
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.diffusion import Latents
 from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.task import from_uint8
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -240,12 +242,22 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
     write_bundle(tmp_path / "model", bundle, dtype="float32")
     drawn = load(str(tmp_path / "model"))([PEA])
     assert drawn.shape == (1, 32, 32, 3)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    back = Pipeline(bundle).autoencode(images)
+    model = Autoencoder(small, rngs=nnx.Rngs(0))
+    expected = to_uint8(model.decode(model.encode(from_uint8(jax.numpy.asarray(images))).mode()))
+    assert np.abs(back.astype(int) - expected).max() <= 1  # sums of another batch size
     with pytest.raises(UserError, match="multiples of 8"):
         Pipeline(bundle)([PEA], size=(20, 32))
 
     write_weights(epath.Path(tmp_path / "model" / "model.safetensors"), params=params)
     with pytest.raises(UserError, match=r"frozen\.autoencoder\."):
         load(str(tmp_path / "model"))
+
+
+def test_of_pixels_nothing_is_encoded(pipeline):
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    assert pipeline.autoencode(images) is images
 
 
 def test_how_many_images_are_drawn_at_a_time_depends_on_their_size():

@@ -17,7 +17,11 @@ from jaxdiff.files import write_whole
 from jaxdiff.pipeline import Pipeline
 
 Figures = dict[str, dict[str, dict[str, float]]]
-"""{what was drawn: {attribute: {"score", "ceiling", "chance"}}}, fractions in [0, 1]."""
+"""{what was drawn: {attribute: {"score", "ceiling", "chance"}}}, fractions in [0, 1].
+
+Of a model that works on latents there is also "latents": what the true drawings, whose score is
+the ceiling, score after the way through its autoencoder.
+"""
 
 Draw = Callable[[Sequence[str]], np.ndarray]
 
@@ -40,7 +44,8 @@ def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None =
         return pipeline(prompts, batch_size=batch_size)
 
     if isinstance(source, Produce):
-        return _produce(draw, samples)
+        autoencode = pipeline.autoencode if pipeline.task.latents else None
+        return _produce(draw, autoencode, samples)
     assert isinstance(source, OpenMoji)  # as was checked
     return _openmoji(draw, samples, source)
 
@@ -67,7 +72,9 @@ def check_scorable(config: Config) -> None:
         )
 
 
-def _produce(draw: Draw, samples: int) -> Figures:
+def _produce(
+    draw: Draw, autoencode: Callable[[np.ndarray], np.ndarray] | None, samples: int
+) -> Figures:
     """Single objects in combinations held out of training, the same in trained ones, and pairs."""
     scenes_of = functools.partial(produce_score.evaluation_scenes, samples)
     sets = {
@@ -78,11 +85,15 @@ def _produce(draw: Draw, samples: int) -> Figures:
     figures = {}
     for name, scenes in sets.items():
         images = draw([full_caption(scene) for scene in scenes])
-        figures[name] = _by_attribute(
-            score=produce_score.score(images, scenes),
-            ceiling=produce_score.ceiling(scenes),
-            chance=produce_score.chance(images, scenes),
-        )
+        true = produce_score.true_drawings(scenes)
+        columns = {
+            "score": produce_score.score(images, scenes),
+            "ceiling": produce_score.score(true, scenes),
+            "chance": produce_score.chance(images, scenes),
+        }
+        if autoencode:
+            columns["latents"] = produce_score.score(autoencode(true), scenes)
+        figures[name] = _by_attribute(**columns)
     return figures
 
 
@@ -105,9 +116,10 @@ def table(figures: Figures) -> str:
     """Plain text: a line for each attribute, in percent; its last, "joint", is all of them."""
     lines = []
     for name, attributes in figures.items():
-        lines.append(f"{name:<40}{'score':>9}{'ceiling':>9}{'chance':>9}")
+        columns = next(iter(attributes.values()))
+        lines.append(f"{name:<40}" + "".join(f"{column:>9}" for column in columns))
         for attribute, row in attributes.items():
-            text = "".join(f"{row[column]:>9.1%}" for column in ("score", "ceiling", "chance"))
+            text = "".join(f"{figure:>9.1%}" for figure in row.values())
             lines.append(f"  {attribute:<38}{text}")
     return "\n".join(lines)
 

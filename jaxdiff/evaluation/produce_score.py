@@ -1,6 +1,6 @@
 """Scores pictures of drawn scenes by how many of the prompted attributes a reader finds in them.
 
-A score says little alone: `ceiling` is what the reader makes of true drawings of the same scenes,
+A score says little alone: the ceiling is that of true drawings of the same scenes,
 `chance` what the pictures score against the scenes shifted by half of their number.
 """
 
@@ -42,13 +42,10 @@ def score(
     }
 
 
-def ceiling(scenes: Sequence[Scene]) -> dict[str, float]:
-    """What fresh true drawings of the scenes score."""
-    images = [
-        render(scene, np.random.default_rng((SEED, index)), SIZE)
-        for index, scene in enumerate(scenes)
-    ]
-    return score(images, scenes)
+def true_drawings(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n h w 3"]:
+    """A fresh drawing of each scene, whose score is the ceiling."""
+    rngs = (np.random.default_rng((SEED, index)) for index in range(len(scenes)))
+    return np.stack([render(scene, rng, SIZE) for scene, rng in zip(scenes, rngs, strict=True)])
 
 
 def chance(

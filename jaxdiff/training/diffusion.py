@@ -141,13 +141,14 @@ class DiffusionTask:
         return model.text(ids, layer=self.text.layer)
 
     def encode(
-        self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""]
+        self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b i j c"]:
-        """Images in [-1, 1] to the space that is modelled."""
+        """Images in [-1, 1] to the space that is modelled; without a key, without noise."""
         if self.latents is None:
             return images
         autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
-        return autoencoder.to_latents(autoencoder.encode(images).sample(key))
+        z = autoencoder.encode(images)
+        return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
 
     def decode(self, frozen: PyTree, x: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
         """From the space that is modelled to images, about in [-1, 1]."""

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ class Perfect(Pipeline):
 
     def __init__(self, config: Config, images: dict[str, np.ndarray]):
         self.config = config
+        self.task = config.task
         self.images = images
 
     def __call__(self, prompts, **_) -> np.ndarray:
@@ -76,6 +78,19 @@ def test_every_attribute_has_a_line_of_three_figures(figures):
     for line in (line for line in lines if line.startswith("  ")):
         assert line.count("%") == 3
     assert lines[-1].split()[0] == "joint"
+
+
+def test_of_latents_the_way_through_the_autoencoder_is_scored_too(recipe, produce, figures):
+    class Latent(Perfect):
+        def autoencode(self, images):
+            return np.full_like(images, 128)
+
+    pipeline = Latent(recipe(Produce()), produce.images)
+    pipeline.task = SimpleNamespace(latents=object())
+    others = evaluate(pipeline, samples=SAMPLES)
+    for name, attributes in others.items():
+        assert attributes["joint"] == figures[name]["joint"] | {"latents": 0.0}
+    assert table(others).splitlines()[0].endswith("latents")
 
 
 def test_true_emoji_score_all_in_all_three_columns(recipe, tmp_path, monkeypatch):
