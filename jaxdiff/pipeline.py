@@ -22,6 +22,9 @@ from jaxdiff.training.task import from_uint8
 DEFAULT_MODEL = "shipped:produce"
 LARGEST_SEED = 2**32 - 1
 
+Integer = int | np.integer
+Number = Integer | float | np.floating
+
 # Pixels drawn at a time unless a caller says otherwise, and the most images that may be. On two CPU
 # cores 4 images of 64x64 at a time take 0.15 s each, 1 at a time 0.22 s and 16 at a time 0.12 s.
 PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
@@ -76,9 +79,9 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         negative_prompt: Sequence[str] | None = None,
-        seeds: int | Iterable[int] | None = None,
+        seeds: Integer | Iterable[Integer] | None = None,
         num_steps: int | None = None,
-        guidance_scale: float | Iterable[float] | None = None,
+        guidance_scale: Number | Iterable[Number] | None = None,
         solver: Solver | None = None,
         size: tuple[int, int] | None = None,
         latents: np.ndarray | jax.Array | None = None,
