@@ -19,12 +19,14 @@ from pathlib import Path
 
 from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.produce import Produce
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
 
 
 def get_config() -> Config:
     """`configs/produce.py`, wider, with more groups and pairs and a longer average."""
     base = load_recipe(Path(__file__).with_name("produce.py"))
+    assert isinstance(base.task, DiffusionTask)
     return dataclasses.replace(
         base,
         name="produce_long",

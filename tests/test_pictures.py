@@ -1,8 +1,7 @@
-import pathlib
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from jaxdiff.errors import UserError
@@ -101,18 +100,14 @@ def test_png_returns_pixels_and_text_of_any_script(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
 
 
-class Full(type(pathlib.Path())):
-    """A path on a full disk."""
-
-    def write_bytes(self, data):
-        super().write_bytes(data[:10])
-        raise OSError("no space")
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     save_png(path, plain(1)[0], {"seed": "1"})
-    monkeypatch.setattr("jaxdiff.pictures.epath.Path", Full)
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", fail)
     with pytest.raises(OSError, match="no space"):
         save_png(path, plain(2)[0], {"seed": "2"})
     monkeypatch.undo()
