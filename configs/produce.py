@@ -9,17 +9,20 @@ of the right kind, and 38 % are right in every attribute. `configs/produce_long.
 little larger and for longer.
 """
 
-from jaxdiff.config import Config, TrainConfig
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, TrainConfig, load_recipe
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.sampling.settings import SamplingConfig
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
@@ -38,6 +41,10 @@ PROMPTS = (
 
 def get_config() -> Config:
     """A small DiT that predicts x0 of an autoencoder's latents, told of prompts by a small CLIP."""
+    clip = load_recipe(Path(__file__).with_name("produce_clip.py")).task
+    autoencoder = load_recipe(Path(__file__).with_name("produce_autoencoder.py")).task
+    assert isinstance(clip, ClipTask)
+    assert isinstance(autoencoder, AutoencoderTask)
     return Config(
         name="produce",
         task=DiffusionTask(
@@ -50,28 +57,14 @@ def get_config() -> Config:
                 pooled_width=128,
             ),
             text=TextTower(
-                model=ClipTextConfig(
-                    vocab_size=1024,
-                    length=32,
-                    width=128,
-                    depth=2,
-                    heads=4,
-                    activation="gelu",
-                    projection_dim=128,
-                ),
+                model=clip.model.text,
                 pretrained="shipped:produce_clip",
                 trained=False,
                 layer=0,
             ),
             latents=Latents(
-                model=AutoencoderConfig(
-                    latent_channels=8,
-                    block_out_channels=(64, 128),
-                    layers_per_block=1,
-                    patch_size=4,
-                    norm_num_groups=8,
-                    shift_factor=0.306,
-                    scaling_factor=1 / 1.836,
+                model=dataclasses.replace(
+                    autoencoder.model, shift_factor=0.306, scaling_factor=1 / 1.836
                 ),
                 pretrained="shipped:produce_autoencoder",
             ),
