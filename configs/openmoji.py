@@ -60,7 +60,9 @@ def get_config() -> Config:
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(steps=4000, batch_size=16, checkpoint_every=500, log_every=50),
+        train=TrainConfig(
+            steps=4000, batch_size=16, checkpoint_every=500, sample_every=1000, log_every=50
+        ),
         # A prompt fits one drawing alone, of which guidance could only exaggerate the colours.
         sampling=SamplingConfig(
             grid=TimeGrid(shift=6.0),

@@ -85,7 +85,9 @@ def get_config() -> Config:
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(steps=4000, batch_size=16, checkpoint_every=1000, log_every=50),
+        train=TrainConfig(
+            steps=4000, batch_size=16, checkpoint_every=1000, sample_every=2000, log_every=50
+        ),
         sampling=SamplingConfig(grid=TimeGrid(shift=3.0), prompts=PROMPTS),
         eval_samples=64,
     )

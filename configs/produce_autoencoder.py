@@ -52,5 +52,7 @@ def get_config() -> Config:
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.4, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(steps=2800, batch_size=32, log_every=50, checkpoint_every=300),
+        train=TrainConfig(
+            steps=2800, batch_size=32, checkpoint_every=300, sample_every=700, log_every=50
+        ),
     )

@@ -12,7 +12,7 @@ Wherever a folder of a model is asked for, `shipped:NAME` is one that comes with
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +28,9 @@ from jaxdiff.config import Config, from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
+from jaxdiff.models.layers import abstract_params
 from jaxdiff.training.checkpoint import load_params
-from jaxdiff.training.task import Pretrained, Task
+from jaxdiff.training.task import Pretrained
 
 CONFIG, MODEL, FROZEN, CHECKPOINTS = (
     "config.json",
@@ -178,8 +179,8 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     """
     root = model_folder(folder)
     config = read_config(folder)
-    parts = {name: _abstract(part.build) for name, part in config.task.frozen().items()}
-    abstract = {"params": abstract_params(config.task), "frozen": parts}
+    parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
+    abstract = {"params": abstract_params(lambda: config.task.build(nnx.Rngs(0))), "frozen": parts}
     if (root / MODEL).exists():
         trees = read_weights(root / MODEL)
         params, frozen = trees.get("params", {}), trees.get("frozen", {})
@@ -210,18 +211,9 @@ def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
                     f"The model in {part.folder} has no part {key!r} to serve as {name}."
                 )
             params = params[key]
-        check_fit(params, _abstract(part.build), part.folder)
+        check_fit(params, abstract_params(part.build), part.folder)
         parts[name] = params
     return parts
-
-
-def abstract_params(task: Task) -> PyTree:
-    """Shapes and types of what a task trains, with nothing allocated."""
-    return _abstract(lambda: task.build(nnx.Rngs(0)))
-
-
-def _abstract(build: Callable[[], nnx.Module]) -> PyTree:
-    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(build))[1])
 
 
 def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:

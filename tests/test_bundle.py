@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 from safetensors import deserialize
 from safetensors.numpy import save
 
 from jaxdiff.bundle import (
     SHIPPED,
     Bundle,
-    abstract_params,
     check_fit,
     make_folder,
     read_bundle,
@@ -28,6 +28,7 @@ from jaxdiff.bundle import (
 )
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.layers import abstract_params
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.diffusion import Latents
@@ -75,7 +76,8 @@ def test_lists_of_modules_survive(tiny_bundle, tmp_path):
     config = dataclasses.replace(tiny_bundle.config, task=task)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(task)
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        abstract_params(lambda: task.build(nnx.Rngs(0))),
     )
     write_bundle(tmp_path, Bundle(config, params, {}, None), dtype="float32")
     bundle = read_bundle(tmp_path)

@@ -7,11 +7,11 @@ from etils import epath
 from flax import nnx
 
 from jaxdiff import pipeline as module
-from jaxdiff.bundle import Bundle, abstract_params, write_bundle, write_config, write_weights
+from jaxdiff.bundle import Bundle, write_bundle, write_config, write_weights
 from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import merge
+from jaxdiff.models.layers import abstract_params, merge
 from jaxdiff.pictures import to_uint8
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.sampler import noise_from_seeds
@@ -235,7 +235,10 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
     config = dataclasses.replace(
         tiny_bundle.config, task=task, sampling=SamplingConfig(solver=DDIM(), num_steps=1)
     )
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(task))
+    params = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, np.float32),
+        abstract_params(lambda: task.build(nnx.Rngs(0))),
+    )
     autoencoder = nnx.to_pure_dict(nnx.split(Autoencoder(small, rngs=nnx.Rngs(0)))[1])
     bundle = Bundle(config, params, {"autoencoder": autoencoder}, tiny_bundle.tokenizer)
 

@@ -156,6 +156,14 @@ def unpatchify(x: Float[Array, "b n d"], rows: int, columns: int, patch: int) ->
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
+def abstract_params(build: Callable[[], nnx.Module]) -> Any:
+    """Shapes and types of the parameters of what `build` makes, as a nested dict.
+
+    Nothing is allocated: `build` only runs abstractly.
+    """
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
+
+
 def merge(build: Callable[[], nnx.Module], params: Any) -> Any:
     """The module that `build` makes, with these parameters in the place of its own.
 

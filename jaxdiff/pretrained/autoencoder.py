@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import names
 
 
@@ -59,7 +61,7 @@ def from_torch_names(
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     tensors = {_renew(name): value for name, value in tensors.items()}
-    abstract = names.abstract_params(Autoencoder, config)
+    abstract = abstract_params(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
     return names.from_torch_names(tensors, AUTOENCODER_NAMES, abstract)
 
 

@@ -1,6 +1,6 @@
 """CLIP's parameters under the tensor names of transformers' CLIPModel and its two towers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxdiff.models.clip import (
     ClipVision,
     ClipVisionConfig,
 )
+from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import names
 
 AnyClipConfig = ClipTextConfig | ClipVisionConfig | ClipConfig
@@ -68,7 +69,7 @@ def _full_name(name: str, config: AnyClipConfig) -> str:
     return f"{'text' if isinstance(config, ClipTextConfig) else 'vision'}_model.{name}"
 
 
-def _network(config: AnyClipConfig) -> tuple[type[nnx.Module], dict[str, str]]:
+def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str, str]]:
     match config:
         case ClipTextConfig():
             return ClipText, TEXT_NAMES
@@ -91,7 +92,8 @@ def from_torch_names(tensors: Mapping[str, np.ndarray], config: AnyClipConfig) -
         for name, value in tensors.items()
         if not name.endswith(".position_ids")
     }
-    return names.from_torch_names(tensors, table, names.abstract_params(network, config))
+    abstract = abstract_params(lambda: network(config, rngs=nnx.Rngs(0)))
+    return names.from_torch_names(tensors, table, abstract)
 
 
 def to_torch_names(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:

@@ -12,11 +12,11 @@ transposed (linear) or turned from HWIO to OIHW (convolution) and called `weight
 `scale`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from jaxdiff.errors import UserError
 
@@ -47,12 +47,6 @@ class _Tensor(NamedTuple):
         if not self.is_kernel:
             return value
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-
-
-def abstract_params(network: Callable[..., nnx.Module], config: Any) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters of `network(config)`, as a nested dict."""
-    model = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model))
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[Path, Any]:

@@ -11,7 +11,7 @@ from jaxdiff.models.autoencoder import (
     Gaussian,
     SpatialAttention,
 )
-from jaxdiff.pretrained.names import abstract_params
+from jaxdiff.models.layers import abstract_params
 
 
 def config(**changes) -> AutoencoderConfig:
@@ -66,7 +66,7 @@ def test_patches_of_pixels_enter_and_leave_as_channels():
     assert sizes.downsampling == 4
     assert z.mean.shape == (2, 2, 2, 5)
     assert decoded.shape == (2, 8, 8, 3)
-    params = abstract_params(Autoencoder, sizes)
+    params = abstract_params(lambda: Autoencoder(sizes, rngs=nnx.Rngs(0)))
     assert params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 12, 8)
     assert params["decoder"]["conv_out"]["kernel"].shape == (3, 3, 8, 12)
 
@@ -74,8 +74,8 @@ def test_patches_of_pixels_enter_and_leave_as_channels():
 @pytest.mark.parametrize("name", ["use_quant_conv", "use_post_quant_conv"])
 def test_the_1x1_convolutions_are_optional(name):
     sizes, conv = config(**{name: False}), name.removeprefix("use_")
-    assert conv in abstract_params(Autoencoder, config())
-    assert conv not in abstract_params(Autoencoder, sizes)
+    assert conv in abstract_params(lambda: Autoencoder(config(), rngs=nnx.Rngs(0)))
+    assert conv not in abstract_params(lambda: Autoencoder(sizes, rngs=nnx.Rngs(0)))
     assert jax.eval_shape(there_and_back(sizes), images())[1].shape == (2, 8, 8, 3)
 
 
