@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.initializers import fan_in_normal
-from jaxdiff.models.layers import patchify, unpatchify
+from jaxdiff.models.layers import Remat, patchify, unpatchify
 
 NORM_EPSILON = 1e-6
 
@@ -35,7 +36,7 @@ class AutoencoderConfig:
       scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
         variance, which the schedules assume.
       shift_factor: the mean of z.
-      remat: recompute each residual block in the backward pass rather than store its inside.
+      remat: what a residual block keeps for the backward pass.
     """
 
     image_channels: int = 3
@@ -49,7 +50,7 @@ class AutoencoderConfig:
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
         odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
@@ -91,65 +92,36 @@ class Gaussian(NamedTuple):
         return jnp.sum(nats, axis=(-3, -2, -1))
 
 
-def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs):
-    init = fan_in_normal()
-    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, kernel_init=init, rngs=rngs)
-
-
 def _downsample(channels: int, rngs: nnx.Rngs):
     # Padded at the far sides alone, as the published weights want it.
     sides, init = ((0, 1), (0, 1)), fan_in_normal()
     return nnx.Conv(channels, channels, (3, 3), 2, padding=sides, kernel_init=init, rngs=rngs)
 
 
-def _linear(channels: int, rngs: nnx.Rngs):
-    return nnx.Linear(channels, channels, kernel_init=fan_in_normal(), rngs=rngs)
+def _group_norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+    return GroupNorm(channels, config.norm_num_groups, NORM_EPSILON, rngs)
 
 
-class GroupNorm(nnx.GroupNorm):
-    """Group norm with statistics in float32 that returns the dtype of its input."""
-
-    def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
-        super().__init__(channels, groups, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Normalises each group of each image."""
-        return super().__call__(x).astype(x.dtype)
-
-
-class ResidualBlock(nnx.Module):
-    """Two convolutions, each after a norm and SiLU, with a residual around them."""
-
-    def __init__(self, inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
-        self.remat = config.remat
-        self.norm1 = GroupNorm(inputs, config.norm_num_groups, rngs)
-        self.conv1 = _conv(inputs, outputs, 3, rngs)
-        self.norm2 = GroupNorm(outputs, config.norm_num_groups, rngs)
-        self.conv2 = _conv(outputs, outputs, 3, rngs)
-        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, rngs)
-
-    def _residual(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        """To the width of `outputs`, at the same resolution."""
-        if not self.remat:
-            return self._residual(x)
-        graphdef, params = nnx.split(self)
-        return jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)._residual(x))(params, x)
+def _block(inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+    return ResidualBlock(
+        inputs,
+        outputs,
+        groups=config.norm_num_groups,
+        epsilon=NORM_EPSILON,
+        remat=config.remat,
+        rngs=rngs,
+    )
 
 
 class SpatialAttention(nnx.Module):
     """Self-attention of one head over all positions."""
 
     def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
-        self.norm = GroupNorm(channels, config.norm_num_groups, rngs)
-        self.q = _linear(channels, rngs)
-        self.k = _linear(channels, rngs)
-        self.v = _linear(channels, rngs)
-        self.out = _linear(channels, rngs)
+        self.norm = _group_norm(channels, config, rngs)
+        self.q = linear(channels, channels, rngs)
+        self.k = linear(channels, channels, rngs)
+        self.v = linear(channels, channels, rngs)
+        self.out = linear(channels, channels, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Adds what each position reads from all."""
@@ -163,10 +135,10 @@ class Middle(nnx.Module):
     """Residual block, attention, residual block, at the coarsest resolution."""
 
     def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
-        self.first = ResidualBlock(channels, channels, config, rngs)
+        self.first = _block(channels, channels, config, rngs)
         attends = config.mid_block_add_attention
         self.attention = SpatialAttention(channels, config, rngs) if attends else None
-        self.second = ResidualBlock(channels, channels, config, rngs)
+        self.second = _block(channels, channels, config, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The same shape."""
@@ -189,7 +161,7 @@ class Level(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.blocks = nnx.List(
-            ResidualBlock(outputs if i else inputs, outputs, config, rngs) for i in range(depth)
+            _block(outputs if i else inputs, outputs, config, rngs) for i in range(depth)
         )
         self.resample = resample
 
@@ -206,15 +178,15 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = config.block_out_channels
         self.patch_size = config.patch_size
-        self.conv_in = _conv(config.patch_channels, widths[0], 3, rngs)
+        self.conv_in = conv(config.patch_channels, widths[0], 3, rngs)
         self.levels = nnx.List()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
             down = _downsample(width, rngs) if i + 1 < len(widths) else None
             self.levels.append(Level(before, width, config.layers_per_block, down, config, rngs))
         self.middle = Middle(widths[-1], config, rngs)
-        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, rngs)
-        self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, rngs)
+        self.norm_out = _group_norm(widths[-1], config, rngs)
+        self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """From images to `2 * latent_channels` channels."""
@@ -233,16 +205,16 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
-        self.conv_in = _conv(config.latent_channels, widths[0], 3, rngs)
+        self.conv_in = conv(config.latent_channels, widths[0], 3, rngs)
         self.middle = Middle(widths[0], config, rngs)
         self.levels = nnx.List()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
-            up = None if i + 1 == len(widths) else _conv(width, width, 3, rngs)
+            up = None if i + 1 == len(widths) else conv(width, width, 3, rngs)
             self.levels.append(Level(before, width, config.layers_per_block + 1, up, config, rngs))
-        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, rngs)
+        self.norm_out = _group_norm(widths[-1], config, rngs)
         self.patch_size = config.patch_size
-        self.conv_out = _conv(widths[-1], config.patch_channels, 3, rngs)
+        self.conv_out = conv(widths[-1], config.patch_channels, 3, rngs)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """From z to images."""
@@ -269,8 +241,8 @@ class Autoencoder(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
-        self.quant_conv = _conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
-        self.post_quant_conv = _conv(z, z, 1, rngs) if config.use_post_quant_conv else None
+        self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
+        self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
     def encode(self, images: Float[Array, "b h w c"]) -> Gaussian:
         """The distribution of z, of sides `h / downsampling` and `w / downsampling`.

@@ -52,6 +52,21 @@ def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) 
     return build(rngs)
 
 
+def checkpoint(
+    function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = True
+) -> Callable[..., Any]:
+    """The function, of whose inside only what `remat` names is kept for the backward pass.
+
+    In the body of a scan `prevent_cse=False` saves a barrier that is not needed there.
+    """
+    if remat == "none":
+        return function
+    saves_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(
+        function, policy=saves_dots if remat == "dots" else None, prevent_cse=prevent_cse
+    )
+
+
 def scan_blocks(
     blocks: Block,
     x: Float[Array, "b n d"],
@@ -78,12 +93,7 @@ def scan_blocks(
         x = call(nnx.merge(graphdef, params), x)
         return x, x if all_states else None
 
-    if remat != "none":
-        saves_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(
-            body, policy=saves_dots if remat == "dots" else None, prevent_cse=False
-        )
-    return jax.lax.scan(body, x, params)
+    return jax.lax.scan(checkpoint(body, remat, prevent_cse=False), x, params)
 
 
 class Dense(nnx.Linear):

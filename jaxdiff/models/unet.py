@@ -7,6 +7,7 @@ Imagen, appendix B). A first and a last linear layer trade resolution for channe
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import (
+    Remat,
     TextFeatures,
     absolute_positions,
+    checkpoint,
     fourier_features,
     patchify,
     sum_of_words,
@@ -40,7 +43,7 @@ class UNetConfig:
       groups: of the group norms; divides every width.
       text_width: of the text encoder's tokens.
       pooled_width: of its pooled vector.
-      remat: recompute each residual block in the backward pass.
+      remat: what a residual block keeps for the backward pass.
     """
 
     channels: int = 3
@@ -52,7 +55,7 @@ class UNetConfig:
     groups: int = 8
     text_width: int = 128
     pooled_width: int = 128
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
         if len(self.attention) != len(self.widths):
@@ -123,7 +126,7 @@ class UNetLevel(nnx.Module):
         self, inputs: tuple[int, ...], level: int, cond: int, config: UNetConfig, rngs: nnx.Rngs
     ):
         width = config.widths[level]
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         self.blocks = nnx.List([ResBlock(n, width, cond, config, rngs) for n in inputs])
         attends = config.attention[level]
         self.attention = TextAttention(width, config, rngs) if attends else None
@@ -132,10 +135,12 @@ class UNetLevel(nnx.Module):
         self, index: int, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
     ) -> Float[Array, "b h w e"]:
         """One residual block."""
-        if not self.remat:
-            return self.blocks[index](x, cond)
         graphdef, params = nnx.split(self.blocks[index])
-        return jax.checkpoint(lambda p, x, cond: nnx.merge(graphdef, p)(x, cond))(params, x, cond)
+
+        def run(params: Any, x: Array, cond: Array) -> Array:
+            return nnx.merge(graphdef, params)(x, cond)
+
+        return checkpoint(run, self.remat)(params, x, cond)
 
     def attend(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
         """The attention, where this level has one."""

@@ -1,0 +1,78 @@
+"""What Stable Diffusion's autoencoder and U-Net are built of, in the form of their checkpoints."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.layers import Dense, Remat, checkpoint
+
+
+def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:
+    """A convolution that keeps the size of the picture."""
+    init = fan_in_normal()
+    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, kernel_init=init, rngs=rngs)
+
+
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> Dense:
+    """A linear layer over the channels."""
+    return Dense(inputs, outputs, use_bias=bias, kernel_init=fan_in_normal(), rngs=rngs)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group norm with statistics in float32 that returns the dtype of its input."""
+
+    def __init__(self, channels: int, groups: int, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises each group of each image."""
+        return super().__call__(x).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions, each after a norm and SiLU, with a residual around them.
+
+    With a `time_width` it is told the time, a vector that is added between the two.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        groups: int,
+        epsilon: float,
+        rngs: nnx.Rngs,
+        time_width: int | None = None,
+        remat: Remat = "none",
+    ):
+        self.remat: Remat = remat
+        self.norm1 = GroupNorm(inputs, groups, epsilon, rngs)
+        self.conv1 = conv(inputs, outputs, 3, rngs)
+        self.time = None if time_width is None else linear(time_width, outputs, rngs)
+        self.norm2 = GroupNorm(outputs, groups, epsilon, rngs)
+        self.conv2 = conv(outputs, outputs, 3, rngs)
+        self.shortcut = None if inputs == outputs else conv(inputs, outputs, 1, rngs)
+
+    def _residual(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b d"] | None
+    ) -> Float[Array, "b h w e"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time is not None and time is not None:
+            y = y + self.time(jax.nn.silu(time))[:, None, None]
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b h w e"]:
+        """To the width of `outputs`, at the same resolution."""
+        graphdef, params = nnx.split(self)
+
+        def residual(params: Any, x: Array, time: Array | None) -> Array:
+            return nnx.merge(graphdef, params)._residual(x, time)
+
+        return checkpoint(residual, self.remat)(params, x, time)

@@ -1,0 +1,351 @@
+"""Stable Diffusion's U-Net, in the form of its checkpoints: 1.x, 2.x, XL base, XL refiner.
+
+Rombach et al. 2022, section 3.3 (the network and its attention to text); Podell et al. 2023,
+sections 2.1 and 2.2 (XL: deep transformers at the coarse levels, conditions on size and crop).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
+
+NORM_EPSILON = 1e-5
+TRANSFORMER_NORM_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet2DConditionConfig:
+    """Size and shape of Stable Diffusion's U-Net; the defaults are those of 1.x.
+
+    Attributes:
+      in_channels: of the input; the inpainting variants take 9: latents, mask, masked latents.
+      out_channels: of the output.
+      block_out_channels: one width for each level, finest first; each next one halves the sides.
+      layers_per_block: residual blocks of a level on the way down; one more on the way up.
+      transformer_layers: transformer blocks after each residual block of a level; 0 for none.
+      middle_transformer_layers: the same in the middle, where there is at least one.
+      heads: of attention, for each level; the middle has those of the last. (What diffusers calls
+        `attention_head_dim` in these checkpoints' configs.)
+      cross_attention_dim: width of the text's tokens.
+      use_linear_projection: linear layers in and out of a transformer rather than 1x1 convolutions.
+      upcast_attention: queries and keys in float32 whatever the compute type.
+      norm_num_groups: of the group norms; divides every width.
+      added_width: of the prompt's one vector and the embedded numbers of size and crop together
+        (XL: 1280 + 6 x 256, its refiner 1280 + 5 x 256); None where the network reads neither.
+      time_id_width: of the embedding of each of those numbers.
+      num_train_steps: of the schedule that it was trained on; t = 1 is the last of them.
+      remat: what a residual block and a transformer block keep for the backward pass.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
+    middle_transformer_layers: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    norm_num_groups: int = 32
+    added_width: int | None = None
+    time_id_width: int = 256
+    num_train_steps: int = 1000
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        widths = self.block_out_channels
+        if not len(widths) == len(self.transformer_layers) == len(self.heads):
+            raise UserError(
+                f"UNet2DCondition: {len(widths)} block_out_channels, "
+                f"{len(self.transformer_layers)} transformer_layers and {len(self.heads)} heads; "
+                "give one of each for each level."
+            )
+        for width, heads in zip(widths, self.heads, strict=True):
+            if width % self.norm_num_groups or width % heads:
+                raise UserError(
+                    f"UNet2DCondition: the width {width} is no multiple of "
+                    f"{self.norm_num_groups} norm groups and of {heads} heads; change "
+                    "block_out_channels, norm_num_groups or heads."
+                )
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text's tokens."""
+        return self.cross_attention_dim
+
+    @property
+    def time_width(self) -> int:
+        """Of the vector that tells every residual block the time."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def smallest(self) -> int:
+        """Sides of the latents that are multiples of this halve and double without a rest."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Conditions(NamedTuple):
+    """What the U-Net is told beside the time; a tree of arrays.
+
+    `tokens` are the text encoders' hidden states. XL's also read the prompt's one vector and
+    `time_ids`: original height and width, top and left of the crop, then target height and width
+    (base) or an aesthetic score (refiner).
+    """
+
+    tokens: Float[Array, "b n d"]
+    pooled: Float[Array, "b e"] | None = None
+    time_ids: Float[Array, "b k"] | None = None
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of x to a source, which may be x itself."""
+
+    def __init__(self, width: int, source_width: int, heads: int, upcast: bool, rngs: nnx.Rngs):
+        self.heads, self.upcast = heads, upcast
+        self.q = linear(width, width, rngs, bias=False)
+        self.k = linear(source_width, width, rngs, bias=False)
+        self.v = linear(source_width, width, rngs, bias=False)
+        self.out = linear(width, width, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], source: Float[Array, "b m e"]
+    ) -> Float[Array, "b n d"]:
+        """What each position of x reads from the source."""
+        q, k, v = (
+            y.reshape(*y.shape[:2], self.heads, -1)
+            for y in (self.q(x), self.k(source), self.v(source))
+        )
+        if self.upcast:
+            q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v).astype(x.dtype)
+        return self.out(y.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """(x W) * gelu(x V), then another linear layer (Shazeer 2020)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.inner = linear(width, 8 * width, rngs)
+        self.outer = linear(4 * width, width, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The same shape."""
+        x, gate = jnp.split(self.inner(x), 2, axis=-1)
+        return self.outer(x * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, attention to the text, GEGLU, each after a norm and with a residual."""
+
+    def __init__(self, width: int, heads: int, config: UNet2DConditionConfig, rngs: nnx.Rngs):
+        upcast = config.upcast_attention
+        self.norm1, self.norm2, self.norm3 = (
+            nnx.LayerNorm(width, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+            for _ in range(3)
+        )
+        self.attention = CrossAttention(width, width, heads, upcast, rngs)
+        self.cross = CrossAttention(width, config.cross_attention_dim, heads, upcast, rngs)
+        self.mlp = GEGLU(width, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], tokens: Float[Array, "b m e"]
+    ) -> Float[Array, "b n d"]:
+        """The same shape."""
+        y = self.norm1(x).astype(x.dtype)
+        x = x + self.attention(y, y)
+        x = x + self.cross(self.norm2(x).astype(x.dtype), tokens)
+        return x + self.mlp(self.norm3(x).astype(x.dtype))
+
+
+class Transformer(nnx.Module):
+    """Transformer blocks over all positions of a picture, with a residual around them."""
+
+    def __init__(
+        self, width: int, depth: int, heads: int, config: UNet2DConditionConfig, rngs: nnx.Rngs
+    ):
+        self.remat: Remat = config.remat
+        self.norm = GroupNorm(width, config.norm_num_groups, TRANSFORMER_NORM_EPSILON, rngs)
+        if config.use_linear_projection:
+            self.proj_in, self.proj_out = linear(width, width, rngs), linear(width, width, rngs)
+        else:
+            self.proj_in, self.proj_out = conv(width, width, 1, rngs), conv(width, width, 1, rngs)
+        self.blocks = stack_blocks(
+            lambda rngs: TransformerBlock(width, heads, config, rngs), depth, rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], tokens: Float[Array, "b m e"]
+    ) -> Float[Array, "b h w c"]:
+        """The same shape."""
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        y, _ = scan_blocks(self.blocks, y, lambda block, y: block(y, tokens), remat=self.remat)
+        return x + self.proj_out(y.reshape(b, h, w, c))
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution in one direction, each with its transformer, if any."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        level: int,
+        resample: nnx.Conv | None,
+        config: UNet2DConditionConfig,
+        rngs: nnx.Rngs,
+    ):
+        width, depth = config.block_out_channels[level], config.transformer_layers[level]
+        self.blocks = nnx.List(_block(channels, width, config, rngs) for channels in inputs)
+        self.transformers = nnx.List(
+            Transformer(width, depth, config.heads[level], config, rngs)
+            for _ in (inputs if depth else ())
+        )
+        self.resample = resample
+
+    def step(
+        self,
+        index: int,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "b d"],
+        tokens: Float[Array, "b m e"],
+    ) -> Float[Array, "b h w f"]:
+        """One residual block and its transformer."""
+        x = self.blocks[index](x, time)
+        return self.transformers[index](x, tokens) if self.transformers else x
+
+
+class Middle(nnx.Module):
+    """Residual block, transformer, residual block, at the coarsest resolution."""
+
+    def __init__(self, config: UNet2DConditionConfig, rngs: nnx.Rngs):
+        width, depth = config.block_out_channels[-1], config.middle_transformer_layers
+        self.first = _block(width, width, config, rngs)
+        self.transformer = Transformer(width, depth, config.heads[-1], config, rngs)
+        self.second = _block(width, width, config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, "b d"],
+        tokens: Float[Array, "b m e"],
+    ) -> Float[Array, "b h w c"]:
+        """The same shape."""
+        return self.second(self.transformer(self.first(x, time), tokens), time)
+
+
+def _block(inputs: int, outputs: int, config: UNet2DConditionConfig, rngs: nnx.Rngs):
+    return ResidualBlock(
+        inputs,
+        outputs,
+        groups=config.norm_num_groups,
+        epsilon=NORM_EPSILON,
+        time_width=config.time_width,
+        remat=config.remat,
+        rngs=rngs,
+    )
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts one quantity of the latents' shape; which one is the checkpoint's affair."""
+
+    def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        widths, time_width = config.block_out_channels, config.time_width
+        self.conv_in = conv(config.in_channels, widths[0], 3, rngs)
+        self.time1 = linear(widths[0], time_width, rngs)
+        self.time2 = linear(time_width, time_width, rngs)
+        if config.added_width is not None:
+            self.added1 = linear(config.added_width, time_width, rngs)
+            self.added2 = linear(time_width, time_width, rngs)
+
+        self.down, skips = nnx.List(), [widths[0]]
+        for i, width in enumerate(widths):
+            last = i + 1 == len(widths)
+            inputs = (widths[max(i - 1, 0)],) + (width,) * (config.layers_per_block - 1)
+            self.down.append(Level(inputs, i, None if last else _halve(width, rngs), config, rngs))
+            skips += [width] * (config.layers_per_block + (not last))
+        self.middle = Middle(config, rngs)
+        self.up, before = nnx.List(), widths[-1]
+        for i, width in reversed(list(enumerate(widths))):
+            first = (before,) + (width,) * config.layers_per_block
+            inputs = tuple(channels + skips.pop() for channels in first)
+            up = conv(width, width, 3, rngs) if i else None
+            self.up.append(Level(inputs, i, up, config, rngs))
+            before = width
+        self.norm_out = GroupNorm(widths[0], config.norm_num_groups, NORM_EPSILON, rngs)
+        self.conv_out = conv(widths[0], config.out_channels, 3, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: Conditions
+    ) -> Float[Array, "b h w e"]:
+        """One evaluation; the compute type is that of the weights, the result float32.
+
+        Args:
+          x: noisy latents, scaled as the training did (variance preserved).
+          t: time in [0, 1]; (i + 1) / num_train_steps is training step i, counted from 0.
+          conditions: of each image.
+
+        Raises:
+          UserError: if conditions are missing that the network reads.
+        """
+        dtype = self.conv_in.kernel.dtype
+        time = self._time(t, conditions, dtype)
+        tokens = conditions.tokens.astype(dtype)
+        x = self.conv_in(x.astype(dtype))
+        skips = [x]
+        for level in self.down:
+            for i in range(len(level.blocks)):
+                x = level.step(i, x, time, tokens)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)
+                skips.append(x)
+        x = self.middle(x, time, tokens)
+        for level in self.up:
+            for i in range(len(level.blocks)):
+                x = level.step(i, jnp.concatenate([x, skips.pop()], axis=-1), time, tokens)
+            if level.resample is not None:
+                x = level.resample(_enlarge(x, *skips[-1].shape[1:3]))
+        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+    def _time(self, t: Float[Array, " b"], conditions: Conditions, dtype: jnp.dtype) -> Array:
+        """What tells every block the time and, for XL, the prompt's one vector, size and crop."""
+        config = self.config
+        step = jnp.maximum(t.astype(jnp.float32) * config.num_train_steps - 1, 0.0)
+        features = fourier_features(step, config.block_out_channels[0], scale=1.0)
+        time = self.time2(jax.nn.silu(self.time1(features.astype(dtype))))
+        if config.added_width is None:
+            return time
+        added = jnp.zeros((t.shape[0], 0))
+        if conditions.pooled is not None and conditions.time_ids is not None:
+            ids = fourier_features(conditions.time_ids.reshape(-1), config.time_id_width, scale=1.0)
+            ids = ids.reshape(t.shape[0], -1)
+            added = jnp.concatenate([conditions.pooled.astype(jnp.float32), ids], axis=-1)
+        if added.shape[1] != config.added_width:
+            raise UserError(
+                f"This U-Net reads a pooled prompt and numbers of size and crop, embedded in "
+                f"{config.added_width} channels together, but is given {added.shape[1]}; give "
+                "pooled and time_ids of the checkpoint's kind."
+            )
+        return time + self.added2(jax.nn.silu(self.added1(added.astype(dtype))))
+
+
+def _halve(width: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(width, width, (3, 3), 2, padding=1, kernel_init=fan_in_normal(), rngs=rngs)
+
+
+def _enlarge(x: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b H W c"]:
+    """Nearest neighbours, to twice the size or one less, that of the skip connection."""
+    h, w = x.shape[1:3]
+    if (height, width) == (2 * h, 2 * w):
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+    return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]

@@ -1,0 +1,132 @@
+"""The same random weights, saved by diffusers and read by jaxdiff, give the same predictions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
+from jaxdiff.pretrained import unet
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.parity
+
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+UP = {CROSS: "CrossAttnUpBlock2D", PLAIN: "UpBlock2D"}
+
+# Every feature of the published configs at small width: depth, heads, projections, conditions.
+SD15 = {
+    "block_out_channels": (16, 32, 32, 32),
+    "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+}
+VARIANTS = {
+    "SD 1.5": SD15,
+    "SD 2.1": {
+        **SD15,
+        "attention_head_dim": (1, 2, 4, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "inpainting": {**SD15, "in_channels": 9},
+    "SDXL base": {
+        "block_out_channels": (16, 32, 64),
+        "down_block_types": (PLAIN, CROSS, CROSS),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (2, 4, 8),
+        "cross_attention_dim": 40,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+        "norm_num_groups": 8,
+    },
+    "SDXL refiner": {
+        "block_out_channels": (24, 48, 96, 96),
+        "down_block_types": (PLAIN, CROSS, CROSS, PLAIN),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": (3, 6, 12, 12),
+        "cross_attention_dim": 40,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 5 * 8,
+        "norm_num_groups": 8,
+    },
+}
+
+
+def torch_unet(name: str):
+    torch.manual_seed(0)
+    variant = VARIANTS[name]
+    up = tuple(UP[kind] for kind in reversed(variant["down_block_types"]))
+    model = diffusers.UNet2DConditionModel(up_block_types=up, **variant)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms' scales of 1 and biases of 0 hide mistakes
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(variant, config, height=16, width=24):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
+    tokens = draw.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
+    if config.added_width is None:
+        return x, Conditions(tokens)
+    pooled = draw.normal(size=(2, 20)).astype(np.float32)
+    count = (config.added_width - 20) // config.time_id_width
+    ids = draw.integers(0, 1024, (2, count)).astype(np.float32)
+    return x, Conditions(tokens, pooled, ids)
+
+
+def theirs(model, x, step, conditions):
+    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    added = None
+    if conditions.pooled is not None:
+        added = {
+            "text_embeds": torch.from_numpy(conditions.pooled),
+            "time_ids": torch.from_numpy(conditions.time_ids),
+        }
+    return model(
+        nchw,
+        torch.tensor(step),
+        torch.from_numpy(conditions.tokens),
+        added_cond_kwargs=added,
+    ).sample
+
+
+def relative(ours, theirs) -> float:
+    """L2 of the difference over L2."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prediction(name, tmp_path):
+    model = torch_unet(name)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    config = unet.read_config(dict(model.config))
+    params = unet.from_torch_names(tensors, config)
+    ours = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    nnx.update(ours, jax.tree.map(jnp.asarray, params))
+    x, conditions = inputs(VARIANTS[name], config)
+    step = np.array([981, 1])
+    predicted = jax.jit(ours.__call__)(x, jnp.asarray((step + 1) / 1000, jnp.float32), conditions)
+    with torch.no_grad():
+        expected = theirs(model, x, step, conditions).numpy().transpose(0, 2, 3, 1)
+    assert relative(predicted, expected) <= 1e-5
+
+    back = unet.to_torch_names(params)
+    assert set(back) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
