@@ -64,7 +64,7 @@ def get_config() -> Config:
             ),
             latents=Latents(
                 model=dataclasses.replace(
-                    autoencoder.model, shift_factor=0.306, scaling_factor=1 / 1.836
+                    autoencoder.model, shift_factor=0.02, scaling_factor=1 / 1.432
                 ),
                 pretrained="shipped:produce_autoencoder",
             ),

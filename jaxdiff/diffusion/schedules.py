@@ -14,7 +14,7 @@ rescaling of x_t only (Karras et al. 2022, section 2), and `norm` fixes that sca
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -92,11 +92,19 @@ class Cosine:
 
 
 @functools.lru_cache
-def _scaled_linear_log_snr(beta_start: float, beta_end: float, num_train_steps: int) -> np.ndarray:
-    """log_snr [num_train_steps] in float64: float32 would lose the product's last digits."""
+def _noise_to_data(beta_start: float, beta_end: float, num_train_steps: int) -> np.ndarray:
+    """sigma / alpha [num_train_steps] in float64: float32 would lose the product's last digits."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=np.float64) ** 2
     log_alpha_bar = np.cumsum(np.log1p(-betas))
-    return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+    return np.sqrt(-np.expm1(log_alpha_bar)) / np.exp(log_alpha_bar / 2)
+
+
+def _zero_terminal(ratio: np.ndarray) -> np.ndarray:
+    """sigma / alpha with alpha shifted to 0 at the last step (Lin et al. 2023, algorithm 1)."""
+    alpha = 1 / np.hypot(1, ratio)
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    with np.errstate(divide="ignore"):
+        return np.sqrt(1 - alpha**2) / alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +113,15 @@ class ScaledLinear:
 
     sqrt(beta_i) is linear in i, alpha^2 = prod(1 - beta_i) (Ho et al. 2020, eq. 4). Training step
     i, counted from 0, stands at t = (i + 1) / num_train_steps, so t = 1 is the last one and t = 0
-    is data. At those times alpha and sigma are the table's; in between log_snr is linear in t;
-    below the first of them sigma / alpha is linear in t, down to 0.
+    is data. At those times alpha and sigma are the table's; in between, and below the first of
+    them, sigma / alpha is linear in t, as diffusers' Euler scheduler has it.
+
+    Attributes:
+        beta_start: the first beta.
+        beta_end: the last.
+        num_train_steps: how many there are.
+        zero_terminal_snr: rescaled so that t = 1 is noise alone (Lin et al. 2023, algorithm 1);
+            for networks that do not predict eps, which says nothing there.
 
     Raises:
         UserError: betas outside 0 < beta_start <= beta_end < 1, or fewer than two steps.
@@ -115,6 +130,7 @@ class ScaledLinear:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_steps: int = 1000
+    zero_terminal_snr: bool = False
 
     def __post_init__(self):
         if not 0 < self.beta_start <= self.beta_end < 1 or self.num_train_steps < 2:
@@ -124,30 +140,32 @@ class ScaledLinear:
                 "at least 2 steps."
             )
 
-    def train_step(self, t: Times) -> Times:
-        """The training step, in [0, num_train_steps - 1], at which a discrete network stands at t.
-
-        A whole number at the table's times and a fraction in between; times below the first are
-        taken to be the first.
-        """
-        return jnp.maximum(t * self.num_train_steps - 1, 0.0)
+    def _ratio(self, t: Times) -> Times:
+        """sigma / alpha, linearly interpolated."""
+        table = _noise_to_data(self.beta_start, self.beta_end, self.num_train_steps)
+        table = _zero_terminal(table) if self.zero_terminal_snr else table
+        table = jnp.asarray(np.concatenate([[0.0], table]), t.dtype)
+        place = jnp.clip(t * self.num_train_steps, 0, self.num_train_steps)
+        # t = (i + 1) / num_train_steps is not a whole number any more once it has been rounded.
+        whole = jnp.round(place)
+        place = jnp.where(jnp.abs(place - whole) < 1e-6 * self.num_train_steps, whole, place)
+        low = jnp.floor(place).astype(jnp.int32)
+        share, last = place - low, self.num_train_steps
+        high = table[jnp.minimum(low + 1, last)]
+        # The last of the table may be infinite.
+        return jnp.where(share > 0, (1 - share) * table[low] + share * high, table[low])
 
     def log_snr(self, t: Times) -> Times:
-        """The table's, linearly interpolated."""
-        table = _scaled_linear_log_snr(self.beta_start, self.beta_end, self.num_train_steps)
-        steps = jnp.arange(self.num_train_steps, dtype=t.dtype)
-        inside = jnp.interp(self.train_step(t), steps, jnp.asarray(table, t.dtype))
-        below = 2 * jnp.log(jnp.minimum(t * self.num_train_steps, 1.0))
-        return jnp.clip(inside - below, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
+        """-2 log(sigma / alpha)."""
+        return jnp.clip(-2 * jnp.log(self._ratio(t)), -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
 
     def alpha(self, t: Times) -> Times:
         """sqrt(alpha_bar)."""
-        return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))
+        return jax.lax.rsqrt(1 + self._ratio(t) ** 2)
 
     def sigma(self, t: Times) -> Times:
         """sqrt(1 - alpha_bar)."""
-        # log_snr is clipped, and sigma(0) must be 0 all the same.
-        return jnp.where(t > 0, jnp.sqrt(jax.nn.sigmoid(-self.log_snr(t))), 0.0)
+        return jax.lax.rsqrt(1 + self._ratio(t) ** -2)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
         """Variance is preserved."""
@@ -293,3 +311,56 @@ class TimeGrid:
         dtype = jnp.result_type(float)
         left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
         return shift_time(left**self.rho, self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepGrid:
+    """diffusers' grids, which stand at training steps of a discrete schedule.
+
+    Step i of num_train_steps, counted from 0, is t = (i + 1) / num_train_steps.
+
+    Attributes:
+        spacing: "leading", "trailing" or "linspace", the three of Lin et al. 2023, table 2.
+        offset: added to the steps of "leading"; 1 in Stable Diffusion.
+        skip_last: spaces one more step than asked, and leaves out the last (DPM-Solver++).
+        rounded: to whole training steps; Euler's "linspace" is not.
+        ends_at: the noise of the final image: none ("data"), or that of the first training step
+            ("first_step": `set_alpha_to_one = False`).
+        num_train_steps: of the schedule.
+
+    Raises:
+        UserError: an offset that leaves the schedule.
+    """
+
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    offset: int = 0
+    skip_last: bool = False
+    rounded: bool = True
+    ends_at: Literal["data", "first_step"] = "data"
+    num_train_steps: int = 1000
+
+    def __post_init__(self):
+        if not 0 <= self.offset < self.num_train_steps:
+            raise UserError(
+                f"TrainStepGrid.offset is {self.offset}: give a number of training steps from 0 to "
+                f"{self.num_train_steps - 1}."
+            )
+
+    def __call__(
+        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
+    ) -> Float[Array, "*b"]:
+        """The time before step i of num_steps; both may be traced."""
+        i, n, total = jnp.asarray(i), jnp.asarray(num_steps), self.num_train_steps
+        dtype = jnp.result_type(float)
+        left = n - i - 1 + self.skip_last  # steps still to come, on the way to training step 0
+        match self.spacing:
+            case "leading":
+                step = (left * (total // (n + self.skip_last)) + self.offset).astype(dtype)
+            case "trailing":
+                # One rounding, of an exact product, so that halves are halves.
+                step = jnp.round(total * (n - i) / n) - 1
+            case "linspace":
+                step = left * (total - 1) / jnp.maximum(n - 1 + self.skip_last, 1)
+                step = jnp.round(step) if self.rounded else step
+        end = 0.0 if self.ends_at == "data" else 1 / total
+        return jnp.where(i < n, jnp.minimum((step + 1) / total, 1.0), end).astype(dtype)

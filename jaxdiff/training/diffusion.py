@@ -53,6 +53,10 @@ class Latents:
     pretrained: str
 
 
+def _network(config: DiTConfig | UNetConfig, rngs: nnx.Rngs) -> DiT | UNet:
+    return DiT(config, rngs=rngs) if isinstance(config, DiTConfig) else UNet(config, rngs=rngs)
+
+
 class TextToImage(nnx.Module):
     """What is trained: the denoiser, and the text encoder unless that is a frozen one."""
 
@@ -61,10 +65,7 @@ class TextToImage(nnx.Module):
     ):
         if text is not None:
             self.text = ClipText(text, rngs=rngs)
-        if isinstance(denoiser, DiTConfig):
-            self.denoiser = DiT(denoiser, rngs=rngs)
-        else:
-            self.denoiser = UNet(denoiser, rngs=rngs)
+        self.denoiser = _network(denoiser, rngs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class DiffusionTask:
 
     Attributes:
       denoiser: the network.
+      pretrained: folder of the run or bundle, or `shipped:NAME`, whose denoiser it starts as; None
+        draws one.
       text: the text encoder.
       latents: the space that is modelled; None for pixels.
       objective: what the network predicts, on which noise, and how errors count.
@@ -80,6 +83,7 @@ class DiffusionTask:
     """
 
     denoiser: DiTConfig | UNetConfig
+    pretrained: str | None = None
     text: TextTower
     latents: Latents | None = None
     objective: Objective
@@ -117,9 +121,14 @@ class DiffusionTask:
         return parts | self._text_part() if self._frozen_text else parts
 
     def start(self) -> dict[str, Pretrained]:
-        """A trained text tower that is to learn on."""
+        """A trained denoiser or text tower that is to learn on."""
+        parts = {}
+        if self.pretrained is not None:
+            parts["denoiser"] = Pretrained(
+                self.pretrained, ("denoiser",), lambda: _network(self.denoiser, nnx.Rngs(0))
+            )
         as_drawn = self.text.pretrained is None
-        return {} if self._frozen_text or as_drawn else self._text_part()
+        return parts if self._frozen_text or as_drawn else parts | self._text_part()
 
     @property
     def _frozen_text(self) -> bool:

@@ -153,19 +153,25 @@ def test_a_text_tower_that_is_not_trained_stays_as_drawn(task):
     assert not task.start()
 
 
-def test_a_pretrained_text_tower_can_learn_on(task):
-    text = dataclasses.replace(task.text, pretrained="runs/clip")
-    learning = dataclasses.replace(task, text=text)
+@pytest.mark.parametrize("name", ["text", "denoiser"])
+def test_a_pretrained_part_can_learn_on(task, name):
+    if name == "text":
+        text = dataclasses.replace(task.text, pretrained="runs/earlier")
+        learning = dataclasses.replace(task, text=text)
+    else:
+        learning = dataclasses.replace(task, pretrained="runs/earlier")
     assert not learning.frozen()
-    part = learning.start()["text"]
+    assert set(learning.start()) == {name}
+    part = learning.start()[name]
+    assert (part.folder, part.part) == ("runs/earlier", (name,))
     weights = random_params(part.build)
 
     def start(weights):
-        return init_state(learning, optax.sgd(0.1), Ema(), 0, {"text": weights})
+        return init_state(learning, optax.sgd(0.1), Ema(), 0, {name: weights})
 
     state = jax.jit(start)(weights)
     for params in (state.params, state.ema):
-        jax.tree.map(np.testing.assert_array_equal, params["text"], weights)
+        jax.tree.map(np.testing.assert_array_equal, params[name], weights)
     drawn = jax.eval_shape(lambda: init_state(task, optax.sgd(0.1), Ema(), 0))
     assert jax.tree.structure(state.params) == jax.tree.structure(drawn.params)
 
