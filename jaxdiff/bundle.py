@@ -29,6 +29,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.models.layers import abstract_params
+from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained
 
@@ -172,12 +173,16 @@ def write_bundle(folder: epath.PathLike, bundle: Bundle, dtype: str = "bfloat16"
 
 
 def read_bundle(folder: epath.PathLike) -> Bundle:
-    """A trained model from a bundle's folder, or from a run's: its newest checkpoint's average.
+    """A trained model, with the moving average of a run's newest checkpoint as its weights.
+
+    From the folder of a bundle, of a run, or of a Stable Diffusion checkpoint as diffusers has it.
 
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
     """
     root = model_folder(folder)
+    if is_diffusers_folder(root):
+        return Bundle(*read_diffusers(root))
     config = read_config(folder)
     parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
     abstract = {"params": abstract_params(lambda: config.task.build(nnx.Rngs(0))), "frozen": parts}
@@ -204,8 +209,10 @@ def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
         if part.folder is None:
             parts[name] = nnx.to_pure_dict(nnx.split(part.build())[1])
             continue
-        params: Any = read_bundle(part.folder).params
-        for key in part.part:
+        bundle = read_bundle(part.folder)
+        # An autoencoder is the whole of its own model, and a frozen part of one that draws.
+        params: Any = {**bundle.frozen, **bundle.params}
+        for key in part.part or ((name,) if name in bundle.frozen else ()):
             if key not in params:
                 raise UserError(
                     f"The model in {part.folder} has no part {key!r} to serve as {name}."

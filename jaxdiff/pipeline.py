@@ -34,7 +34,8 @@ def load(model: epath.PathLike = DEFAULT_MODEL) -> "Pipeline":
     """A trained text-to-image model, ready to sample.
 
     Args:
-      model: folder of a run or of an exported model, or `shipped:NAME`.
+      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in the form
+        of diffusers, or `shipped:NAME`.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
@@ -174,8 +175,7 @@ class Pipeline:
         return self.tokenizer.truncated(prompt)
 
     def _shape(self, width: int, height: int) -> tuple[int, int, int]:
-        factor = self.task.latents.model.downsampling if self.task.latents else 1
-        side = factor * self.task.denoiser.smallest
+        side = self.task.downsampling * self.task.denoiser.smallest
         if width % side or height % side or min(width, height) < side:
             raise UserError(
                 f"size {width}x{height} cannot be drawn by this model: both must be multiples of "
@@ -231,6 +231,7 @@ def _autoencoder(task: DiffusionTask):
 def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tuple[int, int, int]):
     """The jitted loop for one solver and one shape; the batch size and snapshots are static too."""
     settings = config.sampling
+    size = shape[0] * task.downsampling, shape[1] * task.downsampling
     guidance = ClassifierFree(
         prediction=task.objective.prediction,
         schedule=task.objective.schedule,
@@ -245,8 +246,8 @@ def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tupl
         frozen = weights["frozen"]
         denoise = guidance.denoiser(
             model.denoiser,
-            task.features(model, frozen, rows["ids"]),
-            task.features(model, frozen, rows["negative_ids"]),
+            task.features(model, frozen, rows["ids"], size),
+            task.features(model, frozen, rows["negative_ids"], size),
             rows["scale"],
         )
         noise = rows["noise"] if "noise" in rows else noise_from_seeds(rows["seeds"], shape)
@@ -258,6 +259,7 @@ def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tupl
             num_steps,
             noise,
             rows["seeds"],
+            unit_noise=settings.unit_noise,
             num_snapshots=num_snapshots,
         )
         x = sampled.snapshots if num_snapshots else sampled.images[None]

@@ -35,7 +35,7 @@ class SampleOptions:
     """How closely to follow the prompt, 1 is unguided; the model's own by default."""
     negative_prompt: str = ""
     """What to steer away from."""
-    solver: Literal["ddim", "euler", "heun", "dpm++2m"] | None = None
+    solver: Literal["ddim", "euler", "heun", "dpm++2m", "plms"] | None = None
     """The model's own by default."""
     size: str | None = None
     """WIDTHxHEIGHT; the training images' by default."""

@@ -123,7 +123,7 @@ def test_guidance_scale_1_is_the_conditional_model(pipeline):
     t = jax.numpy.ones(())
     x = schedule.sigma(t) * noise
     ids = jax.numpy.asarray(pipeline.tokenizer([PEA]))
-    output = jax.jit(lambda x: model.denoiser(x, t[None], task.features(model, {}, ids)))(x)
+    output = jax.jit(lambda x: model.denoiser(x, t[None], task.features(model, {}, ids, (8, 8))))(x)
     x0, _ = to_x0_eps(task.objective.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
     np.testing.assert_allclose(image, np.clip(x0 / 2 + 0.5, 0, 1), atol=1e-4)
 

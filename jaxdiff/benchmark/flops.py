@@ -25,6 +25,7 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.models.unet import UNetConfig
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 
 
 def three_passes(forward: float) -> float:
@@ -124,6 +125,58 @@ def unet_flops(config: UNetConfig, *, height: int, width: int, text_length: int)
         for j in range(config.blocks + (i == 0)):
             total += block((widths[i] if j else before) + skips.pop(), i)
         total += attention(i) + (_conv(3, widths[i], widths[i], areas[i - 1]) if i else 0.0)
+    return total
+
+
+def unet2d_condition_flops(
+    config: UNet2DConditionConfig, *, height: int, width: int, text_length: int
+) -> float:
+    """Of one evaluation of Stable Diffusion's U-Net.
+
+    Args:
+      config: of the U-Net.
+      height: of the latents, which halves at each level without a rest.
+      width: likewise.
+      text_length: tokens of the prompt, padding included.
+    """
+    widths, time = config.block_out_channels, config.time_width
+    last = len(widths) - 1
+    areas = [height * width // 4**i for i in range(len(widths))]
+
+    def block(inputs: int, level: int) -> float:
+        return _residual_block(inputs, widths[level], areas[level]) + _linear(
+            1, time, widths[level]
+        )
+
+    def transformer(level: int, depth: int) -> float:
+        if depth == 0:
+            return 0.0
+        area, d = areas[level], widths[level]
+        attention = _linear(area, d, 4 * d) + _attention(area, area, d)
+        cross = _linear(area, d, 2 * d) + _linear(text_length, config.cross_attention_dim, 2 * d)
+        cross += _attention(area, text_length, d)
+        mlp = _linear(area, d, 8 * d) + _linear(area, 4 * d, d)
+        return _linear(area, d, 2 * d) + depth * (attention + cross + mlp)
+
+    total = _linear(1, widths[0], time) + _linear(1, time, time)
+    if config.added_width is not None:
+        total += _linear(1, config.added_width, time) + _linear(1, time, time)
+    total += _conv(3, config.in_channels, widths[0], areas[0])
+    total += _conv(3, widths[0], config.out_channels, areas[0])
+    skips, before = [widths[0]], widths[0]
+    for i, d in enumerate(widths):
+        for _ in range(config.layers_per_block):
+            total += block(before, i) + transformer(i, config.transformer_layers[i])
+            skips.append(before := d)
+        if i < last:
+            total += _conv(3, d, d, areas[i + 1])
+            skips.append(d)
+    total += 2 * block(before, last) + transformer(last, config.middle_transformer_layers)
+    for i, d in reversed(list(enumerate(widths))):
+        for _ in range(config.layers_per_block + 1):
+            total += block(before + skips.pop(), i) + transformer(i, config.transformer_layers[i])
+            before = d
+        total += _conv(3, d, d, areas[i - 1]) if i else 0.0
     return total
 
 

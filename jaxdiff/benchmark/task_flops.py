@@ -7,9 +7,12 @@ from jaxdiff.benchmark.flops import (
     dit_flops,
     encode_flops,
     three_passes,
+    unet2d_condition_flops,
     unet_flops,
 )
 from jaxdiff.models.dit import DiTConfig
+from jaxdiff.models.unet import UNetConfig
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
@@ -27,12 +30,17 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
         return three_passes(total) + seen
     height, width, _ = task.shape(size, size)
     seen = {"height": height, "width": width, "text_length": task.text.model.length}
-    if isinstance(task.denoiser, DiTConfig):
-        denoiser = dit_flops(task.denoiser, **seen)
-    else:
-        denoiser = unet_flops(task.denoiser, **seen)
-    text = clip_text_flops(task.text.model)
-    total = three_passes(denoiser) + (three_passes(text) if task.text.trained else text)
+    match task.denoiser:
+        case DiTConfig():
+            denoiser = dit_flops(task.denoiser, **seen)
+        case UNetConfig():
+            denoiser = unet_flops(task.denoiser, **seen)
+        case UNet2DConditionConfig():
+            denoiser = unet2d_condition_flops(task.denoiser, **seen)
+    total = three_passes(denoiser)
+    for tower in task.towers.values():
+        text = clip_text_flops(tower.model)
+        total += three_passes(text) if tower.trained else text
     if task.latents:
         total += encode_flops(task.latents.model, height=size, width=size)
     return total

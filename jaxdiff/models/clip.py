@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.initializers import fan_in_normal, normal
@@ -252,14 +252,7 @@ class ClipText(nnx.Module):
         Raises:
           UserError: there is no such layer.
         """
-        config = self.config
-        # A prompt without an end token is taken whole.
-        if config.end_id is None:
-            end = jnp.argmax(ids, axis=1)
-        else:
-            is_end = ids == config.end_id
-            end = jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
-
+        config, end = self.config, self._end(ids)
         dtype = self.token_embedding.dtype
         # An id beyond the vocabulary becomes NaN rather than its neighbour.
         x = jnp.take(self.token_embedding[...], ids, axis=0, mode="fill")
@@ -272,7 +265,18 @@ class ClipText(nnx.Module):
             pooled = self.projection(pooled)
         if final_norm:
             tokens = self.final_norm(tokens).astype(dtype)
-        return TextFeatures(tokens, pooled, jnp.arange(ids.shape[1]) <= end[:, None])
+        return TextFeatures(tokens, pooled, self.prompt_mask(ids))
+
+    def prompt_mask(self, ids: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+        """True up to and including each prompt's end token."""
+        return jnp.arange(ids.shape[1]) <= self._end(ids)[:, None]
+
+    def _end(self, ids: Int[Array, "b n"]) -> Int[Array, " b"]:
+        """Where the end token is; a prompt without one is taken whole."""
+        if self.config.end_id is None:
+            return jnp.argmax(ids, axis=1)
+        is_end = ids == self.config.end_id
+        return jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
 
 
 def normalize_for_clip(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:

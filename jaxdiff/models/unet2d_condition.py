@@ -88,9 +88,14 @@ class UNet2DConditionConfig:
         return 4 * self.block_out_channels[0]
 
     @property
+    def channels(self) -> int:
+        """Of the latents that are modelled."""
+        return self.out_channels
+
+    @property
     def smallest(self) -> int:
-        """Sides of the latents that are multiples of this halve and double without a rest."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        """Sides of the latents must be multiples of this: any will do."""
+        return 1
 
 
 class Conditions(NamedTuple):

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import names
+from jaxdiff.pretrained.foreign_config import Fixed, check_config
+from jaxdiff.pretrained.tensor_files import Renamed
 
 
 def _half_names(half: str, level: str, resample: str) -> dict[str, str]:
@@ -52,17 +55,69 @@ def _renew(name: str) -> str:
     )
 
 
+_READ = {
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "scaling_factor",
+    "shift_factor",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+    "down_block_types",
+    "up_block_types",
+}
+
+_FIXED: Fixed = {
+    "act_fn": ("silu",),
+    "sample_size": None,
+    "force_upcast": None,  # it says that float16 overflows; the type of the weights is the caller's
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+
+
+def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> AutoencoderConfig:
+    """Our config from diffusers' `AutoencoderKL` config, whose missing keys have defaults.
+
+    Raises:
+      UserError: the config asks for something that this autoencoder does not have.
+    """
+    check_config(what, config, _READ, _FIXED)
+    kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
+    channels = {config.get("in_channels", 3), config.get("out_channels", 3)}
+    if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"} or len(channels) > 1:
+        raise UserError(
+            f"{what} has blocks {', '.join(sorted(kinds))} and {sorted(channels)} channels: "
+            "expected DownEncoderBlock2D and UpDecoderBlock2D, and as many channels out as in."
+        )
+    return AutoencoderConfig(
+        image_channels=channels.pop(),
+        latent_channels=config.get("latent_channels", 4),
+        block_out_channels=tuple(config.get("block_out_channels", (64,))),
+        layers_per_block=config.get("layers_per_block", 1),
+        norm_num_groups=config.get("norm_num_groups", 32),
+        mid_block_add_attention=config.get("mid_block_add_attention", True),
+        use_quant_conv=config.get("use_quant_conv", True),
+        use_post_quant_conv=config.get("use_post_quant_conv", True),
+        scaling_factor=config.get("scaling_factor", 0.18215),
+        shift_factor=config.get("shift_factor") or 0.0,
+    )
+
+
 def from_torch_names(
-    tensors: Mapping[str, np.ndarray], config: AutoencoderConfig
+    tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
     """Parameters of `Autoencoder(config)` from the tensors of a diffusers checkpoint, old or new.
 
-    Raises:
-      UserError: tensors are missing, unexpected or of another shape; it names them.
+    `options` and errors are those of `names.from_torch_names`.
     """
-    tensors = {_renew(name): value for name, value in tensors.items()}
     abstract = abstract_params(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
-    return names.from_torch_names(tensors, AUTOENCODER_NAMES, abstract)
+    renewed = Renamed(tensors, _renew)
+    return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

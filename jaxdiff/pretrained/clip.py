@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxdiff.errors import UserError
 from jaxdiff.models.clip import (
     Clip,
     ClipConfig,
@@ -16,6 +17,8 @@ from jaxdiff.models.clip import (
 )
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import names
+from jaxdiff.pretrained.foreign_config import Fixed, check_config
+from jaxdiff.pretrained.tensor_files import Renamed
 
 AnyClipConfig = ClipTextConfig | ClipVisionConfig | ClipConfig
 
@@ -63,10 +66,63 @@ CLIP_NAMES = {
 _BARE = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
-def _full_name(name: str, config: AnyClipConfig) -> str:
+def _full_name(name: str, config: AnyClipConfig) -> str | None:
+    if name.endswith(".position_ids"):
+        return None  # old checkpoints store the row 0, 1, 2 ... beside the positions' embeddings
     if not name.startswith(_BARE):
         return name
     return f"{'text' if isinstance(config, ClipTextConfig) else 'vision'}_model.{name}"
+
+
+_TEXT_READ = {
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "projection_dim",
+    "eos_token_id",
+}
+
+# Without effect on what the tower gives; not of interest once it is trained.
+_IGNORED = """
+    architectures attention_dropout bos_token_id chunk_size_feed_forward dropout dtype id2label
+    initializer_factor initializer_range is_encoder_decoder label2id model_type output_attentions
+    output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers_version
+"""
+
+_TEXT_FIXED: Fixed = dict.fromkeys(_IGNORED.split()) | {"layer_norm_eps": (1e-5,)}
+
+_ENDS_AT_LARGEST = 2  # the id that OpenAI's configs give, wrongly; transformers heeds it so
+
+
+def read_text_config(
+    config: Mapping[str, Any], *, projected: bool, what: str = "text_encoder/config.json"
+) -> ClipTextConfig:
+    """Our config from that of transformers' CLIPTextModel or, `projected`, ...WithProjection.
+
+    Raises:
+      UserError: the config asks for something that this tower does not have.
+    """
+    check_config(what, config, _TEXT_READ, _TEXT_FIXED)
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu.")
+    width = config.get("hidden_size", 512)
+    end_id = config.get("eos_token_id", 49407)
+    return ClipTextConfig(
+        vocab_size=config.get("vocab_size", 49408),
+        length=config.get("max_position_embeddings", 77),
+        width=width,
+        depth=config.get("num_hidden_layers", 12),
+        heads=config.get("num_attention_heads", 8),
+        mlp_ratio=config.get("intermediate_size", 2048) / width,
+        activation=activation,
+        projection_dim=config.get("projection_dim", 512) if projected else None,
+        end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
+    )
 
 
 def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str, str]]:
@@ -79,21 +135,17 @@ def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str
             return Clip, CLIP_NAMES
 
 
-def from_torch_names(tensors: Mapping[str, np.ndarray], config: AnyClipConfig) -> dict[str, Any]:
+def from_torch_names(
+    tensors: Mapping[str, np.ndarray], config: AnyClipConfig, **options: Any
+) -> dict[str, Any]:
     """Parameters of the network of `config` from a transformers checkpoint, old or new.
 
-    Raises:
-      UserError: tensors are missing, unexpected or of another shape; it names them.
+    `options` and errors are those of `names.from_torch_names`.
     """
     network, table = _network(config)
-    # Old checkpoints store the row 0, 1, 2 ... beside the positions' embeddings.
-    tensors = {
-        _full_name(name, config): value
-        for name, value in tensors.items()
-        if not name.endswith(".position_ids")
-    }
     abstract = abstract_params(lambda: network(config, rngs=nnx.Rngs(0)))
-    return names.from_torch_names(tensors, table, abstract)
+    renamed = Renamed(tensors, lambda name: _full_name(name, config))
+    return names.from_torch_names(renamed, table, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:

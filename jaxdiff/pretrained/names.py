@@ -12,13 +12,14 @@ transposed (linear) or turned from HWIO to OIHW (convolution) and called `weight
 `scale`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from flax import traverse_util
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.tensor_files import shapes
 
 Path = tuple[str | int, ...]
 
@@ -76,39 +77,52 @@ def _raise_if_any(what: str, names: list[str], advice: str):
 
 
 def from_torch_names(
-    tensors: Mapping[str, np.ndarray], names: Mapping[str, str], params: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    params: Mapping[str, Any],
+    *,
+    place: Callable[[np.ndarray], Any] = np.asarray,
 ) -> dict[str, Any]:
     """Our parameters from a checkpoint's tensors, each in its own dtype.
+
+    All names and shapes are checked before the first tensor is read; then they are read one
+    parameter at a time.
 
     Args:
       tensors: of the checkpoint, by name.
       names: the table.
       params: nested dict of what the network has; only the shapes are read, so abstract will do.
+      place: where a parameter goes once it has our layout, such as onto its devices.
 
     Returns:
-      A nested dict of numpy arrays, of the structure of `params`, for `nnx.merge` or `nnx.update`.
+      A nested dict of what `place` returns, of the structure of `params`, for `nnx.merge` or
+      `nnx.update`.
 
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     advice = "check that the config is the one that belongs to this checkpoint"
-    flat = _flatten(params)
+    flat, theirs = _flatten(params), shapes(tensors)
     located = {path: _locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
-    _raise_if_any("missing tensors", list(wanted - set(tensors)), advice)
-    _raise_if_any("unexpected tensors", list(set(tensors) - wanted), advice)
-
-    misshapen, ours = [], {}
+    _raise_if_any("missing tensors", list(wanted - set(theirs)), advice)
+    _raise_if_any("unexpected tensors", list(set(theirs) - wanted), advice)
+    misshapen = []
     for path, tensor in located.items():
         shape = flat[path].shape if tensor.depth is None else flat[path].shape[1:]
-        layers = [tensor.from_torch(np.asarray(tensors[name])) for name in tensor.names()]
-        for name, layer in zip(tensor.names(), layers, strict=True):
-            if layer.shape != shape:
-                expected = tensor.to_torch(np.empty(shape)).shape
-                misshapen.append(f"{name} is {tensors[name].shape}, expected {expected}")
-        if not misshapen:
-            ours[path] = layers[0] if tensor.depth is None else np.stack(layers)
+        expected = tensor.to_torch(np.broadcast_to(np.zeros(()), shape)).shape
+        misshapen += [
+            f"{name} is {theirs[name]}, expected {expected}"
+            for name in tensor.names()
+            if theirs[name] != expected
+        ]
     _raise_if_any("tensors of another shape", misshapen, advice)
+
+    def read(tensor: _Tensor) -> np.ndarray:
+        layers = (tensor.from_torch(np.asarray(tensors[name])) for name in tensor.names())
+        return next(layers) if tensor.depth is None else np.stack(list(layers))
+
+    ours = {path: place(read(tensor)) for path, tensor in located.items()}
     return traverse_util.unflatten_dict(ours)
 
 

@@ -158,15 +158,14 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
 
 
 def from_torch_names(
-    tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig
+    tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig, **options: Any
 ) -> dict[str, Any]:
     """Parameters of `UNet2DConditionModel(config)` from the tensors of a diffusers checkpoint.
 
-    Raises:
-      UserError: tensors are missing, unexpected or of another shape; it names them.
+    `options` and errors are those of `names.from_torch_names`.
     """
     abstract = abstract_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
-    return names.from_torch_names(tensors, UNET_NAMES, abstract)
+    return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

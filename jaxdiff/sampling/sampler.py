@@ -48,14 +48,16 @@ def sample(
     noise: Images,
     seeds: Integer[Array, " b"],
     *,
+    unit_noise: bool = False,
     num_snapshots: int = 0,
 ) -> Sampled:
     """Goes from noise at grid(0) to an image at grid(num_steps).
 
     num_steps may be traced: under jit neither it nor the seeds, nor anything that `denoise` closes
-    over as an array, recompiles. noise has unit variance (`noise_from_seeds`); seeds feed the
-    solvers that add more. Of the k = num_snapshots (static), number j is the denoiser's estimate
-    after a share (j + 1) / k of the steps, so the last is of the last step.
+    over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and is scaled to the
+    sigma of grid(0), unless `unit_noise`; seeds feed the solvers that add more. Of the
+    k = num_snapshots (static), number j is the denoiser's estimate after a share (j + 1) / k of the
+    steps, so the last is of the last step.
     """
     num_steps = jnp.asarray(num_steps, jnp.int32)
     keys = keys_from_seeds(seeds, STEP_NOISE)
@@ -74,7 +76,7 @@ def sample(
         snapshots = jnp.where(slots >= i * num_snapshots // num_steps, x0, snapshots)
         return x, memory, snapshots
 
-    x = levels(0)[2] * noise
+    x = noise if unit_noise else levels(0)[2] * noise
     snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
     x, _, snapshots = jax.lax.fori_loop(0, num_steps, body, (x, solver.init(x), snapshots))
     return Sampled(images=x, snapshots=snapshots)

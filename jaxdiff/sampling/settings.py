@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from jaxdiff.diffusion.schedules import TimeGrid
+from jaxdiff.diffusion.schedules import TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance import DynamicThreshold, StaticThreshold
-from jaxdiff.sampling.solvers import DDIM, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
 
-SOLVERS = {"ddim": DDIM, "euler": Euler, "heun": Heun, "dpm++2m": DPMSolverPP2M}
+SOLVERS = {
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpm++2m": DPMSolverPP2M,
+    "plms": PLMS,
+}
 """The solvers, under the names that a command line or a prompt file takes."""
 
 
@@ -18,6 +24,8 @@ class SamplingConfig:
     Attributes:
       solver: of the sampling ODE.
       grid: the times that it visits.
+      unit_noise: start from noise of variance 1, as diffusers does with Stable Diffusion, rather
+        than from the schedule's at the first time, which is a little less.
       num_steps: of the solver.
       guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
@@ -26,8 +34,9 @@ class SamplingConfig:
       prompts: of the grids and the strip that a training run draws, one seed each from 0.
     """
 
-    solver: DDIM | Euler | Heun | DPMSolverPP2M = field(default_factory=DPMSolverPP2M)
-    grid: TimeGrid = field(default_factory=TimeGrid)
+    solver: DDIM | Euler | Heun | DPMSolverPP2M | PLMS = field(default_factory=DPMSolverPP2M)
+    grid: TimeGrid | TrainStepGrid = field(default_factory=TimeGrid)
+    unit_noise: bool = False
     num_steps: int = 20
     guidance_scale: float = 3.0
     threshold: StaticThreshold | DynamicThreshold | None = None

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
@@ -189,3 +190,60 @@ class DPMSolverPP2M:
         ahead = jnp.where(jnp.isfinite(ahead), ahead, 0.0)
         extrapolated = x0 + ahead * (x0 - memory.x0)
         return Stepped(_advance(x, extrapolated, s), x0, LastEstimate(x0, half_log_snr))
+
+
+class LastNoises(NamedTuple):
+    """What `PLMS` remembers: the estimates of eps before this one, newest first."""
+
+    eps: tuple[Images, Images, Images]
+    count: Int[Array, ""]
+
+
+# Weights of the newest four estimates after 0, 1, 2 and 3 or more earlier ones, eq. 9 and 12.
+_ADAMS_BASHFORTH = np.array(
+    [
+        [1, 0, 0, 0],
+        [3 / 2, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLMS:
+    """Pseudo linear multistep (Liu et al. 2022, PNDM, section 3.3): eq. 2 with eps extrapolated.
+
+    Adams-Bashforth's weights of the last four estimates of eps. The first step is Heun's in eps
+    and evaluates twice. It is what Stable Diffusion 1.x was published with.
+    """
+
+    def init(self, x: Images) -> Memory:
+        """No estimate yet."""
+        none = jnp.zeros_like(x)
+        return LastNoises((none, none, none), jnp.zeros((), jnp.int32))
+
+    def step(
+        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
+    ) -> Stepped:
+        """Down by eq. 2 with what this and the last estimates of eps say together."""
+        x0 = denoise(x, s.t)
+        eps = (x - s.alpha * x0) / s.sigma
+        weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(memory.count, 3)]
+        known = (eps, *memory.eps)
+        extrapolated = sum(weight * e for weight, e in zip(weights, known, strict=True))
+
+        def first() -> Images:
+            ahead = self._advance(x, eps, s)
+            next_x0 = denoise(ahead, s.next_t)
+            return (eps + (ahead - s.next_alpha * next_x0) / s.next_sigma) / 2
+
+        is_first = (memory.count == 0) & (s.next_sigma > 0)
+        eps_bar = jax.lax.cond(is_first, first, lambda: extrapolated)
+        newest, second, _ = memory.eps
+        remembered = LastNoises((eps, newest, second), memory.count + 1)
+        return Stepped(self._advance(x, eps_bar, s), x0, remembered)
+
+    def _advance(self, x: Images, eps: Images, s: Step) -> Images:
+        """Eq. 2 in terms of eps; not for alpha = 0, where eps says nothing of x0."""
+        return s.next_alpha / s.alpha * (x - s.sigma * eps) + s.next_sigma * eps

@@ -16,7 +16,14 @@ from jaxdiff.models.clip import ClipText, ClipTextConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, merge
 from jaxdiff.models.unet import UNet, UNetConfig
+from jaxdiff.models.unet2d_condition import (
+    Conditions,
+    UNet2DConditionConfig,
+    UNet2DConditionModel,
+)
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
+
+BEAUTY = 6.0  # the aesthetic score that Podell et al. 2023 sample their refiner at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +39,23 @@ class TextTower:
       trained: whether it learns along with the denoiser or stays as it starts.
       layer: which hidden state becomes the words that the denoiser reads, counted as
         `ClipText.__call__` does; 0 is the words alone, None the last.
+      final_norm: whether the final layer norm is applied to these.
+      pad_id: what follows a prompt's end becomes this id; None leaves the tokenizer's.
     """
 
     model: ClipTextConfig
     pretrained: str | None = None
     trained: bool = True
     layer: int | None = None
+    final_norm: bool = True
+    pad_id: int | None = None
+
+    def read(self, encoder: ClipText, ids: Int[Array, "b n"]) -> TextFeatures:
+        """Prompts given as token ids, in the eyes of this tower."""
+        if self.pad_id is not None:
+            mask = encoder.prompt_mask(ids)
+            ids = jnp.where(mask, ids, self.pad_id)
+        return encoder(ids, layer=self.layer, final_norm=self.final_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +71,39 @@ class Latents:
     pretrained: str
 
 
-def _network(config: DiTConfig | UNetConfig, rngs: nnx.Rngs) -> DiT | UNet:
-    return DiT(config, rngs=rngs) if isinstance(config, DiTConfig) else UNet(config, rngs=rngs)
+DenoiserConfig = DiTConfig | UNetConfig | UNet2DConditionConfig
+
+
+def _network(config: DenoiserConfig, rngs: nnx.Rngs) -> DiT | UNet | UNet2DConditionModel:
+    match config:
+        case DiTConfig():
+            return DiT(config, rngs=rngs)
+        case UNetConfig():
+            return UNet(config, rngs=rngs)
+        case UNet2DConditionConfig():
+            return UNet2DConditionModel(config, rngs=rngs)
 
 
 class TextToImage(nnx.Module):
-    """What is trained: the denoiser, and the text encoder unless that is a frozen one."""
+    """What is trained: the denoiser, and the text encoders unless these are frozen ones."""
 
     def __init__(
-        self, denoiser: DiTConfig | UNetConfig, text: ClipTextConfig | None, *, rngs: nnx.Rngs
+        self,
+        denoiser: DenoiserConfig,
+        text: ClipTextConfig | None,
+        text_2: ClipTextConfig | None,
+        *,
+        rngs: nnx.Rngs,
     ):
         if text is not None:
             self.text = ClipText(text, rngs=rngs)
+        if text_2 is not None:
+            self.text_2 = ClipText(text_2, rngs=rngs)
         self.denoiser = _network(denoiser, rngs)
+
+
+def _text_part(name: str, tower: TextTower) -> Pretrained:
+    return Pretrained(tower.pretrained, (name,), lambda: ClipText(tower.model, rngs=nnx.Rngs(0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +115,34 @@ class DiffusionTask:
       pretrained: folder of the run or bundle, or `shipped:NAME`, whose denoiser it starts as; None
         draws one.
       text: the text encoder.
+      text_2: a second one, whose tokens are joined to the first one's, channel by channel, and
+        whose pooled vector takes the place of the first one's (Stable Diffusion XL).
+      zero_empty_prompt: an empty prompt is all zeros to the denoiser (Stable Diffusion XL).
       latents: the space that is modelled; None for pixels.
       objective: what the network predicts, on which noise, and how errors count.
       curriculum: little noise first; None draws all levels from the start.
     """
 
-    denoiser: DiTConfig | UNetConfig
+    denoiser: DenoiserConfig
     pretrained: str | None = None
     text: TextTower
+    text_2: TextTower | None = None
+    zero_empty_prompt: bool = False
     latents: Latents | None = None
     objective: Objective
     curriculum: NoiseCurriculum | None = None
 
     def __post_init__(self):
-        text, denoiser = self.text.model, self.denoiser
-        widths = (text.width, text.projection_dim or text.width)
-        if widths != (denoiser.text_width, denoiser.pooled_width):
+        denoiser, models = self.denoiser, [tower.model for tower in self.towers.values()]
+        width = sum(model.width for model in models)
+        pooled = models[-1].projection_dim or models[-1].width
+        reads_pooled = isinstance(denoiser, DiTConfig | UNetConfig)
+        if width != denoiser.text_width or (reads_pooled and pooled != denoiser.pooled_width):
+            wanted = f" and {denoiser.pooled_width} (pooled)" if reads_pooled else ""
             raise UserError(
-                f"The denoiser expects text of widths {denoiser.text_width} and "
-                f"{denoiser.pooled_width} (pooled) but the text encoder gives {widths[0]} and "
-                f"{widths[1]}; make denoiser.text_width and denoiser.pooled_width those."
+                f"The denoiser expects text of widths {denoiser.text_width}{wanted} but the text "
+                f"encoder gives {width} and {pooled} (pooled); make denoiser.text_width and "
+                "denoiser.pooled_width those."
             )
         channels = self.latents.model.latent_channels if self.latents else 3
         if channels != denoiser.channels:
@@ -105,10 +151,23 @@ class DiffusionTask:
                 f"have {channels}; set denoiser.channels to {channels}."
             )
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels to one position of what is modelled, along each side."""
+        return self.latents.model.downsampling if self.latents else 1
+
+    @property
+    def towers(self) -> dict[str, TextTower]:
+        """The text encoders by name; the last one's pooled vector counts."""
+        return {"text": self.text} | ({"text_2": self.text_2} if self.text_2 else {})
+
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
-        text = None if self._frozen_text else self.text.model
-        return TextToImage(self.denoiser, text, rngs=rngs)
+        text, text_2 = (
+            tower.model if tower is not None and tower.trained else None
+            for tower in (self.text, self.text_2)
+        )
+        return TextToImage(self.denoiser, text, text_2, rngs=rngs)
 
     def frozen(self) -> dict[str, Pretrained]:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
@@ -118,7 +177,10 @@ class DiffusionTask:
             parts["autoencoder"] = Pretrained(
                 self.latents.pretrained, (), lambda: Autoencoder(model, rngs=nnx.Rngs(0))
             )
-        return parts | self._text_part() if self._frozen_text else parts
+        for name, tower in self.towers.items():
+            if not tower.trained:
+                parts[name] = _text_part(name, tower)
+        return parts
 
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
@@ -127,27 +189,52 @@ class DiffusionTask:
             parts["denoiser"] = Pretrained(
                 self.pretrained, ("denoiser",), lambda: _network(self.denoiser, nnx.Rngs(0))
             )
-        as_drawn = self.text.pretrained is None
-        return parts if self._frozen_text or as_drawn else parts | self._text_part()
-
-    @property
-    def _frozen_text(self) -> bool:
-        return not self.text.trained
-
-    def _text_part(self) -> dict[str, Pretrained]:
-        folder, config = self.text.pretrained, self.text.model
-        return {"text": Pretrained(folder, ("text",), lambda: ClipText(config, rngs=nnx.Rngs(0)))}
+        for name, tower in self.towers.items():
+            if tower.trained and tower.pretrained is not None:
+                parts[name] = _text_part(name, tower)
+        return parts
 
     def init_state(self) -> Any:
         """The curriculum at its first level."""
         return self.curriculum.init() if self.curriculum else ()
 
-    def features(self, model: TextToImage, frozen: PyTree, ids: Int[Array, "b n"]) -> TextFeatures:
-        """What the denoiser is told of prompts given as token ids."""
-        if self._frozen_text:
-            tower = merge(self.frozen()["text"].build, frozen["text"])
-            return tower(ids, layer=self.text.layer)
-        return model.text(ids, layer=self.text.layer)
+    def features(
+        self,
+        model: TextToImage,
+        frozen: PyTree,
+        ids: Int[Array, "b n"],
+        size: tuple[int, int],
+    ) -> Any:
+        """What the denoiser is told of prompts given as token ids, for images of height and width.
+
+        `Conditions` for Stable Diffusion's U-Net, `TextFeatures` for the others.
+        To Stable Diffusion XL an image is whole and as large as it is asked for.
+        """
+        read = []
+        for name, tower in self.towers.items():
+            if tower.trained:
+                encoder = getattr(model, name)
+            else:
+                encoder = merge(self.frozen()[name].build, frozen[name])
+            read.append(tower.read(encoder, ids))
+        tokens = jnp.concatenate([features.tokens for features in read], axis=-1)
+        text = TextFeatures(tokens, read[-1].pooled, read[0].mask)
+        if self.zero_empty_prompt:
+            said = text.mask[:, 2].astype(tokens.dtype)  # more than a start and an end
+            tokens, pooled = tokens * said[:, None, None], text.pooled * said[:, None]
+            text = text._replace(tokens=tokens, pooled=pooled)
+        if not isinstance(self.denoiser, UNet2DConditionConfig):
+            return text
+        if self.denoiser.added_width is None:
+            return Conditions(text.tokens)
+        ids_width = self.denoiser.added_width - text.pooled.shape[-1]
+        count = ids_width // self.denoiser.time_id_width
+        height, width = size
+        whole = (height, width, 0, 0, height, width)
+        # The refiner is told how beautiful the image is in the place of its final size.
+        numbers = whole if count == len(whole) else (height, width, 0, 0, BEAUTY)
+        time_ids = jnp.broadcast_to(jnp.array(numbers, jnp.float32), (ids.shape[0], len(numbers)))
+        return Conditions(text.tokens, text.pooled, time_ids)
 
     def encode(
         self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
@@ -168,8 +255,7 @@ class DiffusionTask:
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Height, width and channels of what is modelled for images of this size."""
-        factor = self.latents.model.downsampling if self.latents else 1
-        return height // factor, width // factor, self.denoiser.channels
+        return height // self.downsampling, width // self.downsampling, self.denoiser.channels
 
     def loss(
         self,
@@ -181,7 +267,7 @@ class DiffusionTask:
     ) -> tuple[Float[Array, ""], Metrics]:
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
-        text = self.features(model, frozen, batch["tokens"])
+        text = self.features(model, frozen, batch["tokens"], batch["image"].shape[1:3])
         x0 = self.encode(frozen, from_uint8(batch["image"]), encode_key)
         max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
         result = self.objective.loss(lambda x, t: model.denoiser(x, t, text), x0, loss_key, max_t)

@@ -169,7 +169,8 @@ def _start(
         lambda start: init_state(config.task, optimizer, config.ema, config.train.seed, start),
         out_shardings=shardings,
     )
-    return init(read_pretrained(config.task.start())), None, shardings
+    # From the host: what lies on one device alone cannot go to a mesh of several.
+    return init(jax.device_get(read_pretrained(config.task.start()))), None, shardings
 
 
 def _frozen(config: Config, out: epath.Path) -> PyTree:

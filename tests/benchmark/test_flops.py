@@ -14,6 +14,7 @@ from jaxdiff.benchmark.flops import (
     encode_flops,
     peak_flops,
     three_passes,
+    unet2d_condition_flops,
     unet_flops,
 )
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -21,6 +22,11 @@ from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVision
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures
 from jaxdiff.models.unet import UNet, UNetConfig
+from jaxdiff.models.unet2d_condition import (
+    Conditions,
+    UNet2DConditionConfig,
+    UNet2DConditionModel,
+)
 
 BATCH = 2
 DIT = DiTConfig(
@@ -35,6 +41,13 @@ UNET = UNetConfig(
     attention=(False, True),
     text_width=192,
     pooled_width=96,
+)
+STABLE_DIFFUSION = UNet2DConditionConfig(  # transformers of one block: XLA counts a scan's once
+    block_out_channels=(64, 128, 128),
+    transformer_layers=(1, 1, 0),
+    heads=(4, 4, 4),
+    cross_attention_dim=96,
+    time_id_width=16,
 )
 AUTOENCODER = AutoencoderConfig(block_out_channels=(64, 128))
 
@@ -82,6 +95,23 @@ def test_unet_agrees_with_xla(changes):
     config = dataclasses.replace(UNET, **changes)
     ours = unet_flops(config, height=32, width=48, text_length=64)
     assert ours == pytest.approx(counted_denoiser(UNet, config, 64), rel=0.04)
+
+
+@pytest.mark.parametrize("changes", [{}, {"added_width": 160, "use_linear_projection": True}])
+def test_stable_diffusions_unet_agrees_with_xla(changes):
+    config = dataclasses.replace(STABLE_DIFFUSION, **changes)
+    conditions = [shape(77, config.cross_attention_dim)]
+    if config.added_width is not None:
+        conditions += [shape(config.added_width - 6 * config.time_id_width), shape(6)]
+    xla = counted(
+        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))),
+        lambda model, x, t, *conditions: model(x, t, Conditions(*conditions)),
+        shape(16, 24, config.in_channels),
+        shape(),
+        *conditions,
+    )
+    ours = unet2d_condition_flops(config, height=16, width=24, text_length=77)
+    assert ours == pytest.approx(xla, rel=0.04)
 
 
 def test_clip_text_agrees_with_xla():

@@ -12,6 +12,7 @@ from jaxdiff.diffusion.schedules import (
     ScaledLinear,
     Shifted,
     TimeGrid,
+    TrainStepGrid,
     VarianceExploding,
     shift_time,
 )
@@ -20,6 +21,7 @@ from jaxdiff.errors import UserError
 VARIANCE_PRESERVING = [
     Cosine(),
     ScaledLinear(),
+    ScaledLinear(zero_terminal_snr=True),
     Shifted(base=Cosine(), shift=4.0),
     Shifted(base=ScaledLinear(), shift=0.5),
 ]
@@ -90,7 +92,47 @@ def test_scaled_linear_is_stable_diffusions_table():
     t, schedule = jnp.arange(1, 1001) / 1000, ScaledLinear()
     np.testing.assert_allclose(schedule.alpha(t), np.sqrt(alpha_bar), rtol=1e-5)
     np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1 - alpha_bar), rtol=1e-5)
-    np.testing.assert_allclose(schedule.train_step(t), np.arange(1000), atol=1e-3)
+
+
+def test_zero_terminal_snr_leaves_nothing_but_noise_at_the_last_step():
+    """Algorithm 1 of Lin et al. 2023, written as they do."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    root = np.sqrt(np.cumprod(1 - betas))
+    rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    t, schedule = jnp.arange(1, 1001) / 1000, ScaledLinear(zero_terminal_snr=True)
+    np.testing.assert_allclose(schedule.alpha(t), rescaled, rtol=1e-5, atol=1e-7)
+    assert (schedule.alpha(t)[-1], schedule.sigma(t)[-1]) == (0, 1)
+
+
+def test_between_training_steps_the_noise_to_data_ratio_is_linear():
+    schedule, t = ScaledLinear(), jnp.array([0.4, 0.4003, 0.401])
+    low, middle, high = schedule.sigma(t) / schedule.alpha(t)
+    assert float(middle) == pytest.approx(float(0.7 * low + 0.3 * high), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "steps", "end"),
+    [  # what diffusers 0.42 prints for 7 steps of DDIM, DPM-Solver++ and Euler
+        (TrainStepGrid(offset=1), [853, 711, 569, 427, 285, 143, 1], -1),
+        (TrainStepGrid(offset=1, ends_at="first_step"), [853, 711, 569, 427, 285, 143, 1], 0),
+        (TrainStepGrid(offset=1, skip_last=True), [876, 751, 626, 501, 376, 251, 126], -1),
+        (TrainStepGrid(spacing="trailing"), [999, 856, 713, 570, 428, 285, 142], -1),
+        (TrainStepGrid(spacing="linspace"), [999, 832, 666, 500, 333, 166, 0], -1),
+        (
+            TrainStepGrid(spacing="linspace", skip_last=True),
+            [999, 856, 714, 571, 428, 285, 143],
+            -1,
+        ),
+        (
+            TrainStepGrid(spacing="linspace", rounded=False),
+            [999, 832.5, 666, 499.5, 333, 166.5, 0],
+            -1,
+        ),
+    ],
+)
+def test_train_step_grids_are_those_of_diffusers(grid, steps, end):
+    times = jax.jit(jax.vmap(grid, (0, None)))(jnp.arange(8), 7)
+    np.testing.assert_allclose(times * 1000 - 1, [*steps, end], atol=1e-3)
 
 
 def test_variance_exploding_follows_the_rho_grid_of_edm():
@@ -125,6 +167,7 @@ def test_time_grid_is_even_unless_told_otherwise():
         lambda: Shifted(shift=0.0),
         lambda: TimeGrid(shift=-1.0),
         lambda: TimeGrid(rho=0.5),
+        lambda: TrainStepGrid(offset=1000),
     ],
 )
 def test_impossible_settings_are_refused(make):

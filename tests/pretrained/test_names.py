@@ -6,9 +6,9 @@ from flax import nnx
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig
+from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 from jaxdiff.pretrained import clip as clip_names
-from jaxdiff.pretrained.names import abstract_params
 
 TEXT = ClipTextConfig(vocab_size=6, length=4, width=8, depth=2, heads=2, projection_dim=3)
 VISION = ClipVisionConfig(
@@ -19,7 +19,7 @@ AUTOENCODER = AutoencoderConfig(block_out_channels=(4, 8), layers_per_block=1, n
 
 
 def random_params(network, config, dtype=np.float32) -> dict:
-    params = abstract_params(network, config)
+    params = abstract_params(lambda: network(config, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(0)
     return jax.tree.map(lambda p: draw.normal(size=p.shape).astype(dtype), params)
 

@@ -19,7 +19,7 @@ from jaxdiff.diffusion.schedules import (
 )
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
-from jaxdiff.sampling.solvers import DDIM, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
 
 WEIGHTS = np.array([0.3, 0.5, 0.2])
 MEANS = np.array([-1.0, 0.2, 1.1])
@@ -98,6 +98,15 @@ def test_error_falls_at_the_order(schedule, solver, order, grid):
     slopes = -np.diff(np.log(errors)) / np.diff(np.log(steps))
     assert np.all(slopes >= order), f"slopes {slopes}, errors {errors}"
     assert errors[-1] < 0.003
+
+
+@pytest.mark.parametrize("schedule", [ScaledLinear(), Cosine()], ids=repr)
+def test_plms_is_of_second_order_where_there_is_data_from_the_start(schedule):
+    """Its weights are those of fourth order, but for steps even in sigma / alpha alone."""
+    steps = np.array([80, 160, 320])
+    errors = _errors(schedule, PLMS(), _even_down_to_a_twentieth, steps)
+    slopes = -np.diff(np.log(errors)) / np.diff(np.log(steps))
+    assert np.all(slopes >= 1.9), f"slopes {slopes}, errors {errors}"
 
 
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine()], ids=repr)

@@ -138,7 +138,7 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     assert (part.folder, part.part) == ("runs/clip", ("text",))
     params = random_params(part.build)
     ids = jnp.asarray(make_batch()["tokens"])
-    found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids).pooled)(params)
+    found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids, (8, 8)).pooled)(params)
     expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
     np.testing.assert_array_equal(found, expected)
 
@@ -183,7 +183,7 @@ def test_the_words_are_those_of_the_layer_that_the_recipe_names(task):
     ids = jnp.asarray(make_batch()["tokens"])
 
     def features(task, ids):
-        return task.features(nnx.merge(structure(task), params), {}, ids)
+        return task.features(nnx.merge(structure(task), params), {}, ids, (8, 8))
 
     last, first = (jax.jit(functools.partial(features, t))(ids) for t in (task, words))
     np.testing.assert_array_equal(last.pooled, first.pooled)

@@ -1,0 +1,117 @@
+"""The tensors of a checkpoint on disk, read one at a time."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from jaxdiff.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """Tensors by name, of one or several safetensors files; only their headers are held.
+
+    A file is opened anew for each tensor, so that no more of it than that one is in memory.
+    """
+
+    def __init__(self, files: list[epath.Path]):
+        self._files: dict[str, epath.Path] = {}
+        self.shapes: dict[str, Shape] = {}
+        for file in files:
+            with _open(file) as tensors:
+                names = tensors.keys()
+                for name in names:
+                    self._files[name] = file
+                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with _open(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Renamed(Mapping[str, np.ndarray]):
+    """Tensors under other names, read no sooner than they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], rename: Callable[[str], str | None]):
+        """`rename` gives a tensor's new name, or None to leave it out."""
+        self._tensors = tensors
+        renamed = {rename(name): name for name in tensors}
+        self._names = {new: old for new, old in renamed.items() if new is not None}
+        theirs = shapes(tensors)
+        self.shapes = {new: theirs[old] for new, old in self._names.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+    """The shape of each tensor; of files none is read for it."""
+    if isinstance(tensors, TensorFiles | Renamed):
+        return tensors.shapes
+    return {name: np.shape(value) for name, value in tensors.items()}
+
+
+def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
+    """The weights of one part of a diffusers or transformers folder, whole, sharded or `fp16`.
+
+    Args:
+      folder: of the part.
+      stem: `model` or `diffusion_pytorch_model`.
+
+    Raises:
+      UserError: there are none, a file is damaged, a shard is missing, or they are pickled, which
+        jaxdiff never opens.
+    """
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.exists():
+            return TensorFiles([whole])
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.exists():
+            return TensorFiles(_shards(index))
+    if folder.exists() and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} holds pickled weights alone, which could run code and are never opened: "
+            f"expected {stem}.safetensors; take the model's safetensors variant."
+        )
+    raise UserError(
+        f"{folder} holds no weights: expected {stem}.safetensors, {stem}.fp16.safetensors, or "
+        f"{stem}.safetensors.index.json with its shards; copy the whole folder of the model."
+    )
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    """The files that an index names, all in its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards ({error}); copy it anew.") from error
+    for name in names:
+        if name != epath.Path(name).name:
+            raise UserError(f"{index} names {name!r}, outside its folder; do not trust this model.")
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent} lacks the shard {name}; copy the whole folder.")
+    return [index.parent / name for name in names]
+
+
+def _open(file: epath.Path):
+    try:
+        return safe_open(str(file), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or cut off ({error}); copy it anew.") from error

@@ -1,0 +1,175 @@
+"""A whole pipeline of diffusers, read by jaxdiff, makes the same image from the same latents."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.data.tokenizer import Tokenizer
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+UP = {CROSS: "CrossAttnUpBlock2D", PLAIN: "UpBlock2D"}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+STEPS = 10
+
+SCHEDULERS = {
+    "DDIM": diffusers.DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    ),
+    "PNDM": diffusers.PNDMScheduler(
+        **BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+    ),
+    "Euler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+    "Euler linspace": diffusers.EulerDiscreteScheduler(**BETAS),
+    "DPM++ 2M": diffusers.DPMSolverMultistepScheduler(**BETAS),
+    "v, zero SNR": diffusers.DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tiny tokenizer as vocab.json and merges.txt, which is how the checkpoints have it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = json.loads(Tokenizer.train(["a red pea", "a green banana"], vocab_size=540).bpe.to_str())[
+        "model"
+    ]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return folder
+
+
+def text_encoder(tokenizer, width, *, projected):
+    vocab = json.loads((tokenizer / "vocab.json").read_text())
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act="gelu" if projected else "quick_gelu",
+        projection_dim=20,
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"] if projected else 2,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return kind(config)
+
+
+def unet(**changes):
+    down = changes.pop("down")
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=down,
+        up_block_types=tuple(UP[kind] for kind in reversed(down)),
+        layers_per_block=1,
+        norm_num_groups=8,
+        **changes,
+    )
+
+
+def vae():
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+
+
+def stable_diffusion(tokenizer, scheduler):
+    torch.manual_seed(0)
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(tokenizer, 32, projected=False),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77),
+        unet=unet(
+            block_out_channels=(16, 32),
+            down=(CROSS, PLAIN),
+            attention_head_dim=4,
+            cross_attention_dim=32,
+        ),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(tokenizer, scheduler):
+    torch.manual_seed(0)
+    padded = transformers.CLIPTokenizer.from_pretrained(
+        tokenizer, model_max_length=77, pad_token="!"
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(tokenizer, 32, projected=False),
+        text_encoder_2=text_encoder(tokenizer, 24, projected=True),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77),
+        tokenizer_2=padded,
+        unet=unet(
+            block_out_channels=(16, 32),
+            down=(PLAIN, CROSS),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(2, 4),
+            cross_attention_dim=56,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + 6 * 8,
+        ),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def assert_same_image(theirs, folder, *, negative, guidance_scale):
+    theirs.save_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    nchw = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+    expected = theirs(
+        ["a red pea"],
+        negative_prompt=negative and [negative],
+        latents=nchw,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        output_type="np",
+    ).images
+    pipeline = jaxdiff.load(folder)
+    found = pipeline(
+        ["a red pea"],
+        negative_prompt=negative and [negative],
+        latents=latents,
+        num_steps=STEPS,
+        guidance_scale=guidance_scale,
+        output="float",
+    )
+    assert expected.std() > 0.05  # there is a picture to speak of
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_stable_diffusion(name, tokenizer, tmp_path):
+    theirs = stable_diffusion(tokenizer, SCHEDULERS[name])
+    assert_same_image(theirs, tmp_path, negative="a banana", guidance_scale=7.5)
+
+
+@pytest.mark.parametrize("negative", [None, "a banana"])
+def test_stable_diffusion_xl(negative, tokenizer, tmp_path):
+    theirs = stable_diffusion_xl(tokenizer, SCHEDULERS["Euler"])
+    assert_same_image(theirs, tmp_path, negative=negative, guidance_scale=5.0)
