@@ -13,7 +13,7 @@ Wherever a folder of a model is asked for, `shipped:NAME` is one that comes with
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -28,6 +28,7 @@ from jaxdiff.config import Config, from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
+from jaxdiff.model import Bundle
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
 from jaxdiff.training.checkpoint import load_params
@@ -44,15 +45,6 @@ SHIPPED = epath.Path(__file__).parent / "weights"
 
 # What `safetensors.numpy` reads lacks bfloat16.
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-class Bundle(NamedTuple):
-    """A trained model: its recipe, its weights (of a run, their moving average), its tokenizer."""
-
-    config: Config
-    params: PyTree
-    frozen: PyTree
-    tokenizer: Tokenizer | None
 
 
 def model_folder(model: epath.PathLike) -> epath.Path:
@@ -182,7 +174,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     """
     root = model_folder(folder)
     if is_diffusers_folder(root):
-        return Bundle(*read_diffusers(root))
+        return read_diffusers(root)
     config = read_config(folder)
     parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
     abstract = {"params": abstract_params(lambda: config.task.build(nnx.Rngs(0))), "frozen": parts}

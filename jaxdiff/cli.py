@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -23,6 +25,7 @@ from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
+from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.sample_command import SampleOptions, draw
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.session import run_recipe
@@ -174,20 +177,31 @@ class ExportOptions:
     """Writes a trained model as one small folder that `jaxdiff.load` and `--model` take."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run."""
+    """Folder of a run or of a model."""
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
-    dtype: str = "bfloat16"
-    """Type of the weights: bfloat16, float16 or float32."""
+    format: str = "jaxdiff"
+    """jaxdiff, or diffusers: what StableDiffusionPipeline.from_pretrained opens, or XL's."""
+    dtype: str | None = None
+    """Type of the weights: bfloat16, float16 or float32; by default bfloat16, and in the format of
+    diffusers the type that they have."""
 
 
 def export(arguments: list[str]) -> None:
-    """`jaxdiff export RUN OUT [--dtype TYPE]`."""
+    """`jaxdiff export RUN_OR_MODEL OUT [--format FORMAT] [--dtype TYPE]`."""
     options = parse(ExportOptions, arguments, prog="jaxdiff export")
-    if options.dtype not in ("bfloat16", "float16", "float32"):
+    if options.dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
+    if options.format not in ("jaxdiff", "diffusers"):
+        raise UserError(f"--format {options.format}: expected jaxdiff or diffusers.")
     bundle = read_bundle(options.run)
-    write_bundle(make_folder(options.out), bundle, options.dtype)
+    if options.format == "jaxdiff":
+        write_bundle(make_folder(options.out), bundle, options.dtype or "bfloat16")
+    else:
+        if options.dtype:
+            cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
+            bundle = bundle._replace(params=cast(bundle.params), frozen=cast(bundle.frozen))
+        write_diffusers(make_folder(options.out), bundle)
     print(f"Wrote {options.out}")
 
 

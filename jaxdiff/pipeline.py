@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from jaxdiff.bundle import Bundle, read_bundle, weights_fingerprint
+from jaxdiff.bundle import read_bundle, weights_fingerprint
 from jaxdiff.errors import UserError
+from jaxdiff.model import Bundle
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps

@@ -14,7 +14,6 @@ from safetensors.numpy import save
 
 from jaxdiff.bundle import (
     SHIPPED,
-    Bundle,
     check_fit,
     make_folder,
     read_bundle,
@@ -27,12 +26,14 @@ from jaxdiff.bundle import (
     write_weights,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.diffusion import Latents
 from jaxdiff.training.state import TrainState, no_skips
+from jaxdiff.training.task import Pretrained
 
 SMALL = AutoencoderConfig(
     latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
@@ -112,22 +113,23 @@ def test_lists_of_modules_survive(tiny_bundle, tmp_path):
         read_pretrained(dataclasses.replace(user, latents=other).frozen())
 
 
-def test_a_part_that_the_model_does_not_have_is_told(tiny_bundle, folder):
+def test_a_part_is_taken_whether_it_was_trained_or_frozen(tiny_bundle, folder):
     text = dataclasses.replace(tiny_bundle.config.task.text, pretrained=str(folder), trained=False)
     task = dataclasses.replace(tiny_bundle.config.task, text=text)
     assert_same(read_pretrained(task.frozen()), {"text": tiny_bundle.params["text"]})
 
-    del (params := dict(tiny_bundle.params))["text"]
-    write_bundle(
-        folder, Bundle(dataclasses.replace(tiny_bundle.config, task=task), params, {}, None)
-    )
-    write_weights(
-        epath.Path(folder / "model.safetensors"),
-        params=params,
-        frozen={"text": tiny_bundle.params["text"]},
-    )
-    with pytest.raises(UserError, match="no part 'text'"):
-        read_pretrained(task.frozen())
+    (params := dict(tiny_bundle.params)).pop("text")
+    frozen = {"text": tiny_bundle.params["text"]}
+    config = dataclasses.replace(tiny_bundle.config, task=task)
+    write_bundle(folder, Bundle(config, params, frozen, None), dtype="float32")
+    assert_same(read_pretrained(task.frozen()), frozen)
+
+
+def test_a_part_that_the_model_does_not_have_is_told(tiny_bundle, folder):
+    build = tiny_bundle.config.task.build
+    wanted = {"perceptual": Pretrained(str(folder), ("vision",), lambda: build(nnx.Rngs(0)))}
+    with pytest.raises(UserError, match="no part 'vision' to serve as perceptual"):
+        read_pretrained(wanted)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])

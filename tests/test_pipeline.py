@@ -7,9 +7,10 @@ from etils import epath
 from flax import nnx
 
 from jaxdiff import pipeline as module
-from jaxdiff.bundle import Bundle, write_bundle, write_config, write_weights
+from jaxdiff.bundle import write_bundle, write_config, write_weights
 from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
+from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, merge
 from jaxdiff.pictures import to_uint8

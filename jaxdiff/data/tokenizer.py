@@ -56,6 +56,21 @@ class Tokenizer:
         """Writes `tokenizer.json`, all that `load` needs, into `folder`."""
         write_whole(epath.Path(folder) / _FILE, self.bpe.to_str(pretty=True).encode())
 
+    def export(self, folder: str, *, pad_id: int | None = None) -> None:
+        """Writes the files of transformers' CLIPTokenizer into `folder`, padding with `pad_id`."""
+        root, model = epath.Path(folder), json.loads(self.bpe.to_str())["model"]
+        merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+        pad = self.bpe.id_to_token(self.pad_id if pad_id is None else pad_id)
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special}
+        for name, text in {
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+            "merges.txt": f"#version: 0.2\n{merges}",
+            "special_tokens_map.json": json.dumps(special, indent=2),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+        }.items():
+            write_whole(root / name, text.encode())
+
     @classmethod
     def load(cls, folder: str, *, length: int | None = None) -> "Tokenizer":
         """Reads a Hugging Face folder: `tokenizer.json`, or `vocab.json` with `merges.txt`.

@@ -108,6 +108,36 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Aut
     )
 
 
+def write_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """diffusers' config, from which `read_config` reads ours again.
+
+    Raises:
+      UserError: diffusers has no such autoencoder.
+    """
+    if config.patch_size > 1:
+        raise UserError(
+            f"An autoencoder on patches of {config.patch_size} pixels is none of diffusers'; only "
+            "one of patch_size 1 can be exported so."
+        )
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "use_quant_conv": config.use_quant_conv,
+        "use_post_quant_conv": config.use_post_quant_conv,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor or None,
+    }
+
+
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, **options: Any
 ) -> dict[str, Any]:

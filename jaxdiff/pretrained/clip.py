@@ -125,6 +125,24 @@ def read_text_config(
     )
 
 
+def write_text_config(config: ClipTextConfig) -> dict[str, Any]:
+    """transformers' config, from which `read_text_config` reads ours again."""
+    kind = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
+    projection = {"projection_dim": config.projection_dim} if config.projection_dim else {}
+    return projection | {
+        "architectures": [kind],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.length,
+        "hidden_size": config.width,
+        "intermediate_size": round(config.width * config.mlp_ratio),
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "eos_token_id": _ENDS_AT_LARGEST if config.end_id is None else config.end_id,
+    }
+
+
 def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str, str]]:
     match config:
         case ClipTextConfig():

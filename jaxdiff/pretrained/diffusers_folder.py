@@ -9,11 +9,12 @@ scheduler/                            scheduler_config.json
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from safetensors.numpy import save
 
 from jaxdiff.config import Config
 from jaxdiff.data.folder import ImageFolder
@@ -21,9 +22,13 @@ from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
+from jaxdiff.model import Bundle
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, clip, unet
-from jaxdiff.pretrained.scheduler import read_scheduling
+from jaxdiff.pretrained.scheduler import SOLVERS, Scheduling, read_scheduling, write_scheduling
 from jaxdiff.pretrained.tensor_files import open_weights
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
@@ -42,15 +47,6 @@ PIPELINES = (
 _STEPS, _GUIDANCE = 50, {False: 7.5, True: 5.0}  # diffusers' defaults, of 1.x and 2.x, and of XL
 
 
-class Checkpoint(NamedTuple):
-    """A diffusers folder in our terms: the recipe that it could have come from, and its weights."""
-
-    config: Config
-    params: dict[str, Any]  # denoiser
-    frozen: dict[str, Any]  # autoencoder, text, text_2
-    tokenizer: Tokenizer
-
-
 def is_diffusers_folder(folder: epath.PathLike) -> bool:
     """Whether a folder holds a pipeline of diffusers."""
     return (epath.Path(folder) / INDEX).exists()
@@ -58,7 +54,7 @@ def is_diffusers_folder(folder: epath.PathLike) -> bool:
 
 def read_diffusers(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = jnp.asarray
-) -> Checkpoint:
+) -> Bundle:
     """A Stable Diffusion checkpoint, each tensor in the type that it is stored in.
 
     Args:
@@ -100,7 +96,97 @@ def read_diffusers(
         data=DataConfig(source=ImageFolder(path="images"), transforms=Transforms(size=size)),
         sampling=sampling,
     )
-    return Checkpoint(config, params, frozen, tokenizer)
+    return Bundle(config, params, frozen, tokenizer)
+
+
+def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
+    """Writes a folder that diffusers opens, its index last: a folder with an index is whole.
+
+    Each tensor is written in the type that it has here.
+
+    Raises:
+      UserError: the model is none of diffusers'.
+    """
+    root, (config, params, frozen, tokenizer) = epath.Path(folder), bundle
+    task = config.task
+    if (
+        not isinstance(task, DiffusionTask)
+        or not isinstance(task.denoiser, UNet2DConditionConfig)
+        or task.latents is None
+        or tokenizer is None
+    ):
+        raise UserError(
+            f"{config.name} is no Stable Diffusion model, of which diffusers knows alone: expected "
+            "a UNet2DConditionConfig as task.denoiser, and task.latents."
+        )
+    network, scheduler = task.denoiser, write_scheduling(_scheduling(task, config.sampling))
+    network_config = unet.write_config(network)
+    network_config["sample_size"] = config.data.transforms.size // task.downsampling
+    model_config = autoencoder.write_config(task.latents.model)
+    (root / INDEX).unlink(missing_ok=True)
+    parts = {**frozen, **params}
+    tensors = unet.to_torch_names(parts["denoiser"])
+    _write_part(root / "unet", DIFFUSION_MODEL, network_config, tensors)
+    tensors = autoencoder.to_torch_names(parts["autoencoder"])
+    _write_part(root / "vae", DIFFUSION_MODEL, model_config, tensors)
+    _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+    index: dict[str, Any] = {
+        "_class_name": _pipeline_kind(network, encoders=len(task.towers)),
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    is_xl = network.added_width is not None
+    if is_xl:
+        index["force_zeros_for_empty_prompt"] = task.zero_empty_prompt
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        index["requires_safety_checker"] = False
+    for name, tower in task.towers.items():
+        # XL's refiner has its one text encoder in the second place.
+        number = "_2" if name == "text_2" or (is_xl and task.text_2 is None) else ""
+        text_config = clip.write_text_config(tower.model)
+        tensors = clip.to_torch_names(parts[name], tower.model)
+        _write_part(root / f"text_encoder{number}", MODEL, text_config, tensors)
+        tokenizer.export(str(root / f"tokenizer{number}"), pad_id=tower.pad_id)
+        index[f"text_encoder{number}"] = ["transformers", *text_config["architectures"]]
+        index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+    _write_json(root / INDEX, index)
+
+
+def _scheduling(task: DiffusionTask, sampling: SamplingConfig) -> Scheduling:
+    schedule, grid, solver = task.objective.schedule, sampling.grid, sampling.solver
+    if (
+        not isinstance(schedule, ScaledLinear)
+        or not isinstance(grid, TrainStepGrid)
+        or not isinstance(solver, tuple(SOLVERS.values()))
+    ):
+        raise UserError(
+            f"A {type(schedule).__name__} schedule with a {type(grid).__name__} and "
+            f"{type(solver).__name__} is none of diffusers' schedulers: expected ScaledLinear, "
+            f"TrainStepGrid, and {', '.join(kind.__name__ for kind in SOLVERS.values())}."
+        )
+    return Scheduling(schedule, task.objective.prediction, solver, grid, sampling.unit_noise)
+
+
+def _pipeline_kind(network: UNet2DConditionConfig, *, encoders: int) -> str:
+    inpaints = "Inpaint" if network.in_channels != network.out_channels else ""
+    if network.added_width is None:
+        return f"StableDiffusion{inpaints}Pipeline"
+    return f"StableDiffusionXL{inpaints if encoders == 2 else 'Img2Img'}Pipeline"
+
+
+def _write_part(
+    folder: epath.Path, stem: str, config: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> None:
+    # Without this word transformers refuses the file.
+    write_whole(folder / f"{stem}.safetensors", save(tensors, metadata={"format": "pt"}))
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _recipe(

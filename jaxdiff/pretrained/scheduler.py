@@ -7,7 +7,7 @@ from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
-from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler
+from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
 
 WHAT = "scheduler/scheduler_config.json"
 
@@ -65,7 +65,7 @@ class Scheduling(NamedTuple):
 
     schedule: ScaledLinear
     prediction: Prediction
-    solver: DDIM | PLMS | Euler | DPMSolverPP2M
+    solver: DDIM | Euler | Heun | DPMSolverPP2M | PLMS
     grid: TrainStepGrid
     unit_noise: bool  # it starts at variance 1, whatever sigma says of the first step
 

@@ -157,6 +157,38 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
     )
 
 
+def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
+    """diffusers' config, from which `read_config` reads ours again."""
+    attends = [depth > 0 for depth in config.transformer_layers]
+    # One entry for each level there, whether it attends or not, and the last is the middle's.
+    layers = [depth or 1 for depth in config.transformer_layers]
+    layers[-1] = config.middle_transformer_layers
+    if attends[-1] and layers[-1] != config.transformer_layers[-1]:
+        raise UserError(
+            f"A U-Net of {config.transformer_layers[-1]} transformer blocks at the last level and "
+            f"{layers[-1]} in the middle cannot be said in diffusers' config; make them equal."
+        )
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": [_DOWN[attend] for attend in attends],
+        "up_block_types": [_UP[attend] for attend in reversed(attends)],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "layers_per_block": config.layers_per_block,
+        "transformer_layers_per_block": layers,
+        "attention_head_dim": list(config.heads),
+        "cross_attention_dim": config.cross_attention_dim,
+        "use_linear_projection": config.use_linear_projection,
+        "upcast_attention": config.upcast_attention,
+        "norm_num_groups": config.norm_num_groups,
+        "addition_embed_type": None if config.added_width is None else "text_time",
+        "addition_time_embed_dim": None if config.added_width is None else config.time_id_width,
+        "projection_class_embeddings_input_dim": config.added_width,
+    }
+
+
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig, **options: Any
 ) -> dict[str, Any]:

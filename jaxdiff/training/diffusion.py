@@ -141,7 +141,7 @@ class DiffusionTask:
             wanted = f" and {denoiser.pooled_width} (pooled)" if reads_pooled else ""
             raise UserError(
                 f"The denoiser expects text of widths {denoiser.text_width}{wanted} but the text "
-                f"encoder gives {width} and {pooled} (pooled); make denoiser.text_width and "
+                f"encoder gives {width} and {pooled}; make denoiser.text_width and "
                 "denoiser.pooled_width those."
             )
         channels = self.latents.model.latent_channels if self.latents else 3

@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import PyTree, UInt8
 
 from jaxdiff import pictures
-from jaxdiff.bundle import Bundle
 from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.pipeline import DataConfig
@@ -21,6 +20,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.files import write_whole
+from jaxdiff.model import Bundle
 from jaxdiff.models.layers import merge
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.training.autoencoder import AutoencoderTask
