@@ -7,7 +7,8 @@
 A run's folder has the first two as well, its weights in `checkpoints/`, and `frozen.safetensors`
 where it was trained with frozen parts: these are stored once, not in every checkpoint.
 
-Wherever a folder of a model is asked for, `shipped:NAME` is one that comes with jaxdiff.
+Wherever a folder of a model is asked for, `shipped:NAME` is one that comes with jaxdiff, and
+OWNER/NAME, where there is no such folder, one of the Hugging Face hub.
 """
 
 import hashlib
@@ -30,7 +31,10 @@ from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
 from jaxdiff.models.layers import abstract_params
+from jaxdiff.pretrained import diffusers_folder
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
+from jaxdiff.pretrained.hub import download, is_hub_id
+from jaxdiff.pretrained.original import read_original
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained
 
@@ -48,14 +52,14 @@ FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def model_folder(model: epath.PathLike) -> epath.Path:
-    """The folder of a model: the path as it is, or where `shipped:NAME` lies.
+    """The folder of a model: the path as it is, or where `shipped:NAME` or a hub's model lies.
 
     Raises:
-      UserError: no model of that name comes with jaxdiff.
+      UserError: no model of that name comes with jaxdiff, or can be had from the hub.
     """
     kind, _, name = str(model).partition(":")
     if kind != "shipped":
-        return epath.Path(model)
+        return download(str(model)) if is_hub_id(str(model)) else epath.Path(model)
     names = sorted(path.name for path in SHIPPED.iterdir() if (path / CONFIG).exists())
     if name not in names:
         raise UserError(
@@ -167,7 +171,8 @@ def write_bundle(folder: epath.PathLike, bundle: Bundle, dtype: str = "bfloat16"
 def read_bundle(folder: epath.PathLike) -> Bundle:
     """A trained model, with the moving average of a run's newest checkpoint as its weights.
 
-    From the folder of a bundle, of a run, or of a Stable Diffusion checkpoint as diffusers has it.
+    From the folder of a bundle, of a run, or of a Stable Diffusion checkpoint as diffusers has it;
+    or from such a checkpoint as one safetensors file in its original layout.
 
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
@@ -175,6 +180,8 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
     root = model_folder(folder)
     if is_diffusers_folder(root):
         return read_diffusers(root)
+    if root.suffix == ".safetensors":
+        return read_original(root)
     config = read_config(folder)
     parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
     abstract = {"params": abstract_params(lambda: config.task.build(nnx.Rngs(0))), "frozen": parts}
@@ -185,9 +192,20 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
         params, _ = load_params(root / CHECKPOINTS, abstract["params"])
         frozen = read_weights(root / FROZEN) if (root / FROZEN).exists() else {}
     check_fit({"params": params, "frozen": frozen}, abstract, str(folder))
-    has_text = (root / "tokenizer.json").exists()
-    tokenizer = Tokenizer.load(str(root)) if has_text else None
+    tokenizer = Tokenizer.load(str(root)) if (root / "tokenizer.json").exists() else None
     return Bundle(config, params, frozen, tokenizer)
+
+
+def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
+    """The tokenizer of a model, in any of the folders that `read_bundle` takes.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    root = model_folder(folder)
+    if is_diffusers_folder(root):
+        return diffusers_folder.read_tokenizer(root)
+    return Tokenizer.load(str(root))
 
 
 def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:

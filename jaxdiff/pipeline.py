@@ -18,6 +18,7 @@ from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.step import ComputeType, cast
 from jaxdiff.training.task import from_uint8
 
 DEFAULT_MODEL = "shipped:produce"
@@ -31,17 +32,19 @@ Number = Integer | float | np.floating
 PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
 
 
-def load(model: epath.PathLike = DEFAULT_MODEL) -> "Pipeline":
+def load(model: epath.PathLike = DEFAULT_MODEL, *, dtype: ComputeType | None = None) -> "Pipeline":
     """A trained text-to-image model, ready to sample.
 
     Args:
       model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in the form
-        of diffusers, or `shipped:NAME`.
+        of diffusers, `shipped:NAME`, or the id OWNER/NAME of a model of the Hugging Face hub.
+      dtype: what to compute in; by default the type of the weights, but float32 on a CPU, which
+        has no units for less.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
     """
-    return Pipeline(read_bundle(model))
+    return Pipeline(read_bundle(model), dtype=dtype)
 
 
 class Pipeline:
@@ -53,7 +56,7 @@ class Pipeline:
     on what else is drawn.
     """
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, *, dtype: ComputeType | None = None):
         task = bundle.config.task
         if not isinstance(task, DiffusionTask) or bundle.tokenizer is None:
             raise UserError(
@@ -63,7 +66,10 @@ class Pipeline:
         self.task = task
         self.config = bundle.config
         self.tokenizer = bundle.tokenizer
-        self.weights = jax.device_put({"params": bundle.params, "frozen": bundle.frozen})
+        weights = {"params": bundle.params, "frozen": bundle.frozen}
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"
+        self.weights = jax.device_put(weights if dtype is None else cast(weights, dtype))
         self._graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[0]
 
     @functools.cached_property

@@ -13,6 +13,7 @@ from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
 from jaxdiff.pipeline import DEFAULT_MODEL, LARGEST_SEED, load
 from jaxdiff.sampling.settings import SOLVERS
+from jaxdiff.training.step import ComputeType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class SampleOptions:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     """What to draw, each prompt in quotes."""
     model: str = DEFAULT_MODEL
-    """Folder of a run or of an exported model, or `shipped:NAME`."""
+    """Folder of a run, an exported model or a Stable Diffusion checkpoint, `shipped:NAME`, or the
+    id OWNER/NAME of a model of the Hugging Face hub."""
     out: str = "samples"
     """Folder for the pictures."""
     seed: int = 0
@@ -39,6 +41,8 @@ class SampleOptions:
     """The model's own by default."""
     size: str | None = None
     """WIDTHxHEIGHT; the training images' by default."""
+    dtype: ComputeType | None = None
+    """What to compute in; the type of the weights by default, but float32 on a CPU."""
     strip: int = 0
     """Also write a strip of this many estimates on the way from noise to image."""
 
@@ -59,7 +63,7 @@ def draw(options: SampleOptions) -> None:
     start = time.perf_counter()
     size = _size(options.size)
     folder = make_folder(options.out)
-    pipeline = load(options.model)
+    pipeline = load(options.model, dtype=options.dtype)
     prompts = [prompt for prompt in options.prompts for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompts for i in range(options.num_images)]
     for prompt in options.prompts:

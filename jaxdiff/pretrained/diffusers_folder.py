@@ -73,8 +73,6 @@ def read_diffusers(
             f"{', '.join(PIPELINES)}."
         )
     task, sampling, size = _recipe(root, index)
-    pad = "tokenizer" if _has(index, "tokenizer") else "tokenizer_2"
-    tokenizer = Tokenizer.load(str(root / pad))
     network = _json(root / "unet" / "config.json")
     assert task.latents is not None
     params = {
@@ -96,7 +94,16 @@ def read_diffusers(
         data=DataConfig(source=ImageFolder(path="images"), transforms=Transforms(size=size)),
         sampling=sampling,
     )
-    return Bundle(config, params, frozen, tokenizer)
+    return Bundle(config, params, frozen, read_tokenizer(root))
+
+
+def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
+    """The first tokenizer of a diffusers folder; XL's refiner has the second one alone."""
+    names = ("tokenizer", "tokenizer_2")
+    parts = [epath.Path(folder) / name for name in names if (epath.Path(folder) / name).exists()]
+    if not parts:
+        raise UserError(f"{folder} has no tokenizer; copy the whole folder of the model.")
+    return Tokenizer.load(str(parts[0]))
 
 
 def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:

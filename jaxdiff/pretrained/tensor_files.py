@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from jaxdiff.errors import UserError
 
 Shape = tuple[int, ...]
+Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it; must not look at the values
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -40,24 +41,35 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """Tensors under other names, read no sooner than they are asked for."""
+    """Tensors under other names, or parts of them, read no sooner than they are asked for."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], rename: Callable[[str], str | None]):
-        """`rename` gives a tensor's new name, or None to leave it out."""
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        rename: Callable[[str], str | Mapping[str, Cut] | None],
+    ):
+        """`rename` gives a tensor's new name, or the parts to cut it into, or None to drop it."""
         self._tensors = tensors
-        renamed = {rename(name): name for name in tensors}
-        self._names = {new: old for new, old in renamed.items() if new is not None}
-        theirs = shapes(tensors)
-        self.shapes = {new: theirs[old] for new, old in self._names.items()}
+        self._parts: dict[str, tuple[str, Cut | None]] = {}
+        self.shapes: dict[str, Shape] = {}
+        for old, shape in shapes(tensors).items():
+            new = rename(old)
+            if isinstance(new, str):
+                self._parts[new], self.shapes[new] = (old, None), shape
+                continue
+            for name, cut in (new or {}).items():
+                self._parts[name] = old, cut
+                self.shapes[name] = cut(np.broadcast_to(np.zeros(()), shape)).shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[self._names[name]]
+        old, cut = self._parts[name]
+        return self._tensors[old] if cut is None else cut(self._tensors[old])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._parts)
 
 
 def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:

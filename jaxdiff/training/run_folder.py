@@ -13,8 +13,8 @@ from jaxdiff.bundle import (
     FROZEN,
     MODEL,
     make_folder,
-    model_folder,
     read_config,
+    read_tokenizer,
     write_config,
 )
 from jaxdiff.config import Config, differences
@@ -158,7 +158,7 @@ def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> T
     if (out / "tokenizer.json").exists():
         return Tokenizer.load(str(out))
     if isinstance(task, DiffusionTask) and task.text.pretrained is not None:
-        return Tokenizer.load(str(model_folder(task.text.pretrained)))
+        return read_tokenizer(task.text.pretrained)
     if settings.path is not None:
         return Tokenizer.load(settings.path, length=settings.length)
     source = config.data.source

@@ -1,0 +1,76 @@
+"""Models of the Hugging Face hub, by their ids."""
+
+import re
+from collections.abc import Callable
+
+import huggingface_hub
+from etils import epath
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from jaxdiff.errors import UserError
+
+CLIP = "openai/clip-vit-large-patch14"
+
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PART = re.compile(r"(unet|vae|text_encoder|text_encoder_2)/")
+_SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]+")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name could be an id, OWNER/NAME, and is no folder here."""
+    is_file = model.endswith(".safetensors")
+    return _ID.fullmatch(model) is not None and not is_file and not epath.Path(model).exists()
+
+
+def download(model: str) -> epath.Path:
+    """The folder of a hub's model in the user's cache, downloaded the first time.
+
+    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers.
+
+    Raises:
+      UserError: there is no such model, or the hub cannot be reached.
+    """
+    return _download(model, lambda: wanted(huggingface_hub.HfApi().list_repo_files(model)))
+
+
+def download_tokenizer() -> epath.Path:
+    """The folder of CLIP's tokenizer in the user's cache, downloaded the first time.
+
+    Raises:
+      UserError: the hub cannot be reached.
+    """
+    return _download(CLIP, lambda: ["vocab.json", "merges.txt", "tokenizer_config.json"])
+
+
+def _download(model: str, files: Callable[[], list[str]]) -> epath.Path:
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(model, allow_patterns=files()))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{model} is no folder here and cannot be had from the hub ({reason}); check the name, "
+            "the connection, and, for a model under a licence, `hf auth login`."
+        ) from error
+
+
+def wanted(files: list[str]) -> list[str]:
+    """The files of a repository that jaxdiff reads; half precision only where there is no other."""
+    parts = [name for name in files if _PART.match(name) and name.count("/") == 1]
+    whole = {name.split("/")[0] for name in parts if _is_weights(name) and ".fp16" not in name}
+
+    def reads(name: str) -> bool:
+        if not _is_weights(name):
+            return name.endswith("/config.json")
+        variant = ".fp16" in name
+        plain = re.fullmatch(
+            r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
+            r"(\.index(\.fp16)?\.json)?",
+            name.split("/")[1],
+        )
+        return plain is not None and variant != (name.split("/")[0] in whole)
+
+    return [name for name in files if _SMALL.fullmatch(name)] + [n for n in parts if reads(n)]
+
+
+def _is_weights(name: str) -> bool:
+    return ".safetensors" in name

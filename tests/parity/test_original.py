@@ -1,0 +1,213 @@
+"""Tensors in the original layout become those that diffusers' own conversion makes of them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import ClipText, ClipTextConfig
+from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.unet2d_condition import UNet2DConditionModel
+from jaxdiff.pipeline import Pipeline
+from jaxdiff.pretrained import autoencoder, clip, original, unet
+from jaxdiff.pretrained.tensor_files import Renamed
+from jaxdiff.training.diffusion import TextTower
+
+torch = pytest.importorskip("torch")
+single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+
+pytestmark = pytest.mark.parity
+
+SMALL = {"norm_num_groups": 4, "cross_attention_dim": 8}
+UNETS = {
+    "SD 1": dataclasses.replace(original.SD1, block_out_channels=(8, 16, 16, 16), **SMALL),
+    "XL": dataclasses.replace(
+        original.XL,
+        block_out_channels=(20, 40, 80),
+        added_width=12,
+        transformer_layers=(0, 1, 2),
+        middle_transformer_layers=2,
+        **SMALL,
+    ),
+}
+AUTOENCODER = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4)
+OPENCLIP = ClipTextConfig(
+    vocab_size=9, length=5, width=8, depth=2, heads=2, activation="gelu", projection_dim=8
+)
+
+
+def random_params(build):
+    draw = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: draw.normal(size=x.shape).astype(np.float32), abstract_params(build)
+    )
+
+
+def inverse(tensors, rename, originals):
+    """The tensors under the original names, of which `originals` are candidates."""
+    return {old: tensors[new] for old in originals if (new := rename(old)) in tensors}
+
+
+def unet_originals(config):
+    """Every name that the original layout could have, for `inverse` to choose from."""
+    inner = ["op", "conv", "0", "2", "proj_in", "proj_out", "norm", *original._UNET_BLOCK]
+    for i in range(max(config.transformer_layers)):
+        block = f"transformer_blocks.{i}"
+        inner += [f"{block}.norm{k}" for k in (1, 2, 3)]
+        inner += [f"{block}.attn{a}.{p}" for a in (1, 2) for p in ("to_q", "to_k", "to_v")]
+        inner += [f"{block}.attn{a}.to_out.0" for a in (1, 2)]
+        inner += [f"{block}.ff.net.0.proj", f"{block}.ff.net.2"]
+    blocks = [
+        f"{half}.{i}.{j}"
+        for half in ("input_blocks", "output_blocks")
+        for i in range(16)
+        for j in range(3)
+    ]
+    blocks += ["middle_block.0", "middle_block.1", "middle_block.2"]
+    modules = [f"{block}.{part}" for block in blocks for part in inner]
+    modules += ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2"]
+    modules += ["label_emb.0.0", "label_emb.0.2"]
+    return [f"{original.UNET}{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet(name):
+    config = UNETS[name]
+    params = random_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    tensors = unet.to_torch_names(params)
+    rename = original.unet_rename(config)
+    ldm = inverse(tensors, rename, unet_originals(config))
+    assert len(ldm) == len(tensors)  # each has an original name, and no two the same
+
+    theirs = single_file.convert_ldm_unet_checkpoint(
+        {k: torch.from_numpy(v.copy()) for k, v in ldm.items()},
+        unet.write_config(config) | {"class_embed_type": None},
+    )
+    assert set(theirs) == set(tensors)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
+    again = unet.from_torch_names(Renamed(ldm, rename), config)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def autoencoder_original(params):
+    """The autoencoder's tensors under their original names."""
+    tensors = autoencoder.to_torch_names(params)
+    attention = ("norm", "q", "k", "v", "proj_out")
+    inner = ["norm1", "norm2", "conv1", "conv2", "nin_shortcut"]
+    modules = ["quant_conv", "post_quant_conv"]
+    for half, level in (("encoder", "down"), ("decoder", "up")):
+        modules += [f"{half}.{x}" for x in ("conv_in", "conv_out", "norm_out")]
+        modules += [f"{half}.mid.attn_1.{x}" for x in attention]
+        modules += [f"{half}.mid.block_{i}.{x}" for i in (1, 2) for x in inner]
+        modules += [f"{half}.{level}.{i}.{level}sample.conv" for i in (0, 1)]
+        modules += [
+            f"{half}.{level}.{i}.block.{j}.{x}" for i in (0, 1) for j in range(3) for x in inner
+        ]
+    rename = original.autoencoder_rename(AUTOENCODER)
+    ldm = {}
+    for old in (f"{original.AUTOENCODER}{m}.{k}" for m in modules for k in ("weight", "bias")):
+        new = rename(old)
+        if isinstance(new, str) and new in tensors:
+            ldm[old] = tensors[new]
+        elif isinstance(new, dict):
+            ldm[old] = tensors[next(iter(new))][:, :, None, None]
+    assert len(ldm) == len(tensors)
+    return ldm
+
+
+def test_autoencoder():
+    params = random_params(lambda: Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
+    tensors, ldm = autoencoder.to_torch_names(params), autoencoder_original(params)
+    theirs = single_file.convert_ldm_vae_checkpoint(
+        {k: torch.from_numpy(v.copy()) for k, v in ldm.items()},
+        autoencoder.write_config(AUTOENCODER),
+    )
+    assert set(theirs) == set(tensors)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
+    rename = original.autoencoder_rename(AUTOENCODER)
+    again = autoencoder.from_torch_names(Renamed(ldm, rename), AUTOENCODER)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_openclip():
+    draw = np.random.default_rng(0)
+
+    def random(*shape):
+        return draw.normal(size=shape).astype(np.float32)
+
+    width, prefix = OPENCLIP.width, "conditioner.embedders.1.model."
+    ldm = {
+        "positional_embedding": random(OPENCLIP.length, width),
+        "token_embedding.weight": random(OPENCLIP.vocab_size, width),
+        "text_projection": random(width, width),
+        "ln_final.weight": random(width),
+        "ln_final.bias": random(width),
+        "logit_scale": random(),
+    }
+    shapes = {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+    }
+    for layer in range(OPENCLIP.depth):
+        for name, shape in shapes.items():
+            ldm[f"transformer.resblocks.{layer}.{name}"] = random(*shape)
+    ldm = {f"{prefix}{name}": value for name, value in ldm.items()}
+    theirs = single_file.convert_open_clip_checkpoint(
+        None, {k: torch.from_numpy(v) for k, v in ldm.items()}, prefix
+    )
+    found = clip.from_torch_names(Renamed(ldm, original.text_rename(prefix, OPENCLIP)), OPENCLIP)
+    expected = {k: v.numpy() for k, v in theirs.items() if "logit_scale" not in k}
+    jax.tree.map(np.testing.assert_array_equal, found, clip.from_torch_names(expected, OPENCLIP))
+    abstract = abstract_params(lambda: ClipText(OPENCLIP, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(found) == jax.tree.structure(abstract)
+
+
+def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
+    """What it is of is told by its names; the rest is as it was published."""
+    variant = original.VARIANTS[-1]._replace(
+        network=UNETS["SD 1"],
+        towers={
+            "cond_stage_model.transformer.": TextTower(
+                model=ClipTextConfig(vocab_size=600, width=8, depth=1, heads=2), trained=False
+            )
+        },
+    )
+    monkeypatch.setattr(original, "VARIANTS", [*original.VARIANTS[:-1], variant])
+    monkeypatch.setattr(original, "AutoencoderConfig", lambda **_: AUTOENCODER)
+    config = UNETS["SD 1"]
+    text = next(iter(variant.towers.values())).model
+    params = random_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    words = random_params(lambda: ClipText(text, rngs=nnx.Rngs(0)))
+    ldm = inverse(unet.to_torch_names(params), original.unet_rename(config), unet_originals(config))
+    for name, value in clip.to_torch_names(words, text).items():
+        ldm[f"cond_stage_model.transformer.{name}"] = value
+    ldm["model_ema.decay"] = np.ones(1, np.float32)
+    ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0))))
+    save_file({k: np.ascontiguousarray(v) for k, v in ldm.items()}, tmp_path / "sd.safetensors")
+    tokenizer = Tokenizer.train(["a red pea"], vocab_size=540)
+    bundle = original.read_original(tmp_path / "sd.safetensors", tokenizer=tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, bundle.params["denoiser"], params)
+    jax.tree.map(np.testing.assert_array_equal, bundle.frozen["text"], words)
+    images = Pipeline(bundle)(["a red pea"], num_steps=2, size=(16, 16))
+    assert images.shape == (1, 16, 16, 3)
+    save_file({"a": np.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
+        original.read_original(tmp_path / "other.safetensors")

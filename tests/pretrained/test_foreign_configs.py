@@ -1,0 +1,103 @@
+"""Configs of diffusers and transformers: those that we know come back, the others are told."""
+
+import pytest
+
+from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained.scheduler import Scheduling, read_scheduling, write_scheduling
+from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler
+
+XL = UNet2DConditionConfig(
+    block_out_channels=(320, 640, 1280),
+    transformer_layers=(0, 2, 10),
+    middle_transformer_layers=10,
+    heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    added_width=2816,
+)
+REFINER = UNet2DConditionConfig(
+    block_out_channels=(384, 768, 1536, 1536),
+    transformer_layers=(0, 4, 4, 0),
+    middle_transformer_layers=4,
+    heads=(6, 12, 24, 24),
+    cross_attention_dim=1280,
+    use_linear_projection=True,
+    added_width=2560,
+)
+INPAINTING = UNet2DConditionConfig(in_channels=9)
+
+
+@pytest.mark.parametrize("config", [UNet2DConditionConfig(), XL, REFINER, INPAINTING])
+def test_a_unet_comes_back(config):
+    assert unet.read_config(unet.write_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoencoderConfig(),
+        AutoencoderConfig(latent_channels=16, use_quant_conv=False, shift_factor=0.1159),
+    ],
+)
+def test_an_autoencoder_comes_back(config):
+    assert autoencoder.read_config(autoencoder.write_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ClipTextConfig(), ClipTextConfig(activation="gelu", projection_dim=1280, end_id=49407)],
+)
+def test_a_text_encoder_comes_back(config):
+    written = clip.write_text_config(config)
+    assert clip.read_text_config(written, projected=config.projection_dim is not None) == config
+
+
+SCHEDULINGS = [
+    Scheduling(ScaledLinear(), "eps", PLMS(), TrainStepGrid(offset=1, ends_at="first_step"), True),
+    Scheduling(
+        ScaledLinear(zero_terminal_snr=True), "v", DDIM(), TrainStepGrid(spacing="trailing"), True
+    ),
+    Scheduling(ScaledLinear(), "eps", Euler(), TrainStepGrid(offset=1, rounded=False), True),
+    Scheduling(
+        ScaledLinear(),
+        "v",
+        DPMSolverPP2M(),
+        TrainStepGrid(spacing="linspace", skip_last=True),
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize("scheduling", SCHEDULINGS, ids=lambda s: type(s.solver).__name__)
+def test_a_scheduler_comes_back(scheduling):
+    assert read_scheduling(write_scheduling(scheduling)) == scheduling
+
+
+@pytest.mark.parametrize(
+    ("read", "config", "told"),
+    [
+        (unet.read_config, {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+        (unet.read_config, {"attention_heads_of_gold": 3}, "does not know the key"),
+        (unet.read_config, {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types are"),
+        (unet.read_config, {"attention_head_dim": [8, 8]}, "has 2 values: expected one for all"),
+        (autoencoder.read_config, {"latents_mean": [0.1]}, "latents_mean"),
+        (autoencoder.read_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
+        (lambda c: clip.read_text_config(c, projected=False), {"hidden_act": "relu"}, "relu"),
+        (read_scheduling, {"_class_name": "KarrasVeScheduler"}, "does not have KarrasVe"),
+        (read_scheduling, {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
+        (read_scheduling, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
+        (read_scheduling, {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_what_jaxdiff_does_not_have_is_told(read, config, told):
+    with pytest.raises(UserError, match=told):
+        read(config)
+
+
+def test_what_is_off_is_passed_over():
+    assert unet.read_config({"_diffusers_version": "1", "some_new_thing": None, "x": False})

@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from jaxdiff.errors import UserError
+from jaxdiff.pretrained.tensor_files import Renamed, TensorFiles, open_weights, shapes
+
+A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, np.float16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def test_a_whole_file_is_read_tensor_by_tensor(folder):
+    save_file({"a": A, "b": B}, folder / "model.safetensors")
+    tensors = open_weights(folder, "model")
+    assert shapes(tensors) == {"a": (2, 3), "b": (4,)}
+    np.testing.assert_array_equal(tensors["a"], A)
+    assert tensors["b"].dtype == np.float16
+    renamed = Renamed(tensors, lambda name: {"a": "c"}.get(name))
+    assert list(renamed) == ["c"]
+    np.testing.assert_array_equal(renamed["c"], A)
+
+
+def test_shards_and_half_precision_are_found(folder):
+    save_file({"a": A}, folder / "model-1.safetensors")
+    save_file({"b": B}, folder / "model-2.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(open_weights(folder, "model")) == {"a", "b"}
+    save_file({"b": B}, folder / "other.fp16.safetensors")
+    assert set(open_weights(folder, "other")) == {"b"}
+
+
+def test_a_missing_shard_is_told(folder):
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"lacks the shard model-1\.safetensors"):
+        open_weights(folder, "model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
+def test_a_shard_never_leaves_its_folder(folder, name):
+    text = json.dumps({"weight_map": {"a": name}})
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="outside its folder"):
+        open_weights(folder, "model")
+
+
+def test_pickled_weights_are_never_opened(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(UserError, match="pickled"):
+        open_weights(folder, "model")
+
+
+def test_no_weights_are_told(folder):
+    with pytest.raises(UserError, match=r"holds no weights: expected model\.safetensors"):
+        open_weights(folder, "model")
+
+
+@pytest.mark.parametrize("keep", [0, 5, -1])
+def test_a_file_that_is_cut_off_is_told(folder, keep):
+    save_file({"a": A}, path := folder / "model.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off"):
+        TensorFiles([path])
