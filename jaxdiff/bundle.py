@@ -214,12 +214,14 @@ def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
     Raises:
       UserError: a folder holds no such part, or one of another size.
     """
+    folders = {part.folder for part in wanted.values() if part.folder is not None}
+    bundles = {folder: read_bundle(folder) for folder in folders}
     parts = {}
     for name, part in wanted.items():
         if part.folder is None:
             parts[name] = nnx.to_pure_dict(nnx.split(part.build())[1])
             continue
-        bundle = read_bundle(part.folder)
+        bundle = bundles[part.folder]
         # An autoencoder is the whole of its own model, and a frozen part of one that draws.
         params: Any = {**bundle.frozen, **bundle.params}
         for key in part.part or ((name,) if name in bundle.frozen else ()):
@@ -228,8 +230,10 @@ def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
                     f"The model in {part.folder} has no part {key!r} to serve as {name}."
                 )
             params = params[key]
-        check_fit(params, abstract_params(part.build), part.folder)
-        parts[name] = params
+        abstract = abstract_params(part.build)
+        check_fit(params, abstract, part.folder)
+        # Weights may be stored in half precision, which those in training must not be in.
+        parts[name] = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
     return parts
 
 

@@ -111,10 +111,12 @@ class Objective:
     `loss_on` is the space of the loss; none means that of the prediction. JiT (Li & He 2025,
     arXiv 2511.13720) is prediction="x0", loss_on="velocity". Carrying an error from x0 to another
     space divides by sigma, and from eps by alpha, which are taken to be at least `floor` (JiT's
-    0.05): it bounds the weight that the ends can get.
+    0.05): it bounds the weight that the ends can get. `noise_offset` adds to eps that much normal
+    noise that is the same at all pixels of a channel (Guttenberg 2023, "Diffusion with offset
+    noise"; 0.1 there), without which a network never learns how bright an image is as a whole.
 
     Raises:
-        UserError: floor is not positive.
+        UserError: floor is not positive, or noise_offset is negative.
     """
 
     prediction: Prediction = "eps"
@@ -123,10 +125,14 @@ class Objective:
     times: TimeSampler = field(default_factory=Uniform)
     weighting: Weighting = field(default_factory=UniformWeighting)
     floor: float = 0.05
+    noise_offset: float = 0.0
 
     def __post_init__(self):
-        if not self.floor > 0:
-            raise UserError(f"Objective.floor is {self.floor}; give a positive number.")
+        if not self.floor > 0 or self.noise_offset < 0:
+            raise UserError(
+                f"Objective got floor={self.floor}, noise_offset={self.noise_offset}; give a "
+                "positive floor, and 0 or more as noise_offset."
+            )
 
     def loss(
         self,
@@ -145,6 +151,13 @@ class Objective:
         t = self.times(time_key, batch) * max_t
         noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, jnp.arange(batch))
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(noise_keys)
+        if self.noise_offset:
+            offset_keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, 1)
+            channels = (1, 1, x0.shape[-1])
+            offset = jax.vmap(lambda key: jax.random.normal(key, channels, jnp.float32))(
+                offset_keys
+            )
+            eps = eps + self.noise_offset * offset
         x0 = x0.astype(jnp.float32)
 
         output = network(add_noise(self.schedule, x0, eps, t), t).astype(jnp.float32)

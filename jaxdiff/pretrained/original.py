@@ -33,6 +33,16 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, clip, unet
 from jaxdiff.pretrained.hub import download_tokenizer
+from jaxdiff.pretrained.published import (
+    CLIP_L,
+    OPENCLIP_G,
+    OPENCLIP_H,
+    REFINER,
+    SD1,
+    SD2,
+    XL,
+    XL_SCALING_FACTOR,
+)
 from jaxdiff.pretrained.tensor_files import Cut, Renamed, TensorFiles
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, PLMS, Euler
@@ -64,37 +74,6 @@ def _tower(model: ClipTextConfig, **changes: Any) -> TextTower:
     return TextTower(model=model, trained=False, **changes)
 
 
-SD1 = UNet2DConditionConfig()
-SD2 = UNet2DConditionConfig(
-    heads=(5, 10, 20, 20),
-    cross_attention_dim=1024,
-    use_linear_projection=True,
-    upcast_attention=True,
-)
-XL = UNet2DConditionConfig(
-    block_out_channels=(320, 640, 1280),
-    transformer_layers=(0, 2, 10),
-    middle_transformer_layers=10,
-    heads=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    added_width=2816,
-)
-REFINER = UNet2DConditionConfig(
-    block_out_channels=(384, 768, 1536, 1536),
-    transformer_layers=(0, 4, 4, 0),
-    middle_transformer_layers=4,
-    heads=(6, 12, 24, 24),
-    cross_attention_dim=1280,
-    use_linear_projection=True,
-    added_width=2560,
-)
-CLIP_L = ClipTextConfig()
-# Its last block is never read, and is left out in diffusers' copies too.
-OPENCLIP_H = ClipTextConfig(width=1024, depth=23, heads=16, activation="gelu")
-OPENCLIP_G = ClipTextConfig(
-    width=1280, depth=32, heads=20, activation="gelu", projection_dim=1280, end_id=49407
-)
 PAD = 0  # "!", with which OpenCLIP pads
 
 _XL_SAMPLING = _leading(Euler(), rounded=False)
@@ -109,7 +88,7 @@ VARIANTS = [
             "conditioner.embedders.1.model.": _INNER_G,
         },
         _XL_SAMPLING,
-        scaling_factor=0.13025,
+        scaling_factor=XL_SCALING_FACTOR,
         size=1024,
     ),
     Variant(
@@ -117,7 +96,7 @@ VARIANTS = [
         REFINER,
         {"conditioner.embedders.0.model.": _INNER_G},
         _XL_SAMPLING,
-        scaling_factor=0.13025,
+        scaling_factor=XL_SCALING_FACTOR,
         size=1024,
     ),
     Variant(

@@ -158,3 +158,22 @@ def test_impossible_settings_are_refused():
         MinSNR(gamma=0.0)
     with pytest.raises(UserError, match="positive"):
         Objective(floor=0.0)
+
+
+def test_offset_noise_shifts_whole_channels():
+    """Zero x0 and a network that answers 0: the loss is the mean square of the noise."""
+    x0, zero = jnp.zeros((4000, 4, 4, 2)), lambda x, t: jnp.zeros_like(x)
+    plain, offset = (
+        Objective(noise_offset=scale).loss(zero, x0, jax.random.key(0)).loss.mean()
+        for scale in (0.0, 0.5)
+    )
+    assert float(plain) == pytest.approx(1.0, abs=0.02)
+    assert float(offset) == pytest.approx(1.25, abs=0.04)
+
+    noises = []
+    Objective(noise_offset=0.5).loss(
+        lambda x, t: noises.append(x) or x, jnp.zeros((500, 8, 8, 1)), jax.random.key(1)
+    )
+    x = noises[0] / jnp.std(noises[0])
+    # The mean over 64 pixels has a variance of 1/64 without, and of (1/64 + 1/4) / (1 + 1/4) with.
+    assert float(jnp.var(x.mean(axis=(1, 2, 3)))) == pytest.approx(0.2125, rel=0.25)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxdiff.models.layers import merge
 from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
 
@@ -130,3 +131,32 @@ def test_prediction(name, tmp_path):
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "SDXL base"])
+def test_gradients_of_the_fine_tuning_loss(name):
+    """Of the mean squared error, with respect to every parameter of the U-Net."""
+    model = torch_unet(name)
+    config = unet.read_config(dict(model.config))
+    tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    params = unet.from_torch_names(tensors, config)
+    x, conditions = inputs(VARIANTS[name], config, height=8, width=8)
+    target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    step = np.array([500, 20])
+
+    def loss(params):
+        ours = merge(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)), params)
+        t = jnp.asarray((step + 1) / 1000, jnp.float32)
+        return jnp.mean((ours(x, t, conditions) - target) ** 2)
+
+    found = unet.to_torch_names(jax.jit(jax.grad(loss))(params))
+    predicted = theirs(model, x, step, conditions)
+    nchw = torch.from_numpy(target.transpose(0, 3, 1, 2).copy())
+    torch.nn.functional.mse_loss(predicted, nchw).backward()
+    expected = {key: value.grad.numpy() for key, value in model.named_parameters()}
+    assert set(found) == set(expected)
+    ours, others = (
+        np.concatenate([grads[key].ravel() for key in sorted(expected)])
+        for grads in (found, expected)
+    )
+    assert relative(ours, others) <= 1e-4
