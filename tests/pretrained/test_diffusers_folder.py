@@ -1,0 +1,197 @@
+"""A tiny Stable Diffusion, written as diffusers has it, read back, drawn with and fine-tuned."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+from PIL import Image
+
+import jaxdiff
+from jaxdiff.bundle import read_bundle
+from jaxdiff.config import Config, TrainConfig
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import ScaledLinear, TimeGrid, TrainStepGrid
+from jaxdiff.errors import UserError
+from jaxdiff.model import Bundle
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pretrained.diffusers_folder import INDEX, read_diffusers, write_diffusers
+from jaxdiff.sampling.settings import SamplingConfig
+from jaxdiff.sampling.solvers import DDIM, Heun
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.loop import train
+
+TEXT = ClipTextConfig(vocab_size=540, length=77, width=8, depth=1, heads=2)
+LARGER = dataclasses.replace(TEXT, width=4, depth=2, activation="gelu", projection_dim=6)
+UNET = UNet2DConditionConfig(
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    transformer_layers=(0, 1),
+    heads=(2, 2),
+    cross_attention_dim=8,
+    norm_num_groups=4,
+)
+AUTOENCODER = AutoencoderConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4)
+TASK = DiffusionTask(
+    denoiser=UNET,
+    text=TextTower(model=TEXT, trained=False),
+    latents=Latents(model=AUTOENCODER, pretrained="unused"),
+    objective=Objective(prediction="eps", schedule=ScaledLinear()),
+)
+XL = dataclasses.replace(
+    TASK,
+    denoiser=dataclasses.replace(UNET, cross_attention_dim=12, added_width=6 + 24, time_id_width=4),
+    text=TextTower(
+        model=dataclasses.replace(TEXT, depth=2),
+        trained=False,
+        layer=-2,
+        final_norm=False,
+        pad_id=539,
+    ),
+    text_2=TextTower(model=LARGER, trained=False, layer=-2, final_norm=False, pad_id=0),
+    zero_empty_prompt=True,
+)
+SAMPLING = SamplingConfig(
+    solver=DDIM(), grid=TrainStepGrid(offset=1), unit_noise=True, num_steps=50, guidance_scale=7.5
+)
+
+
+def bundle(task, dtype=np.float32) -> Bundle:
+    draw = np.random.default_rng(0)
+    tokenizer = Tokenizer.train(["a red pea", "a green banana"] * 9, vocab_size=540)
+
+    def random(build):
+        return jax.tree.map(
+            lambda x: (0.3 * draw.normal(size=x.shape)).astype(dtype), abstract_params(build)
+        )
+
+    params = random(lambda: task.build(nnx.Rngs(0)))
+    frozen = {name: random(part.build) for name, part in task.frozen().items()}
+    config = Config(
+        name="tiny",
+        task=task,
+        data=DataConfig(source=ImageFolder(path="images"), transforms=Transforms(size=16)),
+        sampling=SAMPLING,
+    )
+    return Bundle(config, params, frozen, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_diffusers(path, bundle(TASK))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("task", [TASK, XL], ids=["SD", "XL"])
+def test_it_comes_back_bit_for_bit(task, dtype, tmp_path):
+    there = bundle(task, dtype)
+    write_diffusers(tmp_path, there)
+    back = read_diffusers(tmp_path, place=np.asarray)
+    assert back.tokenizer.bpe.get_vocab() == there.tokenizer.bpe.get_vocab()
+    for ours, theirs in ((there.params, back.params), (there.frozen, back.frozen)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert {x.dtype for x in jax.tree.leaves(theirs)} == {np.dtype(dtype)}
+    task = back.config.task
+    assert task.denoiser == there.config.task.denoiser
+    assert task.latents.model == AUTOENCODER
+    assert task.objective == there.config.task.objective
+    assert [t.model for t in task.towers.values()] == [
+        t.model for t in there.config.task.towers.values()
+    ]
+    assert [t.layer for t in task.towers.values()] == [
+        t.layer for t in there.config.task.towers.values()
+    ]
+    grid = back.config.sampling.grid
+    assert (grid, back.config.data.transforms.size) == (SAMPLING.grid, 16)
+
+
+def test_the_prompt_matters_to_both_kinds(folder, tmp_path):
+    write_diffusers(tmp_path, bundle(XL))
+    for path in (folder, tmp_path):
+        pipeline = jaxdiff.load(path)
+        prompts = ["a red pea", "a banana", "a red pea"]
+        images = pipeline(prompts, seeds=1, num_steps=2, output="float")
+        assert images.shape == (3, 16, 16, 3)
+        np.testing.assert_array_equal(images[0], images[2])
+        assert np.abs(images[0] - images[1]).max() > 1e-5  # random weights hardly listen
+
+
+def test_it_is_fine_tuned_through_the_one_loop(folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text("a red pea")
+    replace = dataclasses.replace
+    source = str(folder)
+    task = replace(
+        TASK,
+        pretrained=source,
+        text=replace(TASK.text, pretrained=source),
+        latents=replace(TASK.latents, pretrained=source),
+    )
+    config = replace(
+        read_bundle(folder).config,
+        task=task,
+        data=DataConfig(source=ImageFolder(path=str(photos)), transforms=Transforms(size=16)),
+        train=TrainConfig(steps=1, batch_size=8, log_every=1),
+    )
+    result = train(config, tmp_path / "run", say=lambda _: None)
+    there = bundle(TASK).params["denoiser"]
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), result.state.params["denoiser"], there
+    )
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1  # from where the checkpoint stands
+    assert read_bundle(tmp_path / "run").tokenizer(["a", "red", "pea"]).shape == (3, 77)
+
+
+def test_a_part_that_is_missing_is_told(tmp_path):
+    write_diffusers(tmp_path, bundle(TASK))
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"vae/config\.json is missing"):
+        read_bundle(tmp_path)
+
+
+def test_a_pipeline_of_another_kind_is_told(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="FluxPipeline, which jaxdiff does not have"):
+        read_bundle(tmp_path)
+
+
+def test_tensors_of_another_shape_are_told_before_any_is_read(folder):
+    place = []
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    other = epath.Path(folder) / "unet" / "config.json"
+    text = other.read_text()
+    try:
+        other.write_text(json.dumps(config | {"cross_attention_dim": 16}))
+        with pytest.raises(UserError, match=r"widths 16|another shape"):
+            read_diffusers(folder, place=place.append)
+    finally:
+        other.write_text(text)
+    assert not place
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [({"solver": Heun()}, "Heun is none of"), ({"grid": TimeGrid()}, "TimeGrid")],
+)
+def test_what_diffusers_cannot_do_is_told(sampling, told, tmp_path):
+    there = bundle(TASK)
+    config = dataclasses.replace(there.config, sampling=dataclasses.replace(SAMPLING, **sampling))
+    with pytest.raises(UserError, match=told):
+        write_diffusers(tmp_path, there._replace(config=config))
+    assert not (tmp_path / INDEX).exists()
