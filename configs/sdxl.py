@@ -12,62 +12,41 @@ been measured yet.
 """
 
 import dataclasses
+from pathlib import Path
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.losses import MinSNR, Objective
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.diffusion.schedules import TrainStepGrid
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
-from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import Euler
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
-from jaxdiff.training.optimizer import AdamW, ConstantLR
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def get_config() -> Config:
-    """The whole U-Net, on the objective that it was trained with, weighted by min-SNR."""
-    return Config(
+    """`configs/sd15.py` with the networks of XL, told of by two text encoders, at 1024 pixels."""
+    base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
+    assert isinstance(base.task, DiffusionTask)
+    text = TextTower(model=CLIP_L, pretrained=MODEL, trained=False, layer=-2, final_norm=False)
+    model = AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR)
+    return replace(
+        base,
         name="sdxl",
-        task=DiffusionTask(
-            denoiser=dataclasses.replace(XL, remat="full"),
+        task=replace(
+            base.task,
+            denoiser=replace(XL, remat="full"),
             pretrained=MODEL,
-            text=TextTower(
-                model=CLIP_L, pretrained=MODEL, trained=False, layer=-2, final_norm=False
-            ),
-            text_2=TextTower(
-                model=OPENCLIP_G,
-                pretrained=MODEL,
-                trained=False,
-                layer=-2,
-                final_norm=False,
-                pad_id=0,
-            ),
+            text=text,
+            text_2=replace(text, model=OPENCLIP_G, pad_id=0),
             zero_empty_prompt=True,
-            latents=Latents(
-                model=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR), pretrained=MODEL
-            ),
-            objective=Objective(prediction="eps", schedule=ScaledLinear(), weighting=MinSNR()),
+            latents=Latents(model=model, pretrained=MODEL),
         ),
-        data=DataConfig(
-            source=ImageFolder(path="images"),
-            transforms=Transforms(size=1024, crop="random", caption_dropout=0.1),
-            workers=4,
-        ),
-        tokenizer=TokenizerConfig(vocab_size=49408, length=77),
-        optimizer=AdamW(learning_rate=1e-5, schedule=ConstantLR(warmup_steps=500)),
-        train=TrainConfig(
-            steps=10_000, batch_size=8, compute="bfloat16", checkpoint_every=1000, sample_every=1000
-        ),
-        sampling=SamplingConfig(
+        data=replace(base.data, transforms=replace(base.data.transforms, size=1024)),
+        sampling=replace(
+            base.sampling,
             solver=Euler(),
             grid=TrainStepGrid(offset=1, rounded=False),
-            unit_noise=True,
-            num_steps=50,
             guidance_scale=5.0,
         ),
     )

@@ -13,6 +13,7 @@ from jaxdiff.models.unet2d_condition import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from jaxdiff.pretrained import published
 
 TINY = UNet2DConditionConfig(
     block_out_channels=(8, 16),
@@ -107,18 +108,6 @@ def test_sizes_that_do_not_fit_are_refused(changes):
 
 def test_the_published_sizes_have_the_published_numbers_of_parameters():
     """859,520,964 in SD 1.5, 865,910,724 in 2.1 and 2,567,463,684 in XL: counted in their files."""
-    sd21 = UNet2DConditionConfig(
-        heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
-    )
-    xl = UNet2DConditionConfig(
-        block_out_channels=(320, 640, 1280),
-        transformer_layers=(0, 2, 10),
-        middle_transformer_layers=10,
-        heads=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        added_width=2816,
-    )
     counts = [
         sum(
             x.size
@@ -128,6 +117,6 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters():
                 )
             )
         )
-        for config in (UNet2DConditionConfig(), sd21, xl)
+        for config in (published.SD1, published.SD2, published.XL)
     ]
     assert counts == [859_520_964, 865_910_724, 2_567_463_684]

@@ -5,34 +5,16 @@ import pytest
 from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, OPENCLIP_H, REFINER, SD1, SD2, XL
 from jaxdiff.pretrained.scheduler import Scheduling, read_scheduling, write_scheduling
 from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler
 
-XL = UNet2DConditionConfig(
-    block_out_channels=(320, 640, 1280),
-    transformer_layers=(0, 2, 10),
-    middle_transformer_layers=10,
-    heads=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    added_width=2816,
-)
-REFINER = UNet2DConditionConfig(
-    block_out_channels=(384, 768, 1536, 1536),
-    transformer_layers=(0, 4, 4, 0),
-    middle_transformer_layers=4,
-    heads=(6, 12, 24, 24),
-    cross_attention_dim=1280,
-    use_linear_projection=True,
-    added_width=2560,
-)
 INPAINTING = UNet2DConditionConfig(in_channels=9)
 
 
-@pytest.mark.parametrize("config", [UNet2DConditionConfig(), XL, REFINER, INPAINTING])
+@pytest.mark.parametrize("config", [SD1, SD2, XL, REFINER, INPAINTING])
 def test_a_unet_comes_back(config):
     assert unet.read_config(unet.write_config(config)) == config
 
@@ -48,10 +30,7 @@ def test_an_autoencoder_comes_back(config):
     assert autoencoder.read_config(autoencoder.write_config(config)) == config
 
 
-@pytest.mark.parametrize(
-    "config",
-    [ClipTextConfig(), ClipTextConfig(activation="gelu", projection_dim=1280, end_id=49407)],
-)
+@pytest.mark.parametrize("config", [CLIP_L, OPENCLIP_H, OPENCLIP_G])
 def test_a_text_encoder_comes_back(config):
     written = clip.write_text_config(config)
     assert clip.read_text_config(written, projected=config.projection_dim is not None) == config
