@@ -13,7 +13,7 @@ The run did not start from nothing but from an earlier one of 8,800 steps (282,0
 minutes) on the latents of an earlier autoencoder, with `--task.pretrained` and its folder.
 
 Of 500 single objects in held-out combinations 87.2 % are right in every attribute, of 500 prompts
-with two objects 81.0 %; of the true drawings, after the way through the autoencoder, 99.4 % and
+with two objects 81.4 %; of the true drawings, after the way through the autoencoder, 99.4 % and
 92.4 % (`jaxdiff evaluate shipped:produce --samples 500`, 2026-11-23).
 """
 
