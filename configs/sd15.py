@@ -6,8 +6,8 @@ The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` be
 weights come from the hub the first time, or from a folder: `--task.pretrained DIR`, likewise
 `--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
 masters, which with their average and AdamW's moments take 14 GB, sharded over `--mesh.fsdp`
-devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU slice; neither
-speed nor quality have been measured yet.
+devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU slice; speed
+and quality have not been measured yet.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ weights come from the hub the first time, or from a folder: `--task.pretrained D
 `--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
 masters, which with their average and AdamW's moments take 41 GB, sharded over `--mesh.fsdp`
 devices; text encoders and autoencoder stay as they are. The model is told that every image is whole
-and as large as it is trained at. For a GPU of 80 GB or a TPU slice; neither speed nor quality have
+and as large as it is trained at. For a GPU of 80 GB or a TPU slice; speed and quality have not
 been measured yet.
 """
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxdiff.bundle import read_bundle, weights_fingerprint
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps
@@ -122,7 +123,12 @@ class Pipeline:
           UserError: lengths or shapes that do not fit, no step to take, a seed out of range, no
             prompt, or one text where a list of them is expected.
         """
-        settings = self.config.sampling
+        settings, denoiser = self.config.sampling, self.task.denoiser
+        if isinstance(denoiser, UNet2DConditionConfig) and denoiser.in_channels > denoiser.channels:
+            raise UserError(
+                f"{self.config.name} is for inpainting: beside the noise it reads a mask and the "
+                "rest of the image, which cannot be given yet; take the model it was made from."
+            )
         prompts = _texts("prompts", prompts)
         n = len(prompts)
         if n == 0:

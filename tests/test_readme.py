@@ -39,7 +39,8 @@ def test_its_commands_are_understood(command, monkeypatch, capsys):
     ran = []
     for name in ("run_recipe", "draw", "evaluate_folder"):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
-    for name in ("read_bundle", "write_bundle", "make_folder", "write_array_record"):
+    writers = ("write_bundle", "write_diffusers", "make_folder", "write_array_record")
+    for name in ("read_bundle", *writers):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
     if arguments(command)[0] in ("train", "sample", "evaluate"):

@@ -9,6 +9,8 @@ from jaxdiff.parallel.mesh import check_batch, make_mesh
 from jaxdiff.training.loop import abstract_state
 
 ROOT = Path(__file__).parent.parent
+# Parameters in the files of Stable Diffusion's U-Nets.
+PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -31,12 +33,13 @@ def test_it_is_named_like_its_file(path, config):
     assert config.name == path.stem
 
 
-def test_it_builds_abstractly(config):
+def test_it_builds_abstractly(path, config):
     state = abstract_state(config)
     leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert 1e4 < trained < 2e10
+    assert trained == PUBLISHED.get(path.stem, trained)
     assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
 
 

@@ -128,6 +128,15 @@ def test_the_prompt_matters_to_both_kinds(folder, tmp_path):
         assert np.abs(images[0] - images[1]).max() > 1e-5  # random weights hardly listen
 
 
+def test_an_inpainting_model_says_that_it_needs_a_mask(tmp_path):
+    task = dataclasses.replace(TASK, denoiser=dataclasses.replace(UNET, in_channels=9))
+    write_diffusers(tmp_path, bundle(task))
+    assert json.loads((tmp_path / INDEX).read_text())["_class_name"].endswith("InpaintPipeline")
+    with pytest.raises(UserError, match="is for inpainting"):
+        jaxdiff.load(tmp_path)(["a red pea"])
+
+
+@pytest.mark.slow
 def test_it_is_fine_tuned_through_the_one_loop(folder, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
