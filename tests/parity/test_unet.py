@@ -146,8 +146,8 @@ def test_gradients_of_the_fine_tuning_loss(name):
 
     def loss(params):
         ours = merge(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)), params)
-        t = jnp.asarray((step + 1) / 1000, jnp.float32)
-        return jnp.mean((ours(x, t, conditions) - target) ** 2)
+        told = jax.tree.map(jnp.asarray, (x, (step + 1) / 1000, conditions))
+        return jnp.mean((ours(*told) - target) ** 2)
 
     found = unet.to_torch_names(jax.jit(jax.grad(loss))(params))
     predicted = theirs(model, x, step, conditions)
