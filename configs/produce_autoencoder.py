@@ -3,8 +3,8 @@
     python train.py configs/produce_autoencoder.py
 
 Its first and last convolution work on patches of 4 pixels, which saves most of the cost. On two CPU
-cores without an accelerator it takes an hour and ten minutes, at 55 images/s (AMD EPYC, Zen 4,
-2026-11-23), each core as a device of its own:
+cores without an accelerator it took 83 minutes beside other work, at 40 to 66 images/s (AMD EPYC,
+Zen 4, 2026-11-23), each core as a device of its own:
 
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 

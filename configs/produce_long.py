@@ -2,9 +2,10 @@
 
     python train.py configs/produce_long.py
 
-Trained on two CPU cores (AMD EPYC, Zen 4), without an accelerator, in 67 minutes: 595,000 images at
-95 to 190 a second. Each core was a device of its own, and tcmalloc kept the memory of a step for
-the next one, where glibc gives it back and a fifth of the time goes into clearing it anew:
+Trained on two CPU cores (AMD EPYC, Zen 4), without an accelerator, in 71 minutes beside other work:
+595,000 images at 95 to 190 a second. Each core was a device of its own, and tcmalloc kept the
+memory of a step for the next one, where glibc gives it back and a fifth of the time goes into
+clearing it anew:
 
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
     LD_PRELOAD=libtcmalloc_minimal.so.4

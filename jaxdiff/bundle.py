@@ -33,7 +33,7 @@ from jaxdiff.model import Bundle
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.pretrained import diffusers_folder
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
-from jaxdiff.pretrained.hub import download, is_hub_id
+from jaxdiff.pretrained.hub import download, download_tokenizer, is_hub_id
 from jaxdiff.pretrained.original import read_original
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained
@@ -197,7 +197,7 @@ def read_bundle(folder: epath.PathLike) -> Bundle:
 
 
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
-    """The tokenizer of a model, in any of the folders that `read_bundle` takes.
+    """The tokenizer of a model, of whatever `read_bundle` takes.
 
     Raises:
       UserError: there is none, or it cannot be read.
@@ -205,6 +205,8 @@ def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
     root = model_folder(folder)
     if is_diffusers_folder(root):
         return diffusers_folder.read_tokenizer(root)
+    if root.suffix == ".safetensors":
+        return Tokenizer.load(str(download_tokenizer()))
     return Tokenizer.load(str(root))
 
 

@@ -1,10 +1,12 @@
 """Stable Diffusion checkpoints as diffusers keeps them: a folder with `model_index.json`.
 
-model_index.json                      the kind of pipeline, and which parts there are
-unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
-text_encoder/  text_encoder_2/        config.json, model.safetensors
-tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
-scheduler/                            scheduler_config.json
+    model_index.json                      the kind of pipeline, and which parts there are
+    unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
+    text_encoder/  text_encoder_2/        config.json, model.safetensors
+    tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
+    scheduler/                            scheduler_config.json
+
+Reading one gives the recipe that it could have come from, and its weights.
 """
 
 import json
@@ -73,18 +75,13 @@ def read_diffusers(
             f"{', '.join(PIPELINES)}."
         )
     task, sampling, size = _recipe(root, index)
-    network = _json(root / "unet" / "config.json")
+    assert isinstance(task.denoiser, UNet2DConditionConfig)
     assert task.latents is not None
-    params = {
-        "denoiser": unet.from_torch_names(
-            open_weights(root / "unet", DIFFUSION_MODEL), unet.read_config(network), place=place
-        )
-    }
-    frozen = {
-        "autoencoder": autoencoder.from_torch_names(
-            open_weights(root / "vae", DIFFUSION_MODEL), task.latents.model, place=place
-        )
-    }
+    tensors = open_weights(root / "unet", DIFFUSION_MODEL)
+    params = {"denoiser": unet.from_torch_names(tensors, task.denoiser, place=place)}
+    tensors = open_weights(root / "vae", DIFFUSION_MODEL)
+    model = task.latents.model
+    frozen = {"autoencoder": autoencoder.from_torch_names(tensors, model, place=place)}
     for (name, tower), part in zip(task.towers.items(), _text_parts(index), strict=True):
         tensors = open_weights(root / part, MODEL)
         frozen[name] = clip.from_torch_names(tensors, tower.model, place=place)

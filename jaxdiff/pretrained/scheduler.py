@@ -22,6 +22,8 @@ SOLVERS = {
 
 # What diffusers takes where a config is silent, by the kind of scheduler.
 _SPACING = {"DDIMScheduler": "leading", "PNDMScheduler": "leading"}  # the others: linspace
+_SILENT = {"beta_schedule": "linear"}
+_SILENT_OF = {"DDIMScheduler": {"clip_sample": True}, "PNDMScheduler": {"skip_prk_steps": False}}
 
 _READ = {
     "num_train_timesteps",
@@ -82,7 +84,7 @@ def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
             f"{what}: jaxdiff does not have {kind}: expected {', '.join(SOLVERS)}; change "
             "_class_name to one of them, with which the same network samples as well."
         )
-    check_config(what, config, _READ, _FIXED)
+    check_config(what, {**_SILENT, **_SILENT_OF.get(kind, {}), **config}, _READ, _FIXED)
     prediction = config.get("prediction_type", "epsilon")
     spacing = config.get("timestep_spacing", _SPACING.get(kind, "linspace"))
     if prediction not in PREDICTIONS or spacing not in ("leading", "trailing", "linspace"):

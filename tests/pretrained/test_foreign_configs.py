@@ -36,6 +36,8 @@ def test_a_text_encoder_comes_back(config):
     assert clip.read_text_config(written, projected=config.projection_dim is not None) == config
 
 
+STATED = {"beta_schedule": "scaled_linear", "clip_sample": False}
+
 SCHEDULINGS = [
     Scheduling(ScaledLinear(), "eps", PLMS(), TrainStepGrid(offset=1, ends_at="first_step"), True),
     Scheduling(
@@ -69,8 +71,11 @@ def test_a_scheduler_comes_back(scheduling):
         (lambda c: clip.read_text_config(c, projected=False), {"hidden_act": "relu"}, "relu"),
         (read_scheduling, {"_class_name": "KarrasVeScheduler"}, "does not have KarrasVe"),
         (read_scheduling, {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-        (read_scheduling, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
-        (read_scheduling, {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (read_scheduling, STATED | {"prediction_type": "flow"}, "prediction_type is 'flow'"),
+        (read_scheduling, STATED | {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        # diffusers' own defaults, where a config is silent
+        (read_scheduling, {}, "beta_schedule is 'linear'"),
+        (read_scheduling, {"beta_schedule": "scaled_linear"}, "clip_sample is True"),
     ],
 )
 def test_what_jaxdiff_does_not_have_is_told(read, config, told):
