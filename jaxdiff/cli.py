@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from jaxdiff import adapters
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
 from jaxdiff.config import Config, load_recipe, members
 from jaxdiff.data.array_record import write_array_record
@@ -26,7 +27,9 @@ from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.pretrained.diffusers_folder import write_diffusers
+from jaxdiff.pretrained.lora import write_lora
 from jaxdiff.sample_command import SampleOptions, draw
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.session import run_recipe
 
@@ -181,7 +184,8 @@ class ExportOptions:
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     format: str = "jaxdiff"
-    """jaxdiff, or diffusers: what StableDiffusionPipeline.from_pretrained opens, or XL's."""
+    """jaxdiff; diffusers: what StableDiffusionPipeline.from_pretrained opens, or XL's, adapters
+    made part of the weights; lora: the adapters alone, for load_lora_weights."""
     dtype: str | None = None
     """Type of the weights: bfloat16, float16 or float32; by default bfloat16, and in the format of
     diffusers the type that they have."""
@@ -192,8 +196,8 @@ def export(arguments: list[str]) -> None:
     options = parse(ExportOptions, arguments, prog="jaxdiff export")
     if options.dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
-    if options.format not in ("jaxdiff", "diffusers"):
-        raise UserError(f"--format {options.format}: expected jaxdiff or diffusers.")
+    if options.format not in ("jaxdiff", "diffusers", "lora"):
+        raise UserError(f"--format {options.format}: expected jaxdiff, diffusers or lora.")
     bundle = read_bundle(options.run)
     if options.format == "jaxdiff":
         write_bundle(make_folder(options.out), bundle, options.dtype or "bfloat16")
@@ -201,7 +205,15 @@ def export(arguments: list[str]) -> None:
         if options.dtype:
             cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
             bundle = bundle._replace(params=cast(bundle.params), frozen=cast(bundle.frozen))
-        write_diffusers(make_folder(options.out), bundle)
+        found = adapters.adapters_of(bundle)
+        if options.format == "lora":
+            if not found:
+                raise UserError(f"{options.run} has no adapters: train them with --task.lora.rank.")
+            assert isinstance(bundle.config.task, DiffusionTask)  # no other has adapters
+            write_lora(make_folder(options.out), found, bundle.config.task)
+        else:
+            merged = adapters.merge(adapters.detach(bundle), found) if found else bundle
+            write_diffusers(make_folder(options.out), merged)
     print(f"Wrote {options.out}")
 
 

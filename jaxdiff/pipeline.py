@@ -10,15 +10,18 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from jaxdiff import adapters
 from jaxdiff.bundle import read_bundle, weights_fingerprint
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
+from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pretrained.lora import read_lora
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.diffusion import NEGATIVE_BEAUTY, DiffusionTask, whole
 from jaxdiff.training.step import ComputeType, cast
 from jaxdiff.training.task import from_uint8
 
@@ -70,8 +73,28 @@ class Pipeline:
         weights = {"params": bundle.params, "frozen": bundle.frozen}
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
+        self.dtype: ComputeType | None = dtype
         self.weights = jax.device_put(weights if dtype is None else cast(weights, dtype))
         self._graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[0]
+
+    def with_lora(
+        self, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
+    ) -> "Pipeline":
+        """The same model with the adapters of a LoRA file, beside any that it has already.
+
+        Args:
+          file: safetensors as diffusers, PEFT or kohya's scripts write them, for Stable Diffusion.
+          scale: how much they count; 1 is as they were trained.
+          merge: whether to add them to the weights, which costs nothing when drawing and compiles
+            nothing anew, or to keep them apart, which leaves the weights exact.
+
+        Raises:
+          UserError: the file cannot be read, or is for another model.
+        """
+        bundle = Bundle(self.config, self.weights["params"], self.weights["frozen"], self.tokenizer)
+        new = adapters.scaled(read_lora(file, self.task), scale)
+        put = adapters.merge if merge else adapters.attach
+        return Pipeline(put(bundle, new), dtype=self.dtype)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -97,6 +120,7 @@ class Pipeline:
         output: Literal["uint8", "float"] = "uint8",
         batch_size: int | None = None,
         num_snapshots: int = 0,
+        decode_by: Pieces = "whole",
     ) -> np.ndarray:
         """Draws one image for each prompt.
 
@@ -114,6 +138,8 @@ class Pipeline:
             default chosen for the size and the kind of device. Another one compiles a loop of its
             own, whose sums are rounded differently: by about 1e-5 of an image's range.
           num_snapshots: return that many estimates of the image on the way instead.
+          decode_by: what the autoencoder decodes at a time: the "whole" batch, one of its "images",
+            or one of their "tiles", for images that are too large otherwise.
 
         Returns:
           Images [n, h, w, 3]; with snapshots, [num_snapshots, n, h, w, 3], the last one
@@ -155,7 +181,8 @@ class Pipeline:
         batch_size = _batch_size(*size) if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: expected at least 1.")
-        draw = _compiled(self.task, self._graphdef, self.config, solver or settings.solver, shape)
+        solver = solver or settings.solver
+        draw = _compiled(self.task, self._graphdef, self.config, solver, shape, decode_by)
         batches = []
         for start in range(0, n, batch_size):
             part = {k: v[start : start + batch_size] for k, v in rows.items()}
@@ -241,7 +268,14 @@ def _autoencoder(task: DiffusionTask):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tuple[int, int, int]):
+def _compiled(
+    task: DiffusionTask,
+    graphdef,
+    config,
+    solver: Solver,
+    shape: tuple[int, int, int],
+    decode_by: Pieces,
+):
     """The jitted loop for one solver and one shape; the batch size and snapshots are static too."""
     settings = config.sampling
     size = shape[0] * task.downsampling, shape[1] * task.downsampling
@@ -257,10 +291,11 @@ def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tupl
     def draw(weights, rows, num_steps, num_snapshots):
         model = nnx.merge(graphdef, weights["params"])
         frozen = weights["frozen"]
+        framing = whole(*size, len(rows["ids"]))
         denoise = guidance.denoiser(
-            model.denoiser,
-            task.features(model, frozen, rows["ids"], size),
-            task.features(model, frozen, rows["negative_ids"], size),
+            task.network(model, frozen),
+            task.features(model, frozen, rows["ids"], framing),
+            task.features(model, frozen, rows["negative_ids"], framing, NEGATIVE_BEAUTY),
             rows["scale"],
         )
         noise = rows["noise"] if "noise" in rows else noise_from_seeds(rows["seeds"], shape)
@@ -276,7 +311,7 @@ def _compiled(task: DiffusionTask, graphdef, config, solver: Solver, shape: tupl
             num_snapshots=num_snapshots,
         )
         x = sampled.snapshots if num_snapshots else sampled.images[None]
-        images = task.decode(frozen, x.reshape(-1, *shape))
+        images = task.decode(frozen, x.reshape(-1, *shape), decode_by)
         images = images.reshape(*x.shape[:2], *images.shape[1:])
         images = jnp.clip(images / 2 + 0.5, 0, 1)
         return images if num_snapshots else images[0]

@@ -11,6 +11,7 @@ import tyro
 from jaxdiff import pictures
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
+from jaxdiff.models.tiling import Pieces
 from jaxdiff.pipeline import DEFAULT_MODEL, LARGEST_SEED, load
 from jaxdiff.sampling.settings import SOLVERS
 from jaxdiff.training.step import ComputeType
@@ -43,6 +44,10 @@ class SampleOptions:
     """WIDTHxHEIGHT; the training images' by default."""
     dtype: ComputeType | None = None
     """What to compute in; the type of the weights by default, but float32 on a CPU."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to put on a Stable Diffusion model, each as FILE or FILE:SCALE."""
+    decode_by: Pieces = "whole"
+    """What is decoded at a time, for large images: the whole batch, one of its images, or tiles."""
     strip: int = 0
     """Also write a strip of this many estimates on the way from noise to image."""
 
@@ -64,6 +69,9 @@ def draw(options: SampleOptions) -> None:
     size = _size(options.size)
     folder = make_folder(options.out)
     pipeline = load(options.model, dtype=options.dtype)
+    for lora in options.lora:
+        file, scale = _file_and_scale(lora)
+        pipeline = pipeline.with_lora(file, scale=scale, merge=True)
     prompts = [prompt for prompt in options.prompts for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompts for i in range(options.num_images)]
     for prompt in options.prompts:
@@ -83,6 +91,7 @@ def draw(options: SampleOptions) -> None:
         "guidance_scale": scale,
         "solver": solver,
         "size": size,
+        "decode_by": options.decode_by,
     }
     images = pipeline(prompts, **arguments)
     for i, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
@@ -112,6 +121,15 @@ def draw(options: SampleOptions) -> None:
         pictures.save_png(folder / "strip.png", pictures.strip(snapshots))
         print(folder / "strip.png")
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
+
+
+def _file_and_scale(lora: str) -> tuple[str, float]:
+    """FILE:SCALE, or FILE for a scale of 1."""
+    file, _, scale = lora.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (lora, 1.0)
+    except ValueError:  # a colon of the path, as in gs://
+        return lora, 1.0
 
 
 def _slug(prompt: str) -> str:

@@ -19,7 +19,7 @@ from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.diffusion import Latents, whole
 from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.task import from_uint8
 
@@ -124,7 +124,9 @@ def test_guidance_scale_1_is_the_conditional_model(pipeline):
     t = jax.numpy.ones(())
     x = schedule.sigma(t) * noise
     ids = jax.numpy.asarray(pipeline.tokenizer([PEA]))
-    output = jax.jit(lambda x: model.denoiser(x, t[None], task.features(model, {}, ids, (8, 8))))(x)
+    output = jax.jit(
+        lambda x: model.denoiser(x, t[None], task.features(model, {}, ids, whole(8, 8, len(ids))))
+    )(x)
     x0, _ = to_x0_eps(task.objective.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
     np.testing.assert_allclose(image, np.clip(x0 / 2 + 0.5, 0, 1), atol=1e-4)
 

@@ -9,8 +9,14 @@ from jaxdiff.parallel.mesh import check_batch, make_mesh
 from jaxdiff.training.loop import abstract_state
 
 ROOT = Path(__file__).parent.parent
-# Parameters in the files of Stable Diffusion's U-Nets.
-PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
+# Parameters in the files of Stable Diffusion's U-Nets, and of diffusers' adapters of rank 16.
+PUBLISHED = {
+    "sd15": 859_520_964,
+    "sd15_lora": 3_188_736,
+    "sd21": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "sdxl_lora": 23_224_320,
+}
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 

@@ -37,7 +37,8 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
             denoiser = unet_flops(task.denoiser, **seen)
         case UNet2DConditionConfig():
             denoiser = unet2d_condition_flops(task.denoiser, **seen)
-    total = three_passes(denoiser)
+    # Adapters need the gradient of what a layer reads, not that of its kernel.
+    total = three_passes(denoiser) if task.lora is None else 2 * denoiser
     for tower in task.towers.values():
         text = clip_text_flops(tower.model)
         total += three_passes(text) if tower.trained else text

@@ -30,7 +30,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 
-ON_DEVICE = ("image", "tokens")  # the rest of a batch is bookkeeping for the host
+ON_DEVICE = ("image", "tokens", "framing")  # the rest of a batch is bookkeeping for the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class _Good(TypedDict):
 
     image: UInt8[np.ndarray, "h w c"]
     caption: str
+    framing: Int32[np.ndarray, " 6"]
     bad: list[str]
 
 
@@ -81,10 +82,10 @@ class _Read:
 
     def __call__(self, index: int, rng: np.random.Generator) -> _Good | RecordError:
         try:
-            image, caption = self.data.transforms(self.data.source[index], rng)
+            image, caption, framing = self.data.transforms(self.data.source[index], rng)
         except RecordError as error:
             return error
-        return {"image": image, "caption": caption, "bad": []}
+        return {"image": image, "caption": caption, "framing": framing, "bad": []}
 
 
 class _DropBad(grain.IterDataset):
@@ -137,6 +138,7 @@ class _Collate:
         return {
             "image": np.stack([record["image"] for record in records]),
             "tokens": tokens,
+            "framing": np.stack([record["framing"] for record in records]),
             "skipped": len(bad),
             "bad": bad,
         }
@@ -147,8 +149,9 @@ def make_dataset(
 ) -> grain.IterDataset:
     """An endless data set of this host's batches, `batch_size` records each.
 
-    A batch holds `image` uint8 [b, h, w, 3], `tokens` int32 [b, n], and of the records passed
-    over since the last batch their number, `skipped`, and what is wrong with each, `bad`.
+    A batch holds `image` uint8 [b, h, w, 3], `tokens` int32 [b, n], `framing` int32 [b, 6], and of
+    the records passed over since the last batch their number, `skipped`, and what is wrong with
+    each, `bad`.
 
     Each epoch is shuffled anew by `seed`, and the endless order is dealt out record by record
     to the hosts in turn: together they see every record once per epoch, whatever their number.
@@ -211,7 +214,7 @@ def _start_worker(_index: int, _count: int) -> None:
 def to_device(
     dataset: grain.IterDataset, sharding: jax.sharding.Sharding, *, prefetch: int = 2
 ) -> grain.IterDataset:
-    """Moves `image` and `tokens` to the devices, `prefetch` batches ahead of their use.
+    """Moves images, tokens and framing to the devices, `prefetch` batches ahead of their use.
 
     Each host's batch becomes its part of one global array laid out by `sharding`. The state
     of an iterator is that after the last batch taken from it, not the last one moved.

@@ -1,16 +1,31 @@
-"""From a record to what the model sees: square pixels of one size, and one caption."""
+"""From a record to what the model sees: square pixels of one size, a caption, what was cut off."""
 
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Int32, UInt8
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
+
+_LYING = (5, 6, 7, 8)  # EXIF's orientations whose rows are columns
+
+
+class Example(NamedTuple):
+    """What one record became.
+
+    `framing` is the height and width of the image as it was stored; the rows above and columns to
+    the left that the crop cut off, in pixels of the result; and the height and width of the result
+    (Podell et al. 2023, section 2.2).
+    """
+
+    image: UInt8[np.ndarray, "h w c"]
+    caption: str
+    framing: Int32[np.ndarray, " 6"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +53,54 @@ class Transforms:
                 "expected a share from 0 to 1."
             )
 
-    def __call__(
-        self, record: Record, rng: np.random.Generator
-    ) -> tuple[UInt8[np.ndarray, "h w c"], str]:
-        """The image, uint8 [size, size, 3], and one caption of `record`.
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        """The image, uint8 [size, size, 3], one caption of `record`, and the framing.
 
         All chance comes from `rng`. Raises `RecordError` where either is unusable.
         """
         place, turn, choice, dropout = rng.random(4).tolist()  # drawn whatever is set, in one order
         try:
             caption = _caption(record["captions"], choice)
-            image = self._image(record["image"], place, mirrored=self.flip and turn < 0.5)
+            mirrored = self.flip and turn < 0.5
+            image, framing = self._image(record["image"], place, mirrored=mirrored)
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
-        return image, "" if dropout < self.caption_dropout else caption
+        return Example(image, "" if dropout < self.caption_dropout else caption, framing)
 
     def _image(
         self, data: np.ndarray | bytes, place: float, *, mirrored: bool
-    ) -> UInt8[np.ndarray, "h w c"]:
+    ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
         if isinstance(data, np.ndarray) and data.shape == (self.size, self.size, 3):
-            pixels = data
+            pixels, stored, cut = data, (self.size, self.size), (0, 0)
         else:
-            image = _from_pixels(data) if isinstance(data, np.ndarray) else self._decode(data)
-            pixels = self._square(image, place)
-        return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+            if isinstance(data, np.ndarray):
+                image = _from_pixels(data)
+                stored = image.size
+            else:
+                image, stored = self._decode(data)
+            pixels, cut = self._square(image, place)
+        if mirrored:
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+            length = max(stored[0] * self.size / min(stored), self.size)
+            cut = round(length) - self.size - cut[0], cut[1]
+        framing = *stored[::-1], *cut[::-1], self.size, self.size
+        return pixels, np.array(framing, np.int32)
 
-    def _square(self, image: Image.Image, place: float) -> UInt8[np.ndarray, "h w c"]:
+    def _square(
+        self, image: Image.Image, place: float
+    ) -> tuple[UInt8[np.ndarray, "h w c"], tuple[int, int]]:
+        """The square, and how much of the result's pixels lie to its left and above it."""
         side = min(image.size)
         share = place if self.crop == "random" else 0.5
         left, top = (round(share * (length - side)) for length in image.size)
         box = (left, top, left + side, top + side)
         # Pillow widens the filter when it shrinks, so nothing aliases.
-        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        square = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        scale = self.size / side
+        return np.asarray(square), (round(left * scale), round(top * scale))
 
-    def _decode(self, data: bytes) -> Image.Image:
+    def _decode(self, data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+        """The image, upright, and its width and height as stored."""
         if not data:
             raise RecordError("the image is an empty file")
         try:
@@ -85,7 +114,9 @@ class Transforms:
                 # JPEG can decode at a half, a quarter or an eighth; twice what is needed
                 # leaves the antialiasing to the resize.
                 image.draft(None, (2 * self.size, 2 * self.size))
-                return _rgb(ImageOps.exif_transpose(image))
+                if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
+                    width, height = height, width
+                return _rgb(ImageOps.exif_transpose(image)), (width, height)
         except RecordError:
             raise
         except UnidentifiedImageError as error:

@@ -12,6 +12,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import Remat, patchify, unpatchify
+from jaxdiff.models.tiling import Pieces, in_pieces
 
 NORM_EPSILON = 1e-6
 
@@ -36,6 +37,7 @@ class AutoencoderConfig:
       scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
         variance, which the schedules assume.
       shift_factor: the mean of z.
+      sample_size: pixels along the sides of a tile, where images go through in tiles.
       remat: what a residual block keeps for the backward pass.
     """
 
@@ -50,6 +52,7 @@ class AutoencoderConfig:
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
+    sample_size: int = 512
     remat: Remat = "none"
 
     def __post_init__(self):
@@ -244,8 +247,12 @@ class Autoencoder(nnx.Module):
         self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
         self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
-    def encode(self, images: Float[Array, "b h w c"]) -> Gaussian:
+    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
         """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
+
+        Args:
+          images: in [-1, 1].
+          by: what goes through at a time; in tiles, z is not quite the same.
 
         Raises:
           UserError: the sides are no multiples of `config.downsampling`.
@@ -256,18 +263,34 @@ class Autoencoder(nnx.Module):
                 f"autoencoder: images of {w}x{h} cannot be encoded; "
                 f"their sides must be multiples of {side}: crop or resize them."
             )
-        moments = self.encoder(images.astype(self.encoder.conv_in.kernel.dtype))
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        tile, tile_out = self.config.sample_size, self.config.sample_size // side
+        x = images.astype(self.encoder.conv_in.kernel.dtype)
+        moments = in_pieces(self._moments, x, by, tile, tile_out)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Images, float32, about in [-1, 1]: the network does not clip them."""
+    def _moments(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        moments = self.encoder(images)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def decode(
+        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Images, float32, about in [-1, 1]: the network does not clip them.
+
+        Args:
+          z: of an image each.
+          by: what goes through at a time; in tiles, images are not quite the same.
+        """
+        tile, tile_out = (
+            self.config.sample_size // self.config.downsampling,
+            self.config.sample_size,
+        )
         z = z.astype(self.decoder.conv_in.kernel.dtype)
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        return in_pieces(self._images, z, by, tile, tile_out).astype(jnp.float32)
+
+    def _images(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
         """What a denoiser sees: z, shifted and scaled to unit variance."""

@@ -10,10 +10,37 @@ from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import Dense, Remat, checkpoint
 
 
-def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:
+class Conv(nnx.Conv):
+    """A convolution with a square window, with zeros around; `lora.attach` gives it an adapter."""
+
+    lora: Any
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs):
+        self.stride = stride
+        sides, init = ((size // 2, size // 2),) * 2, fan_in_normal()
+        super().__init__(
+            inputs, outputs, (size, size), stride, padding=sides, kernel_init=init, rngs=rngs
+        )
+
+    def __call__(
+        self, inputs: Float[Array, "b h w c"], out_sharding: None = None
+    ) -> Float[Array, "b H W d"]:
+        """Each side divided by the stride, rounded up."""
+        out = super().__call__(inputs, out_sharding)
+        if hasattr(self, "lora"):
+            kernel = self.lora.down[...]
+            sides = ((kernel.shape[0] // 2, kernel.shape[0] // 2),) * 2
+            layout = ("NHWC", "HWIO", "NHWC")
+            down = jax.lax.conv_general_dilated(
+                inputs, kernel, (self.stride, self.stride), sides, dimension_numbers=layout
+            )
+            out = out + self.lora.scale * (down @ self.lora.up[0, 0])
+        return out
+
+
+def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> Conv:
     """A convolution that keeps the size of the picture."""
-    init = fan_in_normal()
-    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, kernel_init=init, rngs=rngs)
+    return Conv(inputs, outputs, size, 1, rngs)
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> Dense:

@@ -100,12 +100,18 @@ class Dense(nnx.Linear):
     """A linear layer over the last axis, computed as one product of two matrices.
 
     With leading axes merged, XLA's CPU backend computes the gradient of the kernel without first
-    transposing the activations: a block of the DiT trains 1.2 times as fast.
+    transposing the activations: a block of the DiT trains 1.2 times as fast. `lora.attach` gives it
+    an adapter.
     """
+
+    lora: Any
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: None = None) -> Array:
         """`inputs @ kernel + bias`, in the type of the inputs and the weights."""
-        out = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        out = super().__call__(flat, out_sharding)
+        if hasattr(self, "lora"):
+            out = out + self.lora.scale * (flat @ self.lora.down @ self.lora.up)
         return out.reshape(*inputs.shape[:-1], -1)
 
 

@@ -13,8 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
-from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
 
 NORM_EPSILON = 1e-5
@@ -204,7 +203,7 @@ class Level(nnx.Module):
         self,
         inputs: tuple[int, ...],
         level: int,
-        resample: nnx.Conv | None,
+        resample: Conv | None,
         config: UNet2DConditionConfig,
         rngs: nnx.Rngs,
     ):
@@ -344,8 +343,8 @@ class UNet2DConditionModel(nnx.Module):
         return time + self.added2(jax.nn.silu(self.added1(added.astype(dtype))))
 
 
-def _halve(width: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(width, width, (3, 3), 2, padding=1, kernel_init=fan_in_normal(), rngs=rngs)
+def _halve(width: int, rngs: nnx.Rngs) -> Conv:
+    return Conv(width, width, 3, 2, rngs)
 
 
 def _enlarge(x: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b H W c"]:

@@ -69,11 +69,11 @@ _READ = {
     "mid_block_add_attention",
     "down_block_types",
     "up_block_types",
+    "sample_size",
 }
 
 _FIXED: Fixed = {
     "act_fn": ("silu",),
-    "sample_size": None,
     "force_upcast": None,  # it says that float16 overflows; the type of the weights is the caller's
     "latents_mean": (None,),
     "latents_std": (None,),
@@ -105,6 +105,7 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Aut
         use_post_quant_conv=config.get("use_post_quant_conv", True),
         scaling_factor=config.get("scaling_factor", 0.18215),
         shift_factor=config.get("shift_factor") or 0.0,
+        sample_size=config.get("sample_size", 32),
     )
 
 
@@ -135,6 +136,7 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
         "use_post_quant_conv": config.use_post_quant_conv,
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor or None,
+        "sample_size": config.sample_size,
     }
 
 

@@ -147,16 +147,22 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
         index["requires_safety_checker"] = False
-    for name, tower in task.towers.items():
-        # XL's refiner has its one text encoder in the second place.
-        number = "_2" if name == "text_2" or (is_xl and task.text_2 is None) else ""
+    for (name, tower), folder in zip(task.towers.items(), text_folders(task), strict=True):
         text_config = clip.write_text_config(tower.model)
         tensors = clip.to_torch_names(parts[name], tower.model)
-        _write_part(root / f"text_encoder{number}", MODEL, text_config, tensors)
-        tokenizer.export(str(root / f"tokenizer{number}"), pad_id=tower.pad_id)
-        index[f"text_encoder{number}"] = ["transformers", *text_config["architectures"]]
-        index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+        _write_part(root / folder, MODEL, text_config, tensors)
+        index[folder] = ["transformers", *text_config["architectures"]]
+        folder = folder.replace("text_encoder", "tokenizer")
+        tokenizer.export(str(root / folder), pad_id=tower.pad_id)
+        index[folder] = ["transformers", "CLIPTokenizer"]
     _write_json(root / INDEX, index)
+
+
+def text_folders(task: DiffusionTask) -> list[str]:
+    """Where a diffusers folder has the text encoders; XL's refiner its one in the second place."""
+    is_xl = isinstance(task.denoiser, UNet2DConditionConfig) and task.denoiser.added_width
+    both = ["text_encoder", "text_encoder_2"]
+    return both[1:] if is_xl and task.text_2 is None else both[: len(task.towers)]
 
 
 def _scheduling(task: DiffusionTask, sampling: SamplingConfig) -> Scheduling:

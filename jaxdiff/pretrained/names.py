@@ -28,7 +28,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 _SHOWN = 5  # names in an error message
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """One parameter of ours and where it lies there; `depth` is None unless layers are stacked."""
 
     name: str
@@ -36,6 +36,7 @@ class _Tensor(NamedTuple):
     depth: int | None
 
     def names(self) -> list[str]:
+        """Of each layer of the stack, or of the one that there is."""
         return [self.name.format(layer=layer) for layer in range(self.depth or 1)]
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
@@ -45,16 +46,19 @@ class _Tensor(NamedTuple):
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
     def from_torch(self, value: np.ndarray) -> np.ndarray:
+        """The inverse of `to_torch`."""
         if not self.is_kernel:
             return value
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
-def _flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
+def flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
+    """Parameters by their paths."""
     return cast(dict[Path, Any], traverse_util.flatten_dict(params))
 
 
-def _locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> _Tensor:
+def locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> Tensor:
+    """Where the parameter at `path` lies in a checkpoint, by the table `names`."""
     pieces = ["*" if isinstance(piece, int) else piece for piece in path]
     indices = [piece for piece in path if isinstance(piece, int)]
     for end in range(len(path), 0, -1):
@@ -65,7 +69,7 @@ def _locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> _Te
         if rest:
             rest[-1] = _LEAVES.get(rest[-1], rest[-1])
         name = ".".join([theirs.format(*indices, layer="{layer}"), *rest])
-        return _Tensor(name, path[-1] == "kernel", shape[0] if "{layer}" in theirs else None)
+        return Tensor(name, path[-1] == "kernel", shape[0] if "{layer}" in theirs else None)
     raise KeyError(f"the table of names has no entry for {'.'.join(map(str, path))}")
 
 
@@ -102,8 +106,8 @@ def from_torch_names(
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     advice = "check that the config is the one that belongs to this checkpoint"
-    flat, theirs = _flatten(params), shapes(tensors)
-    located = {path: _locate(path, value.shape, names) for path, value in flat.items()}
+    flat, theirs = flatten(params), shapes(tensors)
+    located = {path: locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
     _raise_if_any("missing tensors", list(wanted - set(theirs)), advice)
     _raise_if_any("unexpected tensors", list(set(theirs) - wanted), advice)
@@ -118,7 +122,7 @@ def from_torch_names(
         ]
     _raise_if_any("tensors of another shape", misshapen, advice)
 
-    def read(tensor: _Tensor) -> np.ndarray:
+    def read(tensor: Tensor) -> np.ndarray:
         layers = (tensor.from_torch(np.asarray(tensors[name])) for name in tensor.names())
         return next(layers) if tensor.depth is None else np.stack(list(layers))
 
@@ -129,8 +133,8 @@ def from_torch_names(
 def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """A checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
     tensors = {}
-    for path, value in _flatten(params).items():
-        tensor = _locate(path, value.shape, names)
+    for path, value in flatten(params).items():
+        tensor = locate(path, value.shape, names)
         layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
         for name, layer in zip(tensor.names(), layers, strict=True):
             tensors[name] = np.asarray(tensor.to_torch(layer), order="C")

@@ -10,6 +10,7 @@ published; 2.x is taken to be the variant that predicts v at 768 pixels.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -213,6 +214,23 @@ _UNET_BLOCK = {
 
 def unet_rename(config: UNet2DConditionConfig) -> Callable[[str], str | None]:
     """From the original names of the U-Net to diffusers'; None for other parts' tensors."""
+    return _table_rename(UNET, _unet_table(config), _UNET_BLOCK)
+
+
+def unet_original_name(name: str, config: UNet2DConditionConfig) -> str:
+    """The inverse of `unet_rename`, for layers too, and without the U-Net's prefix."""
+    modules = {new: old for old, new in _unet_table(config).items()}
+    pieces = name.split(".")
+    end = next(n for n in range(len(pieces), 0, -1) if ".".join(pieces[:n]) in modules)
+    old, rest = modules[".".join(pieces[:end])], pieces[end:]
+    if rest and "resnets" in pieces:
+        inner = {new: old for old, new in _UNET_BLOCK.items()}
+        rest[0] = inner.get(rest[0], rest[0])
+    return ".".join([old, *rest])
+
+
+@functools.lru_cache(maxsize=4)
+def _unet_table(config: UNet2DConditionConfig) -> dict[str, str]:
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -246,7 +264,7 @@ def unet_rename(config: UNet2DConditionConfig) -> Callable[[str], str | None]:
                 resample = f"output_blocks.{number}.{2 if depth else 1}.conv"
                 table[resample] = f"up_blocks.{i}.upsamplers.0.conv"
             number += 1
-    return _table_rename(UNET, table, _UNET_BLOCK)
+    return table
 
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

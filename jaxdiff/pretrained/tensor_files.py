@@ -22,8 +22,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __init__(self, files: list[epath.Path]):
         self._files: dict[str, epath.Path] = {}
         self.shapes: dict[str, Shape] = {}
+        self.metadata: dict[str, str] = {}
         for file in files:
             with _open(file) as tensors:
+                self.metadata |= tensors.metadata() or {}
                 names = tensors.keys()
                 for name in names:
                     self._files[name] = file

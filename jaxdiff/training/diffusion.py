@@ -1,7 +1,7 @@
 """Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, merge
+from jaxdiff.models.lora import Adapters, LoraConfig, adapted, attach
+from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet import UNet, UNetConfig
 from jaxdiff.models.unet2d_condition import (
     Conditions,
@@ -23,7 +25,13 @@ from jaxdiff.models.unet2d_condition import (
 )
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
-BEAUTY = 6.0  # the aesthetic score that Podell et al. 2023 sample their refiner at
+# The aesthetic scores that Stable Diffusion XL's refiner is told, of prompts and negative ones.
+BEAUTY, NEGATIVE_BEAUTY = 6.0, 2.5
+
+
+def whole(height: int, width: int, count: int) -> Int[Array, "b 6"]:
+    """The framing of images of which nothing is cut off, and none is resized."""
+    return jnp.broadcast_to(jnp.array([height, width, 0, 0, height, width]), (count, 6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ class TextTower:
         `ClipText.__call__` does; 0 is the words alone, None the last.
       final_norm: whether the final layer norm is applied to these.
       pad_id: what follows a prompt's end becomes this id; None leaves the tokenizer's.
+      lora: the adapters that it has.
     """
 
     model: ClipTextConfig
@@ -49,6 +58,11 @@ class TextTower:
     layer: int | None = None
     final_norm: bool = True
     pad_id: int | None = None
+    lora: LoraConfig | None = None
+
+    def build(self, rngs: nnx.Rngs) -> ClipText:
+        """The encoder, freshly drawn."""
+        return _with_adapters(ClipText(self.model, rngs=rngs), self.lora, rngs)
 
     def read(self, encoder: ClipText, ids: Int[Array, "b n"]) -> TextFeatures:
         """Prompts given as token ids, in the eyes of this tower."""
@@ -71,6 +85,15 @@ class Latents:
     pretrained: str
 
 
+Network = TypeVar("Network", bound=nnx.Module)
+
+
+def _with_adapters(network: Network, lora: LoraConfig | None, rngs: nnx.Rngs) -> Network:
+    if lora is not None:
+        attach(network, lora, rngs)
+    return network
+
+
 DenoiserConfig = DiTConfig | UNetConfig | UNet2DConditionConfig
 
 
@@ -85,25 +108,24 @@ def _network(config: DenoiserConfig, rngs: nnx.Rngs) -> DiT | UNet | UNet2DCondi
 
 
 class TextToImage(nnx.Module):
-    """What is trained: the denoiser, and the text encoders unless these are frozen ones."""
+    """What is trained: the denoiser, or its adapters, and the text encoders that are not frozen."""
 
     def __init__(
         self,
         denoiser: DenoiserConfig,
-        text: ClipTextConfig | None,
-        text_2: ClipTextConfig | None,
+        lora: LoraConfig | None,
+        towers: dict[str, TextTower],
         *,
         rngs: nnx.Rngs,
     ):
-        if text is not None:
-            self.text = ClipText(text, rngs=rngs)
-        if text_2 is not None:
-            self.text_2 = ClipText(text_2, rngs=rngs)
-        self.denoiser = _network(denoiser, rngs)
+        for name, tower in towers.items():
+            setattr(self, name, tower.build(rngs))
+        network = _with_adapters(_network(denoiser, rngs), lora, rngs)
+        self.denoiser = network if lora is None else Adapters(network)
 
 
 def _text_part(name: str, tower: TextTower) -> Pretrained:
-    return Pretrained(tower.pretrained, (name,), lambda: ClipText(tower.model, rngs=nnx.Rngs(0)))
+    return Pretrained(tower.pretrained, (name,), lambda: tower.build(nnx.Rngs(0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +136,7 @@ class DiffusionTask:
       denoiser: the network.
       pretrained: folder of the run or bundle, or `shipped:NAME`, whose denoiser it starts as; None
         draws one.
+      lora: adapters of the denoiser, which are then all that is trained of it.
       text: the text encoder.
       text_2: a second one, whose tokens are joined to the first one's, channel by channel, and
         whose pooled vector takes the place of the first one's (Stable Diffusion XL).
@@ -125,6 +148,7 @@ class DiffusionTask:
 
     denoiser: DenoiserConfig
     pretrained: str | None = None
+    lora: LoraConfig | None = None
     text: TextTower
     text_2: TextTower | None = None
     zero_empty_prompt: bool = False
@@ -150,6 +174,10 @@ class DiffusionTask:
                 f"The denoiser works on {denoiser.channels} channels but the images it is given "
                 f"have {channels}; set denoiser.channels to {channels}."
             )
+        if self.lora is not None and self.pretrained is None:
+            raise UserError(
+                "LoRA adapts a denoiser that is trained already: name its model in task.pretrained."
+            )
 
     @property
     def downsampling(self) -> int:
@@ -163,11 +191,8 @@ class DiffusionTask:
 
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
-        text, text_2 = (
-            tower.model if tower is not None and tower.trained else None
-            for tower in (self.text, self.text_2)
-        )
-        return TextToImage(self.denoiser, text, text_2, rngs=rngs)
+        trained = {name: tower for name, tower in self.towers.items() if tower.trained}
+        return TextToImage(self.denoiser, self.lora, trained, rngs=rngs)
 
     def frozen(self) -> dict[str, Pretrained]:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
@@ -180,15 +205,19 @@ class DiffusionTask:
         for name, tower in self.towers.items():
             if not tower.trained:
                 parts[name] = _text_part(name, tower)
+        if self.lora is not None:
+            parts["denoiser"] = self._denoiser_part()
         return parts
+
+    def _denoiser_part(self) -> Pretrained:
+        network = self.denoiser
+        return Pretrained(self.pretrained, ("denoiser",), lambda: _network(network, nnx.Rngs(0)))
 
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
         parts = {}
-        if self.pretrained is not None:
-            parts["denoiser"] = Pretrained(
-                self.pretrained, ("denoiser",), lambda: _network(self.denoiser, nnx.Rngs(0))
-            )
+        if self.pretrained is not None and self.lora is None:
+            parts["denoiser"] = self._denoiser_part()
         for name, tower in self.towers.items():
             if tower.trained and tower.pretrained is not None:
                 parts[name] = _text_part(name, tower)
@@ -198,17 +227,31 @@ class DiffusionTask:
         """The curriculum at its first level."""
         return self.curriculum.init() if self.curriculum else ()
 
+    def network(self, model: TextToImage, frozen: PyTree) -> Any:
+        """The denoiser, called with x_t, t and features, with its adapters where it has them."""
+        if self.lora is None:
+            return model.denoiser
+
+        def build() -> nnx.Module:
+            rngs = nnx.Rngs(0)
+            return _with_adapters(_network(self.denoiser, rngs), self.lora, rngs)
+
+        adapters = nnx.to_pure_dict(nnx.state(model.denoiser))
+        return merge(build, adapted(frozen["denoiser"], adapters))
+
     def features(
         self,
         model: TextToImage,
         frozen: PyTree,
         ids: Int[Array, "b n"],
-        size: tuple[int, int],
+        framing: Int[Array, "b 6"],
+        beauty: float = BEAUTY,
     ) -> Any:
-        """What the denoiser is told of prompts given as token ids, for images of height and width.
+        """What the denoiser is told of prompts given as token ids, and of the images' framing.
 
-        `Conditions` for Stable Diffusion's U-Net, `TextFeatures` for the others.
-        To Stable Diffusion XL an image is whole and as large as it is asked for.
+        `Conditions` for Stable Diffusion's U-Net, `TextFeatures` for the others. Stable Diffusion
+        XL alone takes notice of the framing (`jaxdiff.data.transforms.Example` says what it is),
+        and its refiner of the `beauty`, an aesthetic score.
         """
         read = []
         for name, tower in self.towers.items():
@@ -227,13 +270,10 @@ class DiffusionTask:
             return text
         if self.denoiser.added_width is None:
             return Conditions(text.tokens)
-        ids_width = self.denoiser.added_width - text.pooled.shape[-1]
-        count = ids_width // self.denoiser.time_id_width
-        height, width = size
-        whole = (height, width, 0, 0, height, width)
-        # The refiner is told how beautiful the image is in the place of its final size.
-        numbers = whole if count == len(whole) else (height, width, 0, 0, BEAUTY)
-        time_ids = jnp.broadcast_to(jnp.array(numbers, jnp.float32), (ids.shape[0], len(numbers)))
+        time_ids = framing.astype(jnp.float32)
+        count = (self.denoiser.added_width - text.pooled.shape[-1]) // self.denoiser.time_id_width
+        if count < time_ids.shape[1]:  # the refiner, told of beauty in the place of the final size
+            time_ids = jnp.pad(time_ids[:, :4], ((0, 0), (0, 1)), constant_values=beauty)
         return Conditions(text.tokens, text.pooled, time_ids)
 
     def encode(
@@ -246,12 +286,14 @@ class DiffusionTask:
         z = autoencoder.encode(images)
         return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
 
-    def decode(self, frozen: PyTree, x: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
-        """From the space that is modelled to images, about in [-1, 1]."""
+    def decode(
+        self, frozen: PyTree, x: Float[Array, "b i j c"], by: Pieces = "whole"
+    ) -> Float[Array, "b h w 3"]:
+        """From the space that is modelled to images, about in [-1, 1]; `by` is what at a time."""
         if self.latents is None:
             return x
         autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
-        return autoencoder.decode(autoencoder.from_latents(x))
+        return autoencoder.decode(autoencoder.from_latents(x), by)
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Height, width and channels of what is modelled for images of this size."""
@@ -267,10 +309,11 @@ class DiffusionTask:
     ) -> tuple[Float[Array, ""], Metrics]:
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
-        text = self.features(model, frozen, batch["tokens"], batch["image"].shape[1:3])
+        text = self.features(model, frozen, batch["tokens"], batch["framing"])
         x0 = self.encode(frozen, from_uint8(batch["image"]), encode_key)
         max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
-        result = self.objective.loss(lambda x, t: model.denoiser(x, t, text), x0, loss_key, max_t)
+        network = self.network(model, frozen)
+        result = self.objective.loss(lambda x, t: network(x, t, text), x0, loss_key, max_t)
         sums, counts = loss_by_level(result.loss, result.t)
         loss = jnp.mean(result.loss)
         metrics = {"loss": loss, "loss_by_level_sum": sums, "loss_by_level_count": counts}

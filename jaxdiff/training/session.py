@@ -135,7 +135,7 @@ def _usable(data: DataConfig) -> Iterator[UInt8[np.ndarray, "h w c"]]:
     rng = np.random.default_rng(0)
     for i in range(len(data.source)):
         try:
-            image, _ = data.transforms(data.source[i], rng)
+            image = data.transforms(data.source[i], rng).image
         except RecordError:
             continue
         yield image

@@ -76,8 +76,8 @@ def _indices(dataset, records):
 def _assert_equal(batches, expected):
     assert len(batches) == len(expected) > 0
     for batch, other in zip(batches, expected, strict=True):
-        assert batch.keys() == other.keys() == {"image", "tokens", "skipped", "bad"}
-        for key in ("image", "tokens"):
+        assert batch.keys() == other.keys() == {"image", "tokens", "framing", "skipped", "bad"}
+        for key in ("image", "tokens", "framing"):
             np.testing.assert_array_equal(batch[key], other[key])
         assert (batch["skipped"], batch["bad"]) == (other["skipped"], other["bad"])
 
@@ -86,6 +86,7 @@ def test_a_batch_holds_what_was_promised(source, tokenizer):
     (batch,) = _take(_dataset(source, tokenizer), 1)
     assert (batch["image"].shape, batch["image"].dtype) == ((4, 8, 8, 3), np.uint8)
     assert (batch["tokens"].shape, batch["tokens"].dtype) == ((4, 8), np.int32)
+    np.testing.assert_array_equal(batch["framing"], np.tile([8, 8, 0, 0, 8, 8], (4, 1)))
     assert (batch["skipped"], batch["bad"]) == (0, [])
 
 

@@ -52,6 +52,27 @@ def test_random_crops_reach_both_ends_and_stay_inside():
     assert set(lefts) == set(range(6))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_framing_tells_what_was_cut_off(flip):
+    """Red and green of the ramp tell where the crop lies; a mirrored one is told of as mirrored."""
+    transforms = Transforms(size=10, crop="random", flip=flip)
+    rng, lefts = np.random.default_rng(0), set()
+    for _ in range(100):
+        image, _, framing = transforms(_record(_encode(_ramp(10, 15))), rng)
+        np.testing.assert_array_equal(framing[[0, 1, 2, 4, 5]], [10, 15, 0, 10, 10])
+        mirrored = image[0, 0, 0] > image[0, -1, 0]
+        assert framing[3] == (14 - image[0, 0, 0] if mirrored else image[0, 0, 0])
+        lefts.add((bool(mirrored), int(framing[3])))
+    assert len(lefts) == 6 * (1 + flip)
+
+
+def test_the_framing_counts_in_pixels_of_the_result():
+    tall = Transforms(size=10)(_record(_encode(_ramp(60, 20))), np.random.default_rng(0))
+    np.testing.assert_array_equal(tall.framing, [60, 20, 10, 0, 10, 10])
+    pixels = Transforms(size=10)(_record(_ramp(60, 20)), np.random.default_rng(0))
+    np.testing.assert_array_equal(pixels.framing, tall.framing)
+
+
 def test_shrinking_does_not_alias():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -122,6 +143,9 @@ def test_photographs_are_turned_as_their_camera_says():
     exif[0x0112] = 6  # to be turned a quarter clockwise
     turned = _image(Transforms(size=8), _encode(_ramp(8, 8), exif=exif.tobytes()))
     np.testing.assert_array_equal(turned, np.rot90(_ramp(8, 8), -1))
+    wide = _record(_encode(_ramp(8, 20), exif=exif.tobytes()))
+    framing = Transforms(size=8)(wide, np.random.default_rng(0)).framing
+    np.testing.assert_array_equal(framing, [20, 8, 6, 0, 8, 8])
 
 
 @pytest.mark.parametrize(

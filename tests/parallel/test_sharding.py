@@ -74,6 +74,7 @@ def after_two_steps(recipe, mesh_config):
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "tokens": rng.integers(0, 600, (8, 16), np.int32),
+        "framing": np.zeros((8, 6), np.int32),
     }
     batch = jax.device_put(batch, batch_sharding(mesh))
     # Its key stays on the device, where a step would delete it.

@@ -8,6 +8,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.layers import merge
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 
 torch = pytest.importorskip("torch")
@@ -93,3 +94,26 @@ def test_our_tensors_load_into_diffusers():
     with torch.no_grad():
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
     np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(56, 40), (32, 72)])
+def test_tiles(height, width, tmp_path):
+    """As diffusers cuts and blends them, to latents and back; tiles at the edges are smaller."""
+    theirs = torch_autoencoder(VARIANTS["sd"] | {"sample_size": 32})
+    theirs.enable_tiling()
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    config = autoencoder_names.read_config(dict(theirs.config))
+    params = autoencoder_names.from_torch_names(tensors, config)
+    ours = merge(lambda: Autoencoder(config, rngs=nnx.Rngs(0)), jax.tree.map(jnp.asarray, params))
+    draw = np.random.default_rng(0)
+    images = draw.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+    z = draw.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
+    with torch.no_grad():
+        mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mean
+        decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
+    found = jax.jit(lambda x: ours.encode(x, "tiles").mean)(images)
+    np.testing.assert_allclose(found, as_nhwc(mean), rtol=0, atol=1e-5)
+    found = jax.jit(lambda z: ours.decode(z, "tiles"))(z)
+    np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)
+    assert np.abs(found - ours.decode(jnp.asarray(z))).max() > 1e-3

@@ -2,13 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
+from jaxdiff.training.diffusion import whole
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -211,3 +215,73 @@ def test_stable_diffusion(name, tokenizer, tmp_path):
 def test_stable_diffusion_xl(negative, tokenizer, tmp_path):
     theirs = stable_diffusion_xl(tokenizer, SCHEDULERS["Euler"])
     assert_same_image(theirs, tmp_path, negative=negative, guidance_scale=5.0)
+
+
+ADAPTED = {
+    "diffusers": ("to_q", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1"),
+    "kohya": ("to_k", "to_out.0", "ff.net.0.proj", "proj_out"),
+}
+
+
+def write_random_lora(unet, naming, path):
+    """Adapters of several ranks, named as diffusers or as kohya does, the latter with alphas."""
+    draw, tensors = np.random.default_rng(len(naming)), {}
+    for name, module in unet.named_modules():
+        if not name.endswith(ADAPTED[naming]):
+            continue
+        outputs, inputs, *window = module.weight.shape
+        rank = int(draw.integers(2, 5)) if naming == "kohya" else 3
+        down = draw.normal(size=(rank, inputs, *window)).astype(np.float32) / inputs
+        up = draw.normal(size=(outputs, rank, *[1] * len(window))).astype(np.float32)
+        if naming == "kohya":
+            name = f"lora_unet_{name.replace('.', '_')}"
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = np.array(1.5, np.float32)
+        else:
+            tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    assert len(tensors) > 30
+    save_file(tensors, path)
+
+
+def test_lora(tokenizer, tmp_path):
+    """Two files at once, each with a scale, do the same to diffusers' U-Net and to ours."""
+    pytest.importorskip("peft")
+    theirs = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
+    theirs.save_pretrained(tmp_path / "model")
+    scales = {"diffusers": 0.7, "kohya": -0.4}
+    for naming in scales:
+        write_random_lora(theirs.unet, naming, tmp_path / f"{naming}.safetensors")
+    for naming in scales:
+        theirs.load_lora_weights(tmp_path, weight_name=f"{naming}.safetensors", adapter_name=naming)
+    theirs.set_adapters(list(scales), list(scales.values()))
+    ids = Tokenizer.load(str(tokenizer))(["a red pea"])
+    x = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    with torch.no_grad():
+        tokens = theirs.text_encoder(torch.from_numpy(ids).long())[0]
+        expected = theirs.unet(
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.tensor(500), tokens
+        ).sample.numpy()
+    base = jaxdiff.load(tmp_path / "model")
+
+    def predict(pipeline):
+        task = pipeline.task
+
+        @jax.jit
+        def run(weights):
+            model = nnx.merge(pipeline._graphdef, weights["params"])
+            conditions = task.features(model, weights["frozen"], jnp.asarray(ids), whole(16, 16, 1))
+            network = task.network(model, weights["frozen"])
+            return network(jnp.asarray(x), jnp.array([0.501]), conditions)
+
+        return np.asarray(run(pipeline.weights)).transpose(0, 3, 1, 2)
+
+    def distance(prediction):
+        return np.linalg.norm(prediction - expected) / np.linalg.norm(expected)
+
+    assert distance(predict(base)) > 0.1
+    for merge in (False, True):
+        pipeline = base
+        for naming, scale in scales.items():
+            file = tmp_path / f"{naming}.safetensors"
+            pipeline = pipeline.with_lora(file, scale=scale, merge=merge)
+        assert distance(predict(pipeline)) <= 1e-5

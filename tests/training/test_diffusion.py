@@ -14,7 +14,7 @@ from jaxdiff.bundle import read_pretrained
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import merge
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower, whole
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.step import init_state, structure
@@ -40,7 +40,8 @@ def make_batch():
     tokens = np.full((BATCH, 16), 599, np.int32)  # the end token, which also pads
     tokens[:, 0] = 598
     tokens[:, 1:5] = rng.integers(0, 598, (BATCH, 4))
-    return {"image": rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8), "tokens": tokens}
+    image = rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
+    return {"image": image, "tokens": tokens, "framing": np.asarray(whole(32, 32, BATCH))}
 
 
 @functools.cache
@@ -138,7 +139,9 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     assert (part.folder, part.part) == ("runs/clip", ("text",))
     params = random_params(part.build)
     ids = jnp.asarray(make_batch()["tokens"])
-    found = jax.jit(lambda p: frozen_text.features(model, {"text": p}, ids, (8, 8)).pooled)(params)
+    found = jax.jit(
+        lambda p: frozen_text.features(model, {"text": p}, ids, whole(8, 8, len(ids))).pooled
+    )(params)
     expected = jax.jit(lambda p: merge(part.build, p)(ids).pooled)(params)
     np.testing.assert_array_equal(found, expected)
 
@@ -183,7 +186,7 @@ def test_the_words_are_those_of_the_layer_that_the_recipe_names(task):
     ids = jnp.asarray(make_batch()["tokens"])
 
     def features(task, ids):
-        return task.features(nnx.merge(structure(task), params), {}, ids, (8, 8))
+        return task.features(nnx.merge(structure(task), params), {}, ids, whole(8, 8, len(ids)))
 
     last, first = (jax.jit(functools.partial(features, t))(ids) for t in (task, words))
     np.testing.assert_array_equal(last.pooled, first.pooled)

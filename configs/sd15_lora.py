@@ -1,0 +1,31 @@
+"""Stable Diffusion 1.5 with low-rank adapters, trained on your own images.
+
+    python train.py configs/sd15_lora.py --data.source.path photos
+    jaxdiff export runs/sd15_lora style --format lora
+
+As `configs/sd15.py`, but only adapters of the attention layers are trained (`--task.lora.rank`):
+0.4 % as many parameters, so that checkpoints take megabytes, and gradients, moments and average
+hardly any memory. The second command writes them as diffusers' `load_lora_weights` and
+`sample.py --lora style` read them. For one GPU; speed, memory and quality have not been measured
+yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.models.lora import LoraConfig
+from jaxdiff.training.diffusion import DiffusionTask
+
+
+def get_config() -> Config:
+    """`configs/sd15.py` with adapters, and a learning rate for what starts at zero."""
+    base = load_recipe(Path(__file__).with_name("sd15.py"))
+    assert isinstance(base.task, DiffusionTask)
+    return dataclasses.replace(
+        base,
+        name="sd15_lora",
+        task=dataclasses.replace(base.task, lora=LoraConfig(rank=16)),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-4),
+        train=dataclasses.replace(base.train, steps=2000),
+    )

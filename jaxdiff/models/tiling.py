@@ -1,0 +1,87 @@
+"""Large images through an autoencoder piece by piece, in the memory of one piece."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Pieces = Literal["whole", "images", "tiles"]
+"""What goes through at a time: the whole batch, one image of it, or one tile of one image."""
+
+OVERLAP = 0.25  # of a tile's side with the next one, where the two are blended; as in diffusers
+
+Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]
+
+
+def in_pieces(
+    network: Network, x: Float[Array, "b h w c"], by: Pieces, tile: int, tile_out: int
+) -> Float[Array, "b h2 w2 c2"]:
+    """`network(x)`, as much of x at a time as `by` says; see `tile_by_tile` for the others."""
+    if by == "whole":
+        return network(x)
+    if by == "images" or max(x.shape[1:3]) <= tile:
+        return one_by_one(network, x)
+    return tile_by_tile(network, x, tile, tile_out)
+
+
+def one_by_one(network: Network, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    """`network(x)` for one image at a time."""
+    return jax.lax.map(lambda image: network(image[None])[0], x)
+
+
+def tile_by_tile(
+    network: Network, x: Float[Array, "b h w c"], tile: int, tile_out: int
+) -> Float[Array, "b h2 w2 c2"]:
+    """`network(x)` for one tile at a time, each blended linearly into its neighbours.
+
+    What a tile does not see, it cannot heed: colours may differ a little from tile to tile, which
+    the blending hides.
+
+    Args:
+      network: whose output is as much larger or smaller than its input, everywhere.
+      x: images or latents.
+      tile: side of a tile.
+      tile_out: side of what the network makes of it.
+    """
+    height, width = x.shape[1:3]
+    stride, blend = int(tile * (1 - OVERLAP)), int(tile_out * OVERLAP)
+    tops, lefts = range(0, height, stride), range(0, width, stride)
+    pieces = {(i, j): x[:, i : i + tile, j : j + tile] for i in tops for j in lefts}
+    done = _by_shape(network, pieces)
+    rows = []
+    for i in tops:
+        row = []
+        for j in lefts:
+            if i:
+                done[i, j] = _blend(done[i - stride, j], done[i, j], blend, axis=1)
+            if j:
+                done[i, j] = _blend(done[i, j - stride], done[i, j], blend, axis=2)
+            keep = tile_out - blend
+            row.append(done[i, j][:, :keep, :keep])
+        rows.append(jnp.concatenate(row, axis=2))
+    return jnp.concatenate(rows, axis=1)
+
+
+def _by_shape(network: Network, pieces: dict[tuple[int, int], Array]) -> dict:
+    """The network on every piece; tiles at the edges are smaller, and compiled apart."""
+    done = {}
+    for shape in dict.fromkeys(piece.shape for piece in pieces.values()):
+        places = [place for place, piece in pieces.items() if piece.shape == shape]
+        stack = jnp.concatenate([pieces[place] for place in places])
+        results = jnp.split(one_by_one(network, stack), len(places))
+        done |= dict(zip(places, results, strict=True))
+    return done
+
+
+def _blend(before: Array, tile: Array, extent: int, axis: int) -> Array:
+    """The tile, whose first `extent` rows (or columns) come over from the last ones of `before`."""
+    extent = min(extent, before.shape[axis], tile.shape[axis])
+    ramp = jnp.arange(extent) / extent
+    ramp = ramp[:, None, None] if axis == 1 else ramp[:, None]
+    size = before.shape[axis]
+    end = jax.lax.slice_in_dim(before, size - extent, size, axis=axis)
+    start = jax.lax.slice_in_dim(tile, 0, extent, axis=axis)
+    rest = jax.lax.slice_in_dim(tile, extent, tile.shape[axis], axis=axis)
+    return jnp.concatenate([end * (1 - ramp) + start * ramp, rest], axis=axis)

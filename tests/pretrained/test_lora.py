@@ -1,0 +1,184 @@
+"""LoRA files: every way of naming the layers, scales, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.lora import Factors
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+
+WIDTH, RANK = 8, 3
+TASK = DiffusionTask(
+    denoiser=UNet2DConditionConfig(
+        block_out_channels=(WIDTH, WIDTH),
+        layers_per_block=1,
+        transformer_layers=(0, 2),
+        middle_transformer_layers=1,
+        heads=(2, 2),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=4,
+    ),
+    text=TextTower(
+        model=ClipTextConfig(vocab_size=600, length=16, width=WIDTH, depth=2, heads=2),
+        trained=False,
+    ),
+    latents=Latents(model=AutoencoderConfig(), pretrained="unused"),
+    objective=Objective(prediction="eps"),
+)
+XL = dataclasses.replace(
+    TASK,
+    denoiser=dataclasses.replace(
+        TASK.denoiser, cross_attention_dim=2 * WIDTH, added_width=WIDTH + 24, time_id_width=4
+    ),
+    text_2=dataclasses.replace(
+        TASK.text, model=dataclasses.replace(TASK.text.model, projection_dim=WIDTH)
+    ),
+)
+
+QUERY = ("down", 1, "transformers", 0, "blocks", "attention", "q")
+CONV = ("middle", "first", "conv1")
+WORDS = ("blocks", "mlp_in")
+
+# The query of the second block of a stack, the first convolution of the middle, a text layer.
+NAMES = {
+    "diffusers": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_{}.weight",
+        "unet.mid_block.resnets.0.conv1.lora_{}.weight",
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight",
+        ("A", "B"),
+    ),
+    "diffusers before PEFT": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.processor.to_q_lora.{}.weight",
+        "unet.mid_block.resnets.0.conv1.lora.{}.weight",
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{}.weight",
+        ("down", "up"),
+    ),
+    "kohya": (
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q.lora_{}.weight",
+        "lora_unet_mid_block_resnets_0_conv1.lora_{}.weight",
+        "lora_te_text_model_encoder_layers_1_mlp_fc1.lora_{}.weight",
+        ("down", "up"),
+    ),
+    "kohya, original": (
+        "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lora_{}.weight",
+        "lora_unet_middle_block_0_in_layers_2.lora_{}.weight",
+        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_{}.weight",
+        ("down", "up"),
+    ),
+}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def tensors(naming="diffusers"):
+    query, conv, words, (down, up) = NAMES[naming]
+    return {
+        query.format(down): normal(0, RANK, WIDTH),
+        query.format(up): normal(1, WIDTH, RANK),
+        conv.format(down): normal(2, RANK, WIDTH, 3, 3),
+        conv.format(up): normal(3, WIDTH, RANK, 1, 1),
+        words.format(down): normal(4, RANK, WIDTH),
+        words.format(up): normal(5, 4 * WIDTH, RANK),
+    }
+
+
+@pytest.mark.parametrize("naming", NAMES)
+def test_every_naming_finds_the_same_layers(naming, tmp_path):
+    save_file(tensors(naming), tmp_path / FILE)
+    found = read_lora(tmp_path, TASK)
+    assert {part: set(pairs) for part, pairs in found.items()} == {
+        "denoiser": {QUERY, CONV},
+        "text": {WORDS},
+    }
+    query, conv = found["denoiser"][QUERY], found["denoiser"][CONV]
+    assert query.down.shape == (2, WIDTH, RANK)
+    assert not query.down[0].any()  # the other block of the stack
+    np.testing.assert_array_equal(query.down[1], normal(0, RANK, WIDTH).T)
+    np.testing.assert_array_equal(query.up[1], normal(1, WIDTH, RANK).T)
+    assert conv.down.shape == (3, 3, WIDTH, RANK)
+    np.testing.assert_array_equal(conv.down[1, 2], normal(2, RANK, WIDTH, 3, 3)[:, :, 1, 2].T)
+    np.testing.assert_array_equal(conv.up[0, 0], normal(3, WIDTH, RANK, 1, 1)[:, :, 0, 0].T)
+    np.testing.assert_array_equal(found["text"][WORDS].up[1], normal(5, 4 * WIDTH, RANK).T)
+
+
+def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
+    kohya = tensors("kohya")
+    name = NAMES["kohya"][0].replace("lora_{}.weight", "alpha")
+    save_file(kohya | {name: np.array(6.0, np.float32)}, tmp_path / "kohya.safetensors")
+    said = '{"unet.lora_alpha": 6, "unet.r": 3}'
+    save_file(tensors(), tmp_path / "peft.safetensors", metadata={"lora_adapter_metadata": said})
+    for file, text_scale in (("kohya", 1), ("peft", 1)):
+        found = read_lora(tmp_path / f"{file}.safetensors", TASK)
+        up = found["denoiser"][QUERY].up[1]
+        np.testing.assert_array_equal(up, 2 * normal(1, WIDTH, RANK).T)
+        np.testing.assert_array_equal(
+            found["text"][WORDS].up[1], text_scale * normal(5, 4 * WIDTH, RANK).T
+        )
+
+
+@pytest.mark.parametrize("task", [TASK, XL], ids=["SD", "XL"])
+def test_it_comes_back(task, tmp_path):
+    pairs = {"denoiser": {QUERY: Factors(normal(0, 2, WIDTH, RANK), normal(1, 2, RANK, WIDTH))}}
+    for name in task.towers:
+        pairs[name] = {WORDS: Factors(normal(2, 2, WIDTH, 1), normal(3, 2, 1, 4 * WIDTH))}
+    write_lora(tmp_path, pairs, task)
+    assert len(load_file(tmp_path / FILE)) == 4 * len(pairs)
+    found = read_lora(tmp_path / FILE, task)
+    for part, layers in pairs.items():
+        for path, pair in layers.items():
+            np.testing.assert_array_equal(found[part][path].down, pair.down)
+            np.testing.assert_array_equal(found[part][path].up, pair.up)
+
+
+def test_the_second_encoder_of_xl_is_found(tmp_path):
+    kohya = {
+        name.replace("lora_te_", "lora_te2_"): value for name, value in tensors("kohya").items()
+    }
+    save_file(kohya, tmp_path / FILE)
+    assert set(read_lora(tmp_path, XL)) == {"denoiser", "text_2"}
+
+
+def change(name, value=None):
+    """The tensors with one, by a part of its name, in another form, or without it."""
+    found = tensors()
+    key = next(key for key in found if name in key)
+    del found[key]
+    return found if value is None else found | {key: value}
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        (change("to_q.lora_B"), "half a pair for down.1.transformers.0.blocks.attention.q"),
+        (change("to_q.lora_A", normal(0, RANK, 9)), "is it for another model"),
+        (tensors() | {"unet.nose.lora_A.weight": normal(0, 1, 1)}, "unet.nose.lora_A.weight"),
+        (tensors() | {"lora_unet_x.hada_w1_a": normal(0, 1, 1)}, "no LoRA of this model"),
+    ],
+    ids=["half", "shape", "layer", "kind"],
+)
+def test_what_does_not_fit_is_told(there, told, tmp_path):
+    save_file(there, tmp_path / FILE)
+    with pytest.raises(UserError, match=told):
+        read_lora(tmp_path, TASK)
+
+
+def test_pickled_files_are_never_opened(tmp_path):
+    (tmp_path / "style.bin").write_bytes(b"\x80")
+    with pytest.raises(UserError, match="files alone; convert it"):
+        read_lora(tmp_path / "style.bin", TASK)
+
+
+def test_other_denoisers_have_no_such_files(tmp_path, tiny_recipe):
+    save_file(tensors(), tmp_path / FILE)
+    with pytest.raises(UserError, match="is a DiT: LoRA files are for"):
+        read_lora(tmp_path, tiny_recipe().task)
