@@ -6,8 +6,8 @@ The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` be
 weights come from the hub the first time, or from a folder: `--task.pretrained DIR`, likewise
 `--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
 masters, which with their average and AdamW's moments take 41 GB, sharded over `--mesh.fsdp`
-devices; text encoders and autoencoder stay as they are. The model is told that every image is whole
-and as large as it is trained at. For a GPU of 80 GB or a TPU slice; speed and quality have not
+devices; text encoders and autoencoder stay as they are. The model is told of the size of every
+image and of what the crop cut off. For a GPU of 80 GB or a TPU slice; speed and quality have not
 been measured yet.
 """
 

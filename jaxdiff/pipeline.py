@@ -1,5 +1,6 @@
 """What a user loads: prompts in, images out."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -11,17 +12,19 @@ from etils import epath
 from flax import nnx
 
 from jaxdiff import adapters
-from jaxdiff.bundle import read_bundle, weights_fingerprint
+from jaxdiff.bundle import model_folder, read_bundle, weights_fingerprint
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
+from jaxdiff.models.layers import any_rngs
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pretrained.diffusers_folder import read_autoencoder
 from jaxdiff.pretrained.lora import read_lora
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
 from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
-from jaxdiff.training.diffusion import NEGATIVE_BEAUTY, DiffusionTask, whole
+from jaxdiff.training.diffusion import NEGATIVE_BEAUTY, DiffusionTask, Latents, whole
 from jaxdiff.training.step import ComputeType, cast
 from jaxdiff.training.task import from_uint8
 
@@ -75,7 +78,7 @@ class Pipeline:
             dtype = "float32"
         self.dtype: ComputeType | None = dtype
         self.weights = jax.device_put(weights if dtype is None else cast(weights, dtype))
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))))[0]
+        self._graphdef = nnx.split(nnx.eval_shape(lambda: task.build(any_rngs())))[0]
 
     def with_lora(
         self, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
@@ -95,6 +98,32 @@ class Pipeline:
         new = adapters.scaled(read_lora(file, self.task), scale)
         put = adapters.merge if merge else adapters.attach
         return Pipeline(put(bundle, new), dtype=self.dtype)
+
+    def with_autoencoder(self, folder: epath.PathLike) -> "Pipeline":
+        """The same model with another autoencoder of its latents, such as a tiny one for previews.
+
+        Args:
+          folder: with `config.json` and weights of diffusers' AutoencoderKL or AutoencoderTiny, or
+            the id OWNER/NAME of such a model of the Hugging Face hub.
+
+        Raises:
+          UserError: it cannot be read, or its latents have another shape.
+        """
+        model, params = read_autoencoder(model_folder(folder))
+        own = self.task.latents
+        if own is None or (own.model.latent_channels, own.model.downsampling) != (
+            model.latent_channels,
+            model.downsampling,
+        ):
+            raise UserError(
+                f"The autoencoder in {folder} has latents of {model.latent_channels} channels, one "
+                f"for {model.downsampling} pixels: not those that {self.config.name} draws."
+            )
+        task = dataclasses.replace(self.task, latents=Latents(model=model, pretrained=str(folder)))
+        config = dataclasses.replace(self.config, task=task)
+        frozen = {**self.weights["frozen"], "autoencoder": params}
+        bundle = Bundle(config, self.weights["params"], frozen, self.tokenizer)
+        return Pipeline(bundle, dtype=self.dtype)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -73,11 +73,10 @@ def tiny_bundle(tiny_recipe):
     import dataclasses
 
     import numpy as np
-    from flax import nnx
 
     from jaxdiff.data.tokenizer import Tokenizer
     from jaxdiff.model import Bundle
-    from jaxdiff.models.layers import abstract_params
+    from jaxdiff.models.layers import abstract_params, any_rngs
     from jaxdiff.sampling.settings import SamplingConfig
     from jaxdiff.sampling.solvers import DDIM
 
@@ -89,7 +88,7 @@ def tiny_bundle(tiny_recipe):
         scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, abstract_params(lambda: config.task.build(nnx.Rngs(0))))
+    params = jax.tree.map(draw, abstract_params(lambda: config.task.build(any_rngs())))
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
     return Bundle(config, params, {}, tokenizer)

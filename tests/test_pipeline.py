@@ -12,7 +12,7 @@ from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, merge
 from jaxdiff.pictures import to_uint8
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.sampler import noise_from_seeds
@@ -119,7 +119,7 @@ def test_guidance_scale_1_is_the_conditional_model(pipeline):
     image = pipeline([PEA], num_steps=1, guidance_scale=1.0, latents=noise, output="float")
 
     task = pipeline.task
-    model = merge(lambda: task.build(nnx.Rngs(0)), pipeline.weights["params"])
+    model = merge(lambda: task.build(any_rngs()), pipeline.weights["params"])
     schedule = task.objective.schedule
     t = jax.numpy.ones(())
     x = schedule.sigma(t) * noise
@@ -240,7 +240,7 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
     )
     params = jax.tree.map(
         lambda leaf: np.ones(leaf.shape, np.float32),
-        abstract_params(lambda: task.build(nnx.Rngs(0))),
+        abstract_params(lambda: task.build(any_rngs())),
     )
     autoencoder = nnx.to_pure_dict(nnx.split(Autoencoder(small, rngs=nnx.Rngs(0)))[1])
     bundle = Bundle(config, params, {"autoencoder": autoencoder}, tiny_bundle.tokenizer)

@@ -2,9 +2,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxdiff import cli
+from jaxdiff.adapters import attach
+from jaxdiff.model import Bundle
+from jaxdiff.models.lora import Factors
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -34,14 +38,24 @@ def test_the_readme_shows_how_to_train_and_to_sample():
     assert {"train", "sample"} <= names
 
 
+@pytest.fixture(scope="module")
+def adapted(tiny_recipe) -> Bundle:
+    """A model with one adapter, which every format can hold."""
+    config = tiny_recipe()
+    params = {"denoiser": {"patch": {"kernel": np.zeros((192, 32), np.float32)}}}
+    pair = Factors(np.zeros((192, 1), np.float32), np.zeros((1, 32), np.float32))
+    return attach(Bundle(config, params, {}, None), {"denoiser": {("patch",): pair}})
+
+
 @pytest.mark.parametrize("command", commands() if README.is_file() else [])
-def test_its_commands_are_understood(command, monkeypatch, capsys):
+def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     ran = []
     for name in ("run_recipe", "draw", "evaluate_folder"):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
-    writers = ("write_bundle", "write_diffusers", "make_folder", "write_array_record")
-    for name in ("read_bundle", *writers):
+    writers = ("write_bundle", "write_diffusers", "write_lora", "make_folder", "write_array_record")
+    for name in writers:
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
+    monkeypatch.setattr(cli, "read_bundle", lambda _: adapted)
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
     if arguments(command)[0] in ("train", "sample", "evaluate"):
         assert len(ran) == 1

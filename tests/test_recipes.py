@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Parameters in the files of Stable Diffusion's U-Nets, and of diffusers' adapters of rank 16.
 PUBLISHED = {
     "sd15": 859_520_964,
+    "sd15_dreambooth": 3_188_736,
     "sd15_lora": 3_188_736,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,

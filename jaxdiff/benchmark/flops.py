@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.models.unet import UNetConfig
@@ -226,6 +227,16 @@ def encode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float
             total += _conv(3, outputs, outputs, area)
     total += _middle(config, area) + _conv(3, widths[-1], moments, area)
     return total + (_conv(1, moments, moments, area) if config.use_quant_conv else 0.0)
+
+
+def tiny_encode_flops(config: TinyAutoencoderConfig, *, height: int, width: int) -> float:
+    """Of encoding one image of this size, in pixels, by a tiny autoencoder."""
+    channels, area, total = config.width, height * width, 0.0
+    for i, count in enumerate(config.encoder_blocks):
+        area = area // 4 if i else area
+        total += _conv(3, channels if i else config.image_channels, channels, area)
+        total += 3 * count * _conv(3, channels, channels, area)
+    return total + _conv(3, channels, config.latent_channels, area)
 
 
 def decode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float:

@@ -7,9 +7,12 @@ from jaxdiff.benchmark.flops import (
     dit_flops,
     encode_flops,
     three_passes,
+    tiny_encode_flops,
     unet2d_condition_flops,
     unet_flops,
 )
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.models.unet import UNetConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
@@ -42,6 +45,9 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
     for tower in task.towers.values():
         text = clip_text_flops(tower.model)
         total += three_passes(text) if tower.trained else text
-    if task.latents:
-        total += encode_flops(task.latents.model, height=size, width=size)
+    match task.latents and task.latents.model:
+        case AutoencoderConfig() as model:
+            total += encode_flops(model, height=size, width=size)
+        case TinyAutoencoderConfig() as model:
+            total += tiny_encode_flops(model, height=size, width=size)
     return total

@@ -33,7 +33,8 @@ class ImageFolder:
     With a `metadata.jsonl` in the folder, each line names an image (`file_name`, relative to
     the folder) and gives its caption, or a list of captions, under the key `caption`. Without,
     every image in the folder and below it has a `.txt` of the same name beside it, each
-    non-empty line of which is a caption.
+    non-empty line of which is a caption. With a `prompt`, that is the caption of every image in
+    and below the folder, and neither is read.
 
     An image or caption that turns out unreadable raises `RecordError`; a folder that cannot
     be used as a whole raises `UserError`.
@@ -41,6 +42,7 @@ class ImageFolder:
 
     path: str
     caption: str = "text"
+    prompt: str | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -73,7 +75,10 @@ class ImageFolder:
                 f"The image folder {self.path} does not exist: "
                 "data.source.path must be a folder of images."
             )
-        if (root / _METADATA).exists():
+        if self.prompt is not None:
+            images = sorted(f for f in files_below(root) if _is_image(f))
+            entries = [_Entry(file, [self.prompt]) for file in images]
+        elif (root / _METADATA).exists():
             entries = self._listed(root / _METADATA)
             self._check_files(root, entries)
         else:
@@ -137,13 +142,17 @@ class ImageFolder:
 
     def _beside_texts(self, root: epath.Path) -> list[_Entry]:
         files = set(files_below(root))
-        images = sorted(f for f in files if PurePosixPath(f).suffix.lower() in _IMAGES)
+        images = sorted(f for f in files if _is_image(f))
         if images and not any(str(PurePosixPath(f).with_suffix(".txt")) in files for f in images):
             raise UserError(
                 f"The images in {self.path} have no captions: write a {_METADATA} with the keys "
                 f'"file_name" and "{self.caption}", or a .txt file beside each image.'
             )
         return [_Entry(file, None) for file in images]
+
+
+def _is_image(file: str) -> bool:
+    return PurePosixPath(file).suffix.lower() in _IMAGES
 
 
 def _texts(value: Any) -> list[str]:

@@ -24,6 +24,7 @@ from jaxdiff.data.bad_records import MINIMUM, RecordError, too_many
 from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.parquet import Parquet
+from jaxdiff.data.prior import WithPrior
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.tfds import TFDS
 from jaxdiff.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class DataConfig:
     unreadable.
     """
 
-    source: Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS
+    source: Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS | WithPrior
     transforms: Transforms
     workers: int = 0
     threads: int = 1

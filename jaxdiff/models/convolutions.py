@@ -15,11 +15,27 @@ class Conv(nnx.Conv):
 
     lora: Any
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride: int,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = True,
+    ):
         self.stride = stride
         sides, init = ((size // 2, size // 2),) * 2, fan_in_normal()
         super().__init__(
-            inputs, outputs, (size, size), stride, padding=sides, kernel_init=init, rngs=rngs
+            inputs,
+            outputs,
+            (size, size),
+            stride,
+            padding=sides,
+            use_bias=bias,
+            kernel_init=init,
+            rngs=rngs,
         )
 
     def __call__(

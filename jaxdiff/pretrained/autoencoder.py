@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
 from jaxdiff.pretrained.tensor_files import Renamed
@@ -147,7 +146,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    abstract = abstract_params(lambda: Autoencoder(config, rngs=any_rngs()))
     renewed = Renamed(tensors, _renew)
     return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 

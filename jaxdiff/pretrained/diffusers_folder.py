@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
@@ -28,10 +27,12 @@ from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
-from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained import autoencoder, autoencoder_tiny, clip, unet
 from jaxdiff.pretrained.scheduler import SOLVERS, Scheduling, read_scheduling, write_scheduling
-from jaxdiff.pretrained.tensor_files import open_weights
+from jaxdiff.pretrained.tensor_files import open_weights, to_device
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
 
@@ -55,7 +56,7 @@ def is_diffusers_folder(folder: epath.PathLike) -> bool:
 
 
 def read_diffusers(
-    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = jnp.asarray
+    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> Bundle:
     """A Stable Diffusion checkpoint, each tensor in the type that it is stored in.
 
@@ -79,9 +80,7 @@ def read_diffusers(
     assert task.latents is not None
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
     params = {"denoiser": unet.from_torch_names(tensors, task.denoiser, place=place)}
-    tensors = open_weights(root / "vae", DIFFUSION_MODEL)
-    model = task.latents.model
-    frozen = {"autoencoder": autoencoder.from_torch_names(tensors, model, place=place)}
+    frozen = {"autoencoder": read_autoencoder(root / "vae", place=place)[1]}
     for (name, tower), part in zip(task.towers.items(), _text_parts(index), strict=True):
         tensors = open_weights(root / part, MODEL)
         frozen[name] = clip.from_torch_names(tensors, tower.model, place=place)
@@ -92,6 +91,34 @@ def read_diffusers(
         sampling=sampling,
     )
     return Bundle(config, params, frozen, read_tokenizer(root))
+
+
+def read_autoencoder(
+    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
+) -> tuple[AutoencoderConfig | TinyAutoencoderConfig, dict[str, Any]]:
+    """An autoencoder by itself, or as a part of a checkpoint: its config and parameters.
+
+    Args:
+      folder: with `config.json` and `diffusion_pytorch_model.safetensors`.
+      place: where a parameter goes once it has our layout.
+
+    Raises:
+      UserError: a file is missing or damaged, or is of a kind that jaxdiff does not have.
+    """
+    root = epath.Path(folder)
+    model = _autoencoder_config(root)
+    tensors = open_weights(root, DIFFUSION_MODEL)
+    return model, _format(model).from_torch_names(tensors, model, place=place)
+
+
+def _autoencoder_config(folder: epath.Path) -> AutoencoderConfig | TinyAutoencoderConfig:
+    config, what = _json(folder / "config.json"), f"{folder.name}/config.json"
+    tiny = config.get("_class_name") == autoencoder_tiny.KIND
+    return (autoencoder_tiny if tiny else autoencoder).read_config(config, what)
+
+
+def _format(model: AutoencoderConfig | TinyAutoencoderConfig) -> Any:
+    return autoencoder_tiny if isinstance(model, TinyAutoencoderConfig) else autoencoder
 
 
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
@@ -126,18 +153,19 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     network, scheduler = task.denoiser, write_scheduling(_scheduling(task, config.sampling))
     network_config = unet.write_config(network)
     network_config["sample_size"] = config.data.transforms.size // task.downsampling
-    model_config = autoencoder.write_config(task.latents.model)
+    model = task.latents.model
+    model_config = _format(model).write_config(model)
     (root / INDEX).unlink(missing_ok=True)
     parts = {**frozen, **params}
     tensors = unet.to_torch_names(parts["denoiser"])
     _write_part(root / "unet", DIFFUSION_MODEL, network_config, tensors)
-    tensors = autoencoder.to_torch_names(parts["autoencoder"])
+    tensors = _format(model).to_torch_names(parts["autoencoder"])
     _write_part(root / "vae", DIFFUSION_MODEL, model_config, tensors)
     _write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {
         "_class_name": _pipeline_kind(network, encoders=len(task.towers)),
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", model_config["_class_name"]],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     is_xl = network.added_width is not None
@@ -205,7 +233,7 @@ def _recipe(
     """The task, how it is sampled, and the side of its images."""
     network = _json(root / "unet" / "config.json")
     scheduling = read_scheduling(_json(root / "scheduler" / "scheduler_config.json"))
-    model = autoencoder.read_config(_json(root / "vae" / "config.json"))
+    model = _autoencoder_config(root / "vae")
     parts = _text_parts(index)
     is_xl = "text_encoder_2" in parts
     towers = [

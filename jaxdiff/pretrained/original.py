@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -44,7 +43,7 @@ from jaxdiff.pretrained.published import (
     XL,
     XL_SCALING_FACTOR,
 )
-from jaxdiff.pretrained.tensor_files import Cut, Renamed, TensorFiles
+from jaxdiff.pretrained.tensor_files import Cut, Renamed, TensorFiles, to_device
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, PLMS, Euler
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
@@ -121,7 +120,7 @@ def read_original(
     file: epath.PathLike,
     *,
     tokenizer: Tokenizer | None = None,
-    place: Callable[[np.ndarray], Any] = jnp.asarray,
+    place: Callable[[np.ndarray], Any] = to_device,
 ) -> Bundle:
     """A Stable Diffusion checkpoint in one file, each tensor in the type that it is stored in.
 
@@ -147,6 +146,7 @@ def read_original(
     assert isinstance(task.denoiser, UNet2DConditionConfig)
     assert task.latents is not None
     network, model = task.denoiser, task.latents.model
+    assert isinstance(model, AutoencoderConfig)
     parts = Renamed(tensors, unet_rename(network))
     params = {"denoiser": unet.from_torch_names(parts, network, place=place)}
     parts = Renamed(tensors, autoencoder_rename(model))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
@@ -72,6 +73,11 @@ class Renamed(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def to_device(tensor: np.ndarray) -> jax.Array:
+    """An array of JAX. In C's order first: JAX would compile the reordering of every shape."""
+    return jax.device_put(np.ascontiguousarray(tensor))
 
 
 def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:

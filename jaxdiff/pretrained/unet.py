@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config, each
@@ -196,7 +195,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    abstract = abstract_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipVision, ClipVisionConfig
-from jaxdiff.models.layers import merge
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
@@ -113,7 +113,7 @@ class AutoencoderTask:
         if self.perceptual is None:
             return {}
         model, folder = self.perceptual.model, self.perceptual.pretrained
-        tower = Pretrained(folder, ("vision",), lambda: ClipVision(model, rngs=nnx.Rngs(0)))
+        tower = Pretrained(folder, ("vision",), lambda: ClipVision(model, rngs=any_rngs()))
         return {"perceptual": tower}
 
     def start(self) -> dict[str, Pretrained]:

@@ -12,9 +12,10 @@ from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig
 from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, merge
+from jaxdiff.models.layers import TextFeatures, any_rngs, merge
 from jaxdiff.models.lora import Adapters, LoraConfig, adapted, attach
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet import UNet, UNetConfig
@@ -81,8 +82,14 @@ class Latents:
       pretrained: folder of the run or bundle that holds it, or `shipped:NAME`.
     """
 
-    model: AutoencoderConfig
+    model: AutoencoderConfig | TinyAutoencoderConfig
     pretrained: str
+
+    def build(self) -> Autoencoder | TinyAutoencoder:
+        """The autoencoder, freshly drawn."""
+        if isinstance(self.model, TinyAutoencoderConfig):
+            return TinyAutoencoder(self.model, rngs=any_rngs())
+        return Autoencoder(self.model, rngs=any_rngs())
 
 
 Network = TypeVar("Network", bound=nnx.Module)
@@ -125,7 +132,7 @@ class TextToImage(nnx.Module):
 
 
 def _text_part(name: str, tower: TextTower) -> Pretrained:
-    return Pretrained(tower.pretrained, (name,), lambda: tower.build(nnx.Rngs(0)))
+    return Pretrained(tower.pretrained, (name,), lambda: tower.build(any_rngs()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +205,7 @@ class DiffusionTask:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
         parts = {}
         if self.latents is not None:
-            model = self.latents.model
-            parts["autoencoder"] = Pretrained(
-                self.latents.pretrained, (), lambda: Autoencoder(model, rngs=nnx.Rngs(0))
-            )
+            parts["autoencoder"] = Pretrained(self.latents.pretrained, (), self.latents.build)
         for name, tower in self.towers.items():
             if not tower.trained:
                 parts[name] = _text_part(name, tower)
@@ -211,7 +215,7 @@ class DiffusionTask:
 
     def _denoiser_part(self) -> Pretrained:
         network = self.denoiser
-        return Pretrained(self.pretrained, ("denoiser",), lambda: _network(network, nnx.Rngs(0)))
+        return Pretrained(self.pretrained, ("denoiser",), lambda: _network(network, any_rngs()))
 
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
@@ -233,7 +237,7 @@ class DiffusionTask:
             return model.denoiser
 
         def build() -> nnx.Module:
-            rngs = nnx.Rngs(0)
+            rngs = any_rngs()
             return _with_adapters(_network(self.denoiser, rngs), self.lora, rngs)
 
         adapters = nnx.to_pure_dict(nnx.state(model.denoiser))

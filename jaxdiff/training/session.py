@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jaxtyping import PyTree, UInt8
 
 from jaxdiff import pictures
@@ -21,7 +20,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
-from jaxdiff.models.layers import merge
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.diffusion import DiffusionTask
@@ -123,7 +122,7 @@ def _draw_reconstructions(
 ) -> None:
     """`samples/step_N.png`: records of the data in the upper rows, what comes back in the lower."""
     images = np.stack(list(itertools.islice(_usable(config.data), RECONSTRUCTIONS)))
-    model = merge(lambda: config.task.build(nnx.Rngs(0)), state.ema)
+    model = merge(lambda: config.task.build(any_rngs()), state.ema)
     back = pictures.to_uint8(model.decode(model.encode(from_uint8(jnp.asarray(images))).mode()))
     path = out / "samples" / f"step_{int(state.step):06d}.png"
     pictures.save_png(path, pictures.grid(np.concatenate([images, back]), columns=8, scale=2))

@@ -20,7 +20,7 @@ from jaxdiff.benchmark.flops import (
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures
+from jaxdiff.models.layers import TextFeatures, any_rngs
 from jaxdiff.models.unet import UNet, UNetConfig
 from jaxdiff.models.unet2d_condition import (
     Conditions,
@@ -71,7 +71,7 @@ def counted_denoiser(kind, config, text_length):
         shape(text_length, dtype=jnp.bool_),
     )
     return counted(
-        nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: kind(config, rngs=any_rngs())),
         lambda model, x, t, tokens, pooled, mask: model(x, t, TextFeatures(tokens, pooled, mask)),
         shape(32, 48, config.channels),
         shape(),
@@ -104,7 +104,7 @@ def test_stable_diffusions_unet_agrees_with_xla(changes):
     if config.added_width is not None:
         conditions += [shape(config.added_width - 6 * config.time_id_width), shape(6)]
     xla = counted(
-        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=any_rngs())),
         lambda model, x, t, *conditions: model(x, t, Conditions(*conditions)),
         shape(16, 24, config.in_channels),
         shape(),
@@ -116,7 +116,7 @@ def test_stable_diffusions_unet_agrees_with_xla(changes):
 
 def test_clip_text_agrees_with_xla():
     xla = counted(
-        nnx.eval_shape(lambda: ClipText(TEXT, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: ClipText(TEXT, rngs=any_rngs())),
         lambda model, ids: model(ids),
         shape(TEXT.length, dtype=jnp.int32),
     )
@@ -125,7 +125,7 @@ def test_clip_text_agrees_with_xla():
 
 def test_clip_vision_agrees_with_xla():
     xla = counted(
-        nnx.eval_shape(lambda: ClipVision(VISION, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: ClipVision(VISION, rngs=any_rngs())),
         lambda model, images: model(images),
         shape(112, 112, 3),
     )
@@ -143,7 +143,7 @@ BARE = dict(
 @pytest.mark.parametrize("changes", [{}, BARE, {"patch_size": 2}], ids=["full", "bare", "patches"])
 def test_autoencoder_agrees_with_xla(changes):
     config = dataclasses.replace(AUTOENCODER, **changes)
-    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
     xla = counted(model, lambda model, x: model.encode(x).mean, shape(128, 192, 3))
     assert encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
     sides = (128 // config.downsampling, 192 // config.downsampling)

@@ -42,6 +42,15 @@ def test_text_files_beside_images_give_a_caption_per_line(tmp_path):
     assert [c for c in source[0]["captions"] if c] == ["a pea", "a green pea"]
 
 
+def test_a_prompt_is_the_caption_of_every_image(tmp_path):
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "deep" / "b.jpg")
+    (tmp_path / "a.txt").write_text("not read")
+    source = ImageFolder(path=str(tmp_path), prompt="a photo of sks dog")
+    source.check()
+    assert [source[i]["captions"] for i in range(len(source))] == [["a photo of sks dog"]] * 2
+
+
 def test_missing_folder_is_told(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ImageFolder(path=str(tmp_path / "none")).check()

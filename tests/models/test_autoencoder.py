@@ -11,7 +11,7 @@ from jaxdiff.models.autoencoder import (
     Gaussian,
     SpatialAttention,
 )
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 
 
 def config(**changes) -> AutoencoderConfig:
@@ -21,7 +21,7 @@ def config(**changes) -> AutoencoderConfig:
 
 def build(config: AutoencoderConfig):
     """The graph and the parameters, made by one compiled program: quicker than one for each."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs())))
     return graphdef, jax.jit(lambda: nnx.state(Autoencoder(config, rngs=nnx.Rngs(0))))()
 
 
@@ -66,7 +66,7 @@ def test_patches_of_pixels_enter_and_leave_as_channels():
     assert sizes.downsampling == 4
     assert z.mean.shape == (2, 2, 2, 5)
     assert decoded.shape == (2, 8, 8, 3)
-    params = abstract_params(lambda: Autoencoder(sizes, rngs=nnx.Rngs(0)))
+    params = abstract_params(lambda: Autoencoder(sizes, rngs=any_rngs()))
     assert params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 12, 8)
     assert params["decoder"]["conv_out"]["kernel"].shape == (3, 3, 8, 12)
 
@@ -74,8 +74,8 @@ def test_patches_of_pixels_enter_and_leave_as_channels():
 @pytest.mark.parametrize("name", ["use_quant_conv", "use_post_quant_conv"])
 def test_the_1x1_convolutions_are_optional(name):
     sizes, conv = config(**{name: False}), name.removeprefix("use_")
-    assert conv in abstract_params(lambda: Autoencoder(config(), rngs=nnx.Rngs(0)))
-    assert conv not in abstract_params(lambda: Autoencoder(sizes, rngs=nnx.Rngs(0)))
+    assert conv in abstract_params(lambda: Autoencoder(config(), rngs=any_rngs()))
+    assert conv not in abstract_params(lambda: Autoencoder(sizes, rngs=any_rngs()))
     assert jax.eval_shape(there_and_back(sizes), images())[1].shape == (2, 8, 8, 3)
 
 
@@ -90,7 +90,7 @@ def test_attention_is_a_softmax_over_all_positions():
 
 
 def test_downsampling_pads_the_far_sides_alone():
-    encoder = nnx.eval_shape(lambda: Autoencoder(config(), rngs=nnx.Rngs(0))).encoder
+    encoder = nnx.eval_shape(lambda: Autoencoder(config(), rngs=any_rngs())).encoder
     conv = encoder.levels[0].resample
     first_tap = jnp.zeros((3, 3, 8, 8)).at[0, 0].set(jnp.eye(8))
     nnx.update(conv, {"kernel": first_tap, "bias": jnp.zeros(8)})
@@ -142,7 +142,7 @@ def test_with_a_key_for_each_image_a_sample_does_not_depend_on_the_batch():
 
 def test_latents_are_shifted_then_scaled_and_back():
     sizes = config(scaling_factor=0.5, shift_factor=3.0)
-    model = nnx.eval_shape(lambda: Autoencoder(sizes, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Autoencoder(sizes, rngs=any_rngs()))
     z = gaussian().mean
     np.testing.assert_allclose(model.to_latents(z), (z - 3) / 2, atol=1e-6)
     np.testing.assert_allclose(model.from_latents(model.to_latents(z)), z, atol=1e-6)

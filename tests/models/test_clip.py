@@ -21,6 +21,7 @@ from jaxdiff.models.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
+from jaxdiff.models.layers import any_rngs
 
 END = 9
 IDS = jnp.array([[1, 4, 2, END, 0, 0], [1, 7, END, 0, 0, 0], [1, 3, 5, 6, 2, END]])
@@ -40,7 +41,7 @@ def vision_config(**changes) -> ClipVisionConfig:
 @functools.cache
 def split(network, config) -> tuple[nnx.GraphDef, nnx.State]:
     """The graph and the parameters, made by one compiled program: quicker than one for each."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: network(config, rngs=any_rngs())))
     return graphdef, jax.jit(lambda: nnx.state(network(config, rngs=nnx.Rngs(0))))()
 
 

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.dit import DiT, DiTBlock, DiTConfig
-from jaxdiff.models.layers import TextFeatures, merge, scan_blocks, stack_blocks
+from jaxdiff.models.layers import TextFeatures, any_rngs, merge, scan_blocks, stack_blocks
 
 BATCH, WORDS, WIDTH = 2, 5, 32
 MODES = ("cross", "joint")
@@ -30,7 +30,7 @@ def random_like(tree, seed: int):
 
 @functools.cache
 def weights(config: DiTConfig):
-    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DiT(config, rngs=any_rngs()))
     return random_like(nnx.to_pure_dict(nnx.split(model)[1]), seed=1)
 
 
@@ -39,7 +39,7 @@ def apply(config: DiTConfig):
     """(params, x, t, text) -> output, compiled once per shape."""
 
     def call(params, x, t, text):
-        return merge(lambda: DiT(config, rngs=nnx.Rngs(0)), params)(x, t, text)
+        return merge(lambda: DiT(config, rngs=any_rngs()), params)(x, t, text)
 
     return jax.jit(call)
 
@@ -171,7 +171,7 @@ def test_scanned_blocks_are_the_blocks_one_after_the_other():
     config = make_config()
     _, _, text = make_inputs()
     blocks = nnx.eval_shape(
-        lambda: stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, nnx.Rngs(0))
+        lambda: stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, any_rngs())
     )
     graphdef, abstract = nnx.split(blocks)
     params = random_like(abstract, seed=3)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import TextFeatures
+from jaxdiff.models.layers import TextFeatures, any_rngs
 from jaxdiff.models.unet import UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -33,7 +33,7 @@ def first_params():
 
 @functools.partial(jax.jit, static_argnames="config")
 def apply(params, x, t, text, config=TINY):
-    graphdef = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=any_rngs())))[0]
     return nnx.merge(graphdef, params)(x, t, text)
 
 

@@ -8,8 +8,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import merge
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.pretrained import autoencoder as autoencoder_names
+from jaxdiff.pretrained import autoencoder_tiny
+from jaxdiff.pretrained.diffusers_folder import read_autoencoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -61,7 +64,7 @@ def test_moments_and_images(name, tmp_path):
     theirs = torch_autoencoder(VARIANTS[name])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
     params = autoencoder_names.from_torch_names(tensors, config)
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
 
@@ -83,7 +86,7 @@ def test_moments_and_images(name, tmp_path):
 def test_our_tensors_load_into_diffusers():
     config = AutoencoderConfig(**VARIANTS["sd"])
     draw = np.random.default_rng(0)
-    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
     shapes = nnx.to_pure_dict(nnx.state(ours))
     params = jax.tree.map(lambda p: jnp.asarray(0.1 * draw.normal(size=p.shape), p.dtype), shapes)
     nnx.update(ours, params)
@@ -105,7 +108,7 @@ def test_tiles(height, width, tmp_path):
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     config = autoencoder_names.read_config(dict(theirs.config))
     params = autoencoder_names.from_torch_names(tensors, config)
-    ours = merge(lambda: Autoencoder(config, rngs=nnx.Rngs(0)), jax.tree.map(jnp.asarray, params))
+    ours = merge(lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params))
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     z = draw.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
@@ -117,3 +120,35 @@ def test_tiles(height, width, tmp_path):
     found = jax.jit(lambda z: ours.decode(z, "tiles"))(z)
     np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)
     assert np.abs(found - ours.decode(jnp.asarray(z))).max() > 1e-3
+
+
+def test_tiny(tmp_path):
+    """TAESD's: latents and images, and every tensor there and back."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1, 2, 1),
+        num_decoder_blocks=(2, 1, 1),
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    config, params = read_autoencoder(tmp_path, place=np.asarray)
+    assert isinstance(config, TinyAutoencoderConfig)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    back = autoencoder_tiny.to_torch_names(params)
+    assert set(back) == set(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value)
+    written = autoencoder_tiny.write_config(config)
+    assert diffusers.AutoencoderTiny.from_config(written).config == theirs.config
+
+    ours = merge(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
+    draw = np.random.default_rng(0)
+    images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    z = 3 * draw.normal(size=(2, 4, 6, 4)).astype(np.float32)
+    with torch.no_grad():
+        latents = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latents
+        decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
+    found = jax.jit(lambda x: ours.encode(x).mode())(images)
+    np.testing.assert_allclose(found, as_nhwc(latents), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-5)

@@ -17,6 +17,7 @@ from jaxdiff.models.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
+from jaxdiff.models.layers import any_rngs
 from jaxdiff.pretrained import clip as clip_names
 
 torch = pytest.importorskip("torch")
@@ -88,7 +89,7 @@ def load(network, config, model, folder):
     """Our network with the weights of theirs, by way of the file that transformers writes."""
     model.save_pretrained(folder)
     params = clip_names.from_torch_names(load_file(folder / "model.safetensors"), config)
-    ours = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: network(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
     return ours
 

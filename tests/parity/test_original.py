@@ -5,14 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.unet2d_condition import UNet2DConditionModel
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.pretrained import autoencoder, clip, original, unet
@@ -79,7 +78,7 @@ def unet_originals(config):
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name):
     config = UNETS[name]
-    params = random_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     tensors = unet.to_torch_names(params)
     rename = original.unet_rename(config)
     ldm = inverse(tensors, rename, unet_originals(config))
@@ -123,7 +122,7 @@ def autoencoder_original(params):
 
 
 def test_autoencoder():
-    params = random_params(lambda: Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0)))
+    params = random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs()))
     tensors, ldm = autoencoder.to_torch_names(params), autoencoder_original(params)
     theirs = single_file.convert_ldm_vae_checkpoint(
         {k: torch.from_numpy(v.copy()) for k, v in ldm.items()},
@@ -176,7 +175,7 @@ def test_openclip():
     found = clip.from_torch_names(Renamed(ldm, original.text_rename(prefix, OPENCLIP)), OPENCLIP)
     expected = {k: v.numpy() for k, v in theirs.items() if "logit_scale" not in k}
     jax.tree.map(np.testing.assert_array_equal, found, clip.from_torch_names(expected, OPENCLIP))
-    abstract = abstract_params(lambda: ClipText(OPENCLIP, rngs=nnx.Rngs(0)))
+    abstract = abstract_params(lambda: ClipText(OPENCLIP, rngs=any_rngs()))
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
 
 
@@ -194,13 +193,13 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "AutoencoderConfig", lambda **_: AUTOENCODER)
     config = UNETS["SD 1"]
     text = next(iter(variant.towers.values())).model
-    params = random_params(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
-    words = random_params(lambda: ClipText(text, rngs=nnx.Rngs(0)))
+    params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
+    words = random_params(lambda: ClipText(text, rngs=any_rngs()))
     ldm = inverse(unet.to_torch_names(params), original.unet_rename(config), unet_originals(config))
     for name, value in clip.to_torch_names(words, text).items():
         ldm[f"cond_stage_model.transformer.{name}"] = value
     ldm["model_ema.decay"] = np.ones(1, np.float32)
-    ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=nnx.Rngs(0))))
+    ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs())))
     save_file({k: np.ascontiguousarray(v) for k, v in ldm.items()}, tmp_path / "sd.safetensors")
     tokenizer = Tokenizer.train(["a red pea"], vocab_size=540)
     bundle = original.read_original(tmp_path / "sd.safetensors", tokenizer=tokenizer)

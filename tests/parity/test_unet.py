@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxdiff.models.layers import merge
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
 
@@ -118,7 +118,7 @@ def test_prediction(name, tmp_path):
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     config = unet.read_config(dict(model.config))
     params = unet.from_torch_names(tensors, config)
-    ours = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
     x, conditions = inputs(VARIANTS[name], config)
     step = np.array([981, 1])
@@ -145,7 +145,7 @@ def test_gradients_of_the_fine_tuning_loss(name):
     step = np.array([500, 20])
 
     def loss(params):
-        ours = merge(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)), params)
+        ours = merge(lambda: UNet2DConditionModel(config, rngs=any_rngs()), params)
         told = jax.tree.map(jnp.asarray, (x, (step + 1) / 1000, conditions))
         return jnp.mean((ours(*told) - target) ** 2)
 

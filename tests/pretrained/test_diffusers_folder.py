@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 from PIL import Image
 
 import jaxdiff
@@ -24,8 +23,9 @@ from jaxdiff.diffusion.schedules import ScaledLinear, TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pipeline import Pipeline
@@ -80,7 +80,7 @@ def bundle(task, dtype=np.float32) -> Bundle:
             lambda x: (0.3 * draw.normal(size=x.shape)).astype(dtype), abstract_params(build)
         )
 
-    params = random(lambda: task.build(nnx.Rngs(0)))
+    params = random(lambda: task.build(any_rngs()))
     frozen = {name: random(part.build) for name, part in task.frozen().items()}
     config = Config(
         name="tiny",
@@ -131,6 +131,32 @@ def test_the_prompt_matters_to_both_kinds(folder, tmp_path):
         assert images.shape == (3, 16, 16, 3)
         np.testing.assert_array_equal(images[0], images[2])
         assert np.abs(images[0] - images[1]).max() > 1e-5  # random weights hardly listen
+
+
+def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(folder, tmp_path):
+    tiny = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    task = dataclasses.replace(TASK, latents=Latents(model=tiny, pretrained="unused"))
+    there = bundle(task)
+    frozen = {**there.frozen, "text": bundle(TASK).frozen["text"]}  # drawn after the autoencoder
+    write_diffusers(tmp_path, there._replace(frozen=frozen))
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4))
+    images = [
+        pipeline(["a red pea"], num_steps=1, latents=latents)
+        for pipeline in (
+            jaxdiff.load(tmp_path),
+            jaxdiff.load(folder).with_autoencoder(tmp_path / "vae"),
+        )
+    ]
+    np.testing.assert_array_equal(*images)
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"act_fn": "tanh"}))
+    with pytest.raises(UserError, match="act_fn is 'tanh'"):
+        jaxdiff.load(folder).with_autoencoder(tmp_path / "vae")
+
+
+def test_an_autoencoder_of_other_latents_is_told(folder):
+    with pytest.raises(UserError, match="latents of 4 channels, one for 2 pixels: not those"):
+        jaxdiff.load().with_autoencoder(folder / "vae")
 
 
 def test_an_inpainting_model_says_that_it_needs_a_mask(tmp_path):

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVisionConfig
-from jaxdiff.models.layers import abstract_params
+from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 from jaxdiff.pretrained import clip as clip_names
 
@@ -19,7 +19,7 @@ AUTOENCODER = AutoencoderConfig(block_out_channels=(4, 8), layers_per_block=1, n
 
 
 def random_params(network, config, dtype=np.float32) -> dict:
-    params = abstract_params(lambda: network(config, rngs=nnx.Rngs(0)))
+    params = abstract_params(lambda: network(config, rngs=any_rngs()))
     draw = np.random.default_rng(0)
     return jax.tree.map(lambda p: draw.normal(size=p.shape).astype(dtype), params)
 
@@ -72,7 +72,7 @@ def test_convolutions_become_out_in_height_width():
 
 def test_the_result_merges_into_a_model():
     params = random_params(ClipText, TEXT)
-    model = nnx.eval_shape(lambda: ClipText(TEXT, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ClipText(TEXT, rngs=any_rngs()))
     loaded = clip_names.from_torch_names(clip_names.to_torch_names(params, TEXT), TEXT)
     nnx.update(model, loaded)
     assert_same(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model))), params)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxdiff.bundle import read_pretrained
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import merge
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower, whole
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state
@@ -47,7 +47,7 @@ def make_batch():
 @functools.cache
 def compiled(task: DiffusionTask):
     """`run(level, key, batch)` -> (loss, metrics), gradient."""
-    params = random_params(lambda: task.build(nnx.Rngs(0)))
+    params = random_params(lambda: task.build(any_rngs()))
 
     @jax.jit
     def run(params, state, key, batch):
@@ -121,7 +121,7 @@ def test_without_a_curriculum_all_levels_are_drawn_from_the_start(task):
         model = nnx.merge(structure(plain), params)
         return plain.loss(model, {}, batch, jax.random.key(0), ())
 
-    _, metrics = jax.eval_shape(loss, random_params(lambda: plain.build(nnx.Rngs(0))))
+    _, metrics = jax.eval_shape(loss, random_params(lambda: plain.build(any_rngs())))
     assert metrics.keys() == {"loss", "loss_by_level_sum", "loss_by_level_count"}
 
 
@@ -133,7 +133,7 @@ def test_pixels_are_in_minus_1_to_1():
 def test_a_pretrained_text_tower_is_used_and_not_trained(task):
     text = dataclasses.replace(task.text, pretrained="runs/clip", trained=False)
     frozen_text = dataclasses.replace(task, text=text)
-    model = nnx.eval_shape(lambda: frozen_text.build(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: frozen_text.build(any_rngs()))
     assert set(nnx.to_pure_dict(nnx.split(model)[1])) == {"denoiser"}
     part = frozen_text.frozen()["text"]
     assert (part.folder, part.part) == ("runs/clip", ("text",))
@@ -148,7 +148,7 @@ def test_a_pretrained_text_tower_is_used_and_not_trained(task):
 
 def test_a_text_tower_that_is_not_trained_stays_as_drawn(task):
     still = dataclasses.replace(task, text=dataclasses.replace(task.text, trained=False))
-    model = nnx.eval_shape(lambda: still.build(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: still.build(any_rngs()))
     assert set(nnx.to_pure_dict(nnx.split(model)[1])) == {"denoiser"}
     drawn, again = (read_pretrained(still.frozen())["text"] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, drawn, again)
@@ -182,7 +182,7 @@ def test_a_pretrained_part_can_learn_on(task, name):
 def test_the_words_are_those_of_the_layer_that_the_recipe_names(task):
     text = dataclasses.replace(task.text, layer=0)
     words = dataclasses.replace(task, text=text)
-    params = random_params(lambda: task.build(nnx.Rngs(0)))
+    params = random_params(lambda: task.build(any_rngs()))
     ids = jnp.asarray(make_batch()["tokens"])
 
     def features(task, ids):
