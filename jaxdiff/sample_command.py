@@ -70,7 +70,7 @@ def draw(options: SampleOptions) -> None:
     folder = make_folder(options.out)
     pipeline = load(options.model, dtype=options.dtype)
     for lora in options.lora:
-        file, scale = _file_and_scale(lora)
+        file, scale = file_and_scale(lora)
         pipeline = pipeline.with_lora(file, scale=scale, merge=True)
     prompts = [prompt for prompt in options.prompts for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompts for i in range(options.num_images)]
@@ -123,7 +123,7 @@ def draw(options: SampleOptions) -> None:
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
 
 
-def _file_and_scale(lora: str) -> tuple[str, float]:
+def file_and_scale(lora: str) -> tuple[str, float]:
     """FILE:SCALE, or FILE for a scale of 1."""
     file, _, scale = lora.rpartition(":")
     try:

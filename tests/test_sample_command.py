@@ -9,6 +9,7 @@ from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import load
+from jaxdiff.sample_command import file_and_scale
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -26,6 +27,19 @@ def sample(model, tmp_path):
     return lambda *words: cli.main(
         ["sample", "--model", model, "--out", str(tmp_path / "out"), *words]
     )
+
+
+@pytest.mark.parametrize(
+    ("lora", "expected"),
+    [
+        ("style.safetensors", ("style.safetensors", 1.0)),
+        ("styles/mine:0.8", ("styles/mine", 0.8)),
+        ("gs://bucket/style", ("gs://bucket/style", 1.0)),
+        ("gs://bucket/style:-0.5", ("gs://bucket/style", -0.5)),
+    ],
+)
+def test_a_lora_is_a_file_and_perhaps_a_scale(lora, expected):
+    assert file_and_scale(lora) == expected
 
 
 def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, capsys):

@@ -14,10 +14,12 @@ from jaxdiff.benchmark.flops import (
     encode_flops,
     peak_flops,
     three_passes,
+    tiny_encode_flops,
     unet2d_condition_flops,
     unet_flops,
 )
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, any_rngs
@@ -138,6 +140,16 @@ BARE = dict(
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
+
+
+def test_the_tiny_autoencoder_agrees_with_xla():
+    config = TinyAutoencoderConfig(encoder_blocks=(1, 2, 1), decoder_blocks=(1, 1, 1))
+    xla = counted(
+        nnx.eval_shape(lambda: TinyAutoencoder(config, rngs=any_rngs())),
+        lambda model, images: model.encode(images).mean,
+        shape(128, 192, 3),
+    )
+    assert tiny_encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
 
 
 @pytest.mark.parametrize("changes", [{}, BARE, {"patch_size": 2}], ids=["full", "bare", "patches"])

@@ -14,7 +14,15 @@ from jaxdiff.bundle import read_pretrained
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import any_rngs, merge
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower, whole
+from jaxdiff.models.lora import LoraConfig
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.training.diffusion import (
+    NEGATIVE_BEAUTY,
+    DiffusionTask,
+    Latents,
+    TextTower,
+    whole,
+)
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.step import init_state, structure
@@ -195,6 +203,40 @@ def test_the_words_are_those_of_the_layer_that_the_recipe_names(task):
     moved = jax.jit(functools.partial(features, words))(other)
     np.testing.assert_array_equal(moved.tokens[:, 2:], first.tokens[:, 2:])
     assert not np.allclose(jax.jit(functools.partial(features, task))(other).tokens, last.tokens)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [(6, [90, 120, 0, 15, 32, 32]), (5, [90, 120, 0, 15, 2.5])],
+    ids=["XL", "refiner"],
+)
+def test_xl_is_told_of_the_framing_and_its_refiner_of_beauty(task, numbers, told):
+    denoiser = UNet2DConditionConfig(
+        block_out_channels=(32,),
+        transformer_layers=(1,),
+        heads=(2,),
+        in_channels=3,
+        out_channels=3,
+        cross_attention_dim=16,
+        added_width=16 + 4 * numbers,
+        time_id_width=4,
+    )
+    xl = dataclasses.replace(
+        task, denoiser=denoiser, text=dataclasses.replace(task.text, trained=False)
+    )
+    params = random_params(xl.frozen()["text"].build)
+    ids = jnp.asarray(make_batch()["tokens"])
+    framing = jnp.tile(jnp.array([90, 120, 0, 15, 32, 32]), (BATCH, 1))
+    model = nnx.eval_shape(lambda: xl.build(nnx.Rngs(0)))
+    run = jax.jit(lambda p: xl.features(model, {"text": p}, ids, framing, NEGATIVE_BEAUTY))
+    conditions = run(params)
+    np.testing.assert_array_equal(conditions.time_ids, np.tile(told, (BATCH, 1)))
+    assert conditions.pooled.shape == (BATCH, 16)
+
+
+def test_adapters_need_something_to_adapt(task):
+    with pytest.raises(UserError, match="adapts a denoiser that is trained already"):
+        dataclasses.replace(task, lora=LoraConfig())
 
 
 def test_latents_are_what_is_modelled_where_there_is_an_autoencoder(task):
