@@ -1,6 +1,9 @@
 """Multi-head attention with normalised queries and keys, as the denoisers use it."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -11,6 +14,43 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False, bia
     """A linear layer with Xavier's initialisation, or one that starts at zero."""
     init = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
     return Dense(inputs, outputs, kernel_init=init, use_bias=bias, rngs=rngs)
+
+
+# On a CPU, from this many products of queries and keys on, they are taken piece by piece: on two
+# cores 4096 positions of 8 heads (Stable Diffusion at 512 pixels) take 0.7 s instead of 4.5.
+_MANY, _PIECE = 2**18, 256
+
+
+def attend(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """softmax(q k^T / sqrt(d)) v for each head, by what is quickest on the kind of device."""
+    if q.shape[1] * k.shape[1] < _MANY:
+        return jax.nn.dot_product_attention(q, k, v)
+    return jax.lax.platform_dependent(
+        q, k, v, cpu=_piece_by_piece, default=jax.nn.dot_product_attention
+    )
+
+
+def _piece_by_piece(q: Array, k: Array, v: Array) -> Array:
+    """One head of one image, and a few of its queries, at a time.
+
+    All logits at once are slow to reach, and XLA's CPU backend is slow at batches of products.
+    """
+    b, n, h, d = q.shape
+    piece = max(size for size in range(1, _PIECE + 1) if n % size == 0)
+
+    def head(qkv: tuple[Array, Array, Array]) -> Array:
+        q, k, v = qkv
+
+        def some(q: Array) -> Array:
+            logits = (q @ k.T).astype(jnp.float32) / math.sqrt(d)
+            return jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
+
+        return jax.lax.map(some, q.reshape(n // piece, piece, d)).reshape(n, d)
+
+    q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    return jax.lax.map(head, (q, k, v)).reshape(b, h, n, d).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.attention import attend
 from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import Remat, patchify, unpatchify
@@ -130,7 +131,7 @@ class SpatialAttention(nnx.Module):
         """Adds what each position reads from all."""
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, 1, c)
-        y = jax.nn.dot_product_attention(self.q(y), self.k(y), self.v(y))
+        y = attend(self.q(y), self.k(y), self.v(y))
         return x + self.out(y.reshape(b, h, w, c))
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.attention import attend
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
 
@@ -130,7 +131,7 @@ class CrossAttention(nnx.Module):
         )
         if self.upcast:
             q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
-        y = jax.nn.dot_product_attention(q, k, v).astype(x.dtype)
+        y = attend(q, k, v).astype(x.dtype)
         return self.out(y.reshape(x.shape))
 
 
