@@ -80,6 +80,11 @@ class Pipeline:
         self.weights = jax.device_put(weights if dtype is None else cast(weights, dtype))
         self._graphdef = nnx.split(nnx.eval_shape(lambda: task.build(any_rngs())))[0]
 
+    @property
+    def bundle(self) -> Bundle:
+        """The model that was loaded, in the type that it computes in."""
+        return Bundle(self.config, **self.weights, tokenizer=self.tokenizer)
+
     def with_lora(
         self, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
     ) -> "Pipeline":
@@ -122,8 +127,7 @@ class Pipeline:
         task = dataclasses.replace(self.task, latents=Latents(model=model, pretrained=str(folder)))
         config = dataclasses.replace(self.config, task=task)
         frozen = {**self.weights["frozen"], "autoencoder": params}
-        bundle = Bundle(config, self.weights["params"], frozen, self.tokenizer)
-        return Pipeline(bundle, dtype=self.dtype)
+        return Pipeline(self.bundle._replace(config=config, frozen=frozen), dtype=self.dtype)
 
     @functools.cached_property
     def fingerprint(self) -> str:
