@@ -59,7 +59,7 @@ class Variant(NamedTuple):
     towers: dict[str, TextTower]  # by the beginning of their tensors' names
     sampling: SamplingConfig
     prediction: Prediction = "eps"
-    scaling_factor: float = 0.18215
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     size: int = 512
 
 
@@ -88,7 +88,7 @@ VARIANTS = [
             "conditioner.embedders.1.model.": _INNER_G,
         },
         _XL_SAMPLING,
-        scaling_factor=XL_SCALING_FACTOR,
+        autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
         size=1024,
     ),
     Variant(
@@ -96,7 +96,7 @@ VARIANTS = [
         REFINER,
         {"conditioner.embedders.0.model.": _INNER_G},
         _XL_SAMPLING,
-        scaling_factor=XL_SCALING_FACTOR,
+        autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
         size=1024,
     ),
     Variant(
@@ -144,9 +144,7 @@ def read_original(
         )
     task = _task(variant, str(file), in_channels=stem[1])
     assert isinstance(task.denoiser, UNet2DConditionConfig)
-    assert task.latents is not None
-    network, model = task.denoiser, task.latents.model
-    assert isinstance(model, AutoencoderConfig)
+    network, model = task.denoiser, variant.autoencoder
     parts = Renamed(tensors, unet_rename(network))
     params = {"denoiser": unet.from_torch_names(parts, network, place=place)}
     parts = Renamed(tensors, autoencoder_rename(model))
@@ -168,14 +166,13 @@ def read_original(
 def _task(variant: Variant, file: str, *, in_channels: int) -> DiffusionTask:
     towers = [dataclasses.replace(tower, pretrained=file) for tower in variant.towers.values()]
     is_xl = variant.network.added_width is not None
-    model = AutoencoderConfig(scaling_factor=variant.scaling_factor)
     return DiffusionTask(
         denoiser=dataclasses.replace(variant.network, in_channels=in_channels),
         pretrained=file,
         text=towers[0],
         text_2=towers[1] if len(towers) > 1 else None,
         zero_empty_prompt=is_xl,
-        latents=Latents(model=model, pretrained=file),
+        latents=Latents(model=variant.autoencoder, pretrained=file),
         objective=Objective(prediction=variant.prediction, schedule=ScaledLinear()),
     )
 

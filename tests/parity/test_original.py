@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import jaxdiff.bundle
+from jaxdiff.bundle import read_bundle, read_tokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -183,6 +185,7 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     """What it is of is told by its names; the rest is as it was published."""
     variant = original.VARIANTS[-1]._replace(
         network=UNETS["SD 1"],
+        autoencoder=AUTOENCODER,
         towers={
             "cond_stage_model.transformer.": TextTower(
                 model=ClipTextConfig(vocab_size=600, width=8, depth=1, heads=2), trained=False
@@ -190,7 +193,6 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(original, "VARIANTS", [*original.VARIANTS[:-1], variant])
-    monkeypatch.setattr(original, "AutoencoderConfig", lambda **_: AUTOENCODER)
     config = UNETS["SD 1"]
     text = next(iter(variant.towers.values())).model
     params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
@@ -201,8 +203,12 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     ldm["model_ema.decay"] = np.ones(1, np.float32)
     ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs())))
     save_file({k: np.ascontiguousarray(v) for k, v in ldm.items()}, tmp_path / "sd.safetensors")
-    tokenizer = Tokenizer.train(["a red pea"], vocab_size=540)
-    bundle = original.read_original(tmp_path / "sd.safetensors", tokenizer=tokenizer)
+    Tokenizer.train(["a red pea"], vocab_size=540).save(str(tmp_path))
+    for module in (original, jaxdiff.bundle):  # which would ask the hub
+        monkeypatch.setattr(module, "download_tokenizer", lambda: tmp_path)
+    bundle = read_bundle(tmp_path / "sd.safetensors")
+    vocabulary = read_tokenizer(tmp_path / "sd.safetensors").bpe.get_vocab()
+    assert bundle.tokenizer.bpe.get_vocab() == vocabulary
     jax.tree.map(np.testing.assert_array_equal, bundle.params["denoiser"], params)
     jax.tree.map(np.testing.assert_array_equal, bundle.frozen["text"], words)
     images = Pipeline(bundle)(["a red pea"], num_steps=2, size=(16, 16))
