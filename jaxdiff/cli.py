@@ -208,7 +208,10 @@ def export(arguments: list[str]) -> None:
         found = adapters.adapters_of(bundle)
         if options.format == "lora":
             if not found:
-                raise UserError(f"{options.run} has no adapters: train them with --task.lora.rank.")
+                raise UserError(
+                    f"{options.run} has no adapters: expected a run of a recipe with task.lora, "
+                    "such as configs/sd15_lora.py."
+                )
             assert isinstance(bundle.config.task, DiffusionTask)  # no other has adapters
             write_lora(make_folder(options.out), found, bundle.config.task)
         else:

@@ -73,7 +73,7 @@ class ImageFolder:
         if not root.is_dir():
             raise UserError(
                 f"The image folder {self.path} does not exist: "
-                "data.source.path must be a folder of images."
+                "the path in data.source must be that of a folder of images."
             )
         if self.prompt is not None:
             images = sorted(f for f in files_below(root) if _is_image(f))

@@ -133,5 +133,7 @@ def _shards(index: epath.Path) -> list[epath.Path]:
 def _open(file: epath.Path):
     try:
         return safe_open(str(file), framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or cut off ({error}); copy it anew.") from error

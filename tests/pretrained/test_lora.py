@@ -178,6 +178,11 @@ def test_pickled_files_are_never_opened(tmp_path):
         read_lora(tmp_path / "style.bin", TASK)
 
 
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="There is no file"):
+        read_lora(tmp_path / "nothing.safetensors", TASK)
+
+
 def test_other_denoisers_have_no_such_files(tmp_path, tiny_recipe):
     save_file(tensors(), tmp_path / FILE)
     with pytest.raises(UserError, match="is a DiT: LoRA files are for"):
