@@ -7,20 +7,25 @@ restored iterator goes on exactly where the saved one stood.
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypedDict
 
 import grain
 import jax
 import numpy as np
+import rich.progress
 from absl import flags
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
+from rich.console import Console
 
 from jaxdiff.data.array_record import ArrayRecord
 from jaxdiff.data.bad_records import MINIMUM, RecordError, too_many
+from jaxdiff.data.buckets import Plan
 from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.parquet import Parquet
@@ -28,7 +33,7 @@ from jaxdiff.data.prior import WithPrior
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.tfds import TFDS
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.data.transforms import Transforms
+from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.errors import UserError
 
 ON_DEVICE = ("image", "tokens", "framing")  # the rest of a batch is bookkeeping for the host
@@ -81,9 +86,11 @@ class _Read:
 
     data: DataConfig
 
-    def __call__(self, index: int, rng: np.random.Generator) -> _Good | RecordError:
+    def __call__(
+        self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
+    ) -> _Good | RecordError:
         try:
-            image, caption, framing = self.data.transforms(self.data.source[index], rng)
+            image, caption, framing = self.data.transforms(self.data.source[index], rng, shape)
         except RecordError as error:
             return error
         return {"image": image, "caption": caption, "framing": framing, "bad": []}
@@ -156,8 +163,9 @@ def make_dataset(
 
     Each epoch is shuffled anew by `seed`, and the endless order is dealt out record by record
     to the hosts in turn: together they see every record once per epoch, whatever their number.
-    Its iterators' states are JSON-able; one can be restored under the same `data`, `batch_size`,
-    `seed` and hosts.
+    With `Buckets`, h and w differ from batch to batch, though not from host to host, and a few
+    records come twice (`Plan`); the sizes of all images are read first. The iterators' states are
+    JSON-able; one can be restored under the same `data`, `batch_size`, `seed` and hosts.
 
     Raises `UserError` for unusable data, or fewer records than a batch; so does the iterator,
     where so many records in a row are bad that it would not end.
@@ -169,19 +177,96 @@ def make_dataset(
             f"A batch of {batch_size} records per host is more than the {records} that the data "
             f"hold for host {host} of {num_hosts}: lower train.batch_size, or add data."
         )
+    if data.transforms.buckets is None:
+        dataset = _in_order(data, tokenizer, batch_size, seed, host, num_hosts)
+    else:
+        dataset = _in_buckets(data, tokenizer, batch_size, seed, host, num_hosts)
+    return _in_workers(dataset, data) if data.workers else dataset
+
+
+def _in_order(
+    data: DataConfig, tokenizer: Tokenizer, batch_size: int, seed: int, host: int, num_hosts: int
+) -> grain.IterDataset:
+    """Images of one shape."""
     positions = grain.MapDataset.range(len(data.source)).seed(seed)
     if data.shuffle:
         positions = positions.shuffle()
-    examples = positions.repeat().random_map(_Read(data))
+    examples = positions.repeat().random_map(_Read(data))[host::num_hosts]
     # Above the share allowed, a long run of bad records is enough to stop at.
+    records = len(range(host, len(data.source), num_hosts))
     patience = records if data.max_bad_share == 1 else min(records, MINIMUM)
-    batches = _DropBad(
-        examples[host::num_hosts].to_iter_dataset(
-            grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=batch_size)
-        ),
-        patience,
-    ).batch(batch_size, batch_fn=_Collate(tokenizer))
-    return _in_workers(batches, data) if data.workers else batches
+    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=batch_size)
+    good = _DropBad(examples.to_iter_dataset(read), patience)
+    return good.batch(batch_size, batch_fn=_Collate(tokenizer))
+
+
+def _in_buckets(
+    data: DataConfig, tokenizer: Tokenizer, batch_size: int, seed: int, host: int, num_hosts: int
+) -> grain.IterDataset:
+    """Images of one of several shapes in each batch."""
+    plan = Plan(
+        _sizes(data),
+        data.transforms.shapes,
+        batch_size=batch_size * num_hosts,
+        seed=seed,
+        shuffle=data.shuffle,
+    )
+    rows = grain.MapDataset.range(sys.maxsize).map(_ReadRows(data, plan, seed, host, num_hosts))
+    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads)
+    return rows.map(_Collate(tokenizer)).to_iter_dataset(read)
+
+
+def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
+    """Width and height of every image; one that cannot be told counts as square.
+
+    Such a record fails when it is read in its turn, and is told of then.
+    """
+
+    def size(index: int) -> tuple[int, int]:
+        try:
+            return stored_size(data.source[index]["image"])
+        except RecordError:
+            return 1, 1
+
+    count = len(data.source)
+    with ThreadPool(max(data.threads, 8)) as pool:  # bound by the storage, not by the processor
+        sizes = rich.progress.track(
+            pool.imap(size, range(count), chunksize=64),
+            description="Reading the sizes of the images",
+            total=count,
+            transient=True,
+            console=Console(stderr=True),
+        )
+        return np.array(list(sizes))
+
+
+@dataclass(frozen=True)
+class _ReadRows:
+    """Reads and transforms a host's rows of one batch, in one shape.
+
+    Where a record is bad another of the batch takes its place, so that no other host need know.
+    """
+
+    data: DataConfig
+    plan: Plan
+    seed: int
+    host: int
+    num_hosts: int
+
+    def __call__(self, batch: int) -> list[_Good]:
+        shape, epoch, records = self.plan.rows(batch, self.host, self.num_hosts)
+        read = _Read(self.data)
+        made = [
+            read(index, np.random.default_rng((self.seed, epoch, index)), shape)
+            for index in records.tolist()
+        ]
+        good = [record for record in made if not isinstance(record, RecordError)]
+        bad = [str(record) for record in made if isinstance(record, RecordError)]
+        if not good:
+            raise too_many(bad, f"All {len(bad)} records of a batch")
+        filled: list[_Good] = [good[i % len(good)].copy() for i in range(len(made))]
+        filled[0]["bad"] = bad
+        return filled
 
 
 def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDataset:

@@ -1,4 +1,4 @@
-"""From a record to what the model sees: square pixels of one size, a caption, what was cut off."""
+"""From a record to what the model sees: pixels of one size, a caption, what was cut off."""
 
 import io
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from jaxtyping import Int32, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 
@@ -32,13 +33,16 @@ class Example(NamedTuple):
 class Transforms:
     """Crops the largest square, resizes it (antialiased) to `size`, and chooses a caption.
 
-    `flip` mirrors half of the images; leave it off where captions tell left from right.
+    With `buckets` it is the largest crop of another shape that suits the image better, of no more
+    pixels than the square. `flip` mirrors half of the images; leave it off where captions tell left
+    from right.
     `caption_dropout` is the share of captions replaced by "", which is what classifier-free
     guidance learns its unconditional model from. An encoded image of more than `max_pixels`
     pixels is not decoded.
     """
 
     size: int
+    buckets: Buckets | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     caption_dropout: float = 0.1
@@ -52,54 +56,74 @@ class Transforms:
                 f"data.transforms.caption_dropout is {self.caption_dropout}: "
                 "expected a share from 0 to 1."
             )
+        if self.buckets is not None:
+            self.buckets.check(self.size)
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
-        """The image, uint8 [size, size, 3], one caption of `record`, and the framing.
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Heights and widths that images may come out with."""
+        return [(self.size, self.size)] if self.buckets is None else self.buckets.shapes(self.size)
 
-        All chance comes from `rng`. Raises `RecordError` where either is unusable.
+    def __call__(
+        self, record: Record, rng: np.random.Generator, shape: tuple[int, int] | None = None
+    ) -> Example:
+        """The image, uint8 [*shape, 3], one caption of `record`, and the framing.
+
+        `shape` is the square unless given. All chance comes from `rng`. Raises `RecordError` where
+        image or caption is unusable.
         """
         place, turn, choice, dropout = rng.random(4).tolist()  # drawn whatever is set, in one order
         try:
             caption = _caption(record["captions"], choice)
             mirrored = self.flip and turn < 0.5
-            image, framing = self._image(record["image"], place, mirrored=mirrored)
+            height, width = shape or (self.size, self.size)
+            image, framing = self._image(record["image"], place, (width, height), mirrored=mirrored)
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         return Example(image, "" if dropout < self.caption_dropout else caption, framing)
 
     def _image(
-        self, data: np.ndarray | bytes, place: float, *, mirrored: bool
+        self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool
     ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
-        if isinstance(data, np.ndarray) and data.shape == (self.size, self.size, 3):
-            pixels, stored, cut = data, (self.size, self.size), (0, 0)
+        """Pixels of this width and height, and the framing."""
+        if isinstance(data, np.ndarray) and data.shape == (*size[::-1], 3):
+            pixels, stored, cut = data, size, (0, 0)
         else:
             if isinstance(data, np.ndarray):
                 image = _from_pixels(data)
                 stored = image.size
             else:
-                image, stored = self._decode(data)
-            pixels, cut = self._square(image, place)
+                image, stored = self._decode(data, size)
+            pixels, cut = self._fit(image, place, size)
         if mirrored:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
-            length = max(stored[0] * self.size / min(stored), self.size)
-            cut = round(length) - self.size - cut[0], cut[1]
-        framing = *stored[::-1], *cut[::-1], self.size, self.size
+            scale = max(length / old for length, old in zip(size, stored, strict=True))
+            cut = round(stored[0] * scale) - size[0] - cut[0], cut[1]
+        framing = *stored[::-1], *cut[::-1], *size[::-1]
         return pixels, np.array(framing, np.int32)
 
-    def _square(
-        self, image: Image.Image, place: float
+    def _fit(
+        self, image: Image.Image, place: float, size: tuple[int, int]
     ) -> tuple[UInt8[np.ndarray, "h w c"], tuple[int, int]]:
-        """The square, and how much of the result's pixels lie to its left and above it."""
-        side = min(image.size)
-        share = place if self.crop == "random" else 0.5
-        left, top = (round(share * (length - side)) for length in image.size)
-        box = (left, top, left + side, top + side)
-        # Pillow widens the filter when it shrinks, so nothing aliases.
-        square = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        scale = self.size / side
-        return np.asarray(square), (round(left * scale), round(top * scale))
+        """The largest crop of that shape, at that size, and how much lies to its left and above.
 
-    def _decode(self, data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+        The latter in pixels of the result.
+        """
+        scale = max(length / old for length, old in zip(size, image.size, strict=True))
+        sides = [length / scale for length in size]
+        share = place if self.crop == "random" else 0.5
+        left, top = (
+            round(share * (old - side)) for old, side in zip(image.size, sides, strict=True)
+        )
+        right, bottom = (
+            min(start + side, old)
+            for start, side, old in zip((left, top), sides, image.size, strict=True)
+        )
+        # Pillow widens the filter when it shrinks, so nothing aliases.
+        fitted = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        return np.asarray(fitted), (round(left * scale), round(top * scale))
+
+    def _decode(self, data: bytes, wanted: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """The image, upright, and its width and height as stored."""
         if not data:
             raise RecordError("the image is an empty file")
@@ -113,16 +137,35 @@ class Transforms:
                     )
                 # JPEG can decode at a half, a quarter or an eighth; twice what is needed
                 # leaves the antialiasing to the resize.
-                image.draft(None, (2 * self.size, 2 * self.size))
-                if image.getexif().get(ExifTags.Base.Orientation) in _LYING:
-                    width, height = height, width
-                return _rgb(ImageOps.exif_transpose(image)), (width, height)
+                image.draft(None, (2 * max(wanted), 2 * max(wanted)))
+                return _rgb(ImageOps.exif_transpose(image)), _upright_size(image, width, height)
         except RecordError:
             raise
         except UnidentifiedImageError as error:
             raise RecordError("the image cannot be decoded (it is of no known kind)") from error
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
             raise RecordError(f"the image cannot be decoded ({error})") from error
+
+
+def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
+    """Width and height of a record's image when upright; of an encoded one from its header alone.
+
+    A PNG is taken to be upright: what tells otherwise may lie at its very end.
+
+    Raises `RecordError` where they cannot be told.
+    """
+    if isinstance(data, np.ndarray):
+        return _from_pixels(data).size
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size if image.format == "PNG" else _upright_size(image, *image.size)
+    except Exception as error:  # as in decoding
+        raise RecordError(f"the image's size cannot be read ({error})") from error
+
+
+def _upright_size(image: Image.Image, width: int, height: int) -> tuple[int, int]:
+    lying = image.getexif().get(ExifTags.Base.Orientation) in _LYING
+    return (height, width) if lying else (width, height)
 
 
 def _caption(captions: list[str], choice: float) -> str:

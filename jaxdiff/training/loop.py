@@ -92,7 +92,7 @@ def train(
         stack.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings)
-        first = number = int(state.step)
+        number, compiled = int(state.step), set()
 
         def look() -> None:
             if on_sample:
@@ -101,8 +101,10 @@ def train(
         place, pending = batches.get_state(), None
         while number < config.train.steps and not stop.asked:
             batch, skipped = run.take(batches)
-            with run.throughput.compiling() if number == first else nullcontext():
+            shape = batch["image"].shape
+            with nullcontext() if shape in compiled else run.throughput.compiling():
                 state, metrics = step(state, frozen, batch)
+            compiled.add(shape)
             place, number = batches.get_state(), number + 1
             if pending is not None:  # a step's metrics are read once the next step is on its way
                 run.read(*pending)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
+from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.pipeline import DataConfig, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
@@ -209,6 +210,79 @@ def test_more_records_in_a_batch_than_a_host_has_are_refused(source, tokenizer):
 def test_missing_data_are_told_before_anything_starts(tmp_path, tokenizer):
     with pytest.raises(UserError, match="does not exist"):
         _dataset(ImageFolder(path=str(tmp_path / "none")), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Images of three shapes whose pixels tell their index; numbers 3 and 4 cannot be decoded."""
+    path = tmp_path_factory.mktemp("shapes")
+    for i in range(24):
+        size = ((8, 8), (10, 6), (6, 12))[i % 3]
+        file = path / f"{i:02}.png"
+        Image.fromarray(np.full((*size, 3), i, np.uint8)).save(file)
+        if i in (3, 4):
+            file.write_bytes(file.read_bytes()[:50])
+        file.with_suffix(".txt").write_text(f"a pea {i}")
+    return ImageFolder(path=str(path))
+
+
+def _buckets(source, tokenizer, *, batch_size=4, host=0, num_hosts=1, **data):
+    transforms = Transforms(size=8, buckets=Buckets(step=2), caption_dropout=0.5)
+    config = DataConfig(source=source, transforms=transforms, **data)
+    return make_dataset(
+        config, tokenizer, batch_size=batch_size, seed=0, host=host, num_hosts=num_hosts
+    )
+
+
+def test_buckets_make_batches_of_one_shape_each(shapes, tokenizer):
+    batches = _take(_buckets(shapes, tokenizer), 7)
+    assert {batch["image"].shape for batch in batches} == {
+        (4, 8, 8, 3),
+        (4, 10, 6, 3),
+        (4, 6, 10, 3),
+    }
+    epoch = [i for batch in batches[:6] for i in batch["image"][:, 0, 0, 0].tolist()]
+    assert set(epoch) == set(range(24)) - {3, 4}
+    for batch in batches:
+        height, width = batch["image"].shape[1:3]
+        np.testing.assert_array_equal(batch["framing"][:, 4:], [[height, width]] * 4)
+    told = [name for batch in batches[:6] for name in batch["bad"]]
+    assert len(told) == sum(batch["skipped"] for batch in batches[:6]) == 2
+    assert all("cannot be decoded" in name for name in told)
+
+
+def test_hosts_get_their_rows_of_the_same_shapes(shapes, tokenizer):
+    alone = _take(_buckets(shapes, tokenizer), 8)
+    shares = [
+        _take(_buckets(shapes, tokenizer, batch_size=2, host=host, num_hosts=2), 8)
+        for host in range(2)
+    ]
+    for whole, *parts in zip(alone, *shares, strict=True):
+        if not whole["skipped"]:
+            for host, part in enumerate(parts):
+                np.testing.assert_array_equal(part["image"], whole["image"][host::2])
+                np.testing.assert_array_equal(part["tokens"], whole["tokens"][host::2])
+        assert {part["image"].shape[1:] for part in parts} == {whole["image"].shape[1:]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_restored_buckets_go_on_exactly(shapes, tokenizer, workers):
+    first = iter(_buckets(shapes, tokenizer, workers=workers))
+    _take(first, 3)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = _take(first, 5)
+    second = iter(_buckets(shapes, tokenizer, workers=workers))
+    second.set_state(state)
+    _assert_equal(_take(second, 5), expected)
+    _assert_equal(expected, _take(_buckets(shapes, tokenizer), 8)[3:])
+    first.close()
+    second.close()
+
+
+def test_a_batch_of_bad_records_alone_is_an_error(tmp_path, tokenizer):
+    broken = _folder(tmp_path, broken=range(RECORDS))
+    with pytest.raises(UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_share"):
+        next(iter(_buckets(broken, tokenizer)))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.transforms import Transforms
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.errors import UserError
 
 
@@ -181,3 +182,39 @@ def test_impossible_settings_are_told():
         Transforms(size=0)
     with pytest.raises(UserError, match=r"transforms\.caption_dropout"):
         Transforms(size=8, caption_dropout=1.5)
+
+
+@pytest.mark.parametrize(("stored", "shape"), [((30, 60), (8, 16)), ((60, 30), (16, 8))])
+def test_a_shape_like_the_image_s_cuts_nothing_off(stored, shape):
+    transforms = Transforms(size=16, buckets=Buckets(step=8))
+    made = transforms(_record(_encode(_ramp(*stored))), np.random.default_rng(0), shape)
+    assert made.image.shape == (*shape, 3)
+    np.testing.assert_array_equal(made.framing, [*stored, 0, 0, *shape])
+    whole = Image.fromarray(_ramp(*stored)).resize(shape[::-1], Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(made.image, np.asarray(whole))
+
+
+def test_a_shape_unlike_the_image_s_takes_its_largest_crop():
+    transforms = Transforms(size=16, buckets=Buckets(step=8))
+    wide, tall = _encode(_ramp(16, 64)), _encode(_ramp(64, 16))
+    made = transforms(_record(wide), np.random.default_rng(0), (16, 32))
+    np.testing.assert_array_equal(made.framing, [16, 64, 0, 16, 16, 32])
+    np.testing.assert_array_equal(made.image, _ramp(16, 64)[:, 16:48])
+    made = transforms(_record(tall), np.random.default_rng(0), (16, 16))
+    np.testing.assert_array_equal(made.image, _ramp(64, 16)[24:40])
+
+
+def test_sizes_are_read_without_decoding():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert stored_size(_encode(_ramp(6, 9))) == (9, 6)
+    assert stored_size(_encode(_ramp(6, 9), "JPEG", exif=exif.tobytes())) == (6, 9)
+    assert stored_size(_ramp(6, 9)) == (9, 6)
+    assert stored_size(_encode(_ramp(60, 90))[:60]) == (90, 60)
+    with pytest.raises(RecordError, match="size cannot be read"):
+        stored_size(b"damaged")
+
+
+def test_buckets_that_do_not_fit_the_size_are_refused():
+    with pytest.raises(UserError, match=r"divisor of data\.transforms\.size, 20"):
+        Transforms(size=20, buckets=Buckets(step=8))

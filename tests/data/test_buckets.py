@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+
+from jaxdiff.data.buckets import Buckets, Plan, nearest
+from jaxdiff.errors import UserError
+
+SHAPES = Buckets(step=8).shapes(32)
+
+
+def _plan(sizes, *, batch_size=4, seed=0, shuffle=True):
+    return Plan(np.array(sizes), SHAPES, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def _sizes(*counts):
+    """So many squares, so many wide images, so many tall ones."""
+    kinds = ((30, 30), (40, 24), (20, 36))
+    return [size for size, count in zip(kinds, counts, strict=True) for _ in range(count)]
+
+
+def test_the_shapes_of_stable_diffusion_xl():
+    """Those of Podell et al. 2023, appendix I, that are not too long."""
+    shapes = Buckets().shapes(1024)
+    assert shapes[0] == (1024, 1024)
+    assert {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1344, 768)} <= set(shapes)
+    assert len(set(shapes)) == len(shapes) == 9
+    for height, width in shapes:
+        assert height % 64 == width % 64 == 0
+        assert height * width <= 1024**2
+        assert max(height, width) <= 2 * min(height, width)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [(Buckets(step=24), "divisor of data.transforms.size, 64"), (Buckets(step=0), "divisor")],
+)
+def test_steps_that_do_not_fit_are_refused(buckets, message):
+    with pytest.raises(UserError, match=message):
+        buckets.check(64)
+    with pytest.raises(UserError, match="expected 1 or more"):
+        Buckets(step=8, max_ratio=0.5).check(64)
+
+
+def test_an_image_belongs_to_the_shape_of_the_nearest_aspect_ratio():
+    assert SHAPES == [(32, 32), (24, 40), (40, 24)]
+    sizes = np.array([[64, 64], [100, 99], [400, 240], [240, 400], [900, 100], [100, 900]])
+    np.testing.assert_array_equal(nearest(sizes, SHAPES), [0, 0, 1, 2, 1, 2])
+
+
+def test_every_record_comes_once_an_epoch_but_for_those_that_fill_up():
+    sizes = np.array(_sizes(9, 8, 7))
+    plan = _plan(sizes)
+    assert plan.batches == 3 + 2 + 2
+    for epoch in range(2):
+        seen = []
+        for number in range(plan.batches):
+            rows = plan.rows(epoch * plan.batches + number, host=0, num_hosts=1)
+            assert rows.epoch == epoch
+            assert len(rows.records) == 4
+            assert len(set(rows.records.tolist())) == 4
+            ratios = sizes[rows.records, 1] / sizes[rows.records, 0]
+            height, width = rows.shape
+            assert np.all((ratios > 1) == (height > width))
+            assert np.all((ratios < 1) == (height < width))
+            seen += rows.records.tolist()
+        assert set(seen) == set(range(24))
+        assert len(seen) == 28
+
+
+def test_epochs_differ_and_a_seed_fixes_them():
+    def order(seed, shuffle=True):
+        plan = _plan(_sizes(9, 8, 7), seed=seed, shuffle=shuffle)
+        return [plan.rows(k, 0, 1).records.tolist() for k in range(2 * plan.batches)]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    assert order(0)[:7] != order(0)[7:]
+    still = order(0, shuffle=False)
+    assert still[:7] == still[7:]
+    assert still[0] == [0, 1, 2, 3]
+
+
+def test_hosts_share_every_batch_and_its_shape():
+    whole, plan = _plan(_sizes(9, 8, 7)), _plan(_sizes(9, 8, 7))
+    for k in range(10):
+        parts = [plan.rows(k, host, 2) for host in range(2)]
+        assert parts[0].shape == parts[1].shape == whole.rows(k, 0, 1).shape
+        together = sorted(np.concatenate([part.records for part in parts]))
+        assert together == sorted(whole.rows(k, 0, 1).records)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shapes"),
+    [
+        ((9, 8, 3), {(32, 32), (24, 40)}),
+        ((3, 3, 8), {(24, 40), (40, 24)}),
+        ((1, 2, 3), {(40, 24)}),
+    ],
+)
+def test_shapes_without_a_full_batch_give_their_images_away(counts, shapes):
+    plan = _plan(_sizes(*counts))
+    batches = [plan.rows(k, 0, 1) for k in range(plan.batches)]
+    assert {rows.shape for rows in batches} == shapes
+    assert {int(i) for rows in batches for i in rows.records} == set(range(sum(counts)))
