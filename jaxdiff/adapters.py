@@ -32,7 +32,7 @@ def adapters_of(bundle: Bundle) -> dict[str, dict[Path, Factors]]:
     found = {}
     for part, config in _configs(bundle).items():
         if config is not None:
-            weights = bundle.params if part == "denoiser" else getattr(bundle, _home(bundle, part))
+            weights = bundle.params if _is_trained(bundle, part) else bundle.frozen
             found |= scaled({part: factors(weights[part])}, config.scale)
     return found
 
@@ -64,7 +64,7 @@ def attach(bundle: Bundle, adapters: Adapters) -> Bundle:
         home = weights[_home(plain, part)]
         dtype = jax.tree.leaves(home[part])[0].dtype
         leaves = tree({path: _padded(pair, rank, dtype) for path, pair in pairs.items()})
-        if part == "denoiser":  # alone among what is trained, its network among what is not
+        if _is_trained(plain, part):  # they alone are, what they adapt is not
             weights["frozen"][part], home[part] = home[part], leaves
         else:
             home[part] = adapted(home[part], leaves)
@@ -77,11 +77,10 @@ def detach(bundle: Bundle) -> Bundle:
     for part, config in _configs(bundle).items():
         if config is None:
             continue
-        if part == "denoiser":
+        if _is_trained(bundle, part):
             params[part] = frozen.pop(part)
         else:
-            home = params if part in params else frozen
-            home[part] = without(home[part])
+            frozen[part] = without(frozen[part])
     return _with_configs(bundle, {})._replace(params=params, frozen=frozen)
 
 
@@ -108,14 +107,21 @@ def _with_configs(bundle: Bundle, configs: Mapping[str, LoraConfig | None]) -> B
         for name, tower in task.towers.items()
     }
     pretrained = task.pretrained or bundle.config.name  # what the adapters are for
+    for name, tower in changes.items():
+        if tower.lora is not None and tower.trained:
+            changes[name] = dataclasses.replace(tower, pretrained=tower.pretrained or pretrained)
     task = dataclasses.replace(task, lora=configs.get("denoiser"), pretrained=pretrained, **changes)
     return bundle._replace(config=dataclasses.replace(bundle.config, task=task))
 
 
+def _is_trained(bundle: Bundle, part: str) -> bool:
+    """Whether a part, or if it has adapters these, are trained."""
+    return part == "denoiser" or _task(bundle).towers[part].trained
+
+
 def _home(bundle: Bundle, part: str) -> str:
     """Where the weights of a part are, which its adapters are not always beside."""
-    task = _task(bundle)
-    trained = task.lora is None if part == "denoiser" else task.towers[part].trained
+    trained = _is_trained(bundle, part) and _configs(bundle)[part] is None
     return "params" if trained else "frozen"
 
 

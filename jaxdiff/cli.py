@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxdiff import adapters
+from jaxdiff import adapters, inversion
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
 from jaxdiff.config import Config, load_recipe, members
 from jaxdiff.data.array_record import write_array_record
@@ -27,6 +27,7 @@ from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.pretrained.diffusers_folder import write_diffusers
+from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.lora import write_lora
 from jaxdiff.sample_command import SampleOptions, draw
 from jaxdiff.training.diffusion import DiffusionTask
@@ -185,7 +186,8 @@ class ExportOptions:
     """Folder to write."""
     format: str = "jaxdiff"
     """jaxdiff; diffusers: what StableDiffusionPipeline.from_pretrained opens, or XL's, adapters
-    made part of the weights; lora: the adapters alone, for load_lora_weights."""
+    and new words made part of the weights; lora: the adapters alone, for load_lora_weights;
+    embedding: the new word alone, for load_textual_inversion."""
     dtype: str | None = None
     """Type of the weights: bfloat16, float16 or float32; by default bfloat16, and in the format of
     diffusers the type that they have."""
@@ -196,15 +198,26 @@ def export(arguments: list[str]) -> None:
     options = parse(ExportOptions, arguments, prog="jaxdiff export")
     if options.dtype not in (None, "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
-    if options.format not in ("jaxdiff", "diffusers", "lora"):
-        raise UserError(f"--format {options.format}: expected jaxdiff, diffusers or lora.")
+    if options.format not in ("jaxdiff", "diffusers", "lora", "embedding"):
+        raise UserError(
+            f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
+        )
     bundle = read_bundle(options.run)
-    if options.format == "jaxdiff":
+    if options.format == "embedding":
+        word = inversion.word_of(bundle)
+        if word is None:
+            raise UserError(
+                f"{options.run} has learnt no word: expected a run of a recipe with "
+                "task.inversion, such as configs/sd15_inversion.py."
+            )
+        write_embedding(make_folder(options.out), word)
+    elif options.format == "jaxdiff":
         write_bundle(make_folder(options.out), bundle, options.dtype or "bfloat16")
     else:
         if options.dtype:
             cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
             bundle = bundle._replace(params=cast(bundle.params), frozen=cast(bundle.frozen))
+        bundle = inversion.settled(bundle)
         found = adapters.adapters_of(bundle)
         if options.format == "lora":
             if not found:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from jaxdiff import adapters
+from jaxdiff import adapters, inversion
 from jaxdiff.bundle import model_folder, read_bundle, weights_fingerprint
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
@@ -19,6 +19,7 @@ from jaxdiff.models.layers import any_rngs
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained.diffusers_folder import read_autoencoder
+from jaxdiff.pretrained.embeddings import read_embedding
 from jaxdiff.pretrained.lora import read_lora
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import noise_from_seeds, sample
@@ -99,10 +100,23 @@ class Pipeline:
         Raises:
           UserError: the file cannot be read, or is for another model.
         """
-        bundle = Bundle(self.config, self.weights["params"], self.weights["frozen"], self.tokenizer)
         new = adapters.scaled(read_lora(file, self.task), scale)
         put = adapters.merge if merge else adapters.attach
-        return Pipeline(put(bundle, new), dtype=self.dtype)
+        return Pipeline(put(inversion.settled(self.bundle), new), dtype=self.dtype)
+
+    def with_embedding(self, file: epath.PathLike, *, word: str | None = None) -> "Pipeline":
+        """The same model with one more word, of a file of textual inversion.
+
+        Args:
+          file: safetensors as diffusers or the web UIs write them.
+          word: what prompts call it; by default what the file says, or the file's name.
+
+        Raises:
+          UserError: the file cannot be read, is for another model, or the word is there already.
+        """
+        new = read_embedding(file, self.task)
+        new = new if word is None else new._replace(word=word)
+        return Pipeline(inversion.with_word(self.bundle, new), dtype=self.dtype)
 
     def with_autoencoder(self, folder: epath.PathLike) -> "Pipeline":
         """The same model with another autoencoder of its latents, such as a tiny one for previews.

@@ -46,6 +46,8 @@ class SampleOptions:
     """What to compute in; the type of the weights by default, but float32 on a CPU."""
     lora: tuple[str, ...] = ()
     """LoRA files to put on a Stable Diffusion model, each as FILE or FILE:SCALE."""
+    embedding: tuple[str, ...] = ()
+    """Files of textual inversion, each with a word that prompts may then have."""
     decode_by: Pieces = "whole"
     """What is decoded at a time, for large images: the whole batch, one of its images, or tiles."""
     strip: int = 0
@@ -72,6 +74,8 @@ def draw(options: SampleOptions) -> None:
     for lora in options.lora:
         file, scale = file_and_scale(lora)
         pipeline = pipeline.with_lora(file, scale=scale, merge=True)
+    for file in options.embedding:
+        pipeline = pipeline.with_embedding(file)
     prompts = [prompt for prompt in options.prompts for _ in range(options.num_images)]
     seeds = [options.seed + i for _ in options.prompts for i in range(options.num_images)]
     for prompt in options.prompts:

@@ -78,7 +78,9 @@ def test_what_is_put_on_fits_its_recipe_and_comes_off(bundle):
         shapes = jax.tree.map(np.shape, ours)
         assert shapes == jax.tree.map(lambda x: x.shape, abstract_params(build))
     assert_same_change(adapters_of(model), there)
-    named = dataclasses.replace(bundle.config.task, pretrained=bundle.config.name)
+    name, text = bundle.config.name, bundle.config.task.text
+    text = dataclasses.replace(text, pretrained=name if text.trained else None)
+    named = dataclasses.replace(bundle.config.task, pretrained=name, text=text)
     plain = bundle._replace(config=dataclasses.replace(bundle.config, task=named))
     assert_same(detach(model), plain)
 

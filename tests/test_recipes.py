@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PUBLISHED = {
     "sd15": 859_520_964,
     "sd15_dreambooth": 3_188_736,
+    "sd15_inversion": 768,
     "sd15_lora": 3_188_736,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
@@ -45,7 +46,7 @@ def test_it_builds_abstractly(path, config):
     leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert 1e4 < trained < 2e10
+    assert 500 < trained < 2e10
     assert trained == PUBLISHED.get(path.stem, trained)
     assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
 

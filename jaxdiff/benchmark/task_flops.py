@@ -40,11 +40,14 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
             denoiser = unet_flops(task.denoiser, **seen)
         case UNet2DConditionConfig():
             denoiser = unet2d_condition_flops(task.denoiser, **seen)
-    # Adapters need the gradient of what a layer reads, not that of its kernel.
-    total = three_passes(denoiser) if task.lora is None else 2 * denoiser
+    # Adapters and a new word need the gradient of what a layer reads, not that of its kernel.
+    total = 2 * denoiser if task.denoiser_is_frozen else three_passes(denoiser)
     for tower in task.towers.values():
         text = clip_text_flops(tower.model)
-        total += three_passes(text) if tower.trained else text
+        if tower.trained or task.inversion is not None:
+            total += three_passes(text) if tower.trained and tower.lora is None else 2 * text
+        else:
+            total += text
     match task.latents and task.latents.model:
         case AutoencoderConfig() as model:
             total += encode_flops(model, height=size, width=size)

@@ -1,7 +1,7 @@
 """CLIP's tokenizer: lower-cased byte-level BPE (Radford et al. 2021, section 2.4)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 from jaxtyping import Int32
-from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
@@ -29,6 +29,7 @@ class Tokenizer:
 
     `length` counts them all. A text that is too long loses its end, never its end token. CLIP
     pads with the end token; variants that pad with another keep it. Made by `load` or `train`.
+    `spelt` has the words of several tokens that `with_word` added, each with these tokens.
     """
 
     bpe: tokenizers.Tokenizer
@@ -36,16 +37,40 @@ class Tokenizer:
     start_id: int
     end_id: int
     pad_id: int
+    spelt: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, texts: list[str]) -> Int32[np.ndarray, "b n"]:
         """The ids [len(texts), length], each in [0, vocab_size)."""
-        encodings = self.bpe.encode_batch_fast(texts)
+        encodings = self.bpe.encode_batch_fast([self._spell(text) for text in texts])
         ids = [encoding.ids for encoding in encodings]
         return np.array(ids, np.int32).reshape(len(texts), self.length)
 
     def truncated(self, text: str) -> bool:
         """Whether `text` is longer than the encoder takes, so that its end is not read."""
-        return bool(self.bpe.encode(text).overflowing)
+        return bool(self.bpe.encode(self._spell(text)).overflowing)
+
+    def _spell(self, text: str) -> str:
+        for word, tokens in self.spelt:
+            text = text.replace(word, tokens)
+        return text
+
+    def with_word(self, word: str, count: int) -> "Tokenizer":
+        """The same with a new word of `count` tokens, whose ids follow the others.
+
+        They are called WORD, WORD_1, WORD_2 and so on, as diffusers does. Raises `UserError` for a
+        word that there is already, or that has spaces in it.
+        """
+        names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        known = self.bpe.get_vocab()
+        if not word or word.split() != [word] or any(name in known for name in names):
+            raise UserError(
+                f"{word!r} cannot be a new word: expected one without spaces that the tokenizer "
+                "does not have yet, such as <my-thing>."
+            )
+        bpe = tokenizers.Tokenizer.from_str(self.bpe.to_str())
+        bpe.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        pad = self.bpe.id_to_token(self.pad_id)
+        return _with_length(bpe, self.length, pad or END)
 
     @property
     def vocab_size(self) -> int:
@@ -62,12 +87,15 @@ class Tokenizer:
         merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
         pad = self.bpe.id_to_token(self.pad_id if pad_id is None else pad_id)
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+        added = {t.content: i for i, t in self.bpe.get_added_tokens_decoder().items()}
+        added = {token: i for token, i in added.items() if token not in model["vocab"]}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special}
         for name, text in {
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
             "merges.txt": f"#version: 0.2\n{merges}",
             "special_tokens_map.json": json.dumps(special, indent=2),
             "tokenizer_config.json": json.dumps(config, indent=2),
+            **({"added_tokens.json": json.dumps(added, indent=2)} if added else {}),
         }.items():
             write_whole(root / name, text.encode())
 
@@ -87,6 +115,9 @@ class Tokenizer:
                 lines = (root / "merges.txt").read_bytes().decode().split("\n")
                 pairs = [line.split(" ") for line in lines if line and line[:8] != "#version"]
                 bpe = _clip(vocab, [(left, right) for left, right in pairs])
+                added = _json(root / "added_tokens.json")
+                for word in sorted(added, key=added.__getitem__):
+                    bpe.add_tokens([AddedToken(word, normalized=False, special=False)])
             config = _json(root / "tokenizer_config.json") | _json(root / "special_tokens_map.json")
         except FileNotFoundError as error:
             raise UserError(
@@ -171,7 +202,24 @@ def _with_length(bpe: tokenizers.Tokenizer, length: int, pad_token: str) -> Toke
     )
     bpe.enable_truncation(length)
     bpe.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)
-    return Tokenizer(bpe=bpe, length=length, start_id=start_id, end_id=end_id, pad_id=pad_id)
+    return Tokenizer(
+        bpe=bpe,
+        length=length,
+        start_id=start_id,
+        end_id=end_id,
+        pad_id=pad_id,
+        spelt=tuple(_words_of_several_tokens(bpe)),
+    )
+
+
+def _words_of_several_tokens(bpe: tokenizers.Tokenizer) -> Iterator[tuple[str, str]]:
+    added = [token.content for token in bpe.get_added_tokens_decoder().values()]
+    for word in added:
+        names = [word]
+        while f"{word}_{len(names)}" in added:
+            names.append(f"{word}_{len(names)}")
+        if len(names) > 1:
+            yield word, " ".join(names)
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipVision, ClipVisionConfig
@@ -118,6 +119,10 @@ class AutoencoderTask:
 
     def start(self) -> dict[str, Pretrained]:
         """All of it starts as drawn."""
+        return {}
+
+    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
+        """Nothing."""
         return {}
 
     def init_state(self) -> tuple[()]:

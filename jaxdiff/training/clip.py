@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.models.clip import Clip, ClipConfig, ClipEmbeddings
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
@@ -37,6 +38,10 @@ class ClipTask:
 
     def start(self) -> dict[str, Pretrained]:
         """All of it starts as drawn."""
+        return {}
+
+    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
+        """Nothing."""
         return {}
 
     def init_state(self) -> tuple[()]:

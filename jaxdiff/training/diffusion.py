@@ -1,13 +1,17 @@
 """Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.errors import UserError
@@ -45,12 +49,12 @@ class TextTower:
         None draws one. A tower that starts as drawn and learns along with the denoiser is in
         danger: before the denoiser heeds prompts they are noise to it, and the tower then learns
         to say the same of all of them.
-      trained: whether it learns along with the denoiser or stays as it starts.
+      trained: whether it, or if it has adapters these, learn along with the denoiser.
       layer: which hidden state becomes the words that the denoiser reads, counted as
         `ClipText.__call__` does; 0 is the words alone, None the last.
       final_norm: whether the final layer norm is applied to these.
       pad_id: what follows a prompt's end becomes this id; None leaves the tokenizer's.
-      lora: the adapters that it has.
+      lora: the adapters that it has, which are then all that is trained of it.
     """
 
     model: ClipTextConfig
@@ -71,6 +75,58 @@ class TextTower:
             mask = encoder.prompt_mask(ids)
             ids = jnp.where(mask, ids, self.pad_id)
         return encoder(ids, layer=self.layer, final_norm=self.final_norm)
+
+    def with_rows(
+        self, params: Mapping[str, Any], rows: Float[Array, "n d"]
+    ) -> tuple["TextTower", dict[str, Any]]:
+        """The encoder, and its weights, with vectors of new tokens after those of its vocabulary.
+
+        What ends a prompt was the last token until now, and is named from here on.
+        """
+        table = params["token_embedding"]
+        end_id = len(table) - 1 if self.model.end_id is None else self.model.end_id
+        model = dataclasses.replace(self.model, vocab_size=len(table) + len(rows), end_id=end_id)
+        longer = jnp.concatenate([table, rows.astype(table.dtype)])
+        return dataclasses.replace(self, model=model), {**params, "token_embedding": longer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversion:
+    """A new word for what some images show, learnt with all else frozen (Gal et al. 2022).
+
+    Attributes:
+      word: as captions and prompts have it; without spaces, and unlike any other.
+      initial: what it means at first: a word or several that come near.
+      vectors: tokens that it takes.
+
+    Raises:
+      UserError: no tokens, or nothing to start from.
+    """
+
+    word: str = "<my-thing>"
+    initial: str = "thing"
+    vectors: int = 1
+
+    def __post_init__(self):
+        if self.vectors < 1 or not self.initial.strip():
+            raise UserError(
+                f"TextualInversion got vectors={self.vectors} and initial={self.initial!r}: "
+                "expected at least 1, and a word to start from."
+            )
+
+    def first_ids(self, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
+        """The tokens whose vectors it starts from."""
+        ids = tokenizer([self.initial])[0]
+        known = ids[1 : int(np.argmax(ids == tokenizer.end_id))]
+        return np.resize(known, self.vectors)
+
+
+class Words(nnx.Module):
+    """The vectors that are learnt of a new word, by text encoder."""
+
+    def __init__(self, towers: Mapping[str, TextTower], vectors: int):
+        for name, tower in towers.items():
+            setattr(self, name, nnx.Param(jnp.zeros((vectors, tower.model.width))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +171,19 @@ def _network(config: DenoiserConfig, rngs: nnx.Rngs) -> DiT | UNet | UNet2DCondi
 
 
 class TextToImage(nnx.Module):
-    """What is trained: the denoiser, or its adapters, and the text encoders that are not frozen."""
+    """What is trained of a task: its denoiser, text encoders, adapters, the vectors of a word."""
 
-    def __init__(
-        self,
-        denoiser: DenoiserConfig,
-        lora: LoraConfig | None,
-        towers: dict[str, TextTower],
-        *,
-        rngs: nnx.Rngs,
-    ):
-        for name, tower in towers.items():
-            setattr(self, name, tower.build(rngs))
-        network = _with_adapters(_network(denoiser, rngs), lora, rngs)
-        self.denoiser = network if lora is None else Adapters(network)
+    def __init__(self, task: "DiffusionTask", *, rngs: nnx.Rngs):
+        for name, tower in task.towers.items():
+            if tower.trained:
+                encoder = tower.build(rngs)
+                setattr(self, name, encoder if tower.lora is None else Adapters(encoder))
+        if task.inversion is not None:
+            self.words = Words(task.towers, task.inversion.vectors)
+        if task.lora is not None:
+            self.denoiser = Adapters(_with_adapters(_network(task.denoiser, rngs), task.lora, rngs))
+        elif task.inversion is None:
+            self.denoiser = _network(task.denoiser, rngs)
 
 
 def _text_part(name: str, tower: TextTower) -> Pretrained:
@@ -144,6 +199,7 @@ class DiffusionTask:
       pretrained: folder of the run or bundle, or `shipped:NAME`, whose denoiser it starts as; None
         draws one.
       lora: adapters of the denoiser, which are then all that is trained of it.
+      inversion: a new word, which is then all that is trained, beside adapters if there are any.
       text: the text encoder.
       text_2: a second one, whose tokens are joined to the first one's, channel by channel, and
         whose pooled vector takes the place of the first one's (Stable Diffusion XL).
@@ -156,6 +212,7 @@ class DiffusionTask:
     denoiser: DenoiserConfig
     pretrained: str | None = None
     lora: LoraConfig | None = None
+    inversion: TextualInversion | None = None
     text: TextTower
     text_2: TextTower | None = None
     zero_empty_prompt: bool = False
@@ -181,10 +238,26 @@ class DiffusionTask:
                 f"The denoiser works on {denoiser.channels} channels but the images it is given "
                 f"have {channels}; set denoiser.channels to {channels}."
             )
-        if self.lora is not None and self.pretrained is None:
+        if self.denoiser_is_frozen and self.pretrained is None:
             raise UserError(
-                "LoRA adapts a denoiser that is trained already: name its model in task.pretrained."
+                "LoRA and textual inversion need a denoiser that is trained already: name its "
+                "model in task.pretrained."
             )
+        if any(t.trained and t.lora and t.pretrained is None for t in self.towers.values()):
+            raise UserError(
+                "LoRA adapts a text encoder that is trained already: name its model in "
+                "task.text.pretrained."
+            )
+        if self.inversion is not None and any(tower.trained for tower in self.towers.values()):
+            raise UserError(
+                "Textual inversion learns a word for text encoders that stay as they are: set "
+                "task.text.trained to False."
+            )
+
+    @property
+    def denoiser_is_frozen(self) -> bool:
+        """Whether the denoiser's own weights stay as they are."""
+        return self.lora is not None or self.inversion is not None
 
     @property
     def downsampling(self) -> int:
@@ -198,8 +271,7 @@ class DiffusionTask:
 
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
-        trained = {name: tower for name, tower in self.towers.items() if tower.trained}
-        return TextToImage(self.denoiser, self.lora, trained, rngs=rngs)
+        return TextToImage(self, rngs=rngs)
 
     def frozen(self) -> dict[str, Pretrained]:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
@@ -209,7 +281,9 @@ class DiffusionTask:
         for name, tower in self.towers.items():
             if not tower.trained:
                 parts[name] = _text_part(name, tower)
-        if self.lora is not None:
+            elif tower.lora is not None:
+                parts[name] = _text_part(name, dataclasses.replace(tower, lora=None))
+        if self.denoiser_is_frozen:
             parts["denoiser"] = self._denoiser_part()
         return parts
 
@@ -220,12 +294,32 @@ class DiffusionTask:
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
         parts = {}
-        if self.pretrained is not None and self.lora is None:
+        if self.pretrained is not None and not self.denoiser_is_frozen:
             parts["denoiser"] = self._denoiser_part()
         for name, tower in self.towers.items():
-            if tower.trained and tower.pretrained is not None:
+            if tower.trained and tower.pretrained is not None and tower.lora is None:
                 parts[name] = _text_part(name, tower)
         return parts
+
+    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
+        """A new word starts as the one that comes near it.
+
+        Raises:
+          UserError: the tokenizer does not give the text encoders' last token as its own last.
+        """
+        if self.inversion is None:
+            return {}
+        ids = self.inversion.first_ids(tokenizer)
+        words = {}
+        for name in self.towers:
+            table = jax.device_get(frozen[name]["token_embedding"])
+            if len(table) + self.inversion.vectors != tokenizer.vocab_size:
+                raise UserError(
+                    f"The tokenizer has {tokenizer.vocab_size - self.inversion.vectors} tokens and "
+                    f"the text encoder {len(table)}: new words need as many of one as of the other."
+                )
+            words[name] = table[ids]
+        return {"words": words}
 
     def init_state(self) -> Any:
         """The curriculum at its first level."""
@@ -233,8 +327,10 @@ class DiffusionTask:
 
     def network(self, model: TextToImage, frozen: PyTree) -> Any:
         """The denoiser, called with x_t, t and features, with its adapters where it has them."""
-        if self.lora is None:
+        if not self.denoiser_is_frozen:
             return model.denoiser
+        if self.lora is None:
+            return merge(lambda: _network(self.denoiser, any_rngs()), frozen["denoiser"])
 
         def build() -> nnx.Module:
             rngs = any_rngs()
@@ -259,10 +355,15 @@ class DiffusionTask:
         """
         read = []
         for name, tower in self.towers.items():
-            if tower.trained:
+            if tower.trained and tower.lora is None:
                 encoder = getattr(model, name)
             else:
-                encoder = merge(self.frozen()[name].build, frozen[name])
+                params = frozen[name]
+                if tower.trained:
+                    params = adapted(params, nnx.to_pure_dict(nnx.state(getattr(model, name))))
+                if self.inversion is not None:
+                    tower, params = tower.with_rows(params, getattr(model.words, name)[...])
+                encoder = merge(_text_part(name, tower).build, params)
             read.append(tower.read(encoder, ids))
         tokens = jnp.concatenate([features.tokens for features in read], axis=-1)
         text = TextFeatures(tokens, read[-1].pooled, read[0].mask)

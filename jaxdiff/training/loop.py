@@ -84,7 +84,7 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=say)
         )
-        state, place, shardings = _start(config, mesh, checkpoints, say)
+        state, place, shardings = _start(config, mesh, checkpoints, frozen, tokenizer, say)
         batches = _batches(config, tokenizer, mesh, place)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(say))
@@ -151,7 +151,12 @@ def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep
 
 
 def _start(
-    config: Config, mesh: Mesh, checkpoints: Checkpoints, say: Callable[[str], None]
+    config: Config,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    frozen: PyTree,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
 ) -> tuple[TrainState, Any, TrainState]:
     """The newest checkpoint's state and place in the data, or a fresh state and no place."""
     abstract = abstract_state(config)
@@ -171,8 +176,10 @@ def _start(
         lambda start: init_state(config.task, optimizer, config.ema, config.train.seed, start),
         out_shardings=shardings,
     )
+    task = config.task
+    parts = read_pretrained(task.start()) | task.derive(frozen, tokenizer)
     # From the host: what lies on one device alone cannot go to a mesh of several.
-    return init(jax.device_get(read_pretrained(config.task.start()))), None, shardings
+    return init(jax.device_get(parts)), None, shardings
 
 
 def _frozen(config: Config, out: epath.Path) -> PyTree:

@@ -144,9 +144,11 @@ def _check_text(config: Config, tokenizer: Tokenizer) -> None:
     if isinstance(task, AutoencoderTask):
         return
     text = task.model.text if isinstance(task, ClipTask) else task.text.model
-    if tokenizer.length != text.length or tokenizer.vocab_size > text.vocab_size:
+    new = task.inversion.vectors if isinstance(task, DiffusionTask) and task.inversion else 0
+    vocab_size = tokenizer.vocab_size - new
+    if tokenizer.length != text.length or vocab_size > text.vocab_size:
         raise UserError(
-            f"The tokenizer gives {tokenizer.length} tokens out of {tokenizer.vocab_size}, but the "
+            f"The tokenizer gives {tokenizer.length} tokens out of {vocab_size}, but the "
             f"text encoder takes {text.length} out of {text.vocab_size}: make tokenizer.length and "
             "tokenizer.vocab_size fit the encoder's length and vocab_size."
         )
@@ -158,7 +160,8 @@ def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> T
     if (out / "tokenizer.json").exists():
         return Tokenizer.load(str(out))
     if isinstance(task, DiffusionTask) and task.text.pretrained is not None:
-        return read_tokenizer(task.text.pretrained)
+        tokenizer, new = read_tokenizer(task.text.pretrained), task.inversion
+        return tokenizer.with_word(new.word, new.vectors) if new else tokenizer
     if settings.path is not None:
         return Tokenizer.load(settings.path, length=settings.length)
     source = config.data.source

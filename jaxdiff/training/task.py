@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
+from jaxdiff.data.tokenizer import Tokenizer
+
 Batch = Mapping[str, Any]  # image uint8 [b, h, w, 3], tokens int32 [b, n]
 Metrics = dict[str, jax.Array]
 
@@ -41,6 +43,10 @@ class Task(Protocol):
 
     def start(self) -> dict[str, Pretrained]:
         """The parts of `build()`'s module that do not start as drawn, by their name in it."""
+        ...
+
+    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
+        """Those that start as something made of the frozen parts, as arrays of the host."""
         ...
 
     def init_state(self) -> PyTree:

@@ -130,3 +130,36 @@ def test_impossible_sizes_are_told():
         Tokenizer.train(CAPTIONS, vocab_size=100)
     with pytest.raises(UserError, match="does not fit CLIP"):
         Tokenizer.train(CAPTIONS, vocab_size=600, length=100)
+
+
+def test_a_new_word_has_tokens_of_its_own_after_the_others(tokenizer, tmp_path):
+    longer = tokenizer.with_word("<my-Pea>", 2)
+    first = tokenizer.vocab_size
+    assert longer.vocab_size == first + 2
+    ids = longer(["a <my-Pea> on", "a pea"])
+    before = tokenizer(["a", "on"])
+    assert ids[0, :5].tolist() == [*before[0, :2], first, first + 1, before[1, 1]]
+    np.testing.assert_array_equal(ids[1], tokenizer(["a pea"])[0])
+    assert longer.truncated("<my-Pea> " * 38)
+    assert not longer.truncated("<my-Pea> " * 37)
+    longer.save(str(tmp_path))
+    np.testing.assert_array_equal(Tokenizer.load(str(tmp_path))(["a <my-Pea> on"])[0], ids[0])
+    assert tokenizer(["<my-Pea>"]).max() < first  # the one it was made from is as it was
+
+
+def test_transformers_reads_a_new_word_as_we_do(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    longer = tokenizer.with_word("<mine>", 1)
+    longer.export(str(tmp_path))
+    texts = ["a <mine> pea", "<mine>", "two bananas"]
+    theirs = CLIPTokenizer.from_pretrained(str(tmp_path))
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    np.testing.assert_array_equal(longer(texts), expected)
+    np.testing.assert_array_equal(Tokenizer.load(str(tmp_path))(texts), expected)
+
+
+@pytest.mark.parametrize("word", ["", "two words", "<|endoftext|>", "a</w>"])
+def test_what_cannot_be_a_new_word_is_told(tokenizer, word):
+    with pytest.raises(UserError, match="cannot be a new word"):
+        tokenizer.with_word(word, 1)

@@ -285,3 +285,30 @@ def test_lora(tokenizer, tmp_path):
             file = tmp_path / f"{naming}.safetensors"
             pipeline = pipeline.with_lora(file, scale=scale, merge=merge)
         assert distance(predict(pipeline)) <= 1e-5
+
+
+def test_textual_inversion(tokenizer, tmp_path):
+    """A word of three tokens, put in by both, is the same prompt and the same picture."""
+    theirs = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
+    theirs.save_pretrained(tmp_path / "model")
+    theirs.set_progress_bar_config(disable=True)
+    width = theirs.text_encoder.config.hidden_size
+    rows = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+    save_file({"<pea>": rows}, tmp_path / "pea.safetensors")
+    theirs.load_textual_inversion(tmp_path, weight_name="pea.safetensors")
+    ours = jaxdiff.load(tmp_path / "model").with_embedding(tmp_path / "pea.safetensors")
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "np"}
+
+    def draw(prompt):
+        nchw = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+        return theirs([prompt], latents=nchw, **settings).images
+
+    expected = draw("a red <pea>")
+    assert np.abs(expected - draw("a red pea")).max() > 0.01
+    found = ours(["a red <pea>"], latents=latents, num_steps=STEPS, output="float")
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    write_diffusers(tmp_path / "whole", ours.bundle)
+    again = type(theirs).from_pretrained(tmp_path / "whole", safety_checker=None)
+    ids = again.tokenizer("a red <pea> <pea>_1 <pea>_2", padding="max_length")["input_ids"]
+    np.testing.assert_array_equal(ours.tokenizer(["a red <pea>"])[0], ids)

@@ -21,6 +21,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import ScaledLinear, TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
+from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
@@ -30,9 +31,10 @@ from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.pretrained.diffusers_folder import INDEX, read_diffusers, write_diffusers
+from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, Heun
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower, TextualInversion
 from jaxdiff.training.loop import train
 from jaxdiff.training.optimizer import AdamW
 
@@ -229,6 +231,62 @@ def test_adapters_are_trained_saved_and_read(folder, tmp_path):
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(ours - base(["a red pea"], num_steps=2, output="float")).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_word_is_learnt_saved_and_read(tmp_path):
+    """Nothing else moves; the word does to the checkpoint what it did in training."""
+    plain = bundle(TASK)
+    text = dataclasses.replace(TEXT, vocab_size=plain.tokenizer.vocab_size)
+    task = dataclasses.replace(TASK, text=dataclasses.replace(TASK.text, model=text))
+    write_diffusers(tmp_path / "model", bundle(task))
+    config = fine_tuning(
+        tmp_path / "model", tmp_path, inversion=TextualInversion(initial="pea", vectors=2)
+    )
+    data = dataclasses.replace(
+        config.data, source=ImageFolder(path=str(tmp_path), prompt="a <my-thing>")
+    )
+    towers = dataclasses.replace(config.task.text, model=text)
+    config = dataclasses.replace(
+        config,
+        data=data,
+        task=dataclasses.replace(config.task, text=towers),
+        optimizer=AdamW(learning_rate=5.0),
+    )
+    result = train(config, tmp_path / "run", say=lambda _: None)
+    assert [x.shape for x in jax.tree.leaves(result.state.params)] == [(2, 8)]
+    trained = read_bundle(tmp_path / "run")
+    pea = trained.tokenizer(["pea"])[0, 1]
+    moved = result.state.params["words"]["text"] - trained.frozen["text"]["token_embedding"][pea]
+    assert np.all(np.abs(moved).max(-1) > 0.01)
+    cli.export([str(tmp_path / "run"), str(tmp_path / "word"), "--format", "embedding"])
+    cli.export([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
+    base = jaxdiff.load(tmp_path / "model")
+    longer = base.with_embedding(tmp_path / "word")
+    again = longer.with_embedding(tmp_path / "word", word="<other>")
+    whole = jaxdiff.load(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, longer.weights, whole.weights)
+    word = ["a <my-thing>"]
+    np.testing.assert_array_equal(longer.tokenizer(word), whole.tokenizer(word))
+    drawn, same, other = (
+        pipeline([f"a {word}"], num_steps=2, output="float")
+        for pipeline, word in (
+            (Pipeline(trained), "<my-thing>"),
+            (longer, "<my-thing>"),
+            (again, "<other>"),
+        )
+    )
+    for images in (same, other):
+        np.testing.assert_allclose(images, drawn, atol=1e-5)
+    assert np.abs(drawn - longer(["a pea"], num_steps=2, output="float")).max() > 2e-4
+    with pytest.raises(UserError, match="cannot be a new word"):
+        longer.with_embedding(tmp_path / "word")
+
+
+def test_a_word_of_another_width_is_told(folder, tmp_path):
+    write_embedding(tmp_path, Word("<pea>", {"text": np.ones((1, 6), np.float32)}))
+    with pytest.raises(UserError, match=r"of widths \[6\].*another model"):
+        jaxdiff.load(folder).with_embedding(tmp_path)
 
 
 def test_a_part_that_is_missing_is_told(tmp_path):

@@ -11,16 +11,18 @@ import pytest
 from flax import nnx
 
 from jaxdiff.bundle import read_pretrained
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import any_rngs, merge
-from jaxdiff.models.lora import LoraConfig
+from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.training.diffusion import (
     NEGATIVE_BEAUTY,
     DiffusionTask,
     Latents,
     TextTower,
+    TextualInversion,
     whole,
 )
 from jaxdiff.training.ema import Ema
@@ -235,8 +237,90 @@ def test_xl_is_told_of_the_framing_and_its_refiner_of_beauty(task, numbers, told
 
 
 def test_adapters_need_something_to_adapt(task):
-    with pytest.raises(UserError, match="adapts a denoiser that is trained already"):
+    with pytest.raises(UserError, match="need a denoiser that is trained already"):
         dataclasses.replace(task, lora=LoraConfig())
+    text = dataclasses.replace(task.text, lora=LoraConfig())
+    with pytest.raises(UserError, match="adapts a text encoder that is trained already"):
+        dataclasses.replace(task, text=text)
+
+
+def test_a_text_encoders_adapters_alone_are_trained_and_start_without_effect(task):
+    lora = LoraConfig(rank=2, targets=("q", "mlp_in"))
+    text = dataclasses.replace(task.text, pretrained="runs/earlier", lora=lora)
+    adapted = dataclasses.replace(task, text=text)
+    assert not adapted.start()
+    assert set(adapted.frozen()) == {"text"}
+    drawn = jax.jit(lambda: nnx.to_pure_dict(nnx.split(adapted.build(nnx.Rngs(0)))[1]))()
+    layers = factors(drawn["text"])
+    assert set(layers) == {("blocks", "attention", "q"), ("blocks", "mlp_in")}
+    assert len(jax.tree.leaves(drawn["text"])) == 4
+    base = random_params(adapted.frozen()["text"].build)
+    ids = jnp.asarray(make_batch()["tokens"])
+
+    @jax.jit
+    def tokens(params):
+        model = nnx.merge(structure(adapted), params)
+        return adapted.features(model, {"text": base}, ids, whole(8, 8, len(ids))).tokens
+
+    without = task.text.read(merge(lambda: task.text.build(any_rngs()), base), ids).tokens
+    np.testing.assert_allclose(tokens(drawn), without, atol=1e-5)
+    moved = jax.tree.map(lambda x: x + 0.5, drawn)
+    assert np.abs(tokens(moved) - without).max() > 0.1
+
+
+def new_word(task, vectors=2):
+    text = dataclasses.replace(task.text, trained=False, pretrained="runs/earlier")
+    inversion = TextualInversion(word="<pea>", initial="red banana", vectors=vectors)
+    return dataclasses.replace(task, text=text, pretrained="runs/earlier", inversion=inversion)
+
+
+def test_of_a_new_word_its_vectors_alone_are_trained_and_start_as_others(task):
+    inverted = new_word(task, vectors=3)
+    assert not inverted.start()
+    assert set(inverted.frozen()) == {"text", "denoiser"}
+    tokenizer = Tokenizer.train(["a red banana"] * 9, vocab_size=600, length=16)
+    table = np.random.default_rng(0).normal(size=(tokenizer.vocab_size, 16)).astype(np.float32)
+    red, banana = tokenizer(["red banana"])[0, 1:3]
+    longer = tokenizer.with_word("<pea>", 3)
+    derived = inverted.derive({"text": {"token_embedding": table}}, longer)
+    np.testing.assert_array_equal(derived["words"]["text"], table[[red, banana, red]])
+    drawn = jax.eval_shape(lambda: init_state(inverted, optax.sgd(0.1), Ema(), 0)).params
+    assert jax.tree.map(np.shape, derived) == jax.tree.map(lambda x: x.shape, drawn)
+    with pytest.raises(UserError, match="new words need as many"):
+        inverted.derive({"text": {"token_embedding": table[:-1]}}, longer)
+
+
+def test_a_new_word_moves_the_loss_and_stands_where_the_prompt_has_it(task):
+    inverted = new_word(task)
+    params = random_params(lambda: inverted.build(any_rngs()))
+    frozen = {name: random_params(part.build) for name, part in inverted.frozen().items()}
+    with_word, without = make_batch(), make_batch()
+    with_word["tokens"][:, 2:4] = [600, 601]
+
+    @jax.jit
+    def gradient(params, batch):
+        def loss(params):
+            model = nnx.merge(structure(inverted), params)
+            return inverted.loss(model, frozen, batch, jax.random.key(0), inverted.init_state())[0]
+
+        return jax.grad(loss)(params)
+
+    assert np.all(np.abs(gradient(params, with_word)["words"]["text"]).max(-1) > 0)
+    assert not np.any(gradient(params, without)["words"]["text"])
+    # The prompt's end is found although it is no longer the greatest id.
+    model = nnx.merge(structure(inverted), params)
+    features = inverted.features(
+        model, frozen, jnp.asarray(with_word["tokens"]), whole(8, 8, BATCH)
+    )
+    np.testing.assert_array_equal(features.mask.sum(1), [6] * BATCH)
+
+
+def test_a_new_word_is_for_text_encoders_that_stay_as_they_are(task):
+    with pytest.raises(UserError, match=r"set task\.text\.trained to False"):
+        dataclasses.replace(new_word(task), text=task.text)
+    for wrong in ({"vectors": 0}, {"initial": " "}):
+        with pytest.raises(UserError, match="a word to start from"):
+            TextualInversion(**wrong)
 
 
 def test_latents_are_what_is_modelled_where_there_is_an_autoencoder(task):

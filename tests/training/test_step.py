@@ -55,6 +55,9 @@ class Regression:
     def frozen(self):
         return {}
 
+    def derive(self, frozen, tokenizer):
+        return {}
+
     def start(self):
         return {}
 
