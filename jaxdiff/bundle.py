@@ -13,7 +13,7 @@ OWNER/NAME, where there is no such folder, one of the Hugging Face hub.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from jaxdiff.pretrained import diffusers_folder
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
 from jaxdiff.pretrained.hub import download, download_tokenizer, is_hub_id
 from jaxdiff.pretrained.original import read_original
+from jaxdiff.pretrained.tensor_files import to_device
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained
 
@@ -168,20 +169,23 @@ def write_bundle(folder: epath.PathLike, bundle: Bundle, dtype: str = "bfloat16"
     write_config(root, bundle.config)
 
 
-def read_bundle(folder: epath.PathLike) -> Bundle:
+def read_bundle(
+    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
+) -> Bundle:
     """A trained model, with the moving average of a run's newest checkpoint as its weights.
 
     From the folder of a bundle, of a run, or of a Stable Diffusion checkpoint as diffusers has it;
-    or from such a checkpoint as one safetensors file in its original layout.
+    or from such a checkpoint as one safetensors file in its original layout; of such a checkpoint
+    each parameter goes through `place`.
 
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
     """
     root = model_folder(folder)
     if is_diffusers_folder(root):
-        return read_diffusers(root)
+        return read_diffusers(root, place=place)
     if root.suffix == ".safetensors":
-        return read_original(root)
+        return read_original(root, place=place)
     config = read_config(folder)
     parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
     abstract = {"params": abstract_params(lambda: config.task.build(any_rngs())), "frozen": parts}
@@ -213,15 +217,17 @@ def read_tokenizer(folder: epath.PathLike) -> Tokenizer:
 def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
     """The weights of the parts that a task takes over, from the folders that it names, or as drawn.
 
+    On the host: where they go is the business of whoever takes them over.
+
     Raises:
       UserError: a folder holds no such part, or one of another size.
     """
     folders = {part.folder for part in wanted.values() if part.folder is not None}
-    bundles = {folder: read_bundle(folder) for folder in folders}
+    bundles = {folder: read_bundle(folder, place=np.asarray) for folder in folders}
     parts = {}
     for name, part in wanted.items():
         if part.folder is None:
-            parts[name] = nnx.to_pure_dict(nnx.split(part.build())[1])
+            parts[name] = jax.device_get(nnx.to_pure_dict(nnx.split(part.build())[1]))
             continue
         bundle = bundles[part.folder]
         # An autoencoder is the whole of its own model, and a frozen part of one that draws.
@@ -235,7 +241,7 @@ def read_pretrained(wanted: Mapping[str, Pretrained]) -> dict[str, PyTree]:
         abstract = abstract_params(part.build)
         check_fit(params, abstract, part.folder)
         # Weights may be stored in half precision, which those in training must not be in.
-        parts[name] = jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
+        parts[name] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, abstract)
     return parts
 
 

@@ -33,7 +33,7 @@ from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.run_folder import open_run
 from jaxdiff.training.state import TrainState, fingerprint
-from jaxdiff.training.step import TrainStep, init_state, make_train_step, structure
+from jaxdiff.training.step import TrainStep, cast, init_state, make_train_step, structure
 from jaxdiff.training.task import COUNT, SUM
 
 Hook = Callable[[TrainState, PyTree, Tokenizer], None]
@@ -79,19 +79,22 @@ def train(
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
     config.data.source.check()  # before an earlier run is removed for the sake of a typo
     tokenizer = open_run(config, out, fresh=fresh, say=say)
-    frozen = jax.device_put(_frozen(config, out), replicated(mesh))
+    host = _frozen(config, out)
+    # In the type that a step would make of them anyway, and split like what is trained.
+    frozen = jax.device_put(cast(host, config.train.compute), state_shardings(host, mesh))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=say)
         )
-        state, place, shardings = _start(config, mesh, checkpoints, frozen, tokenizer, say)
+        state, place, shardings = _start(config, mesh, checkpoints, host, tokenizer, say)
+        del host
         batches = _batches(config, tokenizer, mesh, place)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(say))
         run = _Run(config, out, int(state.step))
         stack.enter_context(run.writer)
         stack.enter_context(run.progress)
-        step = compile_step(config, mesh, shardings)
+        step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
         number, compiled = int(state.step), set()
 
         def look() -> None:
@@ -132,7 +135,9 @@ def abstract_state(config: Config) -> TrainState:
     return jax.eval_shape(lambda: init_state(config.task, optimizer, config.ema, config.train.seed))
 
 
-def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep:
+def compile_step(
+    config: Config, mesh: Mesh, shardings: TrainState, frozen_shardings: PyTree
+) -> TrainStep:
     """The jitted step of a recipe, sharded in and out; the old state's memory goes to the new."""
     step = make_train_step(
         config.task,
@@ -144,7 +149,7 @@ def compile_step(config: Config, mesh: Mesh, shardings: TrainState) -> TrainStep
     )
     return jax.jit(
         step,
-        in_shardings=(shardings, replicated(mesh), batch_sharding(mesh)),
+        in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -55,7 +55,7 @@ def cast(tree: PyTree, compute: ComputeType) -> PyTree:
 
     def convert(leaf):
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(compute) if is_float and leaf.ndim else leaf
+        return leaf.astype(compute) if is_float and leaf.ndim and leaf.dtype != compute else leaf
 
     return jax.tree.map(convert, tree)
 

@@ -69,7 +69,7 @@ def after_two_steps(recipe, mesh_config):
     devices = jax.devices()[: 1 if mesh_config is None else 8]
     mesh = make_mesh(mesh_config or MeshConfig(), devices)
     shardings = state_shardings(abstract_state(config), mesh)
-    step = compile_step(config, mesh, shardings)
+    step = compile_step(config, mesh, shardings, {})
     rng = np.random.default_rng(1)
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),

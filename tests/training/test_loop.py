@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from jaxdiff.bundle import FROZEN, read_weights
 from jaxdiff.config import to_json
 from jaxdiff.data.produce import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
@@ -24,6 +26,7 @@ from jaxdiff.parallel.mesh import MeshConfig
 from jaxdiff.training import loop
 from jaxdiff.training.loop import train
 
+NO_SKIPS = {"nonfinite": jnp.int32(0), "nonfinite_in_a_row": jnp.int32(0)}
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
 
@@ -286,6 +289,34 @@ def test_records_that_cannot_be_used_are_named_and_counted(
     assert len(told) >= 3
     assert all("produce/train/7" in line for line in told)
     assert sum(r["skipped_records"] for r in records(tmp_path)) == len(told)
+
+
+def test_frozen_parts_are_split_and_of_the_type_that_steps_compute_in(
+    tmp_path, tiny_recipe, monkeypatch
+):
+    """On the devices; on disk they stay float32."""
+    seen = []
+
+    def step(state, frozen, batch):
+        seen.append(frozen["text"])
+        return state.replace(step=state.step + 1), {"loss": jnp.float32(1), **NO_SKIPS}
+
+    monkeypatch.setattr(loop, "compile_step", lambda *_: step)
+    recipe = tiny_recipe(steps=1, compute="bfloat16")
+    text = dataclasses.replace(recipe.task.text, trained=False)
+    recipe = dataclasses.replace(
+        recipe,
+        task=dataclasses.replace(recipe.task, text=text),
+        mesh=MeshConfig(data=2, fsdp=4),
+    )
+    train(recipe, tmp_path, say=quiet)
+    (frozen,) = seen
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {np.dtype(jnp.bfloat16)}
+    table = frozen["token_embedding"]
+    assert table.addressable_shards[0].data.shape == (600 // 4, 16)
+    stored = read_weights(epath.Path(tmp_path) / FROZEN)["text"]["token_embedding"]
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(table, stored.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
