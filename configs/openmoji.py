@@ -15,7 +15,8 @@ from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
-from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet import UNetConfig

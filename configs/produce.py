@@ -17,7 +17,8 @@ from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
-from jaxdiff.diffusion.schedules import RectifiedFlow, TimeGrid
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.sampling.settings import SamplingConfig

@@ -17,7 +17,8 @@ from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import MinSNR, Objective
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import CLIP_L, SD1
 from jaxdiff.sampling.settings import SamplingConfig

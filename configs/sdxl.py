@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.diffusion.schedules import TrainStepGrid
+from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
 from jaxdiff.sampling.solvers import Euler

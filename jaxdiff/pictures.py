@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
@@ -96,21 +96,26 @@ def strip(
 def save_png(path: epath.PathLike, image: Picture, text: dict[str, str] | None = None) -> None:
     """Writes a PNG file, whole or not at all, with `text` in its text chunks.
 
-    A value becomes a tEXt chunk if Latin-1 can write it, and an iTXt chunk, in UTF-8, otherwise
-    (PNG specification, sections 11.3.3.2 and 11.3.3.4). Keys are 1 to 79 characters of Latin-1.
-
     Args:
       path: local or on a cloud's storage, such as `gs://...`; its folder is made if there is none.
       image: what to save.
       text: key to value, such as the prompt and the seed.
+    """
+    write_whole(epath.Path(path), png_bytes(image, text))
+
+
+def png_bytes(image: Picture, text: dict[str, str] | None = None) -> bytes:
+    """A PNG file with `text` in its text chunks.
+
+    A value becomes a tEXt chunk if Latin-1 can write it, and an iTXt chunk, in UTF-8, otherwise
+    (PNG specification, sections 11.3.3.2 and 11.3.3.4). Keys are 1 to 79 characters of Latin-1.
     """
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="PNG", pnginfo=chunks)
-
-    write_whole(epath.Path(path), data.getvalue())
+    return data.getvalue()
 
 
 def read_text(path: epath.PathLike) -> dict[str, str]:
@@ -130,3 +135,29 @@ def read_text(path: epath.PathLike) -> dict[str, str]:
             return {key: str(value) for key, value in image.text.items()}
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{path} is no readable PNG file ({error}); give one.") from error
+
+
+def read_picture(path: epath.PathLike, data: bytes | None = None) -> Picture:
+    """The pixels of an image file, upright, with white where it is transparent.
+
+    Args:
+      path: of the file; a mask is one that is white where an image is to be drawn anew.
+      data: what is in it, where that was read before.
+
+    Raises:
+      UserError: there is no such file, or it is no image.
+    """
+    try:
+        data = epath.Path(path).read_bytes() if data is None else data
+    except (OSError, ValueError) as error:  # the latter for a path that there cannot be
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            return np.asarray(upright.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+        raise UserError(f"{path} is no readable image ({error}): give one.") from error

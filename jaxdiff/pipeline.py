@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,24 +13,29 @@ from flax import nnx
 
 from jaxdiff import adapters, inversion
 from jaxdiff.bundle import model_folder, read_bundle, weights_fingerprint
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.drawing import compiled, reads_mask
+from jaxdiff.editing import check_images, check_masks, first_step, slerp
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
+from jaxdiff.models.clip import ClipConfig
 from jaxdiff.models.layers import any_rngs
 from jaxdiff.models.tiling import Pieces
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained.diffusers_folder import read_autoencoder
 from jaxdiff.pretrained.embeddings import read_embedding
 from jaxdiff.pretrained.lora import read_lora
-from jaxdiff.sampling.guidance import ClassifierFree
-from jaxdiff.sampling.sampler import noise_from_seeds, sample
+from jaxdiff.sampling.clip_guidance import ClipGuidance
+from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.settings import check_num_steps
 from jaxdiff.sampling.solvers import Solver
-from jaxdiff.training.diffusion import NEGATIVE_BEAUTY, DiffusionTask, Latents, whole
+from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import DiffusionTask, Latents
 from jaxdiff.training.step import ComputeType, cast
 from jaxdiff.training.task import from_uint8
 
 DEFAULT_MODEL = "shipped:produce"
 LARGEST_SEED = 2**32 - 1
+IMAGE_STRENGTH = 0.6
 
 Integer = int | np.integer
 Number = Integer | float | np.floating
@@ -168,6 +173,13 @@ class Pipeline:
         batch_size: int | None = None,
         num_snapshots: int = 0,
         decode_by: Pieces = "whole",
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
+        toward: Sequence[str] | None = None,
+        share: Number | Iterable[Number] = 0.5,
+        clip: ClipGuidance | None = None,
+        repeats: int = 1,
     ) -> np.ndarray:
         """Draws one image for each prompt.
 
@@ -187,6 +199,16 @@ class Pipeline:
           num_snapshots: return that many estimates of the image on the way instead.
           decode_by: what the autoencoder decodes at a time: the "whole" batch, one of its "images",
             or one of their "tiles", for images that are too large otherwise.
+          image: to start from, uint8 [n, h, w, 3] or one for all, whose size is that of the result.
+          mask: 1 where the image is drawn anew, [n, h, w] or one for all; where it is 0 every pixel
+            is kept as it is. All of the image is drawn anew by default.
+          strength: how far an image is taken back to noise, from 0 to 1, and so how much it may
+            change; 0.6 by default, 1 with a mask.
+          toward: other prompts, one for all or one each, to mix into the prompts.
+          share: of these in the mixture, one for all or one each.
+          clip: a second model that steers every step toward the prompts.
+          repeats: how often each step is taken, going back up by fresh noise in between; with a
+            mask, what is drawn then comes to fit what is kept.
 
         Returns:
           Images [n, h, w, 3]; with snapshots, [num_snapshots, n, h, w, 3], the last one
@@ -197,18 +219,21 @@ class Pipeline:
             prompt, or one text where a list of them is expected.
         """
         settings, denoiser = self.config.sampling, self.task.denoiser
-        if isinstance(denoiser, UNet2DConditionConfig) and denoiser.in_channels > denoiser.channels:
+        if reads_mask(denoiser) and (image is None or mask is None):
             raise UserError(
-                f"{self.config.name} is for inpainting: beside the noise it reads a mask and the "
-                "rest of the image, which cannot be given yet; take the model it was made from."
+                f"{self.config.name} is for inpainting: give an image and a mask, 1 where it is to "
+                "be drawn anew."
             )
+        if image is None and (mask is not None or strength is not None):
+            raise UserError("mask and strength are about an image: give image as well.")
         prompts = _texts("prompts", prompts)
         n = len(prompts)
         if n == 0:
             raise UserError("There is no prompt: give at least one.")
         num_steps = settings.num_steps if num_steps is None else num_steps
         check_num_steps(num_steps)
-        size = size or (self.image_size, self.image_size)
+        images = None if image is None else check_images(image, n)
+        size = _one_size(size, images) or (self.image_size, self.image_size)
         shape = self._shape(*size)
         negative = [""] if negative_prompt is None else _texts("negative_prompt", negative_prompt)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
@@ -218,6 +243,17 @@ class Pipeline:
             "scale": np.asarray(_one_each("guidance_scale", scale, n), np.float32),
             "seeds": _seeds(_one_each("seeds", range(n) if seeds is None else seeds, n)),
         }
+        if toward is not None:
+            others = _one_each("toward", _texts("toward", toward), n)
+            rows["toward"] = self.tokenizer(others)
+            rows["share"] = np.asarray(_one_each("share", share, n), np.float32)
+        first = 0
+        if images is not None:
+            rows["image"] = images
+            if mask is not None:
+                rows["mask"] = check_masks(mask, images.shape)
+            default = IMAGE_STRENGTH if mask is None else 1.0
+            first = first_step(default if strength is None else strength, num_steps)
         if latents is not None:
             rows["noise"] = np.asarray(latents, np.float32)
             if rows["noise"].shape != (n, *shape):
@@ -225,22 +261,68 @@ class Pipeline:
                     f"latents are of shape {rows['noise'].shape}: expected {(n, *shape)} for {n} "
                     "prompts."
                 )
-        batch_size = _batch_size(*size) if batch_size is None else batch_size
+        batch_size = images_at_a_time(*size) if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: expected at least 1.")
         solver = solver or settings.solver
-        draw = _compiled(self.task, self._graphdef, self.config, solver, shape, decode_by)
-        batches = []
-        for start in range(0, n, batch_size):
-            part = {k: v[start : start + batch_size] for k, v in rows.items()}
-            count = len(part["seeds"])
-            part = {k: np.resize(v, (batch_size, *v.shape[1:])) for k, v in part.items()}
-            images = draw(self.weights, part, np.int32(num_steps), num_snapshots)
-            batches.append((images, count))
-        # Cut on the host, where a new number of images compiles nothing.
-        drawn = [np.asarray(images)[..., :count, :, :, :] for images, count in batches]
-        images = np.concatenate(drawn, axis=-4)
-        return images if output == "float" else np.rint(images * 255).astype(np.uint8)
+        weights, clip_model = self.weights, None
+        if clip is not None:
+            clip_model, clip_weights, tokenizer = _clip(clip.model)
+            weights = {**weights, "clip": clip_weights}
+            rows["clip_ids"] = tokenizer(prompts)
+            rows["clip_scale"] = np.full(n, clip.scale, np.float32)
+            repeats = max(repeats, clip.repeats)
+            clip = dataclasses.replace(clip, model="", scale=0.0, repeats=1)  # no reason to compile
+        if repeats < 1:
+            raise UserError(f"repeats is {repeats}: expected 1 or more.")
+        draw = compiled(
+            self.task,
+            self._graphdef,
+            settings,
+            solver,
+            shape,
+            decode_by,
+            clip,
+            clip_model,
+            repeats,
+        )
+        made = _in_batches(
+            lambda part: draw(weights, part, np.int32(num_steps), np.int32(first), num_snapshots),
+            rows,
+            batch_size,
+        )
+        return made if output == "float" else np.rint(made * 255).astype(np.uint8)
+
+    def between(
+        self, prompts: tuple[str, str], frames: int, *, seeds: tuple[int, int] = (0, 0), **arguments
+    ) -> np.ndarray:
+        """Images on the way from one prompt and seed to another, both of them included.
+
+        Args:
+          prompts: where it begins and where it ends; the same twice, to walk through seeds alone.
+          frames: how many images, 2 or more.
+          seeds: of the noise at both ends, between which it turns from one to the other.
+          arguments: others that `pipeline(prompts)` takes.
+
+        Returns:
+          Images [frames, h, w, 3].
+
+        Raises:
+          UserError: fewer than 2 frames, or what `pipeline(prompts)` raises.
+        """
+        if frames < 2:
+            raise UserError(f"frames is {frames}: expected at least 2, for both ends.")
+        shares = np.linspace(0, 1, frames)
+        shape = self._shape(*(arguments.get("size") or (self.image_size, self.image_size)))
+        one, other = np.asarray(noise_from_seeds(jnp.asarray(_seeds(list(seeds))), shape))
+        return self(
+            [prompts[0]] * frames,
+            toward=[prompts[1]],
+            share=shares,
+            seeds=seeds[0],
+            latents=np.stack([slerp(one, other, share) for share in shares]),
+            **arguments,
+        )
 
     def autoencode(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [n, h, w, 3] to latents and back: the best that this model could draw.
@@ -249,7 +331,7 @@ class Pipeline:
         """
         if self.task.latents is None:
             return images
-        size = _batch_size(*images.shape[2:0:-1])
+        size = images_at_a_time(*images.shape[2:0:-1])
         parts = [images[i : i + size] for i in range(0, len(images), size)]
         back = [
             _autoencoder(self.task)(self.weights["frozen"], np.resize(x, (size, *x.shape[1:])))
@@ -271,7 +353,48 @@ class Pipeline:
         return self.task.shape(height, width)
 
 
-def _batch_size(width: int, height: int) -> int:
+def _in_batches(
+    draw: Callable[[dict[str, np.ndarray]], jax.Array], rows: dict[str, np.ndarray], size: int
+) -> np.ndarray:
+    """What is drawn of all rows, `size` at a time, the last of them filled up."""
+    batches = []
+    for start in range(0, len(rows["seeds"]), size):
+        part = {k: v[start : start + size] for k, v in rows.items()}
+        count = len(part["seeds"])
+        part = {k: np.resize(v, (size, *v.shape[1:])) for k, v in part.items()}
+        batches.append((draw(part), count))
+    # Cut on the host, where a new number of images compiles nothing.
+    drawn = [np.asarray(made)[..., :count, :, :, :] for made, count in batches]
+    return np.concatenate(drawn, axis=-4)
+
+
+@functools.lru_cache(maxsize=2)
+def _clip(model: str) -> tuple[ClipConfig, Any, Tokenizer]:
+    """Sizes, weights and tokenizer of a CLIP.
+
+    Raises:
+      UserError: there is no such model, or it is none.
+    """
+    bundle = read_bundle(model)
+    task = bundle.config.task
+    if not isinstance(task, ClipTask) or bundle.tokenizer is None:
+        raise UserError(f"{model} is no CLIP but a {type(task).__name__}: give one in clip.model.")
+    return task.model, jax.device_put(bundle.params), bundle.tokenizer
+
+
+def _one_size(size: tuple[int, int] | None, images: np.ndarray | None) -> tuple[int, int] | None:
+    """The width and height asked for, and those of the images, which must not differ."""
+    own = None if images is None else (images.shape[2], images.shape[1])
+    if size is not None and own is not None and size != own:
+        raise UserError(
+            f"size is {size[0]}x{size[1]} but image is {own[0]}x{own[1]}: leave out size, or "
+            "resize the image."
+        )
+    return size or own
+
+
+def images_at_a_time(width: int, height: int) -> int:
+    """The batch size unless a caller says otherwise: for the size, and the kind of device."""
     pixels, most = PIXELS_AT_A_TIME["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     return max(1, min(most, pixels // (width * height)))
 
@@ -312,55 +435,3 @@ def _autoencoder(task: DiffusionTask):
         return jnp.rint((back + 1) * 127.5).astype(jnp.uint8)
 
     return autoencode
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(
-    task: DiffusionTask,
-    graphdef,
-    config,
-    solver: Solver,
-    shape: tuple[int, int, int],
-    decode_by: Pieces,
-):
-    """The jitted loop for one solver and one shape; the batch size and snapshots are static too."""
-    settings = config.sampling
-    size = shape[0] * task.downsampling, shape[1] * task.downsampling
-    guidance = ClassifierFree(
-        prediction=task.objective.prediction,
-        schedule=task.objective.schedule,
-        threshold=settings.threshold,
-        interval=settings.interval,
-        rescale=settings.rescale,
-    )
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def draw(weights, rows, num_steps, num_snapshots):
-        model = nnx.merge(graphdef, weights["params"])
-        frozen = weights["frozen"]
-        framing = whole(*size, len(rows["ids"]))
-        denoise = guidance.denoiser(
-            task.network(model, frozen),
-            task.features(model, frozen, rows["ids"], framing),
-            task.features(model, frozen, rows["negative_ids"], framing, NEGATIVE_BEAUTY),
-            rows["scale"],
-        )
-        noise = rows["noise"] if "noise" in rows else noise_from_seeds(rows["seeds"], shape)
-        sampled = sample(
-            denoise,
-            solver,
-            task.objective.schedule,
-            settings.grid,
-            num_steps,
-            noise,
-            rows["seeds"],
-            unit_noise=settings.unit_noise,
-            num_snapshots=num_snapshots,
-        )
-        x = sampled.snapshots if num_snapshots else sampled.images[None]
-        images = task.decode(frozen, x.reshape(-1, *shape), decode_by)
-        images = images.reshape(*x.shape[:2], *images.shape[1:])
-        images = jnp.clip(images / 2 + 0.5, 0, 1)
-        return images if num_snapshots else images[0]
-
-    return draw

@@ -101,7 +101,7 @@ def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys)
         (("evaluate", "nowhere"), "nowhere holds no model"),
         (("export", "nowhere", "out"), "nowhere holds no model"),
         (("export", "a", "b", "--dtype", "int8"), "expected bfloat16, float16 or float32"),
-        (("export", "a", "b", "--format", "ckpt"), "expected jaxdiff, diffusers or lora"),
+        (("export", "a", "b", "--format", "ckpt"), "diffusers, lora or embedding"),
         (("export", "shipped:produce", "b", "--format", "diffusers"), "no Stable Diffusion model"),
     ],
 )

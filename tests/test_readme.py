@@ -7,6 +7,7 @@ import pytest
 
 from jaxdiff import cli
 from jaxdiff.adapters import attach
+from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle
 from jaxdiff.models.lora import Factors
 
@@ -52,10 +53,13 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     ran = []
     for name in ("run_recipe", "draw", "evaluate_folder"):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
-    writers = ("write_bundle", "write_diffusers", "write_lora", "make_folder", "write_array_record")
+    writers = ("bundle", "diffusers", "lora", "embedding", "array_record")
+    writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
     monkeypatch.setattr(cli, "read_bundle", lambda _: adapted)
+    monkeypatch.setattr(cli.inversion, "word_of", lambda _: Word("<my-thing>", {}))
+    monkeypatch.setattr(cli.inversion, "settled", lambda bundle: bundle)
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
     if arguments(command)[0] in ("train", "sample", "evaluate"):
         assert len(ran) == 1

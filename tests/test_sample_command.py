@@ -9,7 +9,7 @@ from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import load
-from jaxdiff.sample_command import file_and_scale
+from jaxdiff.sample_options import file_and_scale
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -128,6 +128,10 @@ def test_a_prompt_that_is_too_long_is_told(sample, capsys):
         ((PEA, "--num-steps", "0"), "at least 1 step"),
         ((PEA, "--strip", "-1"), "--strip is -1"),
         ((PEA, "--solver", "ddmi"), "ddim"),
+        ((PEA, "--mask", "x.png"), "give --image as well"),
+        ((PEA, "--strength", "0.5"), "give --image as well"),
+        ((PEA, "--image", "missing.png"), "missing.png cannot be read"),
+        ((PEA, "--strength", "2", "--image", "x.png"), "--strength is 2.0: expected a number"),
         ((PEA, "--sed", "1"), "did you mean --seed?"),
         ((PEA, "--negative_promt=x"), "did you mean --negative-prompt?"),
     ],

@@ -6,20 +6,19 @@
 Every schedule has alpha(0) = 1 and sigma(0) = 0 exactly, and log_snr falls with t. `norm` is what
 a schedule keeps at 1: alpha^2 + sigma^2 (its root) where variance is preserved, alpha + sigma on
 a straight path, alpha where variance explodes. Two schedules of equal log_snr differ by a
-rescaling of x_t only (Karras et al. 2022, section 2), and `norm` fixes that scale.
-
-`TimeGrid` says at which times a sampler stands.
+rescaling of x_t only (Karras et al. 2022, section 2), and `norm` fixes that scale. `time_at` goes
+back from noise to time.
 """
 
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 
@@ -42,6 +41,10 @@ class Schedule(Protocol):
 
     def log_snr(self, t: Times) -> Times:
         """Log of the signal-to-noise ratio, eq. 2, within +-LOG_SNR_LIMIT."""
+        ...
+
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where sigma / alpha, in [0, inf], is that."""
         ...
 
 
@@ -85,6 +88,10 @@ class Cosine:
     def log_snr(self, t: Times) -> Times:
         """-2 log tan(c t)."""
         return _log_snr(self.alpha(t), self.sigma(t))
+
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where sigma / alpha, in [0, inf], is that; 1 where it never is as much."""
+        return jnp.minimum(jnp.arctan(noise_to_data) / self._angle(jnp.ones_like(noise_to_data)), 1)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
         """Variance is preserved."""
@@ -140,11 +147,15 @@ class ScaledLinear:
                 "at least 2 steps."
             )
 
-    def _ratio(self, t: Times) -> Times:
-        """sigma / alpha, linearly interpolated."""
+    def _table(self) -> np.ndarray:
+        """sigma / alpha [num_train_steps + 1], that of data first."""
         table = _noise_to_data(self.beta_start, self.beta_end, self.num_train_steps)
         table = _zero_terminal(table) if self.zero_terminal_snr else table
-        table = jnp.asarray(np.concatenate([[0.0], table]), t.dtype)
+        return np.concatenate([[0.0], table])
+
+    def _ratio(self, t: Times) -> Times:
+        """sigma / alpha, linearly interpolated."""
+        table = jnp.asarray(self._table(), t.dtype)
         place = jnp.clip(t * self.num_train_steps, 0, self.num_train_steps)
         # t = (i + 1) / num_train_steps is not a whole number any more once it has been rounded.
         whole = jnp.round(place)
@@ -167,6 +178,13 @@ class ScaledLinear:
         """sqrt(1 - alpha_bar)."""
         return jax.lax.rsqrt(1 + self._ratio(t) ** -2)
 
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where sigma / alpha, in [0, inf], is that; 1 where it never is as much."""
+        table = self._table().astype(noise_to_data.dtype)
+        times = np.arange(self.num_train_steps + 1, dtype=table.dtype) / self.num_train_steps
+        inside = jnp.interp(noise_to_data, table, times)
+        return jnp.where(noise_to_data >= table[-1], 1.0, inside)
+
     def norm(self, alpha: Times, sigma: Times) -> Times:
         """Variance is preserved."""
         return jnp.hypot(alpha, sigma)
@@ -187,6 +205,10 @@ class RectifiedFlow:
     def log_snr(self, t: Times) -> Times:
         """2 log((1 - t) / t)."""
         return _log_snr(1 - t, t)
+
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where sigma / alpha, in [0, inf], is that."""
+        return 1 / (1 + 1 / noise_to_data)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
         """The shares of data and noise sum to one."""
@@ -229,6 +251,11 @@ class VarianceExploding:
         """-2 log sigma."""
         return _log_snr(self.alpha(t), self.sigma(t))
 
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where sigma, in [0, inf], is that; 1 where it never is as much."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return jnp.clip((noise_to_data ** (1 / self.rho) - low) / (high - low), 0, 1)
+
     def norm(self, alpha: Times, sigma: Times) -> Times:
         """The data keep their size."""
         return alpha
@@ -270,6 +297,10 @@ class Shifted:
         shifted = self.base.log_snr(t) - 2 * math.log(self.shift)
         return jnp.clip(shifted, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
 
+    def time_at(self, noise_to_data: Times) -> Times:
+        """Where the base has a shift-th of that."""
+        return self.base.time_at(noise_to_data / self.shift)
+
 
 AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifted
 
@@ -277,90 +308,3 @@ AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifte
 def shift_time(t: Times, shift: float) -> Times:
     """s t / (1 + (s - 1) t), which maps [0, 1] onto itself (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeGrid:
-    """The times at which a sampler stands: (1 - i / num_steps)^rho, then shifted.
-
-    rho = 1 is even. A larger rho takes shorter steps near the data, as Karras et al. 2022, eq. 5,
-    does in sigma: where log_snr runs off to infinity even steps are too long for a multistep
-    solver. A shift above 1 spends more of the steps on high noise, where large images are composed;
-    give a network the shift of the times that it was trained on. For Stable Diffusion's schedule
-    the even grid is the "trailing" one of Lin et al. 2023 (table 2), which starts at the last
-    training step.
-
-    Raises:
-        UserError: shift is not positive, or rho is below 1.
-    """
-
-    shift: float = 1.0
-    rho: float = 1.0
-
-    def __post_init__(self):
-        if not (self.shift > 0 and self.rho >= 1):
-            raise UserError(
-                f"TimeGrid got shift={self.shift}, rho={self.rho}; give a positive shift and a rho "
-                "of at least 1."
-            )
-
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced. It is 1 at 0, 0 at num_steps."""
-        dtype = jnp.result_type(float)
-        left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
-        return shift_time(left**self.rho, self.shift)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainStepGrid:
-    """diffusers' grids, which stand at training steps of a discrete schedule.
-
-    Step i of num_train_steps, counted from 0, is t = (i + 1) / num_train_steps.
-
-    Attributes:
-        spacing: "leading", "trailing" or "linspace", the three of Lin et al. 2023, table 2.
-        offset: added to the steps of "leading"; 1 in Stable Diffusion.
-        skip_last: spaces one more step than asked, and leaves out the last (DPM-Solver++).
-        rounded: to whole training steps; Euler's "linspace" is not.
-        ends_at: the noise of the final image: none ("data"), or that of the first training step
-            ("first_step": `set_alpha_to_one = False`).
-        num_train_steps: of the schedule.
-
-    Raises:
-        UserError: an offset that leaves the schedule.
-    """
-
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    offset: int = 0
-    skip_last: bool = False
-    rounded: bool = True
-    ends_at: Literal["data", "first_step"] = "data"
-    num_train_steps: int = 1000
-
-    def __post_init__(self):
-        if not 0 <= self.offset < self.num_train_steps:
-            raise UserError(
-                f"TrainStepGrid.offset is {self.offset}: give a number of training steps from 0 to "
-                f"{self.num_train_steps - 1}."
-            )
-
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
-        i, n, total = jnp.asarray(i), jnp.asarray(num_steps), self.num_train_steps
-        dtype = jnp.result_type(float)
-        left = n - i - 1 + self.skip_last  # steps still to come, on the way to training step 0
-        match self.spacing:
-            case "leading":
-                step = (left * (total // (n + self.skip_last)) + self.offset).astype(dtype)
-            case "trailing":
-                # One rounding, of an exact product, so that halves are halves.
-                step = jnp.round(total * (n - i) / n) - 1
-            case "linspace":
-                step = left * (total - 1) / jnp.maximum(n - 1 + self.skip_last, 1)
-                step = jnp.round(step) if self.rounded else step
-        end = 0.0 if self.ends_at == "data" else 1 / total
-        return jnp.where(i < n, jnp.minimum((step + 1) / total, 1.0), end).astype(dtype)

@@ -23,7 +23,7 @@ from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
@@ -31,7 +31,13 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, autoencoder_tiny, clip, unet
-from jaxdiff.pretrained.scheduler import SOLVERS, Scheduling, read_scheduling, write_scheduling
+from jaxdiff.pretrained.scheduler import (
+    GRIDS,
+    SOLVERS,
+    Scheduling,
+    read_scheduling,
+    write_scheduling,
+)
 from jaxdiff.pretrained.tensor_files import open_weights, to_device
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
@@ -197,13 +203,14 @@ def _scheduling(task: DiffusionTask, sampling: SamplingConfig) -> Scheduling:
     schedule, grid, solver = task.objective.schedule, sampling.grid, sampling.solver
     if (
         not isinstance(schedule, ScaledLinear)
-        or not isinstance(grid, TrainStepGrid)
+        or not isinstance(grid, GRIDS)
         or not isinstance(solver, tuple(SOLVERS.values()))
     ):
         raise UserError(
             f"A {type(schedule).__name__} schedule with a {type(grid).__name__} and "
-            f"{type(solver).__name__} is none of diffusers' schedulers: expected ScaledLinear, "
-            f"TrainStepGrid, and {', '.join(kind.__name__ for kind in SOLVERS.values())}."
+            f"{type(solver).__name__} is none of diffusers' schedulers: expected ScaledLinear, one "
+            f"of {', '.join(kind.__name__ for kind in GRIDS)}, and one of "
+            f"{', '.join(kind.__name__ for kind in SOLVERS.values())}."
         )
     return Scheduling(schedule, task.objective.prediction, solver, grid, sampling.unit_noise)
 

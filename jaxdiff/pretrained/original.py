@@ -25,7 +25,8 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.process import Prediction
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig

@@ -4,26 +4,55 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxdiff.diffusion.process import Prediction
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.diffusion.time_grids import ConsistencyGrid, KarrasGrid, LogSnrGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
+from jaxdiff.sampling.settings import AnySolver
 from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.stochastic import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
+from jaxdiff.sampling.unipc import UniPC
 
 WHAT = "scheduler/scheduler_config.json"
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
+_DPM, _UNIPC, _LCM = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"
+
 SOLVERS = {
-    "DDIMScheduler": DDIM,
-    "PNDMScheduler": PLMS,
-    "EulerDiscreteScheduler": Euler,
-    "DPMSolverMultistepScheduler": DPMSolverPP2M,
+    ("DDIMScheduler",): DDIM,
+    ("DDPMScheduler",): DDPM,
+    ("PNDMScheduler",): PLMS,
+    ("EulerDiscreteScheduler",): Euler,
+    ("EulerAncestralDiscreteScheduler",): EulerAncestral,
+    ("HeunDiscreteScheduler",): Heun,
+    (_DPM, "dpmsolver++", 2): DPMSolverPP2M,
+    (_DPM, "sde-dpmsolver++", 2): DPMSolverPP2MSDE,
+    (_DPM, "sde-dpmsolver++", 1): DPMSolverPPSDE,
+    (_UNIPC,): UniPC,
+    (_LCM,): LCM,
 }
+"""By class, and for one of them by algorithm_type and solver_order."""
+
+# The kinds that start at the noise of their first step, and may stand between training steps.
+_EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
+_SPACED_BY_NOISE = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", _DPM, _UNIPC)
 
 # What diffusers takes where a config is silent, by the kind of scheduler.
-_SPACING = {"DDIMScheduler": "leading", "PNDMScheduler": "leading"}  # the others: linspace
-_SILENT = {"beta_schedule": "linear"}
-_SILENT_OF = {"DDIMScheduler": {"clip_sample": True}, "PNDMScheduler": {"skip_prk_steps": False}}
+_SILENT = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "timestep_spacing": "linspace",
+}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_SILENT_OF = {
+    "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
+    "DDPMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
+    "PNDMScheduler": {"skip_prk_steps": False, "timestep_spacing": "leading"},
+    "HeunDiscreteScheduler": _SD_BETAS,
+    _LCM: {**_SD_BETAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"},
+}
 
 _READ = {
     "num_train_timesteps",
@@ -34,6 +63,16 @@ _READ = {
     "steps_offset",
     "set_alpha_to_one",
     "rescale_betas_zero_snr",
+}
+_NOISE_SPACINGS = {
+    "use_karras_sigmas": KarrasGrid,
+    "use_exponential_sigmas": LogSnrGrid,
+    "use_lu_lambdas": LogSnrGrid,
+}
+_READ_OF = {
+    _DPM: {"algorithm_type", "solver_order"},
+    _UNIPC: {"solver_type"},
+    _LCM: {"original_inference_steps", "timestep_scaling"},
 }
 
 _FIXED: Fixed = {
@@ -50,16 +89,22 @@ _FIXED: Fixed = {
     "final_sigmas_type": ("zero",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "algorithm_type": ("dpmsolver++",),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "solver_order": (2,),
     "solver_type": ("midpoint",),
+    "predict_x0": (True,),
+    "disable_corrector": ([], ()),
+    "solver_p": (None,),
     "lower_order_final": None,  # the last step, into no noise at all, is of first order anyhow
     "euler_at_final": None,
     "lambda_min_clipped": (None, float("-inf")),
-    "variance_type": (None,),
+    "variance_type": (None, "fixed_small"),
     "flow_shift": None,
     "time_shift_type": None,
 }
+
+
+GRIDS = (TrainStepGrid, KarrasGrid, LogSnrGrid, ConsistencyGrid)
 
 
 class Scheduling(NamedTuple):
@@ -67,8 +112,8 @@ class Scheduling(NamedTuple):
 
     schedule: ScaledLinear
     prediction: Prediction
-    solver: DDIM | Euler | Heun | DPMSolverPP2M | PLMS
-    grid: TrainStepGrid
+    solver: AnySolver
+    grid: TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid
     unit_noise: bool  # it starts at variance 1, whatever sigma says of the first step
 
 
@@ -79,46 +124,97 @@ def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
       UserError: the config asks for what jaxdiff does not have; it names the key.
     """
     kind = str(config.get("_class_name", "DDIMScheduler"))
-    if kind not in SOLVERS:
+    kinds = list(dict.fromkeys(key[0] for key in SOLVERS))
+    if kind not in kinds:
         raise UserError(
-            f"{what}: jaxdiff does not have {kind}: expected {', '.join(SOLVERS)}; change "
+            f"{what}: jaxdiff does not have {kind}: expected {', '.join(kinds)}; change "
             "_class_name to one of them, with which the same network samples as well."
         )
-    check_config(what, {**_SILENT, **_SILENT_OF.get(kind, {}), **config}, _READ, _FIXED)
-    prediction = config.get("prediction_type", "epsilon")
-    spacing = config.get("timestep_spacing", _SPACING.get(kind, "linspace"))
+    config = {**_SILENT, **_SILENT_OF.get(kind, {}), **config}
+    by_noise = _NOISE_SPACINGS if kind in _SPACED_BY_NOISE else {}
+    check_config(what, config, {*_READ, *by_noise, *_READ_OF.get(kind, ())}, _FIXED)
+    prediction, spacing = config.get("prediction_type", "epsilon"), config["timestep_spacing"]
     if prediction not in PREDICTIONS or spacing not in ("leading", "trailing", "linspace"):
         raise UserError(
             f"{what}: prediction_type is {prediction!r} and timestep_spacing {spacing!r}: expected "
             f"{', '.join(PREDICTIONS)}, and leading, trailing or linspace."
         )
-    steps = config.get("num_train_timesteps", 1000)
     schedule = ScaledLinear(
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        num_train_steps=steps,
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        num_train_steps=config.get("num_train_timesteps", 1000),
         zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
     )
-    to_data = config.get("set_alpha_to_one", kind != "PNDMScheduler")
-    is_dpm, is_euler = kind == "DPMSolverMultistepScheduler", kind == "EulerDiscreteScheduler"
-    grid = TrainStepGrid(
+    solver, grid = _solver(kind, config, what), _grid(kind, config, schedule, what)
+    unit_noise = not (kind in _EULERS and spacing != "leading")
+    return Scheduling(schedule, PREDICTIONS[prediction], solver, grid, unit_noise)
+
+
+def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
+    if kind == "HeunDiscreteScheduler":
+        return Heun(variable="sigma")
+    if kind == _LCM:
+        steps = config.get("num_train_timesteps", 1000)
+        return LCM(time_scale=config.get("timestep_scaling", 10.0) * steps)
+    if kind == _UNIPC:
+        variant = config.get("solver_type", "bh2")
+        if variant not in ("bh1", "bh2"):
+            raise UserError(f"{what}: solver_type is {variant!r}: expected bh1 or bh2.")
+        return UniPC(variant=variant)
+    if kind != _DPM:
+        return SOLVERS[(kind,)]()
+    algorithm, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
+    if (kind, algorithm, order) not in SOLVERS:
+        raise UserError(
+            f"{what}: algorithm_type is {algorithm!r} and solver_order {order!r}: expected "
+            "dpmsolver++ with 2, or sde-dpmsolver++ with 1 or 2."
+        )
+    return SOLVERS[(kind, algorithm, order)]()
+
+
+def _grid(
+    kind: str, config: Mapping[str, Any], schedule: ScaledLinear, what: str
+) -> TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid:
+    steps, spacing = schedule.num_train_steps, config["timestep_spacing"]
+    if kind == _LCM:
+        distilled = config.get("original_inference_steps", 50)
+        return ConsistencyGrid(distilled_steps=distilled, num_train_steps=steps)
+    for key, by_noise in _NOISE_SPACINGS.items():
+        if not config.get(key):
+            continue
+        if kind in _EULERS and spacing != "linspace":
+            raise UserError(
+                f"{what}: {key} with timestep_spacing {spacing!r} spaces from a noise that depends "
+                "on the number of steps, which jaxdiff does not have: expected linspace."
+            )
+        return by_noise(schedule=schedule, last=1 / steps)
+    has_end = kind in ("DDIMScheduler", "PNDMScheduler")
+    to_data = not has_end or config.get("set_alpha_to_one", kind == "DDIMScheduler")
+    return TrainStepGrid(
         spacing=spacing,
         offset=config.get("steps_offset", 0) if spacing == "leading" else 0,
-        skip_last=is_dpm and spacing != "trailing",
-        rounded=not is_euler,
-        ends_at="data" if to_data or is_dpm or is_euler else "first_step",
+        skip_last=kind in (_DPM, _UNIPC) and spacing != "trailing",
+        rounded=kind not in _EULERS,
+        ends_at="data" if to_data else "first_step",
         num_train_steps=steps,
     )
-    unit_noise = not (is_euler and spacing != "leading")
-    return Scheduling(schedule, PREDICTIONS[prediction], SOLVERS[kind](), grid, unit_noise)
 
 
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
-    """The config that `read_scheduling` reads the same from, and diffusers too."""
-    schedule, grid = scheduling.schedule, scheduling.grid
-    kinds = {solver: kind for kind, solver in SOLVERS.items()}
+    """The config that `read_scheduling` reads the same from, and diffusers too.
+
+    Raises:
+      UserError: diffusers has no such solver, or not with this grid.
+    """
+    schedule, grid, solver = scheduling.schedule, scheduling.grid, scheduling.solver
+    kind, *told = {solver: key for key, solver in SOLVERS.items()}[type(solver)]
+    kind = str(kind)
+    if isinstance(solver, Heun) and solver != Heun(variable="sigma"):
+        raise UserError(
+            "This Heun is none of diffusers' schedulers: expected Heun(variable='sigma') without "
+            "churn; give it that to write it."
+        )
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    kind = kinds[type(scheduling.solver)]
     config = {
         "_class_name": kind,
         "num_train_timesteps": schedule.num_train_steps,
@@ -126,15 +222,40 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "prediction_type": predictions[scheduling.prediction],
-        "timestep_spacing": grid.spacing,
-        "steps_offset": grid.offset,
+        **_grid_config(kind, grid, schedule),
+        **dict(zip(("algorithm_type", "solver_order"), told, strict=False)),
     }
-    if kind != "PNDMScheduler":
+    if kind not in ("PNDMScheduler", "HeunDiscreteScheduler"):
         config["rescale_betas_zero_snr"] = schedule.zero_terminal_snr
-    if kind in ("DDIMScheduler", "PNDMScheduler"):
-        config["set_alpha_to_one"] = grid.ends_at == "data"
-    if kind == "DDIMScheduler":
+    if kind in ("DDIMScheduler", "DDPMScheduler"):
         config["clip_sample"] = False
     if kind == "PNDMScheduler":
         config["skip_prk_steps"] = True
+    if isinstance(solver, UniPC):
+        config["solver_type"] = solver.variant
+    if isinstance(solver, LCM):
+        config["timestep_scaling"] = solver.time_scale / schedule.num_train_steps
     return config
+
+
+def _grid_config(
+    kind: str,
+    grid: TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid,
+    schedule: ScaledLinear,
+) -> dict[str, Any]:
+    """The part of a scheduler's config that says where its steps stand."""
+    if isinstance(grid, ConsistencyGrid) and kind == _LCM:
+        return {"original_inference_steps": grid.distilled_steps}
+    if isinstance(grid, TrainStepGrid) and kind != _LCM:
+        config = {"timestep_spacing": grid.spacing, "steps_offset": grid.offset}
+        if kind in ("DDIMScheduler", "PNDMScheduler"):
+            config["set_alpha_to_one"] = grid.ends_at == "data"
+        return config
+    if kind in _SPACED_BY_NOISE:
+        for key, by_noise in _NOISE_SPACINGS.items():
+            if grid == by_noise(schedule=schedule, last=1 / schedule.num_train_steps):
+                return {"timestep_spacing": "linspace", key: True}
+    raise UserError(
+        f"diffusers' {kind} does not have the steps of {grid}: give it a "
+        f"{'ConsistencyGrid' if kind == _LCM else 'TrainStepGrid'} to write it."
+    )

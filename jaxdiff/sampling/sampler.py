@@ -32,6 +32,18 @@ def noise_from_seeds(seeds: Integer[Array, " b"], shape: tuple[int, int, int]) -
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
+class Source(NamedTuple):
+    """What an image is drawn from, in the space that is modelled.
+
+    `mask` is 1 where it is drawn anew and 0 where it is kept; None draws all of it. Where it begins
+    at the first step, `from_noise` says whether it begins at noise alone.
+    """
+
+    x0: Images
+    mask: Float[Array, "b h w 1"] | None = None
+    from_noise: bool = False
+
+
 class Sampled(NamedTuple):
     """What a run of the sampler made."""
 
@@ -50,14 +62,23 @@ def sample(
     *,
     unit_noise: bool = False,
     num_snapshots: int = 0,
+    source: Source | None = None,
+    first: int | Int[Array, ""] = 0,
+    repeats: int = 1,
 ) -> Sampled:
     """Goes from noise at grid(0) to an image at grid(num_steps).
 
-    num_steps may be traced: under jit neither it nor the seeds, nor anything that `denoise` closes
-    over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and is scaled to the
-    sigma of grid(0), unless `unit_noise`; seeds feed the solvers that add more. Of the
-    k = num_snapshots (static), number j is the denoiser's estimate after a share (j + 1) / k of the
-    steps, so the last is of the last step.
+    With a `source` it begins at grid(first), from the source under as much noise (SDEdit, Meng et
+    al. 2022, algorithm 1). What its mask keeps is, after each step, the source under the noise of
+    that time (Lugmayr et al. 2022, RePaint, eq. 8, with one noise for all times). Each step is
+    taken `repeats` times (static), going back up by fresh noise in between (section 4.2 there), so
+    that what is drawn comes to fit what is kept.
+
+    num_steps and first may be traced: under jit neither they nor the seeds, nor anything that
+    `denoise` closes over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and
+    is scaled to the sigma of grid(0), unless `unit_noise`; seeds feed the solvers that add more. Of
+    the k = num_snapshots (static), number j is the denoiser's estimate after a share (j + 1) / k of
+    the steps, so the last is of the last step.
     """
     num_steps = jnp.asarray(num_steps, jnp.int32)
     keys = keys_from_seeds(seeds, STEP_NOISE)
@@ -68,15 +89,48 @@ def sample(
         return t, schedule.alpha(t), schedule.sigma(t)
 
     def body(i, state):
-        x, memory, snapshots = state
+        x, before, snapshots = state
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        x, x0, memory = solver.step(denoise, x, memory, Step(*levels(i), *levels(i + 1)), step_keys)
+        step = Step(*levels(i), *levels(i + 1))
+
+        def take(x, keys):
+            x, x0, memory = solver.step(denoise, x, before, step, keys)
+            if source is not None and source.mask is not None:
+                x = source.mask * x + (1 - source.mask) * noised(i + 1)
+            return x, x0, memory
+
+        def again(j, state):
+            keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, j)
+            return take(_back_up(state[0], step, keys), keys)
+
+        x, x0, memory = take(x, step_keys)
+        if repeats > 1:
+            x, x0, memory = jax.lax.fori_loop(1, repeats, again, (x, x0, memory))
         # Written to the slots yet to come as well, which later steps overwrite: with fewer steps
         # than slots none stays empty.
         snapshots = jnp.where(slots >= i * num_snapshots // num_steps, x0, snapshots)
         return x, memory, snapshots
 
+    def noised(i):
+        """The source at the time before step i; after the last as it is, wherever the grid ends."""
+        assert source is not None
+        _, alpha, sigma = levels(i)
+        return jnp.where(i < num_steps, alpha * source.x0 + sigma * noise, source.x0)
+
     x = noise if unit_noise else levels(0)[2] * noise
+    if source is not None:
+        x = jnp.where((first == 0) & source.from_noise, x, noised(first))
     snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
-    x, _, snapshots = jax.lax.fori_loop(0, num_steps, body, (x, solver.init(x), snapshots))
+    x, _, snapshots = jax.lax.fori_loop(first, num_steps, body, (x, solver.init(x), snapshots))
     return Sampled(images=x, snapshots=snapshots)
+
+
+def _back_up(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:
+    """From the end of a step to its beginning, by noise that has nothing to do with what was there.
+
+    Eq. 1 of `process.py` between two times: what is left of the data is as much as there was.
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    fresh = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+    left = s.alpha / s.next_alpha
+    return left * x + jnp.sqrt(jnp.maximum(s.sigma**2 - (left * s.next_sigma) ** 2, 0)) * fresh

@@ -2,19 +2,41 @@
 
 from dataclasses import dataclass, field
 
-from jaxdiff.diffusion.schedules import TimeGrid, TrainStepGrid
+from jaxdiff.diffusion.time_grids import AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance import DynamicThreshold, StaticThreshold
 from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.stochastic import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
+from jaxdiff.sampling.unipc import UniPC
 
 SOLVERS = {
     "ddim": DDIM,
+    "ddpm": DDPM,
     "euler": Euler,
+    "euler-a": EulerAncestral,
     "heun": Heun,
     "dpm++2m": DPMSolverPP2M,
+    "dpm++2m-sde": DPMSolverPP2MSDE,
+    "dpm++sde": DPMSolverPPSDE,
+    "unipc": UniPC,
     "plms": PLMS,
+    "lcm": LCM,
 }
 """The solvers, under the names that a command line or a prompt file takes."""
+
+AnySolver = (
+    DDIM
+    | DDPM
+    | Euler
+    | EulerAncestral
+    | Heun
+    | DPMSolverPP2M
+    | DPMSolverPP2MSDE
+    | DPMSolverPPSDE
+    | UniPC
+    | PLMS
+    | LCM
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +56,8 @@ class SamplingConfig:
       prompts: of the grids and the strip that a training run draws, one seed each from 0.
     """
 
-    solver: DDIM | Euler | Heun | DPMSolverPP2M | PLMS = field(default_factory=DPMSolverPP2M)
-    grid: TimeGrid | TrainStepGrid = field(default_factory=TimeGrid)
+    solver: AnySolver = field(default_factory=DPMSolverPP2M)
+    grid: AnyGrid = field(default_factory=TimeGrid)
     unit_noise: bool = False
     num_steps: int = 20
     guidance_scale: float = 3.0

@@ -11,8 +11,6 @@ from jaxdiff.diffusion.schedules import (
     RectifiedFlow,
     ScaledLinear,
     Shifted,
-    TimeGrid,
-    TrainStepGrid,
     VarianceExploding,
     shift_time,
 )
@@ -110,31 +108,6 @@ def test_between_training_steps_the_noise_to_data_ratio_is_linear():
     assert float(middle) == pytest.approx(float(0.7 * low + 0.3 * high), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("grid", "steps", "end"),
-    [  # what diffusers 0.42 prints for 7 steps of DDIM, DPM-Solver++ and Euler
-        (TrainStepGrid(offset=1), [853, 711, 569, 427, 285, 143, 1], -1),
-        (TrainStepGrid(offset=1, ends_at="first_step"), [853, 711, 569, 427, 285, 143, 1], 0),
-        (TrainStepGrid(offset=1, skip_last=True), [876, 751, 626, 501, 376, 251, 126], -1),
-        (TrainStepGrid(spacing="trailing"), [999, 856, 713, 570, 428, 285, 142], -1),
-        (TrainStepGrid(spacing="linspace"), [999, 832, 666, 500, 333, 166, 0], -1),
-        (
-            TrainStepGrid(spacing="linspace", skip_last=True),
-            [999, 856, 714, 571, 428, 285, 143],
-            -1,
-        ),
-        (
-            TrainStepGrid(spacing="linspace", rounded=False),
-            [999, 832.5, 666, 499.5, 333, 166.5, 0],
-            -1,
-        ),
-    ],
-)
-def test_train_step_grids_are_those_of_diffusers(grid, steps, end):
-    times = jax.jit(jax.vmap(grid, (0, None)))(jnp.arange(8), 7)
-    np.testing.assert_allclose(times * 1000 - 1, [*steps, end], atol=1e-3)
-
-
 def test_variance_exploding_follows_the_rho_grid_of_edm():
     low, high, i = 0.002 ** (1 / 7), 80 ** (1 / 7), np.arange(18)
     edm = (high + i / 17 * (low - high)) ** 7
@@ -142,20 +115,12 @@ def test_variance_exploding_follows_the_rho_grid_of_edm():
     np.testing.assert_allclose(VarianceExploding().sigma(t), edm, rtol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [TimeGrid(), TimeGrid(shift=3.0), TimeGrid(rho=2.0)], ids=repr)
-@pytest.mark.parametrize("num_steps", [1, 7, 50])
-def test_time_grid_falls_from_one_to_zero(grid, num_steps):
-    times = np.asarray(grid(jnp.arange(num_steps + 1), num_steps))
-    assert times[0] == 1
-    assert times[-1] == 0
-    assert np.all(np.diff(times) < 0)
-
-
-def test_time_grid_is_even_unless_told_otherwise():
-    i = jnp.arange(11)
-    np.testing.assert_allclose(TimeGrid()(i, 10), 1 - i / 10, atol=1e-6)
-    np.testing.assert_allclose(TimeGrid(rho=2.0)(i, 10), (1 - i / 10) ** 2, atol=1e-6)
-    assert np.all(TimeGrid(shift=3.0)(i, 10)[1:-1] > 1 - i[1:-1] / 10)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_the_time_of_an_amount_of_noise_is_found_again(schedule):
+    t = jnp.linspace(0.002, 0.998, 250)
+    noise_to_data = schedule.sigma(t) / schedule.alpha(t)
+    np.testing.assert_allclose(schedule.time_at(noise_to_data), t, atol=2e-5)
+    np.testing.assert_array_equal(schedule.time_at(jnp.array([0.0, jnp.inf])), [0.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -165,9 +130,6 @@ def test_time_grid_is_even_unless_told_otherwise():
         lambda: ScaledLinear(beta_start=0.1, beta_end=0.01),
         lambda: VarianceExploding(sigma_min=0.0),
         lambda: Shifted(shift=0.0),
-        lambda: TimeGrid(shift=-1.0),
-        lambda: TimeGrid(rho=0.5),
-        lambda: TrainStepGrid(offset=1000),
     ],
 )
 def test_impossible_settings_are_refused(make):

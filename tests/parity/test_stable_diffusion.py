@@ -312,3 +312,91 @@ def test_textual_inversion(tokenizer, tmp_path):
     again = type(theirs).from_pretrained(tmp_path / "whole", safety_checker=None)
     ids = again.tokenizer("a red <pea> <pea>_1 <pea>_2", padding="max_length")["input_ids"]
     np.testing.assert_array_equal(ours.tokenizer(["a red <pea>"])[0], ids)
+
+
+@pytest.fixture
+def from_the_mean(monkeypatch):
+    """diffusers' autoencoder without the noise of its posterior, and the noise of the sampler."""
+    gaussian = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
+    monkeypatch.setattr(f"{gaussian}.sample", lambda self, generator=None: self.mean)
+    noise = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    nchw = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    for name in ("img2img", "inpaint"):
+        module = f"diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_{name}"
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: nchw)
+    return noise
+
+
+def photograph():
+    return np.random.default_rng(1).integers(0, 256, (1, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("name", "strength"), [("DDIM", 0.6), ("Euler", 0.3), ("DPM++ 2M", 1.0)])
+def test_image_to_image(name, strength, tokenizer, from_the_mean, tmp_path):
+    plain = stable_diffusion(tokenizer, SCHEDULERS[name])
+    plain.save_pretrained(tmp_path)
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(plain)
+    theirs.set_progress_bar_config(disable=True)
+    image = photograph()
+    expected = theirs(
+        ["a red pea"],
+        image=torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float(),
+        strength=strength,
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+        output_type="np",
+    ).images
+    found = jaxdiff.load(tmp_path)(
+        ["a red pea"],
+        image=image,
+        strength=strength,
+        latents=from_the_mean,
+        num_steps=STEPS,
+        guidance_scale=7.5,
+        output="float",
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting(channels, tokenizer, from_the_mean, tmp_path):
+    """By blending with a plain U-Net, and by one that reads the mask; then what is kept is put in.
+
+    diffusers leaves what is kept as the autoencoder has it; there the two are compared inside the
+    mask alone.
+    """
+    plain = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
+    if channels == 9:
+        config = dict(plain.unet.config) | {"in_channels": 9}
+        plain.unet = type(plain.unet).from_config(config)
+    theirs = diffusers.StableDiffusionInpaintPipeline(
+        **{n: c for n, c in plain.components.items() if n != "image_encoder"},
+        requires_safety_checker=False,
+    )
+    theirs.save_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    image, mask = photograph(), np.zeros((1, 16, 16), np.float32)
+    mask[:, 4:12, 6:] = 1
+    expected = theirs(
+        ["a red pea"],
+        image=torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float(),
+        mask_image=torch.from_numpy(mask)[:, None],
+        height=16,
+        width=16,
+        strength=1.0,
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+        output_type="np",
+    ).images
+    found = jaxdiff.load(tmp_path)(
+        ["a red pea"],
+        image=image,
+        mask=mask,
+        latents=from_the_mean,
+        num_steps=STEPS,
+        guidance_scale=7.5,
+        output="float",
+    )
+    anew = mask > 0
+    np.testing.assert_allclose(found[anew], expected[anew], atol=1e-3)
+    np.testing.assert_array_equal(np.rint(found[~anew] * 255), image[~anew])

@@ -19,7 +19,8 @@ from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
-from jaxdiff.diffusion.schedules import ScaledLinear, TimeGrid, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.diffusion.time_grids import TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle

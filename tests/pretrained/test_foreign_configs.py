@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxdiff.diffusion.schedules import ScaledLinear, TrainStepGrid
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig

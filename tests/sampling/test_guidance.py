@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion.process import add_noise, from_x0_eps
-from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, TimeGrid
+from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow
+from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance import ClassifierFree, DynamicThreshold, StaticThreshold
 from jaxdiff.sampling.sampler import sample

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, TimeGrid, VarianceExploding
+from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, VarianceExploding
+from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.sampling.guidance import ClassifierFree
 from jaxdiff.sampling.sampler import (
     INITIAL_NOISE,
@@ -14,10 +15,24 @@ from jaxdiff.sampling.sampler import (
     noise_from_seeds,
     sample,
 )
-from jaxdiff.sampling.solvers import DDIM, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.solvers import DDIM, PLMS, Churn, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.stochastic import LCM, DPMSolverPP2MSDE, DPMSolverPPSDE
+from jaxdiff.sampling.unipc import UniPC
 
 SHAPE = (4, 4, 3)
-SOLVERS = [DDIM(eta=1.0), Euler(), Heun(), DPMSolverPP2M()]
+SOLVERS = [
+    DDIM(eta=1.0),
+    Euler(),
+    Heun(),
+    Heun(variable="sigma", churn=Churn(schedule=Cosine(), gamma=0.1)),
+    DPMSolverPP2M(),
+    DPMSolverPP2MSDE(),
+    DPMSolverPPSDE(),
+    UniPC(),
+    UniPC(variant="bh1"),
+    PLMS(),
+    LCM(),
+]
 
 
 def _network(x, t, text):

@@ -5,21 +5,29 @@ end of the path from x_1 is the x_0 with F_0(x_0) = F_1(x_1), where F_t is the m
 distribution function at t.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.schedules import (
-    Cosine,
-    RectifiedFlow,
-    ScaledLinear,
-    TimeGrid,
-    VarianceExploding,
-)
+from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, ScaledLinear, VarianceExploding
+from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.sampler import noise_from_seeds, sample
-from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.sampler import STEP_NOISE, keys_from_seeds, noise_from_seeds, sample
+from jaxdiff.sampling.solvers import (
+    DDIM,
+    PLMS,
+    Churn,
+    DPMSolverPP2M,
+    Euler,
+    Heun,
+    Step,
+    noise_like,
+)
+from jaxdiff.sampling.stochastic import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
+from jaxdiff.sampling.unipc import UniPC
 
 WEIGHTS = np.array([0.3, 0.5, 0.2])
 MEANS = np.array([-1.0, 0.2, 1.1])
@@ -89,8 +97,15 @@ def _even_down_to_a_twentieth(i, num_steps):
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine()], ids=repr)
 @pytest.mark.parametrize(
     ("solver", "order"),
-    [(Euler(), 0.9), (Heun(), 1.9), (DPMSolverPP2M(), 1.85)],
-    ids=["euler", "heun", "2m"],
+    [
+        (Euler(), 0.9),
+        (Heun(), 1.9),
+        (Heun(variable="sigma"), 1.85),
+        (DPMSolverPP2M(), 1.85),
+        (UniPC(), 2.6),
+        (UniPC(variant="bh1"), 2.5),
+    ],
+    ids=["euler", "heun", "heun-sigma", "2m", "unipc", "unipc-bh1"],
 )
 def test_error_falls_at_the_order(schedule, solver, order, grid):
     steps = np.array([80, 160, 320, 640])
@@ -139,18 +154,130 @@ def test_ddim_without_noise_is_eulers_method(schedule):
     np.testing.assert_array_equal(*ends)
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=repr)
-def test_ddim_keeps_the_variance_however_much_noise_it_adds(schedule, eta):
-    seeds = jnp.arange(2000)
+@pytest.mark.parametrize("solver", [UniPC(), DPMSolverPP2M()], ids=repr)
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), ScaledLinear()], ids=repr)
+def test_fifteen_steps_of_the_multistep_solvers_beat_fifty_of_ddim(schedule, solver):
+    grid = TimeGrid(rho=1.5)
+    assert _errors(schedule, solver, grid, [15])[0] < _errors(schedule, DDIM(), grid, [50])[0]
+
+
+def _ends(schedule, solver, *, steps=10, count=5):
+    seeds = jnp.arange(count)
     noise = noise_from_seeds(seeds, (2, 2, 1))
-    images = sample(
-        _mixture_denoiser(schedule), DDIM(eta=eta), schedule, TimeGrid(), 100, noise, seeds
-    ).images
+    denoise = _mixture_denoiser(schedule)
+    return sample(denoise, solver, schedule, TimeGrid(), steps, noise, seeds).images
+
+
+def _churned(schedule):
+    return Heun(churn=Churn(schedule=schedule, gamma=0.2))
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        lambda _: DDIM(eta=0.5),
+        lambda _: DDIM(eta=1.0),
+        lambda _: DDPM(),
+        lambda _: EulerAncestral(),
+        lambda _: DPMSolverPPSDE(eta=0.5),
+        lambda _: DPMSolverPPSDE(),
+        lambda _: DPMSolverPP2MSDE(),
+        _churned,
+    ],
+    ids=["ddim-0.5", "ddim-1", "ddpm", "euler-a", "sde-0.5", "sde", "2m-sde", "churn"],
+)
+def test_however_much_noise_is_added_mean_and_variance_are_those_of_the_data(schedule, solver):
+    images = _ends(schedule, solver(schedule), steps=100, count=2000)
     mean = np.sum(WEIGHTS * MEANS)
     std = np.sqrt(np.sum(WEIGHTS * (STDS**2 + MEANS**2)) - mean**2)
     assert float(images.mean()) == pytest.approx(mean, abs=0.03)
     assert float(images.std()) == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=repr)
+def test_lcm_keeps_the_distribution_in_any_number_of_jumps(schedule, steps):
+    """With the consistency function of normal data, which is linear."""
+    mean, std = 0.4, 0.3
+
+    def jump(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return mean + std * (x - alpha * mean) / jnp.hypot(alpha * std, sigma)
+
+    seeds = jnp.arange(2000)
+    noise = noise_from_seeds(seeds, (2, 2, 1))
+    images = sample(jump, LCM(), schedule, TimeGrid(), steps, noise, seeds).images
+    assert float(images.mean()) == pytest.approx(mean, abs=0.015)
+    assert float(images.std()) == pytest.approx(std, rel=0.03)
+
+
+def test_lcm_leaves_data_as_they_are():
+    x, keys = jnp.full((1, 2, 2, 1), 0.7), jax.random.split(jax.random.key(0), 1)
+    step = Step(*jnp.array([1e-7, 1.0, 1e-7, 0.0, 1.0, 0.0]))
+    stepped = LCM().step(lambda x, t: jnp.zeros_like(x), x, (), step, keys)
+    np.testing.assert_allclose(stepped.x, x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), VarianceExploding()], ids=repr)
+@pytest.mark.parametrize(
+    ("stochastic", "deterministic"),
+    [
+        (EulerAncestral(eta=0.0), Euler()),
+        (DPMSolverPPSDE(eta=0.0), Euler()),
+        (DPMSolverPP2MSDE(eta=0.0), DPMSolverPP2M()),
+        (Heun(churn=Churn(schedule=Cosine(), gamma=0.0)), Heun()),
+    ],
+    ids=["euler-a", "sde", "2m-sde", "churn"],
+)
+def test_without_noise_they_are_the_solvers_of_the_ode(schedule, stochastic, deterministic):
+    np.testing.assert_array_equal(_ends(schedule, stochastic), _ends(schedule, deterministic))
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), VarianceExploding()], ids=repr)
+@pytest.mark.parametrize("solver", [DDPM(), EulerAncestral(), DPMSolverPPSDE()], ids=repr)
+def test_first_order_solvers_with_the_posteriors_noise_are_one(schedule, solver):
+    """With as much noise, one evaluation and no memory there is no other step to take."""
+    ancestral = _ends(schedule, DDIM(eta=1.0))
+    np.testing.assert_allclose(_ends(schedule, solver), ancestral, rtol=1e-4, atol=1e-4)
+
+
+def test_ddpm_draws_from_the_posterior():
+    """Ho et al. 2020, eq. 6 and 7, as they write it."""
+    x, x0 = jnp.full((1, 4, 4, 1), 0.3), jnp.full((1, 4, 4, 1), -0.2)
+    keys, bar, next_bar = jax.random.split(jax.random.key(0), 1), 0.4, 0.55
+    alpha_t, beta_t = bar / next_bar, 1 - bar / next_bar
+    mean = next_bar**0.5 * beta_t / (1 - bar) * x0 + alpha_t**0.5 * (1 - next_bar) / (1 - bar) * x
+    std = np.sqrt((1 - next_bar) / (1 - bar) * beta_t)
+    levels = [0.5, bar**0.5, (1 - bar) ** 0.5, 0.4, next_bar**0.5, (1 - next_bar) ** 0.5]
+    found = DDPM().step(lambda x, t: x0, x, (), Step(*jnp.array(levels)), keys).x
+    np.testing.assert_allclose(found, mean + std * noise_like(x, keys), rtol=1e-5)
+
+
+def test_heun_with_churn_is_algorithm_2_of_edm():
+    """Written as there, for sigma alone, with the noise of the sampler."""
+    schedule, steps, seeds = VarianceExploding(), 12, jnp.arange(3)
+    churn = Churn(schedule=schedule, gamma=0.3, low=0.05, high=50.0, noise=1.003)
+    solver = Heun(variable="sigma", churn=churn)
+    noise = noise_from_seeds(seeds, (2, 2, 1))
+    denoise, keys = _mixture_denoiser(schedule), keys_from_seeds(seeds, STEP_NOISE)
+    sigmas = np.asarray(schedule.sigma(TimeGrid()(jnp.arange(steps + 1), steps)), float)
+
+    def slope(x, sigma):
+        return (x - denoise(x, schedule.time_at(jnp.asarray(sigma, x.dtype)))) / sigma
+
+    x = sigmas[0] * noise
+    for i, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
+        fresh = noise_like(x, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+        raised = sigma * 1.3 if 0.05 <= sigma <= 50 else sigma
+        x = x + np.sqrt(raised**2 - sigma**2) * 1.003 * fresh
+        d = slope(x, raised)
+        euler = x + (next_sigma - raised) * d
+        if next_sigma > 0:
+            d = (d + slope(euler, next_sigma)) / 2
+        x = x + (next_sigma - raised) * d
+    found = sample(denoise, solver, schedule, TimeGrid(), steps, noise, seeds).images
+    np.testing.assert_allclose(found, x, atol=1e-4)
 
 
 def test_ddims_noise_differs_between_steps_and_seeds():
@@ -178,6 +305,17 @@ def test_heun_evaluates_twice_a_step_but_once_in_the_last():
     np.testing.assert_allclose(sorted(calls), [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0])
 
 
-def test_impossible_settings_are_refused():
-    with pytest.raises(UserError, match="eta"):
-        DDIM(eta=1.5)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DDIM(eta=1.5),
+        lambda: EulerAncestral(eta=-0.1),
+        lambda: DPMSolverPPSDE(eta=2.0),
+        lambda: DPMSolverPP2MSDE(eta=2.0),
+        lambda: LCM(time_scale=0.0),
+        lambda: Churn(schedule=Cosine(), gamma=0.5),
+    ],
+)
+def test_impossible_settings_are_refused(make):
+    with pytest.raises(UserError, match="give"):
+        make()

@@ -1,0 +1,304 @@
+"""Files of prompts: JSON lines, CSV with a header, or one prompt a line.
+
+A row may set what `Row` has. What cannot be used is told with its line, and the others are read.
+"""
+
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from jaxdiff.errors import UserError
+from jaxdiff.pipeline import LARGEST_SEED
+from jaxdiff.sampling.settings import SOLVERS, check_num_steps
+
+MOST_STEPS = int(np.iinfo(np.int32).max)
+LARGEST_SIDE = 8192  # a row of more, most likely a slip, would take all memory
+LARGEST_SCALE = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is set for the images of one prompt; None is left to somebody else.
+
+    Attributes:
+      number: of the row in its file, from 0; blank lines are no rows.
+      line: of the file, from 1, where it starts.
+      prompt: what to draw.
+      name: what to call its files by, in the place of the number.
+      negative_prompt: what to steer away from.
+      seed: of its first image.
+      size: width and height.
+      num_steps: of the solver.
+      guidance_scale: of classifier-free guidance.
+      solver: one of `SOLVERS`.
+      image: file of an image to start from.
+      mask: file of a mask, white where that image is drawn anew.
+      strength: how far the image is taken back to noise, from 0 to 1.
+    """
+
+    number: int = 0
+    line: int = 0
+    prompt: str
+    name: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    image: epath.Path | None = None
+    mask: epath.Path | None = None
+    strength: float | None = None
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be drawn."""
+
+    line: int
+    reason: str
+
+
+class PromptFile(NamedTuple):
+    """What a file of prompts holds."""
+
+    rows: list[Row]
+    bad: list[BadRow]
+
+
+def read_prompts(file: epath.PathLike) -> PromptFile:
+    """The rows of a .jsonl, .csv or .txt file, and those that are no rows.
+
+    Paths in it are relative to its folder, which they may not leave, by a link neither.
+
+    Raises:
+      UserError: the file cannot be read, is of another kind or holds no row at all; or its CSV
+        header names what no row can set.
+    """
+    path = epath.Path(file)
+    readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".txt": _lines}
+    if path.suffix.lower() not in readers:
+        raise UserError(
+            f"{file} is of no known kind: expected a file of prompts called .jsonl (a JSON object "
+            "a line), .csv (with a header) or .txt (a prompt a line)."
+        )
+    try:
+        # A byte that is no UTF-8 spoils its row alone.
+        content = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{file} cannot be read ({reason}): give a file of prompts.") from error
+    rows, bad = [], []
+    for number, (line, values) in enumerate(readers[path.suffix.lower()](content)):
+        try:
+            if isinstance(values, str):
+                raise UserError(values)
+            rows.append(_row(number, line, values, path.parent))
+        except UserError as error:
+            bad.append(BadRow(line, str(error)))
+    if not rows and not bad:
+        raise UserError(f"{file} holds no prompt: expected at least one row.")
+    return PromptFile(rows, bad)
+
+
+def slug(text: str, otherwise: str = "prompt") -> str:
+    """A text as part of a file name: letters and digits only, so that it stays in its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or otherwise
+
+
+Read = Iterator[tuple[int, dict[str, Any] | str]]  # line, and what it sets or why it cannot be read
+
+
+def _lines(text: str) -> Read:
+    # Not splitlines(), which also splits where only a typesetter would.
+    for i, line in enumerate(text.split("\n")):
+        if line.strip():
+            yield i + 1, {"prompt": line.strip()}
+
+
+def _json_lines(text: str) -> Read:
+    for i, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            yield i + 1, f"it is no JSON ({reason}): expected an object on a line of its own."
+            continue
+        if isinstance(values, dict):
+            yield i + 1, values
+        else:
+            yield i + 1, f"it is {reprlib.repr(values)}: expected an object with a prompt."
+
+
+def _csv_rows(text: str) -> Read:
+    """Rows by the names in the header; an empty cell sets nothing."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, f"it is no CSV ({error}): put quotes around cells with commas or quotes."
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            _check_header(header)
+        elif len(cells) > len(header):
+            yield line, f"it has {len(cells)} cells for {len(header)} columns: quote its commas."
+        else:
+            pairs = zip(header, cells, strict=False)
+            yield line, {key: _from_cell(key, cell) for key, cell in pairs if cell.strip()}
+
+
+def _check_header(header: list[str]) -> None:
+    for name in header:
+        if name not in CHECKS:
+            raise UserError(f"The header of the file of prompts: {_no_key(name)}")
+        if header.count(name) > 1:
+            raise UserError(f"The header of the file of prompts has {name!r} twice: remove one.")
+    if "prompt" not in header:
+        raise UserError("The header of the file of prompts has no column prompt: add it.")
+
+
+def _from_cell(key: str, cell: str) -> str | int | float:
+    """A cell as the number that its column has, or as it is, for the check to complain of."""
+    kinds: dict[str, Callable[[str], int | float]] = {
+        "seed": int,
+        "num_steps": int,
+        "guidance_scale": float,
+        "strength": float,
+    }
+    try:
+        return kinds.get(key, str)(cell)
+    except ValueError:
+        return cell
+
+
+def _no_key(name: str) -> str:
+    near = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0.5)
+    known = f"did you mean {near[0]}?" if near else f"there are {', '.join(CHECKS)}."
+    return f"there is no key {reprlib.repr(name)}: {known}"
+
+
+def _row(number: int, line: int, values: dict[str, Any], folder: epath.Path) -> Row:
+    for name in values:
+        if name not in CHECKS:
+            raise UserError(_no_key(name))
+    given = {name: value for name, value in values.items() if value is not None}
+    if "prompt" not in given:
+        raise UserError("prompt is missing: every row needs one.")
+    checked = {name: CHECKS[name](name, value) for name, value in given.items()}
+    for name in ("image", "mask"):
+        if name in checked:
+            checked[name] = _inside(folder, name, checked[name])
+    return Row(number=number, line=line, **checked)
+
+
+def _inside(folder: epath.Path, name: str, text: str) -> epath.Path:
+    """A path relative to the folder, refused where it leads out of it."""
+    path = folder / text
+    out = os.path.isabs(text) or "://" in text or "\0" in text
+    out = out or os.path.normpath(text).split(os.sep)[0] == os.pardir
+    if not out and "://" not in str(folder):
+        root = os.path.realpath(folder)
+        out = os.path.commonpath([root, os.path.realpath(path)]) != root
+    if out:
+        raise UserError(
+            f"{name} is {reprlib.repr(text)}, which leaves the folder of the file of prompts: "
+            "put it there."
+        )
+    return path
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {reprlib.repr(value)}: expected a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is no UTF-8: save the file as UTF-8.") from error
+    return value
+
+
+def _filled(name: str, value: Any) -> str:
+    if not _text(name, value).strip():
+        raise UserError(f"{name} is empty: expected a text.")
+    return value
+
+
+def _name(name: str, value: Any) -> str:
+    return _filled(name, str(value) if type(value) is int else value)
+
+
+def _whole_number(name: str, value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(
+            f"{name} is {reprlib.repr(value)}: expected a whole number from {least} to {most}."
+        )
+    return value
+
+
+def _steps(name: str, value: Any) -> int:
+    if type(value) is int:
+        check_num_steps(value)
+    return _whole_number(name, value, 1, MOST_STEPS)
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    # NaN is in no range; and a whole number may be too large to become a float.
+    if type(value) not in (int, float) or not least <= value <= most:
+        expected = f" from {least:g} to {most:g}" if most < LARGEST_SCALE else ""
+        raise UserError(f"{name} is {reprlib.repr(value)}: expected a number{expected}.")
+    return float(value)
+
+
+def _size(name: str, value: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value) if isinstance(value, str) else None
+    if not match:
+        raise UserError(f"{name} is {reprlib.repr(value)}: expected WIDTHxHEIGHT, such as 64x64.")
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > LARGEST_SIDE:
+        raise UserError(f"{name} is {value}: expected at most {LARGEST_SIDE} pixels a side.")
+    return width, height
+
+
+def _solver(name: str, value: Any) -> str:
+    if value not in list(SOLVERS):
+        raise UserError(f"{name} is {reprlib.repr(value)}: expected one of {', '.join(SOLVERS)}.")
+    return value
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": _filled,
+    "name": _name,
+    "negative_prompt": _text,
+    "seed": lambda name, value: _whole_number(name, value, 0, LARGEST_SEED),
+    "size": _size,
+    "num_steps": _steps,
+    "guidance_scale": lambda name, value: _number(name, value, -LARGEST_SCALE, LARGEST_SCALE),
+    "solver": _solver,
+    "image": _filled,
+    "mask": _filled,
+    "strength": lambda name, value: _number(name, value, 0.0, 1.0),
+}
+"""What a row may set, and the check of each, which takes what to call it and its value.
+
+The value is as JSON has it; a check returns what `Row` holds, except for paths, and raises
+`UserError`.
+"""

@@ -1,0 +1,136 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff import cli
+from jaxdiff.bundle import write_bundle
+from jaxdiff.pictures import read_text, save_png
+
+PEA = "a small red pea"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_bundle(folder, tiny_bundle, dtype="float32")
+    return folder
+
+
+@pytest.fixture
+def sample(model, tmp_path):
+    return lambda *words: cli.main(
+        ["sample", "--model", str(model), "--out", str(tmp_path / "out"), *map(str, words)]
+    )
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture
+def drawn(sample, tmp_path):
+    """An image of settings of which none is the model's own."""
+    words = ("--seed", 11, "--num-steps", 2, "--guidance-scale", 1.7, "--solver", "dpm++2m")
+    assert sample(PEA, *words, "--negative-prompt", "green, or: red", "--size", "32x40") == 0
+    return tmp_path / "out" / "0000-a-small-red-pea.png"
+
+
+def test_the_parameters_are_as_web_uis_write_them(drawn, model):
+    text = read_text(drawn)
+    *lines, last = text["parameters"].split("\n")
+    assert lines == [PEA, "Negative prompt: green, or: red"]
+    assert last == (
+        "Steps: 2, Sampler: DPM++ 2M, CFG scale: 1.7, Seed: 11, Size: 32x40, Model: tiny, "
+        f"Model hash: {text['model_fingerprint'][:10]}"
+    )
+
+
+def test_the_same_pixels_are_drawn_again(sample, drawn, tmp_path, capsys):
+    assert sample("--again", drawn) == 0
+    assert "The same pixels." in capsys.readouterr().out
+    again = tmp_path / "out" / "0000-a-small-red-pea-again.png"
+    np.testing.assert_array_equal(pixels(again), pixels(drawn))
+    assert again.read_bytes() == drawn.read_bytes()
+
+
+def test_other_pixels_are_told(sample, drawn, tmp_path, capsys):
+    other = pixels(drawn).copy()
+    other[3, 4, 1] ^= 8
+    save_png(tmp_path / "other.png", other, read_text(drawn))
+    assert sample("--again", tmp_path / "other.png") == 1
+    assert "they differ by up to 8 of 255" in capsys.readouterr().out
+    save_png(tmp_path / "other.png", other[:8], read_text(drawn))
+    assert sample("--again", tmp_path / "other.png") == 1
+    assert "was resized" in capsys.readouterr().out
+
+
+def test_an_image_of_an_image_is_drawn_again_from_that_one(sample, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        save_png(tmp_path / name, rng.integers(0, 256, (32, 32, 3), np.uint8))
+    assert sample(PEA, "--image", tmp_path / "a.png", "--strength", "0.5") == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    assert "Denoising strength: 0.5" in read_text(file)["parameters"]
+    assert sample("--again", file, "--image", tmp_path / "a.png") == 0
+    for words in ((), ("--image", tmp_path / "b.png")):
+        assert sample("--again", file, *words) == 2
+        assert "was made from the image a.png" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(sample, drawn, tiny_bundle, tmp_path, capsys):
+    other = tiny_bundle._replace(params=jax.tree.map(lambda x: x * 1.01, tiny_bundle.params))
+    write_bundle(tmp_path / "other", other, dtype="float32")
+    assert sample("--again", drawn, "--model", tmp_path / "other") == 2
+    message = capsys.readouterr().err
+    assert f"fingerprint {read_text(drawn)['model_fingerprint'][:10]}" in message
+    assert "give the one that made it with --model" in message
+
+
+def test_a_recipe_that_samples_otherwise_is_refused(sample, drawn, model, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    recipe = json.loads((other / "config.json").read_text())
+    recipe["sampling"]["rescale"] = 0.5
+    (other / "config.json").write_text(json.dumps(recipe))
+    assert sample("--again", drawn, "--model", other) == 2
+    assert "samples otherwise" in capsys.readouterr().err
+
+
+def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
+    bare = tmp_path / "bare.png"
+    save_png(bare, pixels(drawn), {"prompt": PEA})
+    assert sample("--again", bare) == 2
+    assert "does not say how it was made" in capsys.readouterr().err
+    assert sample("--again", tmp_path / "missing.png") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("settings", "{"),
+        ("settings", "[]"),
+        ("settings", "{}"),
+        ("details", "{}"),
+        ("details", '{"dtype": "float3"}'),
+        ("settings", '{"size": "32x32", "image": 3}'),
+        ("seed", "eleven"),
+        ("settings", '{"size": "3"}'),
+    ],
+)
+def test_a_text_that_was_changed_is_refused(sample, drawn, tmp_path, capsys, name, value):
+    save_png(tmp_path / "a.png", pixels(drawn), read_text(drawn) | {name: value})
+    assert sample("--again", tmp_path / "a.png") == 2
+    assert "is not as sample.py wrote it" in capsys.readouterr().err
+
+
+def test_flags_that_would_change_it_are_refused(sample, drawn, capsys):
+    assert sample("--again", drawn, "--num-steps", 3) == 2
+    assert "--num-steps and --again exclude each other" in capsys.readouterr().err
+    assert sample(PEA, "--again", drawn) == 2
+    assert "exclude each other" in capsys.readouterr().err
