@@ -33,6 +33,8 @@ SOLVERS = [
     PLMS(),
     LCM(),
 ]
+# One of each kind: with fresh noise, of two evaluations, with a memory, with a memory of two parts.
+KINDS = [SOLVERS[0], SOLVERS[3], DPMSolverPP2MSDE(), UniPC()]
 
 
 def _network(x, t, text):
@@ -50,7 +52,7 @@ def _images(solver, seeds, text, scale, num_steps, **fields):
     return sample(denoise, solver, schedule, TimeGrid(), num_steps, noise, seeds, **fields)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", KINDS, ids=repr)
 def test_nothing_that_a_user_changes_recompiles(solver):
     traces = []
 
@@ -72,7 +74,7 @@ def test_nothing_that_a_user_changes_recompiles(solver):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", KINDS, ids=repr)
 def test_an_image_depends_on_its_seed_and_not_on_its_place(solver):
     seeds = jnp.array([11, 5, 7])
     text = jnp.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
@@ -105,8 +107,11 @@ def test_keys_differ_by_seed_and_by_purpose():
     assert len({tuple(key) for key in np.concatenate(keys)}) == 200
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("schedule", [RectifiedFlow(), VarianceExploding()], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "schedule"),
+    [(s, RectifiedFlow()) for s in SOLVERS] + [(s, VarianceExploding()) for s in KINDS],
+    ids=repr,
+)
 def test_a_denoiser_that_knows_the_image_ends_on_it(solver, schedule):
     target = jax.random.uniform(jax.random.key(0), (2, *SHAPE))
     noise = noise_from_seeds(jnp.arange(2), SHAPE)
