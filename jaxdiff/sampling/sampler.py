@@ -89,21 +89,22 @@ def sample(
         return t, schedule.alpha(t), schedule.sigma(t)
 
     def body(i, state):
-        x, before, snapshots = state
+        x, memory, snapshots = state
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         step = Step(*levels(i), *levels(i + 1))
 
-        def take(x, keys):
-            x, x0, memory = solver.step(denoise, x, before, step, keys)
+        def take(x, memory, keys):
+            x, x0, memory = solver.step(denoise, x, memory, step, keys)
             if source is not None and source.mask is not None:
                 x = source.mask * x + (1 - source.mask) * noised(i + 1)
             return x, x0, memory
 
         def again(j, state):
             keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, j)
-            return take(_back_up(state[0], step, keys), keys)
+            x = _back_up(state[0], step, keys)
+            return take(x, solver.init(x), keys)  # what was remembered is of another path
 
-        x, x0, memory = take(x, step_keys)
+        x, x0, memory = take(x, memory, step_keys)
         if repeats > 1:
             x, x0, memory = jax.lax.fori_loop(1, repeats, again, (x, x0, memory))
         # Written to the slots yet to come as well, which later steps overwrite: with fewer steps
