@@ -173,14 +173,21 @@ def unpatchify(x: Float[Array, "b n d"], rows: int, columns: int, patch: int) ->
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
+class _Count(np.ndarray):
+    """A count whose reading is a copy: JAX may look at it only after the count has gone on."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return np.array(super().__getitem__(key))
+
+
 def any_rngs() -> nnx.Rngs:
-    """For a module of which only the shapes are wanted.
+    """For a module of which only the shapes are wanted; it draws what `nnx.Rngs(0)` draws.
 
     How often they were drawn from is counted on the host. Counted by a traced array, as Flax does
     it, every draw takes longer than the one before: a full U-Net three times as long altogether.
     """
     rngs = nnx.Rngs(0)
-    count: Any = np.zeros((), np.uint32)
+    count: Any = np.zeros((), np.uint32).view(_Count)
     rngs.default.count.set_value(count)
     return rngs
 

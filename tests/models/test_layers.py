@@ -1,7 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from jaxdiff.models.layers import sum_of_words
+from jaxdiff.models.layers import any_rngs, sum_of_words
 
 
 def test_the_sum_of_words_is_that_of_the_words_under_the_mask():
@@ -20,3 +22,13 @@ def test_prompts_that_differ_in_half_of_their_words_differ_by_unit_variance():
     found = np.asarray(sum_of_words(jnp.asarray(words), jnp.ones((500, 12), bool)))
     # Of 12 words 6 differ: 2^2 * 6 / 12 = 2 is their variance.
     assert abs(found.var(axis=0).mean() - 2.0) < 0.1
+
+
+def test_any_generator_draws_what_flaxs_own_does():
+    """Each draw of its own number, also where JAX reads the number after the next draw."""
+    ours, theirs = any_rngs(), nnx.Rngs(0)
+    draws = [[jax.random.key_data(rngs.params()) for _ in range(9)] for rngs in (ours, theirs)]
+    np.testing.assert_array_equal(*draws)
+    read = ours.default.count[...]
+    ours.params()
+    assert (int(read), int(ours.default.count[...])) == (9, 10)
