@@ -207,8 +207,8 @@ class Pipeline:
           toward: other prompts, one for all or one each, to mix into the prompts.
           share: of these in the mixture, one for all or one each.
           clip: a second model that steers every step toward the prompts.
-          repeats: how often each step is taken, going back up by fresh noise in between; with a
-            mask, what is drawn then comes to fit what is kept.
+          repeats: how often each step is taken, going back up by fresh noise in between: what is
+            drawn then comes to fit what a mask keeps, or what a CLIP asks for.
 
         Returns:
           Images [n, h, w, 3]; with snapshots, [num_snapshots, n, h, w, 3], the last one
@@ -254,6 +254,8 @@ class Pipeline:
                 rows["mask"] = check_masks(mask, images.shape)
             default = IMAGE_STRENGTH if mask is None else 1.0
             first = first_step(default if strength is None else strength, num_steps)
+        if repeats < 1:
+            raise UserError(f"repeats is {repeats}: expected 1 or more.")
         if latents is not None:
             rows["noise"] = np.asarray(latents, np.float32)
             if rows["noise"].shape != (n, *shape):
@@ -271,10 +273,7 @@ class Pipeline:
             weights = {**weights, "clip": clip_weights}
             rows["clip_ids"] = tokenizer(prompts)
             rows["clip_scale"] = np.full(n, clip.scale, np.float32)
-            repeats = max(repeats, clip.repeats)
-            clip = dataclasses.replace(clip, model="", scale=0.0, repeats=1)  # no reason to compile
-        if repeats < 1:
-            raise UserError(f"repeats is {repeats}: expected 1 or more.")
+            clip = dataclasses.replace(clip, model="", scale=0.0)  # other ones compile nothing
         draw = compiled(
             self.task,
             self._graphdef,

@@ -42,8 +42,6 @@ class ClipGuidance:
       interval: times at which it steers.
       cutouts: random squares of the image that CLIP looks at, in the place of the whole; many make
         the match hard to improve by noise that no one sees.
-      repeats: how often every step is taken, going back up by fresh noise in between (Bansal et al.
-        2023, section 3.4; Lugmayr et al. 2022, section 4.2): what is steered then fits the rest.
 
     Raises:
       UserError: a number out of range.
@@ -53,15 +51,14 @@ class ClipGuidance:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     cutouts: int = 0
-    repeats: int = 1
 
     def __post_init__(self):
         low, high = self.interval
-        if not 0 <= low <= high <= 1 or self.cutouts < 0 or self.repeats < 1 or self.scale < 0:
+        if not 0 <= low <= high <= 1 or self.cutouts < 0 or self.scale < 0:
             raise UserError(
                 f"ClipGuidance got scale={self.scale}, interval={self.interval}, "
-                f"cutouts={self.cutouts}, repeats={self.repeats}; give a scale of 0 or more, an "
-                "interval (low, high) in [0, 1], 0 or more cut-outs, and 1 or more repeats."
+                f"cutouts={self.cutouts}; give a scale of 0 or more, an interval (low, high) in "
+                "[0, 1], and 0 or more cut-outs."
             )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.sampling.solvers import Denoise, Solver, Step
+from jaxdiff.sampling.solvers import Denoise, Solver, Step, noise_like
 
 INITIAL_NOISE, STEP_NOISE = 0, 1  # what a key is for
 
@@ -71,8 +71,8 @@ def sample(
     With a `source` it begins at grid(first), from the source under as much noise (SDEdit, Meng et
     al. 2022, algorithm 1). What its mask keeps is, after each step, the source under the noise of
     that time (Lugmayr et al. 2022, RePaint, eq. 8, with one noise for all times). Each step is
-    taken `repeats` times (static), going back up by fresh noise in between (section 4.2 there), so
-    that what is drawn comes to fit what is kept.
+    taken `repeats` times (static), going back up by fresh noise in between (section 4.2 there, and
+    Bansal et al. 2023, section 3.4), so that what is drawn comes to fit what is kept or asked for.
 
     num_steps and first may be traced: under jit neither they nor the seeds, nor anything that
     `denoise` closes over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and
@@ -132,6 +132,6 @@ def _back_up(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:
     Eq. 1 of `process.py` between two times: what is left of the data is as much as there was.
     """
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    fresh = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
     left = s.alpha / s.next_alpha
-    return left * x + jnp.sqrt(jnp.maximum(s.sigma**2 - (left * s.next_sigma) ** 2, 0)) * fresh
+    rest = jnp.sqrt(jnp.maximum(s.sigma**2 - (left * s.next_sigma) ** 2, 0))
+    return left * x + rest * noise_like(x, keys)

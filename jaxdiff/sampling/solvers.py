@@ -253,6 +253,11 @@ class LastEstimate(NamedTuple):
     half_log_snr: Scalar  # -inf: there is none
 
 
+def no_estimate(x: Images) -> LastEstimate:
+    """What there is to remember before the first step."""
+    return LastEstimate(x0=jnp.zeros_like(x), half_log_snr=jnp.full((), -jnp.inf, x.dtype))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP2M:
     """Second-order multistep DPM-Solver++ (Lu et al. 2022b, algorithm 2), one evaluation a step.
@@ -266,7 +271,7 @@ class DPMSolverPP2M:
 
     def init(self, x: Images) -> Memory:
         """No estimate yet."""
-        return LastEstimate(x0=jnp.zeros_like(x), half_log_snr=jnp.full((), -jnp.inf, x.dtype))
+        return no_estimate(x)
 
     def step(
         self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]

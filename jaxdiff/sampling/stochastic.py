@@ -12,8 +12,8 @@ from jaxtyping import Array, Key
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.solvers import (
+    DDIM,
     Denoise,
-    LastEstimate,
     Memory,
     Scalar,
     Step,
@@ -23,6 +23,7 @@ from jaxdiff.sampling.solvers import (
     ancestral,
     check_eta,
     extrapolated,
+    no_estimate,
     noise_like,
     noise_ratio,
 )
@@ -49,32 +50,15 @@ class DDPM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EulerAncestral:
+class EulerAncestral(DDIM):
     """Euler's step in sigma / alpha to less noise than asked, then fresh noise (k-diffusion).
 
     With sigma for sigma / alpha, sigma_up = eta sigma' sqrt(1 - (sigma' / sigma)^2) is added after
     a step down to sqrt(sigma'^2 - sigma_up^2). Multiplied by alpha' that is `DDIM` with this eta,
-    whose eta is 0 where this one's is 1 unless told otherwise.
-
-    Raises:
-        UserError: eta outside [0, 1].
+    which is 1 unless told otherwise.
     """
 
     eta: float = 1.0
-
-    def __post_init__(self):
-        check_eta(self)
-
-    def init(self, x: Images) -> Memory:
-        """Nothing."""
-        return ()
-
-    def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """Down by Euler's step, and up again."""
-        x0 = denoise(x, s.t)
-        return Stepped(ancestral(x, x0, s, self.eta, keys), x0, memory)
 
 
 def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
@@ -114,23 +98,15 @@ class DPMSolverPPSDE:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMSolverPP2MSDE:
+class DPMSolverPP2MSDE(DPMSolverPPSDE):
     """SDE-DPM-Solver++ of second order, multistep (Lu et al. 2022b, section 5), one evaluation.
 
     `DPMSolverPP2M`'s extrapolated x0 in the step of `DPMSolverPPSDE`; at eta = 0 it is the former.
-
-    Raises:
-        UserError: eta outside [0, 1].
     """
-
-    eta: float = 1.0
-
-    def __post_init__(self):
-        check_eta(self)
 
     def init(self, x: Images) -> Memory:
         """No estimate yet."""
-        return LastEstimate(x0=jnp.zeros_like(x), half_log_snr=jnp.full((), -jnp.inf, x.dtype))
+        return no_estimate(x)
 
     def step(
         self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
