@@ -1,8 +1,17 @@
-"""Shape annotations are checked while the tests run."""
+"""Shape annotations are checked while the tests run; compilation is fast rather than thorough."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what the tests cost, and takes 0.6 of the time without LLVM's optimizations.
+# Those that need the programs of users are marked `optimized`; "0" in the environment makes all so.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What takes long to compile is compiled once for all workers of a run and the processes they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # removed at the end of the run
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.25")
 # Eight simulated devices, for the tests of sharding; the others use the first.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
@@ -17,6 +26,14 @@ from collections.abc import Callable, Iterator
 
 import jax
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `nightly` are skipped unless JAXDIFF_NIGHTLY=1."""
+    if os.environ.get("JAXDIFF_NIGHTLY") != "1":
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="set JAXDIFF_NIGHTLY=1"))
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +75,18 @@ def tiny_recipe() -> Callable:
     return make
 
 
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Programs compiled in this module, or by a process with this environment, compile once."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield {"JAX_COMPILATION_CACHE_DIR": folder}
-    jax.config.update("jax_compilation_cache_dir", None)
+@pytest.fixture(scope="module", autouse=True)
+def optimized(request) -> Iterator[None]:
+    """Modules marked so are compiled as users compile, nothing taken over from other modules."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    if not quick or request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +98,7 @@ def tiny_bundle(tiny_recipe):
 
     from jaxdiff.data.tokenizer import Tokenizer
     from jaxdiff.model import Bundle
-    from jaxdiff.models.layers import abstract_params, any_rngs
+    from jaxdiff.models.layers import abstract_params, blueprint
     from jaxdiff.sampling.settings import SamplingConfig
     from jaxdiff.sampling.solvers import DDIM
 
@@ -88,7 +110,57 @@ def tiny_bundle(tiny_recipe):
         scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, abstract_params(lambda: config.task.build(any_rngs())))
+    params = jax.tree.map(draw, abstract_params(blueprint(type(config.task).build, config.task)))
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
     return Bundle(config, params, {}, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def some_plan():
+    """The plan of a run, its figures made up."""
+    from jaxdiff.parallel.plan import Memory, Plan
+
+    return Plan(
+        recipe="tiny",
+        topology="cpu:8",
+        stands_in_for=None,
+        chip="cpu",
+        chips=8,
+        mesh={},
+        batch_size=16,
+        accumulate=1,
+        remat="none",
+        steps=100,
+        flags=(),
+        parameters=1,
+        frozen_parameters=0,
+        flops_per_image=1.0,
+        flops_per_step=16.0,
+        memory=Memory(state=1.0, temporary=1.0, program=0.0),
+        memory_needed=2.0,
+        memory_limit=30.0,
+        collectives=(),
+        traffic=None,
+        compute_s=1.0,
+        memory_s=None,
+        interconnect_s=None,
+        utilisation=0.4,
+        images_per_s=None,
+        days=None,
+        compile_s=1.0,
+    )
+
+
+@pytest.fixture
+def compilations():
+    """Names of the functions that are compiled during the test."""
+    names = []
+
+    def listen(event, *_, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

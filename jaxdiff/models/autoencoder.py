@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
-from jaxdiff.models.convolutions import GroupNorm, ResidualBlock, conv, linear
-from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.layers import Remat, patchify, unpatchify
 from jaxdiff.models.tiling import Pieces, in_pieces
 
@@ -98,8 +97,7 @@ class Gaussian(NamedTuple):
 
 def _downsample(channels: int, rngs: nnx.Rngs):
     # Padded at the far sides alone, as the published weights want it.
-    sides, init = ((0, 1), (0, 1)), fan_in_normal()
-    return nnx.Conv(channels, channels, (3, 3), 2, padding=sides, kernel_init=init, rngs=rngs)
+    return Conv(channels, channels, 3, 2, rngs, sides=((0, 1), (0, 1)))
 
 
 def _group_norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
@@ -160,7 +158,7 @@ class Level(nnx.Module):
         inputs: int,
         outputs: int,
         depth: int,
-        resample: nnx.Conv | None,
+        resample: Conv | None,
         config: AutoencoderConfig,
         rngs: nnx.Rngs,
     ):

@@ -3,17 +3,27 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import Dense, Remat, checkpoint
 
+Wrap = tuple[bool, bool]
+"""Whether a picture goes on at its other side: below the lowest row, beyond the last column."""
+
+Sides = tuple[tuple[int, int], tuple[int, int]]  # positions added above and below, left and right
+
 
 class Conv(nnx.Conv):
-    """A convolution with a square window, with zeros around; `lora.attach` gives it an adapter."""
+    """A convolution with a square window, with zeros around unless it wraps.
+
+    `lora.attach` gives it an adapter, and `wrap_convolutions` has it go around.
+    """
 
     lora: Any
+    padding: Sides
 
     def __init__(
         self,
@@ -24,15 +34,18 @@ class Conv(nnx.Conv):
         rngs: nnx.Rngs,
         *,
         bias: bool = True,
+        sides: Sides | None = None,
     ):
         self.stride = stride
-        sides, init = ((size // 2, size // 2),) * 2, fan_in_normal()
+        self.around: Sides = ((0, 0), (0, 0))
+        init = fan_in_normal()
+        half = (size // 2, size // 2)
         super().__init__(
             inputs,
             outputs,
             (size, size),
             stride,
-            padding=sides,
+            padding=(half, half) if sides is None else sides,
             use_bias=bias,
             kernel_init=init,
             rngs=rngs,
@@ -42,16 +55,30 @@ class Conv(nnx.Conv):
         self, inputs: Float[Array, "b h w c"], out_sharding: None = None
     ) -> Float[Array, "b H W d"]:
         """Each side divided by the stride, rounded up."""
+        if any(map(any, self.around)):
+            inputs = jnp.pad(inputs, ((0, 0), *self.around, (0, 0)), mode="wrap")
         out = super().__call__(inputs, out_sharding)
         if hasattr(self, "lora"):
-            kernel = self.lora.down[...]
-            sides = ((kernel.shape[0] // 2, kernel.shape[0] // 2),) * 2
             layout = ("NHWC", "HWIO", "NHWC")
+            strides = (self.stride, self.stride)
             down = jax.lax.conv_general_dilated(
-                inputs, kernel, (self.stride, self.stride), sides, dimension_numbers=layout
+                inputs, self.lora.down[...], strides, self.padding, dimension_numbers=layout
             )
             out = out + self.lora.scale * (down @ self.lora.up[0, 0])
         return out
+
+
+def wrap_convolutions(module: nnx.Module, wrap: Wrap) -> None:
+    """Has the module's convolutions see the other side of a picture in the place of zeros.
+
+    Only for layers as they were built: what wraps once has no zeros left to replace.
+    """
+    (down, across), none = wrap, (0, 0)
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, Conv):
+            rows, columns = layer.padding
+            layer.around = (rows if down else none, columns if across else none)
+            layer.padding = (none if down else rows, none if across else columns)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> Conv:

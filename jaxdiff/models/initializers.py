@@ -5,6 +5,7 @@ The more axes a draw of random numbers has, the longer it takes to compile (jax 
 the numbers are the same.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +18,25 @@ from jaxtyping import Array
 
 def normal(std: float) -> Initializer:
     """A normal distribution of mean 0."""
-
-    def init(
-        key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: None = None
-    ) -> Array:
-        return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
-
-    return init
+    return functools.partial(_draw, std)
 
 
 def fan_in_normal() -> Initializer:
     """A normal distribution of variance 1 / fan in (LeCun et al. 1998): outputs are like inputs."""
+    return _draw_by_fan_in
 
-    def init(
-        key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: None = None
-    ) -> Array:
-        return normal(math.prod(shape[:-1]) ** -0.5)(key, shape, dtype)
 
-    return init
+def _draw(
+    std: float,
+    key: Array,
+    shape: Sequence[int],
+    dtype: Any = jnp.float32,
+    out_sharding: None = None,
+) -> Array:
+    return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+def _draw_by_fan_in(
+    key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: None = None
+) -> Array:
+    return _draw(math.prod(shape[:-1]) ** -0.5, key, shape, dtype)

@@ -1,15 +1,18 @@
 """What several networks share: text features, time embedding, rotary positions, stacked blocks."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.errors import UserError
+from jaxdiff.parallel.sharding import gather_weights
 
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
@@ -40,6 +43,15 @@ def sum_of_words(
     """
     mask = mask[..., None].astype(words.dtype)
     return scale * jnp.sum(words * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
+
+
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh that XLA lays out the traced program on.
+
+    None where it has none, or a single device, or where each device runs a program of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -91,7 +103,7 @@ def scan_blocks(
     graphdef, params = nnx.split(blocks)
 
     def body(x, params):
-        x = call(nnx.merge(graphdef, params), x)
+        x = call(nnx.merge(graphdef, gather_weights(params)), x)
         return x, x if all_states else None
 
     return jax.lax.scan(checkpoint(body, remat, prevent_cse=False), x, params)
@@ -109,7 +121,11 @@ class Dense(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: None = None) -> Array:
         """`inputs @ kernel + bias`, in the type of the inputs and the weights."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        mesh = traced_mesh()
+        if mesh is not None and mesh.shape["context"] > 1:  # axes that are split are not merged
+            flat = inputs
+        else:
+            flat = inputs.reshape(-1, inputs.shape[-1])
         out = super().__call__(flat, out_sharding)
         if hasattr(self, "lora"):
             out = out + self.lora.scale * (flat @ self.lora.down @ self.lora.up)
@@ -192,12 +208,26 @@ def any_rngs() -> nnx.Rngs:
     return rngs
 
 
+@functools.lru_cache(maxsize=64)
+def blueprint(make: Callable[..., nnx.Module], *parts: Hashable) -> Callable[[], nnx.Module]:
+    """`make(*parts, rngs)` as `abstract_params` and `merge` take it.
+
+    It is one and the same function for equal parts: so what it builds is traced but once.
+    """
+    return lambda: make(*parts, rngs=any_rngs())
+
+
 def abstract_params(build: Callable[[], nnx.Module]) -> Any:
     """Shapes and types of the parameters of what `build` makes, as a nested dict.
 
     Nothing is allocated: `build` only runs abstractly.
     """
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
+    return nnx.to_pure_dict(_traced(build)[1])
+
+
+def graph(build: Callable[[], nnx.Module]) -> Any:
+    """The graph of what `build` makes, without its parameters; nothing is allocated."""
+    return _traced(build)[0]
 
 
 def merge(build: Callable[[], nnx.Module], params: Any) -> Any:
@@ -205,5 +235,9 @@ def merge(build: Callable[[], nnx.Module], params: Any) -> Any:
 
     Nothing is allocated: `build` only runs abstractly.
     """
-    graphdef, _ = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graphdef, params)
+    return nnx.merge(graph(build), params)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(build: Callable[[], nnx.Module]) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(build))

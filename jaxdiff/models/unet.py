@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
-from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.layers import (
     Remat,
     TextFeatures,
@@ -76,7 +76,9 @@ class UNetConfig:
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
-    return nnx.Conv(inputs, outputs, (size, size), stride, kernel_init=fan_in_normal(), rngs=rngs)
+    # All that the window needs around sides that the stride divides; the odd one at the far side.
+    sides = ((size - stride) // 2, (size - stride + 1) // 2)
+    return Conv(inputs, outputs, size, stride, rngs, sides=(sides, sides))
 
 
 class ResBlock(nnx.Module):

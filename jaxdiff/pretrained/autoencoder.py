@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
 from jaxdiff.pretrained.tensor_files import Renamed
@@ -146,7 +146,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(lambda: Autoencoder(config, rngs=any_rngs()))
+    abstract = abstract_params(blueprint(Autoencoder, config))
     renewed = Renamed(tensors, _renew)
     return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
 
@@ -96,7 +96,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(lambda: TinyAutoencoder(config, rngs=any_rngs()))
+    abstract = abstract_params(blueprint(TinyAutoencoder, config))
     return names.from_torch_names(tensors, TINY_NAMES, abstract, **options)
 
 

@@ -15,7 +15,7 @@ from jaxdiff.models.clip import (
     ClipVision,
     ClipVisionConfig,
 )
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config
 from jaxdiff.pretrained.tensor_files import Renamed
@@ -161,7 +161,7 @@ def from_torch_names(
     `options` and errors are those of `names.from_torch_names`.
     """
     network, table = _network(config)
-    abstract = abstract_params(lambda: network(config, rngs=any_rngs()))
+    abstract = abstract_params(blueprint(network, config))
     renamed = Renamed(tensors, lambda name: _full_name(name, config))
     return names.from_torch_names(renamed, table, abstract, **options)
 

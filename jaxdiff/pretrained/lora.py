@@ -24,7 +24,7 @@ from jaxdiff.adapters import Adapters
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.models.clip import ClipText
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.lora import Factors, Path
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.pretrained.clip import TEXT_NAMES
@@ -74,10 +74,10 @@ def _layers(task: DiffusionTask) -> dict[str, _Layer]:
         )
     network = task.denoiser
     parts: dict[str, tuple[Any, Mapping[str, str]]] = {
-        "denoiser": (lambda: UNet2DConditionModel(network, rngs=any_rngs()), UNET_NAMES)
+        "denoiser": (blueprint(UNet2DConditionModel, network), UNET_NAMES)
     }
     for name, tower in task.towers.items():
-        parts[name] = (lambda model=tower.model: ClipText(model, rngs=any_rngs()), TEXT_NAMES)
+        parts[name] = (blueprint(ClipText, tower.model), TEXT_NAMES)
     folders, layers = _folders(task), {}
     for part, (build, table) in parts.items():
         for path, leaf in flatten(abstract_params(build)).items():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.pretrained import names
 from jaxdiff.pretrained.foreign_config import Fixed, check_config, each
@@ -195,7 +195,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
+    abstract = abstract_params(blueprint(UNet2DConditionModel, config))
     return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 

@@ -74,7 +74,7 @@ def products(jaxpr) -> list:
 
 
 def test_text_features_have_the_shapes_and_the_mask_includes_the_end_token():
-    features = text(projection_dim=5)(IDS)
+    features = jax.jit(text(projection_dim=5))(IDS)
     assert features.tokens.shape == (3, 6, 16)
     assert features.pooled.shape == (3, 5)
     np.testing.assert_array_equal(features.mask, jnp.arange(6) <= ENDS[:, None])
@@ -82,18 +82,18 @@ def test_text_features_have_the_shapes_and_the_mask_includes_the_end_token():
 
 @pytest.mark.parametrize("end_id", [END, None])
 def test_pooled_is_the_normalised_state_at_the_end_token(end_id):
-    features = text(end_id=end_id)(IDS)
+    features = jax.jit(text(end_id=end_id))(IDS)
     np.testing.assert_array_equal(features.pooled, features.tokens[jnp.arange(3), ENDS])
 
 
 def test_the_end_is_the_first_end_id_though_padding_repeats_it_and_larger_ids_exist():
     ids = jnp.array([[1, 11, END, END, END, END]])
-    assert text()(ids).mask.sum() == 3
+    assert jax.jit(lambda ids: text()(ids).mask)(ids).sum() == 3
 
 
 def test_a_prompt_without_an_end_token_is_taken_whole():
     ids = jnp.array([[1, 4, 2, 3, 5, 6]])
-    features = text()(ids)
+    features = jax.jit(text())(ids)
     assert features.mask.all()
     np.testing.assert_array_equal(features.pooled[0], features.tokens[0, -1])
 
@@ -140,10 +140,13 @@ def test_a_layer_that_is_not_there_is_refused(layer):
 def test_the_scan_equals_the_blocks_one_by_one(activation):
     model = text(activation=activation)
     graphdef, params = nnx.split(model.blocks)
-    x = model(IDS, layer=0, final_norm=False).tokens
+    one = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, causal=True))
+    x, scanned = jax.jit(
+        lambda ids: [model(ids, layer=layer, final_norm=False).tokens for layer in (0, None)]
+    )(IDS)
     for i in range(3):
-        x = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))(x, causal=True)
-    np.testing.assert_allclose(model(IDS, final_norm=False).tokens, x, atol=1e-6)
+        x = one(jax.tree.map(lambda p, i=i: p[i], params), x)
+    np.testing.assert_allclose(scanned, x, atol=1e-6)
 
 
 def test_layers_start_different():
@@ -175,9 +178,10 @@ def test_bf16_weights_compute_in_bf16_whatever_the_norms_are_stored_in(norms):
             params,
         ),
     )
-    assert {x.dtype for x in half.text(IDS)} == {jnp.dtype(jnp.bfloat16), jnp.dtype(bool)}
-    assert {x.dtype for x in half.vision(images())} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in half(images(), IDS)} == {jnp.dtype(jnp.float32)}
+    half_type = jnp.dtype(jnp.bfloat16)
+    assert {x.dtype for x in jax.eval_shape(half.text, IDS)} == {half_type, jnp.dtype(bool)}
+    assert {x.dtype for x in jax.eval_shape(half.vision, images())} == {half_type}
+    assert {x.dtype for x in jax.eval_shape(half, images(), IDS)} == {jnp.dtype(jnp.float32)}
     found = products(jax.make_jaxpr(lambda x, ids: tuple(half(x, ids)))(images(), IDS).jaxpr)
     assert len(found) >= 19  # 8 in each tower's block, one for the patches, two projections
     for equation in found:
@@ -186,7 +190,7 @@ def test_bf16_weights_compute_in_bf16_whatever_the_norms_are_stored_in(norms):
 
 def test_image_features_have_the_shapes_and_pool_the_class_token():
     model = vision()
-    features = model(images())
+    features = jax.jit(model)(images())
     assert features.tokens.shape == (3, 5, 16)
     np.testing.assert_allclose(features.pooled, model.final_norm(features.tokens[:, 0]), atol=1e-6)
 
@@ -213,9 +217,9 @@ def test_hidden_states_are_the_tokens_of_every_layer():
 
 
 def test_the_vision_tower_sees_in_both_directions():
-    model = vision()
+    run = jax.jit(vision())
     changed = images().at[:, 8:, 8:].set(0)  # the last patch
-    moved = jnp.abs(model(images()).tokens - model(changed).tokens).max(axis=(0, 2))
+    moved = jnp.abs(run(images()).tokens - run(changed).tokens).max(axis=(0, 2))
     assert (moved > 1e-6).all()
 
 
@@ -232,7 +236,7 @@ def test_normalisation_takes_clips_mean_to_zero_and_one_deviation_to_one():
 
 def test_embeddings_are_unit_vectors_and_the_scale_is_capped():
     model = nnx.merge(*split_clip())
-    out = model(images(2), IDS)
+    out = jax.jit(model)(images(2), IDS)
     assert out.image.shape == (2, 8)
     assert out.text.shape == (3, 8)
     np.testing.assert_allclose(jnp.linalg.norm(out.image, axis=1), 1, atol=1e-6)

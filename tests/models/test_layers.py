@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdiff.models.layers import any_rngs, sum_of_words
+from jaxdiff.models.layers import abstract_params, any_rngs, blueprint, merge, sum_of_words
 
 
 def test_the_sum_of_words_is_that_of_the_words_under_the_mask():
@@ -32,3 +32,22 @@ def test_any_generator_draws_what_flaxs_own_does():
     read = ours.default.count[...]
     ours.params()
     assert (int(read), int(ours.default.count[...])) == (9, 10)
+
+
+def test_what_equal_parts_build_is_traced_once_and_handed_out_whole():
+    traced = []
+
+    def make(width, rngs):
+        traced.append(width)
+        return nnx.Linear(width, 2, rngs=rngs)
+
+    abstract_params(blueprint(make, 3)).pop("kernel")  # is the caller's own
+    params = {"kernel": np.full((3, 2), 2.0), "bias": np.zeros(2)}
+    found = jax.tree.map(lambda x: x.shape, abstract_params(blueprint(make, 3)))
+    assert found == {"kernel": (3, 2), "bias": (2,)}
+    models = [merge(blueprint(make, 3), params) for _ in range(2)]
+    assert traced == [3]
+    np.testing.assert_array_equal(models[0](jnp.ones((1, 3))), [[6, 6]])
+    models[0].kernel = nnx.Param(jnp.zeros((3, 2)))
+    np.testing.assert_array_equal(models[1](jnp.ones((1, 3))), [[6, 6]])
+    assert abstract_params(blueprint(make, 4))["kernel"].shape == (4, 2)
