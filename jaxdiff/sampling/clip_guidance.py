@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.solvers import Denoise, Scalar
+from jaxdiff.sampling.remembering import AnyDenoise, then
+from jaxdiff.sampling.solvers import Scalar
 
 Match = Callable[[Images, Scalar], Float[Array, " b"]]  # (x0, t) -> how well they match
 
@@ -63,29 +64,28 @@ class ClipGuidance:
 
 
 def steered(
-    denoise: Denoise,
+    denoise: AnyDenoise,
     match: Match,
     schedule: Schedule,
     scale: Float[Array, ""],
     *,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> Denoise:
+) -> AnyDenoise:
     """A denoiser whose estimates match better, eq. 2; outside the interval the same as before.
 
     scale may be traced. Where nothing is steered `match` is not evaluated.
     """
 
-    def estimate(x: Images, t: Scalar) -> Images:
+    def steer(x0: Images, t: Scalar) -> Images:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        x0 = denoise(x, t)
         gradient = jax.grad(lambda x0: jnp.sum(match(x0, t)))(x0)
         return x0 + scale * sigma**2 / (alpha**2 + sigma**2) * gradient
 
-    def guided(x: Images, t: Scalar) -> Images:
+    def guided(x0: Images, t: Scalar) -> Images:
         low, high = interval
-        return jax.lax.cond((low <= t) & (t <= high), estimate, denoise, x, t)
+        return jax.lax.cond((low <= t) & (t <= high), steer, lambda x0, t: x0, x0, t)
 
-    return guided
+    return then(denoise, guided)
 
 
 def look(

@@ -1,16 +1,22 @@
-"""Guidance: turns a network into a denoiser, (x_t, t) -> x0, that follows a prompt.
+"""Guidance: turns networks into a denoiser, (x_t, t) -> x0, that follows a prompt.
 
 Classifier-free guidance (Ho & Salimans 2022, eq. 6, its w + 1 being guidance_scale):
 
-    guided = uncond + guidance_scale (cond - uncond)                               (1)
+    guided = cond + (guidance_scale - 1) (cond - uncond)                           (1)
 
 The weights sum to 1, and every prediction type is affine in x0 for a given x_t; so it does not
-matter in which of them (1) is taken. Here it is x0.
+matter in which of them (1) is taken. Here it is x0. Of several prompts with weights (Liu et al.
+2022, composable diffusion, eq. 11),
+
+    cond = uncond + sum_i weight_i (cond_i - uncond)                               (2)
+
+and away from what a weaker model of the same thing makes of the same prompt (Karras et al. 2024,
+autoguidance, eq. 3, its w being weak_scale), `+ (weak_scale - 1) (cond - weak)` is added to (1).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,10 @@ from jaxtyping import Array, Float
 from jaxdiff.diffusion.process import Images, Prediction, to_x0_eps
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.solvers import Denoise, Scalar
+from jaxdiff.sampling.apg import APG
+from jaxdiff.sampling.cfg_zero import CFGZeroStar, still
+from jaxdiff.sampling.remembering import AnyDenoise, Remembering
+from jaxdiff.sampling.solvers import Memory, Scalar
 
 Text = Any  # a tree of arrays [b, ...]: what the network knows of the prompts
 Threshold = Callable[[Images], Images]  # keeps estimates of x0 where data are
@@ -70,65 +79,190 @@ class DynamicThreshold:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierFree:
-    """Guidance by the difference that the prompt makes, eq. 1.
+class Guidance:
+    """How classifier-free guidance acts; by how much is the guidance scale's affair.
 
-    Outside `interval` of t the scale is 1 (Kynkäänniemi et al. 2024): guidance harms at the highest
-    noise and is idle at the lowest. `rescale` takes the guided x0 that far, from 0 to 1, back to
-    the standard deviation of the conditional one (Lin et al. 2023, eq. 15-16), image by image.
+    Attributes:
+      interval: times of t, from 0 to 1, at which it acts. It harms at the highest noise and is idle
+        at the lowest (Kynkäänniemi et al. 2024); elsewhere the network is told of the prompts
+        alone, which is half of the work.
+      rescale: how far, from 0 to 1, a guided x0 is taken back to the standard deviation of the
+        conditional one (Lin et al. 2023, eq. 15-16), image by image.
+      apg: what is done to the difference that the prompt makes.
+      zero_star: what is done where a flow model is unsure of itself.
 
     Raises:
-        UserError: interval or rescale outside [0, 1].
+      UserError: interval or rescale outside [0, 1].
     """
 
-    prediction: Prediction
-    schedule: Schedule
-    threshold: Threshold | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    apg: APG | None = None
+    zero_star: CFGZeroStar | None = None
 
     def __post_init__(self):
         low, high = self.interval
         if not 0 <= low <= high <= 1 or not 0 <= self.rescale <= 1:
             raise UserError(
-                f"ClassifierFree got interval={self.interval}, rescale={self.rescale}; give an "
+                f"Guidance got interval={self.interval}, rescale={self.rescale}; give an "
                 "interval (low, high) of times and a rescale, all in [0, 1]."
             )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on the guidance of the one before."""
+        return self.apg is not None and self.apg.momentum != 0
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises `UserError` if none of so many steps would be taken."""
+        if self.zero_star and self.zero_star.zero_steps >= num_steps:
+            raise UserError(
+                f"zero_star.zero_steps is {self.zero_star.zero_steps} of {num_steps} steps: leave "
+                "at least one that is taken."
+            )
+
+
+class Further(NamedTuple):
+    """The prompts of eq. 2 after the first, and the weights of all of them."""
+
+    texts: Text  # a tree of arrays [k, b, ...]
+    weights: Float[Array, "b k+1"]
+
+
+class Weak(NamedTuple):
+    """A weaker model, told of the same prompts."""
+
+    told: "Told"
+    scale: Float[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A network that is told of b prompts, and of what to steer away from.
+
+    Attributes:
+      network: called with as many images and times as texts, one or two for each prompt.
+      prediction: what it says.
+      schedule: of its noise.
+      cond: the prompts' features.
+      uncond: those of the negative prompts, or of the empty one; a tree of the same structure.
+      further: what the prompts are composed with.
+    """
+
+    network: Network
+    prediction: Prediction
+    schedule: Schedule
+    cond: Text
+    uncond: Text
+    further: Further | None = None
+
+    def conditional(self, x: Images, t: Scalar) -> Images:
+        """x0 by the prompts."""
+        return self._x0(x, t, self.cond) if self.further is None else self.both(x, t)[0]
+
+    def both(self, x: Images, t: Scalar) -> tuple[Images, Images]:
+        """x0 by the prompts and without them; one call of the network, cond first, serves both."""
+        text = jax.tree.map(lambda *both: jnp.concatenate(both), self.cond, self.uncond)
+        cond, uncond = jnp.split(self._x0(jnp.concatenate([x, x]), t, text), 2)
+        if self.further is None:
+            return cond, uncond
+        # One after the other: an image has the same bits among any number of them.
+        weights = self.further.weights.T[..., None, None, None]
+        others = jax.lax.map(lambda text: self._x0(x, t, text), self.further.texts)
+        composed = cond + (weights[0] - 1) * (cond - uncond)
+        return composed + jnp.sum(weights[1:] * (others - uncond), axis=0), uncond
+
+    def _x0(self, x: Images, t: Scalar, text: Text) -> Images:
+        output = self.network(x, jnp.broadcast_to(t, (len(x),)), text).astype(x.dtype)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return to_x0_eps(self.prediction, output, x, alpha, sigma)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFree:
+    """Guidance by the difference that the prompt makes, eq. 1.
+
+    Attributes:
+      guidance: how it acts.
+      threshold: keeps estimates of x0 in range.
+    """
+
+    guidance: Guidance = Guidance()
+    threshold: Threshold | None = None
+
     def denoiser(
         self,
-        network: Network,
-        cond: Text,
-        uncond: Text,
+        told: Told,
         guidance_scale: Float[Array, " b"],
-    ) -> Denoise:
+        *,
+        weak: Weak | None = None,
+        still_above: Scalar | None = None,
+    ) -> AnyDenoise:
         """A denoiser for b prompts.
 
-        cond are the prompts' features and uncond those of the negative prompts (or of the empty
-        one), two trees of one structure. The network is called once on both, cond first, with
-        images and times [2b]. guidance_scale may be traced; at 1 the result is the conditional
-        model's, at 0 the negative prompt's.
+        Args:
+          told: the network and what it is told.
+          guidance_scale: may be traced; at 1 the result is the conditional model's, at 0 the
+            negative prompt's.
+          weak: what to steer away from as well.
+          still_above: the time above which no step is taken, for `CFGZeroStar.zero_steps`.
+
+        Returns:
+          One that remembers, if there is a momentum.
         """
-        text = jax.tree.map(lambda *both: jnp.concatenate(both), cond, uncond)
+        low, high = self.guidance.interval
+        schedule = told.schedule
 
-        def denoise(x: Images, t: Scalar) -> Images:
-            batch = x.shape[0]
-            twice = jnp.concatenate([x, x])
-            output = network(twice, jnp.broadcast_to(t, (2 * batch,)), text)
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            x0, _ = to_x0_eps(self.prediction, output.astype(x.dtype), twice, alpha, sigma)
-            x0 = self._guide(x0[:batch], x0[batch:], t, guidance_scale)
-            return x0 if self.threshold is None else self.threshold(x0)
+        def guided(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
+            cond, uncond = told.both(x, t)
+            apart, memory = self._difference(told, cond, uncond, x, t, memory)
+            # From cond, not from uncond: at scale 1 this is cond to the last bit.
+            x0 = cond + (guidance_scale - 1).reshape(-1, 1, 1, 1) * apart
+            if weak is not None:
+                x0 = x0 + (weak.scale - 1) * (cond - weak.told.conditional(x, t))
+            return self._rescaled(x0, cond), memory
 
-        return denoise
+        def unguided(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
+            return told.conditional(x, t), memory
 
-    def _guide(self, cond: Images, uncond: Images, t: Scalar, scale: Float[Array, " b"]) -> Images:
-        low, high = self.interval
-        scale = jnp.where((low <= t) & (t <= high), scale, 1.0).reshape(-1, 1, 1, 1)
-        # From cond, not from uncond: at scale 1 this is cond to the last bit.
-        guided = cond + (scale - 1) * (cond - uncond)
-        if self.rescale == 0:
-            return guided
-        pixels = (1, 2, 3)
-        size = jnp.std(cond, pixels, keepdims=True) / jnp.std(guided, pixels, keepdims=True)
-        return guided * (1 + self.rescale * (size - 1))
+        def moving(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
+            if (low, high) == (0, 1):
+                x0, memory = guided(x, t, memory)
+            else:
+                inside = (low <= t) & (t <= high)
+                x0, memory = jax.lax.cond(inside, guided, unguided, x, t, memory)
+            return x0 if self.threshold is None else self.threshold(x0), memory
+
+        def at_rest(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
+            return still(x, schedule.alpha(t), schedule.sigma(t)), memory
+
+        def estimate(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
+            if still_above is None:
+                return moving(x, t, memory)
+            return jax.lax.cond(t > still_above, at_rest, moving, x, t, memory)
+
+        if self.guidance.remembers:
+            return Remembering(init=jnp.zeros_like, estimate=estimate)
+        return lambda x, t: estimate(x, t, ())[0]
+
+    def _difference(
+        self, told: Told, cond: Images, uncond: Images, x: Images, t: Scalar, memory: Memory
+    ) -> tuple[Images, Memory]:
+        """What the guidance scale less 1 is multiplied by."""
+        apg, zero_star = self.guidance.apg, self.guidance.zero_star
+        if zero_star is not None:
+            alpha, sigma = told.schedule.alpha(t), told.schedule.sigma(t)
+            uncond = zero_star.optimized(cond, uncond, x, alpha, sigma, told.prediction)
+        apart = cond - uncond
+        if apg is None:
+            return apart, memory
+        if apg.momentum:
+            apart = memory = apart + apg.momentum * memory
+        return apg.projected(apart, cond), memory
+
+    def _rescaled(self, x0: Images, cond: Images) -> Images:
+        rescale, pixels = self.guidance.rescale, (1, 2, 3)
+        if rescale == 0:
+            return x0
+        size = jnp.std(cond, pixels, keepdims=True) / jnp.std(x0, pixels, keepdims=True)
+        return x0 * (1 + rescale * (size - 1))

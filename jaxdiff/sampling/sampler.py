@@ -5,7 +5,7 @@ so neither its place in the batch nor the size of the batch matters.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.sampling.solvers import Denoise, Solver, Step, noise_like
+from jaxdiff.sampling.remembering import AnyDenoise, OneStep, remembering
+from jaxdiff.sampling.solvers import Solver, Step, noise_like
 
 INITIAL_NOISE, STEP_NOISE = 0, 1  # what a key is for
 
@@ -44,15 +45,31 @@ class Source(NamedTuple):
     from_noise: bool = False
 
 
+State = Any  # the tree of arrays that goes from step to step
+
+
+class Part(NamedTuple):
+    """The steps from `begin` to `end`, taken of a run that is taken in several parts.
+
+    `state` is what the part before left behind; the part that begins at the run's first step takes
+    no notice of what is in it.
+    """
+
+    begin: Int[Array, ""]
+    end: Int[Array, ""]
+    state: State
+
+
 class Sampled(NamedTuple):
-    """What a run of the sampler made."""
+    """What a run of the sampler made, or a part of one."""
 
     images: Images
     snapshots: Float[Array, "k b h w c"]  # estimates of x0 on the way, first to last
+    state: State  # for the part that comes after it
 
 
 def sample(
-    denoise: Denoise,
+    denoise: AnyDenoise,
     solver: Solver,
     schedule: Schedule,
     grid: Grid,
@@ -65,8 +82,9 @@ def sample(
     source: Source | None = None,
     first: int | Int[Array, ""] = 0,
     repeats: int = 1,
+    part: Part | None = None,
 ) -> Sampled:
-    """Goes from noise at grid(0) to an image at grid(num_steps).
+    """Goes from noise at grid(0) to an image at grid(num_steps), or takes a `part` of the way.
 
     With a `source` it begins at grid(first), from the source under as much noise (SDEdit, Meng et
     al. 2022, algorithm 1). What its mask keeps is, after each step, the source under the noise of
@@ -74,7 +92,7 @@ def sample(
     taken `repeats` times (static), going back up by fresh noise in between (section 4.2 there, and
     Bansal et al. 2023, section 3.4), so that what is drawn comes to fit what is kept or asked for.
 
-    num_steps and first may be traced: under jit neither they nor the seeds, nor anything that
+    num_steps, first and part may be traced: under jit neither they nor the seeds, nor anything that
     `denoise` closes over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and
     is scaled to the sigma of grid(0), unless `unit_noise`; seeds feed the solvers that add more. Of
     the k = num_snapshots (static), number j is the denoiser's estimate after a share (j + 1) / k of
@@ -82,7 +100,11 @@ def sample(
     """
     num_steps = jnp.asarray(num_steps, jnp.int32)
     keys = keys_from_seeds(seeds, STEP_NOISE)
+    denoiser = remembering(denoise)
     slots = jnp.arange(num_snapshots).reshape(-1, 1, 1, 1, 1)
+
+    def init(x):
+        return solver.init(x), denoiser.init(x)
 
     def levels(i):
         t = grid(i, num_steps).astype(noise.dtype)
@@ -94,15 +116,16 @@ def sample(
         step = Step(*levels(i), *levels(i + 1))
 
         def take(x, memory, keys):
-            x, x0, memory = solver.step(denoise, x, memory, step, keys)
+            call = OneStep(denoiser, memory[1])
+            x, x0, solved = solver.step(call, x, memory[0], step, keys)
             if source is not None and source.mask is not None:
                 x = source.mask * x + (1 - source.mask) * noised(i + 1)
-            return x, x0, memory
+            return x, x0, (solved, call.memory)
 
         def again(j, state):
             keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, j)
             x = _back_up(state[0], step, keys)
-            return take(x, solver.init(x), keys)  # what was remembered is of another path
+            return take(x, init(x), keys)  # what was remembered is of another path
 
         x, x0, memory = take(x, memory, step_keys)
         if repeats > 1:
@@ -122,8 +145,12 @@ def sample(
     if source is not None:
         x = jnp.where((first == 0) & source.from_noise, x, noised(first))
     snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
-    x, _, snapshots = jax.lax.fori_loop(first, num_steps, body, (x, solver.init(x), snapshots))
-    return Sampled(images=x, snapshots=snapshots)
+    state, begin, end = (x, init(x), snapshots), first, num_steps
+    if part is not None:
+        begin, end = part.begin, part.end
+        state = jax.tree.map(lambda a, b: jnp.where(begin == first, a, b), state, part.state)
+    state = jax.lax.fori_loop(begin, end, body, state)
+    return Sampled(images=state[0], snapshots=state[2], state=state)
 
 
 def _back_up(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 from jaxdiff.diffusion.time_grids import AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.guidance import DynamicThreshold, StaticThreshold
+from jaxdiff.sampling.apg import APG
+from jaxdiff.sampling.cfg_zero import CFGZeroStar
+from jaxdiff.sampling.guidance import DynamicThreshold, Guidance, StaticThreshold
 from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
 from jaxdiff.sampling.stochastic import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
 from jaxdiff.sampling.unipc import UniPC
@@ -51,8 +53,8 @@ class SamplingConfig:
       num_steps: of the solver.
       guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
-      interval: times between which guidance acts.
-      rescale: how far guided estimates are brought back to the conditional one's contrast.
+      interval, rescale, apg, zero_star: of `Guidance`.
+      seamless: whether images go on at their other side, down and across.
       prompts: of the grids and the strip that a training run draws, one seed each from 0.
     """
 
@@ -64,10 +66,23 @@ class SamplingConfig:
     threshold: StaticThreshold | DynamicThreshold | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    apg: APG | None = None
+    zero_star: CFGZeroStar | None = None
+    seamless: tuple[bool, bool] = (False, False)
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_num_steps(self.num_steps)
+
+    @property
+    def guidance(self) -> Guidance:
+        """How classifier-free guidance acts."""
+        return Guidance(
+            interval=self.interval,
+            rescale=self.rescale,
+            apg=self.apg,
+            zero_star=self.zero_star,
+        )
 
 
 def check_num_steps(num_steps: int) -> None:

@@ -1,5 +1,7 @@
 """Guidance against closed forms on Gaussians, and the promises about its arguments."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,19 @@ from jaxdiff.diffusion.process import add_noise, from_x0_eps
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.guidance import ClassifierFree, DynamicThreshold, StaticThreshold
+from jaxdiff.sampling.apg import APG
+from jaxdiff.sampling.cfg_zero import CFGZeroStar
+from jaxdiff.sampling.guidance import (
+    ClassifierFree,
+    DynamicThreshold,
+    Further,
+    Guidance,
+    StaticThreshold,
+    Told,
+    Weak,
+)
 from jaxdiff.sampling.sampler import sample
-from jaxdiff.sampling.solvers import Heun
+from jaxdiff.sampling.solvers import Euler, Heun
 
 PREDICTIONS = ["eps", "x0", "v", "velocity"]
 
@@ -29,6 +41,11 @@ def _gaussian_network(prediction, schedule):
     return network
 
 
+def _told(prediction, schedule, cond, uncond, network=None):
+    network = network or _gaussian_network(prediction, schedule)
+    return Told(network=network, prediction=prediction, schedule=schedule, cond=cond, uncond=uncond)
+
+
 def _features(b, mean, std):
     return jnp.tile(jnp.array([mean, std]), (b, 1))
 
@@ -40,9 +57,8 @@ def test_guided_score_is_that_of_the_product_of_gaussians(prediction, schedule):
     x = jnp.linspace(-2, 2, 5).reshape(-1, 1, 1, 1)
     scale = jnp.array([0.0, 1.0, 1.5, 3.0, 7.5])
     (m1, s1), (m0, s0) = (0.8, 0.3), (-0.2, 0.7)
-    denoise = ClassifierFree(prediction=prediction, schedule=schedule).denoiser(
-        _gaussian_network(prediction, schedule), _features(5, m1, s1), _features(5, m0, s0), scale
-    )
+    told = _told(prediction, schedule, _features(5, m1, s1), _features(5, m0, s0))
+    denoise = ClassifierFree().denoiser(told, scale)
     for t in (0.2, 0.5, 0.8):
         t = jnp.asarray(t)
         a, s, w = schedule.alpha(t), schedule.sigma(t), scale.reshape(-1, 1, 1, 1)
@@ -61,9 +77,8 @@ def test_guided_images_are_those_of_the_guided_gaussian(schedule):
     m1, m0, std = 0.3, 0.1, 0.4
     # On a rectified flow eps says nothing at t = 1, where alpha is 0.
     prediction = "velocity" if isinstance(schedule, RectifiedFlow) else "eps"
-    denoise = ClassifierFree(prediction=prediction, schedule=schedule).denoiser(
-        _gaussian_network(prediction, schedule), _features(6, m1, std), _features(6, m0, std), scale
-    )
+    told = _told(prediction, schedule, _features(6, m1, std), _features(6, m0, std))
+    denoise = ClassifierFree().denoiser(told, scale)
     images = sample(denoise, Heun(), schedule, TimeGrid(), 400, noise, jnp.arange(6)).images
     one = jnp.ones(())
     a, s, mean = schedule.alpha(one), schedule.sigma(one), m0 + scale * (m1 - m0)
@@ -72,17 +87,11 @@ def test_guided_images_are_those_of_the_guided_gaussian(schedule):
     np.testing.assert_allclose(images, exact, atol=2e-3)
 
 
-def _denoise_with(scale, cond=(0.8, 0.3), uncond=(-0.2, 0.7), t=0.5, **fields):
-    schedule = Cosine()
+def _denoise_with(scale, cond=(0.8, 0.3), uncond=(-0.2, 0.7), t=0.5, threshold=None, **fields):
     x = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
-    guidance = ClassifierFree(prediction="v", schedule=schedule, **fields)
-    denoise = guidance.denoiser(
-        _gaussian_network("v", schedule),
-        _features(3, *cond),
-        _features(3, *uncond),
-        jnp.full(3, scale),
-    )
-    return np.asarray(denoise(x, jnp.asarray(t)))
+    told = _told("v", Cosine(), _features(3, *cond), _features(3, *uncond))
+    guided = ClassifierFree(guidance=Guidance(**fields), threshold=threshold)
+    return np.asarray(guided.denoiser(told, jnp.full(3, scale))(x, jnp.asarray(t)))
 
 
 def test_scale_one_is_the_conditional_model_to_the_last_bit():
@@ -102,10 +111,10 @@ def test_each_image_has_a_scale_of_its_own_and_one_call_serves_both():
         calls.append((x.shape, t.shape))
         return jnp.broadcast_to(text["mean"].reshape(-1, 1, 1, 1), x.shape)
 
-    guidance = ClassifierFree(prediction="x0", schedule=RectifiedFlow())
     cond, uncond = {"mean": jnp.full(3, 0.5)}, {"mean": jnp.zeros(3)}
     scales = jnp.array([0.0, 1.0, 4.0])
-    x0 = guidance.denoiser(network, cond, uncond, scales)(jnp.ones((3, 2, 2, 1)), jnp.asarray(0.5))
+    denoise = ClassifierFree().denoiser(_told("x0", RectifiedFlow(), cond, uncond, network), scales)
+    x0 = denoise(jnp.ones((3, 2, 2, 1)), jnp.asarray(0.5))
     np.testing.assert_allclose(x0[:, 0, 0, 0], [0.0, 0.5, 2.0], atol=1e-6)
     assert calls == [((6, 2, 2, 1), (6,))]
 
@@ -155,8 +164,8 @@ def test_what_the_network_says_of_noised_data_is_found_again():
             twice = [jnp.concatenate([each, each]) for each in (x0, eps)]
             return from_x0_eps(prediction, *twice, alpha, sigma).astype(jnp.float32)
 
-        guidance = ClassifierFree(prediction=prediction, schedule=schedule)
-        denoise = guidance.denoiser(network, (), (), jnp.full(2, 3.0))
+        told = _told(prediction, schedule, (), (), network)
+        denoise = ClassifierFree().denoiser(told, jnp.full(2, 3.0))
         np.testing.assert_allclose(denoise(x_t, t), x0, atol=1e-5)
 
 
@@ -165,10 +174,90 @@ def test_what_the_network_says_of_noised_data_is_found_again():
     [
         lambda: StaticThreshold(bound=0.0),
         lambda: DynamicThreshold(quantile=1.5),
-        lambda: ClassifierFree(prediction="v", schedule=Cosine(), interval=(0.8, 0.2)),
-        lambda: ClassifierFree(prediction="v", schedule=Cosine(), rescale=2.0),
+        lambda: Guidance(interval=(0.8, 0.2)),
+        lambda: Guidance(rescale=2.0),
     ],
 )
 def test_impossible_settings_are_refused(make):
     with pytest.raises(UserError, match="give"):
         make()
+
+
+def _counting(rows, schedule):
+    """A network that tells how many images it is called on, where it is indeed called."""
+    network = _gaussian_network("v", schedule)
+
+    def counted(x, t, text):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return network(x, t, text)
+
+    return counted
+
+
+def test_outside_its_interval_the_network_is_told_of_the_prompts_alone():
+    rows, schedule, grid = [], RectifiedFlow(), TimeGrid()
+    told = _told(
+        "v", schedule, _features(3, 0.8, 0.3), _features(3, 0, 1), _counting(rows, schedule)
+    )
+    noise, seeds = jax.random.normal(jax.random.key(0), (3, 2, 2, 1)), jnp.arange(3)
+
+    def images(interval):
+        guided = ClassifierFree(guidance=Guidance(interval=interval))
+        denoise = guided.denoiser(told, jnp.full(3, 3.0))
+        return sample(denoise, Euler(), schedule, grid, 10, noise, seeds).images
+
+    jax.jit(images, static_argnums=0)((0.25, 0.75))
+    jax.effects_barrier()
+    times = np.array([grid(jnp.int32(i), jnp.int32(10)) for i in range(10)])
+    inside = int(np.sum((times >= 0.25) & (times <= 0.75)))
+    assert 0 < inside < 10
+    assert sorted(rows) == [3] * (10 - inside) + [6] * inside
+    programs = {i: str(jax.make_jaxpr(lambda i=i: images(i))()) for i in ((0.0, 1.0), (0.25, 0.75))}
+    assert ["cond[" in program for program in programs.values()] == [False, True]
+
+
+def test_composed_prompts_add_up_what_each_changes():
+    """Means are linear in the features here: the x0 of eq. 2 is that of the composed features."""
+    schedule, x = RectifiedFlow(), jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+    t, std = jnp.asarray(0.4), 0.5
+    cond, uncond = _features(3, 0.8, std), _features(3, 0.1, std)
+    more = jnp.stack([_features(3, -0.5, std), _features(3, 0.3, std)])
+    weights = jnp.array([[1.0, 0.5, -0.5], [0.7, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    told = _told("v", schedule, cond, uncond)
+    composed = dataclasses.replace(told, further=Further(more, weights))
+    scale = jnp.full(3, 2.0)
+    found = ClassifierFree().denoiser(composed, scale)(x, t)
+    each = jnp.stack([cond, *more])[..., 0] - 0.1
+    mean = 0.1 + jnp.sum(weights.T * each, axis=0)
+    meant = _told("v", schedule, jnp.stack([mean, jnp.full(3, std)], axis=1), uncond)
+    expected = ClassifierFree().denoiser(meant, scale)(x, t)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    alone = ClassifierFree().denoiser(told, scale)(x, t)
+    np.testing.assert_array_equal(found[2], alone[2])  # weight 1 and nothing else: the same bits
+
+
+@pytest.mark.parametrize("weak_scale", [1.0, 2.5])
+def test_a_weaker_model_is_steered_away_from(weak_scale):
+    schedule, x, t = RectifiedFlow(), jnp.ones((2, 2, 2, 1)), jnp.asarray(0.4)
+    told = _told("v", schedule, _features(2, 0.8, 0.3), _features(2, 0.1, 0.6))
+    weak = _told("eps", schedule, _features(2, 0.5, 0.7), _features(2, 0.2, 0.8))
+    scale = jnp.array([1.0, 3.0])
+    plain = ClassifierFree().denoiser(told, scale)(x, t)
+    guided = ClassifierFree().denoiser(told, scale, weak=Weak(weak, jnp.asarray(weak_scale)))(x, t)
+    apart = told.conditional(x, t) - weak.conditional(x, t)
+    np.testing.assert_allclose(guided, plain + (weak_scale - 1) * apart, atol=1e-6)
+    if weak_scale == 1:
+        np.testing.assert_array_equal(guided, plain)
+
+
+NEUTRAL = [
+    Guidance(apg=APG(eta=1.0)),
+    Guidance(zero_star=CFGZeroStar(optimized_scale=False, zero_steps=0)),
+    Guidance(rescale=0.0, interval=(0.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize("guidance", NEUTRAL, ids=["apg", "zero_star", "interval"])
+def test_at_its_neutral_value_each_guidance_leaves_every_bit(guidance):
+    fields = {name: getattr(guidance, name) for name in ("apg", "zero_star", "rescale", "interval")}
+    np.testing.assert_array_equal(_denoise_with(3.0, **fields), _denoise_with(3.0))

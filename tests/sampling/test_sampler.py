@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, VarianceExploding
 from jaxdiff.diffusion.time_grids import TimeGrid
-from jaxdiff.sampling.guidance import ClassifierFree
+from jaxdiff.sampling.guidance import ClassifierFree, Told
 from jaxdiff.sampling.sampler import (
     INITIAL_NOISE,
     STEP_NOISE,
@@ -19,6 +19,7 @@ from jaxdiff.sampling.solvers import DDIM, PLMS, Churn, DPMSolverPP2M, Euler, He
 from jaxdiff.sampling.stochastic import LCM, DPMSolverPP2MSDE, DPMSolverPPSDE
 from jaxdiff.sampling.unipc import UniPC
 
+pytestmark = pytest.mark.optimized  # what is said of the last bit is said of what users compile
 SHAPE = (4, 4, 3)
 SOLVERS = [
     DDIM(eta=1.0),
@@ -45,9 +46,14 @@ def _network(x, t, text):
 
 def _images(solver, seeds, text, scale, num_steps, **fields):
     schedule = Cosine()
-    denoise = ClassifierFree(prediction="v", schedule=schedule).denoiser(
-        _network, text, jnp.zeros_like(text), scale
+    told = Told(
+        network=_network,
+        prediction="v",
+        schedule=schedule,
+        cond=text,
+        uncond=jnp.zeros_like(text),
     )
+    denoise = ClassifierFree().denoiser(told, scale)
     noise = noise_from_seeds(seeds, SHAPE)
     return sample(denoise, solver, schedule, TimeGrid(), num_steps, noise, seeds, **fields)
 
