@@ -58,7 +58,7 @@ def nearest(
 
 
 class Rows(NamedTuple):
-    """A host's part of one batch."""
+    """The records of one batch."""
 
     shape: tuple[int, int]
     epoch: int
@@ -78,6 +78,7 @@ class Plan:
       batch_size: records of a batch on all hosts together; no more than there are.
       seed: of the order.
       shuffle: whether there is one.
+      fixed: whether images stay in their shape, be there less than a batch of it.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class Plan:
         batch_size: int,
         seed: int,
         shuffle: bool,
+        fixed: bool = False,
     ):
         shapes = list(shapes)
         bucket = nearest(sizes, shapes)
         # The emptiest goes first: what it gives away may fill another.
-        while len(shapes) > 1:
+        while len(shapes) > 1 and not fixed:
             counts = np.bincount(bucket, minlength=len(shapes))
             emptiest = int(counts.argmin())
             if counts[emptiest] >= batch_size:
@@ -106,11 +108,11 @@ class Plan:
         self._shuffle = shuffle
         self.batches = sum(-(-len(members) // batch_size) for members in self._members)
 
-    def rows(self, batch: int, host: int, num_hosts: int) -> Rows:
-        """A host's part of batch number `batch`, counted from the first of the first epoch."""
+    def rows(self, batch: int) -> Rows:
+        """Batch number `batch`, counted from the first of the first epoch."""
         epoch, number = divmod(batch, self.batches)
         bucket, records = _epoch(self, epoch)[number]
-        return Rows(self._shapes[bucket], epoch, records[host::num_hosts])
+        return Rows(self._shapes[bucket], epoch, records)
 
     def epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
         """All batches of an epoch: the number of the shape, and the records."""

@@ -76,7 +76,7 @@ class ImageFolder:
                 "the path in data.source must be that of a folder of images."
             )
         if self.prompt is not None:
-            images = sorted(f for f in files_below(root) if _is_image(f))
+            images = sorted(f for f in files_below(root) if is_image(f))
             entries = [_Entry(file, [self.prompt]) for file in images]
         elif (root / _METADATA).exists():
             entries = self._listed(root / _METADATA)
@@ -142,7 +142,7 @@ class ImageFolder:
 
     def _beside_texts(self, root: epath.Path) -> list[_Entry]:
         files = set(files_below(root))
-        images = sorted(f for f in files if _is_image(f))
+        images = sorted(f for f in files if is_image(f))
         if images and not any(str(PurePosixPath(f).with_suffix(".txt")) in files for f in images):
             raise UserError(
                 f"The images in {self.path} have no captions: write a {_METADATA} with the keys "
@@ -151,7 +151,8 @@ class ImageFolder:
         return [_Entry(file, None) for file in images]
 
 
-def _is_image(file: str) -> bool:
+def is_image(file: str) -> bool:
+    """Whether a file's name is that of an image."""
     return PurePosixPath(file).suffix.lower() in _IMAGES
 
 

@@ -1,42 +1,41 @@
 """The input pipeline: records, shuffled and split by host, into batches on the devices.
 
-The position of a record in the endless, shuffled order fixes all that happens to it, and the
-position is all that an iterator's state holds. So batches are the same in every run, and a
-restored iterator goes on exactly where the saved one stood.
+The number of a batch says which records are in it and all that happens to them, whatever the number
+of hosts, devices and processes: each makes the rows that its own devices need. So a run's step is
+all that there is to know of its place in the data, and it goes on there on any machines.
 """
 
+import bisect
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import grain
 import jax
 import numpy as np
 import rich.progress
 from absl import flags
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32
 from rich.console import Console
 
-from jaxdiff.data.array_record import ArrayRecord
-from jaxdiff.data.bad_records import MINIMUM, RecordError, too_many
+from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import Plan
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.openmoji import OpenMoji
-from jaxdiff.data.parquet import Parquet
-from jaxdiff.data.prior import WithPrior
-from jaxdiff.data.produce import Produce
-from jaxdiff.data.tfds import TFDS
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.prior import Source, WithPrior
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.errors import UserError
 
-ON_DEVICE = ("image", "tokens", "framing")  # the rest of a batch is bookkeeping for the host
+# What Grain says where one of its processes is killed or crashes.
+WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
+# What goes to the devices of a batch, which has images or latents; the rest is for the host.
+ON_DEVICE = ("image", "latents", "tokens", "framing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +43,14 @@ class DataConfig:
     """What to train on and how to feed it.
 
     `workers` processes per host make batches (0: this process does), and in each of them
-    `threads` read and decode: one is fastest for small images, which are bound by Python's lock,
-    several for photographs and for remote storage. `prefetch` is the number of batches that
+    `threads` make one each at a time: one is fastest for small images, which are bound by Python's
+    lock, several for photographs and for remote storage. `prefetch` is the number of batches that
     each worker makes ahead, and, whether there are workers or not, of those that wait on the
     devices. The run stops once a share of more than `max_bad_share` of the records is
     unreadable.
     """
 
-    source: Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS | WithPrior
+    source: Source | WithPrior | CachedLatents
     transforms: Transforms
     workers: int = 0
     threads: int = 1
@@ -72,9 +71,9 @@ class DataConfig:
 
 
 class _Good(TypedDict):
-    """One usable record, and the unusable ones passed over since the last usable one."""
+    """One usable record, and what is wrong with the one whose place it takes, if it does."""
 
-    image: UInt8[np.ndarray, "h w c"]
+    x: np.ndarray  # uint8 [h, w, 3] or moments of latents, [h, w, 2 c]
     caption: str
     framing: Int32[np.ndarray, " 6"]
     bad: list[str]
@@ -89,49 +88,15 @@ class _Read:
     def __call__(
         self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
     ) -> _Good | RecordError:
+        source, transforms = self.data.source, self.data.transforms
         try:
-            image, caption, framing = self.data.transforms(self.data.source[index], rng, shape)
+            if isinstance(source, CachedLatents):
+                x, caption, framing = transforms.of_latents(source[index], rng)
+            else:
+                x, caption, framing = transforms(source[index], rng, shape)
         except RecordError as error:
             return error
-        return {"image": image, "caption": caption, "framing": framing, "bad": []}
-
-
-class _DropBad(grain.IterDataset):
-    """Passes over bad records, telling of them in the next good one.
-
-    Every element ends in a good record, so between elements nothing is pending and the
-    parent's state says it all. `patience` bad records in a row raise `UserError`.
-    """
-
-    def __init__(self, parent: grain.IterDataset, patience: int):
-        super().__init__(parent)
-        self._patience = patience
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _DropBadIterator(self._parent.__iter__(), self._patience)
-
-
-class _DropBadIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, patience: int):
-        super().__init__(parent)
-        self._patience = patience
-
-    def __next__(self) -> _Good:
-        bad: list[str] = []
-        record: _Good | RecordError = next(self._parent)
-        while isinstance(record, RecordError):
-            bad.append(str(record))
-            if len(bad) == self._patience:
-                raise too_many(bad, f"{len(bad)} records in a row")
-            record = next(self._parent)
-        record["bad"] = bad
-        return record
-
-    def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state)
+        return {"x": x, "caption": caption, "framing": framing, "bad": []}
 
 
 @dataclass(frozen=True)
@@ -139,12 +104,13 @@ class _Collate:
     """Stacks records and tokenizes their captions, a batch at a time."""
 
     tokenizer: Tokenizer
+    name: str  # "image" or "latents"
 
     def __call__(self, records: Sequence[_Good]) -> dict[str, Any]:
         bad = [name for record in records for name in record["bad"]]
         tokens: Int32[np.ndarray, "b n"] = self.tokenizer([r["caption"] for r in records])
         return {
-            "image": np.stack([record["image"] for record in records]),
+            self.name: np.stack([record["x"] for record in records]),
             "tokens": tokens,
             "framing": np.stack([record["framing"] for record in records]),
             "skipped": len(bad),
@@ -153,67 +119,105 @@ class _Collate:
 
 
 def make_dataset(
-    data: DataConfig, tokenizer: Tokenizer, *, batch_size: int, seed: int, host: int, num_hosts: int
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    first: int = 0,
 ) -> grain.IterDataset:
-    """An endless data set of this host's batches, `batch_size` records each.
+    """An endless data set of batches, or of this host's rows of them.
 
     A batch holds `image` uint8 [b, h, w, 3], `tokens` int32 [b, n], `framing` int32 [b, 6], and of
-    the records passed over since the last batch their number, `skipped`, and what is wrong with
-    each, `bad`.
+    the records that had to be left out their number, `skipped`, and what is wrong with each, `bad`.
+    In the place of such a record comes another one of the batch. Of `CachedLatents` it has
+    `latents` in the place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of
+    z, then logarithms of its variance.
 
-    Each epoch is shuffled anew by `seed`, and the endless order is dealt out record by record
-    to the hosts in turn: together they see every record once per epoch, whatever their number.
-    With `Buckets`, h and w differ from batch to batch, though not from host to host, and a few
-    records come twice (`Plan`); the sizes of all images are read first. The iterators' states are
-    JSON-able; one can be restored under the same `data`, `batch_size`, `seed` and hosts.
+    Each epoch is shuffled anew by `seed`. With `Buckets`, h and w differ from batch to batch, and
+    a few records come twice (`Plan`); the sizes of all images are read first.
+
+    Args:
+      data: the records, and how they are read.
+      tokenizer: of the captions.
+      batch_size: records of a batch, on all hosts together.
+      seed: of the order and of all that is random.
+      rows: of each batch, those that this host makes (`host_rows`); all by default.
+      first: number of the first batch, that is of the steps taken before.
 
     Raises `UserError` for unusable data, or fewer records than a batch; so does the iterator,
-    where so many records in a row are bad that it would not end.
+    where a batch has no record that can be used.
     """
     data.source.check()
-    records = len(range(host, len(data.source), num_hosts))
-    if batch_size > records:
+    if isinstance(data.source, CachedLatents):
+        data.source.check_transforms(data.transforms)
+    if batch_size > len(data.source):
         raise UserError(
-            f"A batch of {batch_size} records per host is more than the {records} that the data "
-            f"hold for host {host} of {num_hosts}: lower train.batch_size, or add data."
+            f"A batch of {batch_size} records is more than the {len(data.source)} that the data "
+            "hold: lower train.batch_size, or add data."
         )
-    if data.transforms.buckets is None:
-        dataset = _in_order(data, tokenizer, batch_size, seed, host, num_hosts)
-    else:
-        dataset = _in_buckets(data, tokenizer, batch_size, seed, host, num_hosts)
+    order = _in_order if data.transforms.buckets is None else _in_buckets
+    own = tuple(range(batch_size) if rows is None else rows)
+    read = _ReadRows(order(data, batch_size, seed), batch_size, own)
+    collate = _Collate(tokenizer, "latents" if isinstance(data.source, CachedLatents) else "image")
+    batches = grain.MapDataset.range(first, sys.maxsize).map(read).map(collate)
+    dataset = batches.to_iter_dataset(_reading(data))
     return _in_workers(dataset, data) if data.workers else dataset
 
 
-def _in_order(
-    data: DataConfig, tokenizer: Tokenizer, batch_size: int, seed: int, host: int, num_hosts: int
-) -> grain.IterDataset:
-    """Images of one shape."""
+_Order = Callable[[int, int], _Good | RecordError]
+"""The record in a row of a batch, by the numbers of both."""
+
+
+@dataclass(frozen=True)
+class _OneShape:
+    """Images of one shape: batch after batch of an endless order of shuffled epochs."""
+
+    examples: grain.MapDataset
+    batch_size: int
+
+    def __call__(self, batch: int, row: int) -> _Good | RecordError:
+        return cast(_Good | RecordError, self.examples[batch * self.batch_size + row])
+
+
+def _in_order(data: DataConfig, batch_size: int, seed: int) -> _Order:
     positions = grain.MapDataset.range(len(data.source)).seed(seed)
     if data.shuffle:
         positions = positions.shuffle()
-    examples = positions.repeat().random_map(_Read(data))[host::num_hosts]
-    # Above the share allowed, a long run of bad records is enough to stop at.
-    records = len(range(host, len(data.source), num_hosts))
-    patience = records if data.max_bad_share == 1 else min(records, MINIMUM)
-    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=batch_size)
-    good = _DropBad(examples.to_iter_dataset(read), patience)
-    return good.batch(batch_size, batch_fn=_Collate(tokenizer))
+    return _OneShape(positions.repeat().random_map(_Read(data)), batch_size)
 
 
-def _in_buckets(
-    data: DataConfig, tokenizer: Tokenizer, batch_size: int, seed: int, host: int, num_hosts: int
-) -> grain.IterDataset:
+@dataclass(frozen=True)
+class _ShapeByBatch:
     """Images of one of several shapes in each batch."""
+
+    data: DataConfig
+    plan: Plan
+    seed: int
+
+    def __call__(self, batch: int, row: int) -> _Good | RecordError:
+        shape, epoch, records = self.plan.rows(batch)
+        index = int(records[row])
+        return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shape)
+
+
+def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
     plan = Plan(
         _sizes(data),
         data.transforms.shapes,
-        batch_size=batch_size * num_hosts,
+        batch_size=batch_size,
         seed=seed,
         shuffle=data.shuffle,
+        fixed=isinstance(data.source, CachedLatents),
     )
-    rows = grain.MapDataset.range(sys.maxsize).map(_ReadRows(data, plan, seed, host, num_hosts))
-    read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads)
-    return rows.map(_Collate(tokenizer)).to_iter_dataset(read)
+    return _ShapeByBatch(data, plan, seed)
+
+
+def _reading(data: DataConfig) -> grain.ReadOptions:
+    """One thread is that which makes the batches: a second to wait for costs more than reading."""
+    threads = 0 if data.threads == 1 else data.threads
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
 
 
 def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
@@ -221,14 +225,17 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
 
     Such a record fails when it is read in its turn, and is told of then.
     """
+    source = data.source
+    if isinstance(source, CachedLatents):
+        return source.sizes()
 
     def size(index: int) -> tuple[int, int]:
         try:
-            return stored_size(data.source[index]["image"])
+            return stored_size(source[index]["image"])
         except RecordError:
             return 1, 1
 
-    count = len(data.source)
+    count = len(source)
     with ThreadPool(max(data.threads, 8)) as pool:  # bound by the storage, not by the processor
         sizes = rich.progress.track(
             pool.imap(size, range(count), chunksize=64),
@@ -242,31 +249,27 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
 
 @dataclass(frozen=True)
 class _ReadRows:
-    """Reads and transforms a host's rows of one batch, in one shape.
+    """Reads a host's rows of one batch.
 
-    Where a record is bad another of the batch takes its place, so that no other host need know.
+    The next good record of the batch takes a bad one's place, whichever host makes that row too: so
+    nobody need be told, and a batch is the same on any number of hosts.
     """
 
-    data: DataConfig
-    plan: Plan
-    seed: int
-    host: int
-    num_hosts: int
+    order: _Order
+    batch_size: int
+    rows: tuple[int, ...]
 
     def __call__(self, batch: int) -> list[_Good]:
-        shape, epoch, records = self.plan.rows(batch, self.host, self.num_hosts)
-        read = _Read(self.data)
-        made = [
-            read(index, np.random.default_rng((self.seed, epoch, index)), shape)
-            for index in records.tolist()
-        ]
-        good = [record for record in made if not isinstance(record, RecordError)]
-        bad = [str(record) for record in made if isinstance(record, RecordError)]
-        if not good:
-            raise too_many(bad, f"All {len(bad)} records of a batch")
-        filled: list[_Good] = [good[i % len(good)].copy() for i in range(len(made))]
-        filled[0]["bad"] = bad
-        return filled
+        return [self._filled(batch, row) for row in self.rows]
+
+    def _filled(self, batch: int, row: int) -> _Good:
+        bad: list[str] = []
+        for place in range(row, row + self.batch_size):
+            made = self.order(batch, place % self.batch_size)
+            if not isinstance(made, RecordError):
+                return {**made, "bad": bad[:1]}  # of the others their own rows tell
+            bad.append(str(made))
+        raise too_many(bad, f"All {len(bad)} records of a batch")
 
 
 def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
@@ -297,19 +300,40 @@ def _start_worker(_index: int, _count: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def to_device(
-    dataset: grain.IterDataset, sharding: jax.sharding.Sharding, *, prefetch: int = 2
-) -> grain.IterDataset:
-    """Moves images, tokens and framing to the devices, `prefetch` batches ahead of their use.
+def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
+    """The rows of a batch that this host's devices hold, ascending.
 
-    Each host's batch becomes its part of one global array laid out by `sharding`. The state
-    of an iterator is that after the last batch taken from it, not the last one moved.
+    Hosts share a batch out without overlap, unless devices of several hold the same rows, as they
+    do where the mesh's axis `tensor` spans them.
     """
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = range(batch_size)
+    return sorted({row for place in places if place is not None for row in rows[place[0]]})
+
+
+def to_device(
+    dataset: grain.IterDataset,
+    sharding: jax.sharding.Sharding,
+    *,
+    batch_size: int,
+    prefetch: int = 2,
+) -> grain.IterDataset:
+    """Moves what a model sees of a batch to the devices, `prefetch` batches ahead of its use.
+
+    Each host's rows become its part of global arrays of `batch_size` rows, laid out by `sharding`.
+    """
+    rows = host_rows(sharding, batch_size)
+
+    def spread(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(batch_size)[index[0]]
+            start = bisect.bisect_left(rows, wanted[0])
+            return local[start : start + len(wanted)]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
     def move(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {
-            key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in ON_DEVICE
-        }
+        arrays = {key: spread(batch[key]) for key in ON_DEVICE if key in batch}
         return {**batch, **arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(

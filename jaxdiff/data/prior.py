@@ -10,9 +10,10 @@ from jaxdiff.data.parquet import Parquet
 from jaxdiff.data.produce import Produce
 from jaxdiff.data.source import Record
 from jaxdiff.data.tfds import TFDS
+from jaxdiff.data.webdataset import WebDataset
 from jaxdiff.errors import UserError
 
-Source = Produce | OpenMoji | ImageFolder | Parquet | ArrayRecord | TFDS
+Source = Produce | OpenMoji | ImageFolder | Parquet | WebDataset | ArrayRecord | TFDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,26 @@
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int32
 
 
 class Record(TypedDict):
     """One captioned image: uint8 pixels [h, w, 3] or an encoded file, its captions, its name."""
 
     image: np.ndarray | bytes
+    captions: list[str]
+    name: str
+
+
+class LatentRecord(TypedDict):
+    """One captioned image as an autoencoder has encoded it, in several views.
+
+    `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `framing` is
+    that of each view, as `jaxdiff.data.transforms.Example` has it.
+    """
+
+    moments: np.ndarray
+    framing: Int32[np.ndarray, "v 6"]
     captions: list[str]
     name: str
 
@@ -21,7 +35,7 @@ class Source(Protocol):
         """The number of records."""
         ...
 
-    def __getitem__(self, index: int, /) -> Record:
+    def __getitem__(self, index: int, /) -> Record | LatentRecord:
         """The record at `index`, the same at every call and in every process."""
         ...
 

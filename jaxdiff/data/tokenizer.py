@@ -1,14 +1,14 @@
 """CLIP's tokenizer: lower-cased byte-level BPE (Radford et al. 2021, section 2.4)."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxdiff.errors import UserError
@@ -44,6 +44,24 @@ class Tokenizer:
         encodings = self.bpe.encode_batch_fast([self._spell(text) for text in texts])
         ids = [encoding.ids for encoding in encodings]
         return np.array(ids, np.int32).reshape(len(texts), self.length)
+
+    def weighted(
+        self, stretches: Sequence[tuple[str, float]]
+    ) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+        """The ids of the texts as one, and the weight of each: that of the text it begins in.
+
+        Tokens of no text, the start, the end and padding, have the weight 1.
+        """
+        spelt = [self._spell(text) for text, _ in stretches]
+        encoding = self.bpe.encode("".join(spelt))
+        ends = np.cumsum([len(text) for text in spelt])
+        starts = [start for start, _ in encoding.offsets]
+        weights = np.append([weight for _, weight in stretches], 1.0)
+        weights = weights[np.searchsorted(ends, starts, side="right")]
+        of_text = (np.array(encoding.special_tokens_mask) == 0) & (
+            np.array(encoding.attention_mask) == 1
+        )
+        return np.array(encoding.ids, np.int32), np.where(of_text, weights, 1).astype(np.float32)
 
     def truncated(self, text: str) -> bool:
         """Whether `text` is longer than the encoder takes, so that its end is not read."""

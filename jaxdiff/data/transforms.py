@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.source import Record
+from jaxdiff.data.source import LatentRecord, Record
 from jaxdiff.errors import UserError
 
 _LYING = (5, 6, 7, 8)  # EXIF's orientations whose rows are columns
@@ -25,6 +25,21 @@ class Example(NamedTuple):
     """
 
     image: UInt8[np.ndarray, "h w c"]
+    caption: str
+    framing: Int32[np.ndarray, " 6"]
+
+
+class View(NamedTuple):
+    """One crop of an image, and its framing as in `Example`."""
+
+    image: UInt8[np.ndarray, "h w c"]
+    framing: Int32[np.ndarray, " 6"]
+
+
+class LatentExample(NamedTuple):
+    """What one record of cached latents became: the moments of one view, [h, w, 2 c]."""
+
+    moments: np.ndarray
     caption: str
     framing: Int32[np.ndarray, " 6"]
 
@@ -81,6 +96,37 @@ class Transforms:
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         return Example(image, "" if dropout < self.caption_dropout else caption, framing)
+
+    def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
+        """Crops of an image for a cache: at even distances, where the recipe crops at random.
+
+        Where the recipe mirrors images, every second one is mirrored. Raises `RecordError` as a
+        call does.
+        """
+        views, places = [], (count + 1) // 2 if self.flip else count
+        height, width = shape
+        try:
+            _caption(record["captions"], 0.0)
+            for i in range(count):
+                turned, place = (i % 2 == 1, i // 2) if self.flip else (False, i)
+                share = (place + 0.5) / places
+                views.append(
+                    View(*self._image(record["image"], share, (width, height), mirrored=turned))
+                )
+        except RecordError as error:
+            raise RecordError(f"{record['name']}: {error}") from error
+        return views
+
+    def of_latents(self, record: LatentRecord, rng: np.random.Generator) -> LatentExample:
+        """One view of cached latents and one caption, by the same chance as of an image."""
+        place, _, choice, dropout = rng.random(4).tolist()
+        view = int(place * len(record["moments"]))
+        try:
+            caption = _caption(record["captions"], choice)
+        except RecordError as error:
+            raise RecordError(f"{record['name']}: {error}") from error
+        caption = "" if dropout < self.caption_dropout else caption
+        return LatentExample(record["moments"][view], caption, record["framing"][view])
 
     def _image(
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool

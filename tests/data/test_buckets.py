@@ -53,7 +53,7 @@ def test_every_record_comes_once_an_epoch_but_for_those_that_fill_up():
     for epoch in range(2):
         seen = []
         for number in range(plan.batches):
-            rows = plan.rows(epoch * plan.batches + number, host=0, num_hosts=1)
+            rows = plan.rows(epoch * plan.batches + number)
             assert rows.epoch == epoch
             assert len(rows.records) == 4
             assert len(set(rows.records.tolist())) == 4
@@ -69,7 +69,7 @@ def test_every_record_comes_once_an_epoch_but_for_those_that_fill_up():
 def test_epochs_differ_and_a_seed_fixes_them():
     def order(seed, shuffle=True):
         plan = _plan(_sizes(9, 8, 7), seed=seed, shuffle=shuffle)
-        return [plan.rows(k, 0, 1).records.tolist() for k in range(2 * plan.batches)]
+        return [plan.rows(k).records.tolist() for k in range(2 * plan.batches)]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
@@ -77,15 +77,6 @@ def test_epochs_differ_and_a_seed_fixes_them():
     still = order(0, shuffle=False)
     assert still[:7] == still[7:]
     assert still[0] == [0, 1, 2, 3]
-
-
-def test_hosts_share_every_batch_and_its_shape():
-    whole, plan = _plan(_sizes(9, 8, 7)), _plan(_sizes(9, 8, 7))
-    for k in range(10):
-        parts = [plan.rows(k, host, 2) for host in range(2)]
-        assert parts[0].shape == parts[1].shape == whole.rows(k, 0, 1).shape
-        together = sorted(np.concatenate([part.records for part in parts]))
-        assert together == sorted(whole.rows(k, 0, 1).records)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +89,6 @@ def test_hosts_share_every_batch_and_its_shape():
 )
 def test_shapes_without_a_full_batch_give_their_images_away(counts, shapes):
     plan = _plan(_sizes(*counts))
-    batches = [plan.rows(k, 0, 1) for k in range(plan.batches)]
+    batches = [plan.rows(k) for k in range(plan.batches)]
     assert {rows.shape for rows in batches} == shapes
     assert {int(i) for rows in batches for i in rows.records} == set(range(sum(counts)))

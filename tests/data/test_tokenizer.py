@@ -163,3 +163,23 @@ def test_transformers_reads_a_new_word_as_we_do(tokenizer, tmp_path):
 def test_what_cannot_be_a_new_word_is_told(tokenizer, word):
     with pytest.raises(UserError, match="cannot be a new word"):
         tokenizer.with_word(word, 1)
+
+
+def test_tokens_have_the_weight_of_the_text_they_begin_in(tokenizer):
+    """The ids are those of the whole text, also where a stretch ends within a word."""
+    stretches = [("a photo of ", 1.0), ("a 豆 to", 2.0), ("mato", 3.0), (" with", 0.5)]
+    ids, weights = tokenizer.weighted(stretches)
+    np.testing.assert_array_equal(ids, tokenizer(["".join(text for text, _ in stretches)])[0])
+    end = int(np.argmax(ids == tokenizer.end_id))
+    tokens = [tokenizer.bpe.id_to_token(i) for i in ids]
+    by_token = dict(zip(tokens[:end], weights[:end], strict=True))
+    assert (by_token["photo</w>"], by_token["tomato</w>"], by_token["with</w>"]) == (1, 2, 0.5)
+    assert weights[0] == 1
+    assert (weights[end:] == 1).all()
+
+
+def test_a_word_of_several_tokens_has_the_weight_of_its_stretch(tokenizer):
+    longer = tokenizer.with_word("<pea>", 2)
+    ids, weights = longer.weighted([("a ", 1.0), ("<pea>", 2.0), (" tomato", 3.0)])
+    np.testing.assert_array_equal(ids, longer(["a <pea> tomato"])[0])
+    np.testing.assert_array_equal(weights[:6], [1, 1, 2, 2, 3, 1])

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxdiff.data.array_record import ArrayRecord, write_array_record
+from jaxdiff.data.cached_latents import CachedLatents, decode_latents, encode_latents
+from jaxdiff.data.shards import LatentSpace, Manifest, Shard, read_manifest
+from jaxdiff.errors import UserError
+
+SPACE = LatentSpace(
+    autoencoder="ab", dtype="float16", views=2, shapes=[[8, 8]], crop="center", flip=True
+)
+
+
+def _folder(path, latents=None):
+    """Two shards of one and of two records, and their manifest."""
+    shards = []
+    for number, count in enumerate((1, 2)):
+        file = path / f"records-{number}.array_record"
+        records = [
+            {"image": b"x", "captions": ["a"], "name": f"{number}-{i}"} for i in range(count)
+        ]
+        write_array_record(str(file), records)
+        size = file.stat().st_size
+        shards.append(Shard(file=file.name, records=count, bytes=size, sha256="0"))
+    manifest = Manifest(made_of={"source": 1}, latents=latents, shards=shards)
+    manifest.write(epath.Path(path))
+    return ArrayRecord(path=str(path))
+
+
+@pytest.mark.parametrize("latents", [None, SPACE])
+def test_a_manifest_is_read_as_it_was_written(tmp_path, latents):
+    _folder(tmp_path, latents)
+    manifest = read_manifest(epath.Path(tmp_path))
+    assert manifest.latents == latents
+    assert manifest.made_of == {"source": 1}
+    assert [shard.records for shard in manifest.shards] == [1, 2]
+    assert read_manifest(epath.Path(tmp_path / "none")) is None
+
+
+def test_the_shards_of_the_manifest_are_the_records(tmp_path):
+    source = _folder(tmp_path)
+    write_array_record(str(tmp_path / "another.array_record"), [])
+    source.check()
+    assert [source[i]["name"] for i in range(len(source))] == ["0-0", "1-0", "1-1"]
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_shard_that_is_lost_or_cut_short_is_told(tmp_path, damage):
+    source, file = _folder(tmp_path), tmp_path / "records-1.array_record"
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"2 shards .* 1 are missing .* records-1\.array_record"):
+        source.check()
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "not valid JSON"), ("{}", "no manifest of this")])
+def test_a_manifest_that_cannot_be_read_is_told(tmp_path, text, told):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=told):
+        ArrayRecord(path=str(tmp_path)).check()
+
+
+def test_images_and_latents_are_told_apart(tmp_path):
+    images = _folder(tmp_path)
+    with pytest.raises(UserError, match="holds no cached latents: images are read with"):
+        CachedLatents(path=str(tmp_path)).check()
+    _folder(tmp_path, SPACE)
+    with pytest.raises(UserError, match="holds cached latents, not images"):
+        images.check()
+    with pytest.raises(UserError, match="There are no cached latents in"):
+        CachedLatents(path=str(tmp_path / "none")).check()
+
+
+def test_rejected_records_are_counted(tmp_path):
+    shard = Shard(file="x", records=1, bytes=1, sha256="", rejects=["a: broken", "b: empty"])
+    Manifest(made_of={}, latents=None, shards=[shard]).write(epath.Path(tmp_path))
+    told = json.loads((tmp_path / "manifest.json").read_text())
+    assert (told["records"], told["rejected"]) == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_latents_come_back_exactly(dtype):
+    record = {
+        "moments": np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(dtype),
+        "framing": np.arange(12, dtype=np.int32).reshape(2, 6),
+        "captions": ["größe", "b"],
+        "name": "n",
+    }
+    record["moments"][0, 0, 0, 0] = -np.inf  # an autoencoder without any variance
+    back = decode_latents(encode_latents(record))
+    assert back["moments"].dtype == dtype
+    for key in ("moments", "framing"):
+        np.testing.assert_array_equal(back[key], record[key])
+    assert (back["captions"], back["name"]) == (["größe", "b"], "n")
+
+
+def test_latents_of_an_unknown_type_are_told():
+    record = {
+        "moments": np.zeros((1, 1, 1, 2)),
+        "framing": np.zeros((1, 6), np.int32),
+        "captions": [],
+        "name": "n",
+    }
+    with pytest.raises(ValueError, match="latents of type float64"):
+        decode_latents(encode_latents(record))

@@ -1,0 +1,227 @@
+"""Latents cached ahead, and the training from them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from jaxdiff.bundle import read_pretrained, write_bundle
+from jaxdiff.config import Config
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import ON_DEVICE, DataConfig, make_dataset
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.errors import UserError
+from jaxdiff.latent_cache import LatentOptions
+from jaxdiff.model import Bundle
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.layers import any_rngs
+from jaxdiff.prepare import Sharing, write_records
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.cached_latents import check_autoencoder, check_cache
+from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.step import structure
+from jaxdiff.training.task import from_uint8
+
+MODEL = AutoencoderConfig(
+    latent_channels=4,
+    block_out_channels=(4, 8),
+    layers_per_block=1,
+    norm_num_groups=2,
+    patch_size=2,
+    shift_factor=0.1,
+    scaling_factor=0.7,
+)
+LENGTH, BATCH = 20, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("latents")
+
+
+def _autoencoder(path, seed):
+    task, rng = AutoencoderTask(model=MODEL), np.random.default_rng(seed)
+    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: task.build(any_rngs())))[1])
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    data = DataConfig(source=Produce(size=32), transforms=Transforms(size=32))
+    write_bundle(path, Bundle(Config(name="a", task=task, data=data), params, {}, None), "float32")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_recipe, folder) -> Config:
+    """The tiny recipe on latents, encoded online."""
+    recipe = tiny_recipe()
+    denoiser = dataclasses.replace(recipe.task.denoiser, channels=4, patch_size=2)
+    latents = Latents(model=MODEL, pretrained=_autoencoder(folder / "autoencoder", 0))
+    task = dataclasses.replace(recipe.task, denoiser=denoiser, latents=latents)
+    return dataclasses.replace(recipe, task=task, data=_data(Produce(size=32, length=LENGTH)))
+
+
+def _data(source, **transforms):
+    return DataConfig(source=source, transforms=Transforms(size=32, **transforms))
+
+
+def _cache(config, out, **options):
+    settings = {"views": 1, "dtype": "float32", "batch_size": 2} | options
+    sharing = Sharing(shards=2, workers=0, latents=LatentOptions(**settings))
+    write_records(config, config.data, str(out), sharing)
+    source = CachedLatents(path=str(out), of=config.data.source)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+
+@pytest.fixture(scope="module")
+def cached(config, folder) -> Config:
+    return _cache(config, folder / "cached")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a small red pea"] * 9, vocab_size=600, length=16)
+
+
+def _batches(config, tokenizer, count):
+    data = make_dataset(config.data, tokenizer, batch_size=BATCH, seed=3)
+    batches = [batch for batch, _ in zip(data, range(count), strict=False)]
+    return batches, [{k: jnp.asarray(b[k]) for k in ON_DEVICE if k in b} for b in batches]
+
+
+def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
+    config, cached, folder, tokenizer
+):
+    half = _cache(config, folder / "half", dtype="float16")
+    task = config.task
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(0)))[1]))()
+    # Away from the zeros that a denoiser's last layer starts with, behind which all is the same.
+    params = jax.tree.map(lambda p: p + 0.02, params)
+    frozen = read_pretrained(task.frozen())
+
+    @jax.jit
+    def loss(batch, key):
+        return task.loss(nnx.merge(structure(task), params), frozen, batch, key, task.init_state())[
+            0
+        ]
+
+    losses = {}
+    for name, recipe in (("online", config), ("cached", cached), ("half", half)):
+        _, batches = _batches(recipe, tokenizer, 4)
+        for batch in batches:  # in one type, so that one program does for both
+            if "latents" in batch:
+                batch["latents"] = batch["latents"].astype(jnp.float32)
+        losses[name] = [float(loss(batch, jax.random.key(i))) for i, batch in enumerate(batches)]
+    np.testing.assert_allclose(losses["cached"], losses["online"], rtol=1e-6)
+    np.testing.assert_allclose(losses["half"], losses["online"], rtol=1e-3)
+    assert len(set(losses["online"])) == 4
+
+
+def test_records_are_the_moments_of_the_images_with_their_captions(config, cached):
+    source, drawn = cached.data.source, config.data.source
+    assert isinstance(source, CachedLatents)
+    source.check()
+    assert len(source) == LENGTH
+    frozen = read_pretrained(config.task.frozen())["autoencoder"]
+    images = np.stack([drawn[i]["image"] for i in (0, 7, 19)])
+    model = config.task.latents.build(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(jnp.asarray, frozen))
+    z = jax.jit(lambda x: nnx.merge(*nnx.split(model)).encode(from_uint8(x)))(images)
+    for row, i in enumerate((0, 7, 19)):
+        record = source[i]
+        assert record["captions"] == drawn[i]["captions"]
+        assert record["moments"].shape == (1, 8, 8, 8)
+        np.testing.assert_allclose(record["moments"][0, ..., :4], z.mean[row], atol=1e-5)
+        np.testing.assert_allclose(record["moments"][0, ..., 4:], z.logvar[row], atol=1e-5)
+
+
+def test_the_same_preparation_ends_in_the_same_bytes_after_a_loss(config, cached, folder):
+    there = {path.name: path.read_bytes() for path in (folder / "cached").iterdir()}
+    (folder / "cached" / "records-00001-of-00002.array_record").unlink()
+    with pytest.raises(UserError, match=r"Of the 2 shards .* 1 are missing"):
+        CachedLatents(path=str(folder / "cached")).check()
+    _cache(config, folder / "cached")
+    assert {path.name: path.read_bytes() for path in (folder / "cached").iterdir()} == there
+
+
+def test_views_are_crops_of_which_every_second_is_mirrored(config, folder, tokenizer):
+    images = folder / "wide"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (32, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a pea")
+    wide = _data(ImageFolder(path=str(images)), crop="random", flip=True)
+    recipe = dataclasses.replace(config, data=wide)
+    cropped = _cache(recipe, folder / "views", views=4)
+    record = cropped.data.source[0]
+    assert record["moments"].shape == (4, 8, 8, 8)
+    # Two places, a quarter and three quarters of the way, each as it is and mirrored.
+    assert record["framing"][:, 3].tolist() == [8, 24, 24, 8]
+    batches, _ = _batches(cropped, tokenizer, 8)
+    seen = {tuple(f) for b in batches for f in b["framing"].tolist()}
+    assert {f[3] for f in seen} == {8, 24}
+    views = {b["latents"][0].tobytes() for b in batches}
+    assert len(views) > 4
+
+
+def test_buckets_keep_their_shapes(config, folder, tokenizer):
+    images = folder / "shapes"
+    images.mkdir()
+    for i in range(16):
+        size = ((32, 32), (40, 24))[i % 2]
+        Image.fromarray(np.full((*size, 3), i, np.uint8)).save(images / f"{i:02}.png")
+        (images / f"{i:02}.txt").write_text(f"{i}")
+    shaped = _data(ImageFolder(path=str(images)), buckets=Buckets(step=8))
+    recipe = dataclasses.replace(config, data=shaped)
+    source = _cache(recipe, folder / "buckets").data.source
+    assert [source[i]["moments"].shape[1:3] for i in range(2)] == [(8, 8), (10, 6)]
+    bucketed = dataclasses.replace(
+        recipe, data=dataclasses.replace(shaped, source=source, shuffle=False)
+    )
+    batches, _ = _batches(bucketed, tokenizer, 4)
+    assert [b["latents"].shape for b in batches[:2]] == [(8, 8, 8, 8), (8, 10, 6, 8)]
+    expected = [source[i]["moments"][0] for i in range(1, 16, 2)]
+    np.testing.assert_array_equal(batches[1]["latents"], expected)
+
+
+def test_latents_of_another_autoencoder_or_data_or_crop_are_refused(
+    config, cached, folder, tokenizer
+):
+    frozen = read_pretrained(config.task.frozen())
+    check_cache(cached)
+    check_autoencoder(cached, frozen)
+    decoder_alone = dict(frozen["autoencoder"])
+    decoder_alone["decoder"] = jax.tree.map(lambda x: x + 1, decoder_alone["decoder"])
+    check_autoencoder(cached, {"autoencoder": decoder_alone})
+    other = jax.tree.map(lambda x: x + 1, frozen)
+    with pytest.raises(UserError, match="made by another autoencoder"):
+        check_autoencoder(cached, other)
+    source = dataclasses.replace(cached.data.source, of=Produce(size=32, length=LENGTH - 1))
+    data = dataclasses.replace(cached.data, source=source)
+    with pytest.raises(UserError, match="made of other data"):
+        check_cache(dataclasses.replace(cached, data=data))
+    flipped = dataclasses.replace(cached.data, transforms=Transforms(size=32, flip=True))
+    with pytest.raises(UserError, match="cached with flip False but"):
+        _batches(dataclasses.replace(cached, data=flipped), tokenizer, 1)
+
+
+def test_tasks_that_have_no_use_for_latents_refuse_them(cached, tiny_recipe):
+    pixels = dataclasses.replace(tiny_recipe(), data=cached.data)
+    with pytest.raises(UserError, match="trains on images"):
+        check_cache(pixels)
+
+
+def test_impossible_settings_are_told(config, cached, folder):
+    with pytest.raises(UserError, match=r"latents\.views is -1"):
+        _cache(config, folder / "none", views=-1)
+    nameless = dataclasses.replace(cached.data.source, of=None)
+    recipe = dataclasses.replace(cached, data=dataclasses.replace(cached.data, source=nameless))
+    with pytest.raises(UserError, match=r"data\.source\.of does not say of what"):
+        write_records(recipe, recipe.data, str(folder / "none"), Sharing())

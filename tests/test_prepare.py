@@ -1,0 +1,284 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from jaxdiff import cli, prepare
+from jaxdiff.config import load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.parquet import Parquet
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.data.webdataset import WebDataset
+from jaxdiff.errors import UserError
+from jaxdiff.prepare import Sharing, source_at, write_records
+
+RECIPE = """
+from jaxdiff.config import Config
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.training.autoencoder import AutoencoderTask
+
+
+def get_config():
+    return Config(
+        name="tiny",
+        task=AutoencoderTask(model=AutoencoderConfig()),
+        data=DataConfig(source={source}, transforms=Transforms(size=32)),
+    )
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE.format(source="Produce(size=32, length=4)"))
+    return str(path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
+
+    def run(*words: str) -> str:
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+def test_prepared_records_are_the_sources_own(recipe, tmp_path, capsys):
+    out = tmp_path / "new" / "records"
+    assert cli.main(["prepare", recipe, str(out)]) == 0
+    assert "4 records" in capsys.readouterr().out
+    prepared, source = ArrayRecord(path=str(out)), Produce(size=32, length=4)
+    prepared.check()
+    assert len(prepared) == 4
+    transform = load_recipe(recipe).data.transforms
+    for i in range(4):
+        assert prepared[i]["captions"] == source[i]["captions"]
+        assert prepared[i]["name"] == source[i]["name"]
+        pixels = (transform(r[i], np.random.default_rng(0))[0] for r in (prepared, source))
+        np.testing.assert_array_equal(*pixels)
+
+
+def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--data.source.length", "2"]) == 0
+    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
+
+
+def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
+    assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
+    assert "cannot be made a folder" in refused("prepare", recipe, recipe)
+    assert "no folder to write" in refused("prepare", recipe)
+    assert not (tmp_path / "o").exists()
+
+
+def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text("an image")
+    (images / "b.txt").write_bytes(b"\xff\xfe\xff")
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE.format(source=f"ImageFolder(path={str(images)!r})"))
+    assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
+    assert "b.png" in capsys.readouterr().err
+    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
+
+
+@pytest.fixture
+def images(tmp_path):
+    """`images(a=("bytes", "caption"), ...)`: the path of a recipe for a folder of such files."""
+
+    def make(**files: tuple[bytes, str]) -> str:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for name, (data, caption) in files.items():
+            (folder / f"{name}.png").write_bytes(data)
+            (folder / f"{name}.txt").write_text(caption)
+        path = tmp_path / "folder.py"
+        path.write_text(RECIPE.format(source=f"ImageFolder(path={str(folder)!r})"))
+        return str(path)
+
+    return make
+
+
+def _png(side=32):
+    data = io.BytesIO()
+    Image.new("RGB", (side, side)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_prepare_names_and_leaves_out_what_training_could_not_use(images, tmp_path, capsys):
+    recipe = images(
+        good=(_png(), "x"), bad=(b"no", "x"), large=(_png(64), "x"), untold=(_png(), "\n")
+    )
+    limit = ("--data.transforms.max-pixels", "2000")
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), *limit]) == 0
+    captured = capsys.readouterr()
+    for name in ("bad.png: the image cannot be", "large.png: the image has", "untold.png: there"):
+        assert name in captured.err
+    assert "good.png" not in captured.err
+    assert "Wrote 1 records" in captured.out
+    assert ArrayRecord(path=str(tmp_path / "out"))[0]["name"].endswith("good.png")
+
+
+def test_prepare_refuses_data_of_which_nothing_can_be_used(images, tmp_path, refused):
+    recipe = images(a=(b"no", "x"), b=(b"no", "x"))
+    assert "None of the 2 records can be used" in refused("prepare", recipe, str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(prepare, "Console", lambda **to: Console(force_terminal=terminal, **to))
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
+    text = capsys.readouterr().err
+    for part in ("record 4/4", "left"):
+        assert part in text
+
+
+def _data(length=10):
+    return DataConfig(source=Produce(size=32, length=length), transforms=Transforms(size=32))
+
+
+def _write(out, shards=4, length=10, **sharing):
+    settings = Sharing(shards=shards, workers=0, **sharing)
+    return write_records(None, _data(length), str(out), settings)
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_shards_follow_the_source_and_the_manifest_tells_of_them(tmp_path):
+    manifest = _write(tmp_path)
+    assert [shard.records for shard in manifest.shards] == [2, 3, 2, 3]
+    prepared = ArrayRecord(path=str(tmp_path))
+    prepared.check()
+    assert [prepared[i]["name"] for i in range(10)] == [f"produce/train/{i}" for i in range(10)]
+    told = json.loads((tmp_path / "manifest.json").read_text())
+    assert (told["records"], told["rejected"]) == (10, 0)
+    assert set(_files(tmp_path)) == {"manifest.json", *(s["file"] for s in told["shards"])}
+
+
+def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch):
+    _write(tmp_path)
+    whole = _files(tmp_path)
+    lost, cut = sorted(tmp_path.glob("*.array_record"))[1:3]
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    drawn = []
+    monkeypatch.setattr(
+        Produce, "__getitem__", lambda s, i, f=Produce.__getitem__: (drawn.append(i), f(s, i))[1]
+    )
+    _write(tmp_path)
+    assert drawn == [2, 3, 4, 5, 6]
+    assert _files(tmp_path) == whole
+
+
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(RECIPE.format(source="Produce(size=32, length=600)"))
+    words = [sys.executable, "-m", "jaxdiff.cli", "prepare", str(recipe), str(out)]
+    run = subprocess.Popen([*words, "--shards", "60", "--workers", "0"], stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.array_record"))) < 2:
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    there = len(list(out.glob("*.array_record")))
+    assert 2 <= there < 60
+    assert not (out / "manifest.json").exists()
+    _write(out, 60, 600)
+    _write(whole, 60, 600)
+    assert {k: v for k, v in _files(out).items() if not k.startswith(".partial")} == _files(whole)
+
+
+@pytest.mark.nightly
+def test_processes_write_the_same_as_one(tmp_path):
+    _write(tmp_path / "one")
+    write_records(None, _data(), str(tmp_path / "two"), Sharing(shards=4, workers=2))
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+def test_machines_share_the_shards_and_the_last_one_tells_of_all(tmp_path):
+    _write(tmp_path / "alone")
+    assert _write(tmp_path / "shared", hosts=2, host=1) is None
+    assert len(list((tmp_path / "shared").glob("*.array_record"))) == 2
+    manifest = _write(tmp_path / "shared", hosts=2, host=0)
+    assert manifest.records == 10
+    alone = _files(tmp_path / "alone")
+    assert {name: (tmp_path / "shared" / name).read_bytes() for name in alone} == alone
+
+
+def test_a_folder_of_other_records_is_left_alone(tmp_path):
+    _write(tmp_path)
+    before = _files(tmp_path)
+    for change in ({"length": 9}, {"shards": 3}):
+        with pytest.raises(UserError, match=r"made otherwise .* choose another folder"):
+            _write(tmp_path, **change)
+    assert _files(tmp_path) == before
+
+
+def test_rejects_are_in_the_manifest_with_their_reasons(images, tmp_path):
+    recipe = images(a=(_png(), "x"), b=(b"no", "x"), c=(_png(), "x"))
+    assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (told["records"], told["rejected"]) == (2, 1)
+    (reject,) = [reject for shard in told["shards"] for reject in shard["rejects"]]
+    assert "b.png: the image cannot be decoded" in reject
+
+
+def test_a_path_is_read_by_what_lies_there(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(_png())
+    (photos / "a.txt").write_text("an image")
+    assert cli.main(["prepare", str(photos), str(tmp_path / "out")]) == 0
+    assert "Wrote 1 records" in capsys.readouterr().out
+    assert source_at(str(photos)) == ImageFolder(path=str(photos))
+    assert source_at(str(tmp_path / "out")) == ArrayRecord(path=str(tmp_path / "out"))
+    for name, kind in (("x.tar", WebDataset), ("x.parquet", Parquet)):
+        (tmp_path / name).write_bytes(b"")
+        assert source_at(str(tmp_path / name)) == kind(path=str(tmp_path / name))
+
+
+def test_paths_of_nothing_are_told(tmp_path, refused):
+    assert "There is nothing at" in refused("prepare", str(tmp_path / "none"), "out")
+    (tmp_path / "notes.txt").write_text("x")
+    assert "nothing to prepare" in refused("prepare", str(tmp_path), "out")
+    (tmp_path / "a.png").write_bytes(_png())
+    (tmp_path / "a.txt").write_text("x")
+    told = refused("prepare", str(tmp_path), "out", "--latents.views", "1")
+    assert "Latents need a recipe" in told
+
+
+def test_impossible_shares_of_the_work_are_told(recipe, tmp_path, refused):
+    for words, told in (
+        (("--shards", "0"), "--shards 0"),
+        (("--workers", "-1"), "--workers -1"),
+        (("--host", "1"), "--host 1 of --hosts 1"),
+        (("--latents.views", "1"), "no autoencoder to cache latents of"),
+    ):
+        assert told in refused("prepare", recipe, str(tmp_path / "out"), *words)
