@@ -15,7 +15,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipVision, ClipVisionConfig
-from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
@@ -114,7 +114,7 @@ class AutoencoderTask:
         if self.perceptual is None:
             return {}
         model, folder = self.perceptual.model, self.perceptual.pretrained
-        tower = Pretrained(folder, ("vision",), lambda: ClipVision(model, rngs=any_rngs()))
+        tower = Pretrained(folder, ("vision",), blueprint(ClipVision, model))
         return {"perceptual": tower}
 
     def start(self) -> dict[str, Pretrained]:

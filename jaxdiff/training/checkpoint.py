@@ -12,13 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.errors import UserError
+from jaxdiff.parallel import hosts
 from jaxdiff.training import checkpoint_folder
 from jaxdiff.training.state import TrainState
 
@@ -57,8 +56,8 @@ class Checkpoints:
         self._newest: int | None = None  # step known to be complete on disk
         logging.getLogger("absl").addFilter(_not_orbax_traceback)
 
-    def save(self, state: TrainState, data_state: Any) -> None:
-        """Starts to save `state`, and `data_state`, this host's JSON-able place in the data.
+    def save(self, state: TrainState) -> None:
+        """Starts to save `state`.
 
         Returns once all arrays are copied to the host, so that `state` may be donated; the writing
         goes on in the background. Waits for a save still in flight and raises its error. Does
@@ -68,15 +67,11 @@ class Checkpoints:
         step = int(state.step)
         if step == self._newest:
             return
-        if jax.process_index() == 0:
-            checkpoint_folder.clean(self._folder)
         parts = _parts(state)
-        places = _gather(json.dumps(data_state))
-        files = {
-            checkpoint_folder.ARRAYS: json.dumps(_describe(parts), indent=0),
-            checkpoint_folder.DATA: f"[{', '.join(places)}]",
-        }
+        files = {checkpoint_folder.ARRAYS: json.dumps(_describe(parts), indent=0)}
         try:
+            if jax.process_index() == 0:
+                checkpoint_folder.clean(self._folder)
             context = ocp.Context()
             context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_SLICE
             with context:
@@ -102,15 +97,14 @@ class Checkpoints:
         """Step of the newest complete checkpoint, its files not checked; None if there is none."""
         return max(checkpoint_folder.steps(self._folder), default=None)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Any] | None:
-        """The newest undamaged checkpoint's state and this host's place in the data.
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest undamaged checkpoint's state.
 
         `abstract` holds a `jax.ShapeDtypeStruct` per array. Each device reads just what the
-        struct's sharding gives it, whatever the mesh was that saved (no sharding: the first
-        device). Returns None only if the folder holds no checkpoint at all.
+        struct's sharding gives it, whatever the mesh and the hosts were that saved (no sharding:
+        the first device). Returns None only if the folder holds no checkpoint at all.
 
-        Raises `UserError` if none is undamaged, if the arrays are not those of `abstract`, or if
-        the number of hosts is another.
+        Raises `UserError` if none is undamaged, or if the arrays are not those of `abstract`.
         """
         self.wait()
         step = checkpoint_folder.newest_undamaged(self._folder, self._report)
@@ -118,16 +112,9 @@ class Checkpoints:
             return None
         path, parts = self._folder / str(step), _parts(abstract)
         _check_fit(path, parts)
-        places = json.loads((path / checkpoint_folder.DATA).read_text())
-        if len(places) != jax.process_count():
-            raise UserError(
-                f"{path} was saved by {len(places)} hosts, and the place in the data is kept for "
-                f"each, but there are {jax.process_count()}: resume on as many as saved it."
-            )
         loaded = ocp.load_checkpointables(path, _placed(parts))
         self._newest = step
-        state = TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
-        return state, places[jax.process_index()]
+        return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
 
     def close(self) -> None:
         """As `wait`, and ends the thread that writes."""
@@ -140,6 +127,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
+        if hosts.lost(exception):
+            return  # what is being saved waits for the one that is gone
         try:
             self.close()
         except UserError as error:
@@ -171,6 +160,8 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Raises `error`, as a `UserError` if writing failed, and removes what was written."""
+        if hosts.lost(error):
+            raise error
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the next save tries again
                 checkpoint_folder.clean(self._folder)
@@ -208,15 +199,6 @@ def load_params(
     _check_fit(path / str(step), {which: abstract_params})
     loaded = ocp.load_checkpointables(path / str(step), _placed({which: abstract_params}))
     return loaded[which], step
-
-
-def _gather(text: str) -> list[str]:
-    """Every host's `text`, ASCII, on each host; shorter ones end in spaces."""
-    data = np.frombuffer(text.encode("ascii"), np.uint8)
-    longest = np.max(multihost_utils.process_allgather(np.int32(data.size)))
-    padded = np.pad(data, (0, int(longest) - data.size), constant_values=ord(" "))
-    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
-    return [row.tobytes().decode("ascii") for row in rows]
 
 
 def _parts(state: TrainState) -> dict[str, PyTree]:

@@ -4,8 +4,9 @@ A checkpoint is a folder named by its step:
 
     checkpoints/30/params, ema, training    by Orbax: parameters, their average, all the rest
     checkpoints/30/arrays.json              type and shape of every array, by its path
-    checkpoints/30/data.json                the place in the data, of each host
     checkpoints/30/SHA256SUMS               of all these files, in the format of `sha256sum -c`
+
+The place in the data needs no file: it is the step (`jaxdiff.data.pipeline`).
 
 All of it is written to `30.saving`, the checksums last, and a rename makes it `30`. So a folder
 with a step's name was complete once, and what is missing or differs now is damage, which is told;
@@ -27,7 +28,6 @@ from jax.experimental import multihost_utils
 from jaxdiff.errors import UserError
 
 ARRAYS = "arrays.json"
-DATA = "data.json"
 CHECKSUMS = "SHA256SUMS"
 
 Report = Callable[[str], None]

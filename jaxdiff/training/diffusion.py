@@ -15,11 +15,12 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipText, ClipTextConfig
+from jaxdiff.models.convolutions import Wrap, wrap_convolutions
 from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, any_rngs, merge
+from jaxdiff.models.layers import TextFeatures, blueprint, merge
 from jaxdiff.models.lora import Adapters, LoraConfig, adapted, attach
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.models.unet import UNet, UNetConfig
@@ -28,6 +29,7 @@ from jaxdiff.models.unet2d_condition import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from jaxdiff.parallel.sharding import split_tokens
 from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
 
 # The aesthetic scores that Stable Diffusion XL's refiner is told, of prompts and negative ones.
@@ -141,11 +143,11 @@ class Latents:
     model: AutoencoderConfig | TinyAutoencoderConfig
     pretrained: str
 
-    def build(self) -> Autoencoder | TinyAutoencoder:
+    def build(self, rngs: nnx.Rngs) -> Autoencoder | TinyAutoencoder:
         """The autoencoder, freshly drawn."""
         if isinstance(self.model, TinyAutoencoderConfig):
-            return TinyAutoencoder(self.model, rngs=any_rngs())
-        return Autoencoder(self.model, rngs=any_rngs())
+            return TinyAutoencoder(self.model, rngs=rngs)
+        return Autoencoder(self.model, rngs=rngs)
 
 
 Network = TypeVar("Network", bound=nnx.Module)
@@ -170,6 +172,12 @@ def _network(config: DenoiserConfig, rngs: nnx.Rngs) -> DiT | UNet | UNet2DCondi
             return UNet2DConditionModel(config, rngs=rngs)
 
 
+def _network_with_adapters(
+    config: DenoiserConfig, lora: LoraConfig, rngs: nnx.Rngs
+) -> DiT | UNet | UNet2DConditionModel:
+    return _with_adapters(_network(config, rngs), lora, rngs)
+
+
 class TextToImage(nnx.Module):
     """What is trained of a task: its denoiser, text encoders, adapters, the vectors of a word."""
 
@@ -181,13 +189,13 @@ class TextToImage(nnx.Module):
         if task.inversion is not None:
             self.words = Words(task.towers, task.inversion.vectors)
         if task.lora is not None:
-            self.denoiser = Adapters(_with_adapters(_network(task.denoiser, rngs), task.lora, rngs))
+            self.denoiser = Adapters(_network_with_adapters(task.denoiser, task.lora, rngs))
         elif task.inversion is None:
             self.denoiser = _network(task.denoiser, rngs)
 
 
 def _text_part(name: str, tower: TextTower) -> Pretrained:
-    return Pretrained(tower.pretrained, (name,), lambda: tower.build(any_rngs()))
+    return Pretrained(tower.pretrained, (name,), blueprint(TextTower.build, tower))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +285,9 @@ class DiffusionTask:
         """The parts taken from elsewhere: which folder, which of its parts, and what module."""
         parts = {}
         if self.latents is not None:
-            parts["autoencoder"] = Pretrained(self.latents.pretrained, (), self.latents.build)
+            parts["autoencoder"] = Pretrained(
+                self.latents.pretrained, (), blueprint(Latents.build, self.latents)
+            )
         for name, tower in self.towers.items():
             if not tower.trained:
                 parts[name] = _text_part(name, tower)
@@ -288,8 +298,7 @@ class DiffusionTask:
         return parts
 
     def _denoiser_part(self) -> Pretrained:
-        network = self.denoiser
-        return Pretrained(self.pretrained, ("denoiser",), lambda: _network(network, any_rngs()))
+        return Pretrained(self.pretrained, ("denoiser",), blueprint(_network, self.denoiser))
 
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
@@ -330,12 +339,8 @@ class DiffusionTask:
         if not self.denoiser_is_frozen:
             return model.denoiser
         if self.lora is None:
-            return merge(lambda: _network(self.denoiser, any_rngs()), frozen["denoiser"])
-
-        def build() -> nnx.Module:
-            rngs = any_rngs()
-            return _with_adapters(_network(self.denoiser, rngs), self.lora, rngs)
-
+            return merge(blueprint(_network, self.denoiser), frozen["denoiser"])
+        build = blueprint(_network_with_adapters, self.denoiser, self.lora)
         adapters = nnx.to_pure_dict(nnx.state(model.denoiser))
         return merge(build, adapted(frozen["denoiser"], adapters))
 
@@ -382,23 +387,52 @@ class DiffusionTask:
         return Conditions(text.tokens, text.pooled, time_ids)
 
     def encode(
-        self, frozen: PyTree, images: Float[Array, "b h w 3"], key: Key[Array, ""] | None = None
+        self,
+        frozen: PyTree,
+        images: Float[Array, "b h w 3"],
+        key: Key[Array, ""] | None = None,
+        by: Pieces = "whole",
+        wrap: Wrap = (False, False),
     ) -> Float[Array, "b i j c"]:
         """Images in [-1, 1] to the space that is modelled; without a key, without noise."""
         if self.latents is None:
             return images
-        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
-        z = autoencoder.encode(images)
+        autoencoder = self._autoencoder(frozen, wrap)
+        z = autoencoder.encode(images, by)
         return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
 
+    def x0(self, frozen: PyTree, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b i j c"]:
+        """What is modelled of a batch of images, or of the latents that were cached of them.
+
+        Both draw z by the same key: x0 = scale (mean + exp(logvar / 2) eps - shift).
+        """
+        if "latents" not in batch:
+            return self.encode(frozen, from_uint8(batch["image"]), key)
+        mean, logvar = jnp.split(batch["latents"].astype(jnp.float32), 2, axis=-1)
+        return self._autoencoder(frozen, (False, False)).to_latents(
+            Gaussian(mean, logvar).sample(key)
+        )
+
     def decode(
-        self, frozen: PyTree, x: Float[Array, "b i j c"], by: Pieces = "whole"
+        self,
+        frozen: PyTree,
+        x: Float[Array, "b i j c"],
+        by: Pieces = "whole",
+        wrap: Wrap = (False, False),
     ) -> Float[Array, "b h w 3"]:
-        """From the space that is modelled to images, about in [-1, 1]; `by` is what at a time."""
+        """From the space that is modelled to images, about in [-1, 1].
+
+        `by` is what goes through at a time, and `wrap` whether images go on at their other side.
+        """
         if self.latents is None:
             return x
-        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
+        autoencoder = self._autoencoder(frozen, wrap)
         return autoencoder.decode(autoencoder.from_latents(x), by)
+
+    def _autoencoder(self, frozen: PyTree, wrap: Wrap) -> Autoencoder | TinyAutoencoder:
+        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
+        wrap_convolutions(autoencoder, wrap)
+        return autoencoder
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Height, width and channels of what is modelled for images of this size."""
@@ -415,7 +449,7 @@ class DiffusionTask:
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
         text = self.features(model, frozen, batch["tokens"], batch["framing"])
-        x0 = self.encode(frozen, from_uint8(batch["image"]), encode_key)
+        x0 = split_tokens(self.x0(frozen, batch, encode_key))
         max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
         network = self.network(model, frozen)
         result = self.objective.loss(lambda x, t: network(x, t, text), x0, loss_key, max_t)

@@ -2,11 +2,13 @@
 
 import functools
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 from etils import epath
@@ -24,17 +26,21 @@ from jaxdiff.bundle import (
 )
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.bad_records import BadRecords
-from jaxdiff.data.pipeline import ON_DEVICE, make_dataset, to_device
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.pipeline import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.models.layers import abstract_params
+from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
+from jaxdiff.training.cached_latents import check_autoencoder, check_cache
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.run_folder import open_run
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, cast, init_state, make_train_step, structure
-from jaxdiff.training.task import COUNT, SUM
+from jaxdiff.training.task import COUNT, SUM, Batch
 
 Hook = Callable[[TrainState, PyTree, Tokenizer], None]
 """Looks at a state and its frozen parts now and then, e.g. draws samples."""
@@ -72,26 +78,30 @@ def train(
 
     Raises:
       UserError: a run of another recipe in `out`, data or a mesh that do not fit, no space left,
-        too many bad records, or too many updates in a row that are not finite.
+        too many bad records, a data worker that dies, or too many updates in a row that are not
+        finite.
     """
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_cache(config)
     config.data.source.check()  # before an earlier run is removed for the sake of a typo
     tokenizer = open_run(config, out, fresh=fresh, say=say)
     host = _frozen(config, out)
+    check_autoencoder(config, host)
     # In the type that a step would make of them anyway, and split like what is trained.
-    frozen = jax.device_put(cast(host, config.train.compute), state_shardings(host, mesh))
+    frozen = from_host(cast(host, config.train.compute), state_shardings(host, mesh))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=say)
         )
-        state, place, shardings = _start(config, mesh, checkpoints, host, tokenizer, say)
+        state, shardings = _start(config, mesh, checkpoints, host, tokenizer, say)
         del host
-        batches = _batches(config, tokenizer, mesh, place)
+        rows = host_rows(batch_sharding(mesh), config.train.batch_size)
+        batches = _batches(config, tokenizer, mesh, rows, int(state.step))
         stack.callback(batches.close)
-        stop = stack.enter_context(_stop_on_signal(say))
-        run = _Run(config, out, int(state.step))
+        stop = stack.enter_context(_stop_on_signal(mesh, say))
+        run = _Run(config, out, int(state.step), len(rows))
         stack.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
@@ -101,26 +111,28 @@ def train(
             if on_sample:
                 on_sample(state, frozen, tokenizer)
 
-        place, pending = batches.get_state(), None
-        while number < config.train.steps and not stop.asked:
+        pending = None
+        while number < config.train.steps and not stop.agreed:
             batch, skipped = run.take(batches)
-            shape = batch["image"].shape
+            shape = tuple(x.shape for x in batch.values())
             with nullcontext() if shape in compiled else run.throughput.compiling():
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
-            place, number = batches.get_state(), number + 1
+            stop.ask()
+            number += 1
             if pending is not None:  # a step's metrics are read once the next step is on its way
                 run.read(*pending)
+                stop.hear()
             pending = (number, metrics, skipped)
             if number % config.train.checkpoint_every == 0:
-                checkpoints.save(state, place)
+                checkpoints.save(state)
             every = config.train.sample_every
             if every and number % every == 0 and number < config.train.steps:
                 with run.throughput.paused():
                     look()
         if pending is not None:
             run.read(*pending)
-            checkpoints.save(state, place)
+            checkpoints.save(state)
         checkpoints.wait()
     finished = number == config.train.steps
     if finished:
@@ -138,8 +150,11 @@ def abstract_state(config: Config) -> TrainState:
 def compile_step(
     config: Config, mesh: Mesh, shardings: TrainState, frozen_shardings: PyTree
 ) -> TrainStep:
-    """The jitted step of a recipe, sharded in and out; the old state's memory goes to the new."""
-    step = make_train_step(
+    """The jitted step of a recipe, sharded in and out; the old state's memory goes to the new.
+
+    It is traced under the mesh, by which activations and attention find their places.
+    """
+    on_any_mesh = make_train_step(
         config.task,
         structure(config.task),
         config.optimizer.build(config.train.steps),
@@ -147,12 +162,24 @@ def compile_step(
         accumulate=config.train.accumulate,
         compute=config.train.compute,
     )
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return on_any_mesh(state, frozen, batch)
+
     return jax.jit(
-        step,
+        train_step,
         in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=config.compiler.options(mesh.devices.flat[0].platform) or None,
     )
+
+
+def abstract_frozen(config: Config) -> PyTree:
+    """Shapes and types of the frozen parts as a step takes them, with nothing read."""
+    parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
+    return jax.eval_shape(lambda tree: cast(tree, config.train.compute), parts)
 
 
 def _start(
@@ -162,8 +189,8 @@ def _start(
     frozen: PyTree,
     tokenizer: Tokenizer,
     say: Callable[[str], None],
-) -> tuple[TrainState, Any, TrainState]:
-    """The newest checkpoint's state and place in the data, or a fresh state and no place."""
+) -> tuple[TrainState, TrainState]:
+    """The newest checkpoint's state, or a fresh one, and how it is laid out."""
     abstract = abstract_state(config)
     shardings = state_shardings(abstract, mesh)
     placed = jax.tree.map(
@@ -171,11 +198,10 @@ def _start(
         abstract,
         shardings,
     )
-    restored = checkpoints.restore(placed)
-    if restored is not None:
-        state, place = restored
+    state = checkpoints.restore(placed)
+    if state is not None:
         say(f"Resuming at step {int(state.step)} of {config.train.steps}.")
-        return state, place, shardings
+        return state, shardings
     optimizer = config.optimizer.build(config.train.steps)
     init = jax.jit(
         lambda start: init_state(config.task, optimizer, config.ema, config.train.seed, start),
@@ -184,52 +210,75 @@ def _start(
     task = config.task
     parts = read_pretrained(task.start()) | task.derive(frozen, tokenizer)
     # From the host: what lies on one device alone cannot go to a mesh of several.
-    return init(jax.device_get(parts)), None, shardings
+    return init(jax.device_get(parts)), shardings
 
 
 def _frozen(config: Config, out: epath.Path) -> PyTree:
     """Weights of the frozen parts: from the run's own copy, which is made the first time."""
     if not config.task.frozen():
         return {}
-    if not (out / FROZEN).exists():
-        parts = read_pretrained(config.task.frozen())
-        if jax.process_index() == 0:
-            write_weights(out / FROZEN, **parts)
-        return parts
+
+    def copy() -> None:
+        if not (out / FROZEN).exists():
+            write_weights(out / FROZEN, **read_pretrained(config.task.frozen()))
+
+    by_lead(copy)
     return read_weights(out / FROZEN)
 
 
-def _batches(config: Config, tokenizer: Tokenizer, mesh: Mesh, place: Any) -> Any:
-    """This host's iterator over batches on the devices, at its place."""
-    hosts = jax.process_count()
+def _batches(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, rows: list[int], first: int
+) -> grain.DatasetIterator:
+    """Batches on the devices, of which this host makes some rows, from number `first` on."""
+    size = config.train.batch_size
     dataset = make_dataset(
-        config.data,
-        tokenizer,
-        batch_size=config.train.batch_size // hosts,
-        seed=config.train.seed,
-        host=jax.process_index(),
-        num_hosts=hosts,
+        config.data, tokenizer, batch_size=size, seed=config.train.seed, rows=rows, first=first
     )
-    batches = iter(to_device(dataset, batch_sharding(mesh), prefetch=config.data.prefetch))
-    if place is not None:
-        batches.set_state(place)
-    return batches
+    sharding = batch_sharding(mesh)
+    return iter(to_device(dataset, sharding, batch_size=size, prefetch=config.data.prefetch))
 
 
 class _Stop:
-    """Whether the run has been asked to end."""
+    """Whether the run has been asked to end, and since when all hosts know.
 
-    asked = False
+    A signal comes to each host at another moment, or to one of them alone; but all must take the
+    same steps. So with every step they vote, and read the result once the next step is on its way.
+    """
+
+    def __init__(self, mesh: Mesh, say: Callable[[str], None]):
+        self.asked = False
+        self._say = say
+        self._vote = Ballot(mesh) if jax.process_count() > 1 else None
+        self._votes: list[jax.Array] = []
+        self._heard = False
+
+    @property
+    def agreed(self) -> bool:
+        """Whether to stop now: the same at the same step on all hosts."""
+        return self._heard if self._vote else self.asked
+
+    def ask(self) -> None:
+        """Votes, after a step was sent to the devices."""
+        if self._vote:
+            self._votes.append(self._vote(self.asked))
+
+    def hear(self) -> None:
+        """Reads the result of the oldest vote, after the results of its step."""
+        if self._votes:
+            self._heard = bool(self._votes.pop(0))
+            if self._heard and not self.asked:
+                self._say("Another host was asked to stop: saving, then stopping.")
 
 
 @contextmanager
-def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
+def _stop_on_signal(mesh: Mesh, say: Callable[[str], None]) -> Iterator[_Stop]:
     """Turns the first SIGTERM or SIGINT into a request; a second one acts as it always does."""
-    stop, before = _Stop(), {}
+    stop, before = _Stop(mesh, say), {}
 
     def ask(number, _frame):
         stop.asked = True
-        say(f"{signal.Signals(number).name}: saving, then stopping; send it again to stop at once.")
+        name = signal.Signals(number).name
+        say(f"{name}: saving, then stopping; send it again to stop at once.")
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -244,8 +293,9 @@ def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
 class _Run:
     """What one pass through the loop counts and reports."""
 
-    def __init__(self, config: Config, out: epath.Path, first: int):
+    def __init__(self, config: Config, out: epath.Path, first: int, rows: int):
         train = config.train
+        self.rows = rows  # of a batch, those that this host makes
         self.train = train
         self.bad = BadRecords(config.data.max_bad_share)
         self.window: dict[str, np.ndarray] = {}
@@ -256,7 +306,11 @@ class _Run:
         peak = peak_flops(jax.devices()[0])
         self.throughput = Throughput(
             train.batch_size,
-            flops_per_image=training_flops(config.task, config.data.transforms.size),
+            flops_per_image=training_flops(
+                config.task,
+                config.data.transforms.size,
+                encoded=isinstance(config.data.source, CachedLatents),
+            ),
             peak_flops=peak and peak * jax.device_count(),
         )
         self.rates: list[dict[str, float]] = []
@@ -267,11 +321,20 @@ class _Run:
     def take(self, batches: Any) -> tuple[dict[str, jax.Array], int]:
         """The next batch, and how many bad records were passed over for it, told and judged."""
         with self.throughput.waiting():
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if (died := re.search(WORKER_DIED, str(error))) is None:
+                    raise
+                raise UserError(
+                    f"A data worker died (exit code {died[1]}; -9 is what a machine that runs out "
+                    "of memory ends it with): run the same command again, which goes on from the "
+                    "last checkpoint, with a smaller data.workers or data.prefetch."
+                ) from error
         for name in batch["bad"]:
             logging.getLogger(__name__).warning("Skipped %s", name)
-        self.bad.add(batch["skipped"], batch["bad"], self.train.batch_size)
-        return {name: batch[name] for name in ON_DEVICE}, batch["skipped"]
+        self.bad.add(batch["skipped"], batch["bad"], self.rows - batch["skipped"])
+        return {name: batch[name] for name in ON_DEVICE if name in batch}, batch["skipped"]
 
     def read(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> None:
         """Adds a step's metrics to those of the window; at its end, writes a line of them.
@@ -286,6 +349,10 @@ class _Run:
                 f"The loss or its gradient was not finite for {in_a_row} steps in a row, until "
                 f"step {step}; lower optimizer.learning_rate, or look at the data, and start anew "
                 "with --fresh or resume from the last checkpoint."
+            )
+        if in_a_row and is_lead():
+            logging.getLogger(__name__).warning(
+                "Step %d changed nothing: its loss or its gradient is not finite.", step
             )
         self.throughput.step()
         self._add({"skipped_records": np.asarray(skipped, np.float64)})
@@ -317,7 +384,7 @@ class _Run:
         """Means over the window's updates; sums over counts; totals of what is counted."""
         window = dict(self.window)
         steps = window.pop("steps", 0.0)
-        line: dict[str, Any] = {"skipped_records": int(window.pop("skipped_records"))}
+        line: dict[str, Any] = {"skipped_records": total(int(window.pop("skipped_records")))}
         line["skipped_updates"] = int(last["nonfinite"])
         window.pop("nonfinite", None)
         for name, value in window.items():

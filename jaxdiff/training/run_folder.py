@@ -1,11 +1,14 @@
 """The folder of one run: which recipe it holds, and whether this one may go on in it."""
 
+import contextlib
+import errno
+import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxdiff.bundle import (
     CHECKPOINTS,
@@ -22,6 +25,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.source import Source
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.parallel.exchange import broadcast, by_lead, total
 from jaxdiff.training import checkpoint_folder
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
@@ -34,6 +38,8 @@ _FREE = (
     "mesh",
     "sampling",
     "eval_samples",
+    "data.workers",
+    "data.threads",
     "data.prefetch",
     "train.log_every",
     "train.checkpoint_every",
@@ -64,21 +70,26 @@ def open_run(
     """Makes the run's folder, or goes on in it; writes its recipe and its tokenizer.
 
     Raises:
-      UserError: the folder cannot be made; it holds a run of another recipe (the differing keys
-        are named), an exported model, or checkpoints of nobody knows what.
+      UserError: the folder cannot be made, or is not the same on all hosts; it holds a run of
+        another recipe (the differing keys are named), an exported model, or checkpoints of nobody
+        knows what.
     """
+    by_lead(lambda: _prepare(config, out, fresh, say))
+    _check_shared(out)
+    return Tokenizer.load(str(out))
+
+
+def _prepare(config: Config, out: epath.Path, fresh: bool, say: Callable[[str], None]) -> None:
+    """What the first host does in the folder."""
     make_folder(out)
     if (out / MODEL).exists():
         raise UserError(f"{out} holds an exported model, which is no run: choose another --out.")
-    lead = jax.process_index() == 0
     # A run that was stopped before its first checkpoint, by a mistake in its recipe for instance,
     # has nothing to keep: it may start anew as another one.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
     there = read_config(out) if (out / CONFIG).exists() and not fresh else None
     if fresh or (there is not None and not begun and differences(config, there)):
-        if lead:
-            _remove_run(out)
-        multihost_utils.sync_global_devices("the folder's earlier run is removed")
+        _remove_run(out)
     elif there is not None:
         _check_same(config, there, out)
     elif (out / CHECKPOINTS).exists():
@@ -88,10 +99,37 @@ def open_run(
         )
     tokenizer = _tokenizer(config, out, say)
     _check_text(config, tokenizer)
-    if lead:
-        tokenizer.save(str(out))
-        write_config(out, config)
-    return tokenizer
+    tokenizer.save(str(out))
+    write_config(out, config)
+
+
+def _check_shared(out: epath.Path) -> None:
+    """Raises `UserError` unless all hosts see the same folder, as they must to save into it."""
+    if jax.process_count() == 1:
+        return
+    sign = out / f".shared-{broadcast(uuid.uuid4().hex)}"
+    by_lead(sign.touch)
+    blind = total(not sign.exists())
+    by_lead(sign.unlink)
+    if blind:
+        raise UserError(
+            f"{out} is not the same folder on all hosts, {blind} of {jax.process_count()} do not "
+            "see it: give an --out on storage that they share, such as gs://."
+        )
+
+
+@contextlib.contextmanager
+def told_if_full(out: epath.Path) -> Iterator[None]:
+    """Makes a `UserError` of a disk that takes nothing more, whatever was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{out} cannot be written to ({os.strerror(error.errno)}): make room or write access "
+            "there and run the same command again, which goes on from the last checkpoint."
+        ) from error
 
 
 def _remove_run(out: epath.Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree, UInt8
@@ -14,17 +13,20 @@ from jaxtyping import PyTree, UInt8
 from jaxdiff import pictures
 from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
-from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.parallel.exchange import broadcast, is_lead, to_host
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.loop import Hook, Result, train
+from jaxdiff.training.run_folder import told_if_full
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.task import from_uint8
 
@@ -45,14 +47,22 @@ def run_recipe(
       UserError: as `jaxdiff.training.loop.train`; or, before any training, what cannot be scored.
     """
     folder = epath.Path(out)
+    say = say if is_lead() else _silent
     scored = isinstance(config.task, DiffusionTask) and config.eval_samples != 0
     if scored:
         _check_scoring(config)
+    with told_if_full(folder):
+        return _run_recipe(config, folder, fresh, scored, say)
+
+
+def _run_recipe(
+    config: Config, folder: epath.Path, fresh: bool, scored: bool, say: Callable[[str], None]
+) -> Result:
     result = train(config, folder, fresh=fresh, on_sample=_samples(config, folder, say), say=say)
     if not result.finished:
         say(f"Stopped at step {result.summary['step']}; the same command goes on from there.")
         return result
-    earlier = _read_summary(folder)
+    earlier = json.loads(broadcast(json.dumps(_read_summary(folder))))
     if earlier.get("fingerprint") == result.summary["fingerprint"]:
         result = result._replace(summary=earlier)  # whose speeds are those of the training
     if "scores" in result.summary:
@@ -67,6 +77,10 @@ def run_recipe(
             _write_summary(folder, result)
     say(f"Finished at step {result.summary['step']}: {folder}")
     return result
+
+
+def _silent(_sentence: str) -> None:
+    """What all hosts would say, one of them does."""
 
 
 def _check_scoring(config: Config) -> None:
@@ -88,7 +102,7 @@ def _read_summary(folder: epath.Path) -> dict[str, Any]:
 
 
 def _write_summary(folder: epath.Path, result: Result) -> None:
-    if jax.process_index() == 0:
+    if is_lead():
         text = json.dumps(result.summary, indent=2) + "\n"
         write_whole(folder / SUMMARY, text.encode())
 
@@ -110,6 +124,8 @@ def _draw_prompts(bundle: Bundle, step: int, out: epath.Path, say: Callable[[str
     """`samples/step_N.png`, a grid of the recipe's prompts, and their making as a strip."""
     prompts = list(bundle.config.sampling.prompts)
     snapshots = Pipeline(bundle)(prompts, num_snapshots=STRIP_LENGTH)
+    if not is_lead():
+        return
     path = out / "samples" / f"step_{step:06d}.png"
     pictures.save_png(path, pictures.grid(snapshots[-1], captions=prompts, scale=2))
     strip = pictures.strip(snapshots[:, :4])
@@ -122,8 +138,15 @@ def _draw_reconstructions(
 ) -> None:
     """`samples/step_N.png`: records of the data in the upper rows, what comes back in the lower."""
     images = np.stack(list(itertools.islice(_usable(config.data), RECONSTRUCTIONS)))
-    model = merge(lambda: config.task.build(any_rngs()), state.ema)
-    back = pictures.to_uint8(model.decode(model.encode(from_uint8(jnp.asarray(images))).mode()))
+
+    @jax.jit
+    def reconstruct(params, images):
+        model = merge(blueprint(type(config.task).build, config.task), params)
+        return model.decode(model.encode(from_uint8(images)).mode())
+
+    back = pictures.to_uint8(to_host(reconstruct(state.ema, images)))
+    if not is_lead():
+        return
     path = out / "samples" / f"step_{int(state.step):06d}.png"
     pictures.save_png(path, pictures.grid(np.concatenate([images, back]), columns=8, scale=2))
     say(f"Reconstructions: {path}")
@@ -131,10 +154,11 @@ def _draw_reconstructions(
 
 def _usable(data: DataConfig) -> Iterator[UInt8[np.ndarray, "h w c"]]:
     """Images of the records in their order; bad ones, which the pipeline names, are left out."""
-    rng = np.random.default_rng(0)
-    for i in range(len(data.source)):
+    source, rng = data.source, np.random.default_rng(0)
+    assert not isinstance(source, CachedLatents)  # of which no autoencoder is trained
+    for i in range(len(source)):
         try:
-            image = data.transforms(data.source[i], rng).image
+            image = data.transforms(source[i], rng).image
         except RecordError:
             continue
         yield image

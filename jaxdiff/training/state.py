@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
+from jaxdiff.parallel.exchange import to_host
+
 # Fields of a state that its fingerprint covers, in this order.
 FINGERPRINTED = ("step", "params", "ema", "opt_state")
 
@@ -45,12 +47,13 @@ def fingerprint(state: TrainState) -> str:
     """SHA-256, in hex, over the bytes of step, params, EMA and optimizer state.
 
     Leaves are taken in the order of their tree, each with its path, type and shape, so that two
-    states agree only if they are equal bit for bit. Gathers sharded arrays on the host.
+    states agree only if they are equal bit for bit. Gathers sharded arrays, one after the other,
+    on every host; so all hosts call it.
     """
     digest = hashlib.sha256()
     for name in FINGERPRINTED:
         for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name)):
-            value = np.asarray(jax.device_get(leaf))
+            value = to_host(leaf)
             digest.update(f"{name}{jax.tree_util.keystr(path)}{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from jaxdiff.models.layers import any_rngs
+from jaxdiff.models.layers import blueprint, graph
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.state import TrainState, no_skips
 from jaxdiff.training.task import Batch, Metrics, Task
@@ -21,7 +21,7 @@ TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 def structure(task: Task) -> Any:
     """The graph of a task's module without its parameters; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: task.build(any_rngs())))[0]
+    return graph(blueprint(type(task).build, task))
 
 
 def init_state(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from jaxdiff.data.tokenizer import Tokenizer
 
-Batch = Mapping[str, Any]  # image uint8 [b, h, w, 3], tokens int32 [b, n]
+Batch = Mapping[str, Any]  # as `jaxdiff.data.pipeline.make_dataset` has it
 Metrics = dict[str, jax.Array]
 
 SUM, COUNT = "_sum", "_count"

@@ -1,15 +1,14 @@
 """The loop: exact resumption, signals, what it writes, and that it never waits for the device."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +17,21 @@ import pytest
 from etils import epath
 
 from jaxdiff.bundle import FROZEN, read_weights
-from jaxdiff.config import to_json
+from jaxdiff.data.array_record import ArrayRecord, write_array_record
 from jaxdiff.data.produce import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.mesh import MeshConfig
-from jaxdiff.training import loop
+from jaxdiff.training import checkpoint_folder, loop
 from jaxdiff.training.loop import train
 
 NO_SKIPS = {"nonfinite": jnp.int32(0), "nonfinite_in_a_row": jnp.int32(0)}
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
-
-RECIPE = """
-import json, pathlib
-from jaxdiff.config import Config, from_json
-
-def get_config():
-    return from_json(Config, json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
-"""
 
 # Dies in step 5, with the checkpoint of step 4 complete and that of step 6 not begun.
 KILLED = """
 import os, pathlib, signal, sys, time
-from jaxdiff.cli import load_recipe
+from jaxdiff.config import load_recipe
 from jaxdiff.training.loop import train
 
 recipe, _, out = sys.argv[1:]
@@ -78,7 +68,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_recipe, compile_cache) -> Run:
+def straight(tmp_path_factory, tiny_recipe) -> Run:
     """The tiny recipe from its first step to its last."""
     folder = tmp_path_factory.mktemp("straight")
     compiled = []
@@ -127,35 +117,16 @@ def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
     assert [r["step"] for r in straight.records] == list(range(1, STEPS + 1))
 
 
-@contextmanager
-def process(code: str, folder, config, environment) -> Iterator[subprocess.Popen]:
-    """A process that trains a recipe file in `folder / "run"`, its output in `log.txt`."""
-    (folder / "recipe.py").write_text(RECIPE)
-    (folder / "recipe.json").write_text(json.dumps(to_json(config)))
-    command = [sys.executable, code, str(folder / "recipe.py"), "--out", str(folder / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    with (folder / "log.txt").open("w") as log:
-        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-
-
 @pytest.mark.slow
-def test_killed_and_resumed_equals_straight_bit_for_bit(
-    straight, tmp_path, tiny_recipe, compile_cache
-):
+def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny_recipe, launch):
     (tmp_path / "killed.py").write_text(KILLED)
     config = tiny_recipe(steps=STEPS, sample_every=1)
-    out = tmp_path / "run"
-    with process(str(tmp_path / "killed.py"), tmp_path, config, compile_cache) as killed:
-        assert killed.wait(timeout=300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    killed = launch(tmp_path, config, code=str(tmp_path / "killed.py"), devices=8)
+    assert killed.wait() == [-signal.SIGKILL], killed.said()
     said = []
-    result = train(tiny_recipe(steps=STEPS), out, say=said.append)
+    result = train(tiny_recipe(steps=STEPS), killed.out, say=said.append)
     assert "Resuming at step 4 of 6." in said
-    assert_same_end(result, out, straight)
+    assert_same_end(result, killed.out, straight)
 
 
 def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
@@ -177,25 +148,18 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("straight")  # whose compiled step it takes
-def test_sigterm_ends_the_command_with_status_0_and_its_step_saved(
-    tmp_path, tiny_recipe, compile_cache
-):
+def test_sigterm_ends_the_command_with_status_0_and_its_step_saved(tmp_path, tiny_recipe, launch):
     config = tiny_recipe(steps=100_000, checkpoint_every=50_000)
-    log, metrics = tmp_path / "log.txt", tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    with process("train.py", tmp_path, config, compile_cache) as training:
-        while not metrics.exists() or not metrics.read_text():
-            assert training.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        training.send_signal(signal.SIGTERM)
-        assert training.wait(timeout=120) == 0, log.read_text()
-    (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert f"Stopped at step {step}" in log.read_text()
+    training = launch(tmp_path, config, devices=8)
+    training.until_step(1)
+    training.send(signal.SIGTERM)
+    assert training.wait() == [0], training.said()
+    (step,) = [path.name for path in (training.out / "checkpoints").iterdir()]
+    assert f"Stopped at step {step}" in training.said()
 
 
 @pytest.fixture
-def faked(monkeypatch, compile_cache):
+def faked(monkeypatch):
     """In the place of the compiled step one that only counts; returns what happened, in order.
 
     The loss of step n is n; from step 3 on, its gradient is not finite.
@@ -289,6 +253,104 @@ def test_records_that_cannot_be_used_are_named_and_counted(
     assert len(told) >= 3
     assert all("produce/train/7" in line for line in told)
     assert sum(r["skipped_records"] for r in records(tmp_path)) == len(told)
+
+
+def test_a_step_that_was_skipped_is_told_of(faked, tmp_path, tiny_recipe, caplog):
+    train(tiny_recipe(steps=4), tmp_path, say=quiet)
+    told = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert [line.split(":")[0] for line in told] == [f"Step {n} changed nothing" for n in (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        pytest.param(errno.EROFS, "Read-only file", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_save_that_fails_ends_the_run_and_the_one_before_goes_on(
+    faked, tmp_path, tiny_recipe, monkeypatch, number, message
+):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    train(tiny_recipe(steps=2), tmp_path, say=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "complete", fail)
+        with pytest.raises(UserError, match=rf"step 4 .* {message}.*; that of step 2 is kept.*"):
+            train(tiny_recipe(steps=6), tmp_path, say=quiet)
+    faked.clear()
+    train(tiny_recipe(steps=6), tmp_path, say=quiet)
+    assert [n for what, n in faked if what == "step"] == [3, 4, 5, 6]
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_goes_on(
+    faked, tmp_path, tiny_recipe
+):
+    train(tiny_recipe(steps=4), tmp_path, say=quiet)
+    files = [path for path in (tmp_path / "checkpoints" / "4").rglob("*") if path.is_file()]
+    path = max(files, key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    faked.clear()
+    said = []
+    train(tiny_recipe(steps=4), tmp_path, say=said.append)
+    assert "checkpoints/4 is damaged and not used" in said[0]
+    assert said[1] == "Resuming at step 2 of 4."
+    assert [n for what, n in faked if what == "step"] == [3, 4]
+
+
+@pytest.mark.nightly
+def test_a_data_worker_that_dies_ends_the_run_which_then_goes_on(faked, tmp_path, tiny_recipe):
+    def kill(state, *_):
+        if int(state.step) == 3:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def recipe(workers):
+        config = tiny_recipe(steps=60, sample_every=1, max_nonfinite=100)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
+
+    with pytest.raises(UserError, match=r"A data worker died \(exit code -9; .*data\.workers"):
+        train(recipe(1), tmp_path, on_sample=kill, say=quiet)
+    told = []
+    train(recipe(0), tmp_path, say=told.append)
+    assert told[0].startswith("Resuming at step")
+
+
+def test_a_shard_that_vanishes_is_told_by_its_records(faked, tmp_path, tiny_recipe):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    drawn = Produce(size=32, length=400)
+    for i in range(2):
+        part = (drawn[k] for k in range(200 * i, 200 * i + 200))
+        write_array_record(str(shards / f"{i}.array_record"), part)
+    config = tiny_recipe(steps=100, max_nonfinite=100, sample_every=1)
+    source = ArrayRecord(path=str(shards))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, source=source, shuffle=False),
+        tokenizer=dataclasses.replace(config.tokenizer, records=1),  # of the other shard
+    )
+
+    def lose(*_):
+        (shards / "1.array_record").unlink(missing_ok=True)
+
+    with pytest.raises(UserError, match=r"cannot be used, among them .*1\.array_record"):
+        train(config, tmp_path / "run", on_sample=lose, say=quiet)
+    assert records(tmp_path / "run")[-1]["step"] >= 200 // 8 - 2
+
+
+def test_the_clock_of_the_day_may_be_set_back(faked, tmp_path, tiny_recipe, monkeypatch):
+    clock = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    result = train(tiny_recipe(steps=6), tmp_path, say=quiet)
+    assert result.finished
+    for record in records(tmp_path):
+        assert 0 < record["images_per_s"] < np.inf
+        assert 0 <= record["data_wait"] <= 1
 
 
 def test_frozen_parts_are_split_and_of_the_type_that_steps_compute_in(

@@ -101,7 +101,8 @@ def test_what_only_says_how_a_run_is_carried_out_may_change(open_in, tmp_path, t
     open_in(tiny_recipe())
     taken(tmp_path, 4)
     changed = tiny_recipe(log_every=3, checkpoint_every=5, sample_every=2, keep=1)
-    open_in(dataclasses.replace(changed, name="other", eval_samples=3))
+    data = dataclasses.replace(changed.data, workers=2, threads=3, prefetch=4)
+    open_in(dataclasses.replace(changed, name="other", eval_samples=3, data=data))
     assert read_config(tmp_path).train.log_every == 3
 
 

@@ -1,7 +1,9 @@
 """What a run leaves behind besides its checkpoints: a summary, its scores, and pictures."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +157,15 @@ def test_what_cannot_be_scored_is_refused_before_the_training(trained, recipe, t
     assert trained["runs"] == []
     run_recipe(dataclasses.replace(recipe, data=photos, eval_samples=0), str(tmp_path), say=quiet)
     assert len(trained["runs"]) == 1
+
+
+def test_a_disk_that_takes_nothing_more_is_told(trained, scored, recipe, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(session, "write_whole", fail)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left on device\)"):
+        run_recipe(recipe, str(tmp_path), say=quiet)
 
 
 def test_prompts_are_drawn_as_a_grid_and_their_making_as_a_strip(

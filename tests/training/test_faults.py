@@ -1,0 +1,56 @@
+"""What may happen to a run: nothing is lost but the steps since the last save, and it is told."""
+
+import dataclasses
+import random
+import signal
+import time
+
+import pytest
+
+from jaxdiff.config import Config
+
+pytestmark = pytest.mark.nightly
+
+STEPS = 100
+
+
+def recipe_of(tiny_recipe, *, steps=STEPS, workers=0, every=2) -> Config:
+    recipe = tiny_recipe(steps=steps, checkpoint_every=every)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=workers))
+
+
+@pytest.fixture(scope="module")
+def straight(launch, tiny_recipe, tmp_path_factory):
+    """The run that nothing happens to."""
+    run = launch(tmp_path_factory.mktemp("straight"), recipe_of(tiny_recipe))
+    assert run.wait() == [0], run.said()
+    return run
+
+
+@pytest.mark.parametrize(("kills", "workers"), [(20, 0), (6, 2)])
+def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
+    straight, launch, tiny_recipe, tmp_path, kills, workers
+):
+    """While it starts, steps and saves; the number of data workers makes no difference either."""
+    moments = random.Random(kills)
+    config, step, cut_short = recipe_of(tiny_recipe, workers=workers), 0, 0
+    for kill in range(kills):
+        run = launch(tmp_path, config)
+        if kill % 5 == 4:
+            time.sleep(moments.uniform(0, 10))
+        else:
+            step += moments.randint(1, 4)
+            run.until_step(step)
+            time.sleep(moments.uniform(0, 0.1))
+        run.send(signal.SIGKILL)
+        assert run.wait() == [-signal.SIGKILL], run.said()
+        checkpoints = run.out / "checkpoints"
+        if checkpoints.exists():
+            cut_short += any(not path.name.isdecimal() for path in checkpoints.iterdir())
+    run = launch(tmp_path, config)
+    assert run.wait() == [0], run.said()
+    print(f"{kills} kills, of which {cut_short} cut a save short, until step {step}")
+    assert run.summary()["fingerprint"] == straight.summary()["fingerprint"]
+    figures = ("step", "loss", "grad_norm", "learning_rate")
+    ours, theirs = ([[r[f] for f in figures] for r in x.records()] for x in (run, straight))
+    assert ours == theirs
