@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.mesh import MeshConfig
+from jaxdiff.parallel.compiler import CompilerConfig
+from jaxdiff.parallel.mesh import MeshConfig, Slice
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
@@ -96,6 +97,7 @@ class Config:
 
     Attributes:
       name: of the run; its folder is `runs/NAME` unless told otherwise.
+      slices: hardware that `jaxdiff plan` plans it for, and the mesh to give it there.
       eval_samples: prompts of each kind that the trained model is scored on at the end; 0 for none.
     """
 
@@ -107,7 +109,9 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    compiler: CompilerConfig = field(default_factory=CompilerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    slices: tuple[Slice, ...] = ()
     eval_samples: int = 0
 
 

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh of devices, and the rules that lay a train state out on it."""
+"""Where arrays live: the mesh of devices, the rules that lay a train state out, and the hosts."""

@@ -1,4 +1,4 @@
-"""The mesh of devices: data parallel, fully sharded and tensor parallel axes."""
+"""The mesh of devices: data parallel, fully sharded, tensor and sequence parallel axes."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdiff.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH = PartitionSpec(("data", "fsdp"))
-"""A batch is split over these axes; `tensor` devices see the same images."""
+"""A batch is split over these axes; `tensor` and `context` devices see the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,29 @@ class MeshConfig:
       fsdp: devices that share the batch and the parameters, which are gathered layer by layer
         (Zhao et al. 2023).
       tensor: devices that share each matrix product (Shoeybi et al. 2019).
+      context: devices that share the tokens of each image, rows of the picture in turn; of the
+        attention each takes its queries, for which keys and values are gathered.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Hardware that a recipe has been planned for, and what it then sets.
+
+    Attributes:
+      topology: as `jaxdiff plan --topology` takes it.
+      mesh: of its devices.
+      accumulate: micro-batches of a step, where a whole batch does not fit.
+    """
+
+    topology: str
+    mesh: MeshConfig
+    accumulate: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -39,7 +58,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.tensor, config.context]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
@@ -52,11 +71,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if -1 in sizes or math.prod(sizes) != len(devices):
         raise UserError(
             f"mesh {asked} does not fit the {len(devices)} devices here: the sizes must multiply "
-            "to their number; change mesh.data, mesh.fsdp or mesh.tensor."
+            "to their number; change mesh.data, mesh.fsdp, mesh.tensor or mesh.context."
         )
-    if isinstance(devices[0], jax.Device) and devices == jax.devices():
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    grid = np.array(devices).reshape(sizes)
+    if devices[0].platform == "tpu":  # neighbours on an axis are neighbours on the slice's torus
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif list(devices) == jax.devices():
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    else:
+        grid = np.array(devices).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -7,8 +7,11 @@ moving average and the optimizer's moments alike, which carry the same names.
 import re
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from jaxdiff.errors import UserError
+from jaxdiff.parallel.mesh import BATCH
 
 # Layers whose outputs are split over `tensor`, and those that take such outputs in: between the two
 # nothing is exchanged, after the second one sum is (Shoeybi et al. 2019, section 3).
@@ -27,19 +30,9 @@ def _name(path) -> str:
     return "." + ".".join(parts)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where one array goes: its place by name on `tensor`, its longest free axis on `fsdp`.
-
-    Args:
-      name: the path of the leaf, joined by dots.
-      shape: of the array.
-      mesh: with the axes of `jaxdiff.parallel.mesh`.
-    """
+def tensor_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """What `tensor` splits of an array: its place follows from the array's name."""
     spec: list[str | None] = [None] * len(shape)
-    first = 1 if _STACKED.search(name) else 0
-    if len(shape) - first < 2:
-        return PartitionSpec()
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     axis = (
         len(shape) - 1
         if _SPLIT_OUTPUT.search(name)
@@ -47,8 +40,24 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         if _SPLIT_INPUT.search(name)
         else None
     )
-    if axis is not None and tensor > 1 and shape[axis] % tensor == 0:
+    if axis is not None and mesh.shape["tensor"] > 1 and shape[axis] % mesh.shape["tensor"] == 0:
         spec[axis] = "tensor"
+    return PartitionSpec(*spec)
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Where one array goes: its place by name on `tensor`, its longest free axis on `fsdp`.
+
+    Args:
+      name: the path of the leaf, joined by dots.
+      shape: of the array.
+      mesh: with the axes of `jaxdiff.parallel.mesh`.
+    """
+    first = 1 if _STACKED.search(name) else 0
+    if len(shape) - first < 2:
+        return PartitionSpec()
+    fsdp = mesh.shape["fsdp"]
+    spec = list(tensor_spec(name, shape, mesh))
     free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % fsdp == 0]
     size = 1
     for length in shape[first:]:
@@ -65,6 +74,43 @@ def state_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
         return NamedSharding(mesh, partition_spec(_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def gather_weights(params: PyTree) -> PyTree:
+    """A block's weights as its products take them: whole, but for what `tensor` splits.
+
+    So each device gathers the weights of one block at a time, and its gradients of them are summed
+    and dealt out again (Zhao et al. 2023). Left to itself, XLA may gather the activations of all
+    images instead. Under the mesh of the program that is traced; without one, as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+
+    def gather(path, leaf):
+        return jax.lax.with_sharding_constraint(leaf, tensor_spec(_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def split_tokens(x: Array) -> Array:
+    """Images or latents [b, h, w, c] as activations lie: images in turn, and rows over `context`.
+
+    What is computed of them lies likewise, the tokens of a transformer included. Under the mesh of
+    the program that is traced; without one, x.
+
+    Raises:
+      UserError: the rows do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("context", 1) == 1:
+        return x
+    if x.shape[1] % mesh.shape["context"]:
+        raise UserError(
+            f"mesh.context {mesh.shape['context']} does not divide the {x.shape[1]} rows of what "
+            "is modelled: choose a divisor of them."
+        )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, "context"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,21 +6,22 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh
+from jaxdiff.parallel.mesh import AXES, MeshConfig, batch_sharding, check_batch, make_mesh
 
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
-        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshConfig(data=1, tensor=8), (1, 1, 8)),
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (2, 4, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2, 1)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 8, 1)),
+        (MeshConfig(data=-1, context=4), (2, 1, 1, 4)),
     ],
 )
 def test_axes_share_all_devices_out(config, sizes):
     mesh = make_mesh(config)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, sizes, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert set(mesh.devices.flat) == set(jax.devices())
 
@@ -45,19 +46,20 @@ def test_a_mesh_of_another_size_than_the_devices_is_refused(config):
         make_mesh(config)
 
 
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_devices_of_other_axes_see_the_same_images(axis):
+    mesh = make_mesh(MeshConfig(data=4, **{axis: 2}))
+    batch = jax.device_put(np.arange(8), batch_sharding(mesh))
+    held = [tuple(np.asarray(shard.data)) for shard in batch.addressable_shards]
+    assert sorted(held) == sorted([(0, 1), (2, 3), (4, 5), (6, 7)] * 2)
+
+
 @pytest.mark.parametrize(
     "config", [MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(tensor=-2)]
 )
 def test_sizes_that_say_nothing_are_refused(config):
     with pytest.raises(UserError, match="at most one of them -1"):
         make_mesh(config)
-
-
-def test_a_batch_is_split_over_data_and_fsdp_and_repeated_over_tensor():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    batch = jax.device_put(np.arange(8), batch_sharding(mesh))
-    held = [tuple(np.asarray(shard.data)) for shard in batch.addressable_shards]
-    assert sorted(held) == sorted([(0, 1), (2, 3), (4, 5), (6, 7)] * 2)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():

@@ -4,18 +4,26 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdiff.errors import UserError
 from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from jaxdiff.parallel.sharding import partition_spec, state_shardings
+from jaxdiff.parallel.sharding import (
+    gather_weights,
+    partition_spec,
+    split_tokens,
+    state_shardings,
+)
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state, compile_step
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+ROWS = MeshConfig(data=2, fsdp=2, context=2)
 # Adam divides by the root of squared gradients: where these are rounding errors, eps says so.
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
 
@@ -88,9 +96,10 @@ def after_two_steps(recipe, mesh_config):
 
 
 @pytest.mark.slow
-def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe):
+@pytest.mark.parametrize("mesh", [MESH, ROWS], ids=["tensor", "context"])
+def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe, mesh):
     one, losses = after_two_steps(tiny_recipe, None)
-    eight, sharded_losses = after_two_steps(tiny_recipe, MESH)
+    eight, sharded_losses = after_two_steps(tiny_recipe, mesh)
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
     assert losses[1] != losses[0]
     for name in ("params", "ema", "opt_state", "task_state"):
@@ -111,6 +120,49 @@ def test_moments_and_average_lie_where_their_parameters_lie(tiny_recipe):
     kernel = adam.mu["denoiser"]["blocks"]["attention"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert {shard.data.nbytes for shard in kernel.addressable_shards} == {kernel.nbytes // 4}
+
+
+def test_rows_of_a_picture_are_shared_out_over_context():
+    """Where each device has two images of four, and two of their eight rows."""
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+
+    def split(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return split_tokens(x)
+
+    x = jax.device_put(np.zeros((4, 8, 8, 3), np.float32), batch_sharding(mesh))
+    assert {shard.data.shape for shard in jax.jit(split)(x).addressable_shards} == {(2, 2, 8, 3)}
+
+
+def test_rows_that_cannot_be_shared_out_are_refused():
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        pytest.raises(UserError, match=r"mesh\.context 4 does not divide the 6 rows"),
+    ):
+        split_tokens(jnp.zeros((4, 6, 8, 3)))
+
+
+def test_without_a_mesh_nothing_is_placed():
+    x = jnp.zeros((4, 8, 8, 3))
+    assert split_tokens(x) is x
+    assert gather_weights({"q": x})["q"] is x
+
+
+def test_a_block_gathers_its_weights_but_for_what_tensor_splits():
+    mesh = make_mesh(MESH)
+    spec = PartitionSpec("fsdp", "tensor")
+    kernel = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, spec))
+
+    def gather(params):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gather_weights(params)
+
+    gathered = jax.jit(gather)({"q": {"kernel": kernel}, "modulation": {"kernel": kernel}})
+    shapes = {
+        name: leaf["kernel"].sharding.shard_shape((64, 64)) for name, leaf in gathered.items()
+    }
+    assert shapes == {"q": (64, 32), "modulation": (64, 64)}
 
 
 def _is_adam(node) -> bool:

@@ -1,0 +1,83 @@
+"""A DiT of three billion parameters at 512 pixels, in the latents of SDXL's autoencoder.
+
+    jaxdiff prepare IMAGES images
+    jaxdiff prepare configs/dit_3b_512.py latents_512 --latents.views 1
+    python train.py configs/dit_3b_512.py --mesh.data 16 --mesh.fsdp 16
+
+Batch 2048, remat "full", 3.06 billion parameters. `jaxdiff plan configs/dit_3b_512.py`
+compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+
+    slice      mesh               micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16                1    2.95 GiB          4.73
+    v6e:16x16  data=16 fsdp=16                1    2.95 GiB          1.01
+    v5p:4x4x4  data=4 fsdp=16                 1    2.95 GiB          8.11
+    h100:8     data=1 fsdp=8                  8    5.89 GiB         30.13
+
+State is what each chip holds of weights, average, moments and frozen parts; the days are the
+recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.parallel.mesh import MeshConfig, Slice
+from jaxdiff.pretrained.published import OPENCLIP_G, XL_SCALING_FACTOR
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.optimizer import AdamW, CosineLR
+
+MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def get_config() -> Config:
+    """`configs/dit_xl2_imagenet256.py`, wider and deeper, on 1024 tokens, told by OpenCLIP bigG."""
+    base, replace = (
+        load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py")),
+        dataclasses.replace,
+    )
+    assert isinstance(base.task, DiffusionTask)
+    return replace(
+        base,
+        name="dit_3b_512",
+        task=replace(
+            base.task,
+            # Heads of 128 channels are what a TPU's matrix units and its attention kernel like.
+            denoiser=replace(
+                base.task.denoiser,
+                width=2048,
+                depth=34,
+                heads=16,
+                text_width=1280,
+                pooled_width=1280,
+            ),
+            text=TextTower(
+                model=OPENCLIP_G,
+                pretrained=MODEL,
+                trained=False,
+                layer=-2,
+                final_norm=False,
+                pad_id=0,
+            ),
+            latents=Latents(
+                model=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR), pretrained=MODEL
+            ),
+        ),
+        data=replace(
+            base.data,
+            source=CachedLatents(path="latents_512", of=ArrayRecord(path="images")),
+            transforms=replace(base.data.transforms, size=512),
+        ),
+        optimizer=AdamW(
+            learning_rate=1e-4, weight_decay=0.01, schedule=CosineLR(warmup_steps=5000, final=0.1)
+        ),
+        train=replace(base.train, steps=300_000),
+        slices=(
+            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            Slice(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16)),
+            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
+        ),
+    )

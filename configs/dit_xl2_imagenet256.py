@@ -1,0 +1,87 @@
+"""DiT-XL/2 on captioned ImageNet at 256 pixels, in the latents of Stable Diffusion's autoencoder.
+
+    jaxdiff prepare IMAGES images
+    jaxdiff prepare configs/dit_xl2_imagenet256.py imagenet256_latents --latents.views 2
+    python train.py configs/dit_xl2_imagenet256.py --mesh.data 16 --mesh.fsdp 16
+
+Batch 2048, remat "full", 800 million parameters. `jaxdiff plan configs/dit_xl2_imagenet256.py`
+compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+
+    slice      mesh               micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16                1    0.78 GiB          0.20
+    v6e:16x16  data=32 fsdp=8                 1    1.55 GiB          0.04
+    v5p:4x4x4  data=8 fsdp=8                  1    1.55 GiB          0.35
+    h100:8     data=1 fsdp=8                  1    1.55 GiB          1.30
+
+State is what each chip holds of weights, average, moments and frozen parts; the days are the
+recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+"""
+
+from jaxdiff.config import Config, TokenizerConfig, TrainConfig
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.dit import DiTConfig
+from jaxdiff.parallel.mesh import MeshConfig, Slice
+from jaxdiff.pretrained.published import CLIP_L
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW, ConstantLR
+
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def get_config() -> Config:
+    """Peebles & Xie 2023, table 1: 28 blocks of width 1152 with 16 heads, patches of 2."""
+    return Config(
+        name="dit_xl2_imagenet256",
+        task=DiffusionTask(
+            denoiser=DiTConfig(
+                channels=4,
+                patch_size=2,
+                width=1152,
+                depth=28,
+                heads=16,
+                text_width=768,
+                pooled_width=768,
+                remat="full",
+            ),
+            text=TextTower(model=CLIP_L, pretrained=MODEL, trained=False),
+            latents=Latents(model=AutoencoderConfig(), pretrained=MODEL),
+            objective=Objective(
+                prediction="velocity",
+                loss_on="velocity",
+                schedule=RectifiedFlow(),
+                times=LogitNormal(),
+            ),
+        ),
+        data=DataConfig(
+            source=CachedLatents(path="imagenet256_latents", of=ArrayRecord(path="images")),
+            transforms=Transforms(size=256, caption_dropout=0.1),
+            workers=4,
+        ),
+        tokenizer=TokenizerConfig(vocab_size=49408, length=77),
+        optimizer=AdamW(
+            learning_rate=2e-4, weight_decay=0.0, schedule=ConstantLR(warmup_steps=2000)
+        ),
+        ema=Ema(decay=0.9999),
+        train=TrainConfig(
+            steps=200_000,
+            batch_size=2048,
+            compute="bfloat16",
+            checkpoint_every=2000,
+            sample_every=10_000,
+        ),
+        mesh=MeshConfig(data=-1),
+        slices=(
+            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            Slice(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
+        ),
+    )

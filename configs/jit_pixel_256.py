@@ -1,0 +1,72 @@
+"""JiT-L/16: a plain transformer on the pixels of captioned ImageNet at 256, without an autoencoder.
+
+    jaxdiff prepare IMAGENET images
+    python train.py configs/jit_pixel_256.py --mesh.data 16 --mesh.fsdp 16
+
+Batch 1024, remat "full", 547 million parameters. `jaxdiff plan configs/jit_pixel_256.py`
+compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+
+    slice      mesh               micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16                1    0.53 GiB          0.26
+    v6e:16x16  data=32 fsdp=8                 1    1.05 GiB          0.06
+    v5p:4x4x4  data=8 fsdp=8                  1    1.05 GiB          0.45
+    h100:8     data=1 fsdp=8                  1    1.05 GiB          1.68
+
+State is what each chip holds of weights, average, moments and frozen parts; the days are the
+recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.parallel.mesh import MeshConfig, Slice
+from jaxdiff.training.diffusion import DiffusionTask
+
+
+def get_config() -> Config:
+    """Li & He 2025 (arXiv 2511.13720): x0 is predicted, the loss is on velocity."""
+    base, replace = (
+        load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py")),
+        dataclasses.replace,
+    )
+    assert isinstance(base.task, DiffusionTask)
+    return replace(
+        base,
+        name="jit_pixel_256",
+        task=replace(
+            base.task,
+            denoiser=replace(
+                base.task.denoiser,
+                channels=3,
+                patch_size=16,
+                bottleneck=128,
+                width=1024,
+                depth=24,
+                heads=16,
+            ),
+            latents=None,
+            objective=Objective(
+                prediction="x0",
+                loss_on="velocity",
+                schedule=RectifiedFlow(),
+                times=LogitNormal(mean=0.8, std=0.8),
+            ),
+        ),
+        data=replace(
+            base.data,
+            source=ArrayRecord(path="images"),
+            transforms=replace(base.data.transforms, crop="center", flip=True),
+        ),
+        train=replace(base.train, steps=750_000, batch_size=1024),
+        slices=(
+            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            Slice(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
+        ),
+    )

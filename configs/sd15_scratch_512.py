@@ -1,0 +1,56 @@
+"""Stable Diffusion 1.5's U-Net from scratch at 512 pixels, on cached latents.
+
+    jaxdiff prepare IMAGES images
+    jaxdiff prepare configs/sd15_scratch_512.py latents_512 --latents.views 1
+    python train.py configs/sd15_scratch_512.py --mesh.data 16 --mesh.fsdp 16
+
+Batch 2048, remat "full", 860 million parameters. `jaxdiff plan configs/sd15_scratch_512.py`
+compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+
+    slice      mesh               micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16                1    0.83 GiB          1.42
+    v6e:16x16  data=32 fsdp=8                 1    1.66 GiB          0.31
+    v5p:4x4x4  data=8 fsdp=8                  1    1.66 GiB          2.44
+    h100:8     data=1 fsdp=8                  8    1.66 GiB          9.07
+
+State is what each chip holds of weights, average, moments and frozen parts; the days are the
+recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.parallel.mesh import MeshConfig, Slice
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW, ConstantLR
+
+
+def get_config() -> Config:
+    """`configs/sd15.py` with a U-Net as drawn, and the batch that the original was trained with."""
+    base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
+    assert isinstance(base.task, DiffusionTask)
+    return replace(
+        base,
+        name="sd15_scratch_512",
+        task=replace(base.task, pretrained=None),
+        data=replace(
+            base.data,
+            source=CachedLatents(path="latents_512", of=ArrayRecord(path="images")),
+            transforms=replace(base.data.transforms, crop="center"),
+        ),
+        optimizer=AdamW(learning_rate=1e-4, schedule=ConstantLR(warmup_steps=10_000)),
+        ema=Ema(decay=0.9999),
+        train=replace(
+            base.train, steps=500_000, batch_size=2048, checkpoint_every=2000, sample_every=10_000
+        ),
+        slices=(
+            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            Slice(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
+        ),
+    )

@@ -1,0 +1,56 @@
+"""Stable Diffusion XL's U-Net from scratch at 1024 pixels, on cached latents of nine shapes.
+
+    jaxdiff prepare IMAGES images
+    jaxdiff prepare configs/sdxl_1024.py latents_1024 --latents.views 1
+    python train.py configs/sdxl_1024.py --mesh.data 16 --mesh.fsdp 16 --train.accumulate 8
+
+Batch 2048, remat "full", 2.57 billion parameters. `jaxdiff plan configs/sdxl_1024.py`
+compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+
+    slice      mesh               micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16                8    2.52 GiB         14.38
+    v6e:16x16  data=16 fsdp=16                4    2.52 GiB          3.09
+    v5p:4x4x4  data=4 fsdp=16                 4    2.52 GiB         24.69
+    h100:8     data=1 fsdp=8                 32    5.01 GiB         91.65
+
+State is what each chip holds of weights, average, moments and frozen parts; the days are the
+recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.config import Config, load_recipe
+from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.parallel.mesh import MeshConfig, Slice
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.optimizer import AdamW, ConstantLR
+
+
+def get_config() -> Config:
+    """`configs/sdxl.py` with a U-Net as drawn, and the batch of Podell et al. 2023, section 2.5."""
+    base, replace = load_recipe(Path(__file__).with_name("sdxl.py")), dataclasses.replace
+    assert isinstance(base.task, DiffusionTask)
+    return replace(
+        base,
+        name="sdxl_1024",
+        task=replace(base.task, pretrained=None),
+        data=replace(
+            base.data,
+            source=CachedLatents(path="latents_1024", of=ArrayRecord(path="images")),
+            transforms=replace(base.data.transforms, crop="center"),
+        ),
+        optimizer=AdamW(learning_rate=1e-4, schedule=ConstantLR(warmup_steps=10_000)),
+        ema=Ema(decay=0.9999),
+        train=replace(
+            base.train, steps=600_000, batch_size=2048, checkpoint_every=2000, sample_every=10_000
+        ),
+        slices=(
+            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=8),
+            Slice(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),
+            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), accumulate=4),
+            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=32),
+        ),
+    )

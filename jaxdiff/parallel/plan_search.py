@@ -1,0 +1,100 @@
+"""Looking for the mesh, the batch and the remat policy that suit a topology best."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxdiff.config import Config
+from jaxdiff.errors import UserError
+from jaxdiff.models.layers import Remat
+from jaxdiff.parallel.mesh import MeshConfig, make_mesh
+from jaxdiff.parallel.plan import Plan, make_plan
+from jaxdiff.parallel.sharding import state_shardings
+from jaxdiff.parallel.topology import Topology
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.loop import abstract_frozen, abstract_state
+
+_POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
+
+
+def candidates(config: Config, devices: int) -> Iterator[Config]:
+    """Recipes to try on so many devices.
+
+    Meshes of `data` and `fsdp`, those that take least memory first; the recipe's batch, twice and
+    half of it; every remat policy of a denoiser, those that recompute least first.
+    """
+    fsdp = [4**i for i in range(10) if devices % 4**i == 0]
+    if devices not in fsdp:
+        fsdp.append(devices)
+    for scale in (1.0, 2.0, 0.5):
+        batch_size = int(config.train.batch_size * scale)
+        if batch_size % (devices * config.train.accumulate):
+            continue
+        train = dataclasses.replace(config.train, batch_size=batch_size)
+        for task in _tasks(config.task):
+            for size in reversed(fsdp):
+                mesh = MeshConfig(data=devices // size, fsdp=size)
+                yield dataclasses.replace(config, train=train, mesh=mesh, task=task)
+
+
+def _tasks(task: Any) -> list[Any]:
+    """The task with each of its denoiser's policies."""
+    if not isinstance(task, DiffusionTask):
+        return [task]
+    denoisers = [dataclasses.replace(task.denoiser, remat=remat) for remat in _POLICIES]
+    return [dataclasses.replace(task, denoiser=denoiser) for denoiser in denoisers]
+
+
+def search(
+    config: Config, topology: Topology, *, most: int, say: Callable[[Plan], None]
+) -> list[Plan]:
+    """At most so many plans: what fits first, and of it what takes least time for an image.
+
+    What cannot fit is not compiled: where the state alone is too large, or where a batch does not
+    fit with more devices to share the weights.
+
+    Raises:
+      UserError: no batch that is tried divides among the devices, or none of them can fit.
+    """
+    plans: list[Plan] = []
+    too_large: set[tuple[Any, int]] = set()
+    for candidate in candidates(config, len(topology.devices)):
+        kind = candidate.task, candidate.train.batch_size
+        if len(plans) == most or kind in too_large:
+            continue
+        if topology.chip and held(candidate, topology) > topology.chip.memory:
+            continue
+        plan = make_plan(candidate, topology)
+        say(plan)
+        plans.append(plan)
+        if not plan.fits:
+            too_large.add(kind)
+    if not plans:
+        raise UserError(
+            f"Nothing of {config.name} fits {topology.name}: its train state is too large for "
+            f"{len(topology.devices)} devices, or train.batch_size {config.train.batch_size} is no "
+            "multiple of their number."
+        )
+    return sorted(plans, key=_rank)
+
+
+def held(config: Config, topology: Topology) -> int:
+    """Bytes that each device holds of train state and frozen weights."""
+    mesh = make_mesh(config.mesh, topology.devices)
+    trees = abstract_state(config), abstract_frozen(config)
+    shardings = [state_shardings(tree, mesh) for tree in trees]
+
+    def size(leaf, sharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
+
+
+def _rank(plan: Plan) -> tuple[bool, float]:
+    """What does not fit comes last, what comes nearest to it first."""
+    if not plan.fits:
+        return True, plan.memory_needed
+    return False, (plan.roofline_s or 0.0) / plan.batch_size
