@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
 from jaxdiff.pretrained.published import SD1
@@ -87,7 +87,7 @@ def _ours(theirs: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.nda
 
     @jax.jit
     def predict(params, inputs):
-        model = merge(lambda: UNet2DConditionModel(SD1, rngs=any_rngs()), params)
+        model = merge(blueprint(UNet2DConditionModel, SD1), params)
         return model(*inputs)
 
     return lambda: np.asarray(predict(params, inputs))

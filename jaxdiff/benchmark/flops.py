@@ -16,11 +16,11 @@ All figures are for one image or one prompt; multiply by the batch.
 
 import functools
 import time
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.benchmark.chips import Device, find_chip
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
@@ -254,58 +254,18 @@ def decode_flops(config: AutoencoderConfig, *, height: int, width: int) -> float
     return total + _conv(3, widths[-1], config.patch_channels, area)
 
 
-# Dense bf16 FLOP/s of one JAX device, by the start of its `device_kind`; the first that fits
-# counts. From the makers' data sheets. A device is one core of two on TPU v2, v3 and 7x, and the
-# chip on all others. What has no bf16 units (V100, T4) is left out.
-_PEAKS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4 lite": 138e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-
-
-@runtime_checkable
-class Device(Protocol):
-    """What tells devices apart: a `jax.Device`, or one of a topology that is compiled for."""
-
-    @property
-    def platform(self) -> str:
-        """Such as "cpu"."""
-        ...
-
-    @property
-    def device_kind(self) -> str:
-        """The maker's name for it."""
-        ...
-
-
 def peak_flops(device: Device) -> float | None:
     """The most FLOP/s that one device can do, to divide by for model FLOP utilisation.
 
-    For accelerators the data sheet's dense bf16 figure; None for one that is not in the table. A
-    CPU has no such figure: for it the best of three float32 products of 2048 x 2048 matrices is
-    measured at the first call in a process (about a second), and shared out among its devices.
-    What else runs on the machine at that time lowers it.
+    For accelerators the data sheet's dense bf16 figure; None for one that is not in the table
+    (`jaxdiff.benchmark.chips`). A CPU has no such figure: for it the best of three float32 products
+    of 2048 x 2048 matrices is measured at the first call in a process (about a second), and shared
+    out among its devices. What else runs on the machine at that time lowers it.
     """
     if device.platform == "cpu":
         return _measured_cpu_flops() / jax.local_device_count("cpu")
-    kind = device.device_kind
-    return next((peak for start, peak in _PEAKS.items() if kind.startswith(start)), None)
+    chip = find_chip(device.device_kind)
+    return chip.flops if chip else None
 
 
 @functools.cache

@@ -21,8 +21,13 @@ from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
 
 
-def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) -> float:
-    """Of one image of side `size` in a training step; frozen parts get no gradient."""
+def training_flops(
+    task: DiffusionTask | AutoencoderTask | ClipTask, size: int, *, encoded: bool = False
+) -> float:
+    """Of one image of side `size` in a training step; frozen parts get no gradient.
+
+    `encoded` tells that its latents were cached, so that no autoencoder is run.
+    """
     if isinstance(task, ClipTask):
         return three_passes(clip_text_flops(task.model.text) + clip_vision_flops(task.model.vision))
     if isinstance(task, AutoencoderTask):
@@ -31,15 +36,7 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
         # The tower sees the image, and the reconstruction there and back.
         seen = 3 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
         return three_passes(total) + seen
-    height, width, _ = task.shape(size, size)
-    seen = {"height": height, "width": width, "text_length": task.text.model.length}
-    match task.denoiser:
-        case DiTConfig():
-            denoiser = dit_flops(task.denoiser, **seen)
-        case UNetConfig():
-            denoiser = unet_flops(task.denoiser, **seen)
-        case UNet2DConditionConfig():
-            denoiser = unet2d_condition_flops(task.denoiser, **seen)
+    denoiser = denoiser_flops(task, size)
     # Adapters and a new word need the gradient of what a layer reads, not that of its kernel.
     total = 2 * denoiser if task.denoiser_is_frozen else three_passes(denoiser)
     for tower in task.towers.values():
@@ -48,9 +45,33 @@ def training_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) 
             total += three_passes(text) if tower.trained and tower.lora is None else 2 * text
         else:
             total += text
-    match task.latents and task.latents.model:
+    match task.latents and not encoded and task.latents.model:
         case AutoencoderConfig() as model:
             total += encode_flops(model, height=size, width=size)
         case TinyAutoencoderConfig() as model:
             total += tiny_encode_flops(model, height=size, width=size)
     return total
+
+
+def denoiser_flops(task: DiffusionTask, size: int) -> float:
+    """Of one evaluation of a task's denoiser for one image of side `size`, in pixels."""
+    height, width, _ = task.shape(size, size)
+    seen = {"height": height, "width": width, "text_length": task.text.model.length}
+    match task.denoiser:
+        case DiTConfig():
+            return dit_flops(task.denoiser, **seen)
+        case UNetConfig():
+            return unet_flops(task.denoiser, **seen)
+        case UNet2DConditionConfig():
+            return unet2d_condition_flops(task.denoiser, **seen)
+
+
+def recomputed_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) -> float:
+    """Of what the backward pass computes again, for one image of side `size`.
+
+    All of the denoiser where its blocks keep their input alone. It is no part of the model FLOPs,
+    yet takes its time.
+    """
+    if isinstance(task, DiffusionTask) and task.denoiser.remat == "full":
+        return denoiser_flops(task, size)
+    return 0.0

@@ -1,0 +1,124 @@
+"""What a step of the sampler costs beyond the network's own call.
+
+    python -m jaxdiff.benchmark.sampler_overhead --sizes 64 128 256
+
+A step is a pipeline's time for many steps less its time for few, over the difference: what is done
+once, from the text encoder to the decoder, falls out. The bare call is the network alone, compiled
+by itself, on as many images, prompted and unprompted, called from Python again and again. The two
+take turns, so that whatever else the machine does slows both, and the fastest of each counts.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from jaxdiff.pipeline import DEFAULT_MODEL, Pipeline, load
+from jaxdiff.sizes import images_at_a_time
+from jaxdiff.training.diffusion import whole
+from jaxdiff.training.step import structure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is timed."""
+
+    model: str = DEFAULT_MODEL
+    """As for `sample.py --model`."""
+    sizes: tuple[int, ...] = (64, 128, 256)
+    """Sides of the images."""
+    steps: tuple[int, int] = (4, 24)
+    """Few, and many."""
+    repeats: int = 5
+    """Turns that each takes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Seconds of one step on `batch` images."""
+
+    size: int
+    batch: int
+    bare: float
+    sampler: float
+
+    @property
+    def share(self) -> float:
+        """By how much a step of the sampler takes longer; 0 is as long."""
+        return self.sampler / self.bare - 1
+
+
+def measure(pipeline: Pipeline, size: int, *, steps: tuple[int, int], repeats: int) -> Overhead:
+    """Times both at one size, on the pipeline's first device.
+
+    Args:
+      pipeline: on one device.
+      size: side of the images.
+      steps: few, and many.
+      repeats: turns that each takes.
+    """
+    batch = images_at_a_time(size, size)
+    few, many = steps
+    call = bare_network(pipeline, size, batch)
+
+    def bare() -> None:
+        for _ in range(many - few - 1):
+            call()
+        jax.block_until_ready(call())
+
+    def sampled(num_steps: int) -> Callable[[], object]:
+        prompts = ["a small green pea"] * batch
+        return lambda: pipeline(prompts, size=(size, size), num_steps=num_steps)
+
+    contenders = {"bare": bare, "few": sampled(few), "many": sampled(many)}
+    fastest = dict.fromkeys(contenders, float("inf"))
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first one compiles
+                fastest[name] = min(fastest[name], time.perf_counter() - start)
+    sampler = (fastest["many"] - fastest["few"]) / (many - few)
+    return Overhead(size=size, batch=batch, bare=fastest["bare"] / (many - few), sampler=sampler)
+
+
+def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.Array]:
+    """The network alone, on as many images as a step shows it: prompted and unprompted."""
+    task, n = pipeline.task, 2 * batch
+    graphdef = structure(task)
+
+    @jax.jit
+    def told(weights, ids):
+        model = nnx.merge(graphdef, weights["params"])
+        return task.features(model, weights["frozen"], ids, whole(size, size, n))
+
+    @jax.jit
+    def predict(weights, x, t, text):
+        model = nnx.merge(graphdef, weights["params"])
+        return task.network(model, weights["frozen"])(x, t, text)
+
+    shape = (n, *task.shape(size, size))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    text = told(pipeline.weights, pipeline.tokenizer(["a small green pea", ""] * batch))
+    return lambda: predict(pipeline.weights, x, jnp.full(n, 0.5), text)
+
+
+def main(options: Options) -> None:
+    """Prints a line for each size."""
+    pipeline = load(options.model, devices=jax.local_devices()[:1])
+    print(f"{pipeline.config.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    for size in options.sizes:
+        found = measure(pipeline, size, steps=options.steps, repeats=options.repeats)
+        print(
+            f"{size}x{size}, {found.batch} at a time: bare {1e3 * found.bare:.2f} ms, a step of "
+            f"the sampler {1e3 * found.sampler:.2f} ms: {found.share:+.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

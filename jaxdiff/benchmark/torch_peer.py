@@ -1,0 +1,258 @@
+"""Times the denoiser's training step beside the same step in PyTorch, on the same weights.
+
+Both take x_t, times, text features and a target, and make the mean square error, its gradient, its
+clipping, AdamW's update and the moving average of the weights: what a recipe's step does with text
+encoder and autoencoder left out. PyTorch's model is diffusers' for Stable Diffusion's U-Net, and
+`jaxdiff.benchmark.torch_dit` for the DiT; it runs eagerly, and once more under torch.compile.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.synthetic import random_like
+from jaxdiff.benchmark.timing import in_turn
+from jaxdiff.config import Config
+from jaxdiff.errors import UserError
+from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs
+from jaxdiff.models.unet2d_condition import (
+    Conditions,
+    UNet2DConditionConfig,
+    UNet2DConditionModel,
+)
+from jaxdiff.pretrained import unet
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.step import init_state, make_train_step, structure
+
+try:
+    import torch
+    from torch import nn
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+    from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
+except ImportError as error:
+    raise UserError(
+        f"--against torch needs PyTorch, which is not there ({error}): install jaxdiff[parity]."
+    ) from error
+
+Denoiser = DiTConfig | UNet2DConditionConfig
+
+LEAST = 1e-4  # relative difference of the first losses above which the two are not the same step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoiserTask:
+    """The training of a denoiser alone, on noisy images and targets that are given.
+
+    It is a `jaxdiff.training.task.Task` as far as a step asks for one.
+    """
+
+    denoiser: Denoiser
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The denoiser."""
+        if isinstance(self.denoiser, DiTConfig):
+            return DiT(self.denoiser, rngs=rngs)
+        return UNet2DConditionModel(self.denoiser, rngs=rngs)
+
+    def init_state(self) -> tuple[()]:
+        """Nothing is carried along."""
+        return ()
+
+    def next_state(self, task_state: tuple[()], metrics: Any) -> tuple[()]:
+        """Nothing is carried along."""
+        return ()
+
+    def loss(self, model: Any, frozen: PyTree, batch: Any, key: Any, task_state: tuple[()]) -> Any:
+        """The mean square error."""
+        text: Any = TextFeatures(batch["text"], batch["pooled"], batch["mask"])
+        if isinstance(self.denoiser, UNet2DConditionConfig):
+            text = Conditions(batch["text"])
+        error = model(batch["x"], batch["t"], text) - batch["target"]
+        loss = jnp.mean(error**2)
+        return loss, {"loss": loss}
+
+
+class Contender(NamedTuple):
+    """One of those that are timed: its step, which returns the loss, and its first call's."""
+
+    step: Callable[[], float]
+    compile_s: float
+    first_loss: float
+
+
+def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
+    """The seconds of jaxdiff's step and of PyTorch's, in turn.
+
+    Raises:
+      UserError: the recipe has no denoiser that both can build, or another optimizer than AdamW.
+    """
+    task, denoiser = _checked(config)
+    batch = _batch(config, task, denoiser)
+    params = random_like(abstract_params(lambda: DenoiserTask(denoiser=denoiser).build(any_rngs())))
+    contenders = {"jaxdiff": _ours(config, denoiser, params, batch)}
+    for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
+        contenders[name] = _theirs(config, denoiser, params, batch, compiled=compiled)
+    expected = contenders["jaxdiff"].first_loss
+    for name, one in contenders.items():
+        if abs(one.first_loss - expected) > _tolerance(config) * abs(expected):
+            raise UserError(
+                f"The first loss of {name} is {one.first_loss} and jaxdiff's {expected}: they do "
+                "not compute the same, so their times say nothing of each other."
+            )
+    steps = {name: one.step for name, one in contenders.items()}
+    seconds = in_turn(steps, warmup=warmup, repeats=repeats)
+    return [
+        Measured(
+            name=name,
+            what="step",
+            seconds=seconds[name],
+            images=config.train.batch_size,
+            figures={"first_call_s": one.compile_s, "first_loss": one.first_loss},
+            notes=["The denoiser's step alone: text encoder and autoencoder are left out."],
+        )
+        for name, one in contenders.items()
+    ]
+
+
+def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
+    """The recipe's task and its denoiser, if both can build it and take the same steps."""
+    task = config.task
+    denoiser = task.denoiser if isinstance(task, DiffusionTask) else None
+    if not isinstance(denoiser, Denoiser) or type(config.optimizer) is not AdamW:
+        raise UserError(
+            f"{config.name} cannot be timed against PyTorch: expected a recipe of diffusion whose "
+            "denoiser is a DiT or Stable Diffusion's U-Net and whose optimizer is AdamW."
+        )
+    if isinstance(denoiser, UNet2DConditionConfig) and denoiser.added_width is not None:
+        raise UserError(
+            f"{config.name} cannot be timed against PyTorch: Stable Diffusion XL's U-Net reads "
+            "more than x_t, t and tokens; give a recipe of Stable Diffusion 1 or 2."
+        )
+    assert isinstance(task, DiffusionTask)  # or there were no denoiser
+    return task, denoiser
+
+
+def _tolerance(config: Config) -> float:
+    return LEAST if config.train.compute == "float32" else 0.05
+
+
+def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str, np.ndarray]:
+    size, count = config.data.transforms.size, config.train.batch_size
+    shape, draw = (count, *task.shape(size, size)), np.random.default_rng(0)
+    text = task.text.model
+    pooled = denoiser.pooled_width if isinstance(denoiser, DiTConfig) else 1
+    normal = {
+        "x": shape,
+        "target": shape,
+        "text": (count, text.length, denoiser.text_width),
+        "pooled": (count, pooled),
+    }
+    batch = {name: draw.standard_normal(s, np.float32) for name, s in normal.items()}
+    # Whole steps of the thousand that Stable Diffusion counts: diffusers takes no others.
+    batch["t"] = (draw.integers(0, 1000, count) + 1).astype(np.float32) / 1000
+    batch["mask"] = np.arange(text.length) < draw.integers(3, text.length, (count, 1))
+    return batch
+
+
+def _ours(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
+    alone: Any = DenoiserTask(denoiser=denoiser)
+    optimizer = config.optimizer.build(config.train.steps)
+    make = make_train_step(
+        alone, structure(alone), optimizer, config.ema, compute=config.train.compute
+    )
+    jitted = jax.jit(make, donate_argnums=0)
+    state = jax.jit(lambda p: init_state(alone, optimizer, config.ema, 0, p))(params)
+    on_device = jax.device_put(batch)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = jitted(state, {}, on_device)
+        return float(metrics["loss"])
+
+    return _first(step)
+
+
+def _first(step: Callable[[], float]) -> Contender:
+    start = time.perf_counter()
+    loss = step()
+    return Contender(step, time.perf_counter() - start, loss)
+
+
+def _theirs(
+    config: Config, denoiser: Denoiser, params: PyTree, batch: dict, *, compiled: bool
+) -> Contender:
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() != "cpu" else "cpu"
+    model, predict = _torch_model(denoiser, params)
+    model.to(device).train()
+    inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
+    settings, ema = config.optimizer, [p.detach().clone() for p in model.parameters()]
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": kernels}, {"params": rest, "weight_decay": 0.0}],
+        lr=float(settings.learning_rate_at(0, config.train.steps)),
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    average = get_ema_multi_avg_fn(config.ema.decay)
+    half = config.train.compute == "bfloat16"
+
+    def loss_of() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            prediction = predict(inputs)
+        return torch.mean((prediction.float() - inputs["target"]) ** 2)
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            average(ema, list(model.parameters()), 0)
+        if device == "cuda":
+            torch.cuda.synchronize()  # the update, too, belongs to this turn
+        return loss.item()
+
+    return _first(step)
+
+
+def _torch_model(
+    denoiser: Any, params: PyTree
+) -> tuple[nn.Module, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+    """The same network with the same weights, and how it predicts from a batch."""
+    if isinstance(denoiser, DiTConfig):
+        dit = TorchDiT(denoiser)
+        dit.load_state_dict(to_torch_names(params))
+        return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
+    import diffusers  # beside PyTorch, in the same extra
+
+    settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
+    model = diffusers.UNet2DConditionModel(**settings)
+    tensors = unet.to_torch_names(params)
+    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
+
+    def predict(b: dict[str, torch.Tensor]) -> torch.Tensor:
+        times = torch.round(b["t"] * 1000).long() - 1
+        out = model(b["x"].permute(0, 3, 1, 2), times, b["text"]).sample
+        return out.permute(0, 2, 3, 1)
+
+    if denoiser.remat != "none":
+        model.enable_gradient_checkpointing()
+    return model, predict
