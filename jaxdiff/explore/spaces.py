@@ -1,0 +1,207 @@
+"""The images of a data set as vectors: in CLIP's joint space, and in an autoencoder's latents."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from rich.console import Console
+
+from jaxdiff.bundle import read_bundle, read_pretrained
+from jaxdiff.config import Config
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
+from jaxdiff.explore.axes import TRUTHS
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.clip import Clip
+from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.metrics import Progress
+from jaxdiff.training.task import from_uint8
+
+PIXELS_AT_A_TIME = 2**18  # 64 images of 64 x 64: many enough for a device, few enough for any
+
+
+class Records(NamedTuple):
+    """Some records of a data set, as a model sees them."""
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    captions: list[str]
+    names: list[str]
+    truths: dict[str, Float[np.ndarray, " n"]]  # {} where nobody knows what was drawn
+
+
+class ClipReader(NamedTuple):
+    """A CLIP, and how it reads."""
+
+    tokenizer: Tokenizer
+    images: Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n d"]]
+    texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]]
+
+
+def read_records(config: Config, samples: int, seed: int) -> Records:
+    """So many records of a recipe's data, drawn at random; bad ones are named and left out.
+
+    Raises:
+      UserError: the data are missing or latents, or fewer than 10 of the records can be used.
+    """
+    source = config.data.source
+    if isinstance(source, CachedLatents):
+        raise UserError(
+            f"{source.path} holds latents and no images: give the recipe that they were made of."
+        )
+    source.check()
+    transforms = dataclasses.replace(
+        config.data.transforms, buckets=None, crop="center", flip=False, caption_dropout=0.0
+    )
+    rng = np.random.default_rng(seed)
+    count = min(samples, len(source))
+    chosen = np.sort(rng.choice(len(source), count, replace=False)).tolist()
+    images, captions, names, kept = [], [], [], []
+    with Progress(count, unit="record", console=Console(stderr=True)) as progress:
+        for done, index in enumerate(chosen, 1):
+            try:
+                record = source[index]
+                image, caption, _ = transforms(record, np.random.default_rng((seed, index)))
+            except RecordError as error:
+                print(f"Skipped {error}", file=sys.stderr)
+            else:
+                images.append(image)
+                captions.append(caption)
+                names.append(record["name"])
+                kept.append(index)
+            progress.update(done)
+    if len(kept) < 10:
+        raise UserError(
+            f"A map of {len(kept)} images says nothing: expected at least 10 records that can be "
+            f"used, of the {count} that were read; repair them, or name other data."
+        )
+    truths = {}
+    if isinstance(source, Produce):
+        scenes = [source.scene(index) for index in kept]
+        truths = {
+            name: np.array([truth.of(scene) for scene in scenes]) for name, truth in TRUTHS.items()
+        }
+    return Records(np.stack(images), captions, names, truths)
+
+
+def read_clip(model: str) -> ClipReader:
+    """The CLIP of a run, of an exported model, or `shipped:produce_clip`.
+
+    Raises:
+      UserError: there is no such model, or it is no CLIP.
+    """
+    bundle = read_bundle(model)
+    task, tokenizer = bundle.config.task, bundle.tokenizer
+    if not isinstance(task, ClipTask) or tokenizer is None:
+        raise UserError(
+            f"{model} is no CLIP but a {type(task).__name__}: give --clip the folder of a run of "
+            "configs/produce_clip.py or the like, or shipped:produce_clip."
+        )
+    size = task.model.vision.image_size
+
+    def build() -> Clip:
+        return Clip(task.model, rngs=any_rngs())
+
+    def image_vectors(params, images):
+        return _unit(merge(build, params).vision(_resized(from_uint8(images), size)).pooled)
+
+    @jax.jit
+    def text_vectors(params, ids):
+        return _unit(merge(build, params).text(ids).pooled)
+
+    def texts(texts: Sequence[str]) -> np.ndarray:
+        return np.asarray(text_vectors(bundle.params, tokenizer(list(texts))))
+
+    return ClipReader(
+        tokenizer, lambda images: _in_batches(image_vectors, bundle.params, images, size), texts
+    )
+
+
+def is_clip(config: Config) -> bool:
+    """Whether what a recipe trains is a CLIP."""
+    return isinstance(config.task, ClipTask)
+
+
+def has_autoencoder(config: Config) -> bool:
+    """Whether what a recipe trains is an autoencoder, or works on the latents of one."""
+    task = config.task
+    latents = task.latents if isinstance(task, DiffusionTask) else None
+    return isinstance(task, AutoencoderTask) or latents is not None
+
+
+def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray], np.ndarray]:
+    """The way from images uint8 [n, h, w, 3] to flat latents float32 [n, d], without their noise.
+
+    Args:
+      config: of a recipe, whose latents are taken, if it has any, where no model is named.
+      model: a run, an exported model or `shipped:NAME` that is an autoencoder or has one; where
+        neither is given it is `shipped:produce_autoencoder`.
+
+    Raises:
+      UserError: there is no such model, or no autoencoder in it.
+    """
+    if model is None and isinstance(config.task, DiffusionTask) and has_autoencoder(config):
+        part = config.task.frozen()["autoencoder"]
+        build, params = part.build, read_pretrained({"autoencoder": part})["autoencoder"]
+    else:
+        bundle = read_bundle(model or "shipped:produce_autoencoder")
+        config, task = bundle.config, bundle.config.task
+        if isinstance(task, AutoencoderTask):
+            build, params = functools.partial(_autoencoder, task.model), bundle.params
+        elif has_autoencoder(config):
+            build = task.frozen()["autoencoder"].build
+            params = bundle.frozen["autoencoder"]
+        else:
+            raise UserError(
+                f"There is no autoencoder in {model}, a {type(task).__name__}: give --autoencoder "
+                "the folder of a run that is one or has one, or shipped:produce_autoencoder."
+            )
+    size = config.data.transforms.size
+
+    def latents(params, images):
+        z = merge(build, params).encode(_resized(from_uint8(images), size)).mode()
+        return z.reshape(len(z), -1).astype(jnp.float32)
+
+    return lambda images: _in_batches(latents, params, images, size)
+
+
+def _autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    return Autoencoder(config, rngs=any_rngs())
+
+
+def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
+    b, height, width, c = images.shape
+    if height == width == size:
+        return images
+    return jax.image.resize(images, (b, size, size, c), "cubic")  # antialiased if it shrinks
+
+
+def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _in_batches(
+    function: Callable[..., jax.Array], params: Any, images: np.ndarray, side: int
+) -> np.ndarray:
+    """What a function makes of all images, so many at a time, the last of them filled up."""
+    run, size = jax.jit(function), max(1, min(PIXELS_AT_A_TIME // side**2, len(images)))
+    params, parts = jax.device_put(params), []
+    with Progress(len(images), unit="image", console=Console(stderr=True)) as progress:
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            made = run(params, np.resize(part, (size, *part.shape[1:])))
+            parts.append(np.asarray(made)[: len(part)])
+            progress.update(start + len(part))
+    return np.concatenate(parts)
