@@ -30,7 +30,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.pretrained import diffusers_folder
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
 from jaxdiff.pretrained.hub import download, download_tokenizer, is_hub_id
@@ -188,7 +188,10 @@ def read_bundle(
         return read_original(root, place=place)
     config = read_config(folder)
     parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
-    abstract = {"params": abstract_params(lambda: config.task.build(any_rngs())), "frozen": parts}
+    abstract = {
+        "params": abstract_params(blueprint(type(config.task).build, config.task)),
+        "frozen": parts,
+    }
     if (root / MODEL).exists():
         trees = read_weights(root / MODEL)
         params, frozen = trees.get("params", {}), trees.get("frozen", {})

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PyTree, UInt8
+from PIL import Image
 
 from jaxdiff.errors import UserError
 
@@ -94,6 +95,14 @@ def slerp(
         return one
     shares = np.sin([(1 - share) * angle, share * angle]) / np.sin(angle)
     return (shares[0] * one + shares[1] * other).astype(np.float32)
+
+
+def enlarged(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarray, "n H W 3"]:
+    """Images with sides `factor` times as long, by Lanczos' filter."""
+    height, width = images.shape[1:3]
+    size = width * factor, height * factor
+    resized = [Image.fromarray(image).resize(size, Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
 
 
 def extended(

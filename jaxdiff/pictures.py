@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from etils import epath
@@ -115,6 +116,48 @@ def png_bytes(image: Picture, text: dict[str, str] | None = None) -> bytes:
         chunks.add_text(key, value)
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="PNG", pnginfo=chunks)
+    return data.getvalue()
+
+
+def film_bytes(
+    frames: Images,
+    kind: Literal["gif", "webp"] = "gif",
+    *,
+    seconds: float = 0.1,
+    there_and_back: bool = True,
+    scale: int = 1,
+) -> bytes:
+    """An animated GIF or WebP file that starts over for ever; for `write_whole`.
+
+    Args:
+      frames: at least one. A GIF has 256 colours for each.
+      kind: of file.
+      seconds: that each frame is shown: hundredths in a GIF, thousandths in a WebP.
+      there_and_back: whether the frames between the ends come again in reverse, so that nothing
+        jumps where it starts over.
+      scale: each pixel becomes a square of this side.
+
+    Raises:
+      UserError: no frame, or less than a hundredth of a second.
+    """
+    if len(frames) == 0 or not seconds >= 0.01:
+        raise UserError(
+            f"A film of {len(frames)} frames of {seconds} seconds cannot be shown: give at least "
+            "one frame, and 0.01 seconds or more."
+        )
+    if there_and_back:
+        frames = np.concatenate([frames, frames[-2:0:-1]])
+    first, *rest = (Image.fromarray(x.repeat(scale, 0).repeat(scale, 1)) for x in frames)
+    data = io.BytesIO()
+    first.save(
+        data,
+        format=kind.upper(),
+        save_all=True,
+        append_images=rest,
+        duration=round(seconds * 1000),
+        loop=0,
+        quality=90,
+    )
     return data.getvalue()
 
 

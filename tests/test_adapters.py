@@ -10,7 +10,7 @@ from flax import nnx
 from jaxdiff.adapters import adapters_of, attach, detach, merge, scaled
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
-from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.lora import Factors
 from jaxdiff.training.clip import ClipTask
 
@@ -31,7 +31,7 @@ def bundle(request, tiny_recipe) -> Bundle:
     def random(build):
         return jax.tree.map(lambda x: draw(*x.shape), abstract_params(build))
 
-    params = random(lambda: config.task.build(any_rngs()))
+    params = random(blueprint(type(config.task).build, config.task))
     frozen = {name: random(part.build) for name, part in config.task.frozen().items()}
     return Bundle(config, params, frozen, None)
 

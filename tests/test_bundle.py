@@ -96,7 +96,7 @@ def test_lists_of_modules_survive(tiny_bundle, tmp_path):
         nonfinite=no_skips(),
     )
     with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(state, None)
+        checkpoints.save(state)
     write_config(run, config)
     assert_same(read_bundle(run).params, params)
 

@@ -1,21 +1,16 @@
 import dataclasses
-import io
 import re
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
-from rich.console import Console
 
 from jaxdiff import cli
 from jaxdiff.bundle import read_bundle, write_bundle
 from jaxdiff.config import load_recipe
-from jaxdiff.data.array_record import ArrayRecord
-from jaxdiff.data.produce import Produce
 from jaxdiff.errors import UserError
 
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "explore", "plan", "bench")
 RECIPE = """
 from jaxdiff.config import Config
 from jaxdiff.data.folder import ImageFolder
@@ -85,7 +80,10 @@ def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys)
     ("words", "told"),
     [
         (("trian",), "did you mean train?"),
-        (("bogus-word",), "there are train, sample, evaluate, export, prepare."),
+        (
+            ("bogus-word",),
+            "there are train, sample, evaluate, export, prepare, explore, plan, bench.",
+        ),
         (("train", "--train.stps", "5"), "--train.stps: did you mean --train.steps?"),
         (("train", "--train.btach_size=5"), "--train.btach_size: did you mean --train.batch-size?"),
         (("train", "--data.source.lenght", "5"), "did you mean --data.source.length?"),
@@ -207,99 +205,6 @@ def test_export_writes_what_load_takes(tiny_bundle, tmp_path, capsys, dtype):
         tiny_bundle.params,
     )
     jax.tree.map(np.testing.assert_array_equal, exported.params, rounded)
-
-
-def test_prepared_records_are_the_sources_own(recipe, tmp_path, capsys):
-    out = tmp_path / "new" / "records"
-    assert cli.main(["prepare", recipe, str(out)]) == 0
-    assert "4 records" in capsys.readouterr().out
-    prepared, source = ArrayRecord(path=str(out)), Produce(size=32, length=4)
-    prepared.check()
-    assert len(prepared) == 4
-    transform = load_recipe(recipe).data.transforms
-    for i in range(4):
-        assert prepared[i]["captions"] == source[i]["captions"]
-        assert prepared[i]["name"] == source[i]["name"]
-        pixels = (transform(r[i], np.random.default_rng(0))[0] for r in (prepared, source))
-        np.testing.assert_array_equal(*pixels)
-
-
-def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
-    assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--data.source.length", "2"]) == 0
-    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
-
-
-def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
-    assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
-    assert "cannot be made a folder" in refused("prepare", recipe, recipe)
-    assert "no folder to write" in refused("prepare", recipe)
-    assert not (tmp_path / "o").exists()
-
-
-def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, capsys):
-    images = tmp_path / "images"
-    images.mkdir()
-    for name in ("a", "b"):
-        Image.new("RGB", (32, 32)).save(images / f"{name}.png")
-        (images / f"{name}.txt").write_text("an image")
-    (images / "b.txt").write_bytes(b"\xff\xfe\xff")
-    path = tmp_path / "tiny.py"
-    path.write_text(RECIPE.format(source=f"ImageFolder(path={str(images)!r})"))
-    assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
-    assert "b.png" in capsys.readouterr().err
-    assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
-
-
-@pytest.fixture
-def images(tmp_path):
-    """`images(a=("bytes", "caption"), ...)`: the path of a recipe for a folder of such files."""
-
-    def make(**files: tuple[bytes, str]) -> str:
-        folder = tmp_path / "images"
-        folder.mkdir()
-        for name, (data, caption) in files.items():
-            (folder / f"{name}.png").write_bytes(data)
-            (folder / f"{name}.txt").write_text(caption)
-        path = tmp_path / "folder.py"
-        path.write_text(RECIPE.format(source=f"ImageFolder(path={str(folder)!r})"))
-        return str(path)
-
-    return make
-
-
-def _png(side=32):
-    data = io.BytesIO()
-    Image.new("RGB", (side, side)).save(data, "PNG")
-    return data.getvalue()
-
-
-def test_prepare_names_and_leaves_out_what_training_could_not_use(images, tmp_path, capsys):
-    recipe = images(
-        good=(_png(), "x"), bad=(b"no", "x"), large=(_png(64), "x"), untold=(_png(), "\n")
-    )
-    limit = ("--data.transforms.max-pixels", "2000")
-    assert cli.main(["prepare", recipe, str(tmp_path / "out"), *limit]) == 0
-    captured = capsys.readouterr()
-    for name in ("bad.png: the image cannot be", "large.png: the image has", "untold.png: there"):
-        assert name in captured.err
-    assert "good.png" not in captured.err
-    assert "Wrote 1 records" in captured.out
-    assert ArrayRecord(path=str(tmp_path / "out"))[0]["name"].endswith("good.png")
-
-
-def test_prepare_refuses_data_of_which_nothing_can_be_used(images, tmp_path, refused):
-    recipe = images(a=(b"no", "x"), b=(b"no", "x"))
-    assert "None of the 2 records can be used" in refused("prepare", recipe, str(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, terminal):
-    monkeypatch.setattr(cli, "Console", lambda **to: Console(force_terminal=terminal, **to))
-    assert cli.main(["prepare", recipe, str(tmp_path / "out")]) == 0
-    text = capsys.readouterr().err
-    for part in ("record 4/4", "left"):
-        assert part in text
 
 
 def test_what_a_command_raises_is_told_in_one_line(refused, monkeypatch):

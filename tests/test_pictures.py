@@ -1,3 +1,5 @@
+import io
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +7,16 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.errors import UserError
-from jaxdiff.pictures import GAP, GAP_COLOUR, grid, read_text, save_png, strip, to_uint8
+from jaxdiff.pictures import (
+    GAP,
+    GAP_COLOUR,
+    film_bytes,
+    grid,
+    read_text,
+    save_png,
+    strip,
+    to_uint8,
+)
 
 
 def plain(*levels, side=4):
@@ -125,3 +136,29 @@ def test_read_text_names_the_file_that_is_missing_or_no_png(tmp_path):
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"cut.*is no readable PNG"):
         read_text(tmp_path / "cut.png")
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+@pytest.mark.parametrize("there_and_back", [False, True])
+def test_a_film_has_its_frames_and_times_and_starts_over(kind, there_and_back):
+    levels = [0, 80, 160, 240]
+    data = film_bytes(plain(*levels), kind, seconds=0.25, there_and_back=there_and_back, scale=2)
+    shown = [*levels, 160, 80] if there_and_back else levels
+    with Image.open(io.BytesIO(data)) as film:
+        assert film.format == kind.upper()
+        assert film.size == (8, 8)
+        assert film.info["loop"] == 0  # for ever
+        assert film.n_frames == len(shown)
+        for i, level in enumerate(shown):
+            film.seek(i)
+            film.load()
+            assert film.info["duration"] == 250
+            assert np.abs(np.asarray(film.convert("RGB")).astype(int) - level).max() <= 3
+
+
+def test_films_of_nothing_are_told():
+    with pytest.raises(UserError, match="film of 0 frames"):
+        film_bytes(plain(0)[:0])
+    with pytest.raises(UserError, match=r"0\.001 seconds"):
+        film_bytes(plain(0), seconds=0.001)
+    assert film_bytes(plain(0))[:4] == b"GIF8"

@@ -8,13 +8,14 @@ from etils import epath
 from flax import nnx
 
 from jaxdiff import pipeline as module
+from jaxdiff.batches import Preview
 from jaxdiff.bundle import write_bundle, write_config, write_weights
 from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipConfig, ClipVisionConfig
-from jaxdiff.models.layers import abstract_params, any_rngs, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, blueprint, merge
 from jaxdiff.pictures import to_uint8
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.clip_guidance import ClipGuidance
@@ -27,26 +28,13 @@ from jaxdiff.training.diffusion import Latents, whole
 from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.task import from_uint8
 
+pytestmark = pytest.mark.optimized  # what is said of the last bit is said of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_bundle):
     return Pipeline(tiny_bundle)
-
-
-@pytest.fixture
-def compilations():
-    """Names of the functions that are compiled during the test."""
-    names = []
-
-    def listen(event, *_, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_images_are_uint8_or_float_from_0_to_1(pipeline):
@@ -166,6 +154,62 @@ def test_another_size_that_the_patches_tile(pipeline, compilations):
     assert compilations  # which shows that they are counted
 
 
+@pytest.fixture(scope="module")
+def on_one_device(tiny_bundle):
+    return Pipeline(tiny_bundle, devices=jax.devices()[:1])
+
+
+def test_an_image_is_the_same_on_one_device_and_on_eight(pipeline, on_one_device):
+    assert (len(pipeline.devices), len(on_one_device.devices)) == (8, 1)
+    prompts, seeds = [PEA, TOMATO] * 5, list(range(10))
+    images = pipeline(prompts, seeds=seeds, output="float")
+    for n in (1, 7, 10):
+        fewer = on_one_device(prompts[:n], seeds=seeds[:n], output="float")
+        np.testing.assert_array_equal(fewer, images[:n])
+        np.testing.assert_array_equal(
+            pipeline(prompts[:n], seeds=seeds[:n], output="float"), images[:n]
+        )
+
+
+def test_each_image_may_have_its_own_steps_and_strength(pipeline, on_one_device, compilations):
+    image = pipeline([PEA])
+    arguments = {"image": image, "output": "float"}
+    steps, strengths = [2, 5, 2, 4], [1.0, 0.5, 0.5, 0.5]
+    one_by_one = [
+        pipeline([PEA], seeds=[i], num_steps=n, strength=s, **arguments)[0]
+        for i, (n, s) in enumerate(zip(steps, strengths, strict=True))
+    ]
+    compilations.clear()
+    together = pipeline([PEA] * 4, num_steps=steps, strength=strengths, **arguments)
+    np.testing.assert_array_equal(together, one_by_one)
+    assert not compilations
+    others = on_one_device([PEA] * 4, num_steps=steps, strength=strengths, **arguments)
+    np.testing.assert_array_equal(others, one_by_one)
+
+
+def test_a_preview_sees_images_on_their_way_and_changes_no_bit(pipeline, compilations):
+    arguments = {"seeds": [1, 2, 3], "num_steps": [4, 6, 6], "output": "float"}
+    expected = pipeline([PEA, TOMATO, PEA], **arguments)
+    seen = []
+    preview = Preview(every=2, show=lambda *shown: seen.append(shown))
+    for _ in range(2):
+        compilations.clear()
+        images = pipeline([PEA, TOMATO, PEA], preview=preview, **arguments)
+        np.testing.assert_array_equal(images, expected)
+    assert not compilations
+    assert len(seen) == 2 * 3
+    which, last = seen[-1]
+    assert sorted(which) == [0, 1, 2]
+    np.testing.assert_allclose(last, np.rint(expected[list(which)] * 255), atol=1)
+    first = seen[0][1]
+    assert np.abs(first.astype(int) - last).max() > 10
+
+
+def test_a_preview_of_no_steps_is_told():
+    with pytest.raises(UserError, match="every is 0"):
+        Preview(every=0, show=lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -179,6 +223,7 @@ def test_another_size_that_the_patches_tile(pipeline, compilations):
         ({"seeds": [2**32]}, str(2**32)),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale"),
         ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": [1, 2]}, "num_steps"),
         ({"size": (33, 32)}, "33x32"),
         ({"size": (0, 32)}, "0x32"),
         ({"batch_size": 0}, "batch_size"),
@@ -211,7 +256,7 @@ def test_a_run_and_its_exported_bundle_draw_the_same(tiny_bundle, pipeline, tmp_
         abstract_state(config),
     )
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(zeros.replace(ema=jax.device_put(params)), None)
+        checkpoints.save(zeros.replace(ema=jax.device_put(params)))
         checkpoints.wait()
     write_config(run, config)
     tokenizer.save(str(run))
@@ -246,7 +291,11 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
         lambda leaf: np.ones(leaf.shape, np.float32),
         abstract_params(lambda: task.build(any_rngs())),
     )
-    autoencoder = nnx.to_pure_dict(nnx.split(Autoencoder(small, rngs=nnx.Rngs(0)))[1])
+    draw = np.random.default_rng(1)
+    build = blueprint(Autoencoder, small)
+    autoencoder = jax.tree.map(
+        lambda leaf: draw.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_params(build)
+    )
     bundle = Bundle(config, params, {"autoencoder": autoencoder}, tiny_bundle.tokenizer)
 
     write_bundle(tmp_path / "model", bundle, dtype="float32")
@@ -254,8 +303,13 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
     assert drawn.shape == (1, 32, 32, 3)
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     back = Pipeline(bundle).autoencode(images)
-    model = Autoencoder(small, rngs=nnx.Rngs(0))
-    expected = to_uint8(model.decode(model.encode(from_uint8(jax.numpy.asarray(images))).mode()))
+
+    @jax.jit
+    def there_and_back(params, images):
+        model = merge(build, params)
+        return model.decode(model.encode(from_uint8(images)).mode())
+
+    expected = to_uint8(there_and_back(autoencoder, images))
     assert np.abs(back.astype(int) - expected).max() <= 1  # sums of another batch size
     with pytest.raises(UserError, match="multiples of 8"):
         Pipeline(bundle)([PEA], size=(20, 32))
@@ -344,7 +398,7 @@ def clip(tiny_bundle, tmp_path_factory):
     config = dataclasses.replace(
         tiny_bundle.config, name="clip", task=ClipTask(model=ClipConfig(text=text, vision=vision))
     )
-    params = nnx.to_pure_dict(nnx.state(config.task.build(nnx.Rngs(0))))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(config.task.build(nnx.Rngs(0)))))()
     folder = tmp_path_factory.mktemp("clip")
     write_bundle(folder, Bundle(config, params, {}, tiny_bundle.tokenizer), "float32")
     return str(folder)

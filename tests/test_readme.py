@@ -7,6 +7,7 @@ import pytest
 
 from jaxdiff import cli
 from jaxdiff.adapters import attach
+from jaxdiff.data.produce import Produce
 from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle
 from jaxdiff.models.lora import Factors
@@ -50,10 +51,21 @@ def adapted(tiny_recipe) -> Bundle:
 
 @pytest.mark.parametrize("command", commands() if README.is_file() else [])
 def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
-    ran = []
-    for name in ("run_recipe", "draw", "evaluate_folder"):
+    ran, prepared = [], {"write_records": None, "source_at": Produce()}
+    for name in (
+        "run_recipe",
+        "draw",
+        "evaluate_folder",
+        "explore_data",
+        "measure_and_tell",
+        "bench_compare",
+    ):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
-    writers = ("bundle", "diffusers", "lora", "embedding", "array_record")
+    for name in ("write_records", "source_at"):
+        monkeypatch.setattr(f"jaxdiff.prepare.{name}", lambda *_, name=name: prepared[name])
+    for name in ("_topology", "make_plan", "_print"):
+        monkeypatch.setattr(f"jaxdiff.plan_command.{name}", lambda *_: None)
+    writers = ("bundle", "diffusers", "lora", "embedding")
     writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
@@ -61,7 +73,7 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     monkeypatch.setattr(cli.inversion, "word_of", lambda _: Word("<my-thing>", {}))
     monkeypatch.setattr(cli.inversion, "settled", lambda bundle: bundle)
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
-    if arguments(command)[0] in ("train", "sample", "evaluate"):
+    if arguments(command)[0] in ("train", "sample", "evaluate", "explore", "bench"):
         assert len(ran) == 1
 
 

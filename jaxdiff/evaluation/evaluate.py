@@ -3,17 +3,20 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from jaxdiff.bundle import read_bundle
 from jaxdiff.config import Config
+from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.openmoji import OpenMoji
 from jaxdiff.data.produce import Produce, full_caption
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import openmoji_score, produce_score
 from jaxdiff.files import write_whole
+from jaxdiff.parallel.exchange import is_lead
 from jaxdiff.pipeline import Pipeline
 
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -38,7 +41,7 @@ def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None =
       UserError: as `check_scorable`.
     """
     check_scorable(pipeline.config)
-    source = pipeline.config.data.source
+    source = _drawn(pipeline.config)
 
     def draw(prompts: Sequence[str]) -> np.ndarray:
         return pipeline(prompts, batch_size=batch_size)
@@ -56,7 +59,7 @@ def check_scorable(config: Config) -> None:
     Raises:
       UserError: no rule judges images of the recipe's data set, or none of their size.
     """
-    source, size = config.data.source, config.data.transforms.size
+    source, size = _drawn(config), config.data.transforms.size
     otherwise = "score another model, or train with eval_samples 0, which leaves the scoring out."
     if not isinstance(source, Produce | OpenMoji):
         raise UserError(
@@ -70,6 +73,12 @@ def check_scorable(config: Config) -> None:
             f"{known}, that of the drawings which {type(source).__name__} is scored by; "
             f"{otherwise}"
         )
+
+
+def _drawn(config: Config) -> Any:
+    """The data set that a recipe trains on, or whose latents it does."""
+    source = config.data.source
+    return source.of if isinstance(source, CachedLatents) else source
 
 
 def _produce(
@@ -136,6 +145,8 @@ def evaluate_folder(folder: str, *, samples: int, batch_size: int | None) -> Non
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")
     bundle = read_bundle(folder)
     figures = evaluate(Pipeline(bundle), samples=samples, batch_size=batch_size)
+    if not is_lead():
+        return
     print(table(figures))
     print(f"{samples} samples of each kind")
     if not folder.startswith("shipped:"):

@@ -1,15 +1,17 @@
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import cli, sample_file
+from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.solvers import Euler
+from jaxdiff.scripts import draw_file
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -19,6 +21,11 @@ def model(tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_bundle(folder, tiny_bundle, dtype="float32")
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture
@@ -132,16 +139,16 @@ def test_it_goes_on_where_it_was_and_ends_the_same(sample, prompts, tmp_path, mo
     whole = contents(out)
     out.rename(tmp_path / "whole")
     drawn = []
-    together = sample_file.draw_together
+    together = draw_file.draw_together
 
-    def dies_at_the_second(pipeline, settings):
+    def dies_at_the_second(pipeline, settings, **_):
         if len(drawn) % 2:
             drawn.append("death")
             raise KeyboardInterrupt
         drawn.append(len(settings))
         return together(pipeline, settings)
 
-    monkeypatch.setattr(sample_file, "draw_together", dies_at_the_second)
+    monkeypatch.setattr(draw_file, "draw_together", dies_at_the_second)
     for there in (4, 8):
         with pytest.raises(KeyboardInterrupt):
             sample("--prompts", file)
@@ -164,7 +171,6 @@ def test_a_death_between_a_file_and_its_line_is_mended(sample, prompts, tmp_path
     (out / ".partial-0000-a-small-red-pea-0.png").write_bytes(b"half")
     (out / "0001-a-small-red-pea-1.png").unlink()
     assert sample("--prompts", file) == 0
-    (out / ".partial-0000-a-small-red-pea-0.png").unlink(missing_ok=True)
     assert contents(out) == whole
 
 
@@ -207,7 +213,7 @@ def test_bad_rows_are_told_and_the_others_drawn(sample, prompts, tmp_path, capsy
         {"prompt": PEA},
         "no json",
         {"prompt": PEA, "size": "33x32"},
-        {"prompt": PEA, "image": "missing.png"},
+        {"prompt": PEA, "init_image": "missing.png"},
         {"prompt": PEA, "strength": 0.5},
         {"prompt": PEA, "name": "twin"},
         {"prompt": PEA, "name": "Twin"},
@@ -235,14 +241,14 @@ def test_a_file_of_bad_rows_alone_draws_nothing(sample, prompts, tmp_path, capsy
 
 
 def test_too_little_memory_for_a_size_is_told(sample, prompts, tmp_path, monkeypatch, capsys):
-    together = sample_file.draw_together
+    together = draw_file.draw_together
 
-    def draw(pipeline, settings):
+    def draw(pipeline, settings, **_):
         if settings[0].size == (64, 64):
             raise MemoryError
         return together(pipeline, settings)
 
-    monkeypatch.setattr(sample_file, "draw_together", draw)
+    monkeypatch.setattr(draw_file, "draw_together", draw)
     assert sample("--prompts", prompts({"prompt": PEA, "size": "64x64"}, {"prompt": PEA})) == 1
     assert "line 1: there is not enough memory to draw 64x64" in capsys.readouterr().err
     assert [line["row"] for line in manifest(tmp_path / "out")] == [1]
@@ -266,11 +272,11 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     mask[:, 16:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     rows = [
-        {"prompt": PEA, "image": "a.png", "mask": "mask.png", "seed": 1},
+        {"prompt": PEA, "init_image": "a.png", "mask": "mask.png", "seed": 1},
         {"prompt": PEA},
-        {"prompt": PEA, "image": "a.png", "mask": "large.png"},
-        {"prompt": PEA, "image": "a.png", "size": "64x64"},
-        {"prompt": PEA, "image": "a.jsonl"},
+        {"prompt": PEA, "init_image": "a.png", "mask": "large.png"},
+        {"prompt": PEA, "init_image": "a.png", "size": "64x64"},
+        {"prompt": PEA, "init_image": "a.jsonl"},
     ]
     file = prompts(*rows)
     assert sample("--prompts", file, "--strength", "0.7") == 1
@@ -289,11 +295,103 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     np.testing.assert_array_equal(drawn[:, :16], pixels[:, :16])
     told = manifest(out)[0]["settings"]
     digest = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
-    assert told["image"] == {"file": "a.png", "sha256": digest}
+    assert told["init_image"] == {"file": "a.png", "sha256": digest}
     # Another image under the same name is another row.
     picture(tmp_path / "a.png", seed=2)
     assert sample("--prompts", file, "--strength", "0.7") == 1
     assert (np.asarray(Image.open(out / "0000-a-small-red-pea.png")) != drawn).any()
+
+
+def devices(monkeypatch, count):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
+
+
+def test_devices_share_the_rows_and_change_no_file(sample, prompts, tmp_path, monkeypatch, calls):
+    steps = [2, 3, 2, 3, 2, 2, 2, 1]
+    rows = [{"prompt": f"{PEA} {i}", "seed": i, "num_steps": n} for i, n in enumerate(steps)]
+    file = prompts(*rows)
+    assert sample("--prompts", file) == 0
+    alone = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "alone")
+    devices(monkeypatch, 8)
+    calls.clear()
+    assert sample("--prompts", file) == 0
+    assert len(calls) == 1
+    assert contents(tmp_path / "out") == alone
+
+
+def test_processes_share_the_rows_and_leave_one_manifest(sample, prompts, tmp_path, monkeypatch):
+    file = prompts(*numbered(7), {"prompt": ""})
+    assert sample("--prompts", file) == 1
+    alone = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "alone")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # One after the other, in the place of both at a time: nobody to meet, nobody's count but one's.
+    monkeypatch.setattr(draw_file, "_meet", lambda _: None)
+    gather = draw_file.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda x, **_: np.stack([x, x]))
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sample("--prompts", file) == 1
+        drawn = [p for p in (tmp_path / "out").iterdir() if p.suffix == ".png"]
+        assert len(drawn) == (3 if process else 7)
+    assert contents(tmp_path / "out") == alone
+
+
+def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilations):
+    rng = np.random.default_rng(0)
+    steps = np.rint(np.geomspace(1, 100, 200)).astype(int)
+    rows = [
+        {
+            "prompt": " ".join(rng.choice(["a", "red", "green", "pea", "tomato"], size=5)),
+            "negative_prompt": str(rng.choice(["", "a stem", TOMATO])),
+            "seed": int(rng.integers(2**32)),
+            "num_steps": int(n),
+            "guidance_scale": float(rng.uniform(0, 9)),
+        }
+        for n in rng.permutation(steps)
+    ]
+    assert sample("--prompts", prompts(rows[0])) == 0
+    compilations.clear()
+    assert sample("--prompts", prompts(*rows)) == 0
+    assert not compilations
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpg"])
+def test_files_of_another_format_are_known_again(sample, prompts, tmp_path, calls, kind):
+    words = ("--prompts", prompts(*numbered(2)), "--format", kind)
+    assert sample(*words) == 0
+    calls.clear()
+    assert sample(*words) == 0
+    assert not calls
+    assert [line["file"] for line in manifest(tmp_path / "out")] == [
+        f"000{i}-a-small-red-pea-{i}.{kind}" for i in range(2)
+    ]
+
+
+def test_a_text_too_long_for_the_format_is_the_rows_mistake(sample, prompts, tmp_path, capsys):
+    file = prompts({"prompt": "pea " * 30_000}, {"prompt": PEA})
+    assert sample("--prompts", file, "--format", "jpg") == 1
+    assert "line 1: The prompt and the settings are too long" in capsys.readouterr().err
+    assert [line["row"] for line in manifest(tmp_path / "out")] == [1]
+
+
+def test_a_grid_of_each_size_is_written_if_asked_for(sample, prompts, tmp_path):
+    rows = [*numbered(3), {"prompt": PEA, "size": "40x32"}]
+    assert sample("--prompts", prompts(*rows), "--grid") == 0
+    assert Image.open(tmp_path / "out" / "grid-32x32.png").size == (70, 70)
+    assert Image.open(tmp_path / "out" / "grid-40x32.png").size == (44, 36)
+
+
+def test_rows_may_lie_between_two_prompts(sample, prompts, model, tmp_path):
+    row = {"prompt": PEA, "seed": 3, "toward": TOMATO, "toward_seed": 8}
+    rows = [row | {"share": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert sample("--prompts", prompts(*rows)) == 0
+    frames = load(model).between((PEA, TOMATO), 5, seeds=(3, 8))
+    for i, frame in enumerate(frames):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
+        # Noise of two seeds at a time is rounded otherwise than that of one.
+        np.testing.assert_allclose(drawn.astype(int), frame, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -303,8 +401,9 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
         (("--prompts", "a.yaml"), "of no known kind"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip is for prompts on the command line"),
+        (("--prompts", "a.jsonl", "--between", "3"), "--between is for prompts on the command"),
         (("--prompts", "a.jsonl", "--size", "3"), "--size is '3'"),
-        (("--prompts", "a.jsonl", "--image", "missing.png"), "missing.png cannot be read"),
+        (("--prompts", "a.jsonl", "--init-image", "missing.png"), "missing.png cannot be read"),
     ],
 )
 def test_a_users_mistake_ends_with_status_2(

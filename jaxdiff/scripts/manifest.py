@@ -3,51 +3,87 @@
 A line is one image, as a JSON object: the `record` of what it is made of, with the name of its
 `file` in it, then the `sha256` of that file and the `seconds` that it took. A line is appended when
 its file is there, so a file without a line, or a last line that was cut short, is drawn anew.
+
+Where several processes draw, each appends to a `manifest.N.jsonl` of its own. The first one of them
+puts these together with `manifest.jsonl` when all have finished, or when the command is started
+again, by however many processes.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from jaxdiff.files import write_whole
+from jaxdiff.files import partial_path, write_whole
 
 MANIFEST = "manifest.jsonl"
 
 Record = dict[str, Any]
 
 _RESULTS = ("sha256", "seconds")
+_PART = re.compile(r"manifest\.[0-9]+\.jsonl")
 
 
 class Manifest:
     """The manifest of a folder, for one file of prompts.
 
-    Opening it drops the lines of this file of prompts whose image is not wanted any more, is
-    missing or was changed; lines of others stay unless their file is about to be replaced.
+    Opening it in the first process drops the lines of this file of prompts whose image is not
+    wanted any more, is missing or was changed; lines of others stay unless their file is about to
+    be replaced. Other processes open it after that, and the first one closes it after the others.
 
     Args:
       folder: of the images.
       source: name of the file of prompts; `record["prompts"]` says it.
       wanted: records of all images that there shall be, without their results.
+      process: number of this process.
+      processes: how many of them draw.
     """
 
-    def __init__(self, folder: epath.Path, source: str, wanted: Sequence[Record]):
-        self._folder = folder
-        self._path = folder / MANIFEST
+    def __init__(
+        self,
+        folder: epath.Path,
+        source: str,
+        wanted: Sequence[Record],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self._folder, self._leads = folder, process == 0
+        own = MANIFEST if processes == 1 else f"manifest.{process}.jsonl"
+        self._path = folder / own
         # As they will be read back, tuples having become lists.
         plain = {record["file"]: json.loads(json.dumps(record)) for record in wanted}
         self._lines: dict[str, Record] = {}
         self._there: set[str] = set()
-        for file, record in _read(self._path).items():
+        for file, record in self._read_all().items():
             if file not in plain:
                 if record.get("prompts") != source:
                     self._lines[file] = record
             elif self._is_whole(record, plain[file]):
                 self._lines[file] = record
                 self._there.add(file)
-        self._write()
+        if self._leads:
+            for name in (MANIFEST, *plain):
+                partial_path(folder / name).unlink(missing_ok=True)
+            self._write_all()
+        if processes > 1:
+            self._lines = {}  # those of this process, from now on
+
+    def _parts(self) -> list[epath.Path]:
+        """What processes have left behind, their own manifests."""
+        return sorted(p for p in self._folder.iterdir() if _PART.fullmatch(p.name))
+
+    def _read_all(self) -> dict[str, Record]:
+        files = [self._folder / MANIFEST, *self._parts()]
+        return {name: line for file in files for name, line in _read(file).items()}
+
+    def _write_all(self) -> None:
+        _write(self._folder / MANIFEST, self._lines)
+        for part in self._parts():
+            part.unlink()
 
     def _is_whole(self, record: Record, wanted: Record) -> bool:
         """Whether an image is as wanted, and its file as it was written."""
@@ -69,19 +105,21 @@ class Manifest:
         results = {"sha256": hashlib.sha256(data).hexdigest(), "seconds": round(seconds, 4)}
         self._lines[record["file"]] = record | results
         if "://" in str(self._folder):  # a cloud's storage cannot append
-            self._write()
+            _write(self._path, self._lines)
         else:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(record | results))
 
     def close(self) -> None:
-        """Brings the lines into the order of their rows, whatever order they were drawn in."""
-        ordered = sorted(self._lines.values(), key=_place)
-        self._lines = {record["file"]: record for record in ordered}
-        self._write()
+        """Puts all processes' lines together, in the order of their rows, if this is the first."""
+        if self._leads:
+            lines = self._read_all()
+            self._lines = {line["file"]: line for line in sorted(lines.values(), key=_place)}
+            self._write_all()
 
-    def _write(self) -> None:
-        write_whole(self._path, "".join(map(_line, self._lines.values())).encode())
+
+def _write(path: epath.Path, lines: dict[str, Record]) -> None:
+    write_whole(path, "".join(map(_line, lines.values())).encode())
 
 
 def _line(record: Record) -> str:

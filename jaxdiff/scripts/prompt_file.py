@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from jaxdiff.asked import LARGEST_SEED
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import LARGEST_SEED
 from jaxdiff.sampling.settings import SOLVERS, check_num_steps
 
 MOST_STEPS = int(np.iinfo(np.int32).max)
 LARGEST_SIDE = 8192  # a row of more, most likely a slip, would take all memory
+MOST_CUTOUTS = 256
+MOST_REPEATS = 1000
+PATHS = ("init_image", "mask")
 LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
@@ -34,31 +37,45 @@ class Row:
       number: of the row in its file, from 0; blank lines are no rows.
       line: of the file, from 1, where it starts.
       prompt: what to draw.
-      name: what to call its files by, in the place of the number.
       negative_prompt: what to steer away from.
       seed: of its first image.
-      size: width and height.
       num_steps: of the solver.
       guidance_scale: of classifier-free guidance.
+      size: width and height.
       solver: one of `SOLVERS`.
-      image: file of an image to start from.
-      mask: file of a mask, white where that image is drawn anew.
+      init_image: file of an image to start from.
       strength: how far the image is taken back to noise, from 0 to 1.
+      mask: file of a mask, white where that image is drawn anew.
+      name: what to call its files by, in the place of the number.
+      clip_scale: how strongly a CLIP steers toward the prompt; 0 is not at all.
+      clip_interval: times, of noise 1 and data 0, between which it does.
+      clip_cutouts: random squares that it looks at in the place of the whole image.
+      repeats: how often each step is taken.
+      toward: another prompt, to mix into the prompt.
+      toward_seed: of the noise that comes with it, on the way to which the noise is turned.
+      share: of both in the mixture, from 0 to 1.
     """
 
     number: int = 0
     line: int = 0
     prompt: str
-    name: str | None = None
     negative_prompt: str | None = None
     seed: int | None = None
-    size: tuple[int, int] | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
     solver: str | None = None
-    image: epath.Path | None = None
-    mask: epath.Path | None = None
+    init_image: epath.Path | None = None
     strength: float | None = None
+    mask: epath.Path | None = None
+    name: str | None = None
+    clip_scale: float | None = None
+    clip_interval: tuple[float, float] | None = None
+    clip_cutouts: int | None = None
+    repeats: int | None = None
+    toward: str | None = None
+    toward_seed: int | None = None
+    share: float | None = None
 
 
 class BadRow(NamedTuple):
@@ -183,6 +200,11 @@ def _from_cell(key: str, cell: str) -> str | int | float:
         "num_steps": int,
         "guidance_scale": float,
         "strength": float,
+        "clip_scale": float,
+        "clip_cutouts": int,
+        "repeats": int,
+        "toward_seed": int,
+        "share": float,
     }
     try:
         return kinds.get(key, str)(cell)
@@ -204,7 +226,7 @@ def _row(number: int, line: int, values: dict[str, Any], folder: epath.Path) -> 
     if "prompt" not in given:
         raise UserError("prompt is missing: every row needs one.")
     checked = {name: CHECKS[name](name, value) for name, value in given.items()}
-    for name in ("image", "mask"):
+    for name in PATHS:
         if name in checked:
             checked[name] = _inside(folder, name, checked[name])
     return Row(number=number, line=line, **checked)
@@ -284,18 +306,36 @@ def _solver(name: str, value: Any) -> str:
     return value
 
 
+def _interval(name: str, value: Any) -> tuple[float, float]:
+    number = r"([0-9]*\.?[0-9]+)"
+    match = re.fullmatch(f"{number}-{number}", value) if isinstance(value, str) else None
+    low, high = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"{name} is {reprlib.repr(value)}: expected LOW-HIGH from 0 to 1, such as 0.3-1."
+        )
+    return low, high
+
+
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": _filled,
-    "name": _name,
     "negative_prompt": _text,
     "seed": lambda name, value: _whole_number(name, value, 0, LARGEST_SEED),
-    "size": _size,
     "num_steps": _steps,
     "guidance_scale": lambda name, value: _number(name, value, -LARGEST_SCALE, LARGEST_SCALE),
+    "size": _size,
     "solver": _solver,
-    "image": _filled,
-    "mask": _filled,
+    "init_image": _filled,
     "strength": lambda name, value: _number(name, value, 0.0, 1.0),
+    "mask": _filled,
+    "name": _name,
+    "clip_scale": lambda name, value: _number(name, value, 0.0, LARGEST_SCALE),
+    "clip_interval": _interval,
+    "clip_cutouts": lambda name, value: _whole_number(name, value, 0, MOST_CUTOUTS),
+    "repeats": lambda name, value: _whole_number(name, value, 1, MOST_REPEATS),
+    "toward": _filled,
+    "toward_seed": lambda name, value: _whole_number(name, value, 0, LARGEST_SEED),
+    "share": lambda name, value: _number(name, value, 0.0, 1.0),
 }
 """What a row may set, and the check of each, which takes what to call it and its value.
 

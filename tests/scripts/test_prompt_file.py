@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.prompt_file import BadRow, Row, read_prompts, slug
+from jaxdiff.scripts.prompt_file import BadRow, Row, read_prompts, slug
 
 
 def write(folder, name, *lines):
@@ -14,14 +14,21 @@ def write(folder, name, *lines):
 
 ROW = {
     "prompt": "a pea",
-    "name": "first",
     "negative_prompt": "red, or green",
     "seed": 7,
-    "size": "64x32",
     "num_steps": 5,
     "guidance_scale": 2.5,
+    "size": "64x32",
     "solver": "heun",
     "strength": 0.5,
+    "name": "first",
+    "clip_scale": 3.0,
+    "clip_interval": "0.25-1",
+    "clip_cutouts": 4,
+    "repeats": 2,
+    "toward": "a tomato",
+    "toward_seed": 9,
+    "share": 0.25,
 }
 
 
@@ -29,7 +36,7 @@ def test_a_row_is_the_same_in_json_and_csv(tmp_path):
     cells = [f'"{value}"' if "," in str(value) else str(value) for value in ROW.values()]
     lines = write(tmp_path, "a.jsonl", ROW)
     table = write(tmp_path, "a.csv", ",".join(ROW), ",".join(cells))
-    expected = ROW | {"size": (64, 32)}
+    expected = ROW | {"size": (64, 32), "clip_interval": (0.25, 1.0)}
     assert read_prompts(lines) == ([Row(number=0, line=1, **expected)], [])
     assert read_prompts(table) == ([Row(number=0, line=2, **expected)], [])
 
@@ -74,7 +81,12 @@ def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path
         ({"prompt": 3}, "prompt is 3: expected a text"),
         ('{"prompt": "\\ud800"}', "prompt is no UTF-8"),
         ({"prompt": "x", "promt": "y"}, "did you mean prompt?"),
-        ({"prompt": "x", "init_image": "y"}, "did you mean image?"),
+        ({"prompt": "x", "image": "y"}, "did you mean init_image?"),
+        ({"prompt": "x", "clip_interval": "0.7-0.2"}, "expected LOW-HIGH"),
+        ({"prompt": "x", "clip_interval": [0, 1]}, "expected LOW-HIGH"),
+        ({"prompt": "x", "clip_scale": -1}, "expected a number"),
+        ({"prompt": "x", "repeats": 0}, "from 1 to 1000"),
+        ({"prompt": "x", "share": 1.5}, "from 0 to 1"),
         ({"prompt": "x", "\ud800": 1}, "there is no key"),
         ({"prompt": "x", "seed": "1"}, "seed is '1': expected a whole number"),
         ({"prompt": "x", "seed": True}, "seed is True"),
@@ -114,12 +126,12 @@ def test_a_byte_that_is_no_utf_8_spoils_one_row(tmp_path):
 
 
 def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
-    row = {"prompt": "x", "image": "in/../a.png", "mask": "b.png"}
+    row = {"prompt": "x", "init_image": "in/../a.png", "mask": "b.png"}
     (read,), _ = read_prompts(write(tmp_path, "a.jsonl", row))
-    assert (read.image, read.mask) == (tmp_path / "in/../a.png", tmp_path / "b.png")
+    assert (read.init_image, read.mask) == (tmp_path / "in/../a.png", tmp_path / "b.png")
 
 
-@pytest.mark.parametrize("name", ["image", "mask"])
+@pytest.mark.parametrize("name", ["init_image", "mask"])
 @pytest.mark.parametrize(
     "path", ["/etc/hostname", "../a.png", "in/../../a.png", "gs://b/a.png", "out/a.png", "a\0b"]
 )

@@ -1,6 +1,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +10,7 @@ from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import load
-from jaxdiff.sample_options import file_and_scale
+from jaxdiff.scripts.options import file_and_scale
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -19,6 +20,11 @@ def model(tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_bundle(folder, tiny_bundle, dtype="float32")
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture
@@ -106,6 +112,33 @@ def test_a_strip_is_written_if_asked_for(sample, tmp_path):
     assert height < 2 * 32
 
 
+def test_between_two_prompts_there_are_frames_a_strip_and_a_film(sample, model, tmp_path):
+    assert sample(PEA, TOMATO, "--between", "4", "--seed", "3", "--toward-seed", "8") == 0
+    out = tmp_path / "out"
+    frames = load(model).between((PEA, TOMATO), 4, seeds=(3, 8))
+    for i, frame in enumerate(frames):
+        drawn = np.asarray(Image.open(out / f"000{i}-a-small-red-pea.png"))
+        # Noise of two seeds at a time is rounded otherwise than that of one.
+        np.testing.assert_allclose(drawn.astype(int), frame, atol=1)
+    drawn = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
+    assert Image.open(out / "between.png").width > 4 * 32
+    film = Image.open(out / "between.webp")
+    assert film.n_frames == 6  # there and back
+    for i, frame in enumerate(drawn):
+        film.seek(i)
+        np.testing.assert_array_equal(np.asarray(film.convert("RGB")), frame)
+
+
+def test_a_preview_is_written_and_changes_no_file(sample, tmp_path):
+    out = tmp_path / "out"
+    assert sample(PEA, "--num-steps", "4") == 0
+    file = out / "0000-a-small-red-pea.png"
+    expected = file.read_bytes()
+    assert sample(PEA, "--num-steps", "4", "--preview", "2") == 0
+    assert file.read_bytes() == expected
+    assert Image.open(out / "preview.png").size == (36, 36)
+
+
 def test_a_prompt_that_is_too_long_is_told(sample, capsys):
     assert sample("pea " * 30, PEA) == 0
     printed = capsys.readouterr().out
@@ -128,10 +161,19 @@ def test_a_prompt_that_is_too_long_is_told(sample, capsys):
         ((PEA, "--num-steps", "0"), "at least 1 step"),
         ((PEA, "--strip", "-1"), "--strip is -1"),
         ((PEA, "--solver", "ddmi"), "ddim"),
-        ((PEA, "--mask", "x.png"), "give --image as well"),
-        ((PEA, "--strength", "0.5"), "give --image as well"),
-        ((PEA, "--image", "missing.png"), "missing.png cannot be read"),
-        ((PEA, "--strength", "2", "--image", "x.png"), "--strength is 2.0: expected a number"),
+        ((PEA, "--mask", "x.png"), "give --init-image as well"),
+        ((PEA, "--strength", "0.5"), "give --init-image as well"),
+        ((PEA, "--init-image", "missing.png"), "missing.png cannot be read"),
+        ((PEA, "--strength", "2", "--init-image", "x.png"), "--strength is 2.0: expected a number"),
+        ((PEA, "--image", "x.png"), "did you mean --init-image?"),
+        ((PEA, "--preview", "-1"), "--preview is -1"),
+        ((PEA, "--preview-decoder", "x"), "--preview-decoder is about --preview"),
+        ((PEA, "--preview", "2", "--preview-decoder", "missing"), "missing"),
+        ((PEA, "--between", "4"), "--between 4 with 1 prompts"),
+        ((PEA, TOMATO, "--between", "1"), "at least 2 images"),
+        ((PEA, TOMATO, "--between", "3", "--share", "0.5"), "leave them out"),
+        ((PEA, "--format", "gif"), "gif"),
+        ((PEA, "--clip-scale", "1", "--clip-model", "missing"), "missing"),
         ((PEA, "--sed", "1"), "did you mean --seed?"),
         ((PEA, "--negative_promt=x"), "did you mean --negative-prompt?"),
     ],

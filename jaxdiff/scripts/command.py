@@ -1,25 +1,30 @@
-"""`sample.py` and `jaxdiff sample`: prompts to PNG files."""
+"""`sample.py` and `jaxdiff sample`: prompts to image files."""
 
 import sys
 import time
 
+import jax
 import numpy as np
 from etils import epath
 
 from jaxdiff import pictures
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
-from jaxdiff.image_settings import (
-    draw_together,
-    open_input,
-    png_text,
-    read_told,
-    settings_told,
-    settle,
+from jaxdiff.files import write_whole
+from jaxdiff.pipeline import Pipeline
+from jaxdiff.scripts.draw_file import draw_file
+from jaxdiff.scripts.file_text import file_text, read_told, settings_told
+from jaxdiff.scripts.image_files import Format, film_bytes, image_bytes
+from jaxdiff.scripts.image_settings import ImageSettings, draw_together, open_input, settle
+from jaxdiff.scripts.options import (
+    SampleOptions,
+    check,
+    defaults,
+    fixed,
+    open_pipeline,
+    preview,
 )
-from jaxdiff.prompt_file import Row, slug
-from jaxdiff.sample_file import draw_file
-from jaxdiff.sample_options import SampleOptions, check, defaults, open_pipeline
+from jaxdiff.scripts.prompt_file import Row, slug
 
 
 def draw(options: SampleOptions) -> None:
@@ -33,6 +38,8 @@ def draw(options: SampleOptions) -> None:
     check(options)
     if options.prompts is not None:
         fine = draw_file(options) == 0
+    elif jax.process_index() > 0:
+        fine = True  # what is little, the first process draws
     elif options.again is not None:
         fine = draw_again(options)
     else:
@@ -60,24 +67,52 @@ def draw_prompts(options: SampleOptions) -> None:
                 f"The prompt {prompt!r} is longer than the {pipeline.tokenizer.length} tokens that "
                 "the text encoder takes: its end is cut off."
             )
-    settings = [
-        settle(Row(prompt=prompt, seed=options.seed + i), given, pipeline, options.decode_by)
-        for prompt in options.prompt
-        for i in range(options.num_images)
-    ]
-    images = draw_together(pipeline, settings)
+    settings = [settle(row, given, pipeline, fixed(options)) for row in _rows(options)]
+    look = preview(options, pipeline, folder)
+    images = draw_together(pipeline, settings, preview=look)
     for i, (one, image) in enumerate(zip(settings, images, strict=True)):
-        path = folder / f"{i:04d}-{slug(one.prompt)}.png"
-        pictures.save_png(path, image, png_text(one, pipeline))
-        print(path)
+        _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipeline, options.format)
     captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
-    pictures.save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
-    print(folder / "grid.png")
+    if options.between:
+        _save_between(folder, images)
+    else:
+        pictures.save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
+        print(folder / "grid.png")
     if options.strip:
         snapshots = draw_together(pipeline, settings, num_snapshots=options.strip)
         pictures.save_png(folder / "strip.png", pictures.strip(snapshots))
         print(folder / "strip.png")
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
+
+
+def _rows(options: SampleOptions) -> list[Row]:
+    """A row for each image that the prompts of the command line ask for."""
+    if not options.between:
+        return [
+            Row(prompt=prompt, seed=options.seed + i)
+            for prompt in options.prompt
+            for i in range(options.num_images)
+        ]
+    prompt, toward = options.prompt
+    shares = np.linspace(0, 1, options.between)
+    return [Row(prompt=prompt, toward=toward, share=float(share)) for share in shares]
+
+
+def _save(
+    stem: epath.Path, image: np.ndarray, settings: ImageSettings, pipeline: Pipeline, kind: Format
+) -> epath.Path:
+    path = stem.parent / f"{stem.name}.{kind}"
+    write_whole(path, image_bytes(image, file_text(settings, pipeline), kind))
+    print(path)
+    return path
+
+
+def _save_between(folder: epath.Path, images: np.ndarray) -> None:
+    """The way from one prompt to another as a strip, and as a film there and back."""
+    pictures.save_png(folder / "between.png", pictures.grid(images, columns=len(images)))
+    write_whole(folder / "between.webp", film_bytes([*images, *images[-2:0:-1]]))
+    for name in ("between.png", "between.webp"):
+        print(folder / name)
 
 
 def draw_again(options: SampleOptions) -> bool:
@@ -92,17 +127,14 @@ def draw_again(options: SampleOptions) -> bool:
     file = epath.Path(str(options.again))
     told = read_told(file)
     then = pictures.read_picture(file)
-    inputs = {
-        name: open_input(path) if path else None
-        for name, path in (("image", options.image), ("mask", options.mask))
-    }
+    given = {"init_image": options.init_image, "mask": options.mask}
+    inputs = {name: open_input(path) if path else None for name, path in given.items()}
     folder = make_folder(options.out)
     pipeline = open_pipeline(options, dtype=told.details.get("dtype"))
-    settings = settings_told(file, told, pipeline, inputs)
+    settings = settings_told(file, told, pipeline, inputs, options.clip_model)
     (image,) = draw_together(pipeline, [settings])
-    path = folder / f"{file.stem}-again.png"
-    pictures.save_png(path, image, png_text(settings, pipeline))
-    print(path)
+    kind = "webp" if file.suffix.lower() == ".webp" else "png"
+    _save(folder / f"{file.stem}-again", image, settings, pipeline, kind)
     if then.shape != image.shape:
         print(f"Not the same pixels: {file} was resized after it was drawn.")
         return False

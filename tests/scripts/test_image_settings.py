@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.asked import IMAGE_STRENGTH
 from jaxdiff.errors import UserError
-from jaxdiff.image_settings import ImageSettings, InputFile, open_input, parameters, settle
 from jaxdiff.pictures import read_picture
-from jaxdiff.pipeline import IMAGE_STRENGTH, Pipeline
-from jaxdiff.prompt_file import Row
+from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.solvers import DDIM, Heun
+from jaxdiff.scripts.file_text import parameters
+from jaxdiff.scripts.image_settings import ImageSettings, InputFile, open_input, settle
+from jaxdiff.scripts.prompt_file import Row
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,11 @@ def test_an_image_sets_the_size_and_brings_the_defaults_that_are_for_images(pipe
     given = Row(prompt="", mask=path, strength=0.3)
     assert settle(Row(prompt="x"), given, pipeline).mask is None
     assert settle(Row(prompt="x"), given, pipeline).strength is None
-    settings = settle(Row(prompt="x", image=path), given, pipeline)
+    settings = settle(Row(prompt="x", init_image=path), given, pipeline)
     assert settings.size == (40, 24)
     assert settings.strength == 0.3
     for mask, strength in ((None, IMAGE_STRENGTH), (path, 1.0)):
-        row = Row(prompt="x", image=path, mask=mask)
+        row = Row(prompt="x", init_image=path, mask=mask)
         assert settle(row, Row(prompt=""), pipeline).strength == strength
 
 

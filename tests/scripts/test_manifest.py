@@ -4,7 +4,7 @@ import json
 import pytest
 from etils import epath
 
-from jaxdiff.manifest import MANIFEST, Manifest
+from jaxdiff.scripts.manifest import MANIFEST, Manifest
 
 
 def record(row, prompts="a.jsonl", **more):
@@ -93,3 +93,40 @@ def test_a_manifest_that_somebody_spoilt_is_none(folder):
     (folder / MANIFEST).write_bytes(b'\xff\n[1]\n{"file": 3}\n{"file": "../x"}\n')
     manifest = Manifest(folder, "a.jsonl", [record(0)])
     assert not manifest.has("0000.png")
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """Four images, two of them drawn by each of two processes, which have not ended yet."""
+    folder, wanted = epath.Path(tmp_path), [record(i) for i in range(5)]
+    both = [Manifest(folder, "a.jsonl", wanted, process=i, processes=2) for i in range(2)]
+    for i in (2, 0, 1, 3):
+        both[i % 2].add(record(i), b"pixels %d" % i, 0.5)
+    return folder, both
+
+
+def test_the_lines_of_several_processes_are_put_together(shared):
+    folder, both = shared
+    assert lines(folder) == []
+    for manifest in reversed(both):
+        manifest.close()
+    assert [line["row"] for line in lines(folder)] == [0, 1, 2, 3]
+    assert sorted(p.name for p in folder.iterdir())[-1] == MANIFEST  # and none of theirs is left
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_what_killed_processes_drew_is_known_to_any_number_of_them(shared, processes):
+    folder, _ = shared
+    wanted = [record(i) for i in range(5)]
+    for i in range(processes):
+        manifest = Manifest(folder, "a.jsonl", wanted, process=i, processes=processes)
+        assert [manifest.has(f"{i:04d}.png") for i in range(5)] == [True] * 4 + [False]
+    assert sorted(line["row"] for line in lines(folder)) == [0, 1, 2, 3]
+    assert not (folder / "manifest.1.jsonl").exists()
+
+
+def test_half_a_file_that_a_kill_has_left_is_removed(folder):
+    for name in ("0003.png", MANIFEST):
+        (folder / f".partial-{name}").write_bytes(b"half")
+    Manifest(folder, "a.jsonl", [record(i) for i in range(4)])
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,12 @@ from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
-from jaxdiff.pictures import read_text, save_png
+from jaxdiff.model import Bundle
+from jaxdiff.models.clip import ClipConfig, ClipVisionConfig
+from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.pictures import save_png
+from jaxdiff.scripts.image_files import read_text
+from jaxdiff.training.clip import ClipTask
 
 PEA = "a small red pea"
 
@@ -17,6 +23,11 @@ def model(tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_bundle(folder, tiny_bundle, dtype="float32")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture
@@ -71,13 +82,77 @@ def test_an_image_of_an_image_is_drawn_again_from_that_one(sample, tmp_path, cap
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         save_png(tmp_path / name, rng.integers(0, 256, (32, 32, 3), np.uint8))
-    assert sample(PEA, "--image", tmp_path / "a.png", "--strength", "0.5") == 0
+    assert sample(PEA, "--init-image", tmp_path / "a.png", "--strength", "0.5") == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
     assert "Denoising strength: 0.5" in read_text(file)["parameters"]
-    assert sample("--again", file, "--image", tmp_path / "a.png") == 0
-    for words in ((), ("--image", tmp_path / "b.png")):
+    assert sample("--again", file, "--init-image", tmp_path / "a.png") == 0
+    for words in ((), ("--init-image", tmp_path / "b.png")):
         assert sample("--again", file, *words) == 2
-        assert "was made from the image a.png" in capsys.readouterr().err
+        assert "was made from a.png" in capsys.readouterr().err
+
+
+def test_the_same_pixels_are_drawn_again_from_webp_but_not_from_jpeg(sample, tmp_path, capsys):
+    stem = tmp_path / "out" / "0000-a-small-red-pea"
+    for kind in ("png", "webp", "jpg"):
+        assert sample(PEA, "--negative-prompt", "茄子", "--format", kind) == 0
+    np.testing.assert_array_equal(
+        pixels(stem.with_suffix(".webp")), pixels(stem.with_suffix(".png"))
+    )
+    assert read_text(stem.with_suffix(".webp")) == read_text(stem.with_suffix(".png"))
+    assert sample("--again", stem.with_suffix(".webp")) == 0
+    assert (tmp_path / "out" / "0000-a-small-red-pea-again.webp").exists()
+    assert sample("--again", stem.with_suffix(".jpg")) == 2
+    assert "keeps pixels only about as they were" in capsys.readouterr().err
+    comment = Image.open(stem.with_suffix(".jpg")).getexif().get_ifd(0x8769)[0x9286]
+    text = read_text(stem.with_suffix(".png"))["parameters"]
+    assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+
+
+def test_an_image_between_two_prompts_is_drawn_again(sample, tmp_path):
+    words = ("--toward", "a green tomato", "--toward-seed", 5, "--share", 0.3, "--repeats", 2)
+    assert sample(PEA, "--num-steps", 2, *words) == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    told = json.loads(read_text(file)["settings"])
+    assert [told[k] for k in ("toward", "toward_seed", "share", "repeats")] == [
+        "a green tomato",
+        5,
+        0.3,
+        2,
+    ]
+    assert sample("--again", file) == 0
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_bundle, tmp_path_factory):
+    """Two CLIPs with random weights."""
+    text = dataclasses.replace(tiny_bundle.config.task.text.model, projection_dim=8)
+    vision = ClipVisionConfig(
+        image_size=16, patch_size=8, width=16, depth=1, heads=2, projection_dim=8
+    )
+    task = ClipTask(model=ClipConfig(text=text, vision=vision))
+    config = dataclasses.replace(tiny_bundle.config, name="clip", task=task)
+    folders = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda leaf, rng=rng: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
+            abstract_params(lambda: config.task.build(any_rngs())),
+        )
+        folders.append(tmp_path_factory.mktemp("clip"))
+        write_bundle(folders[-1], Bundle(config, params, {}, tiny_bundle.tokenizer), "float32")
+    return folders
+
+
+def test_an_image_that_clip_steered_is_drawn_again_with_that_clip(sample, clips, tmp_path, capsys):
+    words = ("--clip-model", clips[0])
+    assert sample(PEA, "--num-steps", 2, "--clip-scale", 3, "--clip-interval", "0.2-1", *words) == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    told = json.loads(read_text(file)["settings"])
+    assert (told["clip_scale"], told["clip_interval"]) == (3.0, [0.2, 1.0])
+    assert "CLIP guidance: 3" in read_text(file)["parameters"]
+    assert sample("--again", file, *words) == 0
+    assert sample("--again", file, "--clip-model", clips[1]) == 2
+    assert "was steered by another CLIP" in capsys.readouterr().err
 
 
 def test_another_model_is_refused(sample, drawn, tiny_bundle, tmp_path, capsys):
@@ -107,7 +182,7 @@ def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
     assert sample("--again", bare) == 2
     assert "does not say how it was made" in capsys.readouterr().err
     assert sample("--again", tmp_path / "missing.png") == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "missing.png cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,7 +193,7 @@ def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
         ("settings", "{}"),
         ("details", "{}"),
         ("details", '{"dtype": "float3"}'),
-        ("settings", '{"size": "32x32", "image": 3}'),
+        ("settings", '{"size": "32x32", "init_image": 3}'),
         ("seed", "eleven"),
         ("settings", '{"size": "3"}'),
     ],

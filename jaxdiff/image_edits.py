@@ -1,0 +1,252 @@
+"""What a pipeline does with whole images: finds their noise, varies, blends, enlarges them."""
+
+import abc
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff.config import Config
+from jaxdiff.editing import check_images, enlarged, slerp
+from jaxdiff.errors import UserError
+from jaxdiff.parallel.spread import on_each
+from jaxdiff.sampling.inverse import DDIMInverse
+from jaxdiff.sampling.solvers import DDIM
+from jaxdiff.sizes import images_at_a_time
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.task import from_uint8
+
+
+class ImageEdits(abc.ABC):
+    """The part of `Pipeline` that is made of what it draws."""
+
+    config: Config
+    task: DiffusionTask
+    weights: Any
+    _mesh: Mesh
+
+    @abc.abstractmethod
+    def __call__(self, prompts: Sequence[str], **arguments: Any) -> np.ndarray:
+        """Draws images."""
+
+    @abc.abstractmethod
+    def noise(self, seeds: Sequence[int], **arguments: Any) -> np.ndarray:
+        """The noise that images start from."""
+
+    def invert(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str] | None = None,
+        *,
+        rounds: int = 1,
+        guidance_scale: float = 1.0,
+        **arguments: Any,
+    ) -> np.ndarray:
+        """The noise that images are drawn from, by DDIM inversion (`jaxdiff.sampling.inverse`).
+
+        `pipeline(prompts, latents=pipeline.invert(images, prompts), solver=DDIM(),
+        guidance_scale=1)`, with as many steps, gives the images back about as the autoencoder does.
+
+        Args:
+          images: uint8 [n, h, w, 3] or one image.
+          prompts: what they show, one for all or one each; "" by default.
+          rounds: evaluations in each step: more come nearer to what a step of DDIM undoes.
+          guidance_scale: strong guidance goes where there is no way back.
+          arguments: others that `pipeline(prompts)` takes, such as num_steps.
+
+        Returns:
+          Noise [n, h, w, c] of about unit variance, for `latents`.
+
+        Raises:
+          UserError: images of another kind, or what `pipeline(prompts)` raises.
+        """
+        n = 1 if np.ndim(images) == 3 else len(images)
+        prompts = [""] if prompts is None else prompts
+        prompts = list(prompts) * n if len(prompts) == 1 else prompts
+        return self(
+            prompts,
+            image=check_images(images, n),
+            strength=1.0,  # all the way
+            solver=DDIMInverse(rounds=rounds),
+            guidance_scale=guidance_scale,
+            output="latents",
+            **arguments,
+        )
+
+    def variations(
+        self,
+        image: np.ndarray,
+        amount: float | Sequence[float] = 0.3,
+        *,
+        prompt: str = "",
+        seeds: Sequence[int] = (0, 1, 2, 3),
+        guidance_scale: float = 1.0,
+        **arguments: Any,
+    ) -> np.ndarray:
+        """Images like this one: its noise, turned toward that of seeds.
+
+        Args:
+          image: uint8 [h, w, 3].
+          amount: how far, one for all or one each: 0 is the image as it is drawn from its own
+            noise, 1 what the seed draws.
+          prompt: what it shows, or what the variations are to show.
+          seeds: n of them.
+          guidance_scale: of the drawing; the noise is looked for without.
+          arguments: others that `pipeline(prompts)` takes.
+
+        Returns:
+          Images [n, h, w, 3].
+
+        Raises:
+          UserError: what `invert` and `pipeline(prompts)` raise.
+        """
+        size = np.shape(image)[1::-1]
+        own = self.invert(image, [prompt], **arguments)[0]
+        amounts = np.broadcast_to(np.asarray(amount), len(seeds))
+        noises = self.noise(seeds, size=size)
+        return self(
+            [prompt] * len(seeds),
+            latents=np.stack([slerp(own, *each) for each in zip(noises, amounts, strict=True)]),
+            seeds=seeds,
+            size=size,
+            solver=DDIM(),
+            guidance_scale=guidance_scale,
+            **arguments,
+        )
+
+    def between(
+        self,
+        prompts: tuple[str, str],
+        frames: int,
+        *,
+        seeds: tuple[int, int] = (0, 0),
+        images: np.ndarray | None = None,
+        **arguments: Any,
+    ) -> np.ndarray:
+        """Images on the way from one prompt and seed, or image, to another, both of them included.
+
+        Args:
+          prompts: where it begins and where it ends; the same twice, to walk through seeds alone.
+          frames: how many images, 2 or more.
+          seeds: of the noise at both ends, between which it turns from one to the other.
+          images: uint8 [2, h, w, 3] whose noise is at the ends instead, and which the prompts
+            describe or "" says nothing of.
+          arguments: others that `pipeline(prompts)` takes.
+
+        Returns:
+          Images [frames, h, w, 3].
+
+        Raises:
+          UserError: fewer than 2 frames, or what `pipeline(prompts)` raises.
+        """
+        if frames < 2:
+            raise UserError(f"frames is {frames}: expected at least 2, for both ends.")
+        if images is None:
+            one, other = self.noise(seeds, size=arguments.get("size"))
+        else:
+            one, other = self.invert(check_images(images, 2), prompts, **arguments)
+            exact = {"solver": DDIM(), "guidance_scale": 1.0, "size": images.shape[2:0:-1]}
+            arguments = exact | arguments
+        shares = np.linspace(0, 1, frames)
+        return self(
+            [prompts[0]] * frames,
+            toward=[prompts[1]],
+            share=shares,
+            seeds=seeds[0],
+            latents=np.stack([slerp(one, other, share) for share in shares]),
+            **arguments,
+        )
+
+    def upscaled(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        *,
+        factor: int = 2,
+        strength: float = 0.35,
+        overlap: float = 0.5,
+        **arguments: Any,
+    ) -> np.ndarray:
+        """Images enlarged, and their detail drawn anew through windows of the native size.
+
+        Args:
+          images: uint8 [n, h, w, 3], or one image for all prompts.
+          prompts: what they show, n of them.
+          factor: by which their sides get longer.
+          strength: how far they are taken back to noise, from 0 to 1: the more, the more detail,
+            but each window then draws things of its own.
+          overlap: of the windows, as a share of their sides.
+          arguments: others that `pipeline(prompts)` takes; by default the autoencoder works by
+            tiles, if they are smaller than the images.
+
+        Returns:
+          Images [n, factor * h, factor * w, 3].
+
+        Raises:
+          UserError: a factor below 1, or what `pipeline(prompts)` raises.
+        """
+        if factor < 1:
+            raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
+        by = "images" if any(self.config.sampling.seamless) else "tiles"
+        return self(
+            prompts,
+            image=enlarged(check_images(images, len(prompts)), factor),
+            strength=strength,
+            overlap=overlap,
+            **({"decode_by": by} | arguments),
+        )
+
+    def autoencode(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [n, h, w, 3] to latents and back: the best that this model could draw.
+
+        Those of a model that works on pixels come back as they are.
+        """
+        if self.task.latents is None:
+            return images
+        size = images_at_a_time(*images.shape[2:0:-1]) * self._mesh.size
+        return _at_a_time(_autoencoder(self.task, self._mesh), self.weights, images, size)
+
+    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Images uint8 [n, h, w, 3] of what the denoiser models, [n, i, j, c]: latents, or pixels.
+
+        Args:
+          latents: as the denoiser estimates them.
+          batch_size: images decoded at a time; chosen for the size by default.
+        """
+        height, width = (side * self.task.downsampling for side in latents.shape[1:3])
+        size = (batch_size or images_at_a_time(width, height)) * self._mesh.size
+        return _at_a_time(_decoder(self.task, self._mesh), self.weights, latents, size)
+
+
+def _at_a_time(call: Any, weights: Any, rows: np.ndarray, size: int) -> np.ndarray:
+    """What a call gives of all rows, `size` at a time, the last of them filled up."""
+    made = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        made.append((call(weights, np.resize(part, (size, *rows.shape[1:]))), len(part)))
+    return np.concatenate([np.asarray(images)[:count] for images, count in made])
+
+
+@functools.lru_cache(maxsize=16)
+def _autoencoder(task: DiffusionTask, mesh: Mesh) -> Any:
+    """The jitted way from images to latents, without their noise, and back."""
+
+    def autoencode(weights, images):
+        frozen = weights["frozen"]
+        return _levels(task.decode(frozen, task.encode(frozen, from_uint8(images))))
+
+    return on_each(autoencode, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _decoder(task: DiffusionTask, mesh: Mesh) -> Any:
+    """The jitted way from latents to images."""
+    return on_each(lambda weights, x0: _levels(task.decode(weights["frozen"], x0)), mesh)
+
+
+def _levels(images: jax.Array) -> jax.Array:
+    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -1,0 +1,1 @@
+"""What `sample.py` does: prompts in, from the command line or from a file; image files out."""
