@@ -103,7 +103,8 @@ def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys)
         (("export", "shipped:produce", "b", "--format", "diffusers"), "no Stable Diffusion model"),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(refused, started, words, told):
+def test_a_users_mistake_is_told_in_one_line(refused, started, words, told, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     message = refused(*words)
     assert told in message
     assert message.count("\n") == 1

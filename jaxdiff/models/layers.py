@@ -196,16 +196,21 @@ class _Count(np.ndarray):
         return np.array(super().__getitem__(key))
 
 
-def any_rngs() -> nnx.Rngs:
-    """For a module of which only the shapes are wanted; it draws what `nnx.Rngs(0)` draws.
+def rngs_of(seed: int) -> nnx.Rngs:
+    """For a module that is built while a program is traced; it draws what `nnx.Rngs(seed)` draws.
 
     How often they were drawn from is counted on the host. Counted by a traced array, as Flax does
     it, every draw takes longer than the one before: a full U-Net three times as long altogether.
     """
-    rngs = nnx.Rngs(0)
+    rngs = nnx.Rngs(seed)
     count: Any = np.zeros((), np.uint32).view(_Count)
     rngs.default.count.set_value(count)
     return rngs
+
+
+def any_rngs() -> nnx.Rngs:
+    """For a module of which only the shapes are wanted."""
+    return rngs_of(0)
 
 
 @functools.lru_cache(maxsize=64)
