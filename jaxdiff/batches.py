@@ -38,6 +38,28 @@ class Preview:
             raise UserError(f"every is {self.every}: expected a number of steps, 1 or more.")
 
 
+def in_full_batches(
+    call: Callable[..., Any],
+    size: int,
+    *rows: np.ndarray,
+    seen: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """What a call gives of all rows, `size` at a time, the last of them filled up.
+
+    Args:
+      call: takes as many arrays as there are `rows`, and gives one with as many rows as each.
+      size: of a batch: another one would compile a program of its own.
+      rows: arrays of the same length.
+      seen: is told how many rows were handed over so far.
+    """
+    made = []
+    for start in range(0, len(rows[0]), size):
+        parts = [array[start : start + size] for array in rows]
+        made.append((call(*(np.resize(p, (size, *p.shape[1:])) for p in parts)), len(parts[0])))
+        seen(start + len(parts[0]))
+    return np.concatenate([np.asarray(one)[:count] for one, count in made])
+
+
 class Batch(NamedTuple):
     """Images that one device draws at a time: at most as many as it can, of the same steps."""
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdiff.batches import in_full_batches
 from jaxdiff.config import Config
 from jaxdiff.editing import check_images, enlarged, slerp
 from jaxdiff.errors import UserError
@@ -208,7 +209,8 @@ class ImageEdits(abc.ABC):
         if self.task.latents is None:
             return images
         size = images_at_a_time(*images.shape[2:0:-1]) * self._mesh.size
-        return _at_a_time(_autoencoder(self.task, self._mesh), self.weights, images, size)
+        autoencode = functools.partial(_autoencoder(self.task, self._mesh), self.weights)
+        return in_full_batches(autoencode, size, images)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Images uint8 [n, h, w, 3] of what the denoiser models, [n, i, j, c]: latents, or pixels.
@@ -219,16 +221,8 @@ class ImageEdits(abc.ABC):
         """
         height, width = (side * self.task.downsampling for side in latents.shape[1:3])
         size = (batch_size or images_at_a_time(width, height)) * self._mesh.size
-        return _at_a_time(_decoder(self.task, self._mesh), self.weights, latents, size)
-
-
-def _at_a_time(call: Any, weights: Any, rows: np.ndarray, size: int) -> np.ndarray:
-    """What a call gives of all rows, `size` at a time, the last of them filled up."""
-    made = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        made.append((call(weights, np.resize(part, (size, *rows.shape[1:]))), len(part)))
-    return np.concatenate([np.asarray(images)[:count] for images, count in made])
+        decode = functools.partial(_decoder(self.task, self._mesh), self.weights)
+        return in_full_batches(decode, size, latents)
 
 
 @functools.lru_cache(maxsize=16)

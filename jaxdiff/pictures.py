@@ -156,7 +156,7 @@ def film_bytes(
         append_images=rest,
         duration=round(seconds * 1000),
         loop=0,
-        quality=90,
+        lossless=True,  # of WebP
     )
     return data.getvalue()
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
+from jaxdiff.batches import in_full_batches
 from jaxdiff.bundle import read_bundle
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
@@ -37,7 +38,10 @@ def read_clip(model: str, mesh: Mesh) -> tuple[ClipConfig, Any, Tokenizer]:
     bundle = read_bundle(model)
     task = bundle.config.task
     if not isinstance(task, ClipTask) or bundle.tokenizer is None:
-        raise UserError(f"{model} is no CLIP but a {type(task).__name__}: give one in clip.model.")
+        raise UserError(
+            f"{model} is no CLIP but a {type(task).__name__}: give the folder of a run of "
+            "configs/produce_clip.py or the like, or shipped:produce_clip."
+        )
     return task.model, on_all(bundle.params, mesh), bundle.tokenizer
 
 
@@ -50,12 +54,9 @@ def clip_scores(
       UserError: as `read_clip`.
     """
     config, params, tokenizer = read_clip(model, drawing_mesh())
-    ids, scores = tokenizer([plain(prompt) for prompt in prompts]), []
-    for start in range(0, len(images), _AT_A_TIME):
-        part = images[start : start + _AT_A_TIME], ids[start : start + _AT_A_TIME]
-        filled = (np.resize(x, (_AT_A_TIME, *x.shape[1:])) for x in part)
-        scores.append(np.asarray(_scorer(config)(params, *filled))[: len(part[0])])
-    return np.concatenate(scores)
+    ids = tokenizer([plain(prompt) for prompt in prompts])
+    score = functools.partial(_scorer(config), params)
+    return in_full_batches(score, _AT_A_TIME, images, ids)
 
 
 @functools.lru_cache(maxsize=2)

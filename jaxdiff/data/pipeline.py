@@ -6,11 +6,8 @@ all that there is to know of its place in the data, and it goes on there on any 
 """
 
 import bisect
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -30,6 +27,7 @@ from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.prior import Source, WithPrior
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms, stored_size
+from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 
 # What Grain says where one of its processes is killed or crashes.
@@ -290,14 +288,7 @@ def _start_worker(_index: int, _count: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(0)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:

@@ -9,10 +9,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,6 +28,7 @@ from jaxdiff.data.prior import Source, WithPrior
 from jaxdiff.data.shards import Shard
 from jaxdiff.data.source import Record
 from jaxdiff.data.transforms import Transforms, View, stored_size
+from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 
@@ -236,11 +234,4 @@ def _start(reading: Reading) -> None:
     global _reading
     _reading = reading
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(0)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()

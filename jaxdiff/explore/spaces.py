@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from rich.console import Console
 
+from jaxdiff import second_models
+from jaxdiff.batches import in_full_batches
 from jaxdiff.bundle import read_bundle, read_pretrained
 from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
@@ -20,9 +22,10 @@ from jaxdiff.data.produce import Produce
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import TRUTHS
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoder import Autoencoder
 from jaxdiff.models.clip import Clip
-from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.parallel.spread import drawing_mesh
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
@@ -101,18 +104,12 @@ def read_clip(model: str) -> ClipReader:
     Raises:
       UserError: there is no such model, or it is no CLIP.
     """
-    bundle = read_bundle(model)
-    task, tokenizer = bundle.config.task, bundle.tokenizer
-    if not isinstance(task, ClipTask) or tokenizer is None:
-        raise UserError(
-            f"{model} is no CLIP but a {type(task).__name__}: give --clip the folder of a run of "
-            "configs/produce_clip.py or the like, or shipped:produce_clip."
-        )
-    size = task.model.vision.image_size
+    config, params, tokenizer = second_models.read_clip(
+        model, drawing_mesh(jax.local_devices()[:1])
+    )
+    build, size = blueprint(Clip, config), config.vision.image_size
 
-    def build() -> Clip:
-        return Clip(task.model, rngs=any_rngs())
-
+    @jax.jit
     def image_vectors(params, images):
         return _unit(merge(build, params).vision(_resized(from_uint8(images), size)).pooled)
 
@@ -121,11 +118,10 @@ def read_clip(model: str) -> ClipReader:
         return _unit(merge(build, params).text(ids).pooled)
 
     def texts(texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(text_vectors(bundle.params, tokenizer(list(texts))))
+        return np.asarray(text_vectors(params, tokenizer(list(texts))))
 
-    return ClipReader(
-        tokenizer, lambda images: _in_batches(image_vectors, bundle.params, images, size), texts
-    )
+    see = functools.partial(image_vectors, params)
+    return ClipReader(tokenizer, lambda images: _in_batches(see, images, size), texts)
 
 
 def is_clip(config: Config) -> bool:
@@ -158,7 +154,7 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
         bundle = read_bundle(model or "shipped:produce_autoencoder")
         config, task = bundle.config, bundle.config.task
         if isinstance(task, AutoencoderTask):
-            build, params = functools.partial(_autoencoder, task.model), bundle.params
+            build, params = blueprint(Autoencoder, task.model), bundle.params
         elif has_autoencoder(config):
             build = task.frozen()["autoencoder"].build
             params = bundle.frozen["autoencoder"]
@@ -169,15 +165,13 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
             )
     size = config.data.transforms.size
 
+    @jax.jit
     def latents(params, images):
         z = merge(build, params).encode(_resized(from_uint8(images), size)).mode()
         return z.reshape(len(z), -1).astype(jnp.float32)
 
-    return lambda images: _in_batches(latents, params, images, size)
-
-
-def _autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    return Autoencoder(config, rngs=any_rngs())
+    see = functools.partial(latents, jax.device_put(params))
+    return lambda images: _in_batches(see, images, size)
 
 
 def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
@@ -192,16 +186,8 @@ def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _in_batches(
-    function: Callable[..., jax.Array], params: Any, images: np.ndarray, side: int
-) -> np.ndarray:
-    """What a function makes of all images, so many at a time, the last of them filled up."""
-    run, size = jax.jit(function), max(1, min(PIXELS_AT_A_TIME // side**2, len(images)))
-    params, parts = jax.device_put(params), []
+def _in_batches(see: Callable[..., jax.Array], images: np.ndarray, side: int) -> np.ndarray:
+    """What a function makes of all images, so many at a time that a device has enough to do."""
+    size = max(1, min(PIXELS_AT_A_TIME // side**2, len(images)))
     with Progress(len(images), unit="image", console=Console(stderr=True)) as progress:
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            made = run(params, np.resize(part, (size, *part.shape[1:])))
-            parts.append(np.asarray(made)[: len(part)])
-            progress.update(start + len(part))
-    return np.concatenate(parts)
+        return in_full_batches(see, size, images, seen=progress.update)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.sharding import gather_weights
+from jaxdiff.parallel.sharding import gather_weights, traced_mesh
 
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
@@ -43,15 +42,6 @@ def sum_of_words(
     """
     mask = mask[..., None].astype(words.dtype)
     return scale * jnp.sum(words * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
-
-
-def traced_mesh() -> AbstractMesh | None:
-    """The mesh that XLA lays out the traced program on.
-
-    None where it has none, or a single device, or where each device runs a program of its own.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:

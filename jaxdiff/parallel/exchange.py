@@ -41,16 +41,6 @@ def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def to_devices(tree: PyTree) -> PyTree:
-    """Arrays on the first device, unless they lie on devices of several hosts: those stay."""
-
-    def place(x):
-        spread = isinstance(x, jax.Array) and not x.is_fully_addressable
-        return x if spread else jax.device_put(x)
-
-    return jax.tree.map(place, tree)
-
-
 def broadcast(text: str) -> str:
     """The first host's text, on all."""
     if jax.process_count() == 1:

@@ -76,6 +76,15 @@ def state_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh that XLA lays out the traced program on.
+
+    None where it has none, or a single device, or where each device runs a program of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
 def gather_weights(params: PyTree) -> PyTree:
     """A block's weights as its products take them: whole, but for what `tensor` splits.
 
@@ -83,8 +92,8 @@ def gather_weights(params: PyTree) -> PyTree:
     and dealt out again (Zhao et al. 2023). Left to itself, XLA may gather the activations of all
     images instead. Under the mesh of the program that is traced; without one, as they are.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    mesh = traced_mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
         return params
 
     def gather(path, leaf):
@@ -102,8 +111,8 @@ def split_tokens(x: Array) -> Array:
     Raises:
       UserError: the rows do not divide.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("context", 1) == 1:
+    mesh = traced_mesh()
+    if mesh is None or mesh.shape["context"] == 1:
         return x
     if x.shape[1] % mesh.shape["context"]:
         raise UserError(

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from jaxdiff.parallel.exchange import to_host
 
 DEVICES = PartitionSpec("data")
 """Arrays of which each device has an equal share, by their first axis."""
@@ -28,7 +29,7 @@ def on_all(tree: PyTree, mesh: Mesh) -> PyTree:
 
     def whole(leaf: Any) -> Any:
         shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        return multihost_utils.process_allgather(leaf, tiled=True) if shared else leaf
+        return to_host(leaf) if shared else leaf
 
     return jax.device_put(jax.tree.map(whole, tree), NamedSharding(mesh, PartitionSpec()))
 

@@ -3,7 +3,6 @@
 import sys
 import time
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -11,10 +10,11 @@ from jaxdiff import pictures
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
+from jaxdiff.parallel.exchange import is_lead
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.scripts.draw_file import draw_file
 from jaxdiff.scripts.file_text import file_text, read_told, settings_told
-from jaxdiff.scripts.image_files import Format, film_bytes, image_bytes
+from jaxdiff.scripts.image_files import Format, image_bytes
 from jaxdiff.scripts.image_settings import ImageSettings, draw_together, open_input, settle
 from jaxdiff.scripts.options import (
     SampleOptions,
@@ -38,7 +38,7 @@ def draw(options: SampleOptions) -> None:
     check(options)
     if options.prompts is not None:
         fine = draw_file(options) == 0
-    elif jax.process_index() > 0:
+    elif not is_lead():
         fine = True  # what is little, the first process draws
     elif options.again is not None:
         fine = draw_again(options)
@@ -110,7 +110,7 @@ def _save(
 def _save_between(folder: epath.Path, images: np.ndarray) -> None:
     """The way from one prompt to another as a strip, and as a film there and back."""
     pictures.save_png(folder / "between.png", pictures.grid(images, columns=len(images)))
-    write_whole(folder / "between.webp", film_bytes([*images, *images[-2:0:-1]]))
+    write_whole(folder / "between.webp", pictures.film_bytes(images, "webp", seconds=0.12))
     for name in ("between.png", "between.webp"):
         print(folder / name)
 

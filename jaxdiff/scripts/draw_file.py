@@ -20,6 +20,7 @@ from jaxdiff.asked import LARGEST_SEED
 from jaxdiff.batches import Preview
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
+from jaxdiff.parallel.exchange import is_lead, total
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.scripts.file_text import as_set, details, file_text
 from jaxdiff.scripts.image_files import Format, image_bytes
@@ -53,7 +54,7 @@ class Complaints:
     def all_find(self, row: BadRow) -> None:
         """A row of which every process finds the same."""
         self._of_all.add(row.line)
-        if jax.process_index() == 0:
+        if is_lead():
             self._tell(row)
 
     def this_finds(self, row: BadRow) -> None:
@@ -66,10 +67,7 @@ class Complaints:
 
     def count(self) -> int:
         """How many rows all processes found."""
-        own = len(self._own - self._of_all)
-        if jax.process_count() > 1:
-            own = int(multihost_utils.process_allgather(np.int32(own)).sum())
-        return len(self._of_all) + own
+        return len(self._of_all) + total(len(self._own - self._of_all))
 
 
 def draw_file(options: SampleOptions) -> int:
@@ -91,7 +89,7 @@ def draw_file(options: SampleOptions) -> int:
     drawn = _draw_rows(rows, folder, options, name, complaints) if rows else 0
     print(f"{drawn} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = complaints.count()
-    if count and jax.process_index() == 0:
+    if count and is_lead():
         print(
             f"{count} of {len(rows) + len(bad)} rows of {name} could not be drawn, as told above: "
             "repair them and start again.",
@@ -197,7 +195,7 @@ def _plan(
             complaints.all_find(BadRow(row.line, str(error)))
             continue
         jobs |= {job.file: job for job in new}
-        if pipeline.truncated(row.prompt) and jax.process_index() == 0:
+        if pipeline.truncated(row.prompt) and is_lead():
             print(
                 f"{source}, line {row.line}: the prompt is longer than the "
                 f"{pipeline.tokenizer.length} tokens that the text encoder takes: its end is cut "

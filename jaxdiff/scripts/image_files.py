@@ -6,7 +6,6 @@ EXIF's UserComment has the text `parameters`, in UTF-16 behind the mark UNICODE 
 
 import io
 import json
-from collections.abc import Sequence
 from typing import Literal
 
 from etils import epath
@@ -42,22 +41,6 @@ def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> 
     data = io.BytesIO()
     picture = Image.fromarray(image)
     picture.save(data, format="WEBP" if kind == "webp" else "JPEG", exif=exif, **options)
-    return data.getvalue()
-
-
-def film_bytes(frames: Sequence[pictures.Picture], seconds: float = 0.12) -> bytes:
-    """An animated WebP file without loss, over and over, of frames that long each."""
-    first, *others = map(Image.fromarray, frames)
-    data = io.BytesIO()
-    first.save(
-        data,
-        format="WEBP",
-        save_all=True,
-        append_images=others,
-        duration=round(1000 * seconds),
-        loop=0,
-        lossless=True,
-    )
     return data.getvalue()
 
 

@@ -1,24 +1,20 @@
 """All that an image is made of beside the model."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from jaxdiff import pictures
 from jaxdiff.asked import IMAGE_STRENGTH
 from jaxdiff.batches import Preview
-from jaxdiff.editing import slerp
 from jaxdiff.errors import UserError
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.clip_guidance import ClipGuidance
-from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.settings import SOLVERS
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.scripts.prompt_file import Row
@@ -208,7 +204,12 @@ def draw_together(
         mixtures = [s.mixed for s in settings if s.mixed is not None]
         inputs["toward"] = [mixed.toward for mixed in mixtures]
         inputs["share"] = [mixed.share for mixed in mixtures]
-        inputs["latents"] = np.stack([_turned_noise(s, pipeline) for s in settings])
+        inputs["latents"] = pipeline.noise(
+            [s.seed for s in settings],
+            toward=[mixed.seed for mixed in mixtures],
+            amount=inputs["share"],
+            size=first.size,
+        )
     return pipeline(
         [s.prompt for s in settings],
         negative_prompt=[s.negative_prompt for s in settings],
@@ -232,16 +233,3 @@ def _pixels(file: InputFile | None) -> pictures.Picture:
     if picture.shape[1::-1] != file.size:
         raise UserError(f"{file.path} was changed since the start: start again.")
     return picture
-
-
-def _turned_noise(settings: ImageSettings, pipeline: Pipeline) -> np.ndarray:
-    """Noise on the way from one seed's to another's, as `Pipeline.between` has it."""
-    assert settings.mixed is not None
-    shape = pipeline.task.shape(settings.size[1], settings.size[0])
-    one, other = (_noise(seed, shape) for seed in (settings.seed, settings.mixed.seed))
-    return slerp(one, other, settings.mixed.share)
-
-
-@functools.lru_cache(maxsize=4)
-def _noise(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
-    return np.asarray(noise_from_seeds(jnp.asarray([seed], jnp.uint32), shape))[0]

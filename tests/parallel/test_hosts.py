@@ -168,7 +168,7 @@ with joined(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
     from jaxdiff.parallel.exchange import (
-        Ballot, broadcast, by_lead, from_host, is_lead, to_devices, to_host, total
+        Ballot, broadcast, by_lead, from_host, is_lead, to_host, total
     )
     from jaxdiff.data.pipeline import host_rows
     from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
@@ -185,7 +185,7 @@ with joined(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=
     spread = from_host(whole, places)
     assert not spread["a"].is_fully_addressable
     assert spread["a"].addressable_shards[0].data.shape == (1, 6)
-    for tree in (spread, to_devices(spread), jax.jit(lambda x: x)(spread)):
+    for tree in (spread, jax.jit(lambda x: x)(spread)):
         jax.tree.map(np.testing.assert_array_equal, to_host(tree), whole)
 
     assert host_rows(batch_sharding(mesh), 8) == list(range(4 * me, 4 * me + 4))
