@@ -1,9 +1,12 @@
 """The tensors of a checkpoint on disk, read one at a time."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
@@ -14,33 +17,57 @@ Shape = tuple[int, ...]
 Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it; must not look at the values
 
 
+_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""The numbers of a safetensors file, by the format's names for them."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: epath.Path
+    first: int  # byte of the file
+    dtype: np.dtype
+    shape: Shape
+
+
 class TensorFiles(Mapping[str, np.ndarray]):
     """Tensors by name, of one or several safetensors files; only their headers are held.
 
-    A file is opened anew for each tensor, so that no more of it than that one is in memory.
+    A tensor is the file itself, mapped into memory for as long as somebody has the array: nothing
+    is copied, and no more of the file than that one tensor counts as memory in use.
     """
 
     def __init__(self, files: list[epath.Path]):
-        self._files: dict[str, epath.Path] = {}
-        self.shapes: dict[str, Shape] = {}
+        self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
-            with _open(file) as tensors:
-                self.metadata |= tensors.metadata() or {}
-                names = tensors.keys()
-                for name in names:
-                    self._files[name] = file
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            self.metadata |= _check(file)
+            self._places |= _places(file)
+        self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with _open(self._files[name]) as tensors:
-            return tensors.get_tensor(name)
+        file, first, dtype, shape = self._places[name]
+        if not math.prod(shape):
+            return np.empty(shape, dtype)  # nothing cannot be mapped
+        # What is written to the array, as JAX does to a donated one, stays out of the file.
+        return np.asarray(np.memmap(str(file), dtype, "c", first, shape))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
 
 class Renamed(Mapping[str, np.ndarray]):
@@ -130,10 +157,35 @@ def _shards(index: epath.Path) -> list[epath.Path]:
     return [index.parent / name for name in names]
 
 
-def _open(file: epath.Path):
+def _check(file: epath.Path) -> dict[str, str]:
+    """Has the format's own library check the header against the file; gives its metadata."""
     try:
-        return safe_open(str(file), framework="numpy")
+        with safe_open(str(file), framework="numpy") as tensors:
+            return tensors.metadata() or {}
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or cut off ({error}); copy it anew.") from error
+
+
+def _places(file: epath.Path) -> dict[str, _Place]:
+    """Where the tensors of a file that `_check` has found whole lie in it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _TYPES:
+            raise UserError(
+                f"{file}: {name} has numbers of type {entry['dtype']}, which jaxdiff does not "
+                f"read: expected one of {', '.join(_TYPES)}; take another variant of the model."
+            )
+    return {
+        name: _Place(
+            file,
+            8 + length + entry["data_offsets"][0],
+            np.dtype(_TYPES[entry["dtype"]]),
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }

@@ -1,5 +1,6 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -68,4 +69,31 @@ def test_a_file_that_is_cut_off_is_told(folder, keep):
     save_file({"a": A}, path := folder / "model.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off"):
+        TensorFiles([path])
+
+
+def test_tensors_of_every_type_and_of_no_size_are_read(folder):
+    kinds = ("float64", "float16", "bfloat16", "int64", "int8", "bool")
+    tensors = {kind: np.arange(3).astype(jnp.dtype(kind)) for kind in kinds}
+    tensors["none"] = np.empty((0, 4), np.float32)
+    save_file(tensors, path := folder / "model.safetensors")
+    read = TensorFiles([path])
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        np.testing.assert_array_equal(read[name], value)
+
+
+def test_what_is_written_to_a_tensor_stays_out_of_the_file(folder):
+    save_file({"a": A}, path := folder / "model.safetensors")
+    TensorFiles([path])["a"][:] = 7
+    np.testing.assert_array_equal(TensorFiles([path])["a"], A)
+
+
+def test_numbers_of_an_unknown_type_are_told(folder):
+    header = {"a": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    (path := folder / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + bytes(8)
+    )
+    with pytest.raises(UserError, match="a has numbers of type F8_E5M2"):
         TensorFiles([path])
