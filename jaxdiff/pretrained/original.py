@@ -6,7 +6,7 @@
     conditioner.embedders.N.*          those of XL
 
 Such a file holds weights alone. What it is of is told by the names in it, and the rest is as it was
-published; 2.x is taken to be the variant that predicts v at 768 pixels.
+published; 2.x is taken to be the variant for 768 pixels, which predicts v unless the file says eps.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def read_original(
             f"{file} is no checkpoint of Stable Diffusion 1.x, 2.x or XL: it has no tensor "
             f"{VARIANTS[-1].mark} or its like; give the file of a whole model."
         )
-    task = _task(variant, str(file), in_channels=stem[1])
+    task = _task(variant, str(file), stem[1], objective_of(variant, tensors))
     assert isinstance(task.denoiser, UNet2DConditionConfig)
     network, model = task.denoiser, variant.autoencoder
     parts = Renamed(tensors, unet_rename(network))
@@ -164,7 +164,23 @@ def read_original(
     return Bundle(config, params, frozen, tokenizer or Tokenizer.load(str(download_tokenizer())))
 
 
-def _task(variant: Variant, file: str, *, in_channels: int) -> DiffusionTask:
+_SAID: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon": "eps"}
+
+
+def objective_of(variant: Variant, tensors: TensorFiles) -> Objective:
+    """What the network was trained for: as the file says, or else as the variant was published.
+
+    It says so in its metadata (Stability AI's ModelSpec 1.0.1, `modelspec.prediction_type`) or, as
+    later models of XL's shape do, by tensors with nothing but a name: `v_pred` and `ztsnr`.
+    """
+    said = "v" if "v_pred" in tensors else tensors.metadata.get("modelspec.prediction_type")
+    return Objective(
+        prediction=_SAID.get(said or "", variant.prediction),
+        schedule=ScaledLinear(zero_terminal_snr="ztsnr" in tensors),
+    )
+
+
+def _task(variant: Variant, file: str, in_channels: int, objective: Objective) -> DiffusionTask:
     towers = [dataclasses.replace(tower, pretrained=file) for tower in variant.towers.values()]
     is_xl = variant.network.added_width is not None
     return DiffusionTask(
@@ -174,7 +190,7 @@ def _task(variant: Variant, file: str, *, in_channels: int) -> DiffusionTask:
         text_2=towers[1] if len(towers) > 1 else None,
         zero_empty_prompt=is_xl,
         latents=Latents(model=variant.autoencoder, pretrained=file),
-        objective=Objective(prediction=variant.prediction, schedule=ScaledLinear()),
+        objective=objective,
     )
 
 
