@@ -24,6 +24,7 @@ from jaxdiff.prepare import prepare
 from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.lora import write_lora
+from jaxdiff.sampling.clip_guidance import ClipGuidance
 from jaxdiff.scripts.command import SampleOptions, draw
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.session import run_recipe
@@ -95,14 +96,21 @@ class EvaluateOptions:
     """Prompts of each kind."""
     batch_size: int | None = None
     """Images drawn at a time; chosen for the device by default."""
+    guidance_scale: float | None = None
+    """How closely to follow the prompts, 1 is unguided; the model's own by default."""
+    best_of: int = 1
+    """Draw this many for each prompt, and score the one that a CLIP finds closest to it."""
+    clip_model: str = ClipGuidance.model
+    """That CLIP: folder of a CLIP run or an exported CLIP, or `shipped:NAME`."""
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 
 def evaluate(arguments: list[str]) -> None:
     """`jaxdiff evaluate RUN [--samples N]`: prints and saves the scores of a trained model."""
     options = parse(EvaluateOptions, arguments, prog="jaxdiff evaluate")
+    how = {name: value for name, value in vars(options).items() if name not in ("run", "hosts")}
     with joined(options.hosts):
-        evaluate_folder(options.run, samples=options.samples, batch_size=options.batch_size)
+        evaluate_folder(options.run, **how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

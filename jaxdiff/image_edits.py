@@ -21,6 +21,8 @@ from jaxdiff.sizes import images_at_a_time
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.task import from_uint8
 
+UPSCALE_STRENGTH = 0.35
+
 
 class ImageEdits(abc.ABC):
     """The part of `Pipeline` that is made of what it draws."""
@@ -83,18 +85,18 @@ class ImageEdits(abc.ABC):
         image: np.ndarray,
         amount: float | Sequence[float] = 0.3,
         *,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         seeds: Sequence[int] = (0, 1, 2, 3),
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         **arguments: Any,
     ) -> np.ndarray:
         """Images like this one: its noise, turned toward that of seeds.
 
         Args:
-          image: uint8 [h, w, 3].
+          image: uint8 [h, w, 3], or one each [n, h, w, 3].
           amount: how far, one for all or one each: 0 is the image as it is drawn from its own
             noise, 1 what the seed draws.
-          prompt: what it shows, or what the variations are to show.
+          prompt: what it shows, or what the variations are to show; one for all or one each.
           seeds: n of them.
           guidance_scale: of the drawing; the noise is looked for without.
           arguments: others that `pipeline(prompts)` takes.
@@ -105,15 +107,18 @@ class ImageEdits(abc.ABC):
         Raises:
           UserError: what `invert` and `pipeline(prompts)` raise.
         """
-        size = np.shape(image)[1::-1]
-        own = self.invert(image, [prompt], **arguments)[0]
-        amounts = np.broadcast_to(np.asarray(amount), len(seeds))
-        noises = self.noise(seeds, size=size)
+        n, (height, width) = len(seeds), np.shape(image)[-3:-1]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        own = self.invert(image, prompts, **arguments)
+        noises = self.noise(seeds, size=(width, height))
+        each = zip(
+            np.broadcast_to(own, noises.shape), noises, np.broadcast_to(amount, n), strict=True
+        )
         return self(
-            [prompt] * len(seeds),
-            latents=np.stack([slerp(own, *each) for each in zip(noises, amounts, strict=True)]),
+            prompts * n if len(prompts) == 1 else prompts,
+            latents=np.stack([slerp(*one) for one in each]),
             seeds=seeds,
-            size=size,
+            size=(width, height),
             solver=DDIM(),
             guidance_scale=guidance_scale,
             **arguments,
@@ -168,7 +173,7 @@ class ImageEdits(abc.ABC):
         prompts: Sequence[str],
         *,
         factor: int = 2,
-        strength: float = 0.35,
+        strength: float | Sequence[float] = UPSCALE_STRENGTH,
         overlap: float = 0.5,
         **arguments: Any,
     ) -> np.ndarray:
@@ -178,8 +183,8 @@ class ImageEdits(abc.ABC):
           images: uint8 [n, h, w, 3], or one image for all prompts.
           prompts: what they show, n of them.
           factor: by which their sides get longer.
-          strength: how far they are taken back to noise, from 0 to 1: the more, the more detail,
-            but each window then draws things of its own.
+          strength: how far they are taken back to noise, from 0 to 1, one for all or one each: the
+            more, the more detail, but each window then draws things of its own.
           overlap: of the windows, as a share of their sides.
           arguments: others that `pipeline(prompts)` takes; by default the autoencoder works by
             tiles, if they are smaller than the images.

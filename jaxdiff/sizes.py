@@ -29,18 +29,18 @@ def size_of_ratio(ratio: str, area: int, multiple: int) -> tuple[int, int]:
         wanted = 0.0
     if not 0 < wanted < math.inf:
         raise UserError(f"The ratio {ratio!r} is none: expected WIDTH:HEIGHT, such as 16:9.")
-    sides = range(multiple, 2 * math.isqrt(math.ceil(area * max(wanted, 1 / wanted))) + 1, multiple)
-    if not sides or min(wanted, 1 / wanted) * area < multiple**2:
+    if min(wanted, 1 / wanted) * area < multiple**2:
         raise UserError(
             f"The ratio {ratio} of about {area} pixels would make a side shorter than {multiple}, "
             "the least of this model: give one nearer to 1:1."
         )
 
-    def off(size: tuple[int, int]) -> float:
-        width, height = size
-        return abs(math.log(width / height / wanted)) + abs(math.log(width * height / area))
+    def nearest(side: float) -> int:
+        below = max(1, int(side / multiple)) * multiple
+        return min(below, below + multiple, key=lambda near: abs(math.log(near / side)))
 
-    return min(((w, h) for h in sides for w in sides), key=off)
+    # Each side by itself: of what ratio and area are off by, |a - b| + |a + b| = 2 max(|a|, |b|).
+    return nearest(math.sqrt(area * wanted)), nearest(math.sqrt(area / wanted))
 
 
 def images_at_a_time(width: int, height: int) -> int:

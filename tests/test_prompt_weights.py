@@ -1,11 +1,22 @@
 """Weights in prompts: what is syntax, what is text, and what the compiled loop is told."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff import drawing
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.layers import abstract_params, merge
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.prompt_weights import Part, Words, parse, plain, rows_of
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextToImage, TextTower
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +102,71 @@ def test_weights_go_by_token_and_parts_are_filled_up(tokenizer):
     np.testing.assert_array_equal(rows["p_empty"], tokenizer([""] * n))
     with pytest.raises(UserError, match="for the prompt itself"):
         rows_of(tokenizer, prompts)
+
+
+def towers(name):
+    """A task that is told of prompts as Stable Diffusion is, 1 or XL, its towers tiny."""
+    text = ClipTextConfig(vocab_size=600, length=16, width=8, depth=2, heads=2)
+    unet = UNet2DConditionConfig(
+        block_out_channels=(8,),
+        layers_per_block=1,
+        transformer_layers=(1,),
+        heads=(2,),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    latents = Latents(model=AutoencoderConfig(), pretrained="unused")
+    objective = Objective(prediction="eps")
+    first = TextTower(model=text, trained=False)
+    if name == "CLIP-L":
+        return DiffusionTask(denoiser=unet, text=first, latents=latents, objective=objective)
+    wide = dataclasses.replace(text, width=12, heads=3, activation="gelu", projection_dim=6)
+    return DiffusionTask(
+        denoiser=dataclasses.replace(
+            unet, cross_attention_dim=20, added_width=6 + 6 * 4, time_id_width=4
+        ),
+        text=dataclasses.replace(first, layer=1, final_norm=False),
+        text_2=TextTower(model=wide, trained=False, layer=1, final_norm=False, pad_id=0),
+        zero_empty_prompt=True,
+        latents=latents,
+        objective=objective,
+    )
+
+
+@pytest.mark.parametrize(("name", "width"), [("CLIP-L", 8), ("XL", 20)])
+def test_a_weight_moves_its_words_alone_in_all_towers_together(tokenizer, name, width):
+    task, rng = towers(name), np.random.default_rng(0)
+    frozen = {
+        part: jax.tree.map(
+            lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
+            abstract_params(tower.build),
+        )
+        for part, tower in task.frozen().items()
+        if part != "autoencoder"
+    }
+
+    denoiser = object.__new__(TextToImage)  # which no text goes through
+
+    @jax.jit
+    def read(rows):
+        return drawing._features(task, denoiser, frozen, rows, "", (64, 64), 6.0)
+
+    told = read(rows_of(tokenizer, ["a red pea", "a (red:1.3) pea"]))
+    light, heavy = np.asarray(told.tokens)
+    assert heavy.shape == (16, width)
+    # The denoiser of XL is told zeros of an empty prompt; words are weighted against its encoding.
+    read_empty = [
+        tower.read(
+            merge(task.frozen()[part].build, frozen[part]), jnp.asarray(tokenizer([""]))
+        ).tokens[0]
+        for part, tower in task.towers.items()
+    ]
+    empty = np.concatenate(read_empty, axis=-1)
+    expected = light.copy()
+    expected[2] += 0.3 * (light - empty)[2]  # after the start and "a"
+    np.testing.assert_allclose(heavy, expected, atol=1e-5)
+    np.testing.assert_array_equal(light, read(rows_of(tokenizer, ["a red pea"] * 2)).tokens[0])
+    for tower in (slice(0, 8), slice(-8, None)):
+        assert np.abs(heavy - light)[2, tower].max() > 0.01
+    if name == "XL":
+        np.testing.assert_array_equal(*told.pooled)

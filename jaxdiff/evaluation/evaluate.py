@@ -18,6 +18,7 @@ from jaxdiff.evaluation import openmoji_score, produce_score
 from jaxdiff.files import write_whole
 from jaxdiff.parallel.exchange import is_lead
 from jaxdiff.pipeline import Pipeline
+from jaxdiff.sampling.clip_guidance import ClipGuidance
 
 Figures = dict[str, dict[str, dict[str, float]]]
 """{what was drawn: {attribute: {"score", "ceiling", "chance"}}}, fractions in [0, 1].
@@ -29,22 +30,34 @@ the ceiling, score after the way through its autoencoder.
 Draw = Callable[[Sequence[str]], np.ndarray]
 
 
-def evaluate(pipeline: Pipeline, *, samples: int = 500, batch_size: int | None = None) -> Figures:
+def evaluate(
+    pipeline: Pipeline,
+    *,
+    samples: int = 500,
+    best_of: int = 1,
+    clip_model: str = ClipGuidance.model,
+    **settings: Any,
+) -> Figures:
     """Draws prompts that rules can judge, and judges the images.
 
     Args:
       pipeline: a model trained on `Produce` or on `OpenMoji`.
       samples: prompts of each kind; image i has seed i.
-      batch_size: images drawn at a time; chosen for the device by default.
+      best_of: how many images are drawn for each, their seeds counting up from i times as many, of
+        which the one is judged that a CLIP chooses.
+      clip_model: which one: folder of a CLIP run or an exported CLIP, or `shipped:NAME`.
+      settings: what else `pipeline(prompts)` takes, such as guidance_scale.
 
     Raises:
-      UserError: as `check_scorable`.
+      UserError: as `check_scorable`, or what the pipeline raises.
     """
     check_scorable(pipeline.config)
     source = _drawn(pipeline.config)
 
     def draw(prompts: Sequence[str]) -> np.ndarray:
-        return pipeline(prompts, batch_size=batch_size)
+        if best_of == 1:
+            return pipeline(prompts, **settings)
+        return pipeline.best(prompts, of=best_of, clip=clip_model, **settings).images
 
     if isinstance(source, Produce):
         autoencode = pipeline.autoencode if pipeline.task.latents else None
@@ -133,24 +146,40 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def evaluate_folder(folder: str, *, samples: int, batch_size: int | None) -> None:
+def evaluate_folder(
+    folder: str,
+    *,
+    samples: int,
+    batch_size: int | None = None,
+    guidance_scale: float | None = None,
+    best_of: int = 1,
+    clip_model: str = ClipGuidance.model,
+) -> None:
     """`jaxdiff evaluate`: prints the table, and saves the figures in the model's folder.
 
     Those of a model that comes with jaxdiff (`shipped:NAME`) are only printed.
 
     Raises:
-      UserError: as `evaluate`; fewer than two samples; or the folder holds no text-to-image model.
+      UserError: as `evaluate`; fewer than two samples, or less than one to choose from; or the
+        folder holds no text-to-image model.
     """
     if samples < 2:
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")
-    bundle = read_bundle(folder)
-    figures = evaluate(Pipeline(bundle), samples=samples, batch_size=batch_size)
+    if best_of < 1:
+        raise UserError(f"--best-of is {best_of}: expected how many to choose from, 1 or more.")
+    pipeline = Pipeline(read_bundle(folder))
+    scale = pipeline.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    how = {"samples": samples, "guidance_scale": scale, "best_of": best_of}
+    if best_of > 1:
+        how["clip_model"] = clip_model
+    figures = evaluate(pipeline, batch_size=batch_size, **how)
     if not is_lead():
         return
     print(table(figures))
-    print(f"{samples} samples of each kind")
+    chosen = f", each the best of {best_of} as {clip_model} finds" if best_of > 1 else ""
+    print(f"{samples} samples of each kind, guidance scale {scale:g}{chosen}")
     if not folder.startswith("shipped:"):
         path = epath.Path(folder) / "evaluation.json"
-        text = json.dumps({"samples": samples, "figures": figures}, indent=2) + "\n"
+        text = json.dumps({**how, "figures": figures}, indent=2) + "\n"
         write_whole(path, text.encode())
         print(f"Saved {path}")

@@ -1,5 +1,6 @@
 """`sample.py` and `jaxdiff sample`: prompts to image files."""
 
+import dataclasses
 import sys
 import time
 
@@ -13,9 +14,10 @@ from jaxdiff.files import write_whole
 from jaxdiff.parallel.exchange import is_lead
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.scripts.draw_file import draw_file
+from jaxdiff.scripts.draw_together import draw_together, snapshots
 from jaxdiff.scripts.file_text import file_text, read_told, settings_told
 from jaxdiff.scripts.image_files import Format, image_bytes
-from jaxdiff.scripts.image_settings import ImageSettings, draw_together, open_input, settle
+from jaxdiff.scripts.image_settings import ImageSettings, settle
 from jaxdiff.scripts.options import (
     SampleOptions,
     check,
@@ -67,9 +69,13 @@ def draw_prompts(options: SampleOptions) -> None:
                 f"The prompt {prompt!r} is longer than the {pipeline.tokenizer.length} tokens that "
                 "the text encoder takes: its end is cut off."
             )
-    settings = [settle(row, given, pipeline, fixed(options)) for row in _rows(options)]
+    settings = [
+        copy
+        for row in _rows(options, given)
+        for copy in settle(row, given, pipeline, fixed(options)).copies(options.num_images)
+    ]
     look = preview(options, pipeline, folder)
-    images = draw_together(pipeline, settings, preview=look)
+    images, settings = draw_together(pipeline, settings, preview=look)
     for i, (one, image) in enumerate(zip(settings, images, strict=True)):
         _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipeline, options.format)
     captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
@@ -79,23 +85,19 @@ def draw_prompts(options: SampleOptions) -> None:
         pictures.save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
         print(folder / "grid.png")
     if options.strip:
-        snapshots = draw_together(pipeline, settings, num_snapshots=options.strip)
-        pictures.save_png(folder / "strip.png", pictures.strip(snapshots))
+        estimates = snapshots(pipeline, settings, options.strip)
+        pictures.save_png(folder / "strip.png", pictures.strip(estimates))
         print(folder / "strip.png")
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
 
 
-def _rows(options: SampleOptions) -> list[Row]:
-    """A row for each image that the prompts of the command line ask for."""
+def _rows(options: SampleOptions, given: Row) -> list[Row]:
+    """What the command line says as rows, one for each prompt, or for each share of two."""
     if not options.between:
-        return [
-            Row(prompt=prompt, seed=options.seed + i)
-            for prompt in options.prompt
-            for i in range(options.num_images)
-        ]
+        return [dataclasses.replace(given, prompt=prompt) for prompt in options.prompt]
     prompt, toward = options.prompt
-    shares = np.linspace(0, 1, options.between)
-    return [Row(prompt=prompt, toward=toward, share=float(share)) for share in shares]
+    shares = np.linspace(0, 1, options.between).tolist()
+    return [dataclasses.replace(given, prompt=prompt, toward=toward, share=s) for s in shares]
 
 
 def _save(
@@ -127,12 +129,12 @@ def draw_again(options: SampleOptions) -> bool:
     file = epath.Path(str(options.again))
     told = read_told(file)
     then = pictures.read_picture(file)
-    given = {"init_image": options.init_image, "mask": options.mask}
-    inputs = {name: open_input(path) if path else None for name, path in given.items()}
+    given = defaults(options)
     folder = make_folder(options.out)
+    options = dataclasses.replace(options, seamless=told.seamless)
     pipeline = open_pipeline(options, dtype=told.details.get("dtype"))
-    settings = settings_told(file, told, pipeline, inputs, options.clip_model)
-    (image,) = draw_together(pipeline, [settings])
+    settings = settings_told(file, told, pipeline, given, fixed(options))
+    (image,), _ = draw_together(pipeline, [settings])
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     _save(folder / f"{file.stem}-again", image, settings, pipeline, kind)
     if then.shape != image.shape:

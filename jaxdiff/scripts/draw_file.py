@@ -1,6 +1,5 @@
 """`sample.py --prompts FILE`: thousands of prompts, grouped so that little compiles, resumable."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -16,15 +15,15 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from jaxdiff import pictures
-from jaxdiff.asked import LARGEST_SEED
 from jaxdiff.batches import Preview
 from jaxdiff.bundle import make_folder
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.exchange import is_lead, total
 from jaxdiff.pipeline import Pipeline
+from jaxdiff.scripts.draw_together import draw_together
 from jaxdiff.scripts.file_text import as_set, details, file_text
 from jaxdiff.scripts.image_files import Format, image_bytes
-from jaxdiff.scripts.image_settings import ImageSettings, draw_together, open_input, settle
+from jaxdiff.scripts.image_settings import ImageSettings, open_input, settle
 from jaxdiff.scripts.manifest import MANIFEST, Manifest, Record
 from jaxdiff.scripts.options import SampleOptions, defaults, fixed, open_pipeline, preview
 from jaxdiff.scripts.prompt_file import BadRow, Row, read_prompts, slug
@@ -147,7 +146,7 @@ def _save_grids(folder: epath.Path, jobs: Sequence[Job]) -> None:
     sizes: dict[tuple[int, int], list[Job]] = {}
     for job in jobs:
         if (folder / job.file).exists():  # not one that could not be drawn
-            sizes.setdefault(job.settings.size, []).append(job)
+            sizes.setdefault(job.settings.drawn_size, []).append(job)
     for (width, height), some in sizes.items():
         shown = some[:LARGEST_GRID]
         images = np.stack([pictures.read_picture(folder / job.file) for job in shown])
@@ -179,13 +178,8 @@ def _plan(
     for row in rows:
         try:
             settings = settle(row, given, pipeline, fixed(options), opened=opened)
-            last = LARGEST_SEED - options.num_images + 1
-            if settings.seed > last:
-                raise UserError(f"seed is {settings.seed}: expected a number from 0 to {last}.")
-            new = [
-                _job(row, settings, copy, options, pipeline, source)
-                for copy in range(options.num_images)
-            ]
+            copies = settings.copies(options.num_images)
+            new = [_job(row, copy, i, options, pipeline, source) for i, copy in enumerate(copies)]
             taken = next((jobs[job.file] for job in new if job.file in jobs), None)
             if taken:
                 raise UserError(
@@ -213,7 +207,6 @@ def _job(
     pipeline: Pipeline,
     source: str,
 ) -> Job:
-    settings = dataclasses.replace(settings, seed=settings.seed + copy)
     stem = slug(row.name or "", otherwise=f"{row.number:04d}")
     which = f"-{copy}" if options.num_images > 1 else ""
     file = f"{stem}{which}-{slug(row.prompt)}.{options.format}"
@@ -223,7 +216,7 @@ def _job(
         "file": file,
         "prompt": row.prompt,
         "seed": settings.seed,
-        "settings": as_set(settings),
+        "settings": as_set(settings, pipeline),
         "details": details(settings, pipeline),
         "model": pipeline.config.name,
         "model_fingerprint": pipeline.fingerprint,
@@ -241,7 +234,7 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
     for job in jobs:
         some = groups.setdefault(job.settings.shape_group, {})
         some.setdefault(job.settings.call_group, []).append(job)
-    ordered = sorted(groups.values(), key=lambda some: math.prod(_first(some).settings.size))
+    ordered = sorted(groups.values(), key=lambda some: math.prod(_first(some).settings.drawn_size))
     for group in itertools.chain.from_iterable(some.values() for some in ordered):
         size = images_at_a_time(*group[0].settings.size)
         kinds: dict[Any, list[Job]] = {}
@@ -271,18 +264,20 @@ def _draw(
     drawn, shown, compiled = 0, there, set()
     for call in calls(jobs, len(pipeline.devices)):
         start = time.perf_counter()
-        images = _try(pipeline, call, look)
+        made = _try(pipeline, call, look)
         seconds = (time.perf_counter() - start) / len(call)
         before = drawn
-        for job, image in zip(call, images, strict=True):
+        for job, one in zip(call, made, strict=True):
             try:
-                if isinstance(image, UserError):
-                    raise image
-                data = image_bytes(image, file_text(job.settings, pipeline), kind)
+                if isinstance(one, UserError):
+                    raise one
+                image, settings = one
+                data = image_bytes(image, file_text(settings, pipeline), kind)
             except UserError as error:
                 complaints.this_finds(BadRow(job.line, str(error)))
                 continue
-            manifest.add(job.record, data, seconds)
+            chosen = {"chosen_seed": settings.seed} if job.settings.choice else {}
+            manifest.add(job.record, data, seconds, **chosen)
             drawn += 1
         there += len(call)
         if drawn == before:
@@ -299,17 +294,18 @@ def _draw(
 
 def _try(
     pipeline: Pipeline, call: Sequence[Job], look: Preview | None
-) -> Sequence[np.ndarray | UserError]:
+) -> Sequence[tuple[np.ndarray, ImageSettings] | UserError]:
     """An image of each job, or why it cannot be drawn, which may be the fault of one alone."""
     try:
-        return list(draw_together(pipeline, [job.settings for job in call], preview=look))
+        drawn = draw_together(pipeline, [job.settings for job in call], preview=look)
+        return list(zip(*drawn, strict=True))
     except UserError as error:
         if len(call) == 1:
             return [error]
-        return [image for job in call for image in _try(pipeline, [job], look)]
+        return [one for job in call for one in _try(pipeline, [job], look)]
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        width, height = call[0].settings.size
+        width, height = call[0].settings.drawn_size
         reason = f"there is not enough memory to draw {width}x{height}: choose a smaller size."
         return [UserError(reason) for _ in call]

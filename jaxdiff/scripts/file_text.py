@@ -8,6 +8,7 @@ A file that `sample.py` writes has these texts (`image_files.py` says where):
     parameters   the same for people and for the tools that read the files of web UIs
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -15,6 +16,7 @@ import typing
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from jaxdiff.bundle import read_bundle, weights_fingerprint
@@ -22,12 +24,11 @@ from jaxdiff.config import from_json, to_json
 from jaxdiff.errors import UserError
 from jaxdiff.models.tiling import Pieces
 from jaxdiff.pipeline import Pipeline
-from jaxdiff.sampling.clip_guidance import ClipGuidance
+from jaxdiff.sampling.guidance import Guidance
 from jaxdiff.sampling.settings import SOLVERS
-from jaxdiff.sampling.solvers import Solver
 from jaxdiff.scripts.image_files import read_text
-from jaxdiff.scripts.image_settings import ImageSettings, InputFile, Mixed
-from jaxdiff.scripts.prompt_file import PATHS
+from jaxdiff.scripts.image_settings import Fixed, ImageSettings, open_input, settle
+from jaxdiff.scripts.prompt_file import PATHS, Row, checked, flag
 from jaxdiff.training.step import ComputeType
 
 # What web UIs call a solver, where it is not the name of its class.
@@ -41,8 +42,11 @@ SAMPLERS = {
 _EVERYWHERE = {"type", "solver", "num_steps", "guidance_scale", "prompts"}  # or of no effect here
 
 
-def as_set(settings: ImageSettings) -> dict[str, Any]:
-    """The settings as a user sets them, for JSON; not the prompt and the seed."""
+def as_set(settings: ImageSettings, pipeline: Pipeline) -> dict[str, Any]:
+    """The settings as a user sets them, for JSON; not the prompt and the seed.
+
+    Of what does nothing, and of guidance that is the recipe's, it says nothing.
+    """
     width, height = settings.size
     shown: dict[str, Any] = {
         "negative_prompt": settings.negative_prompt,
@@ -59,7 +63,7 @@ def as_set(settings: ImageSettings) -> dict[str, Any]:
         shown["strength"] = settings.strength
     if settings.clip is not None:
         shown["clip_scale"] = settings.clip.scale
-        shown["clip_interval"] = settings.clip.interval
+        shown["clip_interval"] = _range(settings.clip.interval)
         shown["clip_cutouts"] = settings.clip.cutouts
     if settings.repeats > 1:
         shown["repeats"] = settings.repeats
@@ -67,12 +71,38 @@ def as_set(settings: ImageSettings) -> dict[str, Any]:
         shown["toward"] = settings.mixed.toward
         shown["toward_seed"] = settings.mixed.seed
         shown["share"] = settings.mixed.share
-    return shown
+    if settings.weak is not None:
+        shown["weak_scale"] = settings.weak.scale
+    if settings.variation is not None:
+        shown["variation"] = settings.variation
+    if settings.enlarged is not None:
+        shown["upscale"] = settings.enlarged.factor
+        shown["upscale_strength"] = settings.enlarged.strength
+    if settings.choice is not None:
+        shown["best_of"] = settings.choice.of
+    recipe = _guidance(pipeline.config.sampling.guidance)
+    acts = _guidance(settings.guidance)
+    return shown | {name: value for name, value in acts.items() if value != recipe[name]}
+
+
+def _guidance(guidance: Guidance) -> dict[str, Any]:
+    apg, zero_star = guidance.apg, guidance.zero_star
+    return {
+        "guidance_interval": _range(guidance.interval),
+        "guidance_rescale": guidance.rescale,
+        "apg": apg and apg.eta,
+        "zero_star": zero_star and zero_star.zero_steps,
+    }
+
+
+def _range(interval: tuple[float, float]) -> str:
+    """LOW-HIGH, without the exponents in which a small number is shown otherwise."""
+    return "-".join(np.format_float_positional(end, trim="-") for end in interval)
 
 
 @functools.lru_cache(maxsize=4)
-def clip_fingerprint(model: str) -> str:
-    """SHA-256 of the weights of a CLIP, in hex.
+def fingerprint_of(model: str) -> str:
+    """SHA-256 of the weights of a model beside the one that draws, in hex.
 
     Raises:
       UserError: there is no such model.
@@ -84,13 +114,14 @@ def clip_fingerprint(model: str) -> str:
 def details(settings: ImageSettings, pipeline: Pipeline) -> dict[str, Any]:
     """What else decides the pixels, for JSON: of the recipe, the solver and the arithmetic."""
     recipe = to_json(pipeline.config.sampling)
-    clip = {} if settings.clip is None else {"clip": clip_fingerprint(settings.clip.model)}
+    clip = settings.clip.model if settings.clip else settings.choice and settings.choice.clip
+    beside = {"clip": clip, "weak": settings.weak and settings.weak.model}
     return {
         "solver": to_json(settings.solver),
         "decode_by": settings.decode_by,
         "dtype": pipeline.dtype,
         "recipe": {name: value for name, value in recipe.items() if name not in _EVERYWHERE},
-        **clip,
+        **{name: fingerprint_of(model) for name, model in beside.items() if model},
     }
 
 
@@ -100,7 +131,7 @@ def file_text(settings: ImageSettings, pipeline: Pipeline) -> dict[str, str]:
     return {
         "prompt": settings.prompt,
         "seed": str(settings.seed),
-        "settings": json.dumps(as_set(settings)),
+        "settings": json.dumps(as_set(settings, pipeline)),
         "model": pipeline.config.name,
         "model_fingerprint": pipeline.fingerprint,
         "details": json.dumps(details(settings, pipeline) | made),
@@ -116,7 +147,7 @@ def parameters(settings: ImageSettings, model: str, fingerprint: str) -> str:
         "Sampler": SAMPLERS.get(solver, solver),
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": str(settings.seed),
-        "Size": f"{settings.size[0]}x{settings.size[1]}",
+        "Size": "{}x{}".format(*settings.drawn_size),
         "Model": model,
         "Model hash": fingerprint[:10],
     }
@@ -140,6 +171,11 @@ class Told(NamedTuple):
     settings: dict[str, Any]
     details: dict[str, Any]
 
+    @property
+    def seamless(self) -> bool:
+        """Whether the image goes on at its other side, down and across."""
+        return self.details["recipe"].get("seamless") == [True, True]
+
 
 def read_told(path: epath.PathLike) -> Told:
     """What `file_text` wrote into a file.
@@ -161,6 +197,8 @@ def read_told(path: epath.PathLike) -> Told:
         raise _changed(path) from error
     if not isinstance(told.settings, dict) or not isinstance(told.details, dict):
         raise _changed(path)
+    if not isinstance(told.details.get("recipe"), dict):
+        raise _changed(path)
     types = (None, *typing.get_args(ComputeType))
     if told.details.get("dtype") not in types:
         raise _changed(path)
@@ -172,11 +210,7 @@ def _changed(path: epath.PathLike) -> UserError:
 
 
 def settings_told(
-    path: epath.PathLike,
-    told: Told,
-    pipeline: Pipeline,
-    inputs: dict[str, InputFile | None],
-    clip_model: str = ClipGuidance.model,
+    path: epath.PathLike, told: Told, pipeline: Pipeline, given: Row, fixed: Fixed
 ) -> ImageSettings:
     """The settings of an image that is to be drawn again.
 
@@ -184,8 +218,8 @@ def settings_told(
       path: of its file, for messages.
       told: what that says.
       pipeline: the model to draw with.
-      inputs: `init_image` and `mask`, which a file has no room for.
-      clip_model: the CLIP, if one steered.
+      given: `init_image` and `mask`, which a file has no room for.
+      fixed: the CLIP and the weaker model, if they steered.
 
     Raises:
       UserError: a model or an input is another one, or the text was changed.
@@ -197,69 +231,49 @@ def settings_told(
             f"{pipeline.fingerprint[:10]}: give the one that made it with --model, with the same "
             "--lora, --embedding and --dtype."
         )
+    for name in PATHS:
+        _check_input(path, name, told.settings.get(name), getattr(given, name))
     try:
-        settings = _from_told(told, pipeline.config.sampling.solver, inputs, clip_model)
-        then = {name: _digest(told.settings.get(name)) for name in inputs}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        own = type(pipeline.config.sampling.solver)
+        solvers = tuple({own} | {type(make()) for make in SOLVERS.values()})
+        solver = from_json(typing.Union[solvers], told.details["solver"], "solver")  # noqa: UP007
+        decode_by = _one_of(typing.get_args(Pieces), told.details["decode_by"])
+        named = {name: v for name, v in told.settings.items() if name not in ("solver", *PATHS)}
+        seed = int(told.text["seed"])
+        row = dataclasses.replace(given, prompt=told.text["prompt"], seed=seed, **checked(named))
+    except (ValueError, KeyError, TypeError, UserError) as error:
         raise _changed(path) from error
-    if details(settings, pipeline)["recipe"] != told.details.get("recipe"):
+    settings = settle(
+        row, Row(prompt=""), pipeline, dataclasses.replace(fixed, decode_by=decode_by)
+    )
+    settings = dataclasses.replace(settings, solver=solver)
+    found = details(settings, pipeline)
+    if found["recipe"] != told.details["recipe"]:
         raise UserError(
             f"{path} was made by a recipe that samples otherwise than {pipeline.config.name} does "
             "now: restore the key sampling of the config.json of the model."
         )
-    if details(settings, pipeline).get("clip") != told.details.get("clip"):
-        raise UserError(f"{path} was steered by another CLIP: give that as --clip-model.")
-    for name, file in inputs.items():
-        if then[name] == (file and file.sha256):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if then[name] is None:
-            raise UserError(f"{path} was made without {flag}: leave that out.")
-        raise UserError(
-            f"{path} was made from {told.settings[name].get('file')}: give that file, as it was "
-            f"then, as {flag}."
-        )
+    for name, what in (("clip", "CLIP"), ("weak", "weaker model")):
+        if found.get(name) != told.details.get(name):
+            raise UserError(f"{path} was steered by another {what}: give that as --{name}-model.")
+    if json.loads(json.dumps(as_set(settings, pipeline))) != told.settings:
+        raise _changed(path)
     return settings
 
 
-def _digest(told: dict[str, str] | None) -> str | None:
-    """SHA-256 of an input, or None if there was none."""
-    return None if told is None else told["sha256"]
-
-
-def _from_told(
-    told: Told, own: Solver, inputs: dict[str, InputFile | None], clip_model: str
-) -> ImageSettings:
-    solvers = tuple({type(own)} | {type(make()) for make in SOLVERS.values()})
-    settings = told.settings
-    width, height = settings["size"].split("x")
-    strength, clip, mixed = settings.get("strength"), None, None
-    if "clip_scale" in settings:
-        low, high = settings["clip_interval"]
-        clip = ClipGuidance(
-            model=clip_model,
-            scale=float(settings["clip_scale"]),
-            interval=(float(low), float(high)),
-            cutouts=int(settings["clip_cutouts"]),
+def _check_input(path: epath.PathLike, name: str, then: Any, now: epath.Path | None) -> None:
+    """Raises `UserError` unless an input is the one that a file was made from, or neither is."""
+    digest = now and open_input(now).sha256
+    try:
+        if digest == (None if then is None else then["sha256"]):
+            return
+        if then is None:
+            raise UserError(f"{path} was made without {flag(name)}: leave that out.")
+        raise UserError(
+            f"{path} was made from {then['file']}: give that file, as it was then, as {flag(name)}."
         )
-    if "toward" in settings:
-        seed, share = int(settings["toward_seed"]), float(settings["share"])
-        mixed = Mixed(toward=settings["toward"], seed=seed, share=share)
-    return ImageSettings(
-        prompt=told.text["prompt"],
-        negative_prompt=settings["negative_prompt"],
-        seed=int(told.text["seed"]),
-        num_steps=int(settings["num_steps"]),
-        guidance_scale=float(settings["guidance_scale"]),
-        size=(int(width), int(height)),
-        solver=from_json(typing.Union[solvers], told.details["solver"], "solver"),  # noqa: UP007
-        decode_by=_one_of(typing.get_args(Pieces), told.details["decode_by"]),
-        strength=None if strength is None else float(strength),
-        clip=clip,
-        repeats=int(settings.get("repeats", 1)),
-        mixed=mixed,
-        **inputs,
-    )
+    except (KeyError, TypeError) as error:
+        raise _changed(path) from error
 
 
 def _one_of(known: tuple[Any, ...], value: Any) -> Any:

@@ -1,8 +1,9 @@
 """`manifest.jsonl`: which images of a file of prompts are there, and what they were made of.
 
 A line is one image, as a JSON object: the `record` of what it is made of, with the name of its
-`file` in it, then the `sha256` of that file and the `seconds` that it took. A line is appended when
-its file is there, so a file without a line, or a last line that was cut short, is drawn anew.
+`file` in it, then the `sha256` of that file, the `seconds` that it took and, of the best of several
+images, the `chosen_seed`. A line is appended when its file is there, so a file without a line, or a
+last line that was cut short, is drawn anew.
 
 Where several processes draw, each appends to a `manifest.N.jsonl` of its own. The first one of them
 puts these together with `manifest.jsonl` when all have finished, or when the command is started
@@ -23,7 +24,7 @@ MANIFEST = "manifest.jsonl"
 
 Record = dict[str, Any]
 
-_RESULTS = ("sha256", "seconds")
+_RESULTS = ("sha256", "seconds", "chosen_seed")
 _PART = re.compile(r"manifest\.[0-9]+\.jsonl")
 
 
@@ -99,10 +100,11 @@ class Manifest:
         """Whether that image, as it is wanted, was there at the start."""
         return file in self._there
 
-    def add(self, record: Record, data: bytes, seconds: float) -> None:
-        """Writes the file of one image, then its line."""
+    def add(self, record: Record, data: bytes, seconds: float, **more: Any) -> None:
+        """Writes the file of one image, then its line, with more that came out of it."""
         write_whole(self._folder / record["file"], data)
-        results = {"sha256": hashlib.sha256(data).hexdigest(), "seconds": round(seconds, 4)}
+        digest = hashlib.sha256(data).hexdigest()
+        results = {"sha256": digest, "seconds": round(seconds, 4), **more}
         self._lines[record["file"]] = record | results
         if "://" in str(self._folder):  # a cloud's storage cannot append
             _write(self._path, self._lines)

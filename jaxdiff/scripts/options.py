@@ -10,7 +10,6 @@ import tyro
 from etils import epath
 
 from jaxdiff import pictures
-from jaxdiff.asked import LARGEST_SEED
 from jaxdiff.batches import Preview
 from jaxdiff.errors import UserError
 from jaxdiff.models.tiling import Pieces
@@ -20,7 +19,7 @@ from jaxdiff.sampling.clip_guidance import ClipGuidance
 from jaxdiff.sampling.settings import SOLVERS
 from jaxdiff.scripts.image_files import Format
 from jaxdiff.scripts.image_settings import Fixed
-from jaxdiff.scripts.prompt_file import CHECKS, PATHS, Row
+from jaxdiff.scripts.prompt_file import CHECKS, PATHS, Row, checked, flag
 from jaxdiff.training.step import ComputeType
 
 LARGEST_PREVIEW = 16  # images
@@ -36,13 +35,16 @@ class SampleOptions:
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """What to draw, each prompt in quotes."""
-    prompts: str | None = None
-    """File of prompts: .jsonl with an object a line, .csv with a header, or .txt with a prompt a
-    line. A row may set prompt, negative_prompt, seed, num_steps, guidance_scale, size, solver,
-    init_image, strength, mask, name, clip_scale, clip_interval, clip_cutouts, repeats, toward,
-    toward_seed and share; what it leaves out is as the other flags say. Paths are relative to the
-    folder of the file. Each image has a line in OUT/manifest.jsonl; the same command goes on where
-    it was. Rows that cannot be drawn are told, and make the exit status 1."""
+    prompts: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="File of prompts: .jsonl with an object a line, .csv with a header, or .txt with "
+            f"a prompt a line. A row may set {', '.join(CHECKS)}; what it leaves out is as the "
+            "other flags say. Paths are relative to the folder of the file. Each image has a line "
+            "in OUT/manifest.jsonl; the same command goes on where it was. Rows that cannot be "
+            "drawn are told, and make the exit status 1."
+        ),
+    ] = None
     again: str | None = None
     """PNG or WebP file that sample.py wrote, to be drawn again from its text; --model must be the
     one that made it."""
@@ -57,21 +59,48 @@ class SampleOptions:
     """Seed of the first image of each prompt; the next ones count up."""
     num_images: int = 1
     """Images of each prompt."""
+    best_of: int | None = None
+    """Draw this many for each image and keep the one, with its seed, that the CLIP of --clip-model
+    finds closest to the prompt."""
     num_steps: int | None = None
     """Steps of the solver; the model's own number by default."""
     guidance_scale: float | None = None
     """How closely to follow the prompt, 1 is unguided; the model's own by default."""
+    guidance_interval: str | None = None
+    """Times LOW-HIGH, 1 being noise and 0 the image, outside of which there is no guidance, and the
+    model has half to do; the model's own, mostly 0-1, by default."""
+    guidance_rescale: float | None = None
+    """How far the contrast that guidance adds is taken back, from 0 to 1."""
+    apg: float | None = None
+    """Adaptive projected guidance: what counts of its part that makes for saturation, from 0, as in
+    the paper, to 1, as ever."""
+    zero_star: int | None = None
+    """CFG-Zero*, for flow models: how many steps at the start are not taken, 1 in the paper."""
+    weak_model: str | None = None
+    """A weaker model of the same kind, such as an earlier run, to steer away from."""
+    weak_scale: float | None = None
+    """How far from it; 1 is not at all, and 1.5 the default."""
     negative_prompt: str = ""
     """What to steer away from."""
     solver: Annotated[
         str | None, tyro.conf.arg(help=f"{', '.join(SOLVERS)}; the model's own by default.")
     ] = None
     size: str | None = None
-    """WIDTHxHEIGHT; that of --init-image, or else the training images', by default."""
+    """WIDTHxHEIGHT, or a ratio such as 16:9 for the size that the model draws best of it; that of
+    --init-image, or else the training images', by default."""
+    seamless: bool = False
+    """Draw tiles: images that go on at their other side, as on a wallpaper."""
+    upscale: int | None = None
+    """Enlarge what was drawn so many times, and draw its detail anew through windows."""
+    upscale_strength: float | None = None
+    """How much of it may change then, from 0 to 1; 0.35 by default."""
     init_image: str | None = None
     """File of an image to start from."""
     strength: float | None = None
     """How far the image is taken back to noise, from 0 to 1, and so how much it may change."""
+    variation: float | None = None
+    """Rather than that: find the noise that the image is drawn from, and turn it so far toward that
+    of the seed, from 0 to 1; unguided unless --guidance-scale is given."""
     mask: str | None = None
     """File of a mask: what is white there is drawn anew, and what is black is kept."""
     clip_scale: float | None = None
@@ -81,7 +110,7 @@ class SampleOptions:
     clip_cutouts: int | None = None
     """Random squares that CLIP looks at in the place of the whole image."""
     clip_model: str = ClipGuidance.model
-    """Folder of a CLIP run or an exported CLIP, or `shipped:NAME`."""
+    """Folder of a CLIP run or an exported CLIP, or `shipped:NAME`; for --best-of too."""
     repeats: int | None = None
     """How often each step is taken, going back up by fresh noise in between; 1 by default."""
     toward: str | None = None
@@ -120,10 +149,24 @@ _NOT_OF_AN_IMAGE = {
     "init_image",
     "mask",
     "clip_model",
+    "weak_model",
     "dtype",
     "lora",
     "embedding",
 }
+
+
+_APART = (
+    ("strip", "prompts"),
+    ("strip", "variation"),
+    ("between", "prompts"),
+    ("between", "toward"),
+    ("between", "share"),
+    ("between", "num_images"),
+    ("between", "best_of"),
+    ("seamless", "decode_by"),
+)
+"""Flags of which one alone may be given; those that rows may set too are checked there."""
 
 
 def check(options: SampleOptions) -> None:
@@ -133,45 +176,23 @@ def check(options: SampleOptions) -> None:
         raise UserError("A prompt, --prompts and --again exclude each other: give one of them.")
     if options.num_images < 1:
         raise UserError(f"--num-images is {options.num_images}: expected at least 1.")
-    last = LARGEST_SEED - options.num_images + 1
-    if not 0 <= options.seed <= last:
-        raise UserError(f"--seed is {options.seed}: expected a number from 0 to {last}.")
     for name, what in (("strip", "estimates"), ("preview", "steps"), ("between", "images")):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}: expected how many {what}.")
-    for name in ("strip", "between"):
-        if options.prompts is not None and getattr(options, name):
+    given = {f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
+    apart = [(name, "again") for name in sorted(given - _NOT_OF_AN_IMAGE)]
+    for one, other in (*_APART, *apart):
+        if {one, other} <= given:
             raise UserError(
-                f"--{name} is for prompts on the command line: leave it or --prompts out."
+                f"{flag(one)} and {flag(other)} exclude each other: leave one of them out."
             )
-    if options.between:
-        _check_between(options)
-    if options.preview_decoder is not None and not options.preview:
-        raise UserError("--preview-decoder is about --preview: give that as well.")
-    about_image = options.mask is not None or options.strength is not None
-    if options.init_image is None and about_image and kinds[0]:
-        raise UserError("--mask and --strength are about an image: give --init-image as well.")
-    if options.again is not None:
-        for f in dataclasses.fields(options):
-            if f.name not in _NOT_OF_AN_IMAGE and getattr(options, f.name) != f.default:
-                flag = f.name.replace("_", "-")
-                raise UserError(
-                    f"--{flag} and --again exclude each other: --again takes from the file how it "
-                    "was made; leave one of them out."
-                )
-
-
-def _check_between(options: SampleOptions) -> None:
-    if options.between == 1 or len(options.prompt) != 2:
+    if options.between and (options.between == 1 or len(options.prompt) != 2):
         raise UserError(
             f"--between {options.between} with {len(options.prompt)} prompts: expected at least 2 "
             "images on the way from one prompt to another."
         )
-    if options.toward is not None or options.share is not None or options.num_images > 1:
-        raise UserError(
-            "--toward, --share and --num-images say by themselves what --between does: leave them "
-            "out."
-        )
+    if options.preview_decoder is not None and not options.preview:
+        raise UserError("--preview-decoder is about --preview: give that as well.")
 
 
 def defaults(options: SampleOptions) -> Row:
@@ -181,16 +202,11 @@ def defaults(options: SampleOptions) -> Row:
       UserError: there is no such value.
     """
     names = [name for name in CHECKS if name not in ("prompt", "name")]
-    given = {name: getattr(options, name) for name in names}
-    checked = {
-        name: CHECKS[name](f"--{name.replace('_', '-')}", value)
-        for name, value in given.items()
-        if value is not None
-    }
+    found = checked({name: getattr(options, name) for name in names}, called=flag)
     for name in PATHS:
-        if name in checked:
-            checked[name] = epath.Path(checked[name])
-    return Row(prompt="", **checked)
+        if name in found:
+            found[name] = epath.Path(found[name])
+    return Row(prompt="", **found)
 
 
 def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> Pipeline:
@@ -209,12 +225,16 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
         pipeline = pipeline.with_lora(file, scale=scale, merge=True)
     for file in options.embedding:
         pipeline = pipeline.with_embedding(file)
-    return pipeline
+    return pipeline.seamless() if options.seamless else pipeline
 
 
 def fixed(options: SampleOptions) -> Fixed:
     """What rows cannot set."""
-    return Fixed(decode_by=options.decode_by, clip_model=options.clip_model)
+    return Fixed(
+        decode_by=options.decode_by,
+        clip_model=options.clip_model,
+        weak_model=options.weak_model,
+    )
 
 
 def preview(options: SampleOptions, pipeline: Pipeline, folder: epath.Path) -> Preview | None:

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ MOST_STEPS = int(np.iinfo(np.int32).max)
 LARGEST_SIDE = 8192  # a row of more, most likely a slip, would take all memory
 MOST_CUTOUTS = 256
 MOST_REPEATS = 1000
+MOST_TRIED = 1000
+LARGEST_FACTOR = 16
 PATHS = ("init_image", "mask")
 LARGEST_SCALE = float(np.finfo(np.float32).max)
 
@@ -41,7 +44,7 @@ class Row:
       seed: of its first image.
       num_steps: of the solver.
       guidance_scale: of classifier-free guidance.
-      size: width and height.
+      size: width and height, or their ratio, such as "16:9".
       solver: one of `SOLVERS`.
       init_image: file of an image to start from.
       strength: how far the image is taken back to noise, from 0 to 1.
@@ -54,6 +57,15 @@ class Row:
       toward: another prompt, to mix into the prompt.
       toward_seed: of the noise that comes with it, on the way to which the noise is turned.
       share: of both in the mixture, from 0 to 1.
+      guidance_interval: times between which classifier-free guidance acts.
+      guidance_rescale: how far its contrast is taken back, from 0 to 1.
+      apg: what counts of what it does along the image itself, from 0 to 1 (`APG.eta`).
+      zero_star: steps at the start that CFG-Zero* does not take.
+      weak_scale: how far to steer away from the weaker model; 1 is not at all.
+      variation: how far the noise of the image is turned toward that of the seed, from 0 to 1.
+      upscale: by which the sides of what is drawn get longer.
+      upscale_strength: how much of it is then drawn anew, from 0 to 1.
+      best_of: how many images are drawn for each, of which a CLIP chooses one.
     """
 
     number: int = 0
@@ -63,7 +75,7 @@ class Row:
     seed: int | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | str | None = None
     solver: str | None = None
     init_image: epath.Path | None = None
     strength: float | None = None
@@ -76,6 +88,15 @@ class Row:
     toward: str | None = None
     toward_seed: int | None = None
     share: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    apg: float | None = None
+    zero_star: int | None = None
+    weak_scale: float | None = None
+    variation: float | None = None
+    upscale: int | None = None
+    upscale_strength: float | None = None
+    best_of: int | None = None
 
 
 class BadRow(NamedTuple):
@@ -195,19 +216,10 @@ def _check_header(header: list[str]) -> None:
 
 def _from_cell(key: str, cell: str) -> str | int | float:
     """A cell as the number that its column has, or as it is, for the check to complain of."""
-    kinds: dict[str, Callable[[str], int | float]] = {
-        "seed": int,
-        "num_steps": int,
-        "guidance_scale": float,
-        "strength": float,
-        "clip_scale": float,
-        "clip_cutouts": int,
-        "repeats": int,
-        "toward_seed": int,
-        "share": float,
-    }
+    held = typing.get_args(typing.get_type_hints(Row)[key])
+    kind = next((kind for kind in (int, float) if kind in held), str)
     try:
-        return kinds.get(key, str)(cell)
+        return kind(cell)
     except ValueError:
         return cell
 
@@ -222,14 +234,35 @@ def _row(number: int, line: int, values: dict[str, Any], folder: epath.Path) -> 
     for name in values:
         if name not in CHECKS:
             raise UserError(_no_key(name))
-    given = {name: value for name, value in values.items() if value is not None}
-    if "prompt" not in given:
+    found = checked(values)
+    if "prompt" not in found:
         raise UserError("prompt is missing: every row needs one.")
-    checked = {name: CHECKS[name](name, value) for name, value in given.items()}
     for name in PATHS:
-        if name in checked:
-            checked[name] = _inside(folder, name, checked[name])
-    return Row(number=number, line=line, **checked)
+        if name in found:
+            found[name] = _inside(folder, name, found[name])
+    return Row(number=number, line=line, **found)
+
+
+def flag(name: str) -> str:
+    """What the command line calls a column."""
+    return f"--{name.replace('_', '-')}"
+
+
+def checked(values: Mapping[str, Any], called: Callable[[str], str] = str) -> dict[str, Any]:
+    """What `Row` holds of values as JSON has them, paths still as texts; None is left out.
+
+    Args:
+      values: by the names in `CHECKS`.
+      called: what messages call a name.
+
+    Raises:
+      UserError: there is no such value.
+    """
+    return {
+        name: CHECKS[name](called(name), value)
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _inside(folder: epath.Path, name: str, text: str) -> epath.Path:
@@ -290,10 +323,19 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
     return float(value)
 
 
-def _size(name: str, value: Any) -> tuple[int, int]:
+def _share(name: str, value: Any) -> float:
+    return _number(name, value, 0.0, 1.0)
+
+
+def _size(name: str, value: Any) -> tuple[int, int] | str:
+    if isinstance(value, str) and ":" in value:
+        return value  # which ratios there are is the model's affair
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value) if isinstance(value, str) else None
     if not match:
-        raise UserError(f"{name} is {reprlib.repr(value)}: expected WIDTHxHEIGHT, such as 64x64.")
+        raise UserError(
+            f"{name} is {reprlib.repr(value)}: expected WIDTHxHEIGHT, such as 64x64, or a "
+            "ratio, such as 16:9."
+        )
     width, height = int(match[1]), int(match[2])
     if max(width, height) > LARGEST_SIDE:
         raise UserError(f"{name} is {value}: expected at most {LARGEST_SIDE} pixels a side.")
@@ -326,7 +368,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "size": _size,
     "solver": _solver,
     "init_image": _filled,
-    "strength": lambda name, value: _number(name, value, 0.0, 1.0),
+    "strength": _share,
     "mask": _filled,
     "name": _name,
     "clip_scale": lambda name, value: _number(name, value, 0.0, LARGEST_SCALE),
@@ -335,7 +377,16 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "repeats": lambda name, value: _whole_number(name, value, 1, MOST_REPEATS),
     "toward": _filled,
     "toward_seed": lambda name, value: _whole_number(name, value, 0, LARGEST_SEED),
-    "share": lambda name, value: _number(name, value, 0.0, 1.0),
+    "share": _share,
+    "guidance_interval": _interval,
+    "guidance_rescale": _share,
+    "apg": _share,
+    "zero_star": lambda name, value: _whole_number(name, value, 0, MOST_STEPS),
+    "weak_scale": lambda name, value: _number(name, value, -LARGEST_SCALE, LARGEST_SCALE),
+    "variation": _share,
+    "upscale": lambda name, value: _whole_number(name, value, 1, LARGEST_FACTOR),
+    "upscale_strength": _share,
+    "best_of": lambda name, value: _whole_number(name, value, 1, MOST_TRIED),
 }
 """What a row may set, and the check of each, which takes what to call it and its value.
 

@@ -17,7 +17,7 @@ from jaxdiff.evaluation import evaluate as module
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, evaluate_folder, table
 from jaxdiff.evaluation.openmoji_score import held_out_prompts
 from jaxdiff.evaluation.produce_score import evaluation_scenes
-from jaxdiff.pipeline import Pipeline
+from jaxdiff.pipeline import Best, Pipeline
 
 SAMPLES = 6
 COLUMNS = ("score", "ceiling", "chance")
@@ -146,6 +146,26 @@ def test_a_folder_keeps_its_figures_and_prints_them(tmp_path, capsys):
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert saved["samples"] == 2
     assert table(saved["figures"]) in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("loads_produce")
+def test_the_best_of_several_is_scored_and_told(tmp_path, monkeypatch, capsys, produce):
+    asked = {}
+
+    def best(self, prompts, **arguments):
+        asked.update(arguments)
+        return Best(self(prompts), np.zeros(len(prompts)), np.zeros((len(prompts), 3)))
+
+    monkeypatch.setattr(Perfect, "best", best)
+    settings = {"best_of": 3, "clip_model": "mine", "guidance_scale": 1.5}
+    evaluate_folder(str(tmp_path), samples=2, **settings)
+    assert asked == {"of": 3, "clip": "mine", "guidance_scale": 1.5, "batch_size": None}
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved.items() >= settings.items()
+    *_, last, _ = capsys.readouterr().out.splitlines()
+    assert last == ("2 samples of each kind, guidance scale 1.5, each the best of 3 as mine finds")
+    with pytest.raises(UserError, match="--best-of is 0"):
+        evaluate_folder(str(tmp_path), samples=2, best_of=0)
 
 
 @pytest.mark.usefixtures("loads_produce")

@@ -13,6 +13,7 @@ from jaxdiff.models.clip import ClipConfig, ClipVisionConfig
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.pictures import save_png
 from jaxdiff.scripts.image_files import read_text
+from jaxdiff.second_models import clip_scores
 from jaxdiff.training.clip import ClipTask
 
 PEA = "a small red pea"
@@ -148,11 +149,81 @@ def test_an_image_that_clip_steered_is_drawn_again_with_that_clip(sample, clips,
     assert sample(PEA, "--num-steps", 2, "--clip-scale", 3, "--clip-interval", "0.2-1", *words) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
     told = json.loads(read_text(file)["settings"])
-    assert (told["clip_scale"], told["clip_interval"]) == (3.0, [0.2, 1.0])
+    assert (told["clip_scale"], told["clip_interval"]) == (3.0, "0.2-1")
     assert "CLIP guidance: 3" in read_text(file)["parameters"]
     assert sample("--again", file, *words) == 0
     assert sample("--again", file, "--clip-model", clips[1]) == 2
     assert "was steered by another CLIP" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weak(tiny_bundle, tmp_path_factory):
+    """Folders of two weaker models."""
+    folders = []
+    for scale in (0.8, 0.9):
+        params = jax.tree.map(lambda x, scale=scale: scale * x, tiny_bundle.params)
+        folders.append(tmp_path_factory.mktemp("weak"))
+        write_bundle(folders[-1], tiny_bundle._replace(params=params), "float32")
+    return folders
+
+
+def test_guidance_of_all_kinds_is_drawn_again(sample, weak, tmp_path, capsys):
+    words = ("--guidance-interval", "0-0.99", "--guidance-rescale", 0.25, "--apg", 0.5)
+    words += ("--zero-star", 1, "--weak-scale", 2.5, "--guidance-scale", 3)
+    assert sample(PEA, *words, "--weak-model", weak[0]) == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    told = json.loads(read_text(file)["settings"])
+    assert (
+        told.items()
+        >= {
+            "guidance_interval": "0-0.99",
+            "guidance_rescale": 0.25,
+            "apg": 0.5,
+            "zero_star": 1,
+            "weak_scale": 2.5,
+        }.items()
+    )
+    assert sample("--again", file, "--weak-model", weak[0]) == 0
+    assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
+    assert sample("--again", file) == 2
+    assert "give --weak-model" in capsys.readouterr().err
+    assert sample("--again", file, "--weak-model", weak[1]) == 2
+    assert "another weaker model: give that as --weak-model" in capsys.readouterr().err
+
+
+def test_of_the_best_of_several_the_file_is_that_of_its_seed_alone(sample, clips, tmp_path):
+    words = (PEA, "--size", "16:9", "--seamless", "--num-steps", 1, "--seed", 4)
+    assert sample(*words, "--best-of", 3, "--clip-model", clips[0]) == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    text = read_text(file)
+    assert json.loads(text["settings"])["size"] == "40x24"
+    assert json.loads(text["details"])["recipe"]["seamless"] == [True, True]
+    assert sample("--again", file) == 0
+    assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
+    assert sample(*words, "--num-images", 3, "--out", tmp_path / "all") == 0
+    every = sorted((tmp_path / "all").glob("0*.png"))
+    images = np.stack([pixels(path) for path in every])
+    best = clip_scores(str(clips[0]), images, [PEA] * 3).argmax()
+    assert text["seed"] == str(4 + best)
+    assert every[best].read_bytes() == file.read_bytes()
+
+
+def test_variations_and_enlarged_images_are_drawn_again(sample, tmp_path, capsys):
+    image = tmp_path / "a.png"
+    save_png(image, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    varied = ("--init-image", image, "--variation", 0.5, "--num-steps", 2)
+    enlarged = ("--upscale", 2, "--upscale-strength", 0.5, "--num-steps", 2)
+    for words, again, told in (
+        (varied, ("--init-image", image), {"variation": 0.5, "guidance_scale": 1.0}),
+        (enlarged, (), {"upscale": 2, "upscale_strength": 0.5}),
+    ):
+        assert sample(PEA, *words) == 0
+        file = tmp_path / "out" / "0000-a-small-red-pea.png"
+        assert json.loads(read_text(file)["settings"]).items() >= told.items()
+        assert sample("--again", file, *again) == 0
+        assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
+    assert pixels(file).shape == (64, 64, 3)
+    assert "Size: 64x64" in read_text(file)["parameters"]
 
 
 def test_another_model_is_refused(sample, drawn, tiny_bundle, tmp_path, capsys):
@@ -196,6 +267,8 @@ def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
         ("settings", '{"size": "32x32", "init_image": 3}'),
         ("seed", "eleven"),
         ("settings", '{"size": "3"}'),
+        ("settings", '{"negative_prompt": "", "num_steps": 2, "size": "32x40", "more": 1}'),
+        ("details", '{"recipe": [], "dtype": "float32"}'),
     ],
 )
 def test_a_text_that_was_changed_is_refused(sample, drawn, tmp_path, capsys, name, value):

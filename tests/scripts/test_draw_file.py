@@ -10,6 +10,7 @@ from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import Pipeline, load
+from jaxdiff.sampling.autoguidance import Autoguidance
 from jaxdiff.sampling.solvers import Euler
 from jaxdiff.scripts import draw_file
 
@@ -225,7 +226,7 @@ def test_bad_rows_are_told_and_the_others_drawn(sample, prompts, tmp_path, capsy
         2: "it is no JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
-        5: "mask and strength are about an image",
+        5: "strength is about an image: give init_image",
         7: "that of line 6",
     }.items():
         assert any(f"a.jsonl, line {line}:" in x and reason in x for x in told.splitlines())
@@ -357,6 +358,55 @@ def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilation
     assert not compilations
 
 
+def test_rows_that_are_drawn_in_several_ways_compile_once_for_each_way(
+    sample, prompts, tmp_path, compilations
+):
+    picture(tmp_path / "a.png", seed=0)
+    rng = np.random.default_rng(0)
+    ways = [
+        lambda: {"apg": 0.5, "guidance_rescale": 0.5, "guidance_interval": "0-0.9"},
+        lambda: {"init_image": "a.png", "variation": float(rng.uniform())},
+        lambda: {"upscale": 2, "upscale_strength": float(rng.uniform())},
+        lambda: {"best_of": int(rng.integers(2, 5))},
+    ]
+    rows = [
+        {"prompt": PEA, "seed": int(rng.integers(2**31)), "num_steps": 3 + i % 4, **way()}
+        for i in range(5)
+        for way in ways
+    ]
+    assert sample("--prompts", prompts(*rows[: len(ways)]), "--num-steps", 3) == 0
+    compilations.clear()
+    assert sample("--prompts", prompts(*rows)) == 0
+    assert not compilations
+    lines = manifest(tmp_path / "out")
+    assert len(lines) == len(rows)
+    for line in lines:
+        file = tmp_path / "out" / line["file"]
+        seed = line.get("chosen_seed", line["seed"])
+        assert read_text(file)["seed"] == str(seed)
+        of = line["settings"].get("best_of", 1)
+        assert 0 <= seed - line["seed"] < of
+        assert ("chosen_seed" in line) == (of > 1)
+    assert sample("--prompts", prompts(*rows)) == 0
+    assert manifest(tmp_path / "out") == lines  # none was drawn again
+
+
+@pytest.mark.nightly
+def test_rows_are_steered_away_from_the_weaker_model_as_far_as_they_say(
+    sample, prompts, model, tiny_bundle, tmp_path
+):
+    params = jax.tree.map(lambda x: 0.8 * x, tiny_bundle.params)
+    weak = str(tmp_path / "weak")
+    write_bundle(weak, tiny_bundle._replace(params=params), "float32")
+    rows = [{"prompt": PEA, "weak_scale": scale} for scale in (1, 2, 3)] + [{"prompt": PEA}]
+    assert sample("--prompts", prompts(*rows), "--weak-model", weak) == 0
+    pipeline = load(model)
+    for i, scale in enumerate((1.0, 2.0, 3.0, 1.5)):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
+        steered = Autoguidance(model=weak, scale=scale) if scale != 1 else None
+        np.testing.assert_array_equal(drawn, pipeline([PEA], seeds=0, weak=steered)[0])
+
+
 @pytest.mark.parametrize("kind", ["webp", "jpg"])
 def test_files_of_another_format_are_known_again(sample, prompts, tmp_path, calls, kind):
     words = ("--prompts", prompts(*numbered(2)), "--format", kind)
@@ -400,8 +450,8 @@ def test_rows_may_lie_between_two_prompts(sample, prompts, model, tmp_path):
         (("--prompts", "missing.jsonl"), "cannot be read"),
         (("--prompts", "a.yaml"), "of no known kind"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
-        (("--prompts", "a.jsonl", "--strip", "3"), "--strip is for prompts on the command line"),
-        (("--prompts", "a.jsonl", "--between", "3"), "--between is for prompts on the command"),
+        (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
+        (("--prompts", "a.jsonl", "--between", "3"), "--between and --prompts exclude each other"),
         (("--prompts", "a.jsonl", "--size", "3"), "--size is '3'"),
         (("--prompts", "a.jsonl", "--init-image", "missing.png"), "missing.png cannot be read"),
     ],

@@ -1,15 +1,23 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from jaxdiff.asked import IMAGE_STRENGTH
 from jaxdiff.errors import UserError
 from jaxdiff.pictures import read_picture
 from jaxdiff.pipeline import Pipeline
+from jaxdiff.sampling.apg import APG
+from jaxdiff.sampling.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance import Guidance
 from jaxdiff.sampling.solvers import DDIM, Heun
-from jaxdiff.scripts.file_text import parameters
-from jaxdiff.scripts.image_settings import ImageSettings, InputFile, open_input, settle
+from jaxdiff.scripts.file_text import as_set, parameters
+from jaxdiff.scripts.image_settings import Fixed, ImageSettings, InputFile, open_input, settle
 from jaxdiff.scripts.prompt_file import Row
+
+FILE = epath.Path("a.png")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,73 @@ def test_an_image_sets_the_size_and_brings_the_defaults_that_are_for_images(pipe
     for mask, strength in ((None, IMAGE_STRENGTH), (path, 1.0)):
         row = Row(prompt="x", init_image=path, mask=mask)
         assert settle(row, Row(prompt=""), pipeline).strength == strength
+
+
+def test_guidance_is_the_recipes_where_nothing_is_said(tiny_bundle):
+    recipe = {"interval": (0.1, 1.0), "apg": APG(eta=0.5, momentum=-0.5)}
+    sampling = dataclasses.replace(tiny_bundle.config.sampling, **recipe)
+    config = dataclasses.replace(tiny_bundle.config, sampling=sampling)
+    pipeline = Pipeline(tiny_bundle._replace(config=config))
+    given = Row(prompt="", guidance_rescale=0.3, apg=1.0)
+    settings = settle(Row(prompt="x"), given, pipeline)
+    apg = APG(eta=1.0, momentum=-0.5)
+    assert settings.guidance == Guidance(interval=(0.1, 1.0), rescale=0.3, apg=apg)
+    assert as_set(settings, pipeline).items() >= {"guidance_rescale": 0.3, "apg": 1.0}.items()
+    whole = Row(prompt="x", guidance_interval=(0.0, 1.0), guidance_rescale=0.0, apg=0.5)
+    settings = settle(whole, given, pipeline)
+    assert settings.guidance == Guidance(apg=recipe["apg"])
+    told = as_set(settings, pipeline)
+    assert told["guidance_interval"] == "0-1"
+    assert not told.keys() & {"guidance_rescale", "apg"}
+
+
+def test_what_does_nothing_is_as_if_it_were_not_there(pipeline):
+    given = Row(prompt="", clip_scale=2.0, repeats=3, weak_scale=2.0, upscale=2, best_of=4)
+    off = Row(prompt="x", clip_scale=0.0, repeats=1, weak_scale=1.0, upscale=1, best_of=1)
+    fixed = Fixed(weak_model="any")
+    nothing = settle(Row(prompt="x"), Row(prompt=""), pipeline)
+    assert settle(off, given, pipeline, fixed) == nothing
+    assert settle(Row(prompt="x"), given, pipeline, fixed).weak == Autoguidance(
+        model="any", scale=2.0
+    )
+    assert settle(Row(prompt="x"), Row(prompt=""), pipeline, fixed).weak.scale == 1.5
+
+
+def test_a_ratio_is_the_size_that_the_model_draws_best(pipeline):
+    assert settle(Row(prompt="x", size="16:9"), Row(prompt=""), pipeline).size == (40, 24)
+    for wrong, told in (("16:9:1", "is none"), ("1e-320:1", "too|nearer to 1:1"), ("x:y", "none")):
+        with pytest.raises(UserError, match=told):
+            settle(Row(prompt="x", size=wrong), Row(prompt=""), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"variation": 0.5}, "variation is about an image: give init_image as well"),
+        ({"upscale_strength": 0.5}, "upscale_strength is about enlarging: give upscale as well"),
+        ({"weak_scale": 2.0}, "weak_scale is about a weaker model: give --weak-model"),
+        ({"zero_star": 3}, "zero_steps is 3 of 3 steps"),
+        ({"size": (4096, 4096), "upscale": 4}, "would be 16384x16384: expected at most 8192"),
+        ({"init_image": FILE, "mask": FILE, "upscale": 2}, "upscale and mask exclude"),
+        ({"init_image": FILE, "variation": 0.5, "strength": 0.5}, "variation and strength excl"),
+        ({"init_image": FILE, "variation": 0.5, "solver": "heun"}, "variation and solver excl"),
+        ({"init_image": FILE, "variation": 0.5, "toward": "y"}, "variation and toward exclude"),
+    ],
+)
+def test_what_makes_no_sense_is_told_by_the_names_of_the_file(pipeline, row, told):
+    with pytest.raises(UserError, match=told):
+        settle(Row(prompt="x", line=1, **row), Row(prompt=""), pipeline)
+    with pytest.raises(UserError, match="--variation is about an image: give --init-image"):
+        settle(Row(prompt="x", variation=0.5), Row(prompt=""), pipeline)
+
+
+def test_copies_draw_no_seed_twice(pipeline):
+    settings = settle(Row(prompt="x", seed=5, best_of=3), Row(prompt=""), pipeline)
+    assert [copy.seed for copy in settings.copies(3)] == [5, 8, 11]
+    last = dataclasses.replace(settings, seed=2**32 - 6)
+    assert last.copies(2)[-1].seed == 2**32 - 3
+    with pytest.raises(UserError, match=f"seed is {2**32 - 6}: expected a number from 0 to"):
+        last.copies(3)
 
 
 def test_the_parameters_of_web_uis_put_quotes_where_they_must():

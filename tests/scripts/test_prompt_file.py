@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.scripts.prompt_file import BadRow, Row, read_prompts, slug
+from jaxdiff.scripts.prompt_file import CHECKS, PATHS, BadRow, Row, read_prompts, slug
 
 
 def write(folder, name, *lines):
@@ -29,6 +29,15 @@ ROW = {
     "toward": "a tomato",
     "toward_seed": 9,
     "share": 0.25,
+    "guidance_interval": "0.1-0.9",
+    "guidance_rescale": 0.5,
+    "apg": 0.0,
+    "zero_star": 1,
+    "weak_scale": 2.0,
+    "variation": 0.5,
+    "upscale": 2,
+    "upscale_strength": 0.25,
+    "best_of": 3,
 }
 
 
@@ -36,7 +45,9 @@ def test_a_row_is_the_same_in_json_and_csv(tmp_path):
     cells = [f'"{value}"' if "," in str(value) else str(value) for value in ROW.values()]
     lines = write(tmp_path, "a.jsonl", ROW)
     table = write(tmp_path, "a.csv", ",".join(ROW), ",".join(cells))
-    expected = ROW | {"size": (64, 32), "clip_interval": (0.25, 1.0)}
+    assert set(ROW) == set(CHECKS) - set(PATHS)
+    intervals = {"clip_interval": (0.25, 1.0), "guidance_interval": (0.1, 0.9)}
+    expected = ROW | intervals | {"size": (64, 32)}
     assert read_prompts(lines) == ([Row(number=0, line=1, **expected)], [])
     assert read_prompts(table) == ([Row(number=0, line=2, **expected)], [])
 
@@ -87,6 +98,11 @@ def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path
         ({"prompt": "x", "clip_scale": -1}, "expected a number"),
         ({"prompt": "x", "repeats": 0}, "from 1 to 1000"),
         ({"prompt": "x", "share": 1.5}, "from 0 to 1"),
+        ({"prompt": "x", "guidance_interval": "0.5"}, "expected LOW-HIGH"),
+        ({"prompt": "x", "apg": True}, "apg is True: expected a number from 0 to 1"),
+        ({"prompt": "x", "zero_star": 0.5}, "expected a whole number"),
+        ({"prompt": "x", "upscale": 100}, "from 1 to 16"),
+        ({"prompt": "x", "best_of": 0}, "from 1 to 1000"),
         ({"prompt": "x", "\ud800": 1}, "there is no key"),
         ({"prompt": "x", "seed": "1"}, "seed is '1': expected a whole number"),
         ({"prompt": "x", "seed": True}, "seed is True"),
