@@ -187,11 +187,7 @@ def read_bundle(
     if root.suffix == ".safetensors":
         return read_original(root, place=place)
     config = read_config(folder)
-    parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
-    abstract = {
-        "params": abstract_params(blueprint(type(config.task).build, config.task)),
-        "frozen": parts,
-    }
+    abstract = abstract_weights(config)
     if (root / MODEL).exists():
         trees = read_weights(root / MODEL)
         params, frozen = trees.get("params", {}), trees.get("frozen", {})
@@ -201,6 +197,14 @@ def read_bundle(
     check_fit({"params": params, "frozen": frozen}, abstract, str(folder))
     tokenizer = Tokenizer.load(str(root)) if (root / "tokenizer.json").exists() else None
     return Bundle(config, params, frozen, tokenizer)
+
+
+def abstract_weights(config: Config) -> dict[str, PyTree]:
+    """Shapes and types of what a recipe trains, `params`, and of its `frozen` parts as stored."""
+    return {
+        "params": abstract_params(blueprint(type(config.task).build, config.task)),
+        "frozen": {name: abstract_params(p.build) for name, p in config.task.frozen().items()},
+    }
 
 
 def read_tokenizer(folder: epath.PathLike) -> Tokenizer:

@@ -8,7 +8,6 @@ their ratio, the compile times, and how far apart the predictions are.
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import tyro
 
+from jaxdiff.benchmark.timing import in_turn, median
 from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
@@ -63,17 +63,12 @@ def main(options: Options) -> None:
         start = time.perf_counter()
         results[name] = run()
         first[name] = time.perf_counter() - start
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(options.repeats):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        ratio = median / medians["jaxdiff"]
+    seconds = in_turn(contenders, warmup=0, repeats=options.repeats)
+    medians = {name: median(times) for name, times in seconds.items()}
+    for name, taken in medians.items():
+        ratio = taken / medians["jaxdiff"]
         print(
-            f"{name}: {median:.2f} s, {ratio:.2f} of jaxdiff's; the first call {first[name]:.1f} s"
+            f"{name}: {taken:.2f} s, {ratio:.2f} of jaxdiff's; the first call {first[name]:.1f} s"
         )
     ours, expected = results["jaxdiff"], results["diffusers"]
     distance = np.linalg.norm(ours - expected) / np.linalg.norm(expected)

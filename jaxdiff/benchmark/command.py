@@ -1,6 +1,7 @@
 """`jaxdiff bench train|sample|data|checkpoint` and `jaxdiff bench compare`."""
 
 import dataclasses
+from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
@@ -34,7 +35,8 @@ class BenchOptions:
     folder: str | None = None
     """bench checkpoint: where to write, local or gs://; a temporary folder by default."""
     against: Literal["torch"] | None = None
-    """bench train: also time the denoiser's step beside the same in PyTorch, in turn."""
+    """bench train: time the denoiser's step beside the same in PyTorch, in turn. bench data: read
+    JPEGs, and cached latents, beside torch's DataLoader, in batches of the recipe's size."""
 
 
 def measure_and_tell(kind: str, options: BenchOptions) -> None:
@@ -48,8 +50,10 @@ def measure_and_tell(kind: str, options: BenchOptions) -> None:
             f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3, "
             "and 0 or more."
         )
-    if options.against and kind != "train":
-        raise UserError(f"--against torch is of bench train: bench {kind} has nothing beside it.")
+    if options.against and kind not in ("train", "data"):
+        raise UserError(
+            f"--against torch is of bench train and data: bench {kind} has nothing beside it."
+        )
     with Console(stderr=True).status(f"bench {kind}: compiling, then timing"):
         found = _measure(kind, options)
     told = {
@@ -67,11 +71,8 @@ def measure_and_tell(kind: str, options: BenchOptions) -> None:
 def _measure(kind: str, options: BenchOptions) -> list[Measured]:
     config, turns = options.config, {"warmup": options.warmup, "repeats": options.repeats}
     match kind:
-        case "train" if options.against:
-            # Here alone: PyTorch is an extra that other benchmarks do without.
-            from jaxdiff.benchmark import torch_peer
-
-            return torch_peer.measure(config, **turns)
+        case "train" | "data" if options.against:
+            return _beside_torch(kind).measure(config, **turns)
         case "train":
             peak = options.peak_tflops
             return [train.measure(config, real=options.real_data, peak_tflops=peak, **turns)]
@@ -80,6 +81,17 @@ def _measure(kind: str, options: BenchOptions) -> list[Measured]:
         case "data":
             return [data.measure(config, **turns)]
     return [checkpoint.measure(config, folder=options.folder, **turns)]
+
+
+def _beside_torch(kind: str) -> ModuleType:
+    """Loaded here alone: PyTorch is an extra that other benchmarks do without."""
+    try:
+        from jaxdiff.benchmark import torch_data, torch_peer
+    except ImportError as error:
+        raise UserError(
+            f"--against torch needs PyTorch, which is not there ({error}): install jaxdiff[parity]."
+        ) from error
+    return torch_peer if kind == "train" else torch_data
 
 
 def bench_compare(before: str, after: str) -> None:

@@ -9,7 +9,6 @@ take turns, so that whatever else the machine does slows both, and the fastest o
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from jaxdiff.benchmark.timing import in_turn
 from jaxdiff.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.sizes import images_at_a_time
 from jaxdiff.training.diffusion import whole
@@ -76,13 +76,9 @@ def measure(pipeline: Pipeline, size: int, *, steps: tuple[int, int], repeats: i
         return lambda: pipeline(prompts, size=(size, size), num_steps=num_steps)
 
     contenders = {"bare": bare, "few": sampled(few), "many": sampled(many)}
-    fastest = dict.fromkeys(contenders, float("inf"))
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first one compiles
-                fastest[name] = min(fastest[name], time.perf_counter() - start)
+    # The first turn compiles.
+    seconds = in_turn(contenders, warmup=1, repeats=repeats)
+    fastest = {name: min(times) for name, times in seconds.items()}
     sampler = (fastest["many"] - fastest["few"]) / (many - few)
     return Overhead(size=size, batch=batch, bare=fastest["bare"] / (many - few), sampler=sampler)
 

@@ -10,19 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.bundle import abstract_weights
 from jaxdiff.config import Config
-from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.model import Bundle
-from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.parallel.mesh import batch_sharding
+from jaxdiff.parallel.plan import abstract_batch
 from jaxdiff.parallel.sharding import state_shardings
-from jaxdiff.training.clip import ClipTask
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.loop import abstract_frozen, abstract_state
 from jaxdiff.training.state import TrainState
-from jaxdiff.training.step import cast, init_state
+from jaxdiff.training.step import init_state
 
 _SCALE = 0.02
 
@@ -51,63 +48,34 @@ def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
 
 def frozen_parts(config: Config, mesh: Mesh) -> PyTree:
     """The frozen parts of a recipe, in the type that it computes in."""
-    parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
-    host = random_like(parts)
-    return jax.device_put(cast(host, config.train.compute), state_shardings(host, mesh))
-
-
-def text_config(config: Config) -> ClipTextConfig | None:
-    """The text encoder that a recipe's prompts must fit; None where the task reads none."""
-    match config.task:
-        case DiffusionTask() as task:
-            return task.text.model
-        case ClipTask() as task:
-            return task.model.text
-    return None
+    abstract = abstract_frozen(config)
+    return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
 
 
 def batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
     """One batch on the devices: pixels and words at random, images taken to be whole."""
-    rng = np.random.default_rng(config.train.seed)
-    count, size = config.train.batch_size, config.data.transforms.size
-    text = text_config(config)
-    length = text.length if text else config.tokenizer.length
-    vocab_size = text.vocab_size if text else config.tokenizer.vocab_size
-    host = {
-        **_pixels_or_latents(config, rng, (count, size, size)),
-        "tokens": rng.integers(0, vocab_size, (count, length), np.int32),
-        "framing": np.tile(np.array([size, size, 0, 0, size, size], np.int32), (count, 1)),
-    }
+    rng, size = np.random.default_rng(config.train.seed), config.data.transforms.size
+    below = {"image": 256, "tokens": config.tokenizer.vocab_size}
+
+    def draw(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name == "framing":
+            return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
+        if name in below:
+            return rng.integers(0, below[name], leaf.shape, leaf.dtype)
+        return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+
+    host = {name: draw(name, leaf) for name, leaf in abstract_batch(config).items()}
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def _pixels_or_latents(
-    config: Config, rng: np.random.Generator, shape: tuple[int, int, int]
-) -> dict[str, np.ndarray]:
-    """What a batch of the recipe's data has of images, of the shape [b, h, w]."""
-    task = config.task
-    if not isinstance(config.data.source, CachedLatents):
-        return {"image": rng.integers(0, 256, (*shape, 3), np.uint8)}
-    assert isinstance(task, DiffusionTask)
-    height, width, channels = task.shape(*shape[1:])
-    moments = rng.standard_normal((shape[0], height, width, 2 * channels), np.float32)
-    return {"latents": moments.astype(np.float16)}
-
-
 def tokenizer(config: Config) -> Tokenizer:
-    """One that fits the recipe's text encoder, trained on next to nothing."""
-    text = text_config(config)
-    length, vocab_size = (
-        (text.length, text.vocab_size)
-        if text
-        else (config.tokenizer.length, config.tokenizer.vocab_size)
+    """One of the recipe's length, trained on next to nothing."""
+    wanted = config.tokenizer
+    return Tokenizer.train(
+        ["a small green pea"], vocab_size=wanted.vocab_size, length=wanted.length
     )
-    return Tokenizer.train(["a small green pea"], vocab_size=vocab_size, length=length)
 
 
 def bundle(config: Config) -> Bundle:
     """A model of a recipe as if trained."""
-    task: Any = config.task
-    params = random_like(abstract_params(lambda: task.build(any_rngs())))
-    parts = {name: abstract_params(part.build) for name, part in task.frozen().items()}
-    return Bundle(config, params, random_like(parts, seed=1), tokenizer(config))
+    return Bundle(config, **random_like(abstract_weights(config)), tokenizer=tokenizer(config))

@@ -29,7 +29,11 @@ def peak_memory() -> PeakMemory:
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], Any]], *, warmup: int, repeats: int
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    warmup: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contender's calls, which must return only when their work is done.
 
@@ -39,10 +43,10 @@ def in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -11,19 +11,24 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 from jaxtyping import PyTree
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import in_turn
+from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.config import Config
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs
+from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
 from jaxdiff.models.unet2d_condition import (
     Conditions,
     UNet2DConditionConfig,
@@ -33,17 +38,7 @@ from jaxdiff.pretrained import unet
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step, structure
-
-try:
-    import torch
-    from torch import nn
-    from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-    from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
-except ImportError as error:
-    raise UserError(
-        f"--against torch needs PyTorch, which is not there ({error}): install jaxdiff[parity]."
-    ) from error
+from jaxdiff.training.task import Pretrained
 
 Denoiser = DiTConfig | UNet2DConditionConfig
 
@@ -52,10 +47,7 @@ LEAST = 1e-4  # relative difference of the first losses above which the two are 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoiserTask:
-    """The training of a denoiser alone, on noisy images and targets that are given.
-
-    It is a `jaxdiff.training.task.Task` as far as a step asks for one.
-    """
+    """The training of a denoiser alone, on noisy images and targets that are given."""
 
     denoiser: Denoiser
 
@@ -64,6 +56,18 @@ class DenoiserTask:
         if isinstance(self.denoiser, DiTConfig):
             return DiT(self.denoiser, rngs=rngs)
         return UNet2DConditionModel(self.denoiser, rngs=rngs)
+
+    def frozen(self) -> dict[str, Pretrained]:
+        """Nothing: what else a recipe has is left out."""
+        return {}
+
+    def start(self) -> dict[str, Pretrained]:
+        """Nothing: all of it starts as drawn."""
+        return {}
+
+    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
+        """Nothing."""
+        return {}
 
     def init_state(self) -> tuple[()]:
         """Nothing is carried along."""
@@ -99,7 +103,8 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
     """
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
-    params = random_like(abstract_params(lambda: DenoiserTask(denoiser=denoiser).build(any_rngs())))
+    alone = DenoiserTask(denoiser=denoiser)
+    params = random_like(abstract_params(blueprint(DenoiserTask.build, alone)))
     contenders = {"jaxdiff": _ours(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
         contenders[name] = _theirs(config, denoiser, params, batch, compiled=compiled)
@@ -118,7 +123,11 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
             what="step",
             seconds=seconds[name],
             images=config.train.batch_size,
-            figures={"first_call_s": one.compile_s, "first_loss": one.first_loss},
+            figures={
+                "first_call_s": one.compile_s,
+                "first_loss": one.first_loss,
+                "last_loss": one.step(),
+            },
             notes=["The denoiser's step alone: text encoder and autoencoder are left out."],
         )
         for name, one in contenders.items()
@@ -166,7 +175,7 @@ def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str,
 
 
 def _ours(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
-    alone: Any = DenoiserTask(denoiser=denoiser)
+    alone = DenoiserTask(denoiser=denoiser)
     optimizer = config.optimizer.build(config.train.steps)
     make = make_train_step(
         alone, structure(alone), optimizer, config.ema, compute=config.train.compute
@@ -235,14 +244,12 @@ def _theirs(
 
 def _torch_model(
     denoiser: Any, params: PyTree
-) -> tuple[nn.Module, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+) -> tuple[torch.nn.Module, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
     """The same network with the same weights, and how it predicts from a batch."""
     if isinstance(denoiser, DiTConfig):
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
-    import diffusers  # beside PyTorch, in the same extra
-
     settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
     model = diffusers.UNet2DConditionModel(**settings)
     tensors = unet.to_torch_names(params)

@@ -20,6 +20,7 @@ from jaxdiff.benchmark.task_flops import training_flops
 from jaxdiff.bundle import (
     CHECKPOINTS,
     FROZEN,
+    abstract_weights,
     read_pretrained,
     read_weights,
     write_weights,
@@ -30,7 +31,6 @@ from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.pipeline import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params
 from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
@@ -178,8 +178,8 @@ def compile_step(
 
 def abstract_frozen(config: Config) -> PyTree:
     """Shapes and types of the frozen parts as a step takes them, with nothing read."""
-    parts = {name: abstract_params(part.build) for name, part in config.task.frozen().items()}
-    return jax.eval_shape(lambda tree: cast(tree, config.train.compute), parts)
+    stored = abstract_weights(config)["frozen"]
+    return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
 
 
 def _start(

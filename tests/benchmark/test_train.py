@@ -74,7 +74,7 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
         (("compare", "a.json", "b.json"), "a.json cannot be read"),
         (("train", "--repeats", "2"), "--repeats is 2"),
         (("train", "--peak-tflops", "-1", "--repeats", "3"), "--peak-tflops is -1"),
-        (("data", "--against", "torch"), "bench data has nothing beside it"),
+        (("sample", "--against", "torch"), "bench sample has nothing beside it"),
         (("sample", "configs/produce_clip.py"), "draws no images from prompts"),
         (("train", "--warmpu", "2"), "did you mean --warmup?"),
     ],

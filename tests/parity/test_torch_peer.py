@@ -1,0 +1,46 @@
+"""The step that is timed beside PyTorch's is the same step, by its first loss and by the next."""
+
+import dataclasses
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from jaxdiff.benchmark import torch_peer
+from jaxdiff.diffusion.schedules import ScaledLinear
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.optimizer import AdamW, ConstantLR
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+UNET = UNet2DConditionConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    transformer_layers=(1, 0),
+    heads=(2, 2),
+    cross_attention_dim=16,
+    norm_num_groups=8,
+)
+
+
+@pytest.mark.parametrize(("network", "remat"), [("DiT", "none"), ("U-Net", "full")])
+def test_both_take_the_same_steps(network, remat, tiny_recipe, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes a minute
+    config = tiny_recipe(batch_size=2)
+    task = config.task
+    if network == "U-Net":
+        latents = Latents(model=TinyAutoencoderConfig(), pretrained="nowhere")
+        objective = dataclasses.replace(task.objective, schedule=ScaledLinear())
+        task = dataclasses.replace(task, denoiser=UNET, latents=latents, objective=objective)
+    denoiser = dataclasses.replace(task.denoiser, remat=remat)
+    task = dataclasses.replace(task, denoiser=denoiser)
+    optimizer = AdamW(learning_rate=1e-3, schedule=ConstantLR())
+    config = dataclasses.replace(config, task=task, optimizer=optimizer)
+    found = torch_peer.measure(config, warmup=1, repeats=3)
+    assert [one.name for one in found] == ["jaxdiff", "torch, eager", "torch, compiled"]
+    for name, close in (("first_loss", 1e-5), ("last_loss", 1e-3)):
+        ours, *theirs = (one.figures[name] for one in found)
+        assert theirs == pytest.approx([ours] * 2, rel=close)
+    assert found[0].figures["last_loss"] < found[0].figures["first_loss"]
