@@ -1,27 +1,32 @@
-"""Encoding a data set's images ahead of training, on all devices of this process."""
+"""Encoding images and captions ahead of training, on all devices of this process."""
 
+import io
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
+from jaxdiff.batches import in_full_batches
+from jaxdiff.bundle import read_pretrained, read_tokenizer
 from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.cached_latents import encode_latents
 from jaxdiff.data.shard_writing import Crops, Reading, Stretch, Workers, write_shard
-from jaxdiff.data.shards import LatentSpace, Shard
+from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.files import write_whole
 from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.parallel.sharding import replicated
-from jaxdiff.training.cached_latents import encoder_fingerprint
+from jaxdiff.training.cached_latents import check_text, encoder_fingerprint, text_fingerprint
 from jaxdiff.training.diffusion import DiffusionTask, Latents
 from jaxdiff.training.step import cast
 from jaxdiff.training.task import from_uint8
@@ -37,10 +42,12 @@ class LatentOptions:
     views: int = 0
     """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves
     images as they are."""
+    text: bool = False
+    """Cache what frozen text encoders say of every caption, and of none, too."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Type that mean and logarithm of the variance are stored in."""
+    """Type that mean and logarithm of the variance, and text, are stored in."""
     batch_size: int = 32
-    """Images that a device encodes at a time."""
+    """Images, or captions, that a device encodes at a time."""
 
 
 class Encoder:
@@ -71,19 +78,57 @@ class Encoder:
         return self._encode(self._params, jax.device_put(full, self._sharding))
 
 
+class TextEncoder:
+    """The frozen text encoders of a task.
+
+    Args:
+      task: of the recipe.
+      params: of its frozen parts, on the host, in the type to compute in.
+      tokenizer: of the captions.
+      options: how.
+    """
+
+    def __init__(
+        self, task: DiffusionTask, params: PyTree, tokenizer: Tokenizer, options: LatentOptions
+    ):
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        self._size = options.batch_size * mesh.size
+        self._tokenizer, self._sharding = tokenizer, batch_sharding(mesh)
+        towers = {name: params[name] for name in task.towers}
+        self._params = jax.device_put(towers, replicated(mesh))
+        # bfloat16, which may be computed in, has larger numbers than float16.
+        largest = float(jnp.finfo(options.dtype).max)
+
+        def read(params: PyTree, ids: Int[Array, "b n"]) -> Float[Array, "b m"]:
+            rows = task.read(None, params, ids).pack()
+            return jnp.clip(rows.astype(jnp.float32), -largest, largest).astype(options.dtype)
+
+        self._read = jax.jit(read)
+
+    def __call__(self, captions: list[str]) -> Float[np.ndarray, "b m"]:
+        """What they say of each caption."""
+
+        def read(ids: np.ndarray) -> jax.Array:
+            return self._read(self._params, jax.device_put(ids, self._sharding))
+
+        return in_full_batches(read, self._size, self._tokenizer(captions))
+
+
 class Cache(NamedTuple):
-    """An encoder, and what the manifest says of its latents."""
+    """Encoders, and what the manifest says of what they make."""
 
     encoder: Encoder
+    text: TextEncoder | None
     space: LatentSpace
     options: LatentOptions
 
 
-def make_cache(config: Config, autoencoder: Mapping[str, Any], options: LatentOptions) -> Cache:
-    """For the latents that a recipe trains on, with the weights of its autoencoder.
+def make_cache(config: Config, options: LatentOptions) -> Cache:
+    """For the latents, and the text, that a recipe trains on.
 
     Raises:
-      UserError: the recipe has no autoencoder, or the options are none.
+      UserError: the recipe has no autoencoder, its text encoders are trained, or the options are
+        none.
     """
     task, transforms = config.task, config.data.transforms
     if options.views < 1 or options.batch_size < 1:
@@ -91,28 +136,39 @@ def make_cache(config: Config, autoencoder: Mapping[str, Any], options: LatentOp
             f"latents.views is {options.views} and latents.batch_size {options.batch_size}: "
             "expected positive numbers."
         )
-    latents = check_latents(task)
+    if not isinstance(task, DiffusionTask) or task.latents is None:
+        raise UserError(
+            "This recipe has no autoencoder to cache latents of: expected a diffusion task with "
+            "task.latents, such as that of configs/produce.py; leave --latents.views out."
+        )
+    names, tokenizer = {"autoencoder"}, None
+    if options.text:
+        check_text(task)
+        assert task.text.pretrained is not None  # as was checked
+        names, tokenizer = names | set(task.towers), read_tokenizer(task.text.pretrained)
+    parts = read_pretrained({k: v for k, v in task.frozen().items() if k in names})
+    # As a step would have them, so that training is the same as if it encoded images itself.
+    params = cast(parts, config.train.compute)
+    text = tokenizer and TextEncoder(task, params, tokenizer, options)
     space = LatentSpace(
-        autoencoder=encoder_fingerprint(autoencoder),
+        autoencoder=encoder_fingerprint(parts["autoencoder"]),
+        text=tokenizer and text_fingerprint(task, parts, tokenizer),
         dtype=options.dtype,
         views=options.views,
         shapes=[list(shape) for shape in transforms.shapes],
         crop=transforms.crop,
         flip=transforms.flip,
     )
-    # As a step would have them, so that training is the same as if it encoded images itself.
-    params = cast(autoencoder, config.train.compute)
-    return Cache(Encoder(latents, params, options), space, options)
+    encoder = Encoder(task.latents, params["autoencoder"], options)
+    return Cache(encoder, text, space, options)
 
 
-def check_latents(task: Any) -> Latents:
-    """The latent space of a task; raises `UserError` where it has none."""
-    if isinstance(task, DiffusionTask) and task.latents is not None:
-        return task.latents
-    raise UserError(
-        "This recipe has no autoencoder to cache latents of: expected a diffusion task with "
-        "task.latents, such as that of configs/produce.py; leave --latents.views out."
-    )
+def write_empty(folder: epath.Path, cache: Cache) -> None:
+    """Writes what the text encoders, if they are cached, say of no caption at all."""
+    if cache.text is not None:
+        data = io.BytesIO()
+        np.save(data, cache.text([""])[0], allow_pickle=False)
+        write_whole(folder / EMPTY, data.getvalue())
 
 
 def write_latents(
@@ -153,6 +209,7 @@ class _Shard:
 
     def __init__(self, cache: Cache):
         self._encoder, self._single = cache.encoder, len(cache.space.shapes) == 1
+        self._text = cache.text
         self.rejects: list[str] = []
         self.shapes: list[int] = []
         self._crops: list[Crops] = []
@@ -182,15 +239,27 @@ class _Shard:
             self._send(shape)
         while self._under_way:
             self._take()
-        for crops, moments in zip(self._crops, self._moments, strict=True):
+        for crops, moments, text in zip(self._crops, self._moments, self._texts(), strict=True):
             yield encode_latents(
                 {
                     "moments": np.stack(moments),
+                    "text": text,
                     "framing": np.stack([view.framing for view in crops.views]),
                     "captions": crops.captions,
                     "name": crops.name,
                 }
             )
+
+    def _texts(self) -> Iterator[np.ndarray | None]:
+        """Of each record, what is to be cached of its captions."""
+        if self._text is None:
+            yield from [None] * len(self._crops)
+            return
+        size = self._encoder.batch_size
+        for start in range(0, len(self._crops), size):
+            captions = [crops.captions for crops in self._crops[start : start + size]]
+            rows = self._text([caption for some in captions for caption in some])
+            yield from np.split(rows, np.cumsum([len(some) for some in captions])[:-1])
 
     def _send(self, shape: int) -> None:
         waiting = self._waiting.pop(shape, [])

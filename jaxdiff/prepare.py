@@ -13,7 +13,7 @@ from etils import epath
 from rich.console import Console
 
 from jaxdiff.arguments import NO_PREFIX, parse, read_recipe
-from jaxdiff.bundle import make_folder, read_pretrained
+from jaxdiff.bundle import make_folder
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.array_record import ArrayRecord
 from jaxdiff.data.cached_latents import CachedLatents
@@ -36,7 +36,7 @@ from jaxdiff.data.tfds import TFDS
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.data.webdataset import WebDataset
 from jaxdiff.errors import UserError
-from jaxdiff.latent_cache import Cache, LatentOptions, check_latents, make_cache, write_latents
+from jaxdiff.latent_cache import Cache, LatentOptions, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 
 # Records of a shard, and shards at most, unless told otherwise.
@@ -96,7 +96,7 @@ def prepare(arguments: list[str]) -> None:
         data = DataConfig(source=source_at(arguments[0]), transforms=Transforms(size=256))
         plain = PreparePathOptions(data=data)
         path = parse(PreparePathOptions, arguments[1:], default=plain, **words)
-        if path.latents.views:
+        if path.latents.views or path.latents.text:
             raise UserError(
                 "Latents need a recipe, whose autoencoder makes them: give its file first, and the "
                 f"data as --data.source.path {arguments[0]}."
@@ -181,12 +181,9 @@ def write_records(
     _check_sharing(sharing)
     source.check()
     cache = None
-    if sharing.latents.views:
+    if sharing.latents.views or sharing.latents.text:
         assert config is not None  # as was checked
-        check_latents(config.task)
-        parts = config.task.frozen()
-        autoencoder = read_pretrained({"autoencoder": parts["autoencoder"]})["autoencoder"]
-        cache = make_cache(config, autoencoder, sharing.latents)
+        cache = make_cache(config, sharing.latents)
     usual = max(1, min(_MOST, -(-len(source) // (_LATENTS if cache else _IMAGES))))
     count = min(sharing.shards or usual, len(source))
     seen = dataclasses.replace(data.transforms, caption_dropout=0.0)  # captions stay as they are
@@ -254,6 +251,8 @@ class _Work:
                 f"None of the {manifest.rejected} records can be used, as told above: repair them, "
                 "or name other data in data.source."
             )
+        if self.cache:
+            write_empty(self.folder, self.cache)
         manifest.write(self.folder)
         if self.sharing.hosts == 1:  # or another may be about to read them
             notes.remove()

@@ -9,24 +9,29 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.bundle import read_pretrained, write_bundle
-from jaxdiff.config import Config
+from jaxdiff.config import Config, TrainConfig
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.pipeline import ON_DEVICE, DataConfig, make_dataset
 from jaxdiff.data.produce import Produce
+from jaxdiff.data.shards import EMPTY
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 from jaxdiff.latent_cache import LatentOptions
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.layers import any_rngs
+from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.layers import abstract_params, any_rngs, blueprint
+from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.parallel.plan import abstract_batch
 from jaxdiff.prepare import Sharing, write_records
 from jaxdiff.training.autoencoder import AutoencoderTask
-from jaxdiff.training.cached_latents import check_autoencoder, check_cache
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.cached_latents import check_cache, check_encoders
+from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
 from jaxdiff.training.step import structure
 from jaxdiff.training.task import from_uint8
 
@@ -122,6 +127,106 @@ def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
     assert len(set(losses["online"])) == 4
 
 
+def _towers(task, folder, tokenizer):
+    """The task with text encoders that are frozen, of a model that is written into `folder`."""
+    rng = np.random.default_rng(1)
+    abstract = abstract_params(blueprint(DiffusionTask.build, task))
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    recipe = Config(name="t", task=task, data=_data(Produce(size=32)))
+    write_bundle(folder, Bundle(recipe, params, read_pretrained(task.frozen()), tokenizer))
+    frozen = {
+        name: dataclasses.replace(tower, trained=False, pretrained=str(folder))
+        for name, tower in task.towers.items()
+    }
+    return dataclasses.replace(task, **frozen)
+
+
+@pytest.fixture(scope="module")
+def told(config, folder, tokenizer) -> dict[str, Config]:
+    """Recipes with frozen text encoders: one as by default, two as Stable Diffusion XL has."""
+    one = dataclasses.replace(config.task.text, layer=0)
+    text = ClipTextConfig(vocab_size=600, length=16, width=8, depth=2, heads=2, projection_dim=8)
+    two = TextTower(model=text, layer=-2, final_norm=False)
+    unet = UNet2DConditionConfig(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers=(1, 0),
+        heads=(2, 2),
+        cross_attention_dim=24,
+        norm_num_groups=4,
+        added_width=8 + 6 * 4,
+        time_id_width=4,
+    )
+    replace = dataclasses.replace
+    tasks = {
+        "produce": replace(config.task, text=one),
+        "SDXL": replace(config.task, denoiser=unet, text_2=two, zero_empty_prompt=True),
+    }
+    data = _data(Produce(size=32, length=LENGTH), caption_dropout=0.4)
+    return {
+        name: replace(config, data=data, task=_towers(task, folder / name, tokenizer))
+        for name, task in tasks.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["produce", "SDXL"])
+def test_training_from_cached_text_gives_the_loss_of_reading_it_online(
+    name, told, folder, tokenizer
+):
+    config = told[name]
+    task, frozen = config.task, read_pretrained(config.task.frozen())
+    abstract, rng = abstract_params(blueprint(DiffusionTask.build, task)), np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    autoencoder = {"autoencoder": frozen["autoencoder"]}
+
+    @jax.jit
+    def loss(params, frozen, batch, key):
+        model = nnx.merge(structure(task), params)
+        return task.loss(model, frozen, batch, key, task.init_state())[0]
+
+    def losses(recipe, frozen):
+        _, batches = _batches(recipe, tokenizer, 3)
+        for batch in batches:  # in one type, so that one program does for both
+            batch |= {k: batch[k].astype(jnp.float32) for k in ("latents", "text") if k in batch}
+        keys = [jax.random.key(i) for i in range(3)]
+        return [float(loss(params, frozen, *pair)) for pair in zip(batches, keys, strict=True)]
+
+    online = losses(_cache(config, folder / f"{name} latents"), frozen)
+    for dtype, close in (("float32", 1e-6), ("float16", 3e-3)):
+        cached = _cache(config, folder / f"{name} {dtype}", text=True, dtype=dtype)
+        check_cache(cached)
+        check_encoders(cached, frozen, tokenizer)
+        # Without the text encoder's weights, which nothing reads.
+        np.testing.assert_allclose(losses(cached, autoencoder), online, rtol=close)
+    assert len(set(online)) == 3
+    batch = abstract_batch(
+        dataclasses.replace(cached, train=TrainConfig(steps=1, batch_size=BATCH))
+    )
+    _, real = _batches(cached, tokenizer, 1)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in real[0].items()
+    }
+    assert flops_per_image(cached) < flops_per_image(_cache(config, folder / f"{name} latents"))
+
+
+def test_text_of_other_encoders_or_of_trained_ones_is_refused(told, folder, tokenizer, config):
+    cached = _cache(told["produce"], folder / "told", text=True)
+    frozen = read_pretrained(cached.task.frozen())
+    other = {**frozen, "text": jax.tree.map(lambda x: x + 1, frozen["text"])}
+    with pytest.raises(UserError, match="with other text encoders, or another tokenizer"):
+        check_encoders(cached, other, tokenizer)
+    another = Tokenizer.train(["a large pea"], vocab_size=600, length=16)
+    with pytest.raises(UserError, match="with other text encoders, or another tokenizer"):
+        check_encoders(cached, frozen, another)
+    trained = dataclasses.replace(cached, task=config.task)
+    for refused in (lambda: check_cache(trained), lambda: _cache(config, folder / "no", text=True)):
+        with pytest.raises(UserError, match="encoders that are trained already and stay"):
+            refused()
+    (folder / "told" / EMPTY).unlink()
+    with pytest.raises(UserError, match=f"lacks {EMPTY}"):
+        check_cache(cached)
+
+
 def test_records_are_the_moments_of_the_images_with_their_captions(config, cached):
     source, drawn = cached.data.source, config.data.source
     assert isinstance(source, CachedLatents)
@@ -196,13 +301,13 @@ def test_latents_of_another_autoencoder_or_data_or_crop_are_refused(
 ):
     frozen = read_pretrained(config.task.frozen())
     check_cache(cached)
-    check_autoencoder(cached, frozen)
+    check_encoders(cached, frozen, tokenizer)
     decoder_alone = dict(frozen["autoencoder"])
     decoder_alone["decoder"] = jax.tree.map(lambda x: x + 1, decoder_alone["decoder"])
-    check_autoencoder(cached, {"autoencoder": decoder_alone})
+    check_encoders(cached, {"autoencoder": decoder_alone}, tokenizer)
     other = jax.tree.map(lambda x: x + 1, frozen)
     with pytest.raises(UserError, match="made by another autoencoder"):
-        check_autoencoder(cached, other)
+        check_encoders(cached, other, tokenizer)
     source = dataclasses.replace(cached.data.source, of=Produce(size=32, length=LENGTH - 1))
     data = dataclasses.replace(cached.data, source=source)
     with pytest.raises(UserError, match="made of other data"):
@@ -221,6 +326,8 @@ def test_tasks_that_have_no_use_for_latents_refuse_them(cached, tiny_recipe):
 def test_impossible_settings_are_told(config, cached, folder):
     with pytest.raises(UserError, match=r"latents\.views is -1"):
         _cache(config, folder / "none", views=-1)
+    with pytest.raises(UserError, match=r"latents\.views is 0"):
+        _cache(config, folder / "none", views=0, text=True)
     nameless = dataclasses.replace(cached.data.source, of=None)
     recipe = dataclasses.replace(cached, data=dataclasses.replace(cached.data, source=nameless))
     with pytest.raises(UserError, match=r"data\.source\.of does not say of what"):

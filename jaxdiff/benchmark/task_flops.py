@@ -11,6 +11,8 @@ from jaxdiff.benchmark.flops import (
     unet2d_condition_flops,
     unet_flops,
 )
+from jaxdiff.config import Config
+from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.dit import DiTConfig
@@ -21,12 +23,25 @@ from jaxdiff.training.clip import ClipTask
 from jaxdiff.training.diffusion import DiffusionTask
 
 
+def flops_per_image(config: Config) -> float:
+    """Of one image in a training step of a recipe, less what its data have cached."""
+    source, size = config.data.source, config.data.transforms.size
+    if not isinstance(source, CachedLatents):
+        return training_flops(config.task, size)
+    return training_flops(config.task, size, encoded=True, read=source.has_text)
+
+
 def training_flops(
-    task: DiffusionTask | AutoencoderTask | ClipTask, size: int, *, encoded: bool = False
+    task: DiffusionTask | AutoencoderTask | ClipTask,
+    size: int,
+    *,
+    encoded: bool = False,
+    read: bool = False,
 ) -> float:
     """Of one image of side `size` in a training step; frozen parts get no gradient.
 
-    `encoded` tells that its latents were cached, so that no autoencoder is run.
+    `encoded` tells that its latents were cached, so that no autoencoder is run, and `read` that the
+    features of its caption were, so that no text encoder is.
     """
     if isinstance(task, ClipTask):
         return three_passes(clip_text_flops(task.model.text) + clip_vision_flops(task.model.vision))
@@ -39,7 +54,7 @@ def training_flops(
     denoiser = denoiser_flops(task, size)
     # Adapters and a new word need the gradient of what a layer reads, not that of its kernel.
     total = 2 * denoiser if task.denoiser_is_frozen else three_passes(denoiser)
-    for tower in task.towers.values():
+    for tower in () if read else task.towers.values():
         text = clip_text_flops(tower.model)
         if tower.trained or task.inversion is not None:
             total += three_passes(text) if tower.trained and tower.lora is None else 2 * text

@@ -87,12 +87,24 @@ def _latents(folder: epath.Path) -> CachedLatents:
         moments = rng.normal(size=(1, LATENT, LATENT, 8)).astype(np.float16)
         framing = np.array([[size, size, 0, 0, size, size]], np.int32)
         return encode_latents(
-            {"moments": moments, "framing": framing, "captions": [CAPTION], "name": str(i)}
+            {
+                "moments": moments,
+                "text": None,
+                "framing": framing,
+                "captions": [CAPTION],
+                "name": str(i),
+            }
         )
 
     write_encoded(str(folder / file), map(record, range(RECORDS)))
     space = LatentSpace(
-        autoencoder="", dtype="float16", views=1, shapes=[[size, size]], crop="center", flip=False
+        autoencoder="",
+        text=None,
+        dtype="float16",
+        views=1,
+        shapes=[[size, size]],
+        crop="center",
+        flip=False,
     )
     length = (folder / file).stat().length
     shard = Shard(file=file, records=RECORDS, bytes=length, sha256="")

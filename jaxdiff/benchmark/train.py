@@ -9,10 +9,9 @@ import jax
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.chips import find_chip
 from jaxdiff.benchmark.report import Measured
-from jaxdiff.benchmark.task_flops import training_flops
+from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.benchmark.timing import median, peak_memory
 from jaxdiff.config import Config
-from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.pipeline import ON_DEVICE, host_rows, make_dataset, to_device
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
@@ -38,9 +37,7 @@ def measure(
     Raises:
       UserError: mesh, batch or data do not fit; or the peak is not positive.
     """
-    encoded = isinstance(config.data.source, CachedLatents)
-    flops = training_flops(config.task, config.data.transforms.size, encoded=encoded)
-    flops *= config.train.batch_size
+    flops = flops_per_image(config) * config.train.batch_size
     peak, note = peak_of_device(peak_tflops)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)

@@ -1,24 +1,28 @@
-"""Latents of images that an autoencoder has encoded ahead of training.
+"""Latents of images, and features of their captions, that were encoded ahead of training.
 
 One record of the ArrayRecord shards is, like one of `jaxdiff.data.array_record`,
 
     4 bytes         `JDL1`
     4 bytes         n, the length of the header, an unsigned little-endian integer
-    n bytes         the header: JSON in UTF-8, {"name", "captions", "dtype", "shape", "framing"}
-    the rest        little-endian float16 or float32 of that shape, [v, h, w, 2 c]
+    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "framing", "text"}
+    the rest        little-endian float16 or float32 of that shape, [v, h, w, 2 c], and of the shape
+                    "text", [k, m] of k captions, if it is not null
 
 of v views of one image: crops, of which half are mirrored if any are. The first c channels are the
 mean of z, the others the logarithm of its variance; so each epoch can draw z anew, and shift and
 scale it as its recipe says.
 """
 
+import io
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from jaxtyping import Int
+from etils import epath
+from jaxtyping import Float, Int
 
 from jaxdiff.data.array_record import (
     LATENTS,
@@ -30,7 +34,7 @@ from jaxdiff.data.array_record import (
 )
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.prior import Source, WithPrior
-from jaxdiff.data.shards import LatentSpace, Manifest
+from jaxdiff.data.shards import EMPTY, LatentSpace, Manifest
 from jaxdiff.data.source import LatentRecord
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
@@ -65,6 +69,8 @@ class CachedLatents:
                 f"There are no cached latents in {self.path}: make them with `jaxdiff prepare "
                 f"RECIPE {self.path} --latents.views 1`."
             )
+        if self.has_text and not (epath.Path(self.path) / EMPTY).exists():
+            raise UserError(f"{self.path} lacks {EMPTY}: run the `jaxdiff prepare` of it again.")
         _ = self.space
         if len(self) == 0:
             raise UserError(f"The cache of latents in {self.path} is empty: expected records.")
@@ -92,6 +98,17 @@ class CachedLatents:
         return self._manifest and self._manifest.made_of["source"]
 
     @property
+    def has_text(self) -> bool:
+        """Whether the features of captions are there too; False as long as nothing is."""
+        return self._manifest is not None and self.space.text is not None
+
+    def text(self, record: LatentRecord, caption: str) -> Float[np.ndarray, " m"] | None:
+        """The features of one of a record's captions, or of ""; None where none are cached."""
+        if record["text"] is None:
+            return None
+        return record["text"][record["captions"].index(caption)] if caption else self._empty
+
+    @property
     def space(self) -> LatentSpace:
         """Of what autoencoder they are, and how images were cropped."""
         manifest = self._manifest
@@ -110,6 +127,10 @@ class CachedLatents:
         return shapes[places, ::-1]
 
     @cached_property
+    def _empty(self) -> np.ndarray:
+        return np.load(io.BytesIO((epath.Path(self.path) / EMPTY).read_bytes()), allow_pickle=False)
+
+    @cached_property
     def _manifest(self) -> Manifest | None:
         return checked_manifest(self.path)
 
@@ -120,16 +141,18 @@ class CachedLatents:
 
 def encode_latents(record: LatentRecord) -> bytes:
     """`record` in the encoding above."""
-    moments = record["moments"]
+    moments, text = record["moments"], record["text"]
     header: dict[str, Any] = {
         "name": record["name"],
         "captions": record["captions"],
         "dtype": moments.dtype.name,
         "shape": list(moments.shape),
         "framing": record["framing"].tolist(),
+        "text": None if text is None else list(text.shape),
     }
     little = moments.dtype.newbyteorder("<")
-    return pack(LATENTS, header, np.ascontiguousarray(moments, little).tobytes())
+    parts = [np.ascontiguousarray(x, little).tobytes() for x in (moments, text) if x is not None]
+    return pack(LATENTS, header, b"".join(parts))
 
 
 def decode_latents(data: bytes) -> LatentRecord:
@@ -141,8 +164,11 @@ def decode_latents(data: bytes) -> LatentRecord:
     if header["dtype"] not in ("float16", "float32"):
         raise ValueError(f"latents of type {header['dtype']}, not float16 or float32")
     dtype = np.dtype(header["dtype"]).newbyteorder("<")
+    values, shape, text = np.frombuffer(payload, dtype), header["shape"], header["text"]
+    count = len(values) - (math.prod(text) if text else 0)
     return {
-        "moments": np.frombuffer(payload, dtype).reshape(header["shape"]),
+        "moments": values[:count].reshape(shape),
+        "text": values[count:].reshape(text) if text else None,
         "framing": np.array(header["framing"], np.int32),
         "captions": header["captions"],
         "name": header["name"],

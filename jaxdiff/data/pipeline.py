@@ -33,7 +33,7 @@ from jaxdiff.errors import UserError
 # What Grain says where one of its processes is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
 # What goes to the devices of a batch, which has images or latents; the rest is for the host.
-ON_DEVICE = ("image", "latents", "tokens", "framing")
+ON_DEVICE = ("image", "latents", "tokens", "text", "framing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class _Good(TypedDict):
 
     x: np.ndarray  # uint8 [h, w, 3] or moments of latents, [h, w, 2 c]
     caption: str
+    text: np.ndarray | None  # the caption's features, where they are cached
     framing: Int32[np.ndarray, " 6"]
     bad: list[str]
 
@@ -86,15 +87,17 @@ class _Read:
     def __call__(
         self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
     ) -> _Good | RecordError:
-        source, transforms = self.data.source, self.data.transforms
+        source, transforms, text = self.data.source, self.data.transforms, None
         try:
             if isinstance(source, CachedLatents):
-                x, caption, framing = transforms.of_latents(source[index], rng)
+                record = source[index]
+                x, caption, framing = transforms.of_latents(record, rng)
+                text = source.text(record, caption)
             else:
                 x, caption, framing = transforms(source[index], rng, shape)
         except RecordError as error:
             return error
-        return {"x": x, "caption": caption, "framing": framing, "bad": []}
+        return {"x": x, "caption": caption, "text": text, "framing": framing, "bad": []}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class _Collate:
     def __call__(self, records: Sequence[_Good]) -> dict[str, Any]:
         bad = [name for record in records for name in record["bad"]]
         tokens: Int32[np.ndarray, "b n"] = self.tokenizer([r["caption"] for r in records])
+        text = [record["text"] for record in records if record["text"] is not None]
         return {
+            **({"text": np.stack(text)} if text else {}),
             self.name: np.stack([record["x"] for record in records]),
             "tokens": tokens,
             "framing": np.stack([record["framing"] for record in records]),
@@ -131,7 +136,8 @@ def make_dataset(
     the records that had to be left out their number, `skipped`, and what is wrong with each, `bad`.
     In the place of such a record comes another one of the batch. Of `CachedLatents` it has
     `latents` in the place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of
-    z, then logarithms of its variance.
+    z, then logarithms of its variance; and, if they were cached, `text` [b, m], the captions'
+    features as `jaxdiff.models.layers.TextFeatures` packs them.
 
     Each epoch is shuffled anew by `seed`. With `Buckets`, h and w differ from batch to batch, and
     a few records come twice (`Plan`); the sizes of all images are read first.

@@ -1,5 +1,6 @@
 """A folder of ArrayRecord shards, and the manifest that says what is in it.
 
+    empty_prompt.npy                         where text is cached: what encoders say of ""
     manifest.json                            written last: with it the folder is whole
     records-00000-of-00008.array_record      each of about as many records, in the source's order
     records-00001-of-00008.array_record
@@ -23,7 +24,7 @@ from etils import epath
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 
-MANIFEST = "manifest.json"
+MANIFEST, EMPTY = "manifest.json", "empty_prompt.npy"
 _STATS = 16  # files looked at at a time: a cloud's storage answers slowly, but many at once
 
 
@@ -54,6 +55,7 @@ class LatentSpace:
 
     Attributes:
       autoencoder: SHA-256 of the weights that made them, in hex.
+      text: SHA-256 of what made the features of captions, in hex; None where none are cached.
       dtype: float16 or float32.
       views: of each image.
       shapes: heights and widths in pixels that images were cropped to.
@@ -62,6 +64,7 @@ class LatentSpace:
     """
 
     autoencoder: str
+    text: str | None
     dtype: str
     views: int
     shapes: Sequence[Sequence[int]]

@@ -30,6 +30,18 @@ class TextFeatures(NamedTuple):
     pooled: Float[Array, "b e"]
     mask: Bool[Array, "b n"]
 
+    def pack(self) -> Float[Array, "b m"]:
+        """All of a prompt in one row, m = n d + e + n, as it is cached."""
+        tokens = self.tokens.reshape(len(self.tokens), -1)
+        return jnp.concatenate([tokens, self.pooled, self.mask], axis=-1)
+
+    @classmethod
+    def unpack(cls, rows: Float[Array, "b m"], length: int, width: int) -> "TextFeatures":
+        """The inverse of `pack`, for n = length and d = width, in float32."""
+        ends = length * width, rows.shape[1] - length
+        tokens, pooled, mask = jnp.split(rows.astype(jnp.float32), ends, axis=-1)
+        return cls(tokens.reshape(-1, length, width), pooled, mask > 0)
+
 
 def sum_of_words(
     words: Float[Array, "b n d"], mask: Bool[Array, "b n"], scale: float = 2.0

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdiff.benchmark.flops import peak_flops
-from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
+from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
 from jaxdiff.config import Config
 from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.errors import UserError
@@ -162,8 +162,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     program = read_program(text) if text else None
     chip, devices = topology.chip, len(topology.devices)
     size, batch_size = config.data.transforms.size, config.train.batch_size
-    encoded = isinstance(config.data.source, CachedLatents)
-    per_image = training_flops(config.task, size, encoded=encoded)
+    per_image = flops_per_image(config)
     executed = (per_image + recomputed_flops(config.task, size)) * batch_size
     peak = chip.flops if chip else peak_flops(topology.devices[0]) or 0.0
     traffic = program.traffic() if program else None
@@ -219,6 +218,8 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if isinstance(config.data.source, CachedLatents) and isinstance(config.task, DiffusionTask):
         height, width, channels = config.task.shape(size, size)
         latents = (count, height, width, 2 * channels)
+        if config.data.source.has_text:
+            batch["text"] = jax.ShapeDtypeStruct((count, config.task.text_size), jnp.float16)
         return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
     return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}
 

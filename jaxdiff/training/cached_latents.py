@@ -1,11 +1,15 @@
-"""Whether cached latents are those that a recipe would have made itself."""
+"""Whether cached latents, and text, are those that a recipe would have made itself."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from jaxdiff.bundle import weights_fingerprint
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training.diffusion import DiffusionTask
 
@@ -21,6 +25,8 @@ def check_cache(config: Config) -> None:
             "expected a diffusion task with task.latents; name a source of images."
         )
     source.check()
+    if source.has_text:
+        check_text(task)
     if source.of is not None and source.made_of != to_json(source.of):
         raise UserError(
             f"The latents in {source.path} were made of other data than data.source.of names: "
@@ -28,12 +34,23 @@ def check_cache(config: Config) -> None:
         )
 
 
-def check_autoencoder(config: Config, frozen: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless cached latents, if there are any, are of the recipe's autoencoder.
+def check_text(task: DiffusionTask) -> None:
+    """Raises `UserError` for a task whose captions' features cannot be cached."""
+    if task.inversion or any(t.trained or t.pretrained is None for t in task.towers.values()):
+        raise UserError(
+            "Text is cached of encoders that are trained already and stay as they are: set "
+            "task.text.trained to False and name its model in task.text.pretrained, or prepare "
+            "latents without --latents.text."
+        )
+
+
+def check_encoders(config: Config, frozen: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Raises `UserError` unless what is cached, if anything is, was made by the recipe's encoders.
 
     Args:
       config: the recipe.
       frozen: the weights of its frozen parts, on the host.
+      tokenizer: of its captions.
     """
     source = config.data.source
     if not isinstance(source, CachedLatents):
@@ -45,9 +62,25 @@ def check_autoencoder(config: Config, frozen: Mapping[str, Any]) -> None:
             f"that of task.latents ({wanted[:12]}...): prepare them anew with this recipe, or name "
             "the autoencoder that made them."
         )
+    if source.has_text and isinstance(config.task, DiffusionTask):
+        found, wanted = source.space.text, text_fingerprint(config.task, frozen, tokenizer)
+        if found != wanted:
+            raise UserError(
+                f"The text in {source.path} was cached with other text encoders, or another "
+                f"tokenizer ({str(found)[:12]}...), than the recipe's ({wanted[:12]}...): prepare "
+                "it anew with this recipe, or name those that made it in task.text."
+            )
 
 
 def encoder_fingerprint(params: Mapping[str, Any]) -> str:
     """SHA-256, in hex, of the part of an autoencoder's weights that makes latents."""
     decoding = ("decoder", "post_quant_conv")
     return weights_fingerprint({k: v for k, v in params.items() if k not in decoding})
+
+
+def text_fingerprint(task: DiffusionTask, frozen: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex, of what makes features of captions: tokenizer, encoders, their layers."""
+    towers = {name: dataclasses.replace(t, pretrained=None) for name, t in task.towers.items()}
+    weights = weights_fingerprint({name: frozen[name] for name in towers})
+    read = {name: to_json(tower) for name, tower in towers.items()}
+    return hashlib.sha256(json.dumps([read, weights, tokenizer.bpe.to_str()]).encode()).hexdigest()

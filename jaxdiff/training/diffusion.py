@@ -277,6 +277,13 @@ class DiffusionTask:
         """The text encoders by name; the last one's pooled vector counts."""
         return {"text": self.text} | ({"text_2": self.text_2} if self.text_2 else {})
 
+    @property
+    def text_size(self) -> int:
+        """Numbers that `TextFeatures.pack` makes of a prompt."""
+        last = list(self.towers.values())[-1].model
+        length, pooled = self.text.model.length, last.projection_dim or last.width
+        return length * self.denoiser.text_width + pooled + length
+
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
         return TextToImage(self, rngs=rngs)
@@ -358,6 +365,15 @@ class DiffusionTask:
         XL alone takes notice of the framing (`jaxdiff.data.transforms.Example` says what it is),
         and its refiner of the `beauty`, an aesthetic score.
         """
+        return self._told(self.read(model, frozen, ids), framing, beauty)
+
+    def read(
+        self, model: TextToImage | None, frozen: PyTree, ids: Int[Array, "b n"]
+    ) -> TextFeatures:
+        """What the text encoders say of prompts; without a `model` where nothing of it is trained.
+
+        That is all that can be cached of a caption.
+        """
         read = []
         for name, tower in self.towers.items():
             if tower.trained and tower.lora is None:
@@ -366,15 +382,17 @@ class DiffusionTask:
                 params = frozen[name]
                 if tower.trained:
                     params = adapted(params, nnx.to_pure_dict(nnx.state(getattr(model, name))))
-                if self.inversion is not None:
+                if self.inversion is not None and model is not None:
                     tower, params = tower.with_rows(params, getattr(model.words, name)[...])
                 encoder = merge(_text_part(name, tower).build, params)
             read.append(tower.read(encoder, ids))
         tokens = jnp.concatenate([features.tokens for features in read], axis=-1)
-        text = TextFeatures(tokens, read[-1].pooled, read[0].mask)
+        return TextFeatures(tokens, read[-1].pooled, read[0].mask)
+
+    def _told(self, text: TextFeatures, framing: Int[Array, "b 6"], beauty: float) -> Any:
         if self.zero_empty_prompt:
-            said = text.mask[:, 2].astype(tokens.dtype)  # more than a start and an end
-            tokens, pooled = tokens * said[:, None, None], text.pooled * said[:, None]
+            said = text.mask[:, 2].astype(text.tokens.dtype)  # more than a start and an end
+            tokens, pooled = text.tokens * said[:, None, None], text.pooled * said[:, None]
             text = text._replace(tokens=tokens, pooled=pooled)
         if not isinstance(self.denoiser, UNet2DConditionConfig):
             return text
@@ -448,7 +466,12 @@ class DiffusionTask:
     ) -> tuple[Float[Array, ""], Metrics]:
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
-        text = self.features(model, frozen, batch["tokens"], batch["framing"])
+        if "text" in batch:
+            length, width = batch["tokens"].shape[1], self.denoiser.text_width
+            read = TextFeatures.unpack(batch["text"], length, width)
+        else:
+            read = self.read(model, frozen, batch["tokens"])
+        text = self._told(read, batch["framing"], BEAUTY)
         x0 = split_tokens(self.x0(frozen, batch, encode_key))
         max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
         network = self.network(model, frozen)

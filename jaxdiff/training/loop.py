@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.benchmark.flops import peak_flops
-from jaxdiff.benchmark.task_flops import training_flops
+from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.bundle import (
     CHECKPOINTS,
     FROZEN,
@@ -27,14 +27,13 @@ from jaxdiff.bundle import (
 )
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.bad_records import BadRecords
-from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.data.pipeline import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
-from jaxdiff.training.cached_latents import check_autoencoder, check_cache
+from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.run_folder import open_run
@@ -88,7 +87,7 @@ def train(
     config.data.source.check()  # before an earlier run is removed for the sake of a typo
     tokenizer = open_run(config, out, fresh=fresh, say=say)
     host = _frozen(config, out)
-    check_autoencoder(config, host)
+    check_encoders(config, host, tokenizer)
     # In the type that a step would make of them anyway, and split like what is trained.
     frozen = from_host(cast(host, config.train.compute), state_shardings(host, mesh))
     with ExitStack() as stack:
@@ -306,11 +305,7 @@ class _Run:
         peak = peak_flops(jax.devices()[0])
         self.throughput = Throughput(
             train.batch_size,
-            flops_per_image=training_flops(
-                config.task,
-                config.data.transforms.size,
-                encoded=isinstance(config.data.source, CachedLatents),
-            ),
+            flops_per_image=flops_per_image(config),
             peak_flops=peak and peak * jax.device_count(),
         )
         self.rates: list[dict[str, float]] = []

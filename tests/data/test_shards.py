@@ -10,7 +10,7 @@ from jaxdiff.data.shards import LatentSpace, Manifest, Shard, read_manifest
 from jaxdiff.errors import UserError
 
 SPACE = LatentSpace(
-    autoencoder="ab", dtype="float16", views=2, shapes=[[8, 8]], crop="center", flip=True
+    autoencoder="ab", text=None, dtype="float16", views=2, shapes=[[8, 8]], crop="center", flip=True
 )
 
 
@@ -83,10 +83,12 @@ def test_rejected_records_are_counted(tmp_path):
     assert (told["records"], told["rejected"]) == (1, 2)
 
 
+@pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_latents_come_back_exactly(dtype):
+def test_latents_come_back_exactly(dtype, text):
     record = {
         "moments": np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(dtype),
+        "text": np.arange(10, dtype=dtype).reshape(2, 5) if text else None,
         "framing": np.arange(12, dtype=np.int32).reshape(2, 6),
         "captions": ["größe", "b"],
         "name": "n",
@@ -94,7 +96,7 @@ def test_latents_come_back_exactly(dtype):
     record["moments"][0, 0, 0, 0] = -np.inf  # an autoencoder without any variance
     back = decode_latents(encode_latents(record))
     assert back["moments"].dtype == dtype
-    for key in ("moments", "framing"):
+    for key in ("moments", "text", "framing"):
         np.testing.assert_array_equal(back[key], record[key])
     assert (back["captions"], back["name"]) == (["größe", "b"], "n")
 
@@ -102,6 +104,7 @@ def test_latents_come_back_exactly(dtype):
 def test_latents_of_an_unknown_type_are_told():
     record = {
         "moments": np.zeros((1, 1, 1, 2)),
+        "text": None,
         "framing": np.zeros((1, 6), np.int32),
         "captions": [],
         "name": "n",
