@@ -1,6 +1,8 @@
 """Shape annotations are checked while the tests run; compilation is fast rather than thorough."""
 
+import importlib.metadata
 import os
+import socket
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,20 +14,44 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # removed at the end of the run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.25")
+# Without its newer way to make kernels, which later versions always take, XLA compiles for the CPU
+# in half the time.
+MAKES_KERNELS = "xla_cpu_use_fusion_emitters"
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+PLAIN_KERNELS = QUICK and importlib.metadata.version("jaxlib").startswith("0.10.")
 # Eight simulated devices, for the tests of sharding; the others use the first.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+FLAGS = {"xla_force_host_platform_device_count": 8} | ({MAKES_KERNELS: 0} if PLAIN_KERNELS else {})
+for flag, value in FLAGS.items():
+    said = os.environ.get("XLA_FLAGS", "")
+    if flag not in said:
+        os.environ["XLA_FLAGS"] = f"{said} --{flag}={value}".strip()
 
 from jaxtyping import install_import_hook
 
 install_import_hook("jaxdiff", "beartype.beartype")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import pytest
+
+RECIPE = """
+from jaxdiff.config import Config
+from jaxdiff.data.folder import ImageFolder
+from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.produce import Produce
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.models.autoencoder import AutoencoderConfig
+from jaxdiff.training.autoencoder import AutoencoderTask
+
+
+def get_config():
+    return Config(
+        name="tiny",
+        task=AutoencoderTask(model=AutoencoderConfig()),
+        data=DataConfig(source={source}, transforms=Transforms(size=32)),
+    )
+"""
 
 
 def pytest_collection_modifyitems(items):
@@ -75,18 +101,36 @@ def tiny_recipe() -> Callable:
     return make
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optimized(request) -> Iterator[None]:
-    """Modules marked so are compiled as users compile, nothing taken over from other modules."""
-    quick = jax.config.read("jax_disable_most_optimizations")
-    if not quick or request.node.get_closest_marker("optimized") is None:
-        yield
-        return
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", quick)
-    jax.clear_caches()
+told = [QUICK, PLAIN_KERNELS]  # how JAX compiles now
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """As the marks say how a test compiles; then nothing is taken over from others."""
+    marks = {mark.name for mark in item.iter_markers()}
+    quick = QUICK and "optimized" not in marks
+    plain = PLAIN_KERNELS and not marks & {"optimized", "kernels"}
+    if (quick, plain) != told:
+        told[:] = quick, plain
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
+        if PLAIN_KERNELS:
+            compile_with_kernels(not plain)
+
+
+def compile_with_kernels(yes: bool):
+    """Has what follows compiled with XLA's newer kernels, or without; of a known JAX alone."""
+    from jax._src import compiler  # where alone a flag can be changed after the start
+
+    plainly = getattr(compiler.get_compile_options, "plainly", compiler.get_compile_options)
+
+    def options(*args, **kwargs):
+        found = plainly(*args, **kwargs)
+        found.env_option_overrides = [*found.env_option_overrides, (MAKES_KERNELS, yes)]
+        return found
+
+    options.plainly = plainly
+    compiler.get_compile_options = options
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +158,14 @@ def tiny_bundle(tiny_recipe):
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
     return Bundle(config, params, {}, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_bundle):
+    """Draws with the tiny bundle."""
+    from jaxdiff.pipeline import Pipeline
+
+    return Pipeline(tiny_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -164,3 +216,47 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def recipe_of(tmp_path) -> Callable[[str], str]:
+    """`recipe_of("ImageFolder(path='photos')")` writes a tiny recipe, and gives its path."""
+
+    def write(source: str) -> str:
+        path = tmp_path / "tiny.py"
+        path.write_text(RECIPE.format(source=source))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def recipe(recipe_of) -> str:
+    """The path of a tiny recipe of four records."""
+    return recipe_of("Produce(size=32, length=4)")
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
+    from jaxdiff import cli
+
+    def run(*words: str) -> str:
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """`free_port()`: one that nobody listens on."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return server.getsockname()[1]
+
+    return find

@@ -11,30 +11,6 @@ from jaxdiff.config import load_recipe
 from jaxdiff.errors import UserError
 
 COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "explore", "plan", "bench")
-RECIPE = """
-from jaxdiff.config import Config
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
-
-
-def get_config():
-    return Config(
-        name="tiny",
-        task=AutoencoderTask(model=AutoencoderConfig()),
-        data=DataConfig(source={source}, transforms=Transforms(size=32)),
-    )
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "tiny.py"
-    path.write_text(RECIPE.format(source="Produce(size=32, length=4)"))
-    return str(path)
 
 
 @pytest.fixture
@@ -45,20 +21,6 @@ def started(monkeypatch):
         cli, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
     )
     return runs
-
-
-@pytest.fixture
-def refused(capsys):
-    """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
-
-    def run(*words: str) -> str:
-        assert cli.main(words) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), *((c, "--help") for c in COMMANDS)])

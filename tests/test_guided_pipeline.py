@@ -1,17 +1,26 @@
 """Guidance and weights in prompts, from a pipeline's arguments to images."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxdiff.bundle import write_bundle
+from jaxdiff.diffusion.process import to_x0_eps
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import Pipeline
+from jaxdiff.model import Bundle
+from jaxdiff.models.clip import ClipConfig, ClipVisionConfig
+from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.sampling.apg import APG
 from jaxdiff.sampling.autoguidance import Autoguidance
 from jaxdiff.sampling.cfg_zero import CFGZeroStar
+from jaxdiff.sampling.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance import Guidance
 from jaxdiff.second_models import clip_scores
+from jaxdiff.training.clip import ClipTask
+from jaxdiff.training.diffusion import whole
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 SETTINGS = {"seeds": [1, 2, 3], "num_steps": 3, "guidance_scale": 3.0, "output": "float"}
@@ -19,27 +28,8 @@ PLAIN = [PEA, TOMATO, "a red tomato"]
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle):
-    return Pipeline(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
 def plain(pipeline):
     return pipeline(PLAIN, **SETTINGS)
-
-
-@pytest.fixture
-def compilations():
-    """Names of the functions that are compiled during the test."""
-    names = []
-
-    def listen(event, *_, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_weight_one_is_the_plain_words_to_the_last_bit(pipeline, plain, compilations):
@@ -120,3 +110,62 @@ def test_the_best_of_several_is_what_its_seed_draws(pipeline):
     np.testing.assert_array_equal(alone, best.images[0])
     with pytest.raises(UserError, match="of is 0"):
         pipeline.best(prompts, of=0)
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_bundle, tmp_path_factory):
+    """A CLIP with random weights, for the tiny model's prompts and images of another size."""
+    text = dataclasses.replace(tiny_bundle.config.task.text.model, projection_dim=8)
+    vision = ClipVisionConfig(
+        image_size=16, patch_size=8, width=16, depth=1, heads=2, projection_dim=8
+    )
+    config = dataclasses.replace(
+        tiny_bundle.config, name="clip", task=ClipTask(model=ClipConfig(text=text, vision=vision))
+    )
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(config.task.build(nnx.Rngs(0)))))()
+    folder = tmp_path_factory.mktemp("clip")
+    write_bundle(folder, Bundle(config, params, {}, tiny_bundle.tokenizer), "float32")
+    return str(folder)
+
+
+def test_clip_steers_toward_the_prompt(pipeline, clip, compilations):
+    arguments = {"seeds": [1], "num_steps": 2, "output": "float"}
+    plain = pipeline([PEA], **arguments)
+    off = pipeline([PEA], clip=ClipGuidance(model=clip, scale=0.0), **arguments)
+    np.testing.assert_allclose(off, plain, atol=1e-5)
+    compilations.clear()
+    steered = pipeline([PEA], clip=ClipGuidance(model=clip, scale=3.0), **arguments)
+    other = pipeline([TOMATO], clip=ClipGuidance(model=clip, scale=3.0), **arguments)
+    assert np.abs(steered - plain).max() > 0.01
+    assert np.abs(other - steered).max() > 0.01
+    assert not compilations
+    with pytest.raises(UserError, match="is no CLIP but a DiffusionTask"):
+        pipeline([PEA], clip=ClipGuidance(model="shipped:produce"))
+
+
+def test_guidance_scale_1_is_the_conditional_model(pipeline):
+    """With one DDIM step from pure noise the image is the network's own estimate of x0."""
+    noise = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    image = pipeline([PEA], num_steps=1, guidance_scale=1.0, latents=noise, output="float")
+
+    task = pipeline.task
+    model = merge(lambda: task.build(any_rngs()), pipeline.weights["params"])
+    schedule = task.objective.schedule
+    t = jax.numpy.ones(())
+    x = schedule.sigma(t) * noise
+    ids = jax.numpy.asarray(pipeline.tokenizer([PEA]))
+    output = jax.jit(
+        lambda x: model.denoiser(x, t[None], task.features(model, {}, ids, whole(8, 8, len(ids))))
+    )(x)
+    x0, _ = to_x0_eps(task.objective.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
+    np.testing.assert_allclose(image, np.clip(x0 / 2 + 0.5, 0, 1), atol=1e-4)
+
+    other = pipeline(
+        [PEA],
+        num_steps=1,
+        guidance_scale=1.0,
+        latents=noise,
+        output="float",
+        negative_prompt=[TOMATO],
+    )
+    np.testing.assert_array_equal(other, image)

@@ -1,21 +1,17 @@
-"""Edits of whole images, on a tiny model whose weights are drawn."""
+"""Edits of images, and images that start from others, on a tiny model whose weights are drawn."""
+
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.solvers import DDIM
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 PLAIN = {"num_steps": 3, "guidance_scale": 1.0}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_bundle):
-    return Pipeline(tiny_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +100,72 @@ def test_a_ratio_is_a_size_that_the_model_draws(pipeline):
     assert pipeline.size_of("1:1") == (32, 32)
     width, height = pipeline.size_of("16:9")
     assert (width, height) == (40, 24)
+
+
+def half_mask():
+    mask = np.zeros((32, 32), np.float32)
+    mask[:, 16:] = 1
+    return mask
+
+
+def test_pixels_that_the_mask_keeps_are_kept_exactly(pipeline):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    drawn = pipeline([PEA, TOMATO], seeds=[1, 2], image=image, mask=half_mask())
+    for one in drawn:
+        np.testing.assert_array_equal(one[:, :16], image[:, :16])
+        assert (one[:, 16:] != image[:, 16:]).mean() > 0.5
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_strength_says_how_much_is_left_of_the_image_and_compiles_nothing(pipeline, compilations):
+    image, other = pipeline([TOMATO, PEA], seeds=[5, 6])
+    arguments = {"seeds": [1], "num_steps": 6}
+    plain = pipeline([PEA], **arguments)
+    weak, strong = (pipeline([PEA], image=image, strength=s, **arguments) for s in (0.3, 0.8))
+    compilations.clear()
+    assert (weak != strong).any()
+    assert (pipeline([PEA], image=other, strength=0.3, **arguments) != weak).any()
+    # Nothing of it is left at t = 1 of a rectified flow.
+    whole_way = pipeline([PEA], image=image, strength=1.0, output="float", **arguments)
+    np.testing.assert_allclose(whole_way, plain / 255, atol=0.003)
+    pipeline([TOMATO], seeds=[3], num_steps=4, image=image)
+    assert not compilations
+
+
+def test_an_image_has_its_own_size(pipeline):
+    image = np.zeros((32, 40, 3), np.uint8)
+    assert pipeline([PEA], image=image, num_steps=1).shape == (1, 32, 40, 3)
+    with pytest.raises(UserError, match="size is 32x32 but image is 40x32"):
+        pipeline([PEA], image=image, size=(32, 32))
+    with pytest.raises(UserError, match="cannot be drawn by this model"):
+        pipeline([PEA], image=image[:, :37])
+
+
+def test_mask_and_strength_without_an_image_are_told(pipeline):
+    for wrong in ({"mask": half_mask()}, {"strength": 0.5}):
+        with pytest.raises(UserError, match="give image as well"):
+            pipeline([PEA], **wrong)
+
+
+def test_between_two_prompts_and_seeds_both_ends_are_their_own_images(pipeline, compilations):
+    frames = pipeline.between((PEA, TOMATO), 4, seeds=(3, 8), num_steps=3)
+    ends = pipeline([PEA, TOMATO], seeds=[3, 8], num_steps=3)
+    for frame, end in ((frames[0], ends[0]), (frames[-1], ends[1])):
+        np.testing.assert_allclose(frame.astype(int), end, atol=1)
+    steps = [np.abs(a.astype(int) - b).mean() for a, b in itertools.pairwise(frames)]
+    assert min(steps) > 0.1 * max(steps)  # it moves all the way
+    compilations.clear()
+    pipeline.between((TOMATO, PEA), 7, num_steps=2)
+    assert not compilations
+    with pytest.raises(UserError, match="expected at least 2"):
+        pipeline.between((PEA, TOMATO), 1)
+
+
+def test_repeats_change_the_image_and_the_mask_still_keeps(pipeline):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    arguments = {"seeds": [1], "num_steps": 2, "image": image, "mask": half_mask()}
+    once, thrice = (pipeline([PEA], repeats=r, **arguments)[0] for r in (1, 3))
+    assert (once != thrice).any()
+    np.testing.assert_array_equal(thrice[:, :16], image[:, :16])
+    with pytest.raises(UserError, match="repeats is 0"):
+        pipeline([PEA], repeats=0)

@@ -24,45 +24,6 @@ from jaxdiff.data.webdataset import WebDataset
 from jaxdiff.errors import UserError
 from jaxdiff.prepare import Sharing, source_at, write_records
 
-RECIPE = """
-from jaxdiff.config import Config
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
-
-
-def get_config():
-    return Config(
-        name="tiny",
-        task=AutoencoderTask(model=AutoencoderConfig()),
-        data=DataConfig(source={source}, transforms=Transforms(size=32)),
-    )
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "tiny.py"
-    path.write_text(RECIPE.format(source="Produce(size=32, length=4)"))
-    return str(path)
-
-
-@pytest.fixture
-def refused(capsys):
-    """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
-
-    def run(*words: str) -> str:
-        assert cli.main(words) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return run
-
 
 def test_prepared_records_are_the_sources_own(recipe, tmp_path, capsys):
     out = tmp_path / "new" / "records"
@@ -91,22 +52,21 @@ def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
     assert not (tmp_path / "o").exists()
 
 
-def test_prepare_names_and_leaves_out_records_that_cannot_be_read(tmp_path, capsys):
+def test_prepare_names_and_leaves_out_records_that_cannot_be_read(recipe_of, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (32, 32)).save(images / f"{name}.png")
         (images / f"{name}.txt").write_text("an image")
     (images / "b.txt").write_bytes(b"\xff\xfe\xff")
-    path = tmp_path / "tiny.py"
-    path.write_text(RECIPE.format(source=f"ImageFolder(path={str(images)!r})"))
-    assert cli.main(["prepare", str(path), str(tmp_path / "out")]) == 0
+    recipe = recipe_of(f"ImageFolder(path={str(images)!r})")
+    assert cli.main(["prepare", recipe, str(tmp_path / "out")]) == 0
     assert "b.png" in capsys.readouterr().err
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 1
 
 
 @pytest.fixture
-def images(tmp_path):
+def images(tmp_path, recipe_of):
     """`images(a=("bytes", "caption"), ...)`: the path of a recipe for a folder of such files."""
 
     def make(**files: tuple[bytes, str]) -> str:
@@ -115,9 +75,7 @@ def images(tmp_path):
         for name, (data, caption) in files.items():
             (folder / f"{name}.png").write_bytes(data)
             (folder / f"{name}.txt").write_text(caption)
-        path = tmp_path / "folder.py"
-        path.write_text(RECIPE.format(source=f"ImageFolder(path={str(folder)!r})"))
-        return str(path)
+        return recipe_of(f"ImageFolder(path={str(folder)!r})")
 
     return make
 
@@ -196,11 +154,10 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch
     assert _files(tmp_path) == whole
 
 
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(recipe_of, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    recipe = tmp_path / "tiny.py"
-    recipe.write_text(RECIPE.format(source="Produce(size=32, length=600)"))
-    words = [sys.executable, "-m", "jaxdiff.cli", "prepare", str(recipe), str(out)]
+    recipe = recipe_of("Produce(size=32, length=600)")
+    words = [sys.executable, "-m", "jaxdiff.cli", "prepare", recipe, str(out)]
     run = subprocess.Popen([*words, "--shards", "60", "--workers", "0"], stderr=subprocess.DEVNULL)
     while len(list(out.glob("*.array_record"))) < 2:
         assert run.poll() is None

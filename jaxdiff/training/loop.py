@@ -4,7 +4,7 @@ import functools
 import logging
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -35,11 +35,13 @@ from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.ema import Ema
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
+from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.run_folder import open_run
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, cast, init_state, make_train_step, structure
-from jaxdiff.training.task import COUNT, SUM, Batch
+from jaxdiff.training.task import COUNT, SUM, Batch, Task
 
 Hook = Callable[[TrainState, PyTree, Tokenizer], None]
 """Looks at a state and its frozen parts now and then, e.g. draws samples."""
@@ -142,8 +144,21 @@ def train(
 
 def abstract_state(config: Config) -> TrainState:
     """Shapes and types of a recipe's train state, with nothing allocated."""
-    optimizer = config.optimizer.build(config.train.steps)
-    return jax.eval_shape(lambda: init_state(config.task, optimizer, config.ema, config.train.seed))
+    return jax.eval_shape(_initializer(config), {})
+
+
+def _initializer(config: Config) -> Callable[[Mapping[str, PyTree]], TrainState]:
+    """`init_state` of a recipe, with the parts to start from. It is traced once, whoever asks."""
+    train = config.train
+    return _traced_once(config.task, config.optimizer, train.steps, config.ema, train.seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_once(
+    task: Task, optimizer: AdamW, steps: int, ema: Ema, seed: int
+) -> Callable[[Mapping[str, PyTree]], TrainState]:
+    updates = optimizer.build(steps)
+    return jax.jit(lambda start: init_state(task, updates, ema, seed, start))
 
 
 def compile_step(
@@ -201,11 +216,7 @@ def _start(
     if state is not None:
         say(f"Resuming at step {int(state.step)} of {config.train.steps}.")
         return state, shardings
-    optimizer = config.optimizer.build(config.train.steps)
-    init = jax.jit(
-        lambda start: init_state(config.task, optimizer, config.ema, config.train.seed, start),
-        out_shardings=shardings,
-    )
+    init = jax.jit(_initializer(config), out_shardings=shardings)
     task = config.task
     parts = read_pretrained(task.start()) | task.derive(frozen, tokenizer)
     # From the host: what lies on one device alone cannot go to a mesh of several.

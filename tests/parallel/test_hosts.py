@@ -19,11 +19,6 @@ from jaxdiff.parallel.hosts import Hosts, Meeting, joined, launched_together, lo
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def test_flags_go_before_the_environment():
     environment = {
         "JAXDIFF_HOSTS_ADDRESS": "first:1234",
@@ -99,13 +94,13 @@ def met(*meetings: Meeting, timeout: int = 20) -> list[str]:
         return list(pool.map(one, meetings))
 
 
-def test_hosts_that_agree_meet_in_any_order_and_leave_the_port_free():
+def test_hosts_that_agree_meet_in_any_order_and_leave_the_port_free(free_port):
     address = f"localhost:{free_port()}"
     assert met(*(Meeting(address, 4, index) for index in (3, 0, 2, 1))) == [""] * 4
     assert met(*(Meeting(address, 2, index) for index in (1, 0))) == [""] * 2
 
 
-def test_hosts_that_contradict_each_other_are_all_told():
+def test_hosts_that_contradict_each_other_are_all_told(free_port):
     address = f"localhost:{free_port()}"
     told = met(Meeting(address, 2, 0), Meeting(address, 3, 2))
     assert told[0] == told[1]
@@ -115,7 +110,7 @@ def test_hosts_that_contradict_each_other_are_all_told():
     assert "Two hosts say that they are number 1" in told[0]
 
 
-def test_hosts_that_do_not_come_are_named_in_time():
+def test_hosts_that_do_not_come_are_named_in_time(free_port):
     address = f"localhost:{free_port()}"
     start = time.monotonic()
     told = met(Meeting(address, 4, 0), Meeting(address, 4, 2), timeout=1)
@@ -133,7 +128,7 @@ def test_a_port_that_is_taken_is_told():
     assert f"Port {port} of hosts.address cannot be listened at (Address already in use)" in told
 
 
-def test_strangers_at_the_port_are_not_counted():
+def test_strangers_at_the_port_are_not_counted(free_port):
     port = free_port()
 
     def stranger() -> None:
@@ -214,7 +209,7 @@ with joined(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=
 """
 
 
-def test_two_processes_work_as_one_until_one_is_killed():
+def test_two_processes_work_as_one_until_one_is_killed(free_port):
     """Also: the other one then ends, soon, with a message and without a traceback."""
     address = f"127.0.0.1:{free_port()}"
     environment = {

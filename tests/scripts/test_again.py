@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.model import Bundle
 from jaxdiff.models.clip import ClipConfig, ClipVisionConfig
@@ -17,25 +16,6 @@ from jaxdiff.second_models import clip_scores
 from jaxdiff.training.clip import ClipTask
 
 PEA = "a small red pea"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_bundle(folder, tiny_bundle, dtype="float32")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
-@pytest.fixture
-def sample(model, tmp_path):
-    return lambda *words: cli.main(
-        ["sample", "--model", str(model), "--out", str(tmp_path / "out"), *map(str, words)]
-    )
 
 
 def pixels(path):

@@ -1,38 +1,16 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import load
 from jaxdiff.scripts.options import file_and_scale
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_bundle(folder, tiny_bundle, dtype="float32")
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
-@pytest.fixture
-def sample(model, tmp_path):
-    """`sample("a prompt", "--seed", "3")`: the exit status of `sample.py` with the tiny model."""
-    return lambda *words: cli.main(
-        ["sample", "--model", model, "--out", str(tmp_path / "out"), *words]
-    )
 
 
 @pytest.mark.parametrize(
@@ -205,6 +183,6 @@ def test_a_folder_that_holds_no_model_is_told(tmp_path, capsys):
 def test_a_file_in_the_place_of_the_folder_is_told(model, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     out = str(tmp_path / "file")
-    assert cli.main(["sample", PEA, "--model", model, "--out", out]) == 2
+    assert cli.main(["sample", PEA, "--model", str(model), "--out", out]) == 2
     assert "cannot be made a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff import cli
 from jaxdiff.bundle import write_bundle
 from jaxdiff.pictures import read_text
 from jaxdiff.pipeline import Pipeline, load
@@ -15,26 +14,6 @@ from jaxdiff.sampling.solvers import Euler
 from jaxdiff.scripts import draw_file
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_bundle(folder, tiny_bundle, dtype="float32")
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
-@pytest.fixture
-def sample(model, tmp_path):
-    """`sample("--prompts", "a.jsonl")`: the exit status of `sample.py` with the tiny model."""
-    return lambda *words: cli.main(
-        ["sample", "--model", model, "--out", str(tmp_path / "out"), *map(str, words)]
-    )
 
 
 @pytest.fixture
@@ -341,7 +320,7 @@ def test_processes_share_the_rows_and_leave_one_manifest(sample, prompts, tmp_pa
 
 def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilations):
     rng = np.random.default_rng(0)
-    steps = np.rint(np.geomspace(1, 100, 200)).astype(int)
+    steps = np.rint([*np.geomspace(1, 12, 199), 100]).astype(int)
     rows = [
         {
             "prompt": " ".join(rng.choice(["a", "red", "green", "pea", "tomato"], size=5)),

@@ -20,11 +20,6 @@ from jaxdiff.scripts.prompt_file import Row
 FILE = epath.Path("a.png")
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_bundle):
-    return Pipeline(tiny_bundle)
-
-
 def test_a_row_comes_before_the_command_line_and_that_before_the_recipe(pipeline):
     given = Row(prompt="", seed=5, num_steps=7, solver="heun")
     settings = settle(Row(prompt="x", num_steps=9), given, pipeline)

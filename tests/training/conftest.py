@@ -4,8 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -76,13 +76,8 @@ class Launched:
             process.send_signal(number)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def launch() -> Iterator[Callable[..., Launched]]:
+def launch(free_port) -> Iterator[Callable[..., Launched]]:
     """`launch(folder, config, hosts=2, devices=1)` starts or resumes a run in `folder / "run"`."""
     started: list[subprocess.Popen] = []
 
@@ -102,7 +97,7 @@ def launch() -> Iterator[Callable[..., Launched]]:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
         }
         if hosts > 1:  # one alone would find its programs, and not wait for the others
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)

@@ -327,7 +327,7 @@ def test_a_shard_that_vanishes_is_told_by_its_records(faked, tmp_path, tiny_reci
     for i in range(2):
         part = (drawn[k] for k in range(200 * i, 200 * i + 200))
         write_array_record(str(shards / f"{i}.array_record"), part)
-    config = tiny_recipe(steps=100, max_nonfinite=100, sample_every=1)
+    config = tiny_recipe(steps=100, max_nonfinite=100, sample_every=1, checkpoint_every=50)
     source = ArrayRecord(path=str(shards))
     config = dataclasses.replace(
         config,
