@@ -10,16 +10,16 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxdiff import adapters, inversion
-from jaxdiff.arguments import NO_PREFIX, parse, read_recipe
+from jaxdiff import adapters, textual_inversion
 from jaxdiff.benchmark.command import KINDS, BenchOptions, bench_compare, measure_and_tell
 from jaxdiff.bundle import make_folder, read_bundle, write_bundle
+from jaxdiff.command_line import NO_PREFIX, parse, read_recipe
 from jaxdiff.config import Config
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.explore.command import ExploreOptions, explore_data
+from jaxdiff.parallel.command import plan
 from jaxdiff.parallel.hosts import Hosts, joined
-from jaxdiff.plan_command import plan
 from jaxdiff.prepare import prepare
 from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
@@ -141,7 +141,7 @@ def export(arguments: list[str]) -> None:
         )
     bundle = read_bundle(options.run)
     if options.format == "embedding":
-        word = inversion.word_of(bundle)
+        word = textual_inversion.word_of(bundle)
         if word is None:
             raise UserError(
                 f"{options.run} has learnt no word: expected a run of a recipe with "
@@ -154,7 +154,7 @@ def export(arguments: list[str]) -> None:
         if options.dtype:
             cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
             bundle = bundle._replace(params=cast(bundle.params), frozen=cast(bundle.frozen))
-        bundle = inversion.settled(bundle)
+        bundle = textual_inversion.settled(bundle)
         found = adapters.adapters_of(bundle)
         if options.format == "lora":
             if not found:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxdiff import adapters, asked, inversion
+from jaxdiff import adapters, asked, textual_inversion
 from jaxdiff.asked import Integer, Number
 from jaxdiff.batches import Preview, batches, draw_batches
 from jaxdiff.bundle import model_folder, read_bundle, weights_fingerprint
@@ -134,7 +134,7 @@ class Pipeline(ImageEdits):
         """
         new = adapters.scaled(read_lora(file, self.task), scale)
         put = adapters.merge if merge else adapters.attach
-        return self._changed(put(inversion.settled(self.bundle), new))
+        return self._changed(put(textual_inversion.settled(self.bundle), new))
 
     def with_embedding(self, file: epath.PathLike, *, word: str | None = None) -> "Pipeline":
         """The same model with one more word, of a file of textual inversion.
@@ -148,7 +148,7 @@ class Pipeline(ImageEdits):
         """
         new = read_embedding(file, self.task)
         new = new if word is None else new._replace(word=word)
-        return self._changed(inversion.with_word(self.bundle, new))
+        return self._changed(textual_inversion.with_word(self.bundle, new))
 
     def with_autoencoder(self, folder: epath.PathLike) -> "Pipeline":
         """The same model with another autoencoder of its latents, such as a tiny one for previews.

@@ -12,8 +12,8 @@ import tyro
 from etils import epath
 from rich.console import Console
 
-from jaxdiff.arguments import NO_PREFIX, parse, read_recipe
 from jaxdiff.bundle import make_folder
+from jaxdiff.command_line import NO_PREFIX, parse, read_recipe
 from jaxdiff.config import Config, to_json
 from jaxdiff.data.array_record import ArrayRecord
 from jaxdiff.data.cached_latents import CachedLatents

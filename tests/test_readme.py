@@ -8,9 +8,9 @@ import pytest
 from jaxdiff import cli
 from jaxdiff.adapters import attach
 from jaxdiff.data.produce import Produce
-from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle
 from jaxdiff.models.lora import Factors
+from jaxdiff.textual_inversion import Word
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -64,14 +64,14 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     for name in ("write_records", "source_at"):
         monkeypatch.setattr(f"jaxdiff.prepare.{name}", lambda *_, name=name: prepared[name])
     for name in ("_topology", "make_plan", "_print"):
-        monkeypatch.setattr(f"jaxdiff.plan_command.{name}", lambda *_: None)
+        monkeypatch.setattr(f"jaxdiff.parallel.command.{name}", lambda *_: None)
     writers = ("bundle", "diffusers", "lora", "embedding")
     writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
     monkeypatch.setattr(cli, "read_bundle", lambda _: adapted)
-    monkeypatch.setattr(cli.inversion, "word_of", lambda _: Word("<my-thing>", {}))
-    monkeypatch.setattr(cli.inversion, "settled", lambda bundle: bundle)
+    monkeypatch.setattr(cli.textual_inversion, "word_of", lambda _: Word("<my-thing>", {}))
+    monkeypatch.setattr(cli.textual_inversion, "settled", lambda bundle: bundle)
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
     if arguments(command)[0] in ("train", "sample", "evaluate", "explore", "bench"):
         assert len(ran) == 1

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
-from jaxdiff.inversion import Word
 from jaxdiff.pretrained.tensor_files import TensorFiles
+from jaxdiff.textual_inversion import Word
 from jaxdiff.training.diffusion import DiffusionTask
 
 FILE = "learned_embeds.safetensors"

@@ -24,7 +24,6 @@ from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
-from jaxdiff.inversion import Word
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
@@ -37,6 +36,7 @@ from jaxdiff.pretrained.diffusers_folder import INDEX, read_diffusers, write_dif
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, Heun
+from jaxdiff.textual_inversion import Word
 from jaxdiff.training.diffusion import (
     DiffusionTask,
     Latents,

@@ -8,10 +8,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
-from jaxdiff.inversion import Word
 from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.pretrained.embeddings import FILE, read_embedding, write_embedding
+from jaxdiff.textual_inversion import Word
 from jaxdiff.training.diffusion import DiffusionTask, TextTower
 
 SMALL = ClipTextConfig(width=4, depth=1, heads=2)

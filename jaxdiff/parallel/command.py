@@ -10,7 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from jaxdiff.arguments import NO_PREFIX, parse, read_recipe
+from jaxdiff.command_line import NO_PREFIX, parse, read_recipe
 from jaxdiff.config import Config
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.mesh import AXES, MeshConfig

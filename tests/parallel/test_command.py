@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from jaxdiff import cli, plan_command
+from jaxdiff import cli
 from jaxdiff.errors import UserError
+from jaxdiff.parallel import command
+from jaxdiff.parallel.command import parse_mesh
 from jaxdiff.parallel.mesh import MeshConfig
-from jaxdiff.plan_command import parse_mesh
 
 
 def test_a_mesh_is_told_by_its_axes():
@@ -40,7 +41,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, capsys):
 
 
 def test_json_is_all_that_is_printed(some_plan, monkeypatch, capsys):
-    monkeypatch.setattr(plan_command, "make_plan", lambda config, topology: some_plan)
+    monkeypatch.setattr(command, "make_plan", lambda config, topology: some_plan)
     assert cli.main(["plan", "configs/produce.py", "--topology", "cpu:8", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["recipe"], told["memory_needed"], told["fits"]) == ("tiny", 2.0, True)
