@@ -110,7 +110,7 @@ def pytest_runtest_setup(item):
     marks = {mark.name for mark in item.iter_markers()}
     quick = QUICK and "optimized" not in marks
     plain = PLAIN_KERNELS and not marks & {"optimized", "kernels"}
-    if (quick, plain) != told:
+    if [quick, plain] != told:
         told[:] = quick, plain
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
