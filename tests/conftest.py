@@ -101,21 +101,15 @@ def tiny_recipe() -> Callable:
     return make
 
 
-told = [QUICK, PLAIN_KERNELS]  # how JAX compiles now
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """As the marks say how a test compiles; then nothing is taken over from others."""
-    marks = {mark.name for mark in item.iter_markers()}
-    quick = QUICK and "optimized" not in marks
-    plain = PLAIN_KERNELS and not marks & {"optimized", "kernels"}
-    if [quick, plain] != told:
-        told[:] = quick, plain
+    """What is marked `optimized` compiles as users compile, and takes nothing over from others."""
+    quick = QUICK and item.get_closest_marker("optimized") is None
+    if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
         if PLAIN_KERNELS:
-            compile_with_kernels(not plain)
+            compile_with_kernels(not quick)
 
 
 def compile_with_kernels(yes: bool):

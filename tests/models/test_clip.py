@@ -154,7 +154,6 @@ def test_layers_start_different():
     assert not np.allclose(kernel[0], kernel[1])
 
 
-@pytest.mark.kernels  # the bound is one of their rounding
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     def gradient(remat):
@@ -162,9 +161,10 @@ def test_remat_changes_no_gradient(remat):
         loss = jax.jit(jax.grad(lambda p: (nnx.merge(graphdef, p)(IDS).pooled ** 3).sum()))
         return loss(params)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(remat), gradient("none")
-    )
+    def same(a, b):  # as a whole: what is added up is far larger than some of the sums
+        assert np.linalg.norm(a - b) <= 1e-5 + 1e-6 * np.linalg.norm(b)
+
+    jax.tree.map(same, gradient(remat), gradient("none"))
 
 
 @pytest.mark.parametrize("norms", [jnp.bfloat16, jnp.float32])
