@@ -165,7 +165,8 @@ def test_a_weight_moves_its_words_alone_in_all_towers_together(tokenizer, name, 
     expected = light.copy()
     expected[2] += 0.3 * (light - empty)[2]  # after the start and "a"
     np.testing.assert_allclose(heavy, expected, atol=1e-5)
-    np.testing.assert_array_equal(light, read(rows_of(tokenizer, ["a red pea"] * 2)).tokens[0])
+    alone = read(rows_of(tokenizer, ["a red pea"] * 2)).tokens[0]  # by a program of its own
+    np.testing.assert_allclose(light, alone, atol=1e-6)
     for tower in (slice(0, 8), slice(-8, None)):
         assert np.abs(heavy - light)[2, tower].max() > 0.01
     if name == "XL":
