@@ -2,7 +2,7 @@
 
     python train.py configs/produce_curriculum.py
 
-On two CPU cores it takes the 8 minutes of the default recipe. What it does for quality was measured
+On two CPU cores it takes the 7 minutes of the default recipe. What it does for quality was measured
 at commit 58f8ebb, when that recipe still worked on pixels, over 800 steps (one core of an AMD EPYC,
 Zen 4, 2026-11-22) with `--train.steps 800 --task.curriculum.steps-per-level 40`, against
 `configs/produce.py` with `--train.steps 800`: over the last 150 steps the squared error in x0 is
