@@ -25,7 +25,6 @@ from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import in_turn
 from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.config import Config
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
@@ -38,7 +37,7 @@ from jaxdiff.pretrained import unet
 from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step, structure
-from jaxdiff.training.task import Pretrained
+from jaxdiff.training.task import Task
 
 Denoiser = DiTConfig | UNet2DConditionConfig
 
@@ -46,7 +45,7 @@ LEAST = 1e-4  # relative difference of the first losses above which the two are 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenoiserTask:
+class DenoiserTask(Task):
     """The training of a denoiser alone, on noisy images and targets that are given."""
 
     denoiser: Denoiser
@@ -56,26 +55,6 @@ class DenoiserTask:
         if isinstance(self.denoiser, DiTConfig):
             return DiT(self.denoiser, rngs=rngs)
         return UNet2DConditionModel(self.denoiser, rngs=rngs)
-
-    def frozen(self) -> dict[str, Pretrained]:
-        """Nothing: what else a recipe has is left out."""
-        return {}
-
-    def start(self) -> dict[str, Pretrained]:
-        """Nothing: all of it starts as drawn."""
-        return {}
-
-    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
-        """Nothing."""
-        return {}
-
-    def init_state(self) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
-
-    def next_state(self, task_state: tuple[()], metrics: Any) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
 
     def loss(self, model: Any, frozen: PyTree, batch: Any, key: Any, task_state: tuple[()]) -> Any:
         """The mean square error."""

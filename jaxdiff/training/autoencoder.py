@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.clip import ClipVision, ClipVisionConfig
 from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Pretrained, Task, from_uint8
 
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
 
@@ -64,7 +63,7 @@ class Perceptual:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Images through a narrow latent space and back (Rombach et al. 2022, section 3.1).
 
         loss = (1 - l2_share) L1 + l2_share L2 + kl_weight KL + perceptual.weight D
@@ -117,18 +116,6 @@ class AutoencoderTask:
         tower = Pretrained(folder, ("vision",), blueprint(ClipVision, model))
         return {"perceptual": tower}
 
-    def start(self) -> dict[str, Pretrained]:
-        """All of it starts as drawn."""
-        return {}
-
-    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
-        """Nothing."""
-        return {}
-
-    def init_state(self) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
-
     def loss(
         self,
         model: Autoencoder,
@@ -159,10 +146,6 @@ class AutoencoderTask:
             metrics["perceptual"] = self.perceptual.distance(tower, decoded, images)
             loss += self.perceptual.weight * metrics["perceptual"]
         return loss, {"loss": loss, **metrics}
-
-    def next_state(self, task_state: tuple[()], metrics: Metrics) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
 
 
 def psnr(decoded: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, ""]:

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.models.clip import Clip, ClipConfig, ClipEmbeddings
-from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Task, from_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTask:
+class ClipTask(Task):
     """Which caption of the batch belongs to which image, asked in both directions.
 
     Every other pair of the whole batch is a negative, over all devices; with gradient accumulation
@@ -32,22 +31,6 @@ class ClipTask:
         """The module that is trained, freshly drawn."""
         return Clip(self.model, rngs=rngs)
 
-    def frozen(self) -> dict[str, Pretrained]:
-        """Nothing is taken from elsewhere."""
-        return {}
-
-    def start(self) -> dict[str, Pretrained]:
-        """All of it starts as drawn."""
-        return {}
-
-    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
-        """Nothing."""
-        return {}
-
-    def init_state(self) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
-
     def loss(
         self, model: Clip, frozen: PyTree, batch: Batch, key: Key[Array, ""], task_state: tuple[()]
     ) -> tuple[Float[Array, ""], Metrics]:
@@ -62,10 +45,6 @@ class ClipTask:
             "accuracy_text_to_image": to_image,
             "logit_scale": embeddings.logit_scale,
         }
-
-    def next_state(self, task_state: tuple[()], metrics: Metrics) -> tuple[()]:
-        """Nothing is carried along."""
-        return ()
 
 
 def contrastive_loss(

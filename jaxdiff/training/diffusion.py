@@ -30,7 +30,7 @@ from jaxdiff.models.unet2d_condition import (
     UNet2DConditionModel,
 )
 from jaxdiff.parallel.sharding import split_tokens
-from jaxdiff.training.task import Batch, Metrics, Pretrained, from_uint8
+from jaxdiff.training.task import Batch, Metrics, Pretrained, Task, from_uint8
 
 # The aesthetic scores that Stable Diffusion XL's refiner is told, of prompts and negative ones.
 BEAUTY, NEGATIVE_BEAUTY = 6.0, 2.5
@@ -199,7 +199,7 @@ def _text_part(name: str, tower: TextTower) -> Pretrained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionTask:
+class DiffusionTask(Task):
     """Prediction of the noise, or of x0, v or velocity, given a prompt.
 
     Attributes:

@@ -29,6 +29,9 @@ class Pretrained(NamedTuple):
 class Task(Protocol):
     """A model, its loss, and whatever it carries along from step to step.
 
+    A task inherits from this, and says no more than what it has: by default all starts as drawn,
+    nothing is taken from elsewhere, and nothing is carried along.
+
     Parameters of frozen parts come as a tree of their own, {name: params}, so that they are neither
     trained nor saved with each checkpoint.
     """
@@ -39,19 +42,19 @@ class Task(Protocol):
 
     def frozen(self) -> dict[str, Pretrained]:
         """The parts that are used as they are, by name."""
-        ...
+        return {}
 
     def start(self) -> dict[str, Pretrained]:
         """The parts of `build()`'s module that do not start as drawn, by their name in it."""
-        ...
+        return {}
 
     def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
         """Those that start as something made of the frozen parts, as arrays of the host."""
-        ...
+        return {}
 
     def init_state(self) -> PyTree:
         """What is carried along at the start, a tree of arrays; () for nothing."""
-        ...
+        return ()
 
     def loss(
         self, model: Any, frozen: PyTree, batch: Batch, key: Key[Array, ""], task_state: PyTree
@@ -61,7 +64,7 @@ class Task(Protocol):
 
     def next_state(self, task_state: PyTree, metrics: Metrics) -> PyTree:
         """What is carried to the next step, given this step's metrics."""
-        ...
+        return task_state
 
 
 def from_uint8(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
