@@ -32,7 +32,7 @@ from jaxdiff.sampling.guidance import Guidance
 from jaxdiff.sampling.sampler import noise_from_seeds
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.sampling.windows import Windows
-from jaxdiff.second_models import clip_scores, read_clip, read_weak
+from jaxdiff.second_models import choose, read_clip, read_weak
 from jaxdiff.sizes import images_at_a_time, size_of_ratio
 from jaxdiff.training.diffusion import DiffusionTask, Latents
 from jaxdiff.training.step import ComputeType, cast, structure
@@ -397,13 +397,11 @@ class Pipeline(ImageEdits):
         prompts = asked.texts("prompts", prompts)
         n = len(prompts)
         first = asked.one_each("seeds", range(0, n * of, of) if seeds is None else seeds, n)
-        tried = asked.seed_array([seed + i for seed in first for i in range(of)]).reshape(n, of)
+        tried = asked.seed_array([seed + i for seed in first for i in range(of)])
         repeated = [prompt for prompt in prompts for _ in range(of)]
-        images = self(repeated, seeds=tried.ravel().tolist(), **arguments)
-        scores = clip_scores(clip, images, repeated).reshape(n, of)
-        chosen = np.argmax(scores, axis=1)
-        each = np.arange(n)
-        return Best(images[each * of + chosen], tried[each, chosen], scores)
+        images = self(repeated, seeds=tried.tolist(), **arguments)
+        rows, scores = choose(clip, images, repeated, of)
+        return Best(images[rows], tried[rows], scores)
 
     def noise(
         self,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, PyTree, UInt8
+from jaxtyping import Float32, Int, PyTree, UInt8
 
 from jaxdiff.batches import in_full_batches
 from jaxdiff.bundle import read_bundle
@@ -69,6 +69,25 @@ def _scorer(config: ClipConfig):
         return jnp.sum(embeddings.image * embeddings.text, axis=-1)
 
     return score
+
+
+class Chosen(NamedTuple):
+    """Which of several images a CLIP chose for each prompt."""
+
+    rows: Int[np.ndarray, " n"]  # their places among all images
+    scores: Float32[np.ndarray, "n k"]  # of all, cosines
+
+
+def choose(
+    model: str, images: UInt8[np.ndarray, "m h w 3"], prompts: Sequence[str], of: int
+) -> Chosen:
+    """Of every `of` images in a row, with their prompts, the one that a CLIP finds closest.
+
+    Raises:
+      UserError: as `read_clip`.
+    """
+    scores = clip_scores(model, images, prompts).reshape(-1, of)
+    return Chosen(np.arange(0, len(images), of) + scores.argmax(1), scores)
 
 
 class WeakModel(NamedTuple):

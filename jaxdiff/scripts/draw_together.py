@@ -11,7 +11,7 @@ from jaxdiff.batches import Preview
 from jaxdiff.errors import UserError
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.scripts.image_settings import ImageSettings, InputFile
-from jaxdiff.second_models import clip_scores
+from jaxdiff.second_models import choose
 
 
 class Drawn(NamedTuple):
@@ -33,8 +33,7 @@ def draw_together(
     tried = [s for one in settings for s in _tried(one)]
     images = _drawn(pipeline, tried, {"preview": preview})
     if choice:
-        scores = clip_scores(choice.clip, images, [s.prompt for s in tried])
-        best = scores.reshape(-1, choice.of).argmax(1) + np.arange(0, len(tried), choice.of)
+        best = choose(choice.clip, images, [s.prompt for s in tried], choice.of).rows
         images, tried = images[best], [tried[i] for i in best]
     if enlarge:
         more: dict[str, Any] = _common(tried) | {"preview": preview}
