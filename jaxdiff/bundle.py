@@ -39,10 +39,11 @@ from jaxdiff.pretrained.tensor_files import to_device
 from jaxdiff.training.checkpoint import load_params
 from jaxdiff.training.task import Pretrained
 
-CONFIG, MODEL, FROZEN, CHECKPOINTS = (
+CONFIG, MODEL, FROZEN, CACHE, CHECKPOINTS = (
     "config.json",
     "model.safetensors",
     "frozen.safetensors",
+    "latents",
     "checkpoints",
 )
 

@@ -4,8 +4,7 @@ import io
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +16,25 @@ from jaxdiff.batches import in_full_batches
 from jaxdiff.bundle import read_pretrained, read_tokenizer
 from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.cached_latents import encode_latents
+from jaxdiff.data.cached_latents import LatentOptions, encode_latents
 from jaxdiff.data.shard_writing import Crops, Reading, Stretch, Workers, write_shard
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.errors import UserError
 from jaxdiff.files import write_whole
 from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.parallel.sharding import replicated
-from jaxdiff.training.cached_latents import check_text, encoder_fingerprint, text_fingerprint
+from jaxdiff.training.cached_latents import (
+    check_cachable,
+    encoder_fingerprint,
+    text_fingerprint,
+)
 from jaxdiff.training.diffusion import DiffusionTask, Latents
 from jaxdiff.training.step import cast
 from jaxdiff.training.task import from_uint8
 
 _CHUNK = 16  # records that a worker reads at a time
 _AHEAD = 2  # batches under way on the devices before one is taken from them
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentOptions:
-    """Whether and how latents are cached in the place of images."""
-
-    views: int = 0
-    """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves
-    images as they are."""
-    text: bool = False
-    """Cache what frozen text encoders say of every caption, and of none, too."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Type that mean and logarithm of the variance, and text, are stored in."""
-    batch_size: int = 32
-    """Images, or captions, that a device encodes at a time."""
 
 
 class Encoder:
@@ -100,7 +87,7 @@ class TextEncoder:
         largest = float(jnp.finfo(options.dtype).max)
 
         def read(params: PyTree, ids: Int[Array, "b n"]) -> Float[Array, "b m"]:
-            rows = task.read(None, params, ids).pack()
+            rows = task.pack(task.read(None, params, ids))
             return jnp.clip(rows.astype(jnp.float32), -largest, largest).astype(options.dtype)
 
         self._read = jax.jit(read)
@@ -130,20 +117,10 @@ def make_cache(config: Config, options: LatentOptions) -> Cache:
       UserError: the recipe has no autoencoder, its text encoders are trained, or the options are
         none.
     """
-    task, transforms = config.task, config.data.transforms
-    if options.views < 1 or options.batch_size < 1:
-        raise UserError(
-            f"latents.views is {options.views} and latents.batch_size {options.batch_size}: "
-            "expected positive numbers."
-        )
-    if not isinstance(task, DiffusionTask) or task.latents is None:
-        raise UserError(
-            "This recipe has no autoencoder to cache latents of: expected a diffusion task with "
-            "task.latents, such as that of configs/produce.py; leave --latents.views out."
-        )
+    task, transforms = check_cachable(config.task, options), config.data.transforms
+    assert task.latents is not None  # as was checked
     names, tokenizer = {"autoencoder"}, None
     if options.text:
-        check_text(task)
         assert task.text.pretrained is not None  # as was checked
         names, tokenizer = names | set(task.towers), read_tokenizer(task.text.pretrained)
     parts = read_pretrained({k: v for k, v in task.frozen().items() if k in names})
@@ -165,7 +142,7 @@ def make_cache(config: Config, options: LatentOptions) -> Cache:
 
 def write_empty(folder: epath.Path, cache: Cache) -> None:
     """Writes what the text encoders, if they are cached, say of no caption at all."""
-    if cache.text is not None:
+    if cache.text is not None and not (folder / EMPTY).exists():
         data = io.BytesIO()
         np.save(data, cache.text([""])[0], allow_pickle=False)
         write_whole(folder / EMPTY, data.getvalue())

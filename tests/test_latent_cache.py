@@ -10,10 +10,10 @@ from flax import nnx
 from PIL import Image
 
 from jaxdiff.benchmark.task_flops import flops_per_image
-from jaxdiff.bundle import read_pretrained, write_bundle
+from jaxdiff.bundle import CACHE, read_pretrained, write_bundle
 from jaxdiff.config import Config, TrainConfig
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.folder import ImageFolder
 from jaxdiff.data.pipeline import ON_DEVICE, DataConfig, make_dataset
 from jaxdiff.data.produce import Produce
@@ -21,17 +21,18 @@ from jaxdiff.data.shards import EMPTY
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
-from jaxdiff.latent_cache import LatentOptions
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.layers import abstract_params, any_rngs, blueprint
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.parallel.plan import abstract_batch
-from jaxdiff.prepare import Sharing, write_records
+from jaxdiff.preparation import Sharing, write_records
+from jaxdiff.training import loop
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import structure
 from jaxdiff.training.task import from_uint8
 
@@ -177,7 +178,11 @@ def test_training_from_cached_text_gives_the_loss_of_reading_it_online(
     task, frozen = config.task, read_pretrained(config.task.frozen())
     abstract, rng = abstract_params(blueprint(DiffusionTask.build, task)), np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
-    autoencoder = {"autoencoder": frozen["autoencoder"]}
+    # Without the text encoders' weights, which nothing reads but for the words' own vectors.
+    read = {"autoencoder": frozen["autoencoder"]}
+    if name == "produce":
+        layers = jax.tree.map(lambda x: x * jnp.nan, frozen["text"])
+        read["text"] = frozen["text"] | {"blocks": layers["blocks"]}
 
     @jax.jit
     def loss(params, frozen, batch, key):
@@ -196,8 +201,7 @@ def test_training_from_cached_text_gives_the_loss_of_reading_it_online(
         cached = _cache(config, folder / f"{name} {dtype}", text=True, dtype=dtype)
         check_cache(cached)
         check_encoders(cached, frozen, tokenizer)
-        # Without the text encoder's weights, which nothing reads.
-        np.testing.assert_allclose(losses(cached, autoencoder), online, rtol=close)
+        np.testing.assert_allclose(losses(cached, read), online, rtol=close)
     assert len(set(online)) == 3
     batch = abstract_batch(
         dataclasses.replace(cached, train=TrainConfig(steps=1, batch_size=BATCH))
@@ -332,3 +336,44 @@ def test_impossible_settings_are_told(config, cached, folder):
     recipe = dataclasses.replace(cached, data=dataclasses.replace(cached.data, source=nameless))
     with pytest.raises(UserError, match=r"data\.source\.of does not say of what"):
         write_records(recipe, recipe.data, str(folder / "none"), Sharing())
+
+
+def test_a_run_caches_its_own_latents_and_goes_on_from_them(config, cached, folder):
+    def run(recipe, steps):
+        train = TrainConfig(steps=steps, batch_size=BATCH, checkpoint_every=1)
+        recipe = dataclasses.replace(recipe, train=train, optimizer=AdamW(learning_rate=1e-3))
+        return loop.train(recipe, folder / recipe.name, say=lambda _: None).summary["fingerprint"]
+
+    options = LatentOptions(views=1, dtype="float32", batch_size=2)
+    data = dataclasses.replace(config.data, cache=options)
+    own = dataclasses.replace(config, name="own", data=data)
+    run(own, 1)
+    shards = sorted((folder / "own" / CACHE).glob("records-*"))
+    written = [path.stat().st_mtime_ns for path in shards]
+    found = run(own, 2)
+    assert written
+    assert [path.stat().st_mtime_ns for path in shards] == written
+    assert found == run(dataclasses.replace(cached, name="prepared"), 2)
+    assert not (folder / "prepared" / CACHE).exists()
+    assert flops_per_image(own) == flops_per_image(cached)
+    names = {name: leaf.shape for name, leaf in abstract_batch(own).items()}
+    assert names == {name: leaf.shape for name, leaf in abstract_batch(cached).items()}
+
+
+def test_what_cannot_be_cached_is_told_before_an_earlier_run_is_removed(
+    config, cached, tiny_recipe, folder
+):
+    def refused(recipe, cache):
+        data = dataclasses.replace(recipe.data, cache=cache)
+        (folder / "earlier").mkdir(exist_ok=True)
+        (folder / "earlier" / "config.json").touch()
+        with pytest.raises(UserError) as error:
+            loop.train(dataclasses.replace(recipe, data=data), folder / "earlier", fresh=True)
+        assert (folder / "earlier" / "config.json").exists()
+        return str(error.value)
+
+    once = LatentOptions(views=1)
+    assert "no autoencoder to cache latents of" in refused(tiny_recipe(), once)
+    assert "of which there is nothing to cache" in refused(cached, once)
+    assert "encoders that are trained already" in refused(config, LatentOptions(views=1, text=True))
+    assert "views is 0" in refused(config, LatentOptions())

@@ -12,7 +12,6 @@ from jaxdiff.benchmark.flops import (
     unet_flops,
 )
 from jaxdiff.config import Config
-from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.dit import DiTConfig
@@ -25,10 +24,9 @@ from jaxdiff.training.diffusion import DiffusionTask
 
 def flops_per_image(config: Config) -> float:
     """Of one image in a training step of a recipe, less what its data have cached."""
-    source, size = config.data.source, config.data.transforms.size
-    if not isinstance(source, CachedLatents):
-        return training_flops(config.task, size)
-    return training_flops(config.task, size, encoded=True, read=source.has_text)
+    data = config.data
+    encoded, read = data.gives_latents, data.gives_text
+    return training_flops(config.task, data.transforms.size, encoded=encoded, read=read)
 
 
 def training_flops(

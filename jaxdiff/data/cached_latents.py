@@ -17,7 +17,7 @@ import io
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -38,6 +38,21 @@ from jaxdiff.data.shards import EMPTY, LatentSpace, Manifest
 from jaxdiff.data.source import LatentRecord
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions:
+    """Whether and how latents are cached in the place of images."""
+
+    views: int = 0
+    """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves
+    images as they are."""
+    text: bool = False
+    """Cache what frozen text encoders say of every caption, and of none, too."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type that mean and logarithm of the variance, and text, are stored in."""
+    batch_size: int = 32
+    """Images, or captions, that a device encodes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

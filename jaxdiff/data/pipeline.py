@@ -23,7 +23,7 @@ from rich.console import Console
 
 from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import Plan
-from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.prior import Source, WithPrior
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms, stored_size
@@ -45,7 +45,8 @@ class DataConfig:
     lock, several for photographs and for remote storage. `prefetch` is the number of batches that
     each worker makes ahead, and, whether there are workers or not, of those that wait on the
     devices. The run stops once a share of more than `max_bad_share` of the records is
-    unreadable.
+    unreadable. With `cache` a run begins by making the latents of all records, once, in its own
+    folder, as `jaxdiff prepare --latents.views` would elsewhere.
     """
 
     source: Source | WithPrior | CachedLatents
@@ -55,6 +56,7 @@ class DataConfig:
     prefetch: int = 2
     shuffle: bool = True
     max_bad_share: float = 0.01
+    cache: LatentOptions | None = None
 
     def __post_init__(self):
         if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
@@ -66,6 +68,18 @@ class DataConfig:
             raise UserError(
                 f"data.max_bad_share is {self.max_bad_share}: expected a share from 0 to 1."
             )
+
+    @property
+    def gives_latents(self) -> bool:
+        """Whether a step is given latents in the place of images."""
+        return self.cache is not None or isinstance(self.source, CachedLatents)
+
+    @property
+    def gives_text(self) -> bool:
+        """Whether it is given what text encoders say of the captions, too."""
+        if isinstance(self.source, CachedLatents):
+            return self.source.has_text
+        return self.cache is not None and self.cache.text
 
 
 class _Good(TypedDict):

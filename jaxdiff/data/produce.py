@@ -58,7 +58,8 @@ class Produce:
 
     The training split mixes single objects, two or three alike (`group_share`) and pairs in a
     relation (`pair_share`); no scene in it holds a held-out combination. The held-out split has
-    single objects in held-out combinations only. A record is a function of (seed, split, index).
+    single objects in held-out combinations only. Captions leave things out, as people do; a
+    `full_share` of them names every attribute. A record is a function of (seed, split, index).
     """
 
     split: Split = "train"
@@ -67,6 +68,7 @@ class Produce:
     seed: int = 0
     group_share: float = 0.15
     pair_share: float = 0.3
+    full_share: float = 0.0
     captions_per_image: int = 2
 
     def __len__(self) -> int:
@@ -74,7 +76,10 @@ class Produce:
 
     def __getitem__(self, index: int, /) -> Record:
         scene, rng = self._scene(index)
-        captions = [caption(scene, rng) for _ in range(self.captions_per_image)]
+        captions = [
+            caption(scene, rng, full=self.full_share > 0 and rng.random() < self.full_share)
+            for _ in range(self.captions_per_image)
+        ]
         return {
             "image": render(scene, rng, self.size),
             "captions": list(dict.fromkeys(captions)),
@@ -105,6 +110,10 @@ class Produce:
                 f"Produce has group_share {self.group_share} and pair_share {self.pair_share}: "
                 "set shares from 0 to 1 that sum to at most 1."
             )
+        if not 0 <= self.full_share <= 1:
+            raise UserError(
+                f"Produce has full_share {self.full_share}: set a share of captions from 0 to 1."
+            )
         if self.captions_per_image < 1:
             raise UserError(
                 f"Produce has captions_per_image {self.captions_per_image}, which leaves images "
@@ -123,17 +132,17 @@ class Produce:
         return draw_pair(rng, self.split), rng
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the many ways to describe the scene; what it leaves out is free."""
+def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
+    """One of the many ways to describe the scene; what it leaves out, unless `full`, is free."""
 
     def pick(options) -> str:
         return options[rng.integers(len(options))]
 
-    phrases = [_varied_phrase(item, scene.count, rng) for item in scene.items]
+    phrases = [_varied_phrase(item, scene.count, rng, full) for item in scene.items]
     text = phrases[0]
     if scene.relation is not None:
         text = f"{text} {pick(RELATION_WORDS[scene.relation])} {phrases[1]}"
-    if scene.position is not None and rng.random() < 0.7:
+    if scene.position is not None and (rng.random() < 0.7 or full):
         text = f"{text} {pick(POSITION_WORDS[scene.position])}"
     if rng.random() < 0.15:
         text = f"{pick(PREFIXES)} {text}"
@@ -158,15 +167,15 @@ def full_caption(scene: Scene) -> str:
     return phrases[0]
 
 
-def _varied_phrase(item: Item, count: int, rng: np.random.Generator) -> str:
+def _varied_phrase(item: Item, count: int, rng: np.random.Generator, full: bool) -> str:
     words = []
-    if rng.random() < 0.75:
+    if rng.random() < 0.75 or full:
         options = SIZE_WORDS[item.size]
         words.append(options[rng.integers(len(options))])
-    if rng.random() < 0.85:
+    if rng.random() < 0.85 or full:
         words.append(_colour_word(item, rng))
     stem = ""
-    if rng.random() < 0.75:
+    if rng.random() < 0.75 or full:
         stem = "with" if item.stem else "without"
     return _phrase(item.kind, words, stem, count)
 

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
 from jaxdiff.config import Config
-from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.errors import UserError
 from jaxdiff.parallel.hlo import Exchange, read_program
 from jaxdiff.parallel.mesh import MeshConfig, Slice, check_batch, make_mesh
@@ -215,10 +214,10 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         "tokens": jax.ShapeDtypeStruct((count, config.tokenizer.length), jnp.int32),
         "framing": jax.ShapeDtypeStruct((count, 6), jnp.int32),
     }
-    if isinstance(config.data.source, CachedLatents) and isinstance(config.task, DiffusionTask):
+    if config.data.gives_latents and isinstance(config.task, DiffusionTask):
         height, width, channels = config.task.shape(size, size)
         latents = (count, height, width, 2 * channels)
-        if config.data.source.has_text:
+        if config.data.gives_text:
             batch["text"] = jax.ShapeDtypeStruct((count, config.task.text_size), jnp.float16)
         return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
     return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdiff.bundle import weights_fingerprint
 from jaxdiff.config import Config, to_json
-from jaxdiff.data.cached_latents import CachedLatents
+from jaxdiff.data.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.training.diffusion import DiffusionTask
@@ -16,7 +16,14 @@ from jaxdiff.training.diffusion import DiffusionTask
 
 def check_cache(config: Config) -> None:
     """Raises `UserError` for cached latents of other data, or that the task has no use for."""
-    source, task = config.data.source, config.task
+    source, task, cache = config.data.source, config.task, config.data.cache
+    if cache is not None:
+        if isinstance(source, CachedLatents):
+            raise UserError(
+                f"data.source is the cached latents in {source.path}, of which there is nothing to "
+                "cache: set data.cache to None, or name a source of images."
+            )
+        check_cachable(task, cache)
     if not isinstance(source, CachedLatents):
         return
     if not isinstance(task, DiffusionTask) or task.latents is None:
@@ -32,6 +39,23 @@ def check_cache(config: Config) -> None:
             f"The latents in {source.path} were made of other data than data.source.of names: "
             "prepare them anew in another folder, or leave data.source.of out."
         )
+
+
+def check_cachable(task: Any, options: LatentOptions) -> DiffusionTask:
+    """The task, if latents can be cached for it; else raises `UserError`."""
+    if options.views < 1 or options.batch_size < 1:
+        raise UserError(
+            f"latents.views is {options.views} and latents.batch_size {options.batch_size}: "
+            "expected positive numbers."
+        )
+    if not isinstance(task, DiffusionTask) or task.latents is None:
+        raise UserError(
+            "This recipe has no autoencoder to cache latents of: expected a diffusion task with "
+            "task.latents, such as that of configs/produce.py; leave the caching of latents out."
+        )
+    if options.text:
+        check_text(task)
+    return task
 
 
 def check_text(task: DiffusionTask) -> None:
@@ -83,4 +107,5 @@ def text_fingerprint(task: DiffusionTask, frozen: Mapping[str, Any], tokenizer: 
     towers = {name: dataclasses.replace(t, pretrained=None) for name, t in task.towers.items()}
     weights = weights_fingerprint({name: frozen[name] for name in towers})
     read = {name: to_json(tower) for name, tower in towers.items()}
-    return hashlib.sha256(json.dumps([read, weights, tokenizer.bpe.to_str()]).encode()).hexdigest()
+    made_by = [read, weights, tokenizer.bpe.to_str(), task.text_size]
+    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()

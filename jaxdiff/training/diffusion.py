@@ -279,10 +279,29 @@ class DiffusionTask(Task):
 
     @property
     def text_size(self) -> int:
-        """Numbers that `TextFeatures.pack` makes of a prompt."""
+        """Numbers that `pack` makes of a prompt."""
         last = list(self.towers.values())[-1].model
         length, pooled = self.text.model.length, last.projection_dim or last.width
+        if self._reads_words_alone:
+            return pooled
         return length * self.denoiser.text_width + pooled + length
+
+    @property
+    def _reads_words_alone(self) -> bool:
+        """Whether tokens are words as they stand in a table: quicker looked up than read back."""
+        return all(tower.layer == 0 for tower in self.towers.values())
+
+    def pack(self, text: TextFeatures) -> Float[Array, "b m"]:
+        """What is cached of prompts: all that takes a text encoder's layers to find out."""
+        return text.pooled if self._reads_words_alone else text.pack()
+
+    def unpack(
+        self, rows: Float[Array, "b m"], frozen: PyTree, ids: Int[Array, "b n"]
+    ) -> TextFeatures:
+        """The inverse of `pack`, in float32, given the same prompts as token ids."""
+        if self._reads_words_alone:  # and what `read` makes of the layers is never computed
+            return self.read(None, frozen, ids)._replace(pooled=rows.astype(jnp.float32))
+        return TextFeatures.unpack(rows, ids.shape[1], self.denoiser.text_width)
 
     def build(self, rngs: nnx.Rngs) -> TextToImage:
         """The module that is trained, freshly drawn."""
@@ -467,8 +486,7 @@ class DiffusionTask(Task):
         """The objective's mean over the batch, and its sums by level of noise."""
         encode_key, loss_key = jax.random.split(key)
         if "text" in batch:
-            length, width = batch["tokens"].shape[1], self.denoiser.text_width
-            read = TextFeatures.unpack(batch["text"], length, width)
+            read = self.unpack(batch["text"], frozen, batch["tokens"])
         else:
             read = self.read(model, frozen, batch["tokens"])
         text = self._told(read, batch["framing"], BEAUTY)

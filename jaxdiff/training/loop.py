@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.bundle import (
+    CACHE,
     CHECKPOINTS,
     FROZEN,
     abstract_weights,
@@ -33,6 +34,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
+from jaxdiff.preparation import with_cache
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Ema
@@ -88,6 +90,7 @@ def train(
     check_cache(config)
     config.data.source.check()  # before an earlier run is removed for the sake of a typo
     tokenizer = open_run(config, out, fresh=fresh, say=say)
+    config = with_cache(config, out / CACHE)
     host = _frozen(config, out)
     check_encoders(config, host, tokenizer)
     # In the type that a step would make of them anyway, and split like what is trained.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxdiff.bundle import (
+    CACHE,
     CHECKPOINTS,
     CONFIG,
     FROZEN,
@@ -53,6 +54,7 @@ _FREE = (
 _OF_A_RUN = (
     CHECKPOINTS,
     FROZEN,
+    CACHE,
     "samples",
     TENSORBOARD,
     WANDB_ID,

@@ -1,5 +1,7 @@
 """The drawn data set: random access, captions that tell the truth, held-out combinations."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,22 @@ def test_captions_leave_attributes_out_as_often_as_stated():
     assert coloured == pytest.approx(0.85, abs=0.06)
 
 
+def test_a_share_of_the_captions_names_all_that_there_is():
+    source = Produce(pair_share=0.0, group_share=0.0, length=200, full_share=0.5)
+    texts = [text for i in range(200) for text in source[i]["captions"]]
+
+    def is_full(text):
+        words = set(text.split())
+        said = [{*COLOURS, "ripe", "unripe"}, {"with", "without"}, {"on", "at", "in", "near"}]
+        sizes = {word for names in SIZE_WORDS.values() for word in names}
+        return all(words & options for options in [*said, sizes])
+
+    by_chance = 0.75 * 0.85 * 0.75 * 0.7
+    assert np.mean([is_full(t) for t in texts]) == pytest.approx(0.5 + 0.5 * by_chance, abs=0.08)
+    every = dataclasses.replace(source, full_share=1.0)
+    assert all(is_full(text) for i in range(50) for text in every[i]["captions"])
+
+
 def test_the_vocabulary_is_small_and_captions_are_short():
     source = Produce()
     texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(700)]
@@ -128,6 +146,7 @@ def test_full_captions_read_as_english():
         {"pair_share": float("nan")},
         {"group_share": 0.6, "pair_share": 0.6},
         {"captions_per_image": 0},
+        {"full_share": 1.5},
     ],
 )
 def test_settings_that_cannot_work_are_refused_early(settings):
