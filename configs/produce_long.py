@@ -42,9 +42,9 @@ def get_config() -> Config:
             denoiser=dataclasses.replace(base.task.denoiser, width=160),
             objective=objective,
         ),
-        data=dataclasses.replace(base.data, source=Produce(length=10_000_000)),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=2.5e-3),
+        data=dataclasses.replace(base.data, source=Produce(length=160_000, full_share=0.7)),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=1.5e-3),
         ema=Ema(decay=0.999),
-        train=dataclasses.replace(base.train, steps=18_600, batch_size=32),
+        train=dataclasses.replace(base.train, steps=60_000, batch_size=32),
         eval_samples=500,
     )

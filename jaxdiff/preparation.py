@@ -55,14 +55,15 @@ class Sharing:
 
 
 def with_cache(config: Config, folder: epath.Path) -> Config:
-    """A recipe with `data.cache` on the latents in `folder`, which are made now if they are not.
+    """A recipe that asks for it on the latents in `folder`, which are made now if they are not.
 
     Raises:
       UserError: as `write_records`.
     """
     data = config.data
-    if data.cache is None:
+    if not data.cache.views:
         return config
+    assert not isinstance(data.source, CachedLatents)  # as `check_cache` sees to
     sharing = Sharing(latents=data.cache)
 
     def write() -> None:
@@ -70,7 +71,8 @@ def with_cache(config: Config, folder: epath.Path) -> Config:
 
     by_lead(write)
     source = CachedLatents(path=str(folder), of=data.source)
-    return dataclasses.replace(config, data=dataclasses.replace(data, source=source, cache=None))
+    done = dataclasses.replace(data, source=source, cache=LatentOptions())
+    return dataclasses.replace(config, data=done)
 
 
 def write_records(

@@ -361,7 +361,7 @@ def test_a_run_caches_its_own_latents_and_goes_on_from_them(config, cached, fold
 
 
 def test_what_cannot_be_cached_is_told_before_an_earlier_run_is_removed(
-    config, cached, tiny_recipe, folder
+    config, cached, told, tiny_recipe, folder
 ):
     def refused(recipe, cache):
         data = dataclasses.replace(recipe.data, cache=cache)
@@ -376,4 +376,4 @@ def test_what_cannot_be_cached_is_told_before_an_earlier_run_is_removed(
     assert "no autoencoder to cache latents of" in refused(tiny_recipe(), once)
     assert "of which there is nothing to cache" in refused(cached, once)
     assert "encoders that are trained already" in refused(config, LatentOptions(views=1, text=True))
-    assert "views is 0" in refused(config, LatentOptions())
+    assert "views is 0" in refused(told["produce"], LatentOptions(text=True))

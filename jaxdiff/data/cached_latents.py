@@ -42,7 +42,7 @@ from jaxdiff.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions:
-    """Whether and how latents are cached in the place of images."""
+    """Whether and how latents are cached in the place of images: not, unless there are views."""
 
     views: int = 0
     """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves

@@ -45,8 +45,8 @@ class DataConfig:
     lock, several for photographs and for remote storage. `prefetch` is the number of batches that
     each worker makes ahead, and, whether there are workers or not, of those that wait on the
     devices. The run stops once a share of more than `max_bad_share` of the records is
-    unreadable. With `cache` a run begins by making the latents of all records, once, in its own
-    folder, as `jaxdiff prepare --latents.views` would elsewhere.
+    unreadable. With `cache.views` a run begins by making the latents of all records, once, in its
+    own folder, as `jaxdiff prepare --latents.views` would elsewhere.
     """
 
     source: Source | WithPrior | CachedLatents
@@ -56,7 +56,7 @@ class DataConfig:
     prefetch: int = 2
     shuffle: bool = True
     max_bad_share: float = 0.01
-    cache: LatentOptions | None = None
+    cache: LatentOptions = LatentOptions()
 
     def __post_init__(self):
         if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
@@ -72,14 +72,14 @@ class DataConfig:
     @property
     def gives_latents(self) -> bool:
         """Whether a step is given latents in the place of images."""
-        return self.cache is not None or isinstance(self.source, CachedLatents)
+        return self.cache.views > 0 or isinstance(self.source, CachedLatents)
 
     @property
     def gives_text(self) -> bool:
         """Whether it is given what text encoders say of the captions, too."""
         if isinstance(self.source, CachedLatents):
             return self.source.has_text
-        return self.cache is not None and self.cache.text
+        return self.cache.text
 
 
 class _Good(TypedDict):

@@ -17,11 +17,11 @@ from jaxdiff.training.diffusion import DiffusionTask
 def check_cache(config: Config) -> None:
     """Raises `UserError` for cached latents of other data, or that the task has no use for."""
     source, task, cache = config.data.source, config.task, config.data.cache
-    if cache is not None:
+    if cache.views or cache.text:
         if isinstance(source, CachedLatents):
             raise UserError(
                 f"data.source is the cached latents in {source.path}, of which there is nothing to "
-                "cache: set data.cache to None, or name a source of images."
+                "cache: set data.cache.views to 0, or name a source of images."
             )
         check_cachable(task, cache)
     if not isinstance(source, CachedLatents):
