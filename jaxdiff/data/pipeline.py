@@ -9,7 +9,7 @@ import bisect
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypedDict, cast
 
@@ -56,7 +56,7 @@ class DataConfig:
     prefetch: int = 2
     shuffle: bool = True
     max_bad_share: float = 0.01
-    cache: LatentOptions = LatentOptions()
+    cache: LatentOptions = field(default_factory=LatentOptions)
 
     def __post_init__(self):
         if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
