@@ -29,8 +29,10 @@ from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
+from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, autoencoder_tiny, clip, unet
+from jaxdiff.pretrained.names import from_torch_names
 from jaxdiff.pretrained.scheduler import (
     GRIDS,
     SOLVERS,
@@ -85,7 +87,9 @@ def read_diffusers(
     assert isinstance(task.denoiser, UNet2DConditionConfig)
     assert task.latents is not None
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
-    params = {"denoiser": unet.from_torch_names(tensors, task.denoiser, place=place)}
+    # Of the whole task, as who draws or trains needs that too: a U-Net is traced but once.
+    abstract = abstract_params(blueprint(DiffusionTask.build, task))["denoiser"]
+    params = {"denoiser": from_torch_names(tensors, unet.UNET_NAMES, abstract, place=place)}
     frozen = {"autoencoder": read_autoencoder(root / "vae", place=place)[1]}
     for (name, tower), part in zip(task.towers.items(), _text_parts(index), strict=True):
         tensors = open_weights(root / part, MODEL)
