@@ -170,6 +170,7 @@ def some_plan():
     return Plan(
         recipe="tiny",
         topology="cpu:8",
+        quick=False,
         stands_in_for=None,
         chip="cpu",
         chips=8,

@@ -35,6 +35,8 @@ class PlanOptions:
     """The mesh, such as data=16,fsdp=16; by default what the recipe names for the topology."""
     json: bool = False
     """Print JSON: all figures, in bytes, seconds and FLOPs, and the origin of each."""
+    quick: bool = False
+    """Have XLA optimize as little as it can: minutes for a U-Net, memory a few percent too high."""
     search: bool = False
     """Try meshes, batch sizes and remat policies, and rank what fits."""
     most: int = 12
@@ -42,7 +44,7 @@ class PlanOptions:
 
 
 def plan(arguments: list[str]) -> None:
-    """`jaxdiff plan RECIPE [--topology NAME] [--mesh data=N,fsdp=M] [--search] [--json]`."""
+    """`jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
     config, arguments = read_recipe(arguments)
     options = parse(PlanOptions, arguments, prog="jaxdiff plan", default=PlanOptions(config=config))
     config = options.config
@@ -58,12 +60,16 @@ def plan(arguments: list[str]) -> None:
         with console.status(f"Compiling {config.name} for {name}"):
             topology = _topology(name)
             if options.search:
-                found = search(
-                    config, topology, most=options.most, say=lambda p: console.print(_line(p))
+                plans += search(
+                    config,
+                    topology,
+                    most=options.most,
+                    say=lambda p: console.print(_line(p)),
+                    quick=options.quick,
                 )
-                plans += found
             else:
-                plans.append(make_plan(on_slice(config, name, mesh), topology))
+                planned = on_slice(config, name, mesh)
+                plans.append(make_plan(planned, topology, quick=options.quick))
     _print(plans, options)
 
 

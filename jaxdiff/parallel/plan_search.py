@@ -49,7 +49,12 @@ def _tasks(task: Any) -> list[Any]:
 
 
 def search(
-    config: Config, topology: Topology, *, most: int, say: Callable[[Plan], None]
+    config: Config,
+    topology: Topology,
+    *,
+    most: int,
+    say: Callable[[Plan], None],
+    quick: bool = False,
 ) -> list[Plan]:
     """At most so many plans: what fits first, and of it what takes least time for an image.
 
@@ -67,7 +72,7 @@ def search(
             continue
         if topology.chip and held(candidate, topology) > topology.chip.memory:
             continue
-        plan = make_plan(candidate, topology)
+        plan = make_plan(candidate, topology, quick=quick)
         say(plan)
         plans.append(plan)
         if not plan.fits:

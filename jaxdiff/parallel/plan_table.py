@@ -29,39 +29,52 @@ def plan_table(plan: Plan) -> Table:
     ]
     for name, value, origin in rows:
         table.add_row(name, Text(value), ORIGINS.get(origin, ""))
+    notes = []
     if plan.stands_in_for:
-        table.caption = (
+        notes.append(
             f"XLA compiles for GPUs only where there is one: its figures are of the program for "
             f"{plan.stands_in_for}, an estimate. On such a machine --topology local gives the true."
         )
+    if plan.quick:
+        notes.append(
+            "Quickly compiled: memory is a few percent too high, traffic is not told, and the "
+            "least time leaves it out."
+        )
+    table.caption = "\n".join(notes) or None
     return table
 
 
 def summary_table(plans: Sequence[Plan]) -> Table:
-    """One line for each of several plans."""
-    table = Table()
-    for name in ("recipe", "topology", "mesh", "batch", "remat"):
-        table.add_column(name)
-    for name in ("memory/chip", "of", "PFLOP/step", "roofline", "images/s", "days", "compile"):
-        table.add_column(name, justify="right")
-    for plan in plans:
-        mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-        accumulate = f" / {plan.accumulate}" if plan.accumulate > 1 else ""
-        table.add_row(
-            plan.recipe,
-            plan.topology,
-            mesh,
-            f"{plan.batch_size}{accumulate}",
-            plan.remat or "",
-            f"{plan.memory_needed / GIB:.1f} GiB" + ("" if plan.fits else " (!)"),
-            f"{plan.memory_limit / GIB:.0f} GiB",
-            f"{plan.flops_per_step / 1e15:.3g}",
-            _seconds(plan.roofline_s),
-            f"{plan.images_per_s:,.0f}" if plan.images_per_s else "",
-            f"{plan.days:.1f}" if plan.days else "",
-            f"{plan.compile_s:.0f} s",
-        )
+    """One line for each of several plans; what all of them share stands above."""
+    rows = [_summary(plan) for plan in plans]
+    shared = [name for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1]
+    title = ", ".join(f"{name} {rows[0][name]}" for name in shared if rows[0][name])
+    table = Table(title=title or None, title_justify="left")
+    told = [name for name in rows[0] if name not in shared]
+    for name in told:
+        words = name in ("recipe", "topology", "mesh", "batch", "remat")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in told))
     return table
+
+
+def _summary(plan: Plan) -> dict[str, str]:
+    accumulate = f" / {plan.accumulate}" if plan.accumulate > 1 else ""
+    return {
+        "recipe": plan.recipe,
+        "topology": plan.topology,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
+        "batch": f"{plan.batch_size}{accumulate}",
+        "remat": plan.remat or "",
+        "memory/chip": f"{plan.memory_needed / GIB:.1f} GiB" + ("" if plan.fits else " (!)"),
+        "of": f"{plan.memory_limit / GIB:.0f} GiB",
+        "PFLOP/step": f"{plan.flops_per_step / 1e15:.3g}",
+        "roofline": _seconds(plan.roofline_s),
+        "images/s": f"{plan.images_per_s:,.0f}" if plan.images_per_s else "",
+        "days": f"{plan.days:.2f}" if plan.days else "",
+        "compile": f"{plan.compile_s:.0f} s",
+    }
 
 
 def _batch(plan: Plan) -> str:
@@ -103,8 +116,9 @@ def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.compute_s is None:
         return []
     parts = f"products {_seconds(plan.compute_s)}"
-    if plan.memory_s is not None and plan.interconnect_s is not None:
+    if plan.memory_s is not None:
         parts += f", memory {_seconds(plan.memory_s)} ({_size(plan.traffic or 0)})"
+    if plan.interconnect_s is not None:
         parts += f", interconnect {_seconds(plan.interconnect_s)}"
     rows = [("least time of a step", f"{_seconds(plan.roofline_s)}: {parts}", "compute_s")]
     if plan.images_per_s and plan.days:

@@ -41,7 +41,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, capsys):
 
 
 def test_json_is_all_that_is_printed(some_plan, monkeypatch, capsys):
-    monkeypatch.setattr(command, "make_plan", lambda config, topology: some_plan)
+    monkeypatch.setattr(command, "make_plan", lambda *_, **__: some_plan)
     assert cli.main(["plan", "configs/produce.py", "--topology", "cpu:8", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["recipe"], told["memory_needed"], told["fits"]) == ("tiny", 2.0, True)

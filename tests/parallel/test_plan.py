@@ -72,7 +72,25 @@ def test_the_table_says_so_too(plan):
     table = plan_table(plan)
     whose = list(table.columns[2].cells)
     assert {"XLA's", "computed", "assumed", "measured"} <= set(whose)
-    assert len(summary_table([plan, plan]).rows) == 2
+
+
+def test_a_table_of_several_says_once_what_all_of_them_share(plan):
+    table = summary_table([plan, dataclasses.replace(plan, batch_size=16, remat="dots")])
+    assert [column.header for column in table.columns] == ["batch", "remat"]
+    assert len(table.rows) == 2
+    assert table.title.startswith("recipe tiny, topology cpu:8, mesh data=2 fsdp=4")
+
+
+def test_a_quick_plan_is_of_the_same_step_and_tells_no_traffic(plan, config):
+    quick = make_plan(config, find_topology("cpu:8"), quick=True)
+    same = ("parameters", "flops_per_step", "compute_s", "images_per_s", "mesh")
+    assert [getattr(quick, name) for name in same] == [getattr(plan, name) for name in same]
+    assert quick.memory.state == plan.memory.state
+    assert quick.memory_needed == pytest.approx(plan.memory_needed, rel=0.3)
+    assert {e.kind for e in quick.collectives} == {e.kind for e in plan.collectives}
+    assert (plan.quick, quick.quick, quick.traffic, quick.memory_s) == (False, True, None, None)
+    assert "Quickly compiled" in plan_table(quick).caption
+    assert plan_table(plan).caption is None
 
 
 def test_what_is_too_large_is_said_not_to_fit(plan):
@@ -81,12 +99,18 @@ def test_what_is_too_large_is_said_not_to_fit(plan):
     assert any("DOES NOT FIT" in str(cell) for cell in plan_table(small).columns[1].cells)
 
 
-def test_what_the_compiler_finds_no_memory_for_is_planned_all_the_same(config, monkeypatch):
-    def compile_(_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
-            "space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
-        )
+@pytest.mark.parametrize(
+    "told",
+    [
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_the_compiler_finds_no_memory_for_is_planned_all_the_same(told, config, monkeypatch):
+    def compile_(*_):
+        raise jax.errors.JaxRuntimeError(told)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     plan = make_plan(config, find_topology("cpu:8"))

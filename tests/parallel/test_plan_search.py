@@ -27,7 +27,7 @@ def test_all_meshes_policies_and_batches_are_tried(tiny_recipe):
 def quick(some_plan, monkeypatch):
     """As if gathering took time, keeping more took memory, and recomputing took time."""
 
-    def planned(candidate, _topology):
+    def planned(candidate, _topology, **_):
         fsdp, remat = candidate.mesh.fsdp, candidate.task.denoiser.remat
         batch_size = candidate.train.batch_size
         needed = {"none": 40.0, "dots": 20.0, "full": 10.0}[remat] * batch_size / 16 + 16 / fsdp
