@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, PyTree, UInt8
 from PIL import Image
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.layers import TextFeatures
 
 
 def check_images(image: np.ndarray, n: int) -> UInt8[np.ndarray, "n h w 3"]:
@@ -74,7 +75,13 @@ def coarse(mask: Float[Array, "n h w"], downsampling: int) -> Float[Array, "n i 
 
 
 def mixed(one: PyTree, other: PyTree, share: Float[Array, " n"]) -> PyTree:
-    """What two prompts are told as, and between: (1 - share) of one and share of the other."""
+    """What two prompts are told as, and between: (1 - share) of one and share of the other.
+
+    What stands behind the end of the shorter one takes no part: a network that is told where
+    prompts end has never seen it, and draws nothing but noise of it.
+    """
+    if isinstance(one, TextFeatures) and isinstance(other, TextFeatures):
+        one, other = _to_the_end(one), _to_the_end(other)
 
     def mix(a: Array, b: Array) -> Array:
         s = share.reshape(-1, *[1] * (a.ndim - 1))
@@ -83,6 +90,10 @@ def mixed(one: PyTree, other: PyTree, share: Float[Array, " n"]) -> PyTree:
         return ((1 - s) * a + s * b).astype(a.dtype)
 
     return jax.tree.map(mix, one, other)
+
+
+def _to_the_end(text: TextFeatures) -> TextFeatures:
+    return text._replace(tokens=text.tokens * text.mask[..., None].astype(text.tokens.dtype))
 
 
 def slerp(

@@ -6,6 +6,8 @@ import pytest
 
 from jaxdiff.editing import check_images, check_masks, coarse, extended, first_step, mixed, slerp
 from jaxdiff.errors import UserError
+from jaxdiff.models.layers import TextFeatures
+from jaxdiff.models.unet2d_condition import Conditions
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -93,8 +95,18 @@ def test_between_two_noises_there_is_noise_of_the_same_size():
 
 
 def test_prompts_are_mixed_by_share_and_heed_the_tokens_of_both():
-    one = {"tokens": jnp.zeros((2, 3, 4)), "mask": jnp.array([[True, False, False]] * 2)}
-    other = {"tokens": jnp.ones((2, 3, 4)), "mask": jnp.array([[True, True, False]] * 2)}
+    def told(value, lengths):
+        mask = jnp.arange(3) < jnp.array(lengths)[:, None]
+        return TextFeatures(jnp.full((2, 3, 4), value), jnp.full((2, 5), value), mask)
+
+    one, other = told(1.0, (1, 1)), told(3.0, (2, 2))
     found = mixed(one, other, jnp.array([0.25, 0.0]))
-    np.testing.assert_allclose(found["tokens"][:, 0, 0], [0.25, 0.0])
-    np.testing.assert_array_equal(found["mask"], [other["mask"][0], one["mask"][1]])
+    np.testing.assert_allclose(found.pooled[:, 0], [1.5, 1.0])
+    # Behind its end nothing of a prompt counts, whatever stands there.
+    np.testing.assert_allclose(found.tokens[..., 0], [[1.5, 0.75, 0.0], [1.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(found.mask, [other.mask[0], one.mask[1]])
+
+
+def test_without_a_mask_all_tokens_are_mixed():
+    one, other = Conditions(jnp.zeros((1, 3, 4))), Conditions(jnp.ones((1, 3, 4)))
+    np.testing.assert_allclose(mixed(one, other, jnp.array([0.25])).tokens, 0.25)
