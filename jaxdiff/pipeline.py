@@ -179,8 +179,8 @@ class Pipeline(ImageEdits):
         """The same model drawing tiles: images that go on at their other side, as on a wallpaper.
 
         The convolutions of the autoencoder and of Stable Diffusion's U-Net, which have no idea of
-        place, go around. Other networks have one: they see the image from another place at each
-        step, so that its edge is nowhere.
+        place, go around. Other networks have one: once things are in their places they see the
+        image from elsewhere at each step, so that its edge is nowhere.
         """
         sampling = dataclasses.replace(self.config.sampling, seamless=(down, across))
         config = dataclasses.replace(self.config, sampling=sampling)

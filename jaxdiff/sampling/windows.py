@@ -5,7 +5,9 @@ At every step each window of x is denoised by itself, and the estimates of x0 ar
 that of its estimate, as the step is affine in it). Weights fall off smoothly toward the edges of a
 window, where the network sees least of what is around. Along an axis that wraps windows go around,
 and begin at another place at each time, so that no edge of theirs stays anywhere (Frolov et al.
-2024, SpotDiffusion, section 3); there they need not overlap.
+2024, SpotDiffusion, section 3); there they need not overlap. A window that is the whole image stays
+where it is until a thing has found its place: a network that knows places by their number, and is
+shown the image from elsewhere at every time, agrees with itself on nothing but the background.
 """
 
 import math
@@ -19,6 +21,11 @@ from jaxtyping import Array, Float32, Int
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.solvers import Denoise, Scalar
+
+SETTLED = 0.5
+"""The time from which on a window that is the whole image begins elsewhere. Of 8 kinds of object
+the shipped model drew 4 as seamless tiles turned at all times, 7 below 0.7 and 8 below 0.5; below
+0.3 seams remained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,8 @@ def windowed(denoise: Denoise, windows: Windows, height: int, width: int) -> Den
     shares = jnp.asarray(shares[:, None, :, :, None])
 
     def estimate(x: Images, t: Scalar) -> Images:
-        down, across = _offsets(t, windows.wrap, height, width)
+        turned = (t < SETTLED) | (len(places) > 1)
+        down, across = _offsets(t, windows.wrap, height, width) * turned
         moved = (cuts[0] + down) % height, (cuts[1] + across) % width
 
         def one(cut: tuple[Int[Array, "h 1"], Int[Array, "1 w"]]) -> Images:
@@ -79,13 +87,10 @@ def windowed(denoise: Denoise, windows: Windows, height: int, width: int) -> Den
     return estimate
 
 
-def _offsets(
-    t: Scalar, wrap: tuple[bool, bool], height: int, width: int
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def _offsets(t: Scalar, wrap: tuple[bool, bool], height: int, width: int) -> Int[Array, "2"]:
     """Where the windows begin at a time, along the axes that wrap: a place as good as any other."""
     key = jax.random.fold_in(jax.random.key(0), (t * 2**20).astype(jnp.int32))
-    down, across = jax.random.randint(key, (2,), 0, jnp.array([height, width])) * jnp.array(wrap)
-    return down, across
+    return jax.random.randint(key, (2,), 0, jnp.array([height, width])) * jnp.array(wrap)
 
 
 def _cut(
