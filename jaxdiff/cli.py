@@ -100,6 +100,8 @@ class EvaluateOptions:
     """How closely to follow the prompts, 1 is unguided; the model's own by default."""
     best_of: int = 1
     """Draw this many for each prompt, and score the one that a CLIP finds closest to it."""
+    clip_scale: float = 0.0
+    """How strongly a CLIP steers every step toward the prompt; 0 is without."""
     clip_model: str = ClipGuidance.model
     """That CLIP: folder of a CLIP run or an exported CLIP, or `shipped:NAME`."""
     hosts: Hosts = dataclasses.field(default_factory=Hosts)

@@ -153,6 +153,7 @@ def evaluate_folder(
     batch_size: int | None = None,
     guidance_scale: float | None = None,
     best_of: int = 1,
+    clip_scale: float = 0.0,
     clip_model: str = ClipGuidance.model,
 ) -> None:
     """`jaxdiff evaluate`: prints the table, and saves the figures in the model's folder.
@@ -160,24 +161,31 @@ def evaluate_folder(
     Those of a model that comes with jaxdiff (`shipped:NAME`) are only printed.
 
     Raises:
-      UserError: as `evaluate`; fewer than two samples, or less than one to choose from; or the
-        folder holds no text-to-image model.
+      UserError: as `evaluate` and `ClipGuidance`; fewer than two samples, less than one to choose
+        from, or a choice among what is steered; or the folder holds no text-to-image model.
     """
     if samples < 2:
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")
     if best_of < 1:
         raise UserError(f"--best-of is {best_of}: expected how many to choose from, 1 or more.")
+    if clip_scale and best_of > 1:
+        raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
     pipeline = Pipeline(read_bundle(folder))
     scale = pipeline.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
     how = {"samples": samples, "guidance_scale": scale, "best_of": best_of}
+    settings = how | {"batch_size": batch_size}
+    if clip_scale:
+        how |= {"clip_scale": clip_scale, "clip_model": clip_model}
+        settings["clip"] = ClipGuidance(scale=clip_scale, model=clip_model)
     if best_of > 1:
-        how["clip_model"] = clip_model
-    figures = evaluate(pipeline, batch_size=batch_size, **how)
+        how["clip_model"] = settings["clip_model"] = clip_model
+    figures = evaluate(pipeline, **settings)
     if not is_lead():
         return
     print(table(figures))
     chosen = f", each the best of {best_of} as {clip_model} finds" if best_of > 1 else ""
-    print(f"{samples} samples of each kind, guidance scale {scale:g}{chosen}")
+    steered = f", steered by {clip_model} at scale {clip_scale:g}" if clip_scale else ""
+    print(f"{samples} samples of each kind, guidance scale {scale:g}{steered}{chosen}")
     if not folder.startswith("shipped:"):
         path = epath.Path(folder) / "evaluation.json"
         text = json.dumps({**how, "figures": figures}, indent=2) + "\n"

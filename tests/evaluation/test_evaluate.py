@@ -18,6 +18,7 @@ from jaxdiff.evaluation.evaluate import check_scorable, evaluate, evaluate_folde
 from jaxdiff.evaluation.openmoji_score import held_out_prompts
 from jaxdiff.evaluation.produce_score import evaluation_scenes
 from jaxdiff.pipeline import Best, Pipeline
+from jaxdiff.sampling.clip_guidance import ClipGuidance
 
 SAMPLES = 6
 COLUMNS = ("score", "ceiling", "chance")
@@ -166,6 +167,26 @@ def test_the_best_of_several_is_scored_and_told(tmp_path, monkeypatch, capsys, p
     assert last == ("2 samples of each kind, guidance scale 1.5, each the best of 3 as mine finds")
     with pytest.raises(UserError, match="--best-of is 0"):
         evaluate_folder(str(tmp_path), samples=2, best_of=0)
+
+
+@pytest.mark.usefixtures("loads_produce")
+def test_what_a_clip_steers_is_scored_and_told(tmp_path, monkeypatch, capsys):
+    asked = {}
+    draw = Perfect.__call__
+
+    def steered(self, prompts, **arguments):
+        asked.update(arguments)
+        return draw(self, prompts)
+
+    monkeypatch.setattr(Perfect, "__call__", steered)
+    evaluate_folder(str(tmp_path), samples=2, guidance_scale=1.0, clip_scale=3.0, clip_model="mine")
+    assert asked["clip"] == ClipGuidance(scale=3.0, model="mine")
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (saved["clip_scale"], saved["clip_model"]) == (3.0, "mine")
+    *_, last, _ = capsys.readouterr().out.splitlines()
+    assert last == "2 samples of each kind, guidance scale 1, steered by mine at scale 3"
+    with pytest.raises(UserError, match="--clip-scale and --best-of exclude each other"):
+        evaluate_folder(str(tmp_path), samples=2, best_of=2, clip_scale=1.0)
 
 
 @pytest.mark.usefixtures("loads_produce")

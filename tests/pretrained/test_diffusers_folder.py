@@ -31,6 +31,7 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.pictures import GAP
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.pretrained.diffusers_folder import INDEX, read_diffusers, write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
@@ -147,25 +148,44 @@ def test_the_prompt_matters_to_both_kinds(folder, tmp_path):
         assert np.abs(images[0] - images[1]).max() > 1e-5  # random weights hardly listen
 
 
-def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(folder, tmp_path):
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """The model in `folder` with a tiny autoencoder."""
     tiny = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     task = dataclasses.replace(TASK, latents=Latents(model=tiny, pretrained="unused"))
     there = bundle(task)
     frozen = {**there.frozen, "text": bundle(TASK).frozen["text"]}  # drawn after the autoencoder
-    write_diffusers(tmp_path, there._replace(frozen=frozen))
+    write_diffusers(tmp_path / "tiny", there._replace(frozen=frozen))
+    return tmp_path / "tiny"
+
+
+def test_previews_are_decoded_by_a_tiny_autoencoder(folder, tiny_folder, tmp_path):
+    words = ["a red pea", "--num-steps", "2", "--out", tmp_path, "--model"]
+    preview = ["--preview", "1", "--preview-decoder", tiny_folder / "vae"]
+    drawn = []
+    for more in ([tiny_folder], [folder], [folder, *preview]):
+        assert cli.main(["sample", *map(str, words + more)]) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / "0000-a-red-pea.png")))
+    np.testing.assert_array_equal(drawn[2], drawn[1])
+    shown = np.asarray(Image.open(tmp_path / "preview.png"))[GAP:-GAP, GAP:-GAP]
+    np.testing.assert_allclose(shown.astype(int), drawn[0], atol=1)
+    assert np.abs(shown.astype(int) - drawn[1]).max() > 10
+
+
+def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(folder, tiny_folder):
     latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4))
     images = [
         pipeline(["a red pea"], num_steps=1, latents=latents)
         for pipeline in (
-            jaxdiff.load(tmp_path),
-            jaxdiff.load(folder).with_autoencoder(tmp_path / "vae"),
+            jaxdiff.load(tiny_folder),
+            jaxdiff.load(folder).with_autoencoder(tiny_folder / "vae"),
         )
     ]
     np.testing.assert_array_equal(*images)
-    config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"act_fn": "tanh"}))
+    config = json.loads((tiny_folder / "vae" / "config.json").read_text())
+    (tiny_folder / "vae" / "config.json").write_text(json.dumps(config | {"act_fn": "tanh"}))
     with pytest.raises(UserError, match="act_fn is 'tanh'"):
-        jaxdiff.load(folder).with_autoencoder(tmp_path / "vae")
+        jaxdiff.load(folder).with_autoencoder(tiny_folder / "vae")
 
 
 def test_an_autoencoder_of_other_latents_is_told(folder):
