@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxdiff: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print("jaxdiff: gs:// needs one package more: pip install 'jaxdiff[gcs]'.", file=sys.stderr)
+        return 2
     except SystemExit as end:  # tyro's way out, after --help
         return int(end.code or 0)
     return 0

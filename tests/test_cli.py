@@ -176,3 +176,19 @@ def test_what_a_command_raises_is_told_in_one_line(refused, monkeypatch):
 
     monkeypatch.setattr(cli, "run_recipe", fail)
     assert refused("train") == "jaxdiff: It is full: empty it.\n"
+
+
+def test_what_cloud_storage_lacks_is_told(monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(cli, "draw", missing)
+    assert cli.main(["sample", "a pea", "--out", "gs://bucket/drawn"]) == 2
+    assert "pip install 'jaxdiff[gcs]'" in capsys.readouterr().err
+
+    def other(*_):
+        raise ImportError("no module named x")
+
+    monkeypatch.setattr(cli, "draw", other)
+    with pytest.raises(ImportError):
+        cli.main(["sample", "a pea"])

@@ -23,3 +23,10 @@ def test_a_writer_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_an_object_of_a_clouds_storage_is_written_at_once(monkeypatch):
+    path, written = epath.Path("gs://bucket/a"), []
+    monkeypatch.setattr(type(path), "write_bytes", lambda self, data: written.append((self, data)))
+    write_whole(path, b"whole")
+    assert written == [(path, b"whole")]

@@ -33,6 +33,7 @@ from jaxdiff.data.files import data_files
 from jaxdiff.data.shards import Manifest, check_shards, read_manifest
 from jaxdiff.data.source import Record
 from jaxdiff.errors import UserError
+from jaxdiff.files import is_local
 
 IMAGES, LATENTS = b"JDR1", b"JDL1"
 """What a record of images, or of cached latents, starts with."""
@@ -181,7 +182,7 @@ def write_encoded(path: str, records: Iterable[bytes]) -> int:
     target = epath.Path(path)
     # Two processes may write the same file: one that was orphaned, and the next that was started.
     name = f".partial-{os.getpid()}-{target.name}"
-    remote = "://" in path  # the writer knows local files alone
+    remote = not is_local(path)  # the writer knows local files alone
     with tempfile.TemporaryDirectory() if remote else _here(target) as folder:
         partial = epath.Path(folder) / name
         writer, count = None, 0
@@ -195,9 +196,9 @@ def write_encoded(path: str, records: Iterable[bytes]) -> int:
             with _writing(target):
                 writer.close()
                 if remote:
-                    partial.copy(target.parent / name, overwrite=True)
-                    partial = target.parent / name
-                partial.replace(target)
+                    partial.copy(target, overwrite=True)  # there once it is whole
+                else:
+                    partial.replace(target)
         finally:
             if writer is not None and writer.is_open():
                 with suppress(OSError, RuntimeError):

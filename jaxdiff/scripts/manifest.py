@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxdiff.files import partial_path, write_whole
+from jaxdiff.files import is_local, partial_path, write_whole
 
 MANIFEST = "manifest.jsonl"
 
@@ -106,7 +106,7 @@ class Manifest:
         digest = hashlib.sha256(data).hexdigest()
         results = {"sha256": digest, "seconds": round(seconds, 4), **more}
         self._lines[record["file"]] = record | results
-        if "://" in str(self._folder):  # a cloud's storage cannot append
+        if not is_local(self._folder):  # a cloud's storage cannot append
             _write(self._path, self._lines)
         else:
             with open(self._path, "a", encoding="utf-8") as file:

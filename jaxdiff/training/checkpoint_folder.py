@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxdiff.errors import UserError
+from jaxdiff.files import is_local
 
 ARRAYS = "arrays.json"
 CHECKSUMS = "SHA256SUMS"
@@ -43,7 +44,7 @@ def steps(folder: epath.Path) -> list[int]:
     if not folder.exists():
         return []
     named = [path for path in folder.iterdir() if path.name.isdecimal()]
-    return sorted(int(p.name) for p in named if _renames(folder) or (p / CHECKSUMS).exists())
+    return sorted(int(p.name) for p in named if is_local(folder) or (p / CHECKSUMS).exists())
 
 
 def newest_undamaged(folder: epath.Path, report: Report, part: str | None = None) -> int | None:
@@ -73,7 +74,7 @@ def newest_undamaged(folder: epath.Path, report: Report, part: str | None = None
 
 def unfinished(folder: epath.Path, step: int) -> epath.Path:
     """Where a checkpoint is written."""
-    return folder / (f"{step}.saving" if _renames(folder) else str(step))
+    return folder / (f"{step}.saving" if is_local(folder) else str(step))
 
 
 def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
@@ -92,7 +93,7 @@ def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
 
 def remove(path: epath.Path) -> None:
     """Removes a checkpoint so that none of it counts for one if this is cut short."""
-    if _renames(path):
+    if is_local(path):
         path = path.rename(path.with_name(f"{path.name}.old"))
     else:
         (path / CHECKSUMS).unlink(missing_ok=True)
@@ -156,8 +157,3 @@ def _digests(path: epath.Path, names: list[str]) -> list[str]:
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(digest, names))
-
-
-def _renames(folder: epath.Path) -> bool:
-    """Whether its file system renames folders at once, as object stores do not."""
-    return "://" not in str(folder)

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
+from jaxdiff.files import is_local, write_whole
 
 RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -60,7 +60,7 @@ class MetricsWriter:
         if not self._active:
             return
         self._folder = epath.Path(folder)
-        self._remote = "://" in str(self._folder)
+        self._remote = not is_local(self._folder)
         self._wandb = self._start_wandb(resume_from, config) if wandb else None
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
