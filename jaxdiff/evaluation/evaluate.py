@@ -173,7 +173,7 @@ def evaluate_folder(
     pipeline = Pipeline(read_bundle(folder))
     scale = pipeline.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
     how = {"samples": samples, "guidance_scale": scale, "best_of": best_of}
-    settings = how | {"batch_size": batch_size}
+    settings: dict[str, Any] = how | {"batch_size": batch_size}
     if clip_scale:
         how |= {"clip_scale": clip_scale, "clip_model": clip_model}
         settings["clip"] = ClipGuidance(scale=clip_scale, model=clip_model)

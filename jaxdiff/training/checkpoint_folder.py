@@ -35,8 +35,9 @@ Report = Callable[[str], None]
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
-    """The folder as Orbax wants it."""
-    return epath.Path(folder).expanduser().resolve()
+    """The folder as Orbax wants it. (etils resolves `gs://` to a folder of that name here.)"""
+    path = epath.Path(folder).expanduser()
+    return path.resolve() if is_local(folder) else path
 
 
 def steps(folder: epath.Path) -> list[int]:

@@ -230,7 +230,7 @@ def test_what_killed_saves_left_counts_for_nothing_and_goes(tmp_path):
 
 
 def test_on_an_object_store_the_checksums_complete_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_folder, "_renames", lambda folder: False)
+    monkeypatch.setattr(checkpoint_folder, "is_local", lambda folder: False)
     save_steps(tmp_path, 10, 20)
     (tmp_path / "20" / "SHA256SUMS").unlink()  # a save that was killed
     state, reports = restore(tmp_path)
@@ -238,6 +238,12 @@ def test_on_an_object_store_the_checksums_complete_a_checkpoint(tmp_path, monkey
     assert reports == []
     save_steps(tmp_path, 30)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "30"]
+
+
+def test_a_folder_of_an_object_store_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoint_folder.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert checkpoint_folder.absolute("run") == tmp_path / "run"
 
 
 def test_sha256sum_checks_a_checkpoint_by_hand(tmp_path):

@@ -1,11 +1,16 @@
 """What may happen to a run: nothing is lost but the steps since the last save, and it is told."""
 
 import dataclasses
+import json
 import random
 import signal
+import subprocess
+import sys
 import time
+import urllib.request
 
 import pytest
+from etils import epath
 
 from jaxdiff.config import Config
 
@@ -54,3 +59,52 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
     figures = ("step", "loss", "grad_norm", "learning_rate")
     ours, theirs = ([[r[f] for f in figures] for r in x.records()] for x in (run, straight))
     assert ours == theirs
+
+
+@pytest.fixture
+def bucket(free_port, tmp_path, monkeypatch):
+    """A bucket of an emulated cloud storage: `pip install -e '.[nightly]'`."""
+    port = free_port()
+    for name in (  # of fsspec, ArrayRecord and TensorStore
+        "STORAGE_EMULATOR_HOST",
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+        "TENSORSTORE_GCS_HTTP_URL",
+    ):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    flags = [
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+        "--default-bucket=bucket",
+    ]
+    command = [sys.executable, "-m", "gcp_storage_emulator", *flags]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as emulator:
+        try:
+            for _ in range(100):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/storage/v1/b/bucket")
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield "gs://bucket"
+        finally:
+            emulator.kill()
+
+
+def test_a_run_in_a_clouds_storage_goes_on_after_a_kill(
+    straight, launch, tiny_recipe, tmp_path, bucket
+):
+    config, out = recipe_of(tiny_recipe, every=20), epath.Path(bucket) / "run"
+    run = launch(tmp_path, config, "--out", str(out))
+    run.until(lambda: (out / "checkpoints/40/SHA256SUMS").exists())
+    run.send(signal.SIGKILL)
+    assert run.wait() == [-signal.SIGKILL], run.said()
+    run = launch(tmp_path, config, "--out", str(out))
+    assert run.wait() == [0], run.said()
+    assert "Resuming at step" in run.said()
+    found = json.loads((out / "summary.json").read_text())
+    assert found["fingerprint"] == straight.summary()["fingerprint"]
