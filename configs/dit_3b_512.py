@@ -26,8 +26,9 @@ from jaxdiff.data.cached_latents import CachedLatents
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.parallel.mesh import MeshConfig, Slice
 from jaxdiff.pretrained.published import OPENCLIP_G, XL_SCALING_FACTOR
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW, CosineLR
+from jaxdiff.training.parts import Latents, TextTower
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 

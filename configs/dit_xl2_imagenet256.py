@@ -29,9 +29,10 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.parallel.mesh import MeshConfig, Slice
 from jaxdiff.pretrained.published import CLIP_L
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
+from jaxdiff.training.parts import Latents, TextTower
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

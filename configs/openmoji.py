@@ -22,9 +22,10 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.unet import UNetConfig
 from jaxdiff.sampling.guidance import StaticThreshold
 from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.training.diffusion import DiffusionTask, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
+from jaxdiff.training.parts import TextTower
 
 PROMPTS = (
     "a woman firefighter with dark skin",

@@ -25,9 +25,10 @@ from jaxdiff.models.dit import DiTConfig
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.clip import ClipTask
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
+from jaxdiff.training.parts import Latents, TextTower
 
 PROMPTS = (
     "a small green pea",

@@ -23,8 +23,9 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import CLIP_L, SD1
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import PLMS
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW, ConstantLR
+from jaxdiff.training.parts import Latents, TextTower
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.folder import ImageFolder
-from jaxdiff.training.diffusion import DiffusionTask, TextualInversion
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import TextualInversion
 
 
 def get_config() -> Config:

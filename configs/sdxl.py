@@ -21,7 +21,8 @@ from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
 from jaxdiff.sampling.solvers import Euler
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents, TextTower
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 

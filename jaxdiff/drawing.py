@@ -27,13 +27,8 @@ from jaxdiff.sampling.sampler import Part, Source, noise_from_seeds, sample
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import Solver
 from jaxdiff.sampling.windows import Windows, windowed
-from jaxdiff.training.diffusion import (
-    BEAUTY,
-    NEGATIVE_BEAUTY,
-    DenoiserConfig,
-    DiffusionTask,
-    whole,
-)
+from jaxdiff.training.diffusion import BEAUTY, NEGATIVE_BEAUTY, DiffusionTask, whole
+from jaxdiff.training.parts import DenoiserConfig
 from jaxdiff.training.task import from_uint8
 
 

@@ -29,7 +29,8 @@ from jaxdiff.training.cached_latents import (
     encoder_fingerprint,
     text_fingerprint,
 )
-from jaxdiff.training.diffusion import DiffusionTask, Latents
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents
 from jaxdiff.training.step import cast
 from jaxdiff.training.task import from_uint8
 

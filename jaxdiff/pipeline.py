@@ -34,7 +34,8 @@ from jaxdiff.sampling.solvers import Solver
 from jaxdiff.sampling.windows import Windows
 from jaxdiff.second_models import choose, read_clip, read_weak
 from jaxdiff.sizes import images_at_a_time, size_of_ratio
-from jaxdiff.training.diffusion import DiffusionTask, Latents
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents
 from jaxdiff.training.step import ComputeType, cast, structure
 
 DEFAULT_MODEL = "shipped:produce"

@@ -74,8 +74,9 @@ def tiny_recipe() -> Callable:
     from jaxdiff.diffusion.schedules import RectifiedFlow
     from jaxdiff.models.clip import ClipTextConfig
     from jaxdiff.models.dit import DiTConfig
-    from jaxdiff.training.diffusion import DiffusionTask, TextTower
+    from jaxdiff.training.diffusion import DiffusionTask
     from jaxdiff.training.optimizer import AdamW
+    from jaxdiff.training.parts import TextTower
 
     text = ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2)
     task = DiffusionTask(

@@ -31,7 +31,7 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.parts import Latents
 from jaxdiff.training.state import TrainState, no_skips
 from jaxdiff.training.task import Pretrained
 

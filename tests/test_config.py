@@ -20,7 +20,7 @@ from jaxdiff.config import (
 from jaxdiff.data.pipeline import DataConfig
 from jaxdiff.errors import UserError
 from jaxdiff.training.autoencoder import Perceptual
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.parts import Latents
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.py"))

@@ -31,8 +31,9 @@ from jaxdiff.preparation import Sharing, write_records
 from jaxdiff.training import loop
 from jaxdiff.training.autoencoder import AutoencoderTask
 from jaxdiff.training.cached_latents import check_cache, check_encoders
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.parts import Latents, TextTower
 from jaxdiff.training.step import structure
 from jaxdiff.training.task import from_uint8
 

@@ -16,7 +16,7 @@ from jaxdiff.pictures import to_uint8
 from jaxdiff.pipeline import Pipeline, load
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.parts import Latents
 from jaxdiff.training.task import from_uint8
 
 PEA = "a small red pea"

@@ -16,7 +16,8 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.layers import abstract_params, merge
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.prompt_weights import Part, Words, parse, plain, rows_of
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextToImage, TextTower
+from jaxdiff.training.diffusion import DiffusionTask, TextToImage
+from jaxdiff.training.parts import Latents, TextTower
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jaxdiff.models.autoencoder import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.parallel.spread import drawing_mesh
 from jaxdiff.second_models import clip_scores, read_weak
-from jaxdiff.training.diffusion import Latents
+from jaxdiff.training.parts import Latents
 
 
 def test_a_model_of_the_same_kind_fits(tiny_bundle, tmp_path):

@@ -42,7 +42,8 @@ from jaxdiff.pretrained.scheduler import (
 )
 from jaxdiff.pretrained.tensor_files import open_weights, to_device
 from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents, TextTower
 
 INDEX = "model_index.json"
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"

@@ -47,7 +47,8 @@ from jaxdiff.pretrained.published import (
 from jaxdiff.pretrained.tensor_files import Cut, Renamed, TensorFiles, to_device
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, PLMS, Euler
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents, TextTower
 
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 

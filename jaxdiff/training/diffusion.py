@@ -1,13 +1,11 @@
 """Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -15,21 +13,28 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig, Gaussian
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.clip import ClipText, ClipTextConfig
+from jaxdiff.models.autoencoder import Autoencoder, Gaussian
+from jaxdiff.models.autoencoder_tiny import TinyAutoencoder
 from jaxdiff.models.convolutions import Wrap, wrap_convolutions
-from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.dit import DiTConfig
 from jaxdiff.models.layers import TextFeatures, blueprint, merge
-from jaxdiff.models.lora import Adapters, LoraConfig, adapted, attach
+from jaxdiff.models.lora import Adapters, LoraConfig, adapted
 from jaxdiff.models.tiling import Pieces
-from jaxdiff.models.unet import UNet, UNetConfig
+from jaxdiff.models.unet import UNetConfig
 from jaxdiff.models.unet2d_condition import (
     Conditions,
     UNet2DConditionConfig,
-    UNet2DConditionModel,
 )
 from jaxdiff.parallel.sharding import split_tokens
+from jaxdiff.training.parts import (
+    DenoiserConfig,
+    Latents,
+    TextTower,
+    TextualInversion,
+    Words,
+    denoiser_network,
+    text_part,
+)
 from jaxdiff.training.task import Batch, Metrics, Pretrained, Task, from_uint8
 
 # The aesthetic scores that Stable Diffusion XL's refiner is told, of prompts and negative ones.
@@ -39,143 +44,6 @@ BEAUTY, NEGATIVE_BEAUTY = 6.0, 2.5
 def whole(height: int, width: int, count: int) -> Int[Array, "b 6"]:
     """The framing of images of which nothing is cut off, and none is resized."""
     return jnp.broadcast_to(jnp.array([height, width, 0, 0, height, width]), (count, 6))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextTower:
-    """The text encoder.
-
-    Attributes:
-      model: its size.
-      pretrained: folder of the run or bundle, or `shipped:NAME`, whose text tower it starts as;
-        None draws one. A tower that starts as drawn and learns along with the denoiser is in
-        danger: before the denoiser heeds prompts they are noise to it, and the tower then learns
-        to say the same of all of them.
-      trained: whether it, or if it has adapters these, learn along with the denoiser.
-      layer: which hidden state becomes the words that the denoiser reads, counted as
-        `ClipText.__call__` does; 0 is the words alone, None the last.
-      final_norm: whether the final layer norm is applied to these.
-      pad_id: what follows a prompt's end becomes this id; None leaves the tokenizer's.
-      lora: the adapters that it has, which are then all that is trained of it.
-    """
-
-    model: ClipTextConfig
-    pretrained: str | None = None
-    trained: bool = True
-    layer: int | None = None
-    final_norm: bool = True
-    pad_id: int | None = None
-    lora: LoraConfig | None = None
-
-    def build(self, rngs: nnx.Rngs) -> ClipText:
-        """The encoder, freshly drawn."""
-        return _with_adapters(ClipText(self.model, rngs=rngs), self.lora, rngs)
-
-    def read(self, encoder: ClipText, ids: Int[Array, "b n"]) -> TextFeatures:
-        """Prompts given as token ids, in the eyes of this tower."""
-        if self.pad_id is not None:
-            mask = encoder.prompt_mask(ids)
-            ids = jnp.where(mask, ids, self.pad_id)
-        return encoder(ids, layer=self.layer, final_norm=self.final_norm)
-
-    def with_rows(
-        self, params: Mapping[str, Any], rows: Float[Array, "n d"]
-    ) -> tuple["TextTower", dict[str, Any]]:
-        """The encoder, and its weights, with vectors of new tokens after those of its vocabulary.
-
-        What ends a prompt was the last token until now, and is named from here on.
-        """
-        table = params["token_embedding"]
-        end_id = len(table) - 1 if self.model.end_id is None else self.model.end_id
-        model = dataclasses.replace(self.model, vocab_size=len(table) + len(rows), end_id=end_id)
-        longer = jnp.concatenate([table, rows.astype(table.dtype)])
-        return dataclasses.replace(self, model=model), {**params, "token_embedding": longer}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextualInversion:
-    """A new word for what some images show, learnt with all else frozen (Gal et al. 2022).
-
-    Attributes:
-      word: as captions and prompts have it; without spaces, and unlike any other.
-      initial: what it means at first: a word or several that come near.
-      vectors: tokens that it takes.
-
-    Raises:
-      UserError: no tokens, or nothing to start from.
-    """
-
-    word: str = "<my-thing>"
-    initial: str = "thing"
-    vectors: int = 1
-
-    def __post_init__(self):
-        if self.vectors < 1 or not self.initial.strip():
-            raise UserError(
-                f"TextualInversion got vectors={self.vectors} and initial={self.initial!r}: "
-                "expected at least 1, and a word to start from."
-            )
-
-    def first_ids(self, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-        """The tokens whose vectors it starts from."""
-        ids = tokenizer([self.initial])[0]
-        known = ids[1 : int(np.argmax(ids == tokenizer.end_id))]
-        return np.resize(known, self.vectors)
-
-
-class Words(nnx.Module):
-    """The vectors that are learnt of a new word, by text encoder."""
-
-    def __init__(self, towers: Mapping[str, TextTower], vectors: int):
-        for name, tower in towers.items():
-            setattr(self, name, nnx.Param(jnp.zeros((vectors, tower.model.width))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """The latent space of a trained autoencoder.
-
-    Attributes:
-      model: the autoencoder.
-      pretrained: folder of the run or bundle that holds it, or `shipped:NAME`.
-    """
-
-    model: AutoencoderConfig | TinyAutoencoderConfig
-    pretrained: str
-
-    def build(self, rngs: nnx.Rngs) -> Autoencoder | TinyAutoencoder:
-        """The autoencoder, freshly drawn."""
-        if isinstance(self.model, TinyAutoencoderConfig):
-            return TinyAutoencoder(self.model, rngs=rngs)
-        return Autoencoder(self.model, rngs=rngs)
-
-
-Network = TypeVar("Network", bound=nnx.Module)
-
-
-def _with_adapters(network: Network, lora: LoraConfig | None, rngs: nnx.Rngs) -> Network:
-    if lora is not None:
-        attach(network, lora, rngs)
-    return network
-
-
-DenoiserConfig = DiTConfig | UNetConfig | UNet2DConditionConfig
-
-
-def _network(config: DenoiserConfig, rngs: nnx.Rngs) -> DiT | UNet | UNet2DConditionModel:
-    match config:
-        case DiTConfig():
-            return DiT(config, rngs=rngs)
-        case UNetConfig():
-            return UNet(config, rngs=rngs)
-        case UNet2DConditionConfig():
-            return UNet2DConditionModel(config, rngs=rngs)
-
-
-def _network_with_adapters(
-    config: DenoiserConfig, lora: LoraConfig, rngs: nnx.Rngs
-) -> DiT | UNet | UNet2DConditionModel:
-    return _with_adapters(_network(config, rngs), lora, rngs)
 
 
 class TextToImage(nnx.Module):
@@ -189,13 +57,9 @@ class TextToImage(nnx.Module):
         if task.inversion is not None:
             self.words = Words(task.towers, task.inversion.vectors)
         if task.lora is not None:
-            self.denoiser = Adapters(_network_with_adapters(task.denoiser, task.lora, rngs))
+            self.denoiser = Adapters(denoiser_network(task.denoiser, task.lora, rngs=rngs))
         elif task.inversion is None:
-            self.denoiser = _network(task.denoiser, rngs)
-
-
-def _text_part(name: str, tower: TextTower) -> Pretrained:
-    return Pretrained(tower.pretrained, (name,), blueprint(TextTower.build, tower))
+            self.denoiser = denoiser_network(task.denoiser, rngs=rngs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,15 +180,17 @@ class DiffusionTask(Task):
             )
         for name, tower in self.towers.items():
             if not tower.trained:
-                parts[name] = _text_part(name, tower)
+                parts[name] = text_part(name, tower)
             elif tower.lora is not None:
-                parts[name] = _text_part(name, dataclasses.replace(tower, lora=None))
+                parts[name] = text_part(name, dataclasses.replace(tower, lora=None))
         if self.denoiser_is_frozen:
             parts["denoiser"] = self._denoiser_part()
         return parts
 
     def _denoiser_part(self) -> Pretrained:
-        return Pretrained(self.pretrained, ("denoiser",), blueprint(_network, self.denoiser))
+        return Pretrained(
+            self.pretrained, ("denoiser",), blueprint(denoiser_network, self.denoiser)
+        )
 
     def start(self) -> dict[str, Pretrained]:
         """A trained denoiser or text tower that is to learn on."""
@@ -333,7 +199,7 @@ class DiffusionTask(Task):
             parts["denoiser"] = self._denoiser_part()
         for name, tower in self.towers.items():
             if tower.trained and tower.pretrained is not None and tower.lora is None:
-                parts[name] = _text_part(name, tower)
+                parts[name] = text_part(name, tower)
         return parts
 
     def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
@@ -365,8 +231,8 @@ class DiffusionTask(Task):
         if not self.denoiser_is_frozen:
             return model.denoiser
         if self.lora is None:
-            return merge(blueprint(_network, self.denoiser), frozen["denoiser"])
-        build = blueprint(_network_with_adapters, self.denoiser, self.lora)
+            return merge(blueprint(denoiser_network, self.denoiser), frozen["denoiser"])
+        build = blueprint(denoiser_network, self.denoiser, self.lora)
         adapters = nnx.to_pure_dict(nnx.state(model.denoiser))
         return merge(build, adapted(frozen["denoiser"], adapters))
 
@@ -403,7 +269,7 @@ class DiffusionTask(Task):
                     params = adapted(params, nnx.to_pure_dict(nnx.state(getattr(model, name))))
                 if self.inversion is not None and model is not None:
                     tower, params = tower.with_rows(params, getattr(model.words, name)[...])
-                encoder = merge(_text_part(name, tower).build, params)
+                encoder = merge(text_part(name, tower).build, params)
             read.append(tower.read(encoder, ids))
         tokens = jnp.concatenate([features.tokens for features in read], axis=-1)
         return TextFeatures(tokens, read[-1].pooled, read[0].mask)

@@ -18,7 +18,7 @@ from jaxdiff.models.unet2d_condition import UNet2DConditionModel
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.pretrained import autoencoder, clip, original, unet
 from jaxdiff.pretrained.tensor_files import Renamed
-from jaxdiff.training.diffusion import TextTower
+from jaxdiff.training.parts import TextTower
 
 torch = pytest.importorskip("torch")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")

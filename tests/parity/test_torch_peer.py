@@ -10,8 +10,8 @@ from jaxdiff.benchmark import torch_peer
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
-from jaxdiff.training.diffusion import Latents
 from jaxdiff.training.optimizer import AdamW, ConstantLR
+from jaxdiff.training.parts import Latents
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

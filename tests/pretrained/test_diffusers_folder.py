@@ -38,15 +38,10 @@ from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.sampling.settings import SamplingConfig
 from jaxdiff.sampling.solvers import DDIM, Heun
 from jaxdiff.textual_inversion import Word
-from jaxdiff.training.diffusion import (
-    DiffusionTask,
-    Latents,
-    TextTower,
-    TextualInversion,
-    whole,
-)
+from jaxdiff.training.diffusion import DiffusionTask, whole
 from jaxdiff.training.loop import train
 from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.parts import Latents, TextTower, TextualInversion
 from jaxdiff.training.step import structure
 
 TEXT = ClipTextConfig(vocab_size=540, length=77, width=8, depth=1, heads=2)

@@ -12,7 +12,8 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.dit import DiTConfig
 from jaxdiff.pretrained.embeddings import FILE, read_embedding, write_embedding
 from jaxdiff.textual_inversion import Word
-from jaxdiff.training.diffusion import DiffusionTask, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import TextTower
 
 SMALL = ClipTextConfig(width=4, depth=1, heads=2)
 TASK = DiffusionTask(

@@ -13,7 +13,8 @@ from jaxdiff.models.clip import ClipTextConfig
 from jaxdiff.models.lora import Factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
-from jaxdiff.training.diffusion import DiffusionTask, Latents, TextTower
+from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.parts import Latents, TextTower
 
 WIDTH, RANK = 8, 3
 TASK = DiffusionTask(

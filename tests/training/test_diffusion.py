@@ -17,16 +17,10 @@ from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
-from jaxdiff.training.diffusion import (
-    NEGATIVE_BEAUTY,
-    DiffusionTask,
-    Latents,
-    TextTower,
-    TextualInversion,
-    whole,
-)
+from jaxdiff.training.diffusion import NEGATIVE_BEAUTY, DiffusionTask, whole
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.parts import Latents, TextTower, TextualInversion
 from jaxdiff.training.step import init_state, structure
 from jaxdiff.training.task import from_uint8
 
