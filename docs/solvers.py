@@ -2,10 +2,9 @@
 
     pip install matplotlib && python docs/solvers.py
 
-From the same noise, with the weights that ship with jaxdiff, unguided, at times even in log-SNR:
-the root mean square of the difference to the image of 1000 steps of DDIM, in pixels from 0 to 1,
-mean over the prompts. Guidance at scale 3 takes high orders their lead: single prompts then come
-out as another object, and DDIM at 50 steps is nearer than the others at 15.
+From the same noise, with the weights that ship with jaxdiff, without guidance and with the model's
+own, at times even in log-SNR: the root mean square of the difference to the image of 1000 steps of
+DDIM, in pixels from 0 to 1, mean over the prompts.
 """
 
 import dataclasses
@@ -42,32 +41,34 @@ def main():
     config = dataclasses.replace(shipped.config, sampling=sampling)
     pipeline = Pipeline(shipped.bundle._replace(config=config))
 
-    def draw(solver, num_steps):
+    def draw(solver, num_steps, scale):
         return pipeline(
             PROMPTS,
             seeds=range(len(PROMPTS)),
             solver=SOLVERS[solver](),
             num_steps=num_steps,
-            guidance_scale=1.0,
+            guidance_scale=scale,
             output="float",
             batch_size=len(PROMPTS),
         )
 
-    finest = draw("ddim", FINEST)
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for solver in SHOWN:
-        apart = [
-            float(np.mean(np.sqrt(np.mean((draw(solver, n) - finest) ** 2, (1, 2, 3)))))
-            for n in STEPS
-        ]
-        print(solver, {n: round(x, 4) for n, x in zip(STEPS, apart, strict=True)})
-        axes.loglog(STEPS, apart, "o-", label=solver, markersize=4)
-    axes.set_xticks(STEPS, STEPS)
-    axes.minorticks_off()
-    axes.set_xlabel("steps")
-    axes.set_ylabel(f"RMSE to {FINEST} steps")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained", sharey=True)
+    for axes, scale in zip(panels, (1.0, shipped.config.sampling.guidance_scale), strict=True):
+        finest = draw("ddim", FINEST, scale)
+        for solver in SHOWN:
+            apart = [
+                float(np.mean(np.sqrt(np.mean((draw(solver, n, scale) - finest) ** 2, (1, 2, 3)))))
+                for n in STEPS
+            ]
+            print(scale, solver, {n: round(x, 4) for n, x in zip(STEPS, apart, strict=True)})
+            axes.loglog(STEPS, apart, "o-", label=solver, markersize=4)
+        axes.set_title("without guidance" if scale == 1 else f"guidance {scale:g}")
+        axes.set_xticks(STEPS, STEPS)
+        axes.minorticks_off()
+        axes.set_xlabel("steps")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"RMSE to {FINEST} steps")
+    panels[0].legend()
     figure.savefig(Path(__file__).with_name("solvers.png"), dpi=110)
 
 
