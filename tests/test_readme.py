@@ -64,7 +64,7 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     for name in ("write_records", "source_at"):
         monkeypatch.setattr(f"jaxdiff.prepare.{name}", lambda *_, name=name: prepared[name])
     for name in ("_topology", "make_plan", "_print"):
-        monkeypatch.setattr(f"jaxdiff.parallel.command.{name}", lambda *_: None)
+        monkeypatch.setattr(f"jaxdiff.parallel.command.{name}", lambda *_, **__: None)
     writers = ("bundle", "diffusers", "lora", "embedding")
     writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:
