@@ -32,6 +32,7 @@ from jaxdiff.files import write_whole
 from jaxdiff.model import Bundle
 from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.pretrained import diffusers_folder
+from jaxdiff.pretrained.clip_folder import is_clip_folder, read_clip_folder
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, read_diffusers
 from jaxdiff.pretrained.hub import download, download_tokenizer, is_hub_id
 from jaxdiff.pretrained.original import read_original
@@ -175,9 +176,9 @@ def read_bundle(
 ) -> Bundle:
     """A trained model, with the moving average of a run's newest checkpoint as its weights.
 
-    From the folder of a bundle, of a run, or of a Stable Diffusion checkpoint as diffusers has it;
-    or from such a checkpoint as one safetensors file in its original layout; of such a checkpoint
-    each parameter goes through `place`.
+    From the folder of a bundle, of a run, of a Stable Diffusion checkpoint as diffusers has it or
+    of a CLIP as transformers has it; or from such a checkpoint as one safetensors file in its
+    original layout. Of what others have written each parameter goes through `place`.
 
     Raises:
       UserError: the folder holds no model, a damaged one, or one that its recipe does not describe.
@@ -187,6 +188,8 @@ def read_bundle(
         return read_diffusers(root, place=place)
     if root.suffix == ".safetensors":
         return read_original(root, place=place)
+    if is_clip_folder(root):
+        return read_clip_folder(root, place=place)
     config = read_config(folder)
     abstract = abstract_weights(config)
     if (root / MODEL).exists():

@@ -108,7 +108,7 @@ class EvaluateOptions:
     clip_scale: float = 0.0
     """How strongly a CLIP steers every step toward the prompt; 0 is without."""
     clip_model: str = ClipGuidance.model
-    """That CLIP: folder of a CLIP run or an exported CLIP, or `shipped:NAME`."""
+    """That CLIP: its folder (a run, exported, or of transformers), `shipped:NAME` or OWNER/NAME."""
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 

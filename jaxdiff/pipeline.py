@@ -385,7 +385,7 @@ class Pipeline(ImageEdits):
         Args:
           prompts: n texts.
           of: how many images are drawn for each.
-          clip: folder of a CLIP run or an exported CLIP, or `shipped:NAME`.
+          clip: which one, as `ClipGuidance` names it.
           seeds: of the first image of each prompt, one for all or one each, the others counting up;
             by default none is drawn twice.
           arguments: others that `pipeline(prompts)` takes, one for all, and no output or snapshots.

@@ -39,10 +39,11 @@ def read_clip(model: str, mesh: Mesh) -> tuple[ClipConfig, Any, Tokenizer]:
     task = bundle.config.task
     if not isinstance(task, ClipTask) or bundle.tokenizer is None:
         raise UserError(
-            f"{model} is no CLIP but a {type(task).__name__}: give the folder of a run of "
-            "configs/produce_clip.py or the like, or shipped:produce_clip."
+            f"{model} is no CLIP but a {type(task).__name__}: give the folder or the hub's id of "
+            "one, such as openai/clip-vit-large-patch14, a run of configs/produce_clip.py or the "
+            "like, or shipped:produce_clip."
         )
-    return task.model, on_all(bundle.params, mesh), bundle.tokenizer
+    return task.model, on_all(cast(bundle.params, "float32"), mesh), bundle.tokenizer
 
 
 def clip_scores(

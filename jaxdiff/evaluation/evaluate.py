@@ -45,7 +45,7 @@ def evaluate(
       samples: prompts of each kind; image i has seed i.
       best_of: how many images are drawn for each, their seeds counting up from i times as many, of
         which the one is judged that a CLIP chooses.
-      clip_model: which one: folder of a CLIP run or an exported CLIP, or `shipped:NAME`.
+      clip_model: which one, as `ClipGuidance` names it.
       settings: what else `pipeline(prompts)` takes, such as guidance_scale.
 
     Raises:

@@ -1,6 +1,6 @@
 """CLIP's parameters under the tensor names of transformers' CLIPModel and its two towers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.clip import (
+    Activation,
     Clip,
     ClipConfig,
     ClipText,
@@ -107,9 +108,6 @@ def read_text_config(
       UserError: the config asks for something that this tower does not have.
     """
     check_config(what, config, _TEXT_READ, _TEXT_FIXED)
-    activation = config.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise UserError(f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu.")
     width = config.get("hidden_size", 512)
     end_id = config.get("eos_token_id", 49407)
     return ClipTextConfig(
@@ -119,10 +117,66 @@ def read_text_config(
         depth=config.get("num_hidden_layers", 12),
         heads=config.get("num_attention_heads", 8),
         mlp_ratio=config.get("intermediate_size", 2048) / width,
-        activation=activation,
+        activation=_activation(config, what),
         projection_dim=config.get("projection_dim", 512) if projected else None,
         end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
     )
+
+
+_VISION_READ = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "image_size",
+    "patch_size",
+    "projection_dim",
+}
+_VISION_FIXED: Fixed = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
+
+
+def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
+    """Our config of both towers from that of transformers' CLIPModel.
+
+    Old files list, for each tower, everything that any model of transformers could be told; of it
+    only what a CLIP heeds is looked at.
+
+    Raises:
+      UserError: the config asks for something that these towers do not have.
+    """
+    end = config.get("projection_dim", 512)
+
+    def tower(name: str, heeded: Collection[str]) -> dict[str, Any]:
+        told = {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
+        return {key: value for key, value in told.items() if key in heeded} | {
+            "projection_dim": end
+        }
+
+    text = tower("text", {*_TEXT_READ, "layer_norm_eps"})
+    vision = tower("vision", {*_VISION_READ, *_VISION_FIXED})
+    check_config(f"{what}, vision_config", vision, _VISION_READ, _VISION_FIXED)
+    width = vision.get("hidden_size", 768)
+    return ClipConfig(
+        text=read_text_config(text, projected=True, what=f"{what}, text_config"),
+        vision=ClipVisionConfig(
+            image_size=vision.get("image_size", 224),
+            patch_size=vision.get("patch_size", 32),
+            width=width,
+            depth=vision.get("num_hidden_layers", 12),
+            heads=vision.get("num_attention_heads", 12),
+            mlp_ratio=vision.get("intermediate_size", 3072) / width,
+            activation=_activation(vision, f"{what}, vision_config"),
+            projection_dim=end,
+        ),
+    )
+
+
+def _activation(config: Mapping[str, Any], what: str) -> Activation:
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu.")
+    return activation
 
 
 def write_text_config(config: ClipTextConfig) -> dict[str, Any]:

@@ -12,8 +12,15 @@ from jaxdiff.errors import UserError
 CLIP = "openai/clip-vit-large-patch14"
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PART = re.compile(r"(unet|vae|text_encoder|text_encoder_2)/")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]+")
+_TOKENIZER = re.compile(
+    r"(tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt"
+)
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
+    r"(\.index(\.fp16)?\.json)?"
+)
 
 
 def is_hub_id(model: str) -> bool:
@@ -54,23 +61,24 @@ def _download(model: str, files: Callable[[], list[str]]) -> epath.Path:
 
 
 def wanted(files: list[str]) -> list[str]:
-    """The files of a repository that jaxdiff reads; half precision only where there is no other."""
-    parts = [name for name in files if _PART.match(name) and name.count("/") == 1]
-    whole = {name.split("/")[0] for name in parts if _is_weights(name) and ".fp16" not in name}
+    """The files of a repository that jaxdiff reads; half precision only where there is no other.
 
-    def reads(name: str) -> bool:
-        if not _is_weights(name):
-            return name.endswith("/config.json")
-        variant = ".fp16" in name
-        plain = re.fullmatch(
-            r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
-            r"(\.index(\.fp16)?\.json)?",
-            name.split("/")[1],
-        )
-        return plain is not None and variant != (name.split("/")[0] in whole)
+    A repository without `model_index.json` is one model by itself: an autoencoder, a CLIP.
+    """
+    is_pipeline = "model_index.json" in files
+    small, folders = (_SMALL, _PARTS) if is_pipeline else (_TOKENIZER, ("",))
+    split = {file: file.rpartition("/")[::2] for file in files}
+    weights = {
+        file: folder
+        for file, (folder, name) in split.items()
+        if folder in folders and _WEIGHTS.fullmatch(name)
+    }
+    whole = {folder for file, folder in weights.items() if ".fp16" not in file}
+    configs = {f"{folder}/config.json".lstrip("/") for folder in folders}
 
-    return [name for name in files if _SMALL.fullmatch(name)] + [n for n in parts if reads(n)]
+    def reads(file: str) -> bool:
+        if file in weights:
+            return (".fp16" in file) != (weights[file] in whole)
+        return file in configs or small.fullmatch(file) is not None
 
-
-def _is_weights(name: str) -> bool:
-    return ".safetensors" in name
+    return [file for file in files if reads(file)]

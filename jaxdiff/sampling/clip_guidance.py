@@ -38,7 +38,8 @@ class ClipGuidance:
     """Which CLIP steers, how strongly, when, and by how close a look.
 
     Attributes:
-      model: folder of a CLIP run or an exported CLIP, or `shipped:NAME`.
+      model: its folder (of a run, exported, or as transformers has it), `shipped:NAME`, or the
+        OWNER/NAME of one of the Hugging Face hub.
       scale: of the gradient; 0 leaves the image to the denoiser.
       interval: times at which it steers.
       cutouts: random squares of the image that CLIP looks at, in the place of the whole; many make

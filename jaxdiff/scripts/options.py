@@ -110,7 +110,8 @@ class SampleOptions:
     clip_cutouts: int | None = None
     """Random squares that CLIP looks at in the place of the whole image."""
     clip_model: str = ClipGuidance.model
-    """Folder of a CLIP run or an exported CLIP, or `shipped:NAME`; for --best-of too."""
+    """Folder of a CLIP (a run, exported, or of transformers), `shipped:NAME` or the hub's
+    OWNER/NAME; for --best-of too."""
     repeats: int | None = None
     """How often each step is taken, going back up by fresh noise in between; 1 by default."""
     toward: str | None = None

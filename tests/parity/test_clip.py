@@ -8,6 +8,8 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxdiff.bundle import read_bundle
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.models.clip import (
     Clip,
     ClipConfig,
@@ -17,7 +19,7 @@ from jaxdiff.models.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
-from jaxdiff.models.layers import any_rngs
+from jaxdiff.models.layers import any_rngs, blueprint, merge
 from jaxdiff.pretrained import clip as clip_names
 
 torch = pytest.importorskip("torch")
@@ -187,3 +189,27 @@ def test_our_tensors_load_into_transformers(tmp_path):
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS))
     assert_close(tower(jnp.asarray(IDS)).pooled, expected.text_embeds)
+
+
+def test_a_whole_clip_from_its_folder(tmp_path):
+    tokenizer = Tokenizer.train(["a red pea", "a green banana"] * 9, vocab_size=540)
+    end = {"eos_token_id": tokenizer.end_id, "bos_token_id": tokenizer.start_id}
+    sizes = {**SIZES, "intermediate_size": 64}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": tokenizer.vocab_size, **end},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    model = randomize(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path)
+    tokenizer.export(str(tmp_path))
+    bundle = read_bundle(tmp_path)
+    prompts = ["a red pea", "a green banana and a pea"]
+    clip = merge(blueprint(Clip, bundle.config.task.model), bundle.params)
+    found = clip(jnp.asarray(images()), jnp.asarray(bundle.tokenizer(prompts)))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    told = theirs(prompts, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**told, pixel_values=pixel_values())
+    assert_close(found.image, expected.image_embeds)
+    assert_close(found.text, expected.text_embeds)

@@ -41,6 +41,23 @@ def test_only_what_is_read_is_fetched():
     }
 
 
+@pytest.mark.parametrize(
+    ("there", "others"),
+    [
+        (  # an autoencoder
+            ["config.json", "diffusion_pytorch_model.safetensors"],
+            ["README.md", "taesd_decoder.safetensors", "diffusion_pytorch_model.bin"],
+        ),
+        (  # a CLIP
+            ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"],
+            ["pytorch_model.bin", "model.fp16.safetensors", "onnx/model.onnx"],
+        ),
+    ],
+)
+def test_a_repository_may_be_one_model(there, others):
+    assert hub.wanted([*others, *there]) == there
+
+
 def test_a_folder_here_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_hub_id("runs/produce")
