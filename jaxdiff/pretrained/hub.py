@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import huggingface_hub
 from etils import epath
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jaxdiff.errors import UserError
 
 CLIP = "openai/clip-vit-large-patch14"
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FIRST = ("model_index.json", "config.json", "tokenizer_config.json")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]+")
 _TOKENIZER = re.compile(
@@ -32,12 +33,18 @@ def is_hub_id(model: str) -> bool:
 def download(model: str) -> epath.Path:
     """The folder of a hub's model in the user's cache, downloaded the first time.
 
-    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers.
+    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers. Without a
+    connection it is what was fetched before.
 
     Raises:
       UserError: there is no such model, or the hub cannot be reached.
     """
-    return _download(model, lambda: wanted(huggingface_hub.HfApi().list_repo_files(model)))
+
+    def files() -> list[str]:
+        told = huggingface_hub.HfApi().model_info(model).siblings or []
+        return wanted([file.rfilename for file in told])
+
+    return _download(model, files)
 
 
 def download_tokenizer() -> epath.Path:
@@ -52,12 +59,22 @@ def download_tokenizer() -> epath.Path:
 def _download(model: str, files: Callable[[], list[str]]) -> epath.Path:
     try:
         return epath.Path(huggingface_hub.snapshot_download(model, allow_patterns=files()))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{model} is no folder here and cannot be had from the hub ({reason}); check the name, "
-            "the connection, and, for a model under a licence, `hf auth login`."
-        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_had(model, error) from error
+    except Exception as error:  # no connection: which class that is, the hub's HTTP client decides
+        for name in _FIRST:
+            found = huggingface_hub.try_to_load_from_cache(model, name)
+            if isinstance(found, str):
+                return epath.Path(found).parent
+        raise _not_had(model, error) from error
+
+
+def _not_had(model: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{model} is no folder here and cannot be had from the hub ({reason}); check the name, "
+        "the connection, and, for a model under a licence, `hf auth login`."
+    )
 
 
 def wanted(files: list[str]) -> list[str]:

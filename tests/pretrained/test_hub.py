@@ -1,8 +1,15 @@
-import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from typing import ClassVar
 
-from jaxdiff.bundle import model_folder
-from jaxdiff.errors import UserError
+import pytest
+
 from jaxdiff.pretrained import hub
 
 REPOSITORY = [
@@ -68,24 +75,66 @@ def test_a_folder_here_comes_before_the_hub(tmp_path, monkeypatch):
     assert not hub.is_hub_id("../produce")
 
 
-def test_a_model_that_cannot_be_had_is_told(tmp_path, monkeypatch):
-    def fail(*_args, **_kwargs):
-        raise LocalEntryNotFoundError("no connection")
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's interface as its client uses, for one model of random tensors."""
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub.huggingface_hub.HfApi, "list_repo_files", fail)
-    with pytest.raises(UserError, match=r"nobody/nothing is no folder here .*no connection"):
-        model_folder("nobody/nothing")
+    files: ClassVar = {name: f"{name} itself".encode() for name in REPOSITORY}
+    asked: ClassVar[list[str]] = []
+    commit = "a" * 40
+
+    def do_HEAD(self):
+        self._answer()
+
+    def do_GET(self):
+        self.wfile.write(self._answer())
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    def _answer(self) -> bytes:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/somebody/something/tree/"):
+            one = {"type": "file", "oid": "b" * 40}
+            tree = [{"path": name, "size": len(data), **one} for name, data in self.files.items()]
+            data = json.dumps(tree).encode()
+        elif path.startswith("/api/models/somebody/something"):
+            names = [{"rfilename": name} for name in self.files]
+            data = json.dumps({"id": "a", "sha": self.commit, "siblings": names}).encode()
+        else:
+            name = path.partition(f"/resolve/{self.commit}/")[2]
+            data = self.files.get(name)
+            self.asked += [name] if name else []
+        self.send_response(200 if data else 404)
+        if data:
+            self.send_header("ETag", hashlib.sha1(data).hexdigest())
+            self.send_header("X-Repo-Commit", self.commit)
+        else:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        return data or b""
 
 
-def test_a_model_of_the_hub_is_a_folder_in_the_cache(tmp_path, monkeypatch):
-    asked = []
+def test_a_model_is_fetched_once_and_found_again_without_a_connection(tmp_path):
+    """By the hub's own client, from a server here."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def snapshot_download(model, allow_patterns):
-        asked.append((model, allow_patterns))
-        return str(tmp_path)
+    def load(model: str) -> str:
+        code = f"from jaxdiff.pretrained.hub import download; print(download({model!r}))"
+        address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        env = os.environ | address | {"HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        return (run.stdout or run.stderr).splitlines()[-1]
 
-    monkeypatch.setattr(hub.huggingface_hub.HfApi, "list_repo_files", lambda *_: REPOSITORY)
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", snapshot_download)
-    assert model_folder("somebody/something") == tmp_path
-    assert asked == [("somebody/something", hub.wanted(REPOSITORY))]
+    folder = pathlib.Path(load("somebody/something"))
+    found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    assert sorted(found) == sorted(hub.wanted(REPOSITORY)) == sorted(set(Hub.asked))
+    assert (folder / "unet/config.json").read_text() == "unet/config.json itself"
+    assert "nobody/nothing is no folder here and cannot be had from the hub" in load(
+        "nobody/nothing"
+    )
+    server.shutdown()
+    server.server_close()
+    assert load("somebody/something") == str(folder)
+    assert "Connection refused" in load("somebody/other")
