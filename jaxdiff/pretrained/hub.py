@@ -1,18 +1,20 @@
 """Models of the Hugging Face hub, by their ids."""
 
 import re
-from collections.abc import Callable
 
 import huggingface_hub
 from etils import epath
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 
 from jaxdiff.errors import UserError
 
 CLIP = "openai/clip-vit-large-patch14"
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_FIRST = ("model_index.json", "config.json", "tokenizer_config.json")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]+")
 _TOKENIZER = re.compile(
@@ -33,40 +35,49 @@ def is_hub_id(model: str) -> bool:
 def download(model: str) -> epath.Path:
     """The folder of a hub's model in the user's cache, downloaded the first time.
 
-    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers. Without a
-    connection it is what was fetched before.
+    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers. Where the
+    hub cannot be asked, it is what was fetched before.
 
     Raises:
-      UserError: there is no such model, or the hub cannot be reached.
+      UserError: there is no such model, it has no safetensors, or it cannot be had.
     """
-
-    def files() -> list[str]:
-        told = huggingface_hub.HfApi().model_info(model).siblings or []
-        return wanted([file.rfilename for file in told])
-
-    return _download(model, files)
+    client, here = huggingface_hub.HfApi(), False
+    try:
+        names = [file.rfilename for file in client.model_info(model).siblings or []]
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _not_had(model, error) from error
+    except Exception as error:  # no connection: which class that is, the hub's HTTP client decides
+        try:
+            names, here = [file.path for file in huggingface_hub.get_cached_repo_tree(model)], True
+        except (CachedRepoTreeNotFoundError, OSError):
+            raise _not_had(model, error) from error
+    files = wanted(names)
+    if not any(map(_is_weights, files)):
+        raise UserError(
+            f"{model} has no weights that jaxdiff reads: expected safetensors, as pickled ones are "
+            "never opened; take a variant of the model that has them."
+        )
+    return _fetch(model, files, here)
 
 
 def download_tokenizer() -> epath.Path:
     """The folder of CLIP's tokenizer in the user's cache, downloaded the first time.
 
     Raises:
-      UserError: the hub cannot be reached.
+      UserError: it cannot be had.
     """
-    return _download(CLIP, lambda: ["vocab.json", "merges.txt", "tokenizer_config.json"])
+    return _fetch(CLIP, ["vocab.json", "merges.txt", "tokenizer_config.json"], here=False)
 
 
-def _download(model: str, files: Callable[[], list[str]]) -> epath.Path:
+def _fetch(model: str, files: list[str], here: bool) -> epath.Path:
+    """The folder of all these files, `here` of what was fetched before alone."""
     try:
-        return epath.Path(huggingface_hub.snapshot_download(model, allow_patterns=files()))
-    except (HfHubHTTPError, HFValidationError) as error:
+        folder = huggingface_hub.snapshot_download(
+            model, allow_patterns=files, local_files_only=here
+        )
+    except Exception as error:
         raise _not_had(model, error) from error
-    except Exception as error:  # no connection: which class that is, the hub's HTTP client decides
-        for name in _FIRST:
-            found = huggingface_hub.try_to_load_from_cache(model, name)
-            if isinstance(found, str):
-                return epath.Path(found).parent
-        raise _not_had(model, error) from error
+    return epath.Path(folder)
 
 
 def _not_had(model: str, error: Exception) -> UserError:
@@ -88,7 +99,7 @@ def wanted(files: list[str]) -> list[str]:
     weights = {
         file: folder
         for file, (folder, name) in split.items()
-        if folder in folders and _WEIGHTS.fullmatch(name)
+        if folder in folders and _is_weights(name)
     }
     whole = {folder for file, folder in weights.items() if ".fp16" not in file}
     configs = {f"{folder}/config.json".lstrip("/") for folder in folders}
@@ -99,3 +110,7 @@ def wanted(files: list[str]) -> list[str]:
         return file in configs or small.fullmatch(file) is not None
 
     return [file for file in files if reads(file)]
+
+
+def _is_weights(file: str) -> bool:
+    return _WEIGHTS.fullmatch(file.rpartition("/")[2]) is not None

@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 import threading
+import types
 from typing import ClassVar
 
 import pytest
+from huggingface_hub.hf_api import RepoSibling
 
+from jaxdiff.errors import UserError
 from jaxdiff.pretrained import hub
 
 REPOSITORY = [
@@ -79,6 +82,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's interface as its client uses, for one model of random tensors."""
 
     files: ClassVar = {name: f"{name} itself".encode() for name in REPOSITORY}
+    broken: ClassVar[set[str]] = set()  # what comes out of order
     asked: ClassVar[list[str]] = []
     commit = "a" * 40
 
@@ -93,6 +97,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> bytes:
         path = self.path.partition("?")[0]
+        if path.rpartition("/")[2] in self.broken or "" in self.broken:
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return b""
         if path.startswith("/api/models/somebody/something/tree/"):
             one = {"type": "file", "oid": "b" * 40}
             tree = [{"path": name, "size": len(data), **one} for name, data in self.files.items()]
@@ -127,14 +136,25 @@ def test_a_model_is_fetched_once_and_found_again_without_a_connection(tmp_path):
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         return (run.stdout or run.stderr).splitlines()[-1]
 
+    Hub.broken = {"merges.txt"}
+    assert "cannot be had from the hub" in load("somebody/something")  # not half of it
+    Hub.broken = set()
     folder = pathlib.Path(load("somebody/something"))
     found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     assert sorted(found) == sorted(hub.wanted(REPOSITORY)) == sorted(set(Hub.asked))
     assert (folder / "unet/config.json").read_text() == "unet/config.json itself"
-    assert "nobody/nothing is no folder here and cannot be had from the hub" in load(
-        "nobody/nothing"
-    )
+    assert "cannot be had from the hub" in load("nobody/nothing")
+    Hub.broken = {""}
+    assert load("somebody/something") == str(folder)
     server.shutdown()
     server.server_close()
     assert load("somebody/something") == str(folder)
     assert "Connection refused" in load("somebody/other")
+
+
+def test_a_repository_of_pickled_weights_is_refused(monkeypatch):
+    files = [RepoSibling(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
+    told = types.SimpleNamespace(siblings=files)
+    monkeypatch.setattr(hub.huggingface_hub.HfApi, "model_info", lambda *_: told)
+    with pytest.raises(UserError, match="has no weights that jaxdiff reads: expected safetensors"):
+        hub.download("somebody/old")
