@@ -2,12 +2,12 @@
 
     python train.py configs/produce_curriculum.py
 
-On two CPU cores it takes the 7 minutes of the default recipe. What it does for quality was measured
-at commit 58f8ebb, when that recipe still worked on pixels, over 800 steps (one core of an AMD EPYC,
-Zen 4, 2026-11-22) with `--train.steps 800 --task.curriculum.steps-per-level 40`, against
-`configs/produce.py` with `--train.steps 800`: over the last 150 steps the squared error in x0 is
-0.0103 against 0.0134 where t is below 0.1, and 0.0871 against 0.0804 where it is above 0.9. Detail
-comes sooner, heed of the prompt later.
+On two CPU cores it takes the 7 minutes of the default recipe. Over the last 150 of 800 steps
+(`--train.steps 800 --task.curriculum.steps-per-level 40` against `configs/produce.py` with
+`--train.steps 800`; AMD EPYC, Zen 4, 2026-11-28) the squared error in x0 is 0.051 against 0.065
+where t is below 0.1, and 0.633 against 0.617 where it is above 0.9: detail comes sooner, heed of
+the prompt later. After all steps 66.8 % of 500 held-out single objects are right, of the default
+recipe 82.6 %; so this is for comparison, not for quality.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def more(pipeline: Pipeline) -> np.ndarray:
             row(pairs, 2),
             row(np.concatenate([images[2:3], varied]), 2),
             row(blend, 2),
-            row(np.tile(tiles, (1, 3, 3, 1)), 2)[:, : 2 * WIDE * 64],
+            row(np.tile(tiles, (1, 3, 3, 1)), 2)[:, : 2 * WIDE * tiles.shape[2]],
             row(np.stack([enlarged, large], 1).reshape(-1, *large.shape[1:]), 2),
         ]
     )

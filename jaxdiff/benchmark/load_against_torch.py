@@ -62,7 +62,8 @@ def main(options: Options) -> None:
         }
         in_turn(turns, warmup=0, repeats=options.repeats)
     for name, found in readings.items():
-        returned, read, peak = (median(list(times)) for times in zip(*found, strict=True))
+        returned, read = median([r.returned for r in found]), median([r.read for r in found])
+        peak = max(r.peak for r in found)
         held = "" if options.warm_memory else f"; at most {peak:.2f} of the file's size in memory"
         print(
             f"{name}: returned after {returned:.2f} s, every weight read after {read:.2f} s "
@@ -102,8 +103,8 @@ def read(name: str, folder: str, warm_memory: bool) -> Reading:
     returned = time.perf_counter() - start
     for weight in weights(loaded):
         weight.sum()
-    read = time.perf_counter() - start
-    return Reading(returned, read, (_peak() - before) / size)
+    all_read = time.perf_counter() - start
+    return Reading(returned, all_read, (_peak() - before) / size)
 
 
 def _peak() -> int:

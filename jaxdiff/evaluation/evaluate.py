@@ -162,7 +162,8 @@ def evaluate_folder(
 
     Raises:
       UserError: as `evaluate` and `ClipGuidance`; fewer than two samples, less than one to choose
-        from, or a choice among what is steered; or the folder holds no text-to-image model.
+        from, a choice among what is steered, or a CLIP for neither; or the folder holds no
+        text-to-image model.
     """
     if samples < 2:
         raise UserError(f"--samples is {samples}: expected at least 2, and 500 for firm figures.")
@@ -170,16 +171,20 @@ def evaluate_folder(
         raise UserError(f"--best-of is {best_of}: expected how many to choose from, 1 or more.")
     if clip_scale and best_of > 1:
         raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
+    with_clip = clip_scale != 0 or best_of > 1
+    if clip_model != ClipGuidance.model and not with_clip:
+        raise UserError("--clip-model is about --clip-scale and --best-of: give one of these, too.")
     pipeline = Pipeline(read_bundle(folder))
     scale = pipeline.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
     how = {"samples": samples, "guidance_scale": scale, "best_of": best_of}
     settings: dict[str, Any] = how | {"batch_size": batch_size}
     if clip_scale:
-        how |= {"clip_scale": clip_scale, "clip_model": clip_model}
         settings["clip"] = ClipGuidance(scale=clip_scale, model=clip_model)
     if best_of > 1:
-        how["clip_model"] = settings["clip_model"] = clip_model
+        settings["clip_model"] = clip_model
     figures = evaluate(pipeline, **settings)
+    if with_clip:
+        how |= {"clip_scale": clip_scale, "clip_model": clip_model}
     if not is_lead():
         return
     print(table(figures))

@@ -36,7 +36,8 @@ class PlanOptions:
     json: bool = False
     """Print JSON: all figures, in bytes, seconds and FLOPs, and the origin of each."""
     quick: bool = False
-    """Have XLA optimize as little as it can: minutes for a U-Net, memory a few percent too high."""
+    """Have XLA optimize as little as it can: minutes for a U-Net, memory a little too high, and
+    nothing of the memory's traffic, so that a search ranks without it."""
     search: bool = False
     """Try meshes, batch sizes and remat policies, and rank what fits."""
     most: int = 12

@@ -11,12 +11,13 @@ The roofline (Williams et al. 2009): a step takes no less time than its products
 highest rate, its traffic at the memory's, or what a chip sends at that of all its links together.
 
 A quick plan has XLA optimize the program as little as it can: U-Nets, whose hundreds of
-convolutions of different shapes take it more than half an hour each otherwise, in minutes. What
-is computed and what is sent are the same, memory is a few percent more, and of the traffic, five
+convolutions of different shapes take it more than half an hour each otherwise, in minutes. Of
+DiT-XL/2 on 256 chips the collectives are the same then and memory is 4 % more; of the traffic, five
 times too much for want of fusion, nothing is told.
 """
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -40,6 +41,10 @@ from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
 
 UTILISATION = 0.4
 """Model FLOP utilisation that days and images per second are stated for."""
+
+_SIZE = r"\(?([\d.]+)([KMG])\)?"
+_TOO_LARGE = re.compile(rf"(?:Used|HLO temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}")
+"""What XLA says of a program that does not fit, or of its temporaries, if these alone do not."""
 
 ORIGINS = {
     "parameters": "computed",
@@ -210,13 +215,19 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     )
 
 
-_SIZE = r"\(?([\d.]+)([KMG])\)?"
-_TOO_LARGE = re.compile(rf"(?:Used|HLO temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}")
-"""What XLA says of a program that does not fit, or of its temporaries, if these alone do not."""
-
-
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def held(config: Config, mesh: Mesh) -> int:
+    """Bytes that each device holds of train state and frozen weights."""
+    trees = abstract_state(config), abstract_frozen(config)
+    shardings = [state_shardings(tree, mesh) for tree in trees]
+
+    def size(leaf, sharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
 
 
 def _share_of_memory(devices: int) -> float:
@@ -245,7 +256,8 @@ def _compile(
 ) -> tuple[Memory | None, float, float | None, str | None]:
     """Memory, its sum, the compiler's own limit, and the program's text.
 
-    Of a program that does not fit there are the sum and the limit alone.
+    Of a program that does not fit there are the sum and the limit alone; where XLA tells that of
+    its temporaries only, the sum is theirs and what a device holds.
     """
     state, frozen = abstract_state(config), abstract_frozen(config)
     step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
@@ -258,6 +270,8 @@ def _compile(
             raise
         unit = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
         needed, limit = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+        if "temporaries" in used[0]:
+            needed += held(config, mesh)
         return None, needed, limit, None
     stats = compiled.memory_analysis()
     if stats is None:

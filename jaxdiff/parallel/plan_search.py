@@ -1,21 +1,16 @@
 """Looking for the mesh, the batch and the remat policy that suit a topology best."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import jax
 
 from jaxdiff.config import Config
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import Remat
 from jaxdiff.parallel.mesh import MeshConfig, make_mesh
-from jaxdiff.parallel.plan import Plan, make_plan
-from jaxdiff.parallel.sharding import state_shardings
+from jaxdiff.parallel.plan import Plan, held, make_plan
 from jaxdiff.parallel.topology import Topology
 from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.loop import abstract_frozen, abstract_state
 
 _POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
 
@@ -70,7 +65,7 @@ def search(
         kind = candidate.task, candidate.train.batch_size
         if len(plans) == most or kind in too_large:
             continue
-        if topology.chip and held(candidate, topology) > topology.chip.memory:
+        if topology.chip and _held(candidate, topology) > topology.chip.memory:
             continue
         plan = make_plan(candidate, topology, quick=quick)
         say(plan)
@@ -86,16 +81,8 @@ def search(
     return sorted(plans, key=_rank)
 
 
-def held(config: Config, topology: Topology) -> int:
-    """Bytes that each device holds of train state and frozen weights."""
-    mesh = make_mesh(config.mesh, topology.devices)
-    trees = abstract_state(config), abstract_frozen(config)
-    shardings = [state_shardings(tree, mesh) for tree in trees]
-
-    def size(leaf, sharding) -> int:
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
+def _held(config: Config, topology: Topology) -> int:
+    return held(config, make_mesh(config.mesh, topology.devices))
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:

@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> Table:
         )
     if plan.quick:
         notes.append(
-            "Quickly compiled: memory is a few percent too high, traffic is not told, and the "
+            "Quickly compiled: memory is a little too high, traffic is not told, and the "
             "least time leaves it out."
         )
     table.caption = "\n".join(notes) or None

@@ -56,7 +56,7 @@ class ClipGuidance:
 
     def __post_init__(self):
         low, high = self.interval
-        if not 0 <= low <= high <= 1 or self.cutouts < 0 or self.scale < 0:
+        if not 0 <= low <= high <= 1 or self.cutouts < 0 or not 0 <= self.scale < float("inf"):
             raise UserError(
                 f"ClipGuidance got scale={self.scale}, interval={self.interval}, "
                 f"cutouts={self.cutouts}; give a scale of 0 or more, an interval (low, high) in "

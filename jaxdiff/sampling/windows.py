@@ -5,9 +5,9 @@ At every step each window of x is denoised by itself, and the estimates of x0 ar
 that of its estimate, as the step is affine in it). Weights fall off smoothly toward the edges of a
 window, where the network sees least of what is around. Along an axis that wraps windows go around,
 and begin at another place at each time, so that no edge of theirs stays anywhere (Frolov et al.
-2024, SpotDiffusion, section 3); there they need not overlap. A window that is the whole image stays
-where it is until a thing has found its place: a network that knows places by their number, and is
-shown the image from elsewhere at every time, agrees with itself on nothing but the background.
+2024, SpotDiffusion, section 3); there they need not overlap. A window that covers all of an axis
+stays where it is until things have found their places: a network that knows places by their number,
+and is shown the image from elsewhere at every time, agrees with itself on the background alone.
 """
 
 import math
@@ -23,9 +23,9 @@ from jaxdiff.errors import UserError
 from jaxdiff.sampling.solvers import Denoise, Scalar
 
 SETTLED = 0.5
-"""The time from which on a window that is the whole image begins elsewhere. Of 8 kinds of object
-the shipped model drew 4 as seamless tiles turned at all times, 7 below 0.7 and 8 below 0.5; below
-0.3 seams remained."""
+"""The time below which a window that covers all of an axis begins elsewhere along it. Of 8 prompts
+for one object the shipped model, a flow, drew 4 as tiles that turn at all times, 7 as such that
+turn below 0.7 and 8 below 0.5; below 0.3 seams remained (30 steps, 2026-11-28)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def windowed(denoise: Denoise, windows: Windows, height: int, width: int) -> Den
     shares = jnp.asarray(shares[:, None, :, :, None])
 
     def estimate(x: Images, t: Scalar) -> Images:
-        turned = (t < SETTLED) | (len(places) > 1)
+        turned = (t < SETTLED) | np.array([len(rows) > 1, len(columns) > 1])
         down, across = _offsets(t, windows.wrap, height, width) * turned
         moved = (cuts[0] + down) % height, (cuts[1] + across) % width
 
@@ -99,7 +99,9 @@ def _cut(
     """The positions in each of k windows, and how much each counts there: in sum, 1 everywhere."""
     side = min(side, length)
     stride = max(1, math.floor(side * (1 - overlap)))
-    if wraps:
+    if side == length:
+        starts = np.zeros(1, int)
+    elif wraps:
         count = math.ceil(length / stride)
         starts = np.arange(count) * length // count
     else:

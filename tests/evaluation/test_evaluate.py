@@ -185,6 +185,8 @@ def test_what_a_clip_steers_is_scored_and_told(tmp_path, monkeypatch, capsys):
     assert (saved["clip_scale"], saved["clip_model"]) == (3.0, "mine")
     *_, last, _ = capsys.readouterr().out.splitlines()
     assert last == "2 samples of each kind, guidance scale 1, steered by mine at scale 3"
+    with pytest.raises(UserError, match="--clip-model is about --clip-scale and --best-of"):
+        evaluate_folder(str(tmp_path), samples=2, clip_model="mine")
     with pytest.raises(UserError, match="--clip-scale and --best-of exclude each other"):
         evaluate_folder(str(tmp_path), samples=2, best_of=2, clip_scale=1.0)
 

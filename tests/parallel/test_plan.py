@@ -9,8 +9,8 @@ import pytest
 from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention
-from jaxdiff.parallel.mesh import MeshConfig, Slice
-from jaxdiff.parallel.plan import ORIGINS, Plan, abstract_batch, make_plan, on_slice
+from jaxdiff.parallel.mesh import MeshConfig, Slice, make_mesh
+from jaxdiff.parallel.plan import ORIGINS, Plan, abstract_batch, held, make_plan, on_slice
 from jaxdiff.parallel.plan_table import plan_table, summary_table
 from jaxdiff.parallel.topology import find_topology
 from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
@@ -87,7 +87,8 @@ def test_a_quick_plan_is_of_the_same_step_and_tells_no_traffic(plan, config):
     assert [getattr(quick, name) for name in same] == [getattr(plan, name) for name in same]
     assert quick.memory.state == plan.memory.state
     assert quick.memory_needed == pytest.approx(plan.memory_needed, rel=0.3)
-    assert {e.kind for e in quick.collectives} == {e.kind for e in plan.collectives}
+    sent = [sum(e.sent for e in one.collectives) for one in (quick, plan)]
+    assert sent[0] == pytest.approx(sent[1], rel=0.05)
     assert (plan.quick, quick.quick, quick.traffic, quick.memory_s) == (False, True, None, None)
     assert "Quickly compiled" in plan_table(quick).caption
     assert plan_table(plan).caption is None
@@ -115,7 +116,9 @@ def test_what_the_compiler_finds_no_memory_for_is_planned_all_the_same(told, con
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     plan = make_plan(config, find_topology("cpu:8"))
     assert not plan.fits
-    assert (plan.memory_needed, plan.memory_limit) == (17.5 * 2**30, 15.75 * 2**30)
+    state = held(config, make_mesh(config.mesh, find_topology("cpu:8").devices))
+    needed = 17.5 * 2**30 + ("temporaries" in told) * state
+    assert (plan.memory_needed, plan.memory_limit) == (needed, 15.75 * 2**30)
     assert plan.memory is None
     assert "DOES NOT FIT" in str(list(plan_table(plan).columns[1].cells))
 

@@ -7,8 +7,9 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.parallel import plan_search
-from jaxdiff.parallel.mesh import MeshConfig
-from jaxdiff.parallel.plan_search import candidates, held, search
+from jaxdiff.parallel.mesh import MeshConfig, make_mesh
+from jaxdiff.parallel.plan import held
+from jaxdiff.parallel.plan_search import candidates, search
 from jaxdiff.parallel.topology import Topology
 
 EIGHT = Topology(name="cpu:8", devices=tuple(jax.devices()[:8]), chip=None)
@@ -67,8 +68,7 @@ def test_what_each_device_holds_falls_with_the_devices_that_share(tiny_recipe):
     denoiser = dataclasses.replace(wide.task.denoiser, width=256)
     wide = dataclasses.replace(wide, task=dataclasses.replace(wide.task, denoiser=denoiser))
     sizes = [
-        held(dataclasses.replace(wide, mesh=MeshConfig(data=8 // n, fsdp=n)), EIGHT)
-        for n in (1, 4, 8)
+        held(wide, make_mesh(MeshConfig(data=8 // n, fsdp=n), EIGHT.devices)) for n in (1, 4, 8)
     ]
     assert sizes[0] / 4 < sizes[1] < sizes[0] / 3.8
     assert sizes[0] / 8 < sizes[2] < sizes[0] / 7
