@@ -18,6 +18,7 @@ from jaxdiff.config import Config
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.explore.command import ExploreOptions, explore_data
+from jaxdiff.files import check_reachable
 from jaxdiff.parallel.command import plan
 from jaxdiff.parallel.hosts import Hosts, joined
 from jaxdiff.prepare import prepare
@@ -52,14 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             nearest = difflib.get_close_matches(name, commands, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(commands)}."
             raise UserError(f"There is no command {name!r}: {hint}")
+        for path in (word.rpartition("=")[2] for word in rest):
+            if path.startswith("gs://"):
+                check_reachable(path)
         commands[name](rest)
     except UserError as error:
         print(f"jaxdiff: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        if "gcsfs" not in str(error):
-            raise
-        print("jaxdiff: gs:// needs one package more: pip install 'jaxdiff[gcs]'.", file=sys.stderr)
         return 2
     except SystemExit as end:  # tyro's way out, after --help
         return int(end.code or 0)

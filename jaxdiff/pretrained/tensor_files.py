@@ -12,6 +12,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import UserError
+from jaxdiff.files import is_local
 
 Shape = tuple[int, ...]
 Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it; must not look at the values
@@ -159,6 +160,11 @@ def _shards(index: epath.Path) -> list[epath.Path]:
 
 def _check(file: epath.Path) -> dict[str, str]:
     """Has the format's own library check the header against the file; gives its metadata."""
+    if not is_local(file):
+        raise UserError(
+            f"{file} lies in a cloud's storage, where jaxdiff reads models of its own alone: copy "
+            "the model's folder to this machine."
+        )
     try:
         with safe_open(str(file), framework="numpy") as tensors:
             return tensors.metadata() or {}
