@@ -5,12 +5,15 @@
 Every picture is what comes of the seeds that stand here; each row is said in the README.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import jaxdiff
 from jaxdiff.data.produce import Produce
+from jaxdiff.editing import extended
 from jaxdiff.pictures import save_png
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.solvers import DDIM
@@ -26,16 +29,20 @@ BESIDE = (
     "a green pea",
     "a yellow pear",
 )
+WIDE_PROMPTS = ["a yellow lemon", "a red pepper", "a blue banana"]
 RECORDS = (4, 14, 11, 23)  # of the drawings of the training split
 
 
-def row(images: np.ndarray, scale: int) -> np.ndarray:
-    """Pictures [n, h, w, 3] side by side, each pixel a square of `scale`."""
+def row(images: Iterable[np.ndarray], scale: int) -> np.ndarray:
+    """Pictures [h, w, 3] side by side, each pixel a square of `scale`."""
     return np.concatenate(list(images), axis=1).repeat(scale, 0).repeat(scale, 1)
 
 
 def edits(pipeline: Pipeline) -> np.ndarray:
-    """An image becomes another; half of one is drawn anew; two prompts, without and with seeds."""
+    """An image becomes another; half of one is drawn anew; two prompts, without and with seeds.
+
+    Last an image, panned to the right and down, zoomed out of, and three at 16:9.
+    """
     tomato = pipeline(["a large ripe tomato with a stem"], seeds=3)
     lemons = pipeline(
         ["a large yellow lemon"] * len(STRENGTHS),
@@ -60,7 +67,26 @@ def edits(pipeline: Pipeline) -> np.ndarray:
         pipeline.between(("a yellow banana", "a red tomato"), WIDE, seeds=(3, 3)),
         pipeline.between(("a small green pea", "a large purple aubergine"), WIDE, seeds=(3, 9)),
     ]
-    return np.concatenate([row(images, 2) for images in rows])
+    small = np.asarray(Image.fromarray(tomato[0]).resize((48, 48), Image.Resampling.LANCZOS))
+    canvases = [
+        extended(tomato[0], left=-24, right=24),
+        extended(tomato[0], top=-16, bottom=16),
+        extended(small, left=8, right=8, top=8, bottom=8),
+    ]
+    moved = pipeline(
+        ["a ripe tomato with a stem"] * len(canvases),
+        seeds=3,
+        image=np.stack([canvas for canvas, _ in canvases]),
+        mask=np.stack([mask for _, mask in canvases]),
+        repeats=4,
+    )
+    wide = pipeline(WIDE_PROMPTS, seeds=range(1, 4), size=pipeline.size_of("16:9"))
+    height = tomato.shape[1]
+    margin = np.full((len(wide), height - wide.shape[1], *wide.shape[2:]), 255, np.uint8)
+    last = [*tomato, *moved, *np.concatenate([margin, wide], axis=1)]
+    rest = WIDE * height - sum(image.shape[1] for image in last)
+    last.append(np.full((height, rest, 3), 255, np.uint8))
+    return np.concatenate([*(row(images, 2) for images in rows), row(last, 2)])
 
 
 def more(pipeline: Pipeline) -> np.ndarray:
