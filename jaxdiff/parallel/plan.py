@@ -42,6 +42,8 @@ from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
 UTILISATION = 0.4
 """Model FLOP utilisation that days and images per second are stated for."""
 
+_O0 = 9  # XLA's number for its least effort, https://openxla.org/xla/effort_levels
+
 _SIZE = r"\(?([\d.]+)([KMG])\)?"
 _TOO_LARGE = re.compile(rf"(?:Used|HLO temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}")
 """What XLA says of a program that does not fit, or of its temporaries, if these alone do not."""
@@ -263,7 +265,7 @@ def _compile(
     step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
-        compiled = lowered.compile({"exec_time_optimization_effort": -1.0} if quick else None)
+        compiled = lowered.compile({"optimization_level": _O0} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         used = _TOO_LARGE.search(str(error))
         if used is None:
