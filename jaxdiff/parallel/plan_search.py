@@ -65,7 +65,8 @@ def search(
         kind = candidate.task, candidate.train.batch_size
         if len(plans) == most or kind in too_large:
             continue
-        if topology.chip and _held(candidate, topology) > topology.chip.memory:
+        mesh = make_mesh(candidate.mesh, topology.devices)
+        if topology.chip and held(candidate, mesh) > topology.chip.memory:
             continue
         plan = make_plan(candidate, topology, quick=quick)
         say(plan)
@@ -79,10 +80,6 @@ def search(
             "multiple of their number."
         )
     return sorted(plans, key=_rank)
-
-
-def _held(config: Config, topology: Topology) -> int:
-    return held(config, make_mesh(config.mesh, topology.devices))
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:

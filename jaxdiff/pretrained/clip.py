@@ -8,7 +8,6 @@ from flax import nnx
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.clip import (
-    Activation,
     Clip,
     ClipConfig,
     ClipText,
@@ -108,16 +107,11 @@ def read_text_config(
       UserError: the config asks for something that this tower does not have.
     """
     check_config(what, config, _TEXT_READ, _TEXT_FIXED)
-    width = config.get("hidden_size", 512)
     end_id = config.get("eos_token_id", 49407)
     return ClipTextConfig(
         vocab_size=config.get("vocab_size", 49408),
         length=config.get("max_position_embeddings", 77),
-        width=width,
-        depth=config.get("num_hidden_layers", 12),
-        heads=config.get("num_attention_heads", 8),
-        mlp_ratio=config.get("intermediate_size", 2048) / width,
-        activation=_activation(config, what),
+        **_layers(config, what, width=512, heads=8, hidden=2048),
         projection_dim=config.get("projection_dim", 512) if projected else None,
         end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
     )
@@ -156,27 +150,32 @@ def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipCon
     text = tower("text", {*_TEXT_READ, "layer_norm_eps"})
     vision = tower("vision", {*_VISION_READ, *_VISION_FIXED})
     check_config(f"{what}, vision_config", vision, _VISION_READ, _VISION_FIXED)
-    width = vision.get("hidden_size", 768)
     return ClipConfig(
         text=read_text_config(text, projected=True, what=f"{what}, text_config"),
         vision=ClipVisionConfig(
             image_size=vision.get("image_size", 224),
             patch_size=vision.get("patch_size", 32),
-            width=width,
-            depth=vision.get("num_hidden_layers", 12),
-            heads=vision.get("num_attention_heads", 12),
-            mlp_ratio=vision.get("intermediate_size", 3072) / width,
-            activation=_activation(vision, f"{what}, vision_config"),
+            **_layers(vision, f"{what}, vision_config", width=768, heads=12, hidden=3072),
             projection_dim=end,
         ),
     )
 
 
-def _activation(config: Mapping[str, Any], what: str) -> Activation:
+def _layers(
+    config: Mapping[str, Any], what: str, *, width: int, heads: int, hidden: int
+) -> dict[str, Any]:
+    """What is said of either tower's layers, by our names; transformers' defaults are given."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu.")
-    return activation
+    width = config.get("hidden_size", width)
+    return {
+        "width": width,
+        "depth": config.get("num_hidden_layers", 12),
+        "heads": config.get("num_attention_heads", heads),
+        "mlp_ratio": config.get("intermediate_size", hidden) / width,
+        "activation": activation,
+    }
 
 
 def write_text_config(config: ClipTextConfig) -> dict[str, Any]:

@@ -8,24 +8,14 @@ torch = pytest.importorskip("torch")
 import diffusers
 
 from jaxdiff.benchmark import load_against_torch
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.pretrained import unet
 
 pytestmark = pytest.mark.parity
 
-UNET = UNet2DConditionConfig(
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    transformer_layers=(1, 0),
-    heads=(2, 2),
-    cross_attention_dim=16,
-    norm_num_groups=8,
-)
 
-
-def test_both_sides_read_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(load_against_torch, "SD1", UNET)
-    config = {k: v for k, v in unet.write_config(UNET).items() if k != "_class_name"}
+def test_both_sides_read_the_same_weights(small_unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_against_torch, "SD1", small_unet)
+    config = {k: v for k, v in unet.write_config(small_unet).items() if k != "_class_name"}
     diffusers.UNet2DConditionModel(**config).save_pretrained(tmp_path)
     numbers = []
     for load, weights in load_against_torch.LOADERS.values():

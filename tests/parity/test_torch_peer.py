@@ -9,31 +9,21 @@ torch = pytest.importorskip("torch")
 from jaxdiff.benchmark import torch_peer
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 from jaxdiff.training.parts import Latents
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-UNET = UNet2DConditionConfig(
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    transformer_layers=(1, 0),
-    heads=(2, 2),
-    cross_attention_dim=16,
-    norm_num_groups=8,
-)
-
 
 @pytest.mark.parametrize(("network", "remat"), [("DiT", "none"), ("U-Net", "full")])
-def test_both_take_the_same_steps(network, remat, tiny_recipe, monkeypatch):
+def test_both_take_the_same_steps(network, remat, small_unet, tiny_recipe, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes a minute
     config = tiny_recipe(batch_size=2)
     task = config.task
     if network == "U-Net":
         latents = Latents(model=TinyAutoencoderConfig(), pretrained="nowhere")
         objective = dataclasses.replace(task.objective, schedule=ScaledLinear())
-        task = dataclasses.replace(task, denoiser=UNET, latents=latents, objective=objective)
+        task = dataclasses.replace(task, denoiser=small_unet, latents=latents, objective=objective)
     denoiser = dataclasses.replace(task.denoiser, remat=remat)
     task = dataclasses.replace(task, denoiser=denoiser)
     optimizer = AdamW(learning_rate=1e-3, schedule=ConstantLR())
