@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxdiff.cli import main
+from jaxdiff.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["sample", *sys.argv[1:]]))

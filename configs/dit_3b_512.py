@@ -20,15 +20,15 @@ recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or mea
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.array_record import ArrayRecord
-from jaxdiff.data.cached_latents import CachedLatents
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.parallel.mesh import MeshConfig, Slice
-from jaxdiff.pretrained.published import OPENCLIP_G, XL_SCALING_FACTOR
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.data.sources.array_record import ArrayRecord
+from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.pretrained.presets import OPENCLIP_G, XL_SCALING_FACTOR
 from jaxdiff.training.optimizer import AdamW, CosineLR
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -17,22 +17,22 @@ State is what each chip holds of weights, average, moments and frozen parts; the
 recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
 """
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.array_record import ArrayRecord
-from jaxdiff.data.cached_latents import CachedLatents
-from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.array_record import ArrayRecord
+from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.dit import DiTConfig
-from jaxdiff.parallel.mesh import MeshConfig, Slice
-from jaxdiff.pretrained.published import CLIP_L
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.pretrained.presets import CLIP_L
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

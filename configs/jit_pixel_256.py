@@ -19,13 +19,13 @@ recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or mea
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.array_record import ArrayRecord
+from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.parallel.mesh import MeshConfig, Slice
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:

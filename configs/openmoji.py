@@ -10,22 +10,22 @@ nearest real drawing, among the 18 of that profession, is the prompted one: 100 
 wants a GPU and longer.
 """
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.openmoji import OpenMoji
-from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.unet import UNetConfig
-from jaxdiff.sampling.guidance import StaticThreshold
-from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.models.components import TextTower
+from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.sampling.guidance.cfg import StaticThreshold
+from jaxdiff.sampling.sampler import SamplingConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
-from jaxdiff.training.parts import TextTower
+from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 PROMPTS = (
     "a woman firefighter with dark skin",

@@ -12,23 +12,23 @@ a little larger and for longer.
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, TrainConfig, load_recipe
-from jaxdiff.data.cached_latents import LatentOptions
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.dit import DiTConfig
-from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
-from jaxdiff.training.clip import ClipTask
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.sampling.sampler import SamplingConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.training.recipe import Config, TrainConfig, load_recipe
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 PROMPTS = (
     "a small green pea",

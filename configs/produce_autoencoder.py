@@ -17,14 +17,14 @@ on the latents of another run, take `z_mean` and `z_std` from the last line of i
 `shift_factor = z_mean` and `scaling_factor = 1 / z_std`.
 """
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
+from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import Muon, WarmupStableDecay
+from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
 
 def get_config() -> Config:

@@ -9,14 +9,14 @@ image: no model finds all of them. These weights ship as `shipped:produce_clip`.
 stands the tower does not tell, since among so few others that is not needed to find the caption.
 """
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
+from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
-from jaxdiff.training.clip import ClipTask
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.models.text_encoders.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
+from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.tasks.clip import ClipTask
 
 
 def get_config() -> Config:

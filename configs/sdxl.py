@@ -15,14 +15,14 @@ slice; speed and quality have not been measured yet.
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.diffusion.time_grids import TrainStepGrid
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
-from jaxdiff.sampling.solvers import Euler
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.pretrained.presets import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
+from jaxdiff.sampling.solvers_ode import Euler
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -20,13 +20,13 @@ recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or mea
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.data.array_record import ArrayRecord
-from jaxdiff.data.cached_latents import CachedLatents
-from jaxdiff.parallel.mesh import MeshConfig, Slice
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.data.sources.array_record import ArrayRecord
+from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.distributed.mesh import MeshConfig, Slice
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:

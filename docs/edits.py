@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 import jaxdiff
-from jaxdiff.data.produce import Produce
-from jaxdiff.editing import extended
-from jaxdiff.pictures import save_png
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.sampling.solvers import DDIM
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.io.images import save_png
+from jaxdiff.pipelines.editing import extended
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.sampling.solvers_ode import DDIM
 
 WIDE = 8  # pictures in a row
 STRENGTHS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)

@@ -15,8 +15,8 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.diffusion.time_grids import LogSnrGrid
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.sampling.settings import SOLVERS
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.sampling.sampler import SOLVERS
 
 PROMPTS = [
     "a small green pea",

@@ -1,9 +1,9 @@
 """Text-to-image diffusion in JAX: `jaxdiff.load()(["a small green pea"])` draws a pea.
 
-`load` gives a trained pipeline; `jaxdiff.config` says what a recipe is, and `jaxdiff.training`
-trains it.
+`load` returns a trained pipeline. `jaxdiff.training.recipe` defines recipes, and `jaxdiff.training`
+trains them.
 """
 
-from jaxdiff.pipeline import load
+from jaxdiff.pipelines.pipeline import load
 
 __all__ = ["load"]

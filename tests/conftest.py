@@ -36,13 +36,13 @@ import jax
 import pytest
 
 RECIPE = """
-from jaxdiff.config import Config
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
-from jaxdiff.data.produce import Produce
+from jaxdiff.training.recipe import Config
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
 
 def get_config():
@@ -65,18 +65,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Callable:
     """`tiny_recipe(steps=6)`: the smallest recipe of the real task, its train keys changed."""
-    from jaxdiff.config import Config, TokenizerConfig, TrainConfig
-    from jaxdiff.data.pipeline import DataConfig
-    from jaxdiff.data.produce import Produce
+    from jaxdiff.data.loader import DataConfig
     from jaxdiff.data.transforms import Transforms
+    from jaxdiff.datasets.produce.source import Produce
     from jaxdiff.diffusion.curriculum import NoiseCurriculum
     from jaxdiff.diffusion.losses import Objective
     from jaxdiff.diffusion.schedules import RectifiedFlow
-    from jaxdiff.models.clip import ClipTextConfig
-    from jaxdiff.models.dit import DiTConfig
-    from jaxdiff.training.diffusion import DiffusionTask
+    from jaxdiff.models.components import TextTower
+    from jaxdiff.models.denoisers.dit import DiTConfig
+    from jaxdiff.models.text_encoders.clip import ClipTextConfig
     from jaxdiff.training.optimizer import AdamW
-    from jaxdiff.training.parts import TextTower
+    from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+    from jaxdiff.training.tasks.diffusion import DiffusionTask
 
     text = ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2)
     task = DiffusionTask(
@@ -136,10 +136,10 @@ def tiny_bundle(tiny_recipe):
     import numpy as np
 
     from jaxdiff.data.tokenizer import Tokenizer
-    from jaxdiff.model import Bundle
     from jaxdiff.models.layers import abstract_params, blueprint
-    from jaxdiff.sampling.settings import SamplingConfig
-    from jaxdiff.sampling.solvers import DDIM
+    from jaxdiff.pretrained.bundle import Bundle
+    from jaxdiff.sampling.sampler import SamplingConfig
+    from jaxdiff.sampling.solvers_ode import DDIM
 
     sampling = SamplingConfig(solver=DDIM(), num_steps=3)
     config = dataclasses.replace(tiny_recipe(), sampling=sampling)
@@ -158,7 +158,7 @@ def tiny_bundle(tiny_recipe):
 @pytest.fixture(scope="session")
 def pipeline(tiny_bundle):
     """Draws with the tiny bundle."""
-    from jaxdiff.pipeline import Pipeline
+    from jaxdiff.pipelines.pipeline import Pipeline
 
     return Pipeline(tiny_bundle)
 
@@ -166,7 +166,7 @@ def pipeline(tiny_bundle):
 @pytest.fixture(scope="session")
 def some_plan():
     """The plan of a run, its figures made up."""
-    from jaxdiff.parallel.plan import Memory, Plan
+    from jaxdiff.planning.plan import Memory, Plan
 
     return Plan(
         recipe="tiny",
@@ -235,7 +235,7 @@ def recipe(recipe_of) -> str:
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
     """`refused("trian")`: the one sentence that a command line ends in, with status 2."""
-    from jaxdiff import cli
+    from jaxdiff.cli import main as cli
 
     def run(*words: str) -> str:
         assert cli.main(words) == 2

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdiff import cli
-from jaxdiff.adapters import attach
-from jaxdiff.data.produce import Produce
-from jaxdiff.model import Bundle
+from jaxdiff.cli import main as cli
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.models.lora import Factors
-from jaxdiff.textual_inversion import Word
+from jaxdiff.pipelines.lora import attach
+from jaxdiff.pipelines.textual_inversion import Word
+from jaxdiff.pretrained.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 
 def arguments(command: str) -> list[str]:
-    """What `jaxdiff.cli.main` is given for it; comments and what a user may leave out are cut."""
+    """What `jaxdiff.cli.main.main` gets for it, without comments and optional parts."""
     words = shlex.split(command.replace("[", "").replace("]", ""), comments=True)
     if words[0] == "jaxdiff":
         return words[1:]
@@ -62,9 +62,9 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     ):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
     for name in ("write_records", "source_at"):
-        monkeypatch.setattr(f"jaxdiff.prepare.{name}", lambda *_, name=name: prepared[name])
+        monkeypatch.setattr(f"jaxdiff.cli.prepare.{name}", lambda *_, name=name: prepared[name])
     for name in ("_topology", "make_plan", "_print"):
-        monkeypatch.setattr(f"jaxdiff.parallel.command.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"jaxdiff.cli.plan.{name}", lambda *_, **__: None)
     writers = ("bundle", "diffusers", "lora", "embedding")
     writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:

@@ -4,9 +4,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdiff.config import Config, load_recipe
-from jaxdiff.parallel.mesh import check_batch, make_mesh
+from jaxdiff.distributed.mesh import check_batch, make_mesh
 from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.recipe import Config, load_recipe
 
 ROOT = Path(__file__).parent.parent
 # Parameters in the files of Stable Diffusion's U-Nets, and of diffusers' adapters of rank 16.

@@ -1,1 +1,1 @@
-"""Measured speed and memory, and the arithmetic that utilisation is measured against."""
+"""Measured speed and memory."""

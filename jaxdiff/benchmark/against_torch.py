@@ -20,11 +20,11 @@ import torch
 import tyro
 
 from jaxdiff.benchmark.timing import in_turn, median
+from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
 from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
-from jaxdiff.pretrained.published import SD1
-from jaxdiff.pretrained.tensor_files import to_device
+from jaxdiff.pretrained.presets import SD1
+from jaxdiff.pretrained.safetensors_io import to_device
 
 STEP, TOKENS = 500, 77  # of the 1000 that it was trained with; of a prompt
 

@@ -10,9 +10,9 @@ from etils import epath
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.timing import median, peak_memory
-from jaxdiff.config import Config
-from jaxdiff.parallel.mesh import make_mesh
+from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
 
 GB = 1e9

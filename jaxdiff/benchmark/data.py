@@ -10,8 +10,8 @@ import jax
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.timing import peak_memory
-from jaxdiff.config import Config
-from jaxdiff.data.pipeline import make_dataset
+from jaxdiff.data.loader import make_dataset
+from jaxdiff.training.recipe import Config
 
 
 def measure(config: Config, *, warmup: int, repeats: int) -> Measured:

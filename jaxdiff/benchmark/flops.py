@@ -20,13 +20,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.benchmark.chips import Device, find_chip
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
-from jaxdiff.models.clip import ClipTextConfig, ClipVisionConfig
-from jaxdiff.models.dit import DiTConfig
-from jaxdiff.models.unet import UNetConfig
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.distributed.chips import Device, find_chip
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig, ClipVisionConfig
 
 
 def three_passes(forward: float) -> float:
@@ -258,9 +258,9 @@ def peak_flops(device: Device) -> float | None:
     """The most FLOP/s that one device can do, to divide by for model FLOP utilisation.
 
     For accelerators the data sheet's dense bf16 figure; None for one that is not in the table
-    (`jaxdiff.benchmark.chips`). A CPU has no such figure: for it the best of three float32 products
-    of 2048 x 2048 matrices is measured at the first call in a process (about a second), and shared
-    out among its devices. What else runs on the machine at that time lowers it.
+    (`jaxdiff.distributed.chips`). A CPU has no such figure: for it the best of three float32
+    products of 2048 x 2048 matrices is measured at the first call in a process (about a second),
+    and shared out among its devices. What else runs on the machine at that time lowers it.
     """
     if device.platform == "cpu":
         return _measured_cpu_flops() / jax.local_device_count("cpu")

@@ -26,9 +26,9 @@ from etils import epath
 
 from jaxdiff.benchmark.timing import in_turn, median
 from jaxdiff.pretrained import unet
-from jaxdiff.pretrained.diffusers_folder import DIFFUSION_MODEL
-from jaxdiff.pretrained.published import SD1
-from jaxdiff.pretrained.tensor_files import open_weights, to_device
+from jaxdiff.pretrained.diffusers import DIFFUSION_MODEL
+from jaxdiff.pretrained.presets import SD1
+from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

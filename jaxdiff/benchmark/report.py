@@ -17,9 +17,9 @@ import jax
 from etils import epath
 
 from jaxdiff.benchmark.timing import median, p90, standard_error
-from jaxdiff.config import Config, flatten, to_json
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
+from jaxdiff.io.files import write_whole
+from jaxdiff.training.recipe import Config, flatten, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS")

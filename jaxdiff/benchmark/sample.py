@@ -9,12 +9,12 @@ from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.sampler_overhead import bare_network
 from jaxdiff.benchmark.timing import in_turn, median, peak_memory
-from jaxdiff.config import Config
-from jaxdiff.drawing import reads_mask
 from jaxdiff.errors import UserError
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.sizes import images_at_a_time
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.program import reads_mask
+from jaxdiff.pipelines.sizes import images_at_a_time
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None) -> Measured:

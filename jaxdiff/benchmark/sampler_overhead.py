@@ -18,10 +18,10 @@ import tyro
 from flax import nnx
 
 from jaxdiff.benchmark.timing import in_turn
-from jaxdiff.pipeline import DEFAULT_MODEL, Pipeline, load
-from jaxdiff.sizes import images_at_a_time
-from jaxdiff.training.diffusion import whole
+from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
+from jaxdiff.pipelines.sizes import images_at_a_time
 from jaxdiff.training.step import structure
+from jaxdiff.training.tasks.diffusion import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

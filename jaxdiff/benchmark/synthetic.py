@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.bundle import abstract_weights
-from jaxdiff.config import Config
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.model import Bundle
-from jaxdiff.parallel.mesh import batch_sharding
-from jaxdiff.parallel.plan import abstract_batch
-from jaxdiff.parallel.sharding import state_shardings
+from jaxdiff.distributed.mesh import batch_sharding
+from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.planning.plan import abstract_batch
+from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.load import abstract_weights
 from jaxdiff.training.loop import abstract_frozen, abstract_state
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.step import init_state
 

@@ -11,15 +11,15 @@ from jaxdiff.benchmark.flops import (
     unet2d_condition_flops,
     unet_flops,
 )
-from jaxdiff.config import Config
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
-from jaxdiff.models.dit import DiTConfig
-from jaxdiff.models.unet import UNetConfig
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
-from jaxdiff.training.autoencoder import AutoencoderTask
-from jaxdiff.training.clip import ClipTask
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def flops_per_image(config: Config) -> float:

@@ -20,14 +20,14 @@ from PIL import Image
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.timing import in_turn, median
-from jaxdiff.config import Config
-from jaxdiff.data.array_record import ArrayRecord, write_array_record, write_encoded
-from jaxdiff.data.cached_latents import CachedLatents, encode_latents
-from jaxdiff.data.pipeline import DataConfig, make_dataset
+from jaxdiff.data.loader import DataConfig, make_dataset
 from jaxdiff.data.shards import LatentSpace, Manifest, Shard
-from jaxdiff.data.source import Record
+from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record, write_encoded
+from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.cached_latents import CachedLatents, encode_latents
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
+from jaxdiff.training.recipe import Config
 
 RECORDS, CAPTION = 256, "a photograph of something in front of something else"
 WIDTH, HEIGHT, SIZE, LATENT = 500, 375, 256, 64

@@ -1,7 +1,7 @@
 """jaxdiff's DiT in plain PyTorch, with the same weights, to be timed beside it.
 
-Only what the recipes use most: text by cross-attention, no bottleneck. See `jaxdiff.models.dit`
-for what the parts are; PyTorch's kernels are the transposes of ours.
+Only what the recipes use most: text by cross-attention, no bottleneck. See
+`jaxdiff.models.denoisers.dit` for what the parts are; PyTorch's kernels are the transposes of ours.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.dit import DiTConfig
+from jaxdiff.models.denoisers.dit import DiTConfig
 
 EPSILON = 1e-6  # of nnx.RMSNorm
 

@@ -24,20 +24,20 @@ from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import in_turn
 from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
-from jaxdiff.config import Config
 from jaxdiff.errors import UserError
-from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
-from jaxdiff.models.unet2d_condition import (
+from jaxdiff.models.denoisers.dit import DiT, DiTConfig
+from jaxdiff.models.denoisers.unet_sd import (
     Conditions,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
 from jaxdiff.pretrained import unet
-from jaxdiff.training.diffusion import DiffusionTask
 from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.step import init_state, make_train_step, structure
-from jaxdiff.training.task import Task
+from jaxdiff.training.tasks.base import Task
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 Denoiser = DiTConfig | UNet2DConditionConfig
 

@@ -7,15 +7,15 @@ from typing import Any
 import jax
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.chips import find_chip
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.benchmark.timing import median, peak_memory
-from jaxdiff.config import Config
-from jaxdiff.data.pipeline import ON_DEVICE, host_rows, make_dataset, to_device
+from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
+from jaxdiff.distributed.chips import find_chip
+from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.training.loop import compile_step
+from jaxdiff.training.recipe import Config
 
 TERA = 1e12
 

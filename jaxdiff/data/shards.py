@@ -22,7 +22,7 @@ from typing import Any
 from etils import epath
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
+from jaxdiff.io.files import write_whole
 
 MANIFEST, EMPTY = "manifest.json", "empty_prompt.npy"
 _STATS = 16  # files looked at at a time: a cloud's storage answers slowly, but many at once

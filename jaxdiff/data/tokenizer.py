@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int32
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
+from jaxdiff.io.files import write_whole
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.source import LatentRecord, Record
+from jaxdiff.data.sources.base import LatentRecord, Record
 from jaxdiff.errors import UserError
 
 _LYING = (5, 6, 7, 8)  # EXIF's orientations whose rows are columns

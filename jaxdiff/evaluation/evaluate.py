@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxdiff.bundle import read_bundle
-from jaxdiff.config import Config
-from jaxdiff.data.cached_latents import CachedLatents
-from jaxdiff.data.openmoji import OpenMoji
-from jaxdiff.data.produce import Produce, full_caption
+from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.datasets.openmoji import score as openmoji_score
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.produce import score as produce_score
+from jaxdiff.datasets.produce.source import Produce, full_caption
+from jaxdiff.distributed.multihost import is_lead
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation import openmoji_score, produce_score
-from jaxdiff.files import write_whole
-from jaxdiff.parallel.exchange import is_lead
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.sampling.clip_guidance import ClipGuidance
+from jaxdiff.io.files import write_whole
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pretrained.load import read_bundle
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.training.recipe import Config
 
 Figures = dict[str, dict[str, dict[str, float]]]
 """{what was drawn: {attribute: {"score", "ceiling", "chance"}}}, fractions in [0, 1].

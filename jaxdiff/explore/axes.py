@@ -3,7 +3,7 @@
 A hand-made axis begins with a question about an image, answered by a number: how much nearer is it
 to one text than to another, or what was drawn. Each space is then asked what it knows of that
 (`read_out`). A learned axis begins with the space: where it varies most (`principal`), or what is
-close to what in it (`jaxdiff.explore.neighbours`).
+close to what in it (`jaxdiff.explore.tsne`).
 """
 
 import re
@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxdiff.data.drawing import EXTENT, HUE
-from jaxdiff.data.scene import Scene
+from jaxdiff.datasets.produce.rendering import EXTENT, HUE
+from jaxdiff.datasets.produce.scene import Scene
 
 FOLDS = 5
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue

@@ -12,25 +12,25 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from rich.console import Console
 
-from jaxdiff import second_models
-from jaxdiff.batches import in_full_batches
-from jaxdiff.bundle import read_bundle, read_pretrained
-from jaxdiff.config import Config
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.cached_latents import CachedLatents
-from jaxdiff.data.produce import Produce
+from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.distributed.replicate import drawing_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import TRUTHS
-from jaxdiff.models.autoencoder import Autoencoder
-from jaxdiff.models.clip import Clip
+from jaxdiff.models.autoencoders.kl import Autoencoder
 from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.parallel.spread import drawing_mesh
-from jaxdiff.training.autoencoder import AutoencoderTask
-from jaxdiff.training.clip import ClipTask
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.models.text_encoders.clip import Clip
+from jaxdiff.pipelines import auxiliary_models as second_models
+from jaxdiff.pipelines.batching import in_full_batches
+from jaxdiff.pretrained.load import read_bundle, read_pretrained
 from jaxdiff.training.metrics import Progress
-from jaxdiff.training.task import from_uint8
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.base import from_uint8
+from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 PIXELS_AT_A_TIME = 2**18  # 64 images of 64 x 64: many enough for a device, few enough for any
 

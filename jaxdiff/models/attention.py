@@ -27,8 +27,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from jaxdiff.distributed.sharding import traced_mesh
 from jaxdiff.models.layers import Dense, rotate
-from jaxdiff.parallel.sharding import traced_mesh
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True):

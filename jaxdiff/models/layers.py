@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.distributed.sharding import gather_weights, traced_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.sharding import gather_weights, traced_mesh
 
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, blueprint
-from jaxdiff.pretrained import names
-from jaxdiff.pretrained.foreign_config import Fixed, check_config
-from jaxdiff.pretrained.tensor_files import Renamed
+from jaxdiff.pretrained import key_mapping as names
+from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.safetensors_io import Renamed
 
 
 def _half_names(half: str, level: str, resample: str) -> dict[str, str]:

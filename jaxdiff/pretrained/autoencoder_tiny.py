@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.layers import abstract_params, blueprint
-from jaxdiff.pretrained import names
-from jaxdiff.pretrained.foreign_config import Fixed, check_config
+from jaxdiff.pretrained import key_mapping as names
+from jaxdiff.pretrained.config_check import Fixed, check_config
 
 TINY_NAMES = {
     f"{half}.layers.*{ours}": f"{half}.layers.{{}}{theirs}"

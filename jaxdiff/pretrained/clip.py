@@ -7,7 +7,8 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.clip import (
+from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
     ClipText,
@@ -15,10 +16,9 @@ from jaxdiff.models.clip import (
     ClipVision,
     ClipVisionConfig,
 )
-from jaxdiff.models.layers import abstract_params, blueprint
-from jaxdiff.pretrained import names
-from jaxdiff.pretrained.foreign_config import Fixed, check_config
-from jaxdiff.pretrained.tensor_files import Renamed
+from jaxdiff.pretrained import key_mapping as names
+from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.safetensors_io import Renamed
 
 AnyClipConfig = ClipTextConfig | ClipVisionConfig | ClipConfig
 

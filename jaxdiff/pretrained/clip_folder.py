@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxdiff.config import Config
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.pipeline import DataConfig
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.model import Bundle
 from jaxdiff.pretrained import clip
-from jaxdiff.pretrained.tensor_files import open_weights, to_device
-from jaxdiff.training.clip import ClipTask
+from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.safetensors_io import open_weights, to_device
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.clip import ClipTask
 
 CONFIG = "config.json"
 

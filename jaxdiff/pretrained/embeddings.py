@@ -15,10 +15,10 @@ from jaxtyping import Float
 from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
-from jaxdiff.pretrained.tensor_files import TensorFiles
-from jaxdiff.textual_inversion import Word
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.io.files import write_whole
+from jaxdiff.pipelines.textual_inversion import Word
+from jaxdiff.pretrained.safetensors_io import TensorFiles
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 FILE = "learned_embeds.safetensors"
 

@@ -20,20 +20,20 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from jaxdiff.adapters import Adapters
 from jaxdiff.errors import UserError
-from jaxdiff.files import write_whole
-from jaxdiff.models.clip import ClipText
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.models.layers import abstract_params, blueprint
 from jaxdiff.models.lora import Factors, Path
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from jaxdiff.models.text_encoders.clip import ClipText
+from jaxdiff.pipelines.lora import Adapters
 from jaxdiff.pretrained.clip import TEXT_NAMES
-from jaxdiff.pretrained.diffusers_folder import text_folders
-from jaxdiff.pretrained.names import flatten, locate
-from jaxdiff.pretrained.original import unet_original_name
-from jaxdiff.pretrained.tensor_files import TensorFiles
+from jaxdiff.pretrained.diffusers import text_folders
+from jaxdiff.pretrained.key_mapping import flatten, locate
+from jaxdiff.pretrained.safetensors_io import TensorFiles
+from jaxdiff.pretrained.single_file import unet_original_name
 from jaxdiff.pretrained.unet import UNET_NAMES
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -7,10 +7,10 @@ from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import ConsistencyGrid, KarrasGrid, LogSnrGrid, TrainStepGrid
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.foreign_config import Fixed, check_config
-from jaxdiff.sampling.settings import AnySolver
-from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
-from jaxdiff.sampling.stochastic import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
+from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.sampling.sampler import AnySolver
+from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
+from jaxdiff.sampling.solvers_sde import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
 from jaxdiff.sampling.unipc import UniPC
 
 WHAT = "scheduler/scheduler_config.json"

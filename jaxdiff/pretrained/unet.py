@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.models.layers import abstract_params, blueprint
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from jaxdiff.pretrained import names
-from jaxdiff.pretrained.foreign_config import Fixed, check_config, each
+from jaxdiff.pretrained import key_mapping as names
+from jaxdiff.pretrained.config_check import Fixed, check_config, each
 
 
 def _block_names(ours: str, theirs: str) -> dict[str, str]:

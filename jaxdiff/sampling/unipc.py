@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from jaxdiff.diffusion.process import Images
-from jaxdiff.sampling.solvers import Denoise, Memory, Scalar, Step, Stepped, advance
+from jaxdiff.sampling.solvers_ode import Denoise, Memory, Scalar, Step, Stepped, advance
 
 
 class LastStep(NamedTuple):

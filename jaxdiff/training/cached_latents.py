@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdiff.bundle import weights_fingerprint
-from jaxdiff.config import Config, to_json
-from jaxdiff.data.cached_latents import CachedLatents, LatentOptions
+from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.training.diffusion import DiffusionTask
+from jaxdiff.pretrained.load import weights_fingerprint
+from jaxdiff.training.recipe import Config, to_json
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def check_cache(config: Config) -> None:

@@ -16,8 +16,8 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from jaxdiff.distributed import distributed_init as hosts
 from jaxdiff.errors import UserError
-from jaxdiff.parallel import hosts
 from jaxdiff.training import checkpoint_folder
 from jaxdiff.training.state import TrainState
 

@@ -6,7 +6,7 @@ A checkpoint is a folder named by its step:
     checkpoints/30/arrays.json              type and shape of every array, by its path
     checkpoints/30/SHA256SUMS               of all these files, in the format of `sha256sum -c`
 
-The place in the data needs no file: it is the step (`jaxdiff.data.pipeline`).
+The place in the data needs no file: it is the step (`jaxdiff.data.loader`).
 
 All of it is written to `30.saving`, the checksums last, and a rename makes it `30`. So a folder
 with a step's name was complete once, and what is missing or differs now is damage, which is told;
@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import is_local
+from jaxdiff.io.files import is_local
 
 ARRAYS = "arrays.json"
 CHECKSUMS = "SHA256SUMS"

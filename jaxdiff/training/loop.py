@@ -17,7 +17,14 @@ from jaxtyping import PyTree
 
 from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image
-from jaxdiff.bundle import (
+from jaxdiff.data.bad_records import BadRecords
+from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
+from jaxdiff.distributed.multihost import Ballot, by_lead, from_host, is_lead, total
+from jaxdiff.distributed.sharding import replicated, state_shardings
+from jaxdiff.errors import UserError
+from jaxdiff.pretrained.load import (
     CACHE,
     CHECKPOINTS,
     FROZEN,
@@ -26,24 +33,17 @@ from jaxdiff.bundle import (
     read_weights,
     write_weights,
 )
-from jaxdiff.config import Config, to_json
-from jaxdiff.data.bad_records import BadRecords
-from jaxdiff.data.pipeline import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
-from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.errors import UserError
-from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
-from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.parallel.sharding import replicated, state_shardings
-from jaxdiff.preparation import with_cache
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.run_folder import open_run
+from jaxdiff.training.prepare_shards import with_cache
+from jaxdiff.training.recipe import Config, to_json
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, cast, init_state, make_train_step, structure
-from jaxdiff.training.task import COUNT, SUM, Batch, Task
+from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Task
+from jaxdiff.training.workdir import open_run
 
 Hook = Callable[[TrainState, PyTree, Tokenizer], None]
 """Looks at a state and its frozen parts now and then, e.g. draws samples."""

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
-from jaxdiff.files import is_local, write_whole
+from jaxdiff.io.files import is_local, write_whole
 
 RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

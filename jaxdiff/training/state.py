@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxdiff.parallel.exchange import to_host
+from jaxdiff.distributed.multihost import to_host
 
 # Fields of a state that its fingerprint covers, in this order.
 FINGERPRINTED = ("step", "params", "ema", "opt_state")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxdiff.models.layers import blueprint, graph, rngs_of
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.state import TrainState, no_skips
-from jaxdiff.training.task import Batch, Metrics, Task
+from jaxdiff.training.tasks.base import Batch, Metrics, Task
 
 ComputeType = Literal["float32", "bfloat16"]
 TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]

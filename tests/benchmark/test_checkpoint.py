@@ -1,7 +1,7 @@
 import jax
 
 from jaxdiff.benchmark import checkpoint, synthetic
-from jaxdiff.parallel.mesh import make_mesh
+from jaxdiff.distributed.mesh import make_mesh
 
 
 def test_saves_are_timed_until_on_disk_and_leave_nothing_behind(tiny_recipe, tmp_path):

@@ -20,17 +20,17 @@ from jaxdiff.benchmark.flops import (
     unet_flops,
 )
 from jaxdiff.models import attention
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from jaxdiff.models.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, any_rngs
-from jaxdiff.models.unet import UNet, UNetConfig
-from jaxdiff.models.unet2d_condition import (
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
+from jaxdiff.models.denoisers.dit import DiT, DiTConfig
+from jaxdiff.models.denoisers.unet_sd import (
     Conditions,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
+from jaxdiff.models.layers import TextFeatures, any_rngs
+from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 
 BATCH = 2
 DIT = DiTConfig(

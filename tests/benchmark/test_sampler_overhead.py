@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxdiff.benchmark.sampler_overhead import Overhead, measure
-from jaxdiff.pipeline import Pipeline, load
+from jaxdiff.pipelines.pipeline import Pipeline, load
 
 
 def test_a_step_and_a_bare_call_are_timed(tiny_bundle):

@@ -4,12 +4,13 @@ import json
 import jax
 import pytest
 
-from jaxdiff import cli
-from jaxdiff.benchmark import chips, synthetic, train
-from jaxdiff.benchmark.command import BenchOptions, measure_and_tell
+from jaxdiff.benchmark import synthetic, train
 from jaxdiff.benchmark.task_flops import training_flops
+from jaxdiff.cli.bench import BenchOptions, measure_and_tell
+from jaxdiff.cli import main as cli
+from jaxdiff.distributed import chips
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.mesh import MeshConfig, make_mesh
 
 
 @pytest.fixture(scope="module")

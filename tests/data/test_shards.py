@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxdiff.data.array_record import ArrayRecord, write_array_record
-from jaxdiff.data.cached_latents import CachedLatents, decode_latents, encode_latents
 from jaxdiff.data.shards import LatentSpace, Manifest, Shard, read_manifest
+from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record
+from jaxdiff.data.sources.cached_latents import CachedLatents, decode_latents, encode_latents
 from jaxdiff.errors import UserError
 
 SPACE = LatentSpace(

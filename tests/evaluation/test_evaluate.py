@@ -5,20 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxdiff.config import Config
-from jaxdiff.data import openmoji
-from jaxdiff.data.drawing import render
-from jaxdiff.data.folder import ImageFolder
-from jaxdiff.data.openmoji import OpenMoji
-from jaxdiff.data.produce import Produce, full_caption
+from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.openmoji import source as openmoji
+from jaxdiff.datasets.openmoji.score import held_out_prompts
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.produce.rendering import render
+from jaxdiff.datasets.produce.score import evaluation_scenes
+from jaxdiff.datasets.produce.source import Produce, full_caption
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import evaluate as module
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, evaluate_folder, table
-from jaxdiff.evaluation.openmoji_score import held_out_prompts
-from jaxdiff.evaluation.produce_score import evaluation_scenes
-from jaxdiff.pipeline import Best, Pipeline
-from jaxdiff.sampling.clip_guidance import ClipGuidance
+from jaxdiff.pipelines.pipeline import Best, Pipeline
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.training.recipe import Config
 
 SAMPLES = 6
 COLUMNS = ("score", "ceiling", "chance")

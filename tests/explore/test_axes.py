@@ -68,7 +68,7 @@ def test_coordinates_fill_the_map_and_outliers_stay_at_its_rim():
 
 
 def test_truths_of_a_drawn_scene_are_those_of_its_first_item():
-    from jaxdiff.data.scene import Item, Scene
+    from jaxdiff.datasets.produce.scene import Item, Scene
 
     first = Item(kind="pea", colour="green", size="small", stem=True)
     other = Item(kind="pear", colour="red", size="large", stem=False)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.models import attention
-from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 
 
 def draw(*shape):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.convolutions import Conv, wrap_convolutions
-from jaxdiff.models.unet2d_condition import (
+from jaxdiff.models.denoisers.unet_sd import (
     Conditions,
     UNet2DConditionConfig,
     UNet2DConditionModel,

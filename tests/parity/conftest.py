@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoder, TinyAutoencoderConfig
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 from jaxdiff.pretrained import autoencoder_tiny
-from jaxdiff.pretrained.diffusers_folder import read_autoencoder
+from jaxdiff.pretrained.diffusers import read_autoencoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

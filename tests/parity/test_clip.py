@@ -8,9 +8,9 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxdiff.bundle import read_bundle
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.models.clip import (
+from jaxdiff.models.layers import any_rngs, blueprint, merge
+from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
     ClipText,
@@ -19,8 +19,8 @@ from jaxdiff.models.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
-from jaxdiff.models.layers import any_rngs, blueprint, merge
 from jaxdiff.pretrained import clip as clip_names
+from jaxdiff.pretrained.load import read_bundle
 
 torch = pytest.importorskip("torch")
 

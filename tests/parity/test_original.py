@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import jaxdiff.bundle
-from jaxdiff.bundle import read_bundle, read_tokenizer
+import jaxdiff.pretrained.load
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from jaxdiff.models.clip import ClipText, ClipTextConfig
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.components import TextTower
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
 from jaxdiff.models.layers import abstract_params, any_rngs
-from jaxdiff.models.unet2d_condition import UNet2DConditionModel
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.pretrained import autoencoder, clip, original, unet
-from jaxdiff.pretrained.tensor_files import Renamed
-from jaxdiff.training.parts import TextTower
+from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained import single_file as original
+from jaxdiff.pretrained.load import read_bundle, read_tokenizer
+from jaxdiff.pretrained.safetensors_io import Renamed
 
 torch = pytest.importorskip("torch")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -204,7 +205,7 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs())))
     save_file({k: np.ascontiguousarray(v) for k, v in ldm.items()}, tmp_path / "sd.safetensors")
     Tokenizer.train(["a red pea"], vocab_size=540).save(str(tmp_path))
-    for module in (original, jaxdiff.bundle):  # which would ask the hub
+    for module in (original, jaxdiff.pretrained.load):  # which would ask the hub
         monkeypatch.setattr(module, "download_tokenizer", lambda: tmp_path)
     bundle = read_bundle(tmp_path / "sd.safetensors")
     vocabulary = read_tokenizer(tmp_path / "sd.safetensors").bpe.get_vocab()

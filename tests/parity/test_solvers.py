@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.pretrained.scheduler import read_scheduling, write_scheduling
-from jaxdiff.sampling.sampler import STEP_NOISE, keys_from_seeds, sample
-from jaxdiff.sampling.solvers import noise_like
+from jaxdiff.sampling.loop import STEP_NOISE, keys_from_seeds, sample
+from jaxdiff.sampling.solvers_ode import noise_like
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

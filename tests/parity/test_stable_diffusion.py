@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
-from jaxdiff.training.diffusion import whole
+from jaxdiff.pretrained.diffusers import read_diffusers, write_diffusers
+from jaxdiff.training.tasks.diffusion import whole
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.errors import UserError
-from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs, merge
 
 pytestmark = pytest.mark.parity

@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 
 from jaxdiff.benchmark import torch_peer
 from jaxdiff.diffusion.schedules import ScaledLinear
-from jaxdiff.models.autoencoder_tiny import TinyAutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.components import Latents
 from jaxdiff.training.optimizer import AdamW, ConstantLR
-from jaxdiff.training.parts import Latents
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
 from jaxdiff.models.layers import any_rngs, merge
-from jaxdiff.models.unet2d_condition import Conditions, UNet2DConditionModel
 from jaxdiff.pretrained import unet
 
 torch = pytest.importorskip("torch")

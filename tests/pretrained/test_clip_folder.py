@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.bundle import read_bundle
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from jaxdiff.pipelines.auxiliary_models import clip_scores
 from jaxdiff.pretrained import clip
-from jaxdiff.sampling.clip_guidance import ClipGuidance
-from jaxdiff.second_models import clip_scores
-from jaxdiff.training.clip import ClipTask
+from jaxdiff.pretrained.load import read_bundle
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.training.tasks.clip import ClipTask
 
 PEA = "a small red pea"
 SIZES = {"width": 32, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "projection_dim": 24}

@@ -8,12 +8,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
-from jaxdiff.models.clip import ClipTextConfig
-from jaxdiff.models.dit import DiTConfig
+from jaxdiff.models.components import TextTower
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.pipelines.textual_inversion import Word
 from jaxdiff.pretrained.embeddings import FILE, read_embedding, write_embedding
-from jaxdiff.textual_inversion import Word
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.parts import TextTower
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 SMALL = ClipTextConfig(width=4, depth=1, heads=2)
 TASK = DiffusionTask(

@@ -5,12 +5,12 @@ import pytest
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.pretrained import autoencoder, clip, unet
-from jaxdiff.pretrained.published import CLIP_L, OPENCLIP_G, OPENCLIP_H, REFINER, SD1, SD2, XL
+from jaxdiff.pretrained.presets import CLIP_L, OPENCLIP_G, OPENCLIP_H, REFINER, SD1, SD2, XL
 from jaxdiff.pretrained.scheduler import Scheduling, read_scheduling, write_scheduling
-from jaxdiff.sampling.solvers import DDIM, PLMS, DPMSolverPP2M, Euler
+from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler
 
 INPAINTING = UNet2DConditionConfig(in_channels=9)
 

@@ -8,13 +8,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoder import AutoencoderConfig
-from jaxdiff.models.clip import ClipTextConfig
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Factors
-from jaxdiff.models.unet2d_condition import UNet2DConditionConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
-from jaxdiff.training.diffusion import DiffusionTask
-from jaxdiff.training.parts import Latents, TextTower
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 WIDTH, RANK = 8, 3
 TASK = DiffusionTask(

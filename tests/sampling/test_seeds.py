@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.sampling.sampler import noise_from_seeds
+from jaxdiff.sampling.loop import noise_from_seeds
 
 pytestmark = pytest.mark.optimized
 SHAPE = (4, 4, 3)

@@ -7,8 +7,8 @@ import pytest
 
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
-from jaxdiff.sampling.sampler import Source, noise_from_seeds, sample
-from jaxdiff.sampling.solvers import DDIM, DPMSolverPP2M, Step
+from jaxdiff.sampling.loop import Source, noise_from_seeds, sample
+from jaxdiff.sampling.solvers_ode import DDIM, DPMSolverPP2M, Step
 
 SHAPE, STEPS = (4, 4, 2), 6
 SEEDS = jnp.arange(2, dtype=jnp.uint32)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from jaxdiff.config import Config, to_json
+from jaxdiff.training.recipe import Config, to_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
 import json, pathlib
-from jaxdiff.config import Config, from_json
+from jaxdiff.training.recipe import Config, from_json
 
 def get_config():
     return from_json(Config, json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 from etils import epath
 
-from jaxdiff.config import Config
+from jaxdiff.training.recipe import Config
 
 pytestmark = pytest.mark.nightly
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxdiff.bundle import FROZEN, read_weights
-from jaxdiff.data.array_record import ArrayRecord, write_array_record
-from jaxdiff.data.produce import Produce
+from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
-from jaxdiff.parallel.mesh import MeshConfig
+from jaxdiff.pretrained.load import FROZEN, read_weights
 from jaxdiff.training import checkpoint_folder, loop
 from jaxdiff.training.loop import train
 
@@ -31,7 +31,7 @@ STEPS = 6
 # Dies in step 5, with the checkpoint of step 4 complete and that of step 6 not begun.
 KILLED = """
 import os, pathlib, signal, sys, time
-from jaxdiff.config import load_recipe
+from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.loop import train
 
 recipe, _, out = sys.argv[1:]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.config import Config
-from jaxdiff.data.produce import Produce
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.parallel.mesh import MeshConfig
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.training.recipe import Config
 
 pytestmark = pytest.mark.nightly
 

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
-from jaxdiff.models.dit import DiT, DiTConfig
+from jaxdiff.models.denoisers.dit import DiT, DiTConfig
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.training.optimizer import (
     AdamW,
     ConstantLR,

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.models.layers import scan_blocks, stack_blocks
-from jaxdiff.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from jaxdiff.parallel.sharding import replicated, state_shardings
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import cast, init_state, make_train_step, structure

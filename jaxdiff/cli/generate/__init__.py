@@ -1,0 +1,1 @@
+"""Generating images from the command line: options, prompt files, manifests, image metadata."""

@@ -1,0 +1,83 @@
+"""Image files that carry text: PNG in its own chunks, WebP and JPEG in EXIF, as web UIs do.
+
+EXIF's UserComment has the text `parameters`, in UTF-16 behind the mark UNICODE (Exif 2.32, section
+4.6.5), and ImageDescription all other texts, as JSON. WebP is written without loss.
+"""
+
+import io
+import json
+from typing import Literal
+
+from etils import epath
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from jaxdiff.errors import UserError
+from jaxdiff.io import images as pictures
+
+Format = Literal["png", "webp", "jpg"]
+
+PARAMETERS = "parameters"
+JPEG_QUALITY = 95
+LARGEST_EXIF = 65_000  # bytes; a segment of JPEG holds hardly more
+
+_UNICODE = b"UNICODE\0"
+
+
+def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> bytes:
+    """An image file with texts in it, one of them perhaps `parameters`.
+
+    Raises:
+      UserError: the texts are too long for EXIF.
+    """
+    if kind == "png":
+        return pictures.png_bytes(image, text)
+    exif = _exif(text)
+    if len(exif.tobytes()) > LARGEST_EXIF:
+        raise UserError(
+            f"The prompt and the settings are too long for a {kind} file: shorten them, or choose "
+            "--format png."
+        )
+    options = {"lossless": True} if kind == "webp" else {"quality": JPEG_QUALITY, "subsampling": 0}
+    data = io.BytesIO()
+    picture = Image.fromarray(image)
+    picture.save(data, format="WEBP" if kind == "webp" else "JPEG", exif=exif, **options)
+    return data.getvalue()
+
+
+def _exif(text: dict[str, str]) -> Image.Exif:
+    exif = Image.Exif()
+    others = {name: value for name, value in text.items() if name != PARAMETERS}
+    exif[ExifTags.Base.ImageDescription] = json.dumps(others)
+    comment = _UNICODE + text.get(PARAMETERS, "").encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return exif
+
+
+def read_text(path: epath.PathLike) -> dict[str, str]:
+    """The texts of a file whose pixels are as they were drawn: PNG, or WebP without loss.
+
+    Raises:
+      UserError: there is no such file, it is of another kind, or is a JPEG.
+    """
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+            kind, exif = image.format, image.getexif()
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return pictures.read_text(path)  # which says what else is wrong with it
+    if kind != "WEBP":
+        raise UserError(
+            f"{path} is a JPEG file, which keeps pixels only about as they were drawn: expected "
+            "PNG or WebP, which keep them exactly."
+        )
+    try:
+        others = json.loads(exif[ExifTags.Base.ImageDescription])
+        comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        parameters = comment.removeprefix(_UNICODE).decode("utf-16-be")
+        return {str(k): str(v) for k, v in others.items()} | {PARAMETERS: parameters}
+    except (KeyError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,150 @@
+"""`manifest.jsonl`: which images of a file of prompts are there, and what they were made of.
+
+A line is one image, as a JSON object: the `record` of what it is made of, with the name of its
+`file` in it, then the `sha256` of that file, the `seconds` that it took and, of the best of several
+images, the `chosen_seed`. A line is appended when its file is there, so a file without a line, or a
+last line that was cut short, is drawn anew.
+
+Where several processes draw, each appends to a `manifest.N.jsonl` of its own. The first one of them
+puts these together with `manifest.jsonl` when all have finished, or when the command is started
+again, by however many processes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from jaxdiff.io.files import is_local, partial_path, write_whole
+
+MANIFEST = "manifest.jsonl"
+
+Record = dict[str, Any]
+
+_RESULTS = ("sha256", "seconds", "chosen_seed")
+_PART = re.compile(r"manifest\.[0-9]+\.jsonl")
+
+
+class Manifest:
+    """The manifest of a folder, for one file of prompts.
+
+    Opening it in the first process drops the lines of this file of prompts whose image is not
+    wanted any more, is missing or was changed; lines of others stay unless their file is about to
+    be replaced. Other processes open it after that, and the first one closes it after the others.
+
+    Args:
+      folder: of the images.
+      source: name of the file of prompts; `record["prompts"]` says it.
+      wanted: records of all images that there shall be, without their results.
+      process: number of this process.
+      processes: how many of them draw.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        source: str,
+        wanted: Sequence[Record],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self._folder, self._leads = folder, process == 0
+        own = MANIFEST if processes == 1 else f"manifest.{process}.jsonl"
+        self._path = folder / own
+        # As they will be read back, tuples having become lists.
+        plain = {record["file"]: json.loads(json.dumps(record)) for record in wanted}
+        self._lines: dict[str, Record] = {}
+        self._there: set[str] = set()
+        for file, record in self._read_all().items():
+            if file not in plain:
+                if record.get("prompts") != source:
+                    self._lines[file] = record
+            elif self._is_whole(record, plain[file]):
+                self._lines[file] = record
+                self._there.add(file)
+        if self._leads:
+            for name in (MANIFEST, *plain):
+                partial_path(folder / name).unlink(missing_ok=True)
+            self._write_all()
+        if processes > 1:
+            self._lines = {}  # those of this process, from now on
+
+    def _parts(self) -> list[epath.Path]:
+        """What processes have left behind, their own manifests."""
+        return sorted(p for p in self._folder.iterdir() if _PART.fullmatch(p.name))
+
+    def _read_all(self) -> dict[str, Record]:
+        files = [self._folder / MANIFEST, *self._parts()]
+        return {name: line for file in files for name, line in _read(file).items()}
+
+    def _write_all(self) -> None:
+        _write(self._folder / MANIFEST, self._lines)
+        for part in self._parts():
+            part.unlink()
+
+    def _is_whole(self, record: Record, wanted: Record) -> bool:
+        """Whether an image is as wanted, and its file as it was written."""
+        if {k: v for k, v in record.items() if k not in _RESULTS} != wanted:
+            return False
+        try:
+            data = (self._folder / wanted["file"]).read_bytes()
+        except OSError:
+            return False
+        return hashlib.sha256(data).hexdigest() == record.get("sha256")
+
+    def has(self, file: str) -> bool:
+        """Whether that image, as it is wanted, was there at the start."""
+        return file in self._there
+
+    def add(self, record: Record, data: bytes, seconds: float, **more: Any) -> None:
+        """Writes the file of one image, then its line, with more that came out of it."""
+        write_whole(self._folder / record["file"], data)
+        digest = hashlib.sha256(data).hexdigest()
+        results = {"sha256": digest, "seconds": round(seconds, 4), **more}
+        self._lines[record["file"]] = record | results
+        if not is_local(self._folder):  # a cloud's storage cannot append
+            _write(self._path, self._lines)
+        else:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_line(record | results))
+
+    def close(self) -> None:
+        """Puts all processes' lines together, in the order of their rows, if this is the first."""
+        if self._leads:
+            lines = self._read_all()
+            self._lines = {line["file"]: line for line in sorted(lines.values(), key=_place)}
+            self._write_all()
+
+
+def _write(path: epath.Path, lines: dict[str, Record]) -> None:
+    write_whole(path, "".join(map(_line, lines.values())).encode())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _place(record: Record) -> tuple[str, int, int, str]:
+    row, seed = (x if isinstance(x, int) else -1 for x in (record.get("row"), record.get("seed")))
+    return str(record.get("prompts")), row, seed, record["file"]
+
+
+def _read(path: epath.Path) -> dict[str, Record]:
+    """File to record, the last one of each; a line that cannot be read is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return {}
+    records = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # of JSON or of UTF-8
+            continue
+        if isinstance(record, dict) and isinstance(record.get("file"), str):
+            records[record["file"]] = record
+    return records

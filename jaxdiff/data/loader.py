@@ -1,0 +1,352 @@
+"""The input pipeline: records, shuffled and split by host, into batches on the devices.
+
+The number of a batch says which records are in it and all that happens to them, whatever the number
+of hosts, devices and processes: each makes the rows that its own devices need. So a run's step is
+all that there is to know of its place in the data, and it goes on there on any machines.
+"""
+
+import bisect
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from typing import Any, TypedDict, cast
+
+import grain
+import jax
+import numpy as np
+import rich.progress
+from absl import flags
+from jaxtyping import Int, Int32
+from rich.console import Console
+
+from jaxdiff.data.bad_records import RecordError, too_many
+from jaxdiff.data.buckets import Plan
+from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
+from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.transforms import Transforms, stored_size
+from jaxdiff.data.workers import end_with_parent
+from jaxdiff.errors import UserError
+
+# What Grain says where one of its processes is killed or crashes.
+WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
+# What goes to the devices of a batch, which has images or latents; the rest is for the host.
+ON_DEVICE = ("image", "latents", "tokens", "text", "framing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on and how to feed it.
+
+    `workers` processes per host make batches (0: this process does), and in each of them
+    `threads` make one each at a time: one is fastest for small images, which are bound by Python's
+    lock, several for photographs and for remote storage. `prefetch` is the number of batches that
+    each worker makes ahead, and, whether there are workers or not, of those that wait on the
+    devices. The run stops once a share of more than `max_bad_share` of the records is
+    unreadable. With `cache.views` a run begins by making the latents of all records, once, in its
+    own folder, as `jaxdiff prepare --latents.views` would elsewhere.
+    """
+
+    source: Source | WithPrior | CachedLatents
+    transforms: Transforms
+    workers: int = 0
+    threads: int = 1
+    prefetch: int = 2
+    shuffle: bool = True
+    max_bad_share: float = 0.01
+    cache: LatentOptions = field(default_factory=LatentOptions)
+
+    def __post_init__(self):
+        if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
+            raise UserError(
+                f"data.workers is {self.workers}, data.threads {self.threads} and data.prefetch "
+                f"{self.prefetch}: expected at least 0, 1 and 1."
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(
+                f"data.max_bad_share is {self.max_bad_share}: expected a share from 0 to 1."
+            )
+
+    @property
+    def gives_latents(self) -> bool:
+        """Whether a step is given latents in the place of images."""
+        return self.cache.views > 0 or isinstance(self.source, CachedLatents)
+
+    @property
+    def gives_text(self) -> bool:
+        """Whether it is given what text encoders say of the captions, too."""
+        if isinstance(self.source, CachedLatents):
+            return self.source.has_text
+        return self.cache.text
+
+
+class _Good(TypedDict):
+    """One usable record, and what is wrong with the one whose place it takes, if it does."""
+
+    x: np.ndarray  # uint8 [h, w, 3] or moments of latents, [h, w, 2 c]
+    caption: str
+    text: np.ndarray | None  # the caption's features, where they are cached
+    framing: Int32[np.ndarray, " 6"]
+    bad: list[str]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Reads and transforms one record; what is wrong with a bad one is returned, not raised."""
+
+    data: DataConfig
+
+    def __call__(
+        self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
+    ) -> _Good | RecordError:
+        source, transforms, text = self.data.source, self.data.transforms, None
+        try:
+            if isinstance(source, CachedLatents):
+                record = source[index]
+                x, caption, framing = transforms.of_latents(record, rng)
+                text = source.text(record, caption)
+            else:
+                x, caption, framing = transforms(source[index], rng, shape)
+        except RecordError as error:
+            return error
+        return {"x": x, "caption": caption, "text": text, "framing": framing, "bad": []}
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Stacks records and tokenizes their captions, a batch at a time."""
+
+    tokenizer: Tokenizer
+    name: str  # "image" or "latents"
+
+    def __call__(self, records: Sequence[_Good]) -> dict[str, Any]:
+        bad = [name for record in records for name in record["bad"]]
+        tokens: Int32[np.ndarray, "b n"] = self.tokenizer([r["caption"] for r in records])
+        text = [record["text"] for record in records if record["text"] is not None]
+        return {
+            **({"text": np.stack(text)} if text else {}),
+            self.name: np.stack([record["x"] for record in records]),
+            "tokens": tokens,
+            "framing": np.stack([record["framing"] for record in records]),
+            "skipped": len(bad),
+            "bad": bad,
+        }
+
+
+def make_dataset(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    first: int = 0,
+) -> grain.IterDataset:
+    """An endless data set of batches, or of this host's rows of them.
+
+    A batch holds `image` uint8 [b, h, w, 3], `tokens` int32 [b, n], `framing` int32 [b, 6], and of
+    the records that had to be left out their number, `skipped`, and what is wrong with each, `bad`.
+    In the place of such a record comes another one of the batch. Of `CachedLatents` it has
+    `latents` in the place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of
+    z, then logarithms of its variance; and, if they were cached, `text` [b, m], the captions'
+    features as `jaxdiff.models.layers.TextFeatures` packs them.
+
+    Each epoch is shuffled anew by `seed`. With `Buckets`, h and w differ from batch to batch, and
+    a few records come twice (`Plan`); the sizes of all images are read first.
+
+    Args:
+      data: the records, and how they are read.
+      tokenizer: of the captions.
+      batch_size: records of a batch, on all hosts together.
+      seed: of the order and of all that is random.
+      rows: of each batch, those that this host makes (`host_rows`); all by default.
+      first: number of the first batch, that is of the steps taken before.
+
+    Raises `UserError` for unusable data, or fewer records than a batch; so does the iterator,
+    where a batch has no record that can be used.
+    """
+    data.source.check()
+    if isinstance(data.source, CachedLatents):
+        data.source.check_transforms(data.transforms)
+    if batch_size > len(data.source):
+        raise UserError(
+            f"A batch of {batch_size} records is more than the {len(data.source)} that the data "
+            "hold: lower train.batch_size, or add data."
+        )
+    order = _in_order if data.transforms.buckets is None else _in_buckets
+    own = tuple(range(batch_size) if rows is None else rows)
+    read = _ReadRows(order(data, batch_size, seed), batch_size, own)
+    collate = _Collate(tokenizer, "latents" if isinstance(data.source, CachedLatents) else "image")
+    batches = grain.MapDataset.range(first, sys.maxsize).map(read).map(collate)
+    dataset = batches.to_iter_dataset(_reading(data))
+    return _in_workers(dataset, data) if data.workers else dataset
+
+
+_Order = Callable[[int, int], _Good | RecordError]
+"""The record in a row of a batch, by the numbers of both."""
+
+
+@dataclass(frozen=True)
+class _OneShape:
+    """Images of one shape: batch after batch of an endless order of shuffled epochs."""
+
+    examples: grain.MapDataset
+    batch_size: int
+
+    def __call__(self, batch: int, row: int) -> _Good | RecordError:
+        return cast(_Good | RecordError, self.examples[batch * self.batch_size + row])
+
+
+def _in_order(data: DataConfig, batch_size: int, seed: int) -> _Order:
+    positions = grain.MapDataset.range(len(data.source)).seed(seed)
+    if data.shuffle:
+        positions = positions.shuffle()
+    return _OneShape(positions.repeat().random_map(_Read(data)), batch_size)
+
+
+@dataclass(frozen=True)
+class _ShapeByBatch:
+    """Images of one of several shapes in each batch."""
+
+    data: DataConfig
+    plan: Plan
+    seed: int
+
+    def __call__(self, batch: int, row: int) -> _Good | RecordError:
+        shape, epoch, records = self.plan.rows(batch)
+        index = int(records[row])
+        return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shape)
+
+
+def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
+    plan = Plan(
+        _sizes(data),
+        data.transforms.shapes,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=data.shuffle,
+        fixed=isinstance(data.source, CachedLatents),
+    )
+    return _ShapeByBatch(data, plan, seed)
+
+
+def _reading(data: DataConfig) -> grain.ReadOptions:
+    """One thread is that which makes the batches: a second to wait for costs more than reading."""
+    threads = 0 if data.threads == 1 else data.threads
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+
+
+def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
+    """Width and height of every image; one that cannot be told counts as square.
+
+    Such a record fails when it is read in its turn, and is told of then.
+    """
+    source = data.source
+    if isinstance(source, CachedLatents):
+        return source.sizes()
+
+    def size(index: int) -> tuple[int, int]:
+        try:
+            return stored_size(source[index]["image"])
+        except RecordError:
+            return 1, 1
+
+    count = len(source)
+    with ThreadPool(max(data.threads, 8)) as pool:  # bound by the storage, not by the processor
+        sizes = rich.progress.track(
+            pool.imap(size, range(count), chunksize=64),
+            description="Reading the sizes of the images",
+            total=count,
+            transient=True,
+            console=Console(stderr=True),
+        )
+        return np.array(list(sizes))
+
+
+@dataclass(frozen=True)
+class _ReadRows:
+    """Reads a host's rows of one batch.
+
+    The next good record of the batch takes a bad one's place, whichever host makes that row too: so
+    nobody need be told, and a batch is the same on any number of hosts.
+    """
+
+    order: _Order
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __call__(self, batch: int) -> list[_Good]:
+        return [self._filled(batch, row) for row in self.rows]
+
+    def _filled(self, batch: int, row: int) -> _Good:
+        bad: list[str] = []
+        for place in range(row, row + self.batch_size):
+            made = self.order(batch, place % self.batch_size)
+            if not isinstance(made, RecordError):
+                return {**made, "bad": bad[:1]}  # of the others their own rows tell
+            bad.append(str(made))
+        raise too_many(bad, f"All {len(bad)} records of a batch")
+
+
+def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
+    """The same, made by `data.workers` processes that take the batches in turn."""
+    if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which we do not use
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(
+        num_workers=data.workers, per_worker_buffer_size=data.prefetch
+    )
+    return batches.mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """Ctrl-C and SIGTERM, which reach all processes of a job, are for the main one.
+
+    It takes batches until it has saved. Grain ends the workers by an event, or kills them; should
+    the main process end without that, they end by themselves.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
+def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
+    """The rows of a batch that this host's devices hold, ascending.
+
+    Hosts share a batch out without overlap, unless devices of several hold the same rows, as they
+    do where the mesh's axis `tensor` spans them.
+    """
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = range(batch_size)
+    return sorted({row for place in places if place is not None for row in rows[place[0]]})
+
+
+def to_device(
+    dataset: grain.IterDataset,
+    sharding: jax.sharding.Sharding,
+    *,
+    batch_size: int,
+    prefetch: int = 2,
+) -> grain.IterDataset:
+    """Moves what a model sees of a batch to the devices, `prefetch` batches ahead of its use.
+
+    Each host's rows become its part of global arrays of `batch_size` rows, laid out by `sharding`.
+    """
+    rows = host_rows(sharding, batch_size)
+
+    def spread(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = range(batch_size)[index[0]]
+            start = bisect.bisect_left(rows, wanted[0])
+            return local[start : start + len(wanted)]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    def move(batch: dict[str, Any]) -> dict[str, Any]:
+        arrays = {key: spread(batch[key]) for key in ON_DEVICE if key in batch}
+        return {**batch, **arrays}
+
+    return grain.experimental.ThreadPrefetchIterDataset(
+        dataset.map(move), prefetch_buffer_size=prefetch
+    )

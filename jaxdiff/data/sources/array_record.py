@@ -1,0 +1,223 @@
+"""Captioned images in ArrayRecord files: fast random access to data of any size.
+
+One record is, in this order,
+
+    4 bytes         `JDR1`, which tells such a record from any other
+    4 bytes         n, the length of the header, an unsigned little-endian integer
+    n bytes         the header: JSON in UTF-8, {"name": "...", "captions": ["...", ...]}
+    the rest        the image: an encoded file (PNG, JPEG, WebP ...), byte for byte
+
+and every record is a group of its own (`group_size:1`), so that reading one decodes only it. Images
+are compressed as they are, so records are not (`uncompressed`); they have a checksum either way.
+"""
+
+import io
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from PIL import Image
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.files import data_files
+from jaxdiff.data.shards import Manifest, check_shards, read_manifest
+from jaxdiff.data.sources.base import Record
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import is_local
+
+IMAGES, LATENTS = b"JDR1", b"JDL1"
+"""What a record of images, or of cached latents, starts with."""
+_LENGTH = struct.Struct("<I")
+_START = len(IMAGES) + _LENGTH.size
+# What reading and decoding a damaged or foreign record may raise.
+UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRecord:
+    """The records of the file, glob or folder `path`, as `jaxdiff prepare` writes them.
+
+    In a folder with a manifest its shards count, all of which must be there; in one without, files
+    whose name contains `.array_record` or `.arrayrecord`, in order of name.
+    """
+
+    path: str
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int, /) -> Record:
+        try:
+            return decode_record(self._reader[index])
+        except UNREADABLE as error:
+            raise RecordError(f"{self.path} record {index}: {error}") from error
+
+    def check(self) -> None:
+        """Raises `UserError` for missing, empty or foreign files."""
+        manifest = checked_manifest(self.path)
+        if manifest is not None and manifest.latents is not None:
+            raise UserError(
+                f"{self.path} holds cached latents, not images: read it with CachedLatents as "
+                "data.source."
+            )
+        if len(self) == 0:
+            raise UserError(f"The ArrayRecord files at {self.path} are empty: expected images.")
+        try:
+            decode_record(self._reader[0])
+        except UNREADABLE as error:
+            raise UserError(
+                f"The ArrayRecord files at {self.path} hold no captioned images ({error}): "
+                "expected files written by jaxdiff; a TensorFlow data set is read by TFDS."
+            ) from error
+
+    @cached_property
+    def _reader(self) -> ArrayRecordDataSource:
+        return open_records(self.path, read_manifest(epath.Path(self.path)))
+
+
+class _Instruction(NamedTuple):
+    """A file of which it is known how many records it has, so that it need not be opened yet."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def checked_manifest(path: str) -> Manifest | None:
+    """The manifest of a folder of shards, all of which are there; None where there is none.
+
+    Raises:
+      UserError: some are missing or cut short, or the manifest cannot be read.
+    """
+    folder = epath.Path(path)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        check_shards(folder, manifest)
+    return manifest
+
+
+def open_records(path: str, manifest: Manifest | None) -> ArrayRecordDataSource:
+    """The encoded records of a file, a glob or a folder, with its manifest, by index.
+
+    Raises:
+      UserError: there are none, or files of another kind.
+    """
+    folder = epath.Path(path)
+    if manifest is None:
+        files: list[Any] = [str(f) for f in data_files(path, _is_array_record, "ArrayRecord file")]
+    else:
+        files = [
+            _Instruction(str(folder / shard.file), 0, shard.records, shard.records)
+            for shard in manifest.shards
+            if shard.records
+        ]
+    try:
+        return ArrayRecordDataSource(files)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} cannot be read as ArrayRecord ({error}): "
+            "data.source.path must lead to ArrayRecord files alone."
+        ) from error
+
+
+def _is_array_record(name: str) -> bool:
+    return any(sign in name for sign in (".array_record", ".arrayrecord"))
+
+
+def encode_record(record: Record) -> bytes:
+    """`record` in the encoding above; pixels uint8 [h, w, 3] are stored losslessly, as PNG."""
+    image = record["image"]
+    if isinstance(image, np.ndarray):
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        image = png.getvalue()
+    return pack(IMAGES, {"name": record["name"], "captions": record["captions"]}, image)
+
+
+def decode_record(data: bytes) -> Record:
+    """The inverse of `encode_record`, leaving the image encoded.
+
+    Raises `ValueError`, `KeyError` or `TypeError` for bytes in another encoding.
+    """
+    header, image = unpack(IMAGES, data)
+    return {"image": image, "captions": header["captions"], "name": header["name"]}
+
+
+def pack(magic: bytes, header: dict[str, Any], payload: bytes) -> bytes:
+    """The bytes of one record."""
+    text = json.dumps(header).encode()
+    return magic + _LENGTH.pack(len(text)) + text + payload
+
+
+def unpack(magic: bytes, data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and payload; raises `ValueError` or `TypeError` for bytes in another encoding."""
+    if data[: len(magic)] != magic or len(data) < _START:
+        raise ValueError("its records are in another encoding")
+    end = _START + _LENGTH.unpack_from(data, len(magic))[0]
+    return json.loads(data[_START:end]), data[end:]
+
+
+def write_array_record(path: str, records: Iterable[Record]) -> int:
+    """Writes `records` to one ArrayRecord file at `path` and returns how many there were.
+
+    The file appears under its name only when it is whole, and nothing of it stays where something
+    stops the writing. Raises `UserError` where it cannot be written.
+    """
+    return write_encoded(path, (encode_record(record) for record in records))
+
+
+def write_encoded(path: str, records: Iterable[bytes]) -> int:
+    """The same of records that are encoded already."""
+    target = epath.Path(path)
+    # Two processes may write the same file: one that was orphaned, and the next that was started.
+    name = f".partial-{os.getpid()}-{target.name}"
+    remote = not is_local(path)  # the writer knows local files alone
+    with tempfile.TemporaryDirectory() if remote else _here(target) as folder:
+        partial = epath.Path(folder) / name
+        writer, count = None, 0
+        try:
+            with _writing(target):
+                writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+            for data in records:
+                with _writing(target):
+                    writer.write(data)
+                count += 1
+            with _writing(target):
+                writer.close()
+                if remote:
+                    partial.copy(target, overwrite=True)  # there once it is whole
+                else:
+                    partial.replace(target)
+        finally:
+            if writer is not None and writer.is_open():
+                with suppress(OSError, RuntimeError):
+                    writer.close()
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+    return count
+
+
+@contextmanager
+def _here(target: epath.Path) -> Iterator[str]:
+    yield str(target.parent)
+
+
+@contextmanager
+def _writing(target: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the writer raises RuntimeError on a full disk
+        raise UserError(
+            f"{target} cannot be written ({error}): make room there, or write to another folder."
+        ) from error

@@ -1,0 +1,190 @@
+"""Latents of images, and features of their captions, that were encoded ahead of training.
+
+One record of the ArrayRecord shards is, like one of `jaxdiff.data.sources.array_record`,
+
+    4 bytes         `JDL1`
+    4 bytes         n, the length of the header, an unsigned little-endian integer
+    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "framing", "text"}
+    the rest        little-endian float16 or float32 of that shape, [v, h, w, 2 c], and of the shape
+                    "text", [k, m] of k captions, if it is not null
+
+of v views of one image: crops, of which half are mirrored if any are. The first c channels are the
+mean of z, the others the logarithm of its variance; so each epoch can draw z anew, and shift and
+scale it as its recipe says.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+from jaxtyping import Float, Int
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.shards import EMPTY, LatentSpace, Manifest
+from jaxdiff.data.sources.array_record import (
+    LATENTS,
+    UNREADABLE,
+    checked_manifest,
+    open_records,
+    pack,
+    unpack,
+)
+from jaxdiff.data.sources.base import LatentRecord
+from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions:
+    """Whether and how latents are cached in the place of images: not, unless there are views."""
+
+    views: int = 0
+    """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves
+    images as they are."""
+    text: bool = False
+    """Cache what frozen text encoders say of every caption, and of none, too."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type that mean and logarithm of the variance, and text, are stored in."""
+    batch_size: int = 32
+    """Images, or captions, that a device encodes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedLatents:
+    """The folder `path` (local or `gs://`) that `jaxdiff prepare ... --latents.views N` wrote.
+
+    Attributes:
+      path: of the folder.
+      of: what the latents were made of; None where it need not be known. With it, `jaxdiff prepare`
+        makes the folder from this very recipe, and models of the drawn data sets can be scored.
+    """
+
+    path: str
+    of: Source | WithPrior | None = None
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int, /) -> LatentRecord:
+        try:
+            return decode_latents(self._reader[index])
+        except UNREADABLE as error:
+            raise RecordError(f"{self.path} record {index}: {error}") from error
+
+    def check(self) -> None:
+        """Raises `UserError` for a folder that is missing, not whole, or of something else."""
+        if self._manifest is None:
+            raise UserError(
+                f"There are no cached latents in {self.path}: make them with `jaxdiff prepare "
+                f"RECIPE {self.path} --latents.views 1`."
+            )
+        if self.has_text and not (epath.Path(self.path) / EMPTY).exists():
+            raise UserError(f"{self.path} lacks {EMPTY}: run the `jaxdiff prepare` of it again.")
+        _ = self.space
+        if len(self) == 0:
+            raise UserError(f"The cache of latents in {self.path} is empty: expected records.")
+
+    def check_transforms(self, transforms: Transforms) -> None:
+        """Raises `UserError` for a recipe that crops or mirrors images otherwise than the cache."""
+        space = self.space
+        wanted = {
+            "shapes": [list(shape) for shape in transforms.shapes],
+            "crop": transforms.crop,
+            "flip": transforms.flip,
+        }
+        there = {"shapes": list(map(list, space.shapes)), "crop": space.crop, "flip": space.flip}
+        for name, value in wanted.items():
+            if value != there[name]:
+                raise UserError(
+                    f"The latents in {self.path} were cached with {name} {there[name]} but the "
+                    f"recipe's data.transforms ask for {value}: change these, or prepare the "
+                    "latents anew."
+                )
+
+    @property
+    def made_of(self) -> Any:
+        """The source of the images, as JSON."""
+        return self._manifest and self._manifest.made_of["source"]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the features of captions are there too; False as long as nothing is."""
+        return self._manifest is not None and self.space.text is not None
+
+    def text(self, record: LatentRecord, caption: str) -> Float[np.ndarray, " m"] | None:
+        """The features of one of a record's captions, or of ""; None where none are cached."""
+        if record["text"] is None:
+            return None
+        return record["text"][record["captions"].index(caption)] if caption else self._empty
+
+    @property
+    def space(self) -> LatentSpace:
+        """Of what autoencoder they are, and how images were cropped."""
+        manifest = self._manifest
+        if manifest is None or manifest.latents is None:
+            raise UserError(
+                f"{self.path} holds no cached latents: images are read with ArrayRecord as "
+                "data.source."
+            )
+        return manifest.latents
+
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Width and height, in pixels, of the crop of each image."""
+        shapes = np.array(self.space.shapes)
+        assert self._manifest is not None  # or it would have no space
+        places = [p for s in self._manifest.shards for p in s.shapes or [0] * s.records]
+        return shapes[places, ::-1]
+
+    @cached_property
+    def _empty(self) -> np.ndarray:
+        return np.load(io.BytesIO((epath.Path(self.path) / EMPTY).read_bytes()), allow_pickle=False)
+
+    @cached_property
+    def _manifest(self) -> Manifest | None:
+        return checked_manifest(self.path)
+
+    @cached_property
+    def _reader(self) -> ArrayRecordDataSource:
+        return open_records(self.path, self._manifest)
+
+
+def encode_latents(record: LatentRecord) -> bytes:
+    """`record` in the encoding above."""
+    moments, text = record["moments"], record["text"]
+    header: dict[str, Any] = {
+        "name": record["name"],
+        "captions": record["captions"],
+        "dtype": moments.dtype.name,
+        "shape": list(moments.shape),
+        "framing": record["framing"].tolist(),
+        "text": None if text is None else list(text.shape),
+    }
+    little = moments.dtype.newbyteorder("<")
+    parts = [np.ascontiguousarray(x, little).tobytes() for x in (moments, text) if x is not None]
+    return pack(LATENTS, header, b"".join(parts))
+
+
+def decode_latents(data: bytes) -> LatentRecord:
+    """The inverse of `encode_latents`.
+
+    Raises `ValueError`, `KeyError` or `TypeError` for bytes in another encoding.
+    """
+    header, payload = unpack(LATENTS, data)
+    if header["dtype"] not in ("float16", "float32"):
+        raise ValueError(f"latents of type {header['dtype']}, not float16 or float32")
+    dtype = np.dtype(header["dtype"]).newbyteorder("<")
+    values, shape, text = np.frombuffer(payload, dtype), header["shape"], header["text"]
+    count = len(values) - (math.prod(text) if text else 0)
+    return {
+        "moments": values[:count].reshape(shape),
+        "text": values[count:].reshape(text) if text else None,
+        "framing": np.array(header["framing"], np.int32),
+        "captions": header["captions"],
+        "name": header["name"],
+    }

@@ -1,0 +1,1 @@
+"""Data sets that come with jaxdiff, each with its captions, renderer and scorer."""

@@ -1,0 +1,1 @@
+"""OpenMoji drawings of people at work."""

@@ -1,0 +1,208 @@
+"""The drawn data set: scenes of fruit and vegetables with captions in plain English.
+
+Everything is drawn on demand from (seed, split, index). Which combinations of kind and colour are
+held out of training is stated in `jaxdiff.datasets.produce.scene`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxdiff.data.sources.base import Record
+from jaxdiff.datasets.produce.rendering import render
+from jaxdiff.datasets.produce.scene import (
+    Item,
+    Kind,
+    Scene,
+    Split,
+    draw_group,
+    draw_pair,
+    draw_single,
+)
+from jaxdiff.errors import UserError
+
+# The colour that "ripe" stands for, where there is one; "unripe" then stands for green.
+RIPE: dict[Kind, str] = {
+    "banana": "yellow",
+    "tomato": "red",
+    "pear": "yellow",
+    "pepper": "red",
+    "lemon": "yellow",
+    "strawberry": "red",
+}
+SIZE_WORDS = {
+    "small": ("small", "small", "little", "tiny"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "large", "big"),
+}
+POSITION_WORDS = {
+    "left": ("on the left", "at the left side", "on the left side"),
+    "right": ("on the right", "at the right side", "on the right side"),
+    "top": ("at the top", "in the top part", "near the top"),
+    "bottom": ("at the bottom", "in the bottom part", "near the bottom"),
+    "centre": ("in the centre", "in the middle", "at the centre"),
+}
+RELATION_WORDS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+PREFIXES = ("a picture of", "a drawing of", "an image of")
+COUNT_WORDS = {2: "two", 3: "three"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Produce:
+    """Drawn scenes by index, as {"image": uint8 [size, size, 3], "captions", "name"}.
+
+    The training split mixes single objects, two or three alike (`group_share`) and pairs in a
+    relation (`pair_share`); no scene in it holds a held-out combination. The held-out split has
+    single objects in held-out combinations only. Captions leave things out, as people do; a
+    `full_share` of them names every attribute. A record is a function of (seed, split, index).
+    """
+
+    split: Split = "train"
+    size: int = 64
+    length: int = 200_000
+    seed: int = 0
+    group_share: float = 0.15
+    pair_share: float = 0.3
+    full_share: float = 0.0
+    captions_per_image: int = 2
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Record:
+        scene, rng = self._scene(index)
+        captions = [
+            caption(scene, rng, full=self.full_share > 0 and rng.random() < self.full_share)
+            for _ in range(self.captions_per_image)
+        ]
+        return {
+            "image": render(scene, rng, self.size),
+            "captions": list(dict.fromkeys(captions)),
+            "name": f"produce/{self.split}/{index}",
+        }
+
+    def scene(self, index: int) -> Scene:
+        """What record `index` shows."""
+        return self._scene(index)[0]
+
+    def check(self) -> None:
+        """Raises `UserError` for settings that nothing can be drawn by, or an empty split."""
+        if self.size < 32:
+            raise UserError(
+                f"Produce cannot draw at size {self.size}: it needs at least 32 pixels; "
+                "set a size of 64."
+            )
+        if self.length < 1:
+            raise UserError(
+                f"Produce has length {self.length}, which leaves nothing to train on; "
+                "set a length of at least 1."
+            )
+        if self.seed < 0:
+            raise UserError(f"Produce has seed {self.seed}: set a seed of at least 0.")
+        shares = (self.group_share, self.pair_share)
+        if not (min(shares) >= 0 and sum(shares) <= 1):
+            raise UserError(
+                f"Produce has group_share {self.group_share} and pair_share {self.pair_share}: "
+                "set shares from 0 to 1 that sum to at most 1."
+            )
+        if not 0 <= self.full_share <= 1:
+            raise UserError(
+                f"Produce has full_share {self.full_share}: set a share of captions from 0 to 1."
+            )
+        if self.captions_per_image < 1:
+            raise UserError(
+                f"Produce has captions_per_image {self.captions_per_image}, which leaves images "
+                "without a caption: set at least 1."
+            )
+
+    def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside 0..{self.length - 1}")
+        rng = np.random.default_rng((self.seed, self.split == "held_out", index))
+        form = rng.random()
+        if self.split == "held_out" or form >= self.group_share + self.pair_share:
+            return draw_single(rng, self.split), rng
+        if form < self.group_share:
+            return draw_group(rng, self.split), rng
+        return draw_pair(rng, self.split), rng
+
+
+def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
+    """One of the many ways to describe the scene; what it leaves out, unless `full`, is free."""
+
+    def pick(options) -> str:
+        return options[rng.integers(len(options))]
+
+    phrases = [_varied_phrase(item, scene.count, rng, full) for item in scene.items]
+    text = phrases[0]
+    if scene.relation is not None:
+        text = f"{text} {pick(RELATION_WORDS[scene.relation])} {phrases[1]}"
+    if scene.position is not None and (rng.random() < 0.7 or full):
+        text = f"{text} {pick(POSITION_WORDS[scene.position])}"
+    if rng.random() < 0.15:
+        text = f"{pick(PREFIXES)} {text}"
+    return text
+
+
+def full_caption(scene: Scene) -> str:
+    """The caption that names every attribute, always in the same words."""
+    phrases = [
+        _phrase(
+            item.kind,
+            [item.size, item.colour],
+            "with" if item.stem else "without",
+            scene.count,
+        )
+        for item in scene.items
+    ]
+    if scene.relation is not None:
+        return f"{phrases[0]} {RELATION_WORDS[scene.relation][0]} {phrases[1]}"
+    if scene.position is not None:
+        return f"{phrases[0]} {POSITION_WORDS[scene.position][0]}"
+    return phrases[0]
+
+
+def _varied_phrase(item: Item, count: int, rng: np.random.Generator, full: bool) -> str:
+    words = []
+    if rng.random() < 0.75 or full:
+        options = SIZE_WORDS[item.size]
+        words.append(options[rng.integers(len(options))])
+    if rng.random() < 0.85 or full:
+        words.append(_colour_word(item, rng))
+    stem = ""
+    if rng.random() < 0.75 or full:
+        stem = "with" if item.stem else "without"
+    return _phrase(item.kind, words, stem, count)
+
+
+def _colour_word(item: Item, rng: np.random.Generator) -> str:
+    if item.kind in RIPE and rng.random() < 0.4:
+        if item.colour == RIPE[item.kind]:
+            return "ripe"
+        if item.colour == "green":
+            return "unripe"
+    return item.colour
+
+
+def _phrase(kind: Kind, words: list[str], stem: str, count: int) -> str:
+    """E.g. ("pea", ["small", "green"], "with", 2) gives "two small green peas with stems"."""
+    noun = kind if count == 1 else _plural(kind)
+    text = " ".join([*words, noun])
+    if count > 1:
+        text = f"{COUNT_WORDS[count]} {text}"
+    else:
+        text = f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+    if not stem:
+        return text
+    return f"{text} {stem} {'a stem' if count == 1 else 'stems'}"
+
+
+def _plural(kind: Kind) -> str:
+    if kind == "strawberry":
+        return "strawberries"
+    return kind + ("es" if kind.endswith("o") else "s")

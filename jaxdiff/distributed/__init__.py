@@ -1,0 +1,1 @@
+"""Device meshes, sharding rules, process start-up and compiler flags."""

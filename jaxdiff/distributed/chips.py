@@ -1,0 +1,130 @@
+"""What the makers of accelerators say that these can do: the table of chips.
+
+A chip here is what JAX calls a device: one core of two on TPU v2, v3 and 7x, whose figures are
+halved, and the whole chip on all others. What is not in the table is not guessed at. FLOP/s are
+those of dense bfloat16 products; what has no bfloat16 units (V100, T4) is left out.
+
+Sources: for TPUs the pages of Google Cloud's documentation on each version
+(cloud.google.com/tpu/docs), for v2 and v3 Jouppi et al. 2020 (Communications of the ACM 63(7)), for
+v4 Jouppi et al. 2023 (arXiv 2304.01433), for the inference chip v4i Jouppi et al. 2021 (ISCA); for
+GPUs NVIDIA's data sheets.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxdiff.errors import UserError
+
+GIB = 2**30
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What tells devices apart: a `jax.Device`, or one of a topology that is compiled for."""
+
+    @property
+    def platform(self) -> str:
+        """Such as "cpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The maker's name for it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Figures of one JAX device.
+
+    Attributes:
+      kind: how its `device_kind` starts.
+      flops: dense bfloat16 FLOP/s at most.
+      memory: bytes on the chip.
+      bandwidth: bytes/s from and to that memory.
+      interconnect: bytes/s that it can send to the other chips of its slice or machine, over all
+        links together; it receives as many at the same time.
+      source: who says so.
+    """
+
+    kind: str
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+    source: str
+
+
+def _tpu(
+    kind: str, flops: float, memory: float, bandwidth: float, interconnect: float, page: str
+) -> Chip:
+    """Teraflop/s, GiB and GB/s; those of the links together, in one direction."""
+    return Chip(
+        kind=f"TPU{kind}",
+        flops=flops * 1e12,
+        memory=memory * GIB,
+        bandwidth=bandwidth * 1e9,
+        interconnect=interconnect * 1e9,
+        source=page,
+    )
+
+
+def _gpu(
+    kind: str, flops: float, memory: float, bandwidth: float, interconnect: float, sheet: str
+) -> Chip:
+    """Likewise, but of NVLink, or PCIe where there is none, what both directions have."""
+    return Chip(
+        kind=f"NVIDIA {kind}",
+        flops=flops * 1e12,
+        memory=memory * GIB,
+        bandwidth=bandwidth * 1e9,
+        interconnect=interconnect / 2 * 1e9,
+        source=f"NVIDIA, {sheet}",
+    )
+
+
+# The first whose kind a device's starts with counts.
+CHIPS = (
+    _tpu(" v2", 22.5, 8.0, 350.0, 124.0, "Jouppi et al. 2020"),
+    _tpu(" v3", 61.5, 16.0, 450.0, 164.0, "Jouppi et al. 2020"),
+    _tpu(" v4 lite", 138.0, 8.0, 614.0, 100.0, "Jouppi et al. 2021"),
+    _tpu(" v4", 275.0, 32.0, 1200.0, 300.0, "Jouppi et al. 2023"),
+    _tpu(" v5 lite", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
+    _tpu(" v5e", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
+    _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p"),
+    _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e"),
+    _tpu("7", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x"),
+    _gpu("A100-SXM4-40GB", 312.0, 40.0, 1555.0, 600.0, "A100 data sheet"),
+    _gpu("A100-PCIE-40GB", 312.0, 40.0, 1555.0, 64.0, "A100 data sheet"),
+    _gpu("A100-SXM", 312.0, 80.0, 2039.0, 600.0, "A100 data sheet"),
+    _gpu("A100", 312.0, 80.0, 1935.0, 64.0, "A100 data sheet, the 80 GB PCIe card"),
+    _gpu("L40S", 362.0, 48.0, 864.0, 64.0, "L40S data sheet"),
+    _gpu("L4", 121.0, 24.0, 300.0, 64.0, "L4 data sheet"),
+    _gpu("H100 PCIe", 756.0, 80.0, 2000.0, 128.0, "H100 data sheet, October 2022"),
+    _gpu("H100 NVL", 835.0, 94.0, 3900.0, 600.0, "H100 data sheet"),
+    _gpu("H100", 989.0, 80.0, 3350.0, 900.0, "H100 data sheet"),
+    _gpu("H200", 989.0, 141.0, 4800.0, 900.0, "H200 data sheet"),
+    _gpu("B200", 2250.0, 180.0, 8000.0, 1800.0, "DGX B200 data sheet"),
+    _gpu("GB200", 2500.0, 186.0, 8000.0, 1800.0, "GB200 NVL72 data sheet"),
+)
+
+
+def find_chip(kind: str) -> Chip | None:
+    """The chip whose devices call themselves so (`device_kind`); None if it is not in the table."""
+    return next((chip for chip in CHIPS if kind.startswith(chip.kind)), None)
+
+
+def chip_of(device: Device) -> Chip:
+    """The figures of a device.
+
+    Raises:
+      UserError: it is not in the table.
+    """
+    chip = find_chip(device.device_kind)
+    if chip is None:
+        known = ", ".join(dict.fromkeys(chip.kind for chip in CHIPS))
+        raise UserError(
+            f"Nothing is known of the speed and memory of a {device.device_kind!r}: expected one "
+            f"of {known}; add the maker's figures to jaxdiff/distributed/chips.py."
+        )
+    return chip

@@ -1,0 +1,1 @@
+"""Files and images: atomic writes, grids, animations."""

@@ -1,0 +1,300 @@
+"""Stable Diffusion's KL autoencoder, at any size (Rombach et al. 2022, section 3.1)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.attention import attend
+from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
+from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.layers import Remat, patchify, unpatchify
+
+NORM_EPSILON = 1e-6
+
+LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
+
+    Attributes:
+      image_channels: of the images, in and out.
+      latent_channels: of the latents.
+      block_out_channels: one width for each resolution, finest first; each next halves the sides.
+      layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
+      patch_size: side of the square of pixels that becomes one position of the finest resolution,
+        as channels; 1 in Stable Diffusion. More saves most of the cost of full-size convolutions.
+      norm_num_groups: of the group norms; divides every width.
+      mid_block_add_attention: self-attention at the coarsest resolution.
+      use_quant_conv: a 1x1 convolution after the encoder.
+      use_post_quant_conv: a 1x1 convolution before the decoder.
+      scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
+        variance, which the schedules assume.
+      shift_factor: the mean of z.
+      sample_size: pixels along the sides of a tile, where images go through in tiles.
+      remat: what a residual block keeps for the backward pass.
+    """
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    patch_size: int = 1
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    sample_size: int = 512
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if odd:
+            raise UserError(
+                f"autoencoder: {self.norm_num_groups} norm groups do not divide the width "
+                f"{odd[0]}; choose block_out_channels as multiples of norm_num_groups."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to one latent, along each side."""
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def patch_channels(self) -> int:
+        """Values in one patch of pixels."""
+        return self.patch_size**2 * self.image_channels
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution over z, float32; works under `jax.vmap` too."""
+
+    mean: Float[Array, "*b h w c"]
+    logvar: Float[Array, "*b h w c"]
+
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "*b h w c"]:
+        """One z for each image."""
+        noise = jax.random.normal(key, self.mean.shape)
+        return self.mean + jnp.exp(self.logvar / 2) * noise
+
+    def mode(self) -> Float[Array, "*b h w c"]:
+        """The most likely z."""
+        return self.mean
+
+    def kl(self) -> Float[Array, "*b"]:
+        """Nats from the unit normal, summed over z (Kingma & Welling 2014, appendix B)."""
+        nats = (self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar) / 2
+        return jnp.sum(nats, axis=(-3, -2, -1))
+
+
+def _downsample(channels: int, rngs: nnx.Rngs):
+    # Padded at the far sides alone, as the published weights want it.
+    return Conv(channels, channels, 3, 2, rngs, sides=((0, 1), (0, 1)))
+
+
+def _group_norm(channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+    return GroupNorm(channels, config.norm_num_groups, NORM_EPSILON, rngs)
+
+
+def _block(inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+    return ResidualBlock(
+        inputs,
+        outputs,
+        groups=config.norm_num_groups,
+        epsilon=NORM_EPSILON,
+        remat=config.remat,
+        rngs=rngs,
+    )
+
+
+class SpatialAttention(nnx.Module):
+    """Self-attention of one head over all positions."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.norm = _group_norm(channels, config, rngs)
+        self.q = linear(channels, channels, rngs)
+        self.k = linear(channels, channels, rngs)
+        self.v = linear(channels, channels, rngs)
+        self.out = linear(channels, channels, rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Adds what each position reads from all."""
+        b, h, w, c = x.shape
+        y = self.norm(x).reshape(b, h * w, 1, c)
+        y = attend(self.q(y), self.k(y), self.v(y))
+        return x + self.out(y.reshape(b, h, w, c))
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block, at the coarsest resolution."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.first = _block(channels, channels, config, rngs)
+        attends = config.mid_block_add_attention
+        self.attention = SpatialAttention(channels, config, rngs) if attends else None
+        self.second = _block(channels, channels, config, rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The same shape."""
+        x = self.first(x)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.second(x)
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, and the convolution for leaving it, if any."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        resample: Conv | None,
+        config: AutoencoderConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.blocks = nnx.List(
+            _block(outputs if i else inputs, outputs, config, rngs) for i in range(depth)
+        )
+        self.resample = resample
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        """Runs the residual blocks; the caller resamples."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Images to the moments of z: mean and logvar, one after the other along the channels."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.patch_size = config.patch_size
+        self.conv_in = conv(config.patch_channels, widths[0], 3, rngs)
+        self.levels = nnx.List()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            down = _downsample(width, rngs) if i + 1 < len(widths) else None
+            self.levels.append(Level(before, width, config.layers_per_block, down, config, rngs))
+        self.middle = Middle(widths[-1], config, rngs)
+        self.norm_out = _group_norm(widths[-1], config, rngs)
+        self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """From images to `2 * latent_channels` channels."""
+        b, h, w, _ = x.shape
+        patches = patchify(x, self.patch_size)
+        x = self.conv_in(patches.reshape(b, h // self.patch_size, w // self.patch_size, -1))
+        for level in self.levels:
+            x = level(x)
+            if level.resample is not None:
+                x = level.resample(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """From z to images."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = conv(config.latent_channels, widths[0], 3, rngs)
+        self.middle = Middle(widths[0], config, rngs)
+        self.levels = nnx.List()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            up = None if i + 1 == len(widths) else conv(width, width, 3, rngs)
+            self.levels.append(Level(before, width, config.layers_per_block + 1, up, config, rngs))
+        self.norm_out = _group_norm(widths[-1], config, rngs)
+        self.patch_size = config.patch_size
+        self.conv_out = conv(widths[-1], config.patch_channels, 3, rngs)
+
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """From z to images."""
+        x = self.middle(self.conv_in(z))
+        for level in self.levels:
+            x = level(x)
+            if level.resample is not None:
+                x = level.resample(x.repeat(2, axis=1).repeat(2, axis=2))
+        patches = self.conv_out(jax.nn.silu(self.norm_out(x)))
+        b, rows, columns, channels = patches.shape
+        patches = patches.reshape(b, rows * columns, channels)
+        return unpatchify(patches, rows, columns, self.patch_size)
+
+
+class Autoencoder(nnx.Module):
+    """Images in [-1, 1] to a distribution over z and back; computes in the dtype of its weights.
+
+    `encode` and `decode` speak of z, as the network has it; what a denoiser sees are latents,
+    shifted and scaled to unit variance by `to_latents`.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        z = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, rngs)
+        self.decoder = Decoder(config, rngs)
+        self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
+        self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
+
+    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
+        """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
+
+        Args:
+          images: in [-1, 1].
+          by: what goes through at a time; in tiles, z is not quite the same.
+
+        Raises:
+          UserError: the sides are no multiples of `config.downsampling`.
+        """
+        h, w, side = *images.shape[1:3], self.config.downsampling
+        if h % side or w % side:
+            raise UserError(
+                f"autoencoder: images of {w}x{h} cannot be encoded; "
+                f"their sides must be multiples of {side}: crop or resize them."
+            )
+        tile, tile_out = self.config.sample_size, self.config.sample_size // side
+        x = images.astype(self.encoder.conv_in.kernel.dtype)
+        moments = in_pieces(self._moments, x, by, tile, tile_out)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def _moments(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        moments = self.encoder(images)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def decode(
+        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Images, float32, about in [-1, 1]: the network does not clip them.
+
+        Args:
+          z: of an image each.
+          by: what goes through at a time; in tiles, images are not quite the same.
+        """
+        tile, tile_out = (
+            self.config.sample_size // self.config.downsampling,
+            self.config.sample_size,
+        )
+        z = z.astype(self.decoder.conv_in.kernel.dtype)
+        return in_pieces(self._images, z, by, tile, tile_out).astype(jnp.float32)
+
+    def _images(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """What a denoiser sees: z, shifted and scaled to unit variance."""
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def from_latents(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """The inverse of `to_latents`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor

@@ -1,0 +1,165 @@
+"""The tiny autoencoder of the TAESD family, for previews and quick decoding.
+
+Distilled from Stable Diffusion's (github.com/madebyollin/taesd): convolutions of one width and
+ReLU, no norms, no attention. It reads and makes the very latents that a denoiser sees.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.kl import Gaussian
+from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
+from jaxdiff.models.convolutions import Conv
+
+BOUND = 3.0  # latents are squeezed into -BOUND to BOUND before they are decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyAutoencoderConfig:
+    """Size and shape; the defaults are those of TAESD.
+
+    Attributes:
+      image_channels: of the images, in and out.
+      latent_channels: of the latents.
+      width: of every layer.
+      encoder_blocks: residual blocks at each resolution, finest first; each next halves the sides.
+      decoder_blocks: likewise, coarsest first.
+      sample_size: pixels along the sides of a tile, where images go through in tiles.
+    """
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    sample_size: int = 512
+
+    def __post_init__(self):
+        if len(self.encoder_blocks) != len(self.decoder_blocks):
+            raise UserError(
+                f"tiny autoencoder: encoder_blocks {self.encoder_blocks} and decoder_blocks "
+                f"{self.decoder_blocks} are of different lengths; give one number a resolution."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to one latent, along each side."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+
+class Block(nnx.Module):
+    """Three convolutions with a residual around them."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.conv1, self.conv2, self.conv3 = (Conv(width, width, 3, 1, rngs) for _ in range(3))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The same shape."""
+        y = self.conv2(jax.nn.relu(self.conv1(x)))
+        return jax.nn.relu(self.conv3(jax.nn.relu(y)) + x)
+
+
+class Relu(nnx.Module):
+    """Without parameters; it has a place in the checkpoints' list of layers."""
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """What is negative becomes 0."""
+        return jax.nn.relu(x)
+
+
+class Enlarge(nnx.Module):
+    """Nearest neighbours, to twice the size; without parameters, too."""
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Twice the height and width."""
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class Layers(nnx.Module):
+    """One half: layers that run one after the other, in the type of their weights."""
+
+    def __init__(self, first: Conv, *rest: nnx.Module):
+        self.layers = nnx.List([first, *rest])
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the weights."""
+        first = self.layers[0]
+        assert isinstance(first, Conv)
+        return first.kernel[...].dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Through all of them."""
+        x = x.astype(self.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _encoder(config: TinyAutoencoderConfig, rngs: nnx.Rngs) -> Layers:
+    width, layers = config.width, list[nnx.Module]()
+    first = Conv(config.image_channels, width, 3, 1, rngs)
+    for i, count in enumerate(config.encoder_blocks):
+        if i:
+            layers.append(Conv(width, width, 3, 2, rngs, bias=False))
+        layers += [Block(width, rngs) for _ in range(count)]
+    return Layers(first, *layers, Conv(width, config.latent_channels, 3, 1, rngs))
+
+
+def _decoder(config: TinyAutoencoderConfig, rngs: nnx.Rngs) -> Layers:
+    width = config.width
+    first, layers = Conv(config.latent_channels, width, 3, 1, rngs), list[nnx.Module]([Relu()])
+    for i, count in enumerate(config.decoder_blocks):
+        if i:
+            layers += [Enlarge(), Conv(width, width, 3, 1, rngs, bias=False)]
+        layers += [Block(width, rngs) for _ in range(count)]
+    return Layers(first, *layers, Conv(width, config.image_channels, 3, 1, rngs))
+
+
+class TinyAutoencoder(nnx.Module):
+    """Images in [-1, 1] to latents and back, with the methods of `Autoencoder`."""
+
+    def __init__(self, config: TinyAutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = _encoder(config, rngs)
+        self.decoder = _decoder(config, rngs)
+
+    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
+        """The latents, as a distribution without any variance.
+
+        Args:
+          images: in [-1, 1].
+          by: what goes through at a time.
+        """
+        tile = self.config.sample_size
+        mean = in_pieces(self.encoder, (images + 1) / 2, by, tile, tile // self.config.downsampling)
+        mean = mean.astype(jnp.float32)
+        return Gaussian(mean, jnp.full_like(mean, -jnp.inf))
+
+    def decode(
+        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Images, float32, about in [-1, 1].
+
+        Args:
+          z: latents.
+          by: what goes through at a time.
+        """
+        tile = self.config.sample_size
+        x = jnp.tanh(z / BOUND) * BOUND
+        images = in_pieces(self.decoder, x, by, tile // self.config.downsampling, tile)
+        return images.astype(jnp.float32) * 2 - 1
+
+    def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """What `encode` gives is what a denoiser sees."""
+        return z
+
+    def from_latents(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+        """The inverse of `to_latents`."""
+        return latents

@@ -1,0 +1,1 @@
+"""The pipeline from prompts to images, and what is done with one."""

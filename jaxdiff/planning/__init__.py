@@ -1,0 +1,1 @@
+"""Ahead-of-time plans for slices of TPUs and GPUs."""

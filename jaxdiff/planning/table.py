@@ -1,0 +1,140 @@
+"""Plans as tables to read: one in full, several side by side."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from jaxdiff.distributed.chips import GIB
+from jaxdiff.planning.plan import ORIGINS, Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """Everything that is known of one plan, and who says so."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
+    table = Table(title=f"{plan.recipe} on {plan.topology}", title_justify="left")
+    table.add_column("")
+    table.add_column("figure")
+    table.add_column("whose", style="dim")
+    rows = [
+        ("devices", f"{plan.chips} x {plan.chip}, {mesh}", ""),
+        ("batch", _batch(plan), ""),
+        ("parameters", f"{plan.parameters:,}, and {plan.frozen_parameters:,} frozen", "parameters"),
+        ("FLOPs", _flops(plan), "flops_per_step"),
+        *_memory_rows(plan),
+        *_collective_rows(plan),
+        *_time_rows(plan),
+        ("compiled in", f"{plan.compile_s:.0f} s on this machine", "compile_s"),
+        ("flags of XLA", "\n".join(plan.flags) or "none", ""),
+    ]
+    for name, value, origin in rows:
+        table.add_row(name, Text(value), ORIGINS.get(origin, ""))
+    notes = []
+    if plan.stands_in_for:
+        notes.append(
+            f"XLA compiles for GPUs only where there is one: its figures are of the program for "
+            f"{plan.stands_in_for}, an estimate. On such a machine --topology local gives the true."
+        )
+    if plan.quick:
+        notes.append(
+            "Quickly compiled: memory is a little too high, traffic is not told, and the "
+            "least time leaves it out."
+        )
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def summary_table(plans: Sequence[Plan]) -> Table:
+    """One line for each of several plans; what all of them share stands above."""
+    rows = [_summary(plan) for plan in plans]
+    shared = [name for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1]
+    title = ", ".join(f"{name} {rows[0][name]}" for name in shared if rows[0][name])
+    table = Table(title=title or None, title_justify="left")
+    told = [name for name in rows[0] if name not in shared]
+    for name in told:
+        words = name in ("recipe", "topology", "mesh", "batch", "remat")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in told))
+    return table
+
+
+def _summary(plan: Plan) -> dict[str, str]:
+    accumulate = f" / {plan.accumulate}" if plan.accumulate > 1 else ""
+    return {
+        "recipe": plan.recipe,
+        "topology": plan.topology,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
+        "batch": f"{plan.batch_size}{accumulate}",
+        "remat": plan.remat or "",
+        "memory/chip": f"{plan.memory_needed / GIB:.1f} GiB" + ("" if plan.fits else " (!)"),
+        "of": f"{plan.memory_limit / GIB:.0f} GiB",
+        "PFLOP/step": f"{plan.flops_per_step / 1e15:.3g}",
+        "roofline": _seconds(plan.roofline_s),
+        "images/s": f"{plan.images_per_s:,.0f}" if plan.images_per_s else "",
+        "days": f"{plan.days:.2f}" if plan.days else "",
+        "compile": f"{plan.compile_s:.0f} s",
+    }
+
+
+def _batch(plan: Plan) -> str:
+    parts = f" in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
+    remat = f"; remat {plan.remat}" if plan.remat else ""
+    return f"{plan.batch_size} images{parts}, {plan.steps:,} steps{remat}"
+
+
+def _flops(plan: Plan) -> str:
+    return (
+        f"{plan.flops_per_step:.3e} a step, {plan.flops_per_step / plan.chips:.3e} a chip, "
+        f"{plan.flops_per_image:.3e} an image"
+    )
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    share = plan.memory_needed / plan.memory_limit
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    total = f"{_size(plan.memory_needed)} of {_size(plan.memory_limit)} ({share:.0%}): {verdict}"
+    rows = [("memory per chip", total, "memory")]
+    if plan.memory is not None:
+        parts = plan.memory
+        told = f"state {_size(parts.state)}, temporary {_size(parts.temporary)}, program "
+        rows.append(("", told + _size(parts.program), "memory"))
+    return rows
+
+
+def _collective_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    if plan.memory is None:
+        return []
+    told = [
+        f"{e.count:,} x {e.kind} of {e.group}: {_size(e.payload)}, sends {_size(e.sent)}"
+        for e in plan.collectives
+    ]
+    return [("collectives", "\n".join(told) or "none", "collectives")]
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    if plan.compute_s is None:
+        return []
+    parts = f"products {_seconds(plan.compute_s)}"
+    if plan.memory_s is not None:
+        parts += f", memory {_seconds(plan.memory_s)} ({_size(plan.traffic or 0)})"
+    if plan.interconnect_s is not None:
+        parts += f", interconnect {_seconds(plan.interconnect_s)}"
+    rows = [("least time of a step", f"{_seconds(plan.roofline_s)}: {parts}", "compute_s")]
+    if plan.images_per_s and plan.days:
+        told = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
+        rows.append((f"at {plan.utilisation:.0%} utilisation", told, "days"))
+    return rows
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

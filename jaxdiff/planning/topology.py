@@ -1,0 +1,126 @@
+"""The devices that a run is planned for, whether this machine has them or not.
+
+v5e:16x16   a slice of TPUs, by libtpu, with no TPU here; v5p:4x4x4 is what is sold as v5p-128
+cpu:8       simulated devices of this machine
+local       what this machine has
+h100:8      GPUs that this machine does not have
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from jaxdiff.distributed.chips import Chip, chip_of, find_chip
+from jaxdiff.errors import UserError
+
+# How slices are called, and how many sides they have.
+_SLICES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
+_GPUS = {
+    "a100": "NVIDIA A100-SXM",
+    "h100": "NVIDIA H100",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+# XLA compiles for GPUs only where there is one. For others this slice stands in: of all that can be
+# compiled for with no chip, v5p comes nearest to them in memory.
+_STAND_IN = {1: "1x1x1", 2: "1x1x2", 4: "1x2x2", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices to compile for, and what they can do.
+
+    Attributes:
+      name: as it was asked for.
+      devices: that the mesh is made of.
+      chip: the figures of each; None of a CPU, which has none.
+      stands_in_for: what the devices are to stand for, if not for themselves.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    chip: Chip | None
+    stands_in_for: str | None = None
+
+
+def find_topology(name: str) -> Topology:
+    """The topology of this name.
+
+    Raises:
+      UserError: a name, chip or shape that there is not; too few devices; no libtpu.
+    """
+    if name in ("local", "gpu"):
+        return _local(name)
+    kind, _, shape = name.partition(":")
+    if kind in _SLICES:
+        if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != _SLICES[kind]:
+            sides = "x".join(["4"] * _SLICES[kind])
+            raise UserError(
+                f"The topology {name!r} has no shape that a slice of {kind} can have: expected "
+                f"{_SLICES[kind]} sides, such as {kind}:{sides}."
+            )
+        devices = _slice(name)
+        return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
+    if kind == "cpu" and shape.isdigit() and int(shape):
+        return Topology(name=name, devices=_simulated(int(shape)), chip=None)
+    if kind in _GPUS and shape.isdigit() and int(shape) in _STAND_IN:
+        stand_in = f"v5p:{_STAND_IN[int(shape)]}"
+        return Topology(
+            name=name, devices=_slice(stand_in), chip=find_chip(_GPUS[kind]), stands_in_for=stand_in
+        )
+    raise UserError(
+        f"There is no topology {name!r}: expected a slice of {', '.join(_SLICES)} such as "
+        f"v5e:16x16, GPUs such as h100:8 ({', '.join(_GPUS)}; a power of two up to 64 of them), "
+        "cpu:N for simulated devices, or local for those of this machine."
+    )
+
+
+def _slice(name: str) -> tuple[Any, ...]:
+    """Devices that cannot run anything, but can be compiled for."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"Compiling for {name} takes the package libtpu, which is not installed: pip install "
+            "'jaxdiff[tpu]'."
+        )
+    # No TPU is used: libtpu need not ask the cloud which one, nor keep it for this process alone.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        reason = re.sub(r"\s+", " ", str(error)).rstrip(".")
+        raise UserError(
+            f"There is no slice {name} ({reason}): expected sides that are powers of two, such as "
+            "v5e:16x16 or v5p:4x4x4."
+        ) from None
+    return tuple(found.devices)
+
+
+def _simulated(count: int) -> tuple[Any, ...]:
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the devices are there already, however many
+            jax.config.update("jax_num_cpu_devices", count)
+    there = jax.devices("cpu")
+    if len(there) < count:
+        raise UserError(
+            f"cpu:{count} asks for more simulated devices than the {len(there)} of this process: "
+            f"set XLA_FLAGS=--xla_force_host_platform_device_count={count} before it starts."
+        )
+    return tuple(there[:count])
+
+
+def _local(name: str) -> Topology:
+    devices = tuple(jax.devices())
+    if name == "gpu" and devices[0].platform != "gpu":
+        raise UserError(
+            f"This machine has no GPU that JAX can use, only {devices[0].device_kind}: name what "
+            "to plan for, such as h100:8 or v5e:16x16, or install 'jaxdiff[gpu]'."
+        )
+    chip = None if devices[0].platform == "cpu" else chip_of(devices[0])
+    return Topology(name=name, devices=devices, chip=chip)

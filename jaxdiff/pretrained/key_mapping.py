@@ -1,0 +1,167 @@
+"""Translates a network's parameters to the tensors of a PyTorch checkpoint, and back, by a table.
+
+A table maps the path of one of our modules (or parameters) to its name there:
+
+    "blocks.attention.q": "text_model.encoder.layers.{layer}.self_attn.q_proj"
+    "encoder.levels.*.blocks.*": "encoder.down_blocks.{}.resnets.{}"
+
+`*` is an index in a list, and fills the `{}` in order; `{layer}` says that our parameters carry all
+layers stacked along a leading axis. The entry with the longest matching path counts, and what
+follows it in the path is the same in both. Layouts follow from the parameter: `kernel` is
+transposed (linear) or turned from HWIO to OIHW (convolution) and called `weight` there, as is
+`scale`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from flax import traverse_util
+
+from jaxdiff.errors import UserError
+from jaxdiff.pretrained.safetensors_io import shapes
+
+Path = tuple[str | int, ...]
+
+_LEAVES = {"kernel": "weight", "scale": "weight"}
+
+_SHOWN = 5  # names in an error message
+_READERS = 4  # tensors read at a time: what is in memory beside the parameters
+_LINE = 64  # bytes of a cache line; JAX's CPU backend takes over what is aligned to it, uncopied
+
+
+class Tensor(NamedTuple):
+    """One parameter of ours and where it lies there; `depth` is None unless layers are stacked."""
+
+    name: str
+    is_kernel: bool
+    depth: int | None
+
+    def names(self) -> list[str]:
+        """Of each layer of the stack, or of the one that there is."""
+        return [self.name.format(layer=layer) for layer in range(self.depth or 1)]
+
+    def to_torch(self, value: np.ndarray) -> np.ndarray:
+        """One layer, in PyTorch's layout: [out, in] or [out, in, height, width]."""
+        if not self.is_kernel:
+            return value
+        return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+    def from_torch(self, value: np.ndarray, out: np.ndarray) -> None:
+        """Writes the inverse of `to_torch` to an array of our layout."""
+        if not self.is_kernel:
+            out[...] = value
+            return
+        # So many rows as fill a line of the cache at a time: numpy's own order writes one number of
+        # it at a time, which is a third as fast.
+        size = _LINE // value.itemsize
+        for start in range(0, len(value), size):
+            rows = slice(start, start + size)
+            part = value[rows]
+            out[..., rows] = part.transpose(2, 3, 1, 0) if value.ndim == 4 else part.T
+
+
+def flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
+    """Parameters by their paths."""
+    return cast(dict[Path, Any], traverse_util.flatten_dict(params))
+
+
+def locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> Tensor:
+    """Where the parameter at `path` lies in a checkpoint, by the table `names`."""
+    pieces = ["*" if isinstance(piece, int) else piece for piece in path]
+    indices = [piece for piece in path if isinstance(piece, int)]
+    for end in range(len(path), 0, -1):
+        theirs = names.get(".".join(pieces[:end]))
+        if theirs is None:
+            continue
+        rest = [str(piece) for piece in path[end:]]
+        if rest:
+            rest[-1] = _LEAVES.get(rest[-1], rest[-1])
+        name = ".".join([theirs.format(*indices, layer="{layer}"), *rest])
+        return Tensor(name, path[-1] == "kernel", shape[0] if "{layer}" in theirs else None)
+    raise KeyError(f"the table of names has no entry for {'.'.join(map(str, path))}")
+
+
+def _raise_if_any(what: str, names: list[str], advice: str):
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        listed = ", ".join(sorted(names)[:_SHOWN])
+        raise UserError(f"checkpoint: {what}: {listed}{more}; {advice}.")
+
+
+def from_torch_names(
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    params: Mapping[str, Any],
+    *,
+    place: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
+    """Our parameters from a checkpoint's tensors, each in its own dtype.
+
+    All names and shapes are checked before the first tensor is read; then they are read one
+    parameter at a time.
+
+    Args:
+      tensors: of the checkpoint, by name.
+      names: the table.
+      params: nested dict of what the network has; only the shapes are read, so abstract will do.
+      place: where a parameter goes once it has our layout, such as onto its devices.
+
+    Returns:
+      A nested dict of what `place` returns, of the structure of `params`, for `nnx.merge` or
+      `nnx.update`.
+
+    Raises:
+      UserError: tensors are missing, unexpected or of another shape; it names them.
+    """
+    advice = "check that the config is the one that belongs to this checkpoint"
+    flat, theirs = flatten(params), shapes(tensors)
+    located = {path: locate(path, value.shape, names) for path, value in flat.items()}
+    wanted = {name for tensor in located.values() for name in tensor.names()}
+    _raise_if_any("missing tensors", list(wanted - set(theirs)), advice)
+    _raise_if_any("unexpected tensors", list(set(theirs) - wanted), advice)
+    misshapen = []
+    for path, tensor in located.items():
+        shape = flat[path].shape if tensor.depth is None else flat[path].shape[1:]
+        expected = tensor.to_torch(np.broadcast_to(np.zeros(()), shape)).shape
+        misshapen += [
+            f"{name} is {theirs[name]}, expected {expected}"
+            for name in tensor.names()
+            if theirs[name] != expected
+        ]
+    _raise_if_any("tensors of another shape", misshapen, advice)
+
+    def read(path: Path) -> Any:
+        tensor = located[path]
+        values = (np.asarray(tensors[name]) for name in tensor.names())
+        first = next(values)
+        ours = _aligned(flat[path].shape, first.dtype)
+        for layer, value in enumerate(itertools.chain([first], values)):
+            tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...])
+        return place(ours)
+
+    with ThreadPoolExecutor(_READERS) as pool:  # numpy copies beside the interpreter
+        ours = dict(zip(located, pool.map(read, located), strict=True))
+    return traverse_util.unflatten_dict(ours)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose memory JAX can take over."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
+    tensors = {}
+    for path, value in flatten(params).items():
+        tensor = locate(path, value.shape, names)
+        layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
+        for name, layer in zip(tensor.names(), layers, strict=True):
+            tensors[name] = np.asarray(tensor.to_torch(layer), order="C")
+    return tensors

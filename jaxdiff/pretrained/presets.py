@@ -1,0 +1,38 @@
+"""The sizes of the published Stable Diffusion models, for recipes and for files that do not say."""
+
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+
+SD1 = UNet2DConditionConfig()
+SD2 = UNet2DConditionConfig(
+    heads=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    upcast_attention=True,
+)
+XL = UNet2DConditionConfig(
+    block_out_channels=(320, 640, 1280),
+    transformer_layers=(0, 2, 10),
+    middle_transformer_layers=10,
+    heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    added_width=2816,
+)
+REFINER = UNet2DConditionConfig(
+    block_out_channels=(384, 768, 1536, 1536),
+    transformer_layers=(0, 4, 4, 0),
+    middle_transformer_layers=4,
+    heads=(6, 12, 24, 24),
+    cross_attention_dim=1280,
+    use_linear_projection=True,
+    added_width=2560,
+)
+CLIP_L = ClipTextConfig()
+# Its last block is never read, and is left out in diffusers' copies too.
+OPENCLIP_H = ClipTextConfig(width=1024, depth=23, heads=16, activation="gelu")
+OPENCLIP_G = ClipTextConfig(
+    width=1280, depth=32, heads=20, activation="gelu", projection_dim=1280, end_id=49407
+)
+
+XL_SCALING_FACTOR = 0.13025  # of its autoencoder

@@ -1,0 +1,197 @@
+"""The tensors of a checkpoint on disk, read one at a time."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import is_local
+
+Shape = tuple[int, ...]
+Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it; must not look at the values
+
+
+_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""The numbers of a safetensors file, by the format's names for them."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: epath.Path
+    first: int  # byte of the file
+    dtype: np.dtype
+    shape: Shape
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """Tensors by name, of one or several safetensors files; only their headers are held.
+
+    A tensor is the file itself, mapped into memory for as long as somebody has the array: nothing
+    is copied, and no more of the file than that one tensor counts as memory in use.
+    """
+
+    def __init__(self, files: list[epath.Path]):
+        self._places: dict[str, _Place] = {}
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            self.metadata |= _check(file)
+            self._places |= _places(file)
+        self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file, first, dtype, shape = self._places[name]
+        if not math.prod(shape):
+            return np.empty(shape, dtype)  # nothing cannot be mapped
+        # What is written to the array, as JAX does to a donated one, stays out of the file.
+        return np.asarray(np.memmap(str(file), dtype, "c", first, shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class Renamed(Mapping[str, np.ndarray]):
+    """Tensors under other names, or parts of them, read no sooner than they are asked for."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        rename: Callable[[str], str | Mapping[str, Cut] | None],
+    ):
+        """`rename` gives a tensor's new name, or the parts to cut it into, or None to drop it."""
+        self._tensors = tensors
+        self._parts: dict[str, tuple[str, Cut | None]] = {}
+        self.shapes: dict[str, Shape] = {}
+        for old, shape in shapes(tensors).items():
+            new = rename(old)
+            if isinstance(new, str):
+                self._parts[new], self.shapes[new] = (old, None), shape
+                continue
+            for name, cut in (new or {}).items():
+                self._parts[name] = old, cut
+                self.shapes[name] = cut(np.broadcast_to(np.zeros(()), shape)).shape
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        old, cut = self._parts[name]
+        return self._tensors[old] if cut is None else cut(self._tensors[old])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def to_device(tensor: np.ndarray) -> jax.Array:
+    """An array of JAX. In C's order first: JAX would compile the reordering of every shape."""
+    return jax.device_put(np.ascontiguousarray(tensor))
+
+
+def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+    """The shape of each tensor; of files none is read for it."""
+    if isinstance(tensors, TensorFiles | Renamed):
+        return tensors.shapes
+    return {name: np.shape(value) for name, value in tensors.items()}
+
+
+def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
+    """The weights of one part of a diffusers or transformers folder, whole, sharded or `fp16`.
+
+    Args:
+      folder: of the part.
+      stem: `model` or `diffusion_pytorch_model`.
+
+    Raises:
+      UserError: there are none, a file is damaged, a shard is missing, or they are pickled, which
+        jaxdiff never opens.
+    """
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.exists():
+            return TensorFiles([whole])
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.exists():
+            return TensorFiles(_shards(index))
+    if folder.exists() and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} holds pickled weights alone, which could run code and are never opened: "
+            f"expected {stem}.safetensors; take the model's safetensors variant."
+        )
+    raise UserError(
+        f"{folder} holds no weights: expected {stem}.safetensors, {stem}.fp16.safetensors, or "
+        f"{stem}.safetensors.index.json with its shards; copy the whole folder of the model."
+    )
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    """The files that an index names, all in its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards ({error}); copy it anew.") from error
+    for name in names:
+        if name != epath.Path(name).name:
+            raise UserError(f"{index} names {name!r}, outside its folder; do not trust this model.")
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent} lacks the shard {name}; copy the whole folder.")
+    return [index.parent / name for name in names]
+
+
+def _check(file: epath.Path) -> dict[str, str]:
+    """Has the format's own library check the header against the file; gives its metadata."""
+    if not is_local(file):
+        raise UserError(
+            f"{file} lies in a cloud's storage, where jaxdiff reads models of its own alone: copy "
+            "the model's folder to this machine."
+        )
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            return tensors.metadata() or {}
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {file}: check its path.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or cut off ({error}); copy it anew.") from error
+
+
+def _places(file: epath.Path) -> dict[str, _Place]:
+    """Where the tensors of a file that `_check` has found whole lie in it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _TYPES:
+            raise UserError(
+                f"{file}: {name} has numbers of type {entry['dtype']}, which jaxdiff does not "
+                f"read: expected one of {', '.join(_TYPES)}; take another variant of the model."
+            )
+    return {
+        name: _Place(
+            file,
+            8 + length + entry["data_offsets"][0],
+            np.dtype(_TYPES[entry["dtype"]]),
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }

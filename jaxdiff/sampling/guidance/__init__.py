@@ -1,0 +1,1 @@
+"""Guidance: turns networks into a denoiser that follows a prompt."""

@@ -1,0 +1,158 @@
+"""Solvers that add noise on the way: eq. 3 of `solvers`, and models that jump to x0 and back.
+
+Fresh noise makes up for what the denoiser gets wrong, and takes many steps to do it. Those here
+have the same end as the ODE, in distribution; each image's noise depends on its keys alone.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from jaxdiff.diffusion.process import Images
+from jaxdiff.errors import UserError
+from jaxdiff.sampling.solvers_ode import (
+    DDIM,
+    Denoise,
+    Memory,
+    Scalar,
+    Step,
+    Stepped,
+    advance,
+    advance_with_noise,
+    ancestral,
+    check_eta,
+    extrapolated,
+    no_estimate,
+    noise_like,
+    noise_ratio,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPM:
+    """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2, eq. 6 and 7).
+
+    x' is drawn from q(x' | x, x0) with the denoiser's x0, the lesser of the paper's two variances
+    ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song et al. 2021, section 4.1).
+    """
+
+    def init(self, x: Images) -> Memory:
+        """Nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
+    ) -> Stepped:
+        """One draw from the posterior."""
+        x0 = denoise(x, s.t)
+        return Stepped(ancestral(x, x0, s, 1.0, keys), x0, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EulerAncestral(DDIM):
+    """Euler's step in sigma / alpha to less noise than asked, then fresh noise (k-diffusion).
+
+    With sigma for sigma / alpha, sigma_up = eta sigma' sqrt(1 - (sigma' / sigma)^2) is added after
+    a step down to sqrt(sigma'^2 - sigma_up^2). Multiplied by alpha' that is `DDIM` with this eta,
+    which is 1 unless told otherwise.
+    """
+
+    eta: float = 1.0
+
+
+def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
+    """Exact for a constant x0: eq. 3 with kept = e^(-eta h) (Lu et al. 2022b, eq. 3.5, eta = 1)."""
+    if eta == 0:
+        return advance(x, x0, s)
+    kept: Scalar = noise_ratio(s) ** eta
+    return advance_with_noise(x, x0, s, kept, jnp.sqrt(jnp.maximum(1 - kept**2, 0.0)), keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverPPSDE:
+    """SDE-DPM-Solver++ of first order (Lu et al. 2022b, section 5), one evaluation a step.
+
+    The reverse SDE with eta^2 of the usual noise is solved exactly for an x0 that stays as it is.
+    At eta = 1 that is `DDPM`, at eta = 0 `Euler`.
+
+    Raises:
+        UserError: eta outside [0, 1].
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self):
+        check_eta(self)
+
+    def init(self, x: Images) -> Memory:
+        """Nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
+    ) -> Stepped:
+        """Eq. 3 with kept = e^(-eta h)."""
+        x0 = denoise(x, s.t)
+        return Stepped(_along_the_sde(x, x0, s, self.eta, keys), x0, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverPP2MSDE(DPMSolverPPSDE):
+    """SDE-DPM-Solver++ of second order, multistep (Lu et al. 2022b, section 5), one evaluation.
+
+    `DPMSolverPP2M`'s extrapolated x0 in the step of `DPMSolverPPSDE`; at eta = 0 it is the former.
+    """
+
+    def init(self, x: Images) -> Memory:
+        """No estimate yet."""
+        return no_estimate(x)
+
+    def step(
+        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
+    ) -> Stepped:
+        """Eq. 3 with kept = e^(-eta h) and x0 of the middle of the step."""
+        x0 = denoise(x, s.t)
+        ahead, memory = extrapolated(x0, memory, s)
+        return Stepped(_along_the_sde(x, ahead, s, self.eta, keys), x0, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCM:
+    """Multistep sampling of a consistency model (Luo et al. 2023, algorithm 3).
+
+    For networks distilled to jump from any x_t to the end of its path. The jump is
+    f = c_skip x + c_out x0, c_skip = d^2 / ((c t)^2 + d^2) and c_out = c t / sqrt((c t)^2 + d^2),
+    so that f(x, 0) = x (Song et al. 2023, eq. 5); then x' = alpha' f + sigma' n.
+
+    Attributes:
+        sigma_data: d.
+        time_scale: c. diffusers multiplies training steps, of which there are 1000, by 10.
+
+    Raises:
+        UserError: either is not positive.
+    """
+
+    sigma_data: float = 0.5
+    time_scale: float = 10_000.0
+
+    def __post_init__(self):
+        if not (self.sigma_data > 0 and self.time_scale > 0):
+            raise UserError(
+                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}; give "
+                "positive numbers."
+            )
+
+    def init(self, x: Images) -> Memory:
+        """Nothing."""
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
+    ) -> Stepped:
+        """To the end of the path, and back up to the noise asked for."""
+        x0 = denoise(x, s.t)
+        scaled = self.time_scale * s.t
+        square = scaled**2 + self.sigma_data**2
+        end = self.sigma_data**2 / square * x + scaled / jnp.sqrt(square) * x0
+        return Stepped(s.next_alpha * end + s.next_sigma * noise_like(x, keys), x0, memory)

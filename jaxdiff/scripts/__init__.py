@@ -1,1 +1,0 @@
-"""What `sample.py` does: prompts in, from the command line or from a file; image files out."""

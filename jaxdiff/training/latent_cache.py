@@ -1,0 +1,257 @@
+"""Encoding images and captions ahead of training, on all devices of this process."""
+
+import io
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int, PyTree, UInt8
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.shard_writer import Crops, Reading, Stretch, Workers, write_shard
+from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
+from jaxdiff.data.sources.cached_latents import LatentOptions, encode_latents
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
+from jaxdiff.distributed.sharding import replicated
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.components import Latents
+from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.pipelines.batching import in_full_batches
+from jaxdiff.pretrained.load import read_pretrained, read_tokenizer
+from jaxdiff.training.cached_latents import (
+    check_cachable,
+    encoder_fingerprint,
+    text_fingerprint,
+)
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.step import cast
+from jaxdiff.training.tasks.base import from_uint8
+from jaxdiff.training.tasks.diffusion import DiffusionTask
+
+_CHUNK = 16  # records that a worker reads at a time
+_AHEAD = 2  # batches under way on the devices before one is taken from them
+
+
+class Encoder:
+    """The half of an autoencoder that makes latents; each shape of images compiles once.
+
+    Args:
+      latents: of the recipe.
+      params: the autoencoder's, on the host, in the type to compute in.
+      options: how.
+    """
+
+    def __init__(self, latents: Latents, params: PyTree, options: LatentOptions):
+        devices = jax.local_devices()
+        mesh = make_mesh(MeshConfig(), devices)
+        self.batch_size = options.batch_size * len(devices)
+        self._sharding = batch_sharding(mesh)
+        self._params = jax.device_put(params, replicated(mesh))
+
+        def encode(params: PyTree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
+            z = merge(blueprint(Latents.build, latents), params).encode(from_uint8(images))
+            return jnp.concatenate([z.mean, z.logvar], axis=-1).astype(options.dtype)
+
+        self._encode = jax.jit(encode)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Float[Array, "b i j c"]:
+        """Moments of up to `batch_size` images uint8 [h, w, 3], of a batch that is always full."""
+        full = np.resize(np.stack(images), (self.batch_size, *images[0].shape))
+        return self._encode(self._params, jax.device_put(full, self._sharding))
+
+
+class TextEncoder:
+    """The frozen text encoders of a task.
+
+    Args:
+      task: of the recipe.
+      params: of its frozen parts, on the host, in the type to compute in.
+      tokenizer: of the captions.
+      options: how.
+    """
+
+    def __init__(
+        self, task: DiffusionTask, params: PyTree, tokenizer: Tokenizer, options: LatentOptions
+    ):
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        self._size = options.batch_size * mesh.size
+        self._tokenizer, self._sharding = tokenizer, batch_sharding(mesh)
+        towers = {name: params[name] for name in task.towers}
+        self._params = jax.device_put(towers, replicated(mesh))
+        # bfloat16, which may be computed in, has larger numbers than float16.
+        largest = float(jnp.finfo(options.dtype).max)
+
+        def read(params: PyTree, ids: Int[Array, "b n"]) -> Float[Array, "b m"]:
+            rows = task.pack(task.read(None, params, ids))
+            return jnp.clip(rows.astype(jnp.float32), -largest, largest).astype(options.dtype)
+
+        self._read = jax.jit(read)
+
+    def __call__(self, captions: list[str]) -> Float[np.ndarray, "b m"]:
+        """What they say of each caption."""
+
+        def read(ids: np.ndarray) -> jax.Array:
+            return self._read(self._params, jax.device_put(ids, self._sharding))
+
+        return in_full_batches(read, self._size, self._tokenizer(captions))
+
+
+class Cache(NamedTuple):
+    """Encoders, and what the manifest says of what they make."""
+
+    encoder: Encoder
+    text: TextEncoder | None
+    space: LatentSpace
+    options: LatentOptions
+
+
+def make_cache(config: Config, options: LatentOptions) -> Cache:
+    """For the latents, and the text, that a recipe trains on.
+
+    Raises:
+      UserError: the recipe has no autoencoder, its text encoders are trained, or the options are
+        none.
+    """
+    task, transforms = check_cachable(config.task, options), config.data.transforms
+    assert task.latents is not None  # as was checked
+    names, tokenizer = {"autoencoder"}, None
+    if options.text:
+        assert task.text.pretrained is not None  # as was checked
+        names, tokenizer = names | set(task.towers), read_tokenizer(task.text.pretrained)
+    parts = read_pretrained({k: v for k, v in task.frozen().items() if k in names})
+    # As a step would have them, so that training is the same as if it encoded images itself.
+    params = cast(parts, config.train.compute)
+    text = tokenizer and TextEncoder(task, params, tokenizer, options)
+    space = LatentSpace(
+        autoencoder=encoder_fingerprint(parts["autoencoder"]),
+        text=tokenizer and text_fingerprint(task, parts, tokenizer),
+        dtype=options.dtype,
+        views=options.views,
+        shapes=[list(shape) for shape in transforms.shapes],
+        crop=transforms.crop,
+        flip=transforms.flip,
+    )
+    encoder = Encoder(task.latents, params["autoencoder"], options)
+    return Cache(encoder, text, space, options)
+
+
+def write_empty(folder: epath.Path, cache: Cache) -> None:
+    """Writes what the text encoders, if they are cached, say of no caption at all."""
+    if cache.text is not None and not (folder / EMPTY).exists():
+        data = io.BytesIO()
+        np.save(data, cache.text([""])[0], allow_pickle=False)
+        write_whole(folder / EMPTY, data.getvalue())
+
+
+def write_latents(
+    folder: epath.Path,
+    stretches: Iterable[Stretch],
+    workers: Workers,
+    cache: Cache,
+    seen: Callable[[int], None],
+) -> Iterator[Shard]:
+    """Shards of latents, one after the other; `seen` is told how many records were read so far."""
+    stretches = list(stretches)
+    chunks = [
+        (stretch, range(start, min(start + _CHUNK, stretch.stop)), cache.options.views)
+        for stretch in stretches
+        for start in range(stretch.start, stretch.stop, _CHUNK)
+    ]
+    # Of all shards in one go, so that those who read need not wait while a shard is written.
+    read = zip(chunks, workers.map(_crops, chunks), strict=True)
+    count = 0
+    for stretch, parts in itertools.groupby(read, key=lambda part: part[0][0]):
+        shard = _Shard(cache)
+        for (_, indices, _), crops in parts:
+            for found in crops:
+                shard.add(found)
+            count += len(indices)
+            seen(count)
+        records = shard.finish()
+        yield write_shard(folder, stretch, records, shard.rejects, shard.shapes)
+
+
+def _crops(reading: Reading, chunk: tuple[Stretch, range, int]) -> list[Crops | RecordError]:
+    _, indices, views = chunk
+    return [reading.views(index, views) for index in indices]
+
+
+class _Shard:
+    """The records of a shard in their order, their latents filled in as batches come back."""
+
+    def __init__(self, cache: Cache):
+        self._encoder, self._single = cache.encoder, len(cache.space.shapes) == 1
+        self._text = cache.text
+        self.rejects: list[str] = []
+        self.shapes: list[int] = []
+        self._crops: list[Crops] = []
+        self._moments: list[list[np.ndarray]] = []
+        self._waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+        self._under_way: deque[tuple[list[int], jax.Array]] = deque()
+
+    def add(self, crops: Crops | RecordError) -> None:
+        """The next record of the source."""
+        if isinstance(crops, RecordError):
+            self.rejects.append(str(crops))
+            return
+        place = len(self._crops)
+        for view in crops.views:
+            waiting = self._waiting.setdefault(crops.shape, [])
+            waiting.append((place, view.image))
+            if len(waiting) == self._encoder.batch_size:
+                self._send(crops.shape)
+        self._crops.append(crops._replace(views=[v._replace(image=_NONE) for v in crops.views]))
+        self._moments.append([])
+        if not self._single:
+            self.shapes.append(crops.shape)
+
+    def finish(self) -> Iterator[bytes]:
+        """All records, encoded."""
+        for shape in list(self._waiting):
+            self._send(shape)
+        while self._under_way:
+            self._take()
+        for crops, moments, text in zip(self._crops, self._moments, self._texts(), strict=True):
+            yield encode_latents(
+                {
+                    "moments": np.stack(moments),
+                    "text": text,
+                    "framing": np.stack([view.framing for view in crops.views]),
+                    "captions": crops.captions,
+                    "name": crops.name,
+                }
+            )
+
+    def _texts(self) -> Iterator[np.ndarray | None]:
+        """Of each record, what is to be cached of its captions."""
+        if self._text is None:
+            yield from [None] * len(self._crops)
+            return
+        size = self._encoder.batch_size
+        for start in range(0, len(self._crops), size):
+            captions = [crops.captions for crops in self._crops[start : start + size]]
+            rows = self._text([caption for some in captions for caption in some])
+            yield from np.split(rows, np.cumsum([len(some) for some in captions])[:-1])
+
+    def _send(self, shape: int) -> None:
+        waiting = self._waiting.pop(shape, [])
+        if not waiting:
+            return
+        places, images = zip(*waiting, strict=True)
+        self._under_way.append((list(places), self._encoder(images)))
+        if len(self._under_way) > _AHEAD:
+            self._take()
+
+    def _take(self) -> None:
+        places, moments = self._under_way.popleft()
+        for place, one in zip(places, np.asarray(moments), strict=False):  # the rest filled it up
+            self._moments[place].append(one)
+
+
+_NONE = np.zeros((0, 0, 3), np.uint8)  # in the place of pixels that have gone to the devices

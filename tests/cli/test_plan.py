@@ -1,0 +1,47 @@
+"""`jaxdiff plan` on the command line."""
+
+import json
+
+import pytest
+
+from jaxdiff.cli import main as cli
+from jaxdiff.cli.main import plan as command
+from jaxdiff.cli.plan import parse_mesh
+from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.errors import UserError
+
+
+def test_a_mesh_is_told_by_its_axes():
+    assert parse_mesh("data=16,fsdp=16") == MeshConfig(data=16, fsdp=16)
+    assert parse_mesh("fsdp=-1, context=2") == MeshConfig(data=1, fsdp=-1, context=2)
+
+
+@pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two"])
+def test_what_is_no_mesh_is_refused(text):
+    with pytest.raises(UserError, match=r"is no axis and its size: expected some of data, fsdp"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "no topology 'v9:2x2'"),
+        ([], "names no slices: give --topology"),
+        (["--topology", "cpu:8", "--mesh", "data=3"], "does not fit the 8 devices"),
+        (["--topology", "cpu:8", "--mesh", "rows=8"], "is no axis"),
+        (["--topology", "cpu:8", "--mesh", "data=8", "--train.batch-size", "12"], "multiple of 8"),
+        (["--topologie", "cpu:8"], "did you mean --topology"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message, capsys):
+    assert cli.main(["plan", "configs/produce.py", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_json_is_all_that_is_printed(some_plan, monkeypatch, capsys):
+    monkeypatch.setattr(command, "make_plan", lambda *_, **__: some_plan)
+    assert cli.main(["plan", "configs/produce.py", "--topology", "cpu:8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["recipe"], told["memory_needed"], told["fits"]) == ("tiny", 2.0, True)

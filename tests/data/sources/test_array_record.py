@@ -1,0 +1,102 @@
+import io
+import resource
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.sources.array_record import (
+    ArrayRecord,
+    decode_record,
+    encode_record,
+    write_array_record,
+)
+from jaxdiff.errors import UserError
+
+
+def _records(start, stop):
+    return [
+        {"image": b"image %d" % i, "captions": [f"caption {i}", "größe"], "name": f"n{i}"}
+        for i in range(start, stop)
+    ]
+
+
+def _write_raw(path, data):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(data)
+    writer.close()
+
+
+def test_what_is_written_is_read_back_across_shards(tmp_path):
+    assert write_array_record(str(tmp_path / "a.array_record-0"), _records(0, 3)) == 3
+    write_array_record(str(tmp_path / "a.array_record-1"), _records(3, 7))
+    source = ArrayRecord(path=str(tmp_path))
+    source.check()
+    assert [source[i] for i in range(len(source))] == _records(0, 7)
+
+
+def test_pixels_survive_the_encoding():
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    record = decode_record(encode_record({"image": pixels, "captions": ["x"], "name": "n"}))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"]))), pixels)
+
+
+def test_what_stops_a_write_is_raised_and_leaves_no_file(tmp_path):
+    def broken():
+        yield from _records(0, 2)
+        raise OSError("the source is gone")
+
+    with pytest.raises(OSError, match="the source is gone"):
+        write_array_record(str(tmp_path / "a.array_record"), broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1000, 10_000_000])  # told at the end, and in the middle
+def test_a_full_disk_is_told_and_leaves_the_file_that_was_there(tmp_path, size):
+    path = tmp_path / "a.array_record"
+    write_array_record(str(path), _records(0, 2))
+    noise = np.random.default_rng(0).bytes(size)
+    records = ({"image": noise, "captions": ["x"], "name": "n"} for _ in range(10))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.array_record cannot be written .*make room"):
+            write_array_record(str(path), records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(ArrayRecord(path=str(path))) == 2
+
+
+def test_records_of_another_encoding_are_told(tmp_path):
+    _write_raw(tmp_path / "x.array_record", b"a record of something else")
+    source = ArrayRecord(path=str(tmp_path))
+    with pytest.raises(UserError, match="hold no captioned images"):
+        source.check()
+    with pytest.raises(RecordError, match="record 0"):
+        _ = source[0]
+
+
+@pytest.mark.parametrize("damage", [slice(4, 8), slice(8, 20)])
+def test_damaged_records_are_bad(tmp_path, damage):
+    data = bytearray(encode_record(_records(0, 1)[0]))
+    data[damage] = b"\xff" * (damage.stop - damage.start)
+    _write_raw(tmp_path / "x.array_record", bytes(data))
+    with pytest.raises(RecordError, match="record 0"):
+        _ = ArrayRecord(path=str(tmp_path))[0]
+
+
+def test_file_of_another_kind_is_told(tmp_path):
+    (tmp_path / "x.array_record").write_bytes(b"short")
+    with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
+        ArrayRecord(path=str(tmp_path)).check()
+
+
+def test_missing_and_empty_are_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ArrayRecord(path=str(tmp_path / "none")).check()
+    write_array_record(str(tmp_path / "x.array_record"), [])
+    with pytest.raises(UserError, match="are empty"):
+        ArrayRecord(path=str(tmp_path)).check()

@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.errors import UserError
+
+
+def _image(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 5, 3), value, np.uint8)).save(path)
+
+
+def _metadata(folder, *rows):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_metadata_gives_each_image_its_captions(tmp_path):
+    _image(tmp_path / "b.png")
+    _image(tmp_path / "sub" / "a.png")
+    _metadata(
+        tmp_path,
+        {"file_name": "sub/a.png", "text": "one"},
+        {"file_name": "b.png", "text": ["two", "three"]},
+    )
+    source = ImageFolder(path=str(tmp_path))
+    source.check()
+    assert [source[i]["captions"] for i in range(len(source))] == [["one"], ["two", "three"]]
+    assert source[0]["image"] == (tmp_path / "sub" / "a.png").read_bytes()
+    assert source[0]["name"].endswith("sub/a.png")
+
+
+def test_text_files_beside_images_give_a_caption_per_line(tmp_path):
+    _image(tmp_path / "deep" / "a.jpg")
+    (tmp_path / "deep" / "a.txt").write_text("a pea\n\na green pea\n", encoding="utf-8")
+    source = ImageFolder(path=str(tmp_path))
+    source.check()
+    assert len(source) == 1
+    assert [c for c in source[0]["captions"] if c] == ["a pea", "a green pea"]
+
+
+def test_a_prompt_is_the_caption_of_every_image(tmp_path):
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "deep" / "b.jpg")
+    (tmp_path / "a.txt").write_text("not read")
+    source = ImageFolder(path=str(tmp_path), prompt="a photo of sks dog")
+    source.check()
+    assert [source[i]["captions"] for i in range(len(source))] == [["a photo of sks dog"]] * 2
+
+
+def test_missing_folder_is_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ImageFolder(path=str(tmp_path / "none")).check()
+
+
+def test_empty_folder_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_images_without_any_captions_are_told(tmp_path):
+    _image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no captions"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_metadata_that_names_missing_files_is_told_by_name(tmp_path):
+    _image(tmp_path / "a.png")
+    _metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "x"},
+        {"file_name": "gone.png", "text": "y"},
+    )
+    with pytest.raises(UserError, match=r"1 of 2 files that do not exist, among them gone\.png"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_missing_caption_column_suggests_the_nearest(tmp_path):
+    _image(tmp_path / "a.png")
+    _metadata(tmp_path, {"file_name": "a.png", "txt": "x"})
+    with pytest.raises(UserError, match="did you mean 'txt'"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("caption", [None, "", "  ", [], [None, ""]])
+def test_metadata_without_a_single_caption_is_told(tmp_path, caption):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    _metadata(tmp_path, *({"file_name": f"{name}.png", "text": caption} for name in "ab"))
+    with pytest.raises(UserError, match="'text' are missing or empty"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_one_caption_in_the_metadata_is_enough_to_begin(tmp_path):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    _metadata(tmp_path, {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": "x"})
+    ImageFolder(path=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a.png", "sub/../../a.png", "/etc/passwd", "C:\\a.png", "..\\a.png", "gs://bucket/a.png"],
+)
+def test_file_names_that_leave_the_folder_are_refused(tmp_path, name):
+    _metadata(tmp_path, {"file_name": name, "text": "x"})
+    with pytest.raises(UserError, match="outside the folder"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("line", ["{not json", '{"text": "x"}', "[1]"])
+def test_malformed_metadata_is_told_by_line(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text("\n" + line + "\n")
+    with pytest.raises(UserError, match="Line 2 of"):
+        ImageFolder(path=str(tmp_path)).check()
+
+
+def test_unreadable_caption_spoils_its_own_record_alone(tmp_path):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    source = ImageFolder(path=str(tmp_path))
+    source.check()
+    assert source[0]["captions"] == ["fine"]
+    with pytest.raises(RecordError, match=r"b\.png.*utf-8"):
+        _ = source[1]
+
+
+def test_image_that_lacks_its_text_file_is_a_bad_record(tmp_path):
+    for name in "ab":
+        _image(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("fine")
+    with pytest.raises(RecordError, match=r"b\.png"):
+        _ = ImageFolder(path=str(tmp_path))[1]

@@ -1,0 +1,81 @@
+import io
+import json
+import tarfile
+
+import pytest
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.sources.webdataset import WebDataset
+from jaxdiff.errors import UserError
+
+
+def _tar(path, files, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_samples_are_read_where_they_lie_across_tars(tmp_path):
+    told = json.dumps({"caption": ["one", "two"], "url": "x"}).encode()
+    _tar(tmp_path / "1.tar", [("b/02.jpg", b"second"), ("b/02.json", told)])
+    _tar(tmp_path / "0.tar", [("01.txt", "größe\n\nx".encode()), ("01.PNG", b"first")])
+    source = WebDataset(path=str(tmp_path))
+    source.check()
+    assert len(source) == 2
+    assert source[1]["image"] == b"second"
+    assert source[0] == {
+        "image": b"first",
+        "captions": ["größe", "", "x"],
+        "name": f"{tmp_path}/0.tar/01.PNG",
+    }
+    assert source[1]["captions"] == ["one", "two"]
+
+
+def test_only_a_simple_ending_makes_the_image_of_a_sample(tmp_path):
+    files = [("a.mask.png", b"mask"), ("a.png", b"image"), ("a.txt", b"x"), ("a.cls", b"3")]
+    _tar(tmp_path / "0.tar", files)
+    source = WebDataset(path=str(tmp_path / "0.tar"))
+    assert [source[i]["image"] for i in range(len(source))] == [b"image"]
+
+
+def test_another_key_holds_the_captions(tmp_path):
+    told = json.dumps({"text": "a pea", "caption": "no"}).encode()
+    _tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", told), ("b.jpg", b"y")])
+    source = WebDataset(path=str(tmp_path), caption="text")
+    assert source[0]["captions"] == ["a pea"]
+    with pytest.raises(RecordError, match=r"b\.jpg: there is no \.txt or \.json"):
+        _ = source[1]
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff"])
+def test_captions_that_cannot_be_read_make_bad_records(tmp_path, data):
+    _tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", data)])
+    with pytest.raises(RecordError, match=r"a\.jpg"):
+        _ = WebDataset(path=str(tmp_path))[0]
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg"])
+def test_paths_that_leave_the_archive_are_refused(tmp_path, name):
+    _tar(tmp_path / "0.tar", [(name, b"x")])
+    with pytest.raises(UserError, match="leads out of the archive"):
+        WebDataset(path=str(tmp_path)).check()
+
+
+def test_links_are_not_followed(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "a.jpg"), (tarfile.LNKTYPE, "b.jpg")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/hostname"
+            archive.addfile(member)
+    with pytest.raises(UserError, match="hold no captioned images"):
+        WebDataset(path=str(tmp_path)).check()
+
+
+def test_damaged_and_compressed_tars_are_told(tmp_path):
+    _tar(tmp_path / "0.tar", [("a.jpg", b"x" * 2000)], mode="w:gz")
+    with pytest.raises(UserError, match=r"cannot be read as a tar file .* not compressed"):
+        WebDataset(path=str(tmp_path)).check()
+    with pytest.raises(UserError, match="does not exist"):
+        WebDataset(path=str(tmp_path / "none")).check()

@@ -1,0 +1,54 @@
+"""Scores lie between the chance of shifted prompts and the ceiling of true drawings."""
+
+import numpy as np
+import pytest
+
+from jaxdiff.datasets.produce.rendering import render
+from jaxdiff.datasets.produce.scene import allowed_in_training
+from jaxdiff.datasets.produce.score import (
+    chance,
+    evaluation_scenes,
+    score,
+    true_drawings,
+)
+from jaxdiff.datasets.produce.source import Produce
+
+
+def test_scenes_are_the_same_at_every_call_and_of_their_split():
+    for kind in ("single", "two"):
+        assert evaluation_scenes(20, "train", kind) == evaluation_scenes(30, "train", kind)[:20]
+        assert all(allowed_in_training(s) for s in evaluation_scenes(50, "train", kind))
+        assert not any(allowed_in_training(s) for s in evaluation_scenes(50, "held_out", kind))
+    training = [Produce(split="held_out").scene(i) for i in range(20)]
+    assert evaluation_scenes(20, "held_out") != training
+
+
+def test_true_drawings_score_like_the_ceiling_and_blank_ones_nothing():
+    scenes = evaluation_scenes(40, "held_out")
+    images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    assert score(images, scenes)["joint"] >= 0.95
+    assert score(true_drawings(scenes), scenes)["joint"] >= 0.95
+    by_chance = chance(images, scenes)
+    assert by_chance["joint"] < 0.2
+    assert by_chance["kind"] < 0.5
+    blank = score(np.full((40, 64, 64, 3), 240, np.uint8), scenes)
+    assert set(blank.values()) == {0.0}
+
+
+def test_only_attributes_of_the_scenes_are_reported():
+    single, two = (
+        score(true_drawings(scenes), scenes)
+        for scenes in (evaluation_scenes(4, "train", kind) for kind in ("single", "two"))
+    )
+    assert "position" in single
+    assert "relation" not in single
+    assert "relation" in two
+    assert "position" not in two
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_picture_meets_its_own_scene_by_chance(count):
+    scenes = evaluation_scenes(count, "train")
+    images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    assert score(images, scenes)["joint"] == 1.0
+    assert chance(images, scenes)["joint"] == 0.0

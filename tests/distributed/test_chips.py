@@ -1,0 +1,40 @@
+"""The table of chips names its sources and does not guess."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from jaxdiff.distributed.chips import CHIPS, chip_of, find_chip
+from jaxdiff.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops", "memory_gib", "bandwidth", "interconnect"),
+    [
+        ("TPU v5 lite", 197e12, 16, 819e9, 200e9),
+        ("TPU v5", 459e12, 95, 2765e9, 600e9),
+        ("TPU v6 lite", 918e12, 32, 1638e9, 400e9),
+        ("TPU7x", 1153.5e12, 96, 3690e9, 300e9),
+        ("NVIDIA H100 80GB HBM3", 989e12, 80, 3350e9, 450e9),
+        ("NVIDIA H100 PCIe", 756e12, 80, 2000e9, 64e9),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9, 300e9),
+    ],
+)
+def test_a_device_finds_its_makers_figures(kind, flops, memory_gib, bandwidth, interconnect):
+    chip = chip_of(SimpleNamespace(platform="other", device_kind=kind))
+    assert (chip.flops, chip.memory) == (flops, memory_gib * 2**30)
+    assert (chip.bandwidth, chip.interconnect) == (bandwidth, interconnect)
+
+
+def test_no_entry_hides_a_later_one():
+    for chip in CHIPS:
+        assert find_chip(chip.kind) is chip
+
+
+def test_every_figure_has_a_source():
+    assert all(chip.source for chip in CHIPS)
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(UserError, match=r"'Tesla T4'.*expected one of TPU v2.*chips\.py"):
+        chip_of(SimpleNamespace(platform="gpu", device_kind="Tesla T4"))

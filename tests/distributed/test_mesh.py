@@ -1,0 +1,71 @@
+"""A mesh uses every device, and says so where it cannot."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxdiff.distributed.mesh import AXES, MeshConfig, batch_sharding, check_batch, make_mesh
+from jaxdiff.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (2, 4, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2, 1)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 8, 1)),
+        (MeshConfig(data=-1, context=4), (2, 1, 1, 4)),
+    ],
+)
+def test_axes_share_all_devices_out(config, sizes):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, sizes, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_some_of_the_devices_can_be_taken():
+    chosen = jax.devices()[2:6]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), chosen)
+    assert list(mesh.devices.flat) == chosen
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=16),
+        MeshConfig(data=4),
+        MeshConfig(data=-1, tensor=3),
+        MeshConfig(data=-1, fsdp=16),
+    ],
+)
+def test_a_mesh_of_another_size_than_the_devices_is_refused(config):
+    with pytest.raises(UserError, match=r"does not fit the 8 devices .* change mesh\.data"):
+        make_mesh(config)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_devices_of_other_axes_see_the_same_images(axis):
+    mesh = make_mesh(MeshConfig(data=4, **{axis: 2}))
+    batch = jax.device_put(np.arange(8), batch_sharding(mesh))
+    held = [tuple(np.asarray(shard.data)) for shard in batch.addressable_shards]
+    assert sorted(held) == sorted([(0, 1), (2, 3), (4, 5), (6, 7)] * 2)
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(tensor=-2)]
+)
+def test_sizes_that_say_nothing_are_refused(config):
+    with pytest.raises(UserError, match="at most one of them -1"):
+        make_mesh(config)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    check_batch(12, mesh, 3)  # tensor devices see the same images
+    with pytest.raises(UserError, match=r"train\.batch_size 12 .*choose a multiple of 8"):
+        check_batch(12, mesh, 2)
+    with pytest.raises(UserError, match="choose a multiple of 4"):
+        check_batch(6, mesh, 1)

@@ -1,0 +1,32 @@
+import pytest
+from etils import epath
+
+from jaxdiff.io.files import write_whole
+
+
+def test_a_file_is_written_with_its_folder_and_replaced(tmp_path):
+    path = epath.Path(tmp_path / "new" / "a")
+    for data in (b"old", b"newer"):
+        write_whole(path, data)
+        assert path.read_bytes() == data
+    assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_a_writer_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "a")
+    write_whole(path, b"old")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_an_object_of_a_clouds_storage_is_written_at_once(monkeypatch):
+    path, written = epath.Path("gs://bucket/a"), []
+    monkeypatch.setattr(type(path), "write_bytes", lambda self, data: written.append((self, data)))
+    write_whole(path, b"whole")
+    assert written == [(path, b"whole")]

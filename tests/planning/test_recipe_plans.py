@@ -1,0 +1,124 @@
+"""Every recipe for slices is planned for them: small ones here, as they are where there is libtpu.
+
+The latter take minutes each: JAXDIFF_NIGHTLY=1 turns them on.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
+from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.planning.plan import abstract_batch, make_plan, on_slice
+from jaxdiff.planning.topology import find_topology
+from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
+from jaxdiff.training.recipe import load_recipe
+
+RECIPES = {
+    name: load_recipe(Path(__file__).parents[2] / "configs" / f"{name}.py")
+    for name in (
+        "dit_xl2_imagenet256",
+        "dit_3b_512",
+        "sd15_scratch_512",
+        "sdxl_1024",
+        "jit_pixel_256",
+    )
+}
+# What is sold as v5e-256, v6e-256 and v5p-128, which counts two cores for each chip; eight GPUs.
+SLICES = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:4x4x4": 64, "h100:8": 8}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_names_a_mesh_for_each_slice_that_its_batch_divides(name):
+    config = RECIPES[name]
+    assert {
+        planned.topology: math.prod(vars(planned.mesh).values()) for planned in config.slices
+    } == SLICES
+    for planned in config.slices:
+        on = on_slice(config, planned.topology)
+        assert on.train.batch_size % (on.mesh.data * on.mesh.fsdp * on.train.accumulate) == 0
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_its_mesh_lies_on_the_slice(topology):
+    pytest.importorskip("libtpu")
+    devices = find_topology(topology).devices
+    for config in RECIPES.values():
+        assert make_mesh(on_slice(config, topology).mesh, devices).size == SLICES[topology]
+
+
+def small(config):
+    """A recipe of the same parts, of which each is small; 1024 tokens or positions stay as many."""
+    task, train = config.task, dataclasses.replace(config.train, batch_size=16, accumulate=1)
+    text = {"vocab_size": 600, "width": 32, "heads": 2, "depth": 1}
+    towers = {
+        name: dataclasses.replace(tower, layer=None, model=dataclasses.replace(tower.model, **text))
+        for name, tower in task.towers.items()
+    }
+    width = 32 * len(towers)
+    if isinstance(task.denoiser, DiTConfig):
+        shape = {"width": 64, "depth": 2, "heads": 2, "text_width": 32}
+        pooled = towers["text"].model.projection_dim or 32
+        denoiser = dataclasses.replace(task.denoiser, pooled_width=pooled, **shape)
+    else:
+        shape = {"block_out_channels": (32, 32), "transformer_layers": (0, 2), "heads": (2, 2)}
+        denoiser = dataclasses.replace(task.denoiser, cross_attention_dim=width, **shape)
+    task = dataclasses.replace(task, denoiser=denoiser, **towers)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    return dataclasses.replace(config, task=task, train=train, mesh=mesh)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_step_is_lowered_for_eight_devices(name):
+    """Up to the compiler: shapes, shardings and cached latents fit together."""
+    config = small(RECIPES[name])
+    mesh = make_mesh(config.mesh, jax.devices()[:8])
+    state, frozen = abstract_state(config), abstract_frozen(config)
+    step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
+    lowered = step.lower(state, frozen, abstract_batch(config))
+    after, metrics = lowered.out_info
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("topology", SLICES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_fits_its_slices(name, topology):
+    pytest.importorskip("libtpu")
+    plan = make_plan(on_slice(RECIPES[name], topology), find_topology(topology), quick=True)
+    assert plan.fits
+    assert plan.collectives
+
+
+@pytest.mark.nightly
+def test_work_per_chip_is_the_same_on_more_chips():
+    """Weak scaling: eight images a chip on 16 and on 256 chips, 16 of which share the weights."""
+    pytest.importorskip("libtpu")
+    plans = [
+        make_plan(
+            dataclasses.replace(
+                RECIPES["dit_xl2_imagenet256"],
+                mesh=MeshConfig(data=-1, fsdp=16),
+                train=dataclasses.replace(
+                    RECIPES["dit_xl2_imagenet256"].train, batch_size=8 * chips
+                ),
+            ),
+            find_topology(name),
+        )
+        for name, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
+    ]
+    few, many = plans
+    assert few.flops_per_step / 16 == many.flops_per_step / 256
+    assert many.memory_needed == pytest.approx(few.memory_needed, rel=0.05)
+
+
+@pytest.mark.nightly
+def test_a_dit_xl2_is_planned_within_two_minutes():
+    pytest.importorskip("libtpu")
+    config = on_slice(RECIPES["dit_xl2_imagenet256"], "v5e:16x16")
+    assert make_plan(config, find_topology("v5e:16x16")).compile_s < 120

@@ -1,0 +1,141 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.layers import abstract_params, any_rngs
+from jaxdiff.models.text_encoders.clip import (
+    Clip,
+    ClipConfig,
+    ClipText,
+    ClipTextConfig,
+    ClipVisionConfig,
+)
+from jaxdiff.pretrained import autoencoder as autoencoder_names
+from jaxdiff.pretrained import clip as clip_names
+
+TEXT = ClipTextConfig(vocab_size=6, length=4, width=8, depth=2, heads=2, projection_dim=3)
+VISION = ClipVisionConfig(
+    image_size=4, patch_size=2, width=8, depth=3, heads=2, projection_dim=3, mlp_ratio=2.0
+)
+CLIP = ClipConfig(text=TEXT, vision=VISION)
+AUTOENCODER = AutoencoderConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+
+
+def random_params(network, config, dtype=np.float32) -> dict:
+    params = abstract_params(lambda: network(config, rngs=any_rngs()))
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda p: draw.normal(size=p.shape).astype(dtype), params)
+
+
+def text_tensors() -> dict:
+    return clip_names.to_torch_names(random_params(ClipText, TEXT), TEXT)
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert [x.dtype for x in jax.tree.leaves(ours)] == [x.dtype for x in jax.tree.leaves(theirs)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_clip_round_trips_bit_for_bit(dtype):
+    params = random_params(Clip, CLIP, dtype)
+    tensors = clip_names.to_torch_names(params, CLIP)
+    assert_same(clip_names.from_torch_names(tensors, CLIP), params)
+
+
+def test_autoencoder_round_trips_bit_for_bit():
+    params = random_params(Autoencoder, AUTOENCODER)
+    tensors = autoencoder_names.to_torch_names(params)
+    assert_same(autoencoder_names.from_torch_names(tensors, AUTOENCODER), params)
+
+
+def test_every_parameter_has_a_tensor_of_its_own():
+    params = random_params(Clip, CLIP)
+    tensors = clip_names.to_torch_names(params, CLIP)
+    assert sum(t.size for t in tensors.values()) == sum(p.size for p in jax.tree.leaves(params))
+
+
+def test_layers_are_unstacked_and_linear_kernels_transposed():
+    params = random_params(ClipText, TEXT)
+    tensors = clip_names.to_torch_names(params, TEXT)
+    weight = tensors["text_model.encoder.layers.1.mlp.fc1.weight"]
+    np.testing.assert_array_equal(weight, params["blocks"]["mlp_in"]["kernel"][1].T)
+    assert weight.flags.c_contiguous
+
+
+def test_convolutions_become_out_in_height_width():
+    params = random_params(Autoencoder, AUTOENCODER)
+    tensors = autoencoder_names.to_torch_names(params)
+    kernel = params["encoder"]["levels"][1]["blocks"][0]["conv1"]["kernel"]
+    weight = tensors["encoder.down_blocks.1.resnets.0.conv1.weight"]
+    assert weight.shape == (8, 4, 3, 3)
+    np.testing.assert_array_equal(weight[5, 2], kernel[:, :, 2, 5])
+
+
+def test_the_result_merges_into_a_model():
+    params = random_params(ClipText, TEXT)
+    model = nnx.eval_shape(lambda: ClipText(TEXT, rngs=any_rngs()))
+    loaded = clip_names.from_torch_names(clip_names.to_torch_names(params, TEXT), TEXT)
+    nnx.update(model, loaded)
+    assert_same(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model))), params)
+
+
+def test_missing_tensors_are_named():
+    tensors = text_tensors()
+    del tensors["text_projection.weight"]
+    with pytest.raises(UserError, match=r"missing tensors: text_projection\.weight;"):
+        clip_names.from_torch_names(tensors, TEXT)
+
+
+def test_many_missing_tensors_are_counted():
+    with pytest.raises(UserError, match=r"missing tensors: .* and 32 more"):
+        clip_names.from_torch_names({}, TEXT)
+
+
+def test_unexpected_tensors_are_named():
+    tensors = text_tensors() | {"text_model.extra.weight": np.zeros(3)}
+    with pytest.raises(UserError, match=r"unexpected tensors: text_model\.extra\.weight;"):
+        clip_names.from_torch_names(tensors, TEXT)
+
+
+def test_misshapen_tensors_are_named_with_both_shapes():
+    name = "text_model.encoder.layers.1.mlp.fc1.weight"
+    tensors = text_tensors() | {name: np.zeros((32, 9))}
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.fc1\.weight is \(32, 9\), .* \(32, 8\)"):
+        clip_names.from_torch_names(tensors, TEXT)
+
+
+def test_a_checkpoint_of_another_depth_is_refused():
+    tensors = {k: v for k, v in text_tensors().items() if ".layers.1." not in k}
+    with pytest.raises(UserError, match=r"missing tensors: .*layers\.1\."):
+        clip_names.from_torch_names(tensors, TEXT)
+
+
+def test_the_position_rows_of_old_checkpoints_are_passed_over():
+    tensors = text_tensors() | {"text_model.embeddings.position_ids": np.arange(4)[None]}
+    assert clip_names.from_torch_names(tensors, TEXT)["token_embedding"].shape == (6, 8)
+
+
+def test_a_tower_saved_without_its_name_is_found():
+    tensors = text_tensors()
+    bare = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    assert "encoder.layers.0.layer_norm1.bias" in bare
+    expected = clip_names.from_torch_names(tensors, TEXT)
+    assert_same(clip_names.from_torch_names(bare, TEXT), expected)
+
+
+def test_the_attention_of_old_autoencoders_is_found():
+    params = random_params(Autoencoder, AUTOENCODER)
+    new = autoencoder_names.to_torch_names(params)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, value in new.items():
+        for ours, theirs in names.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        old[name] = value
+    assert old.keys() != new.keys()
+    assert_same(autoencoder_names.from_torch_names(old, AUTOENCODER), params)

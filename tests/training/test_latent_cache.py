@@ -1,0 +1,380 @@
+"""Latents cached ahead, and the training from them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from jaxdiff.benchmark.task_flops import flops_per_image
+from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.loader import ON_DEVICE, DataConfig, make_dataset
+from jaxdiff.data.shards import EMPTY
+from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import abstract_params, any_rngs, blueprint
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.planning.plan import abstract_batch
+from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.load import CACHE, read_pretrained, write_bundle
+from jaxdiff.training import loop
+from jaxdiff.training.cached_latents import check_cache, check_encoders
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.prepare_shards import Sharing, write_records
+from jaxdiff.training.recipe import Config, TrainConfig
+from jaxdiff.training.step import structure
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.base import from_uint8
+from jaxdiff.training.tasks.diffusion import DiffusionTask
+
+MODEL = AutoencoderConfig(
+    latent_channels=4,
+    block_out_channels=(4, 8),
+    layers_per_block=1,
+    norm_num_groups=2,
+    patch_size=2,
+    shift_factor=0.1,
+    scaling_factor=0.7,
+)
+LENGTH, BATCH = 20, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("latents")
+
+
+def _autoencoder(path, seed):
+    task, rng = AutoencoderTask(model=MODEL), np.random.default_rng(seed)
+    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: task.build(any_rngs())))[1])
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    data = DataConfig(source=Produce(size=32), transforms=Transforms(size=32))
+    write_bundle(path, Bundle(Config(name="a", task=task, data=data), params, {}, None), "float32")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_recipe, folder) -> Config:
+    """The tiny recipe on latents, encoded online."""
+    recipe = tiny_recipe()
+    denoiser = dataclasses.replace(recipe.task.denoiser, channels=4, patch_size=2)
+    latents = Latents(model=MODEL, pretrained=_autoencoder(folder / "autoencoder", 0))
+    task = dataclasses.replace(recipe.task, denoiser=denoiser, latents=latents)
+    return dataclasses.replace(recipe, task=task, data=_data(Produce(size=32, length=LENGTH)))
+
+
+def _data(source, **transforms):
+    return DataConfig(source=source, transforms=Transforms(size=32, **transforms))
+
+
+def _cache(config, out, **options):
+    settings = {"views": 1, "dtype": "float32", "batch_size": 2} | options
+    sharing = Sharing(shards=2, workers=0, latents=LatentOptions(**settings))
+    write_records(config, config.data, str(out), sharing)
+    source = CachedLatents(path=str(out), of=config.data.source)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+
+@pytest.fixture(scope="module")
+def cached(config, folder) -> Config:
+    return _cache(config, folder / "cached")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a small red pea"] * 9, vocab_size=600, length=16)
+
+
+def _batches(config, tokenizer, count):
+    data = make_dataset(config.data, tokenizer, batch_size=BATCH, seed=3)
+    batches = [batch for batch, _ in zip(data, range(count), strict=False)]
+    return batches, [{k: jnp.asarray(b[k]) for k in ON_DEVICE if k in b} for b in batches]
+
+
+def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
+    config, cached, folder, tokenizer
+):
+    half = _cache(config, folder / "half", dtype="float16")
+    task = config.task
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(task.build(nnx.Rngs(0)))[1]))()
+    # Away from the zeros that a denoiser's last layer starts with, behind which all is the same.
+    params = jax.tree.map(lambda p: p + 0.02, params)
+    frozen = read_pretrained(task.frozen())
+
+    @jax.jit
+    def loss(batch, key):
+        return task.loss(nnx.merge(structure(task), params), frozen, batch, key, task.init_state())[
+            0
+        ]
+
+    losses = {}
+    for name, recipe in (("online", config), ("cached", cached), ("half", half)):
+        _, batches = _batches(recipe, tokenizer, 4)
+        for batch in batches:  # in one type, so that one program does for both
+            if "latents" in batch:
+                batch["latents"] = batch["latents"].astype(jnp.float32)
+        losses[name] = [float(loss(batch, jax.random.key(i))) for i, batch in enumerate(batches)]
+    np.testing.assert_allclose(losses["cached"], losses["online"], rtol=1e-6)
+    np.testing.assert_allclose(losses["half"], losses["online"], rtol=1e-3)
+    assert len(set(losses["online"])) == 4
+
+
+def _towers(task, folder, tokenizer):
+    """The task with text encoders that are frozen, of a model that is written into `folder`."""
+    rng = np.random.default_rng(1)
+    abstract = abstract_params(blueprint(DiffusionTask.build, task))
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    recipe = Config(name="t", task=task, data=_data(Produce(size=32)))
+    write_bundle(folder, Bundle(recipe, params, read_pretrained(task.frozen()), tokenizer))
+    frozen = {
+        name: dataclasses.replace(tower, trained=False, pretrained=str(folder))
+        for name, tower in task.towers.items()
+    }
+    return dataclasses.replace(task, **frozen)
+
+
+@pytest.fixture(scope="module")
+def told(config, folder, tokenizer) -> dict[str, Config]:
+    """Recipes with frozen text encoders: one as by default, two as Stable Diffusion XL has."""
+    one = dataclasses.replace(config.task.text, layer=0)
+    text = ClipTextConfig(vocab_size=600, length=16, width=8, depth=2, heads=2, projection_dim=8)
+    two = TextTower(model=text, layer=-2, final_norm=False)
+    unet = UNet2DConditionConfig(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers=(1, 0),
+        heads=(2, 2),
+        cross_attention_dim=24,
+        norm_num_groups=4,
+        added_width=8 + 6 * 4,
+        time_id_width=4,
+    )
+    replace = dataclasses.replace
+    tasks = {
+        "produce": replace(config.task, text=one),
+        "SDXL": replace(config.task, denoiser=unet, text_2=two, zero_empty_prompt=True),
+    }
+    data = _data(Produce(size=32, length=LENGTH), caption_dropout=0.4)
+    return {
+        name: replace(config, data=data, task=_towers(task, folder / name, tokenizer))
+        for name, task in tasks.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["produce", "SDXL"])
+def test_training_from_cached_text_gives_the_loss_of_reading_it_online(
+    name, told, folder, tokenizer
+):
+    config = told[name]
+    task, frozen = config.task, read_pretrained(config.task.frozen())
+    abstract, rng = abstract_params(blueprint(DiffusionTask.build, task)), np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
+    # Without the text encoders' weights, which nothing reads but for the words' own vectors.
+    read = {"autoencoder": frozen["autoencoder"]}
+    if name == "produce":
+        layers = jax.tree.map(lambda x: x * jnp.nan, frozen["text"])
+        read["text"] = frozen["text"] | {"blocks": layers["blocks"]}
+
+    @jax.jit
+    def loss(params, frozen, batch, key):
+        model = nnx.merge(structure(task), params)
+        return task.loss(model, frozen, batch, key, task.init_state())[0]
+
+    def losses(recipe, frozen):
+        _, batches = _batches(recipe, tokenizer, 3)
+        for batch in batches:  # in one type, so that one program does for both
+            batch |= {k: batch[k].astype(jnp.float32) for k in ("latents", "text") if k in batch}
+        keys = [jax.random.key(i) for i in range(3)]
+        return [float(loss(params, frozen, *pair)) for pair in zip(batches, keys, strict=True)]
+
+    online = losses(_cache(config, folder / f"{name} latents"), frozen)
+    for dtype, close in (("float32", 1e-6), ("float16", 3e-3)):
+        cached = _cache(config, folder / f"{name} {dtype}", text=True, dtype=dtype)
+        check_cache(cached)
+        check_encoders(cached, frozen, tokenizer)
+        np.testing.assert_allclose(losses(cached, read), online, rtol=close)
+    assert len(set(online)) == 3
+    batch = abstract_batch(
+        dataclasses.replace(cached, train=TrainConfig(steps=1, batch_size=BATCH))
+    )
+    _, real = _batches(cached, tokenizer, 1)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in real[0].items()
+    }
+    assert flops_per_image(cached) < flops_per_image(_cache(config, folder / f"{name} latents"))
+
+
+def test_text_of_other_encoders_or_of_trained_ones_is_refused(told, folder, tokenizer, config):
+    cached = _cache(told["produce"], folder / "told", text=True)
+    frozen = read_pretrained(cached.task.frozen())
+    other = {**frozen, "text": jax.tree.map(lambda x: x + 1, frozen["text"])}
+    with pytest.raises(UserError, match="with other text encoders, or another tokenizer"):
+        check_encoders(cached, other, tokenizer)
+    another = Tokenizer.train(["a large pea"], vocab_size=600, length=16)
+    with pytest.raises(UserError, match="with other text encoders, or another tokenizer"):
+        check_encoders(cached, frozen, another)
+    trained = dataclasses.replace(cached, task=config.task)
+    for refused in (lambda: check_cache(trained), lambda: _cache(config, folder / "no", text=True)):
+        with pytest.raises(UserError, match="encoders that are trained already and stay"):
+            refused()
+    (folder / "told" / EMPTY).unlink()
+    with pytest.raises(UserError, match=f"lacks {EMPTY}"):
+        check_cache(cached)
+
+
+def test_records_are_the_moments_of_the_images_with_their_captions(config, cached):
+    source, drawn = cached.data.source, config.data.source
+    assert isinstance(source, CachedLatents)
+    source.check()
+    assert len(source) == LENGTH
+    frozen = read_pretrained(config.task.frozen())["autoencoder"]
+    images = np.stack([drawn[i]["image"] for i in (0, 7, 19)])
+    model = config.task.latents.build(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(jnp.asarray, frozen))
+    z = jax.jit(lambda x: nnx.merge(*nnx.split(model)).encode(from_uint8(x)))(images)
+    for row, i in enumerate((0, 7, 19)):
+        record = source[i]
+        assert record["captions"] == drawn[i]["captions"]
+        assert record["moments"].shape == (1, 8, 8, 8)
+        np.testing.assert_allclose(record["moments"][0, ..., :4], z.mean[row], atol=1e-5)
+        np.testing.assert_allclose(record["moments"][0, ..., 4:], z.logvar[row], atol=1e-5)
+
+
+def test_the_same_preparation_ends_in_the_same_bytes_after_a_loss(config, cached, folder):
+    there = {path.name: path.read_bytes() for path in (folder / "cached").iterdir()}
+    (folder / "cached" / "records-00001-of-00002.array_record").unlink()
+    with pytest.raises(UserError, match=r"Of the 2 shards .* 1 are missing"):
+        CachedLatents(path=str(folder / "cached")).check()
+    _cache(config, folder / "cached")
+    assert {path.name: path.read_bytes() for path in (folder / "cached").iterdir()} == there
+
+
+def test_views_are_crops_of_which_every_second_is_mirrored(config, folder, tokenizer):
+    images = folder / "wide"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (32, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a pea")
+    wide = _data(ImageFolder(path=str(images)), crop="random", flip=True)
+    recipe = dataclasses.replace(config, data=wide)
+    cropped = _cache(recipe, folder / "views", views=4)
+    record = cropped.data.source[0]
+    assert record["moments"].shape == (4, 8, 8, 8)
+    # Two places, a quarter and three quarters of the way, each as it is and mirrored.
+    assert record["framing"][:, 3].tolist() == [8, 24, 24, 8]
+    batches, _ = _batches(cropped, tokenizer, 8)
+    seen = {tuple(f) for b in batches for f in b["framing"].tolist()}
+    assert {f[3] for f in seen} == {8, 24}
+    views = {b["latents"][0].tobytes() for b in batches}
+    assert len(views) > 4
+
+
+def test_buckets_keep_their_shapes(config, folder, tokenizer):
+    images = folder / "shapes"
+    images.mkdir()
+    for i in range(16):
+        size = ((32, 32), (40, 24))[i % 2]
+        Image.fromarray(np.full((*size, 3), i, np.uint8)).save(images / f"{i:02}.png")
+        (images / f"{i:02}.txt").write_text(f"{i}")
+    shaped = _data(ImageFolder(path=str(images)), buckets=Buckets(step=8))
+    recipe = dataclasses.replace(config, data=shaped)
+    source = _cache(recipe, folder / "buckets").data.source
+    assert [source[i]["moments"].shape[1:3] for i in range(2)] == [(8, 8), (10, 6)]
+    bucketed = dataclasses.replace(
+        recipe, data=dataclasses.replace(shaped, source=source, shuffle=False)
+    )
+    batches, _ = _batches(bucketed, tokenizer, 4)
+    assert [b["latents"].shape for b in batches[:2]] == [(8, 8, 8, 8), (8, 10, 6, 8)]
+    expected = [source[i]["moments"][0] for i in range(1, 16, 2)]
+    np.testing.assert_array_equal(batches[1]["latents"], expected)
+
+
+def test_latents_of_another_autoencoder_or_data_or_crop_are_refused(
+    config, cached, folder, tokenizer
+):
+    frozen = read_pretrained(config.task.frozen())
+    check_cache(cached)
+    check_encoders(cached, frozen, tokenizer)
+    decoder_alone = dict(frozen["autoencoder"])
+    decoder_alone["decoder"] = jax.tree.map(lambda x: x + 1, decoder_alone["decoder"])
+    check_encoders(cached, {"autoencoder": decoder_alone}, tokenizer)
+    other = jax.tree.map(lambda x: x + 1, frozen)
+    with pytest.raises(UserError, match="made by another autoencoder"):
+        check_encoders(cached, other, tokenizer)
+    source = dataclasses.replace(cached.data.source, of=Produce(size=32, length=LENGTH - 1))
+    data = dataclasses.replace(cached.data, source=source)
+    with pytest.raises(UserError, match="made of other data"):
+        check_cache(dataclasses.replace(cached, data=data))
+    flipped = dataclasses.replace(cached.data, transforms=Transforms(size=32, flip=True))
+    with pytest.raises(UserError, match="cached with flip False but"):
+        _batches(dataclasses.replace(cached, data=flipped), tokenizer, 1)
+
+
+def test_tasks_that_have_no_use_for_latents_refuse_them(cached, tiny_recipe):
+    pixels = dataclasses.replace(tiny_recipe(), data=cached.data)
+    with pytest.raises(UserError, match="trains on images"):
+        check_cache(pixels)
+
+
+def test_impossible_settings_are_told(config, cached, folder):
+    with pytest.raises(UserError, match=r"latents\.views is -1"):
+        _cache(config, folder / "none", views=-1)
+    with pytest.raises(UserError, match=r"latents\.views is 0"):
+        _cache(config, folder / "none", views=0, text=True)
+    nameless = dataclasses.replace(cached.data.source, of=None)
+    recipe = dataclasses.replace(cached, data=dataclasses.replace(cached.data, source=nameless))
+    with pytest.raises(UserError, match=r"data\.source\.of does not say of what"):
+        write_records(recipe, recipe.data, str(folder / "none"), Sharing())
+
+
+def test_a_run_caches_its_own_latents_and_goes_on_from_them(config, cached, folder):
+    def run(recipe, steps):
+        train = TrainConfig(steps=steps, batch_size=BATCH, checkpoint_every=1)
+        recipe = dataclasses.replace(recipe, train=train, optimizer=AdamW(learning_rate=1e-3))
+        return loop.train(recipe, folder / recipe.name, say=lambda _: None).summary["fingerprint"]
+
+    options = LatentOptions(views=1, dtype="float32", batch_size=2)
+    data = dataclasses.replace(config.data, cache=options)
+    own = dataclasses.replace(config, name="own", data=data)
+    run(own, 1)
+    shards = sorted((folder / "own" / CACHE).glob("records-*"))
+    written = [path.stat().st_mtime_ns for path in shards]
+    found = run(own, 2)
+    assert written
+    assert [path.stat().st_mtime_ns for path in shards] == written
+    assert found == run(dataclasses.replace(cached, name="prepared"), 2)
+    assert not (folder / "prepared" / CACHE).exists()
+    assert flops_per_image(own) == flops_per_image(cached)
+    names = {name: leaf.shape for name, leaf in abstract_batch(own).items()}
+    assert names == {name: leaf.shape for name, leaf in abstract_batch(cached).items()}
+
+
+def test_what_cannot_be_cached_is_told_before_an_earlier_run_is_removed(
+    config, cached, told, tiny_recipe, folder
+):
+    def refused(recipe, cache):
+        data = dataclasses.replace(recipe.data, cache=cache)
+        (folder / "earlier").mkdir(exist_ok=True)
+        (folder / "earlier" / "config.json").touch()
+        with pytest.raises(UserError) as error:
+            loop.train(dataclasses.replace(recipe, data=data), folder / "earlier", fresh=True)
+        assert (folder / "earlier" / "config.json").exists()
+        return str(error.value)
+
+    once = LatentOptions(views=1)
+    assert "no autoencoder to cache latents of" in refused(tiny_recipe(), once)
+    assert "of which there is nothing to cache" in refused(cached, once)
+    assert "encoders that are trained already" in refused(config, LatentOptions(views=1, text=True))
+    assert "views is 0" in refused(told["produce"], LatentOptions(text=True))

@@ -1,0 +1,229 @@
+import ast
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+import jaxdiff
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.errors import UserError
+from jaxdiff.models.components import Latents
+from jaxdiff.training.recipe import (
+    Config,
+    differences,
+    flatten,
+    from_json,
+    load_recipe,
+    members,
+    to_json,
+)
+from jaxdiff.training.tasks.autoencoder import Perceptual
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def parts(hint) -> list[type]:
+    """The dataclasses that a field may hold, also within a tuple."""
+    found = []
+    for member in members(hint):
+        if dataclasses.is_dataclass(member):
+            found.append(member)
+        found += [p for a in typing.get_args(member) if isinstance(a, type) for p in parts(a)]
+    return found
+
+
+def reachable(cls: type, seen: dict[type, None] | None = None) -> list[type]:
+    """All dataclasses that a recipe may be made of."""
+    seen = {} if seen is None else seen
+    if cls not in seen:
+        seen[cls] = None
+        for hint in typing.get_type_hints(cls).values():
+            for part in parts(hint):
+                reachable(part, seen)
+    return list(seen)
+
+
+DATACLASSES = reachable(Config)
+
+
+def example(cls: type):
+    """An instance; what has no default gets a value of its type."""
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING:
+            hint = typing.get_type_hints(cls)[f.name]
+            kind = members(hint)[0]
+            values[f.name] = (
+                example(kind)
+                if dataclasses.is_dataclass(kind)
+                else {str: "text", int: 2, float: 2.0, tuple: ()}[typing.get_origin(kind) or kind]
+            )
+    if cls.__name__ == "ClipConfig":
+        values = {
+            name: dataclasses.replace(value, projection_dim=8) for name, value in values.items()
+        }
+    if cls.__name__ == "DiffusionTask":
+        text = values["text"]
+        model = dataclasses.replace(text.model, width=values["denoiser"].text_width, heads=4)
+        values["text"] = dataclasses.replace(text, model=model)
+    if cls.__name__ == "NoiseCurriculum":
+        values["steps_per_level"] = 2
+    return cls(**values)
+
+
+def through_file(value, annotation):
+    return from_json(annotation, json.loads(json.dumps(to_json(value))))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_survives_json(path):
+    config = load_recipe(path)
+    again = through_file(config, Config)
+    assert again == config
+    assert to_json(again) == to_json(config)
+    assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("cls", DATACLASSES, ids=lambda cls: cls.__name__)
+def test_every_dataclass_of_a_recipe_survives_json(cls):
+    value = example(cls)
+    again = through_file(value, cls)
+    assert again == value
+    assert to_json(again) == to_json(value)
+
+
+def test_a_recipe_reaches_what_it_can_be_made_of():
+    """So the tests over DATACLASSES are not empty."""
+    names = {cls.__name__ for cls in DATACLASSES}
+    assert {"Produce", "TFDS", "Shifted", "Heun", "MinSNR", "NoiseCurriculum"} <= names
+    assert {Latents, Perceptual, DataConfig} <= set(DATACLASSES)
+
+
+@pytest.mark.parametrize("cls", DATACLASSES, ids=lambda cls: cls.__name__)
+def test_members_of_a_union_are_told_apart_by_name(cls):
+    for name, hint in typing.get_type_hints(cls).items():
+        names = [part.__name__ for part in parts(hint)]
+        assert len(names) == len(set(names)), name
+
+
+def _reads(tree: ast.AST) -> set[str]:
+    """Names of attributes that are read, `x.name`, and of those in getattr(x, "name")."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            names.add(node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return names
+
+
+def _without_checks(tree: ast.Module) -> ast.Module:
+    """The module without `__post_init__`: to check a key is not to use it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            node.body = [n for n in node.body if getattr(n, "name", "") != "__post_init__"]
+    return tree
+
+
+def test_every_key_is_read_by_something():
+    """Somewhere where the dataclass, or one that holds it, is known by name."""
+    modules = {}
+    for path in Path(jaxdiff.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        modules[frozenset(re.findall(r"\w+", source))] = _reads(_without_checks(ast.parse(source)))
+    unread = []
+    for cls in DATACLASSES:
+        holders = {other.__name__ for other in DATACLASSES if cls in reachable(other)}
+        holders |= {"Bundle"}  # which holds a Config
+        reads = set().union(*(reads for words, reads in modules.items() if holders & words))
+        unread += [
+            f"{cls.__name__}.{f.name}" for f in dataclasses.fields(cls) if f.name not in reads
+        ]
+    assert not unread
+
+
+def test_a_key_that_is_only_checked_counts_as_unread():
+    """So the test above can fail."""
+    source = "class A:\n  def __post_init__(self):\n    self.checked\n  def f(self): self.used"
+    assert _reads(_without_checks(ast.parse(source))) == {"used"}
+
+
+@pytest.fixture
+def data(tiny_recipe):
+    return to_json(tiny_recipe())
+
+
+def _set(data, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        data = data[name]
+    data[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("train.batchsize", 3, r"train\.batchsize is not a key.*train\.batch_size\?"),
+        ("optimiser", {}, r"optimiser is not a key.*config\.optimizer\?"),
+        ("data.source.type", "Product", r"data\.source is of type Product: expected .*Produce"),
+        ("task", None, r"config\.task is None: expected DiffusionTask or"),
+        ("task.text", 3, r"task\.text is 3: expected TextTower"),
+        ("train.steps", "many", r"train\.steps is 'many': expected int"),
+        ("train.steps", True, r"train\.steps is True: expected int"),
+        ("train.steps", 0, r"train\.steps is 0"),
+        ("train.seed", -1, r"train\.seed is -1: expected 0 or a positive"),
+        ("train.compute", "float8", "expected 'float32' or 'bfloat16'"),
+        ("sampling.interval", [0.1], r"sampling\.interval is \[0\.1\]"),
+        ("sampling.prompts", [1], r"prompts\[0\] is 1: expected str"),
+    ],
+)
+def test_what_does_not_belong_in_a_recipe_is_told(data, path, value, told):
+    _set(data, path, value)
+    with pytest.raises(UserError, match=told):
+        from_json(Config, data)
+
+
+def test_a_missing_key_that_has_no_default_is_told(data):
+    del data["task"]["denoiser"]
+    with pytest.raises(UserError, match=r"config\.task\.denoiser is missing"):
+        from_json(Config, data)
+
+
+def test_missing_keys_take_their_defaults(tiny_recipe, data):
+    del data["ema"], data["train"]["keep"]
+    assert from_json(Config, data) == tiny_recipe()
+
+
+def test_whole_numbers_stand_for_floats(tiny_recipe, data):
+    data["sampling"]["guidance_scale"] = 4
+    scale = from_json(Config, data).sampling.guidance_scale
+    assert scale == 4
+    assert isinstance(scale, float)
+
+
+@pytest.mark.parametrize("data", [[], 3, "text", None, {}])
+def test_json_of_something_else_is_told(data):
+    with pytest.raises(UserError, match="expected Config"):
+        from_json(Config, data)
+
+
+def test_differences_name_the_keys(tiny_recipe):
+    ours = tiny_recipe(steps=6)
+    assert differences(ours, tiny_recipe(steps=6)) == []
+    assert differences(ours, tiny_recipe(steps=7)) == ["train.steps is 6 here and 7 there"]
+
+
+def test_differences_of_another_type_show_its_keys(tiny_recipe):
+    ours = tiny_recipe()
+    without = dataclasses.replace(ours.task, curriculum=None)
+    lines = differences(ours, dataclasses.replace(ours, task=without))
+    assert any(line.startswith("task.curriculum.levels is 10 here") for line in lines)
+    assert any(line.startswith("task.curriculum is '(none)' here and None") for line in lines)
+
+
+def test_flatten_joins_names_with_points():
+    assert flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
