@@ -31,6 +31,7 @@ from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.pipeline import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.parallel.compiler import refused_flags_as_user_errors
 from jaxdiff.parallel.exchange import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.parallel.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.parallel.sharding import replicated, state_shardings
@@ -119,7 +120,8 @@ def train(
         while number < config.train.steps and not stop.agreed:
             batch, skipped = run.take(batches)
             shape = tuple(x.shape for x in batch.values())
-            with nullcontext() if shape in compiled else run.throughput.compiling():
+            compiling = nullcontext() if shape in compiled else run.throughput.compiling()
+            with refused_flags_as_user_errors(), compiling:
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
             stop.ask()
@@ -189,7 +191,7 @@ def compile_step(
         in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=config.compiler.options(mesh.devices.flat[0].platform) or None,
+        compiler_options=config.compiler.options(mesh.devices.flat[0]) or None,
     )
 
 
