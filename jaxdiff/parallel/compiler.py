@@ -14,7 +14,8 @@ import jax
 from jaxdiff.benchmark.chips import Device, find_chip
 from jaxdiff.errors import UserError
 
-# libtpu 0.0.42.1 (JAX 0.10.2) and 0.0.50.1 (JAX 0.12.0.1) accept these four for v5e, v5p and v6e.
+# libtpu 0.0.42.1 (JAX 0.10.2) and 0.0.50.1 (JAX 0.12.0.1) accept these four for every generation
+# that they compile for: v2, v3, v4, v5e, v5p, v6e and 7x.
 OVERLAP_TPU = (
     # Order instructions so that computation hides the latency of asynchronous ones.
     "xla_tpu_enable_latency_hiding_scheduler=true",
@@ -26,15 +27,15 @@ OVERLAP_TPU = (
     "xla_tpu_overlap_compute_collective_tc=true",
 )
 # Extend that fusion to all-gathers ("continuation fusion"). Together with asynchronous all-gathers
-# libtpu 0.0.50.1 refuses it on every other chip, where it can give wrong results; 0.0.42.1 accepts
-# it on all.
+# libtpu 0.0.50.1 refuses it on all but v5e, for it can give wrong results there. 0.0.42.1 accepts
+# it on v4, v5p and v6e too; on v2 and v3 its program does not fit into the flags' memory (sflag).
 FUSE_ALL_GATHER = "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
 # Kinds of the table of chips whose flags differ from OVERLAP_TPU.
 TPU_FLAGS = {
     "TPU v5 lite": (*OVERLAP_TPU, FUSE_ALL_GATHER),
     "TPU v5e": (*OVERLAP_TPU, FUSE_ALL_GATHER),
 }
-# The same scheduler as on TPUs. JAX 0.10.2 accepts it for CUDA devices of every kind.
+# The same scheduler as on TPUs. JAX 0.10.2 and 0.12.0.1 know the flag; it names no kind of GPU.
 OVERLAP_GPU = ("xla_gpu_enable_latency_hiding_scheduler=true",)
 
 _REFUSED = re.compile(
