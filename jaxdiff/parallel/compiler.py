@@ -38,6 +38,7 @@ TPU_FLAGS = {
 # The same scheduler as on TPUs. JAX 0.10.2 and 0.12.0.1 know the flag; it names no kind of GPU.
 OVERLAP_GPU = ("xla_gpu_enable_latency_hiding_scheduler=true",)
 
+_TRUTH = {"true": True, "false": False}
 _REFUSED = re.compile(
     r"No such compile option: '(?P<unknown>\w+)'"
     r"|Failed to parse '(?P<text>.*)' into flag (?P<flag>\w+)"  # libtpu
@@ -76,10 +77,13 @@ class CompilerConfig:
             return OVERLAP_GPU if self.gpu is None else self.gpu
         return ()
 
-    def options(self, device: Device) -> dict[str, str]:
-        """Return the flags for a device as `jax.jit` takes its `compiler_options`."""
+    def options(self, device: Device) -> dict[str, str | bool]:
+        """Return the flags for a device as `jax.jit` takes its `compiler_options`.
+
+        Truth values become `bool`: GPUs and CPUs refuse the string "true".
+        """
         pairs = (flag.partition("=") for flag in self.flags(device))
-        return {name: value for name, _, value in pairs}
+        return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
 
 
 def _tpu_flags(kind: str) -> tuple[str, ...]:

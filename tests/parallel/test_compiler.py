@@ -56,6 +56,16 @@ def test_the_default_flags_suit_the_kind_of_device(device, flags):
     assert CompilerConfig().flags(device) == flags
 
 
+def test_xla_knows_the_default_flags_of_gpus():
+    """Every backend parses them; the CPU's ignores them."""
+    jax.jit(lambda x: x + 1, compiler_options=CompilerConfig().options(H100))(1.0)
+
+
+def test_truth_values_are_passed_as_such():
+    given = CompilerConfig(gpu=("xla_a=true", "xla_b=False", "xla_c=1")).options(H100)
+    assert given == {"xla_a": True, "xla_b": False, "xla_c": "1"}
+
+
 def test_given_flags_replace_the_defaults_of_their_platform():
     config = CompilerConfig(tpu=("xla_a=1", "xla_b=x=y"))
     assert config.options(V5E) == config.options(V6E) == {"xla_a": "1", "xla_b": "x=y"}
