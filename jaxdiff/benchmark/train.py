@@ -13,6 +13,7 @@ from jaxdiff.benchmark.timing import median, peak_memory
 from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
+from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import Config
@@ -47,7 +48,8 @@ def measure(
     first = next(batches)
     jitted: Any = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
     start = time.perf_counter()
-    step = jitted.lower(state, frozen, first).compile()
+    with refused_flags_as_user_errors():
+        step = jitted.lower(state, frozen, first).compile()
     compile_s = time.perf_counter() - start
 
     seconds, waited = _timed(step, state, frozen, batches, warmup, repeats)

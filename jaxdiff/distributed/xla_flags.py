@@ -1,49 +1,112 @@
-"""Settings of XLA that a recipe is compiled with, by kind of device."""
+"""Flags of XLA that the training step is compiled with, by kind of device.
 
+The defaults overlap collectives with computation: while one layer is computed, the weights of the
+next are gathered and the gradients of the previous one are summed.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import jax
+
+from jaxdiff.distributed.chips import Device, find_chip
 from jaxdiff.errors import UserError
 
-# While one layer is computed the weights of the next are gathered, and the gradients of the last
-# one summed.
+# libtpu 0.0.42.1 (JAX 0.10.2) and 0.0.50.1 (JAX 0.12.0.1) accept these four for every generation
+# that they compile for: v2, v3, v4, v5e, v5p, v6e and 7x.
 OVERLAP_TPU = (
+    # Order instructions so that computation hides the latency of asynchronous ones.
     "xla_tpu_enable_latency_hiding_scheduler=true",
+    # Split each all-gather into a start and an end, between which others run.
     "xla_enable_async_all_gather=true",
+    # Fuse collectives with the computation that runs at the same time,
     "xla_tpu_enable_async_collective_fusion=true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    # on the same TensorCore.
     "xla_tpu_overlap_compute_collective_tc=true",
 )
+# Extend that fusion to all-gathers ("continuation fusion"). Together with asynchronous all-gathers
+# libtpu 0.0.50.1 refuses it on all but v5e, for it can give wrong results there. 0.0.42.1 accepts
+# it on v4, v5p and v6e too; on v2 and v3 its program does not fit into the flags' memory (sflag).
+FUSE_ALL_GATHER = "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+# Kinds of the table of chips whose flags differ from OVERLAP_TPU.
+TPU_FLAGS = {
+    "TPU v5 lite": (*OVERLAP_TPU, FUSE_ALL_GATHER),
+    "TPU v5e": (*OVERLAP_TPU, FUSE_ALL_GATHER),
+}
+# The same scheduler as on TPUs. JAX 0.10.2 and 0.12.0.1 know the flag; it names no kind of GPU.
 OVERLAP_GPU = ("xla_gpu_enable_latency_hiding_scheduler=true",)
+
+_TRUTH = {"true": True, "false": False}
+_REFUSED = re.compile(
+    r"No such compile option: '(?P<unknown>\w+)'"
+    r"|Failed to parse '(?P<text>.*)' into flag (?P<flag>\w+)"  # libtpu
+    r"|While setting option (?P<option>\w+), (?P<reason>.*? value)"  # CPUs and GPUs
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompilerConfig:
-    """Flags of XLA for the training step, each `name=value`; the defaults overlap collectives.
+    """Flags of XLA for the training step, each `name=value`.
 
     Attributes:
-      tpu: on TPUs.
-      gpu: on GPUs.
+      tpu: on TPUs; None for those that suit the kind of TPU.
+      gpu: on GPUs; None for those that suit GPUs.
 
     Raises:
       UserError: for a flag of another form.
     """
 
-    tpu: tuple[str, ...] = OVERLAP_TPU
-    gpu: tuple[str, ...] = OVERLAP_GPU
+    tpu: tuple[str, ...] | None = None
+    gpu: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for flag in (*self.tpu, *self.gpu):
+        for flag in (*(self.tpu or ()), *(self.gpu or ())):
             name, _, value = flag.partition("=")
             if not name.startswith("xla_") or not value:
                 raise UserError(
                     f"compiler: {flag!r} is no flag of XLA: expected xla_NAME=VALUE, no dashes."
                 )
 
-    def flags(self, platform: str) -> tuple[str, ...]:
-        """Those for a platform as JAX calls it; none on a CPU."""
-        return {"tpu": self.tpu, "gpu": self.gpu, "cuda": self.gpu}.get(platform, ())
+    def flags(self, device: Device) -> tuple[str, ...]:
+        """Return the flags for a device; none on a CPU."""
+        if device.platform == "tpu":
+            return _tpu_flags(device.device_kind) if self.tpu is None else self.tpu
+        if device.platform in ("gpu", "cuda"):
+            return OVERLAP_GPU if self.gpu is None else self.gpu
+        return ()
 
-    def options(self, platform: str) -> dict[str, str]:
-        """The same, as `jax.jit` takes its `compiler_options`."""
-        pairs = (flag.partition("=") for flag in self.flags(platform))
-        return {name: value for name, _, value in pairs}
+    def options(self, device: Device) -> dict[str, str | bool]:
+        """Return the flags for a device as `jax.jit` takes its `compiler_options`.
+
+        Truth values become `bool`: GPUs and CPUs refuse the string "true".
+        """
+        pairs = (flag.partition("=") for flag in self.flags(device))
+        return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
+
+
+def _tpu_flags(kind: str) -> tuple[str, ...]:
+    chip = find_chip(kind)
+    return TPU_FLAGS.get(chip.kind, OVERLAP_TPU) if chip else OVERLAP_TPU
+
+
+@contextmanager
+def refused_flags_as_user_errors() -> Iterator[None]:
+    """Raise `UserError` where XLA does not know a flag or its value."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        refused = _REFUSED.search(str(error))
+        if refused is None:
+            raise
+        if refused["unknown"]:
+            raise UserError(
+                f"compiler: this version of XLA knows no flag {refused['unknown']}: expected one "
+                "that it has; correct --compiler.tpu or --compiler.gpu."
+            ) from None
+        reason = refused["reason"] or f"{refused['text']!r} is not a valid value"
+        raise UserError(
+            f"compiler: {reason} of {refused['flag'] or refused['option']}: expected a value of "
+            "the flag's type; correct --compiler.tpu or --compiler.gpu."
+        ) from None

@@ -32,6 +32,7 @@ from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
 from jaxdiff.distributed.mesh import MeshConfig, Slice, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.planning.hlo import Exchange, read_program
 from jaxdiff.planning.topology import Topology
@@ -197,7 +198,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         accumulate=config.train.accumulate,
         remat=config.task.denoiser.remat if isinstance(config.task, DiffusionTask) else None,
         steps=config.train.steps,
-        flags=config.compiler.flags(topology.devices[0].platform),
+        flags=config.compiler.flags(topology.devices[0]),
         parameters=_count(abstract_state(config).params),
         frozen_parameters=_count(abstract_frozen(config)),
         flops_per_image=per_image,
@@ -265,7 +266,8 @@ def _compile(
     step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
-        compiled = lowered.compile({"optimization_level": _O0} if quick else None)
+        with refused_flags_as_user_errors():
+            compiled = lowered.compile({"optimization_level": _O0} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         used = _TOO_LARGE.search(str(error))
         if used is None:

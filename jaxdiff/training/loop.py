@@ -23,6 +23,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.distributed.sharding import replicated, state_shardings
+from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.load import (
     CACHE,
@@ -119,7 +120,8 @@ def train(
         while number < config.train.steps and not stop.agreed:
             batch, skipped = run.take(batches)
             shape = tuple(x.shape for x in batch.values())
-            with nullcontext() if shape in compiled else run.throughput.compiling():
+            compiling = nullcontext() if shape in compiled else run.throughput.compiling()
+            with refused_flags_as_user_errors(), compiling:
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
             stop.ask()
@@ -189,7 +191,7 @@ def compile_step(
         in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=config.compiler.options(mesh.devices.flat[0].platform) or None,
+        compiler_options=config.compiler.options(mesh.devices.flat[0]) or None,
     )
 
 
