@@ -115,7 +115,7 @@ def read_weak(model: str, strong: Bundle, dtype: ComputeType | None, mesh: Mesh)
     assert isinstance(own, DiffusionTask)
     if not isinstance(task, DiffusionTask) or bundle.tokenizer is None:
         raise UserError(f"{model} is no text-to-image model: give a weaker one in weak.model.")
-    theirs, ours = bundle.tokenizer.bpe.to_str(), strong.tokenizer and strong.tokenizer.bpe.to_str()
+    theirs, ours = bundle.tokenizer.fingerprint, strong.tokenizer and strong.tokenizer.fingerprint
     differ = {
         "another tokenizer": theirs != ours,
         "another schedule": task.objective.schedule != own.objective.schedule,

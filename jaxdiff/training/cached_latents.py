@@ -107,5 +107,5 @@ def text_fingerprint(task: DiffusionTask, frozen: Mapping[str, Any], tokenizer: 
     towers = {name: dataclasses.replace(t, pretrained=None) for name, t in task.towers.items()}
     weights = weights_fingerprint({name: frozen[name] for name in towers})
     read = {name: to_json(tower) for name, tower in towers.items()}
-    made_by = [read, weights, tokenizer.bpe.to_str(), task.text_size]
+    made_by = [read, weights, tokenizer.fingerprint, task.text_size]
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()

@@ -1,13 +1,20 @@
 import json
+import logging
 import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
+import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 
+SHIPPED = Path(jaxdiff.__file__).parent / "weights" / "produce"
 CAPTIONS = [
     "a photo of a ripe tomato with a stem",
     "a small green pea, left of two bananas",
@@ -22,26 +29,112 @@ TEXTS = [
     "a pea " * 60,
 ]
 
+# The shipped tokenizer's ids of each text, without start, end and padding.
+EXPECTED = [
+    ("", ""),
+    (" ", ""),
+    ("\n\t \xa0", ""),
+    ("a ripe tomato", "320 614 600"),
+    ("A RIPE TOMATO", "320 614 600"),
+    ("  a  ripe\ntomato\t ", "320 614 600"),
+    ("a small green pea, left of two bananas", "320 551 582 544 267 572 537 628 674"),
+    (
+        "There's one large banana on the table!",
+        "518 68 646 6 338 78 77 324 622 601 548 525 83 64 65 536 256",
+    ),
+    (
+        "it's, I'm, we're, they've, he'll, she'd, don't",
+        "72 339 6 338 267 328 6 332 267 86 324 6 646 267 518 68 344 6 655 267 71 324 6 547 "
+        "267 82 71 324 6 323 267 67 548 6 339",
+    ),
+    ("IT'S ROCK'N'ROLL", "72 339 6 338 598 66 330 262 333 262 598 547"),
+    ("'s", "6 338"),
+    ("\u2019s it\u2019s", "158 222 503 338 72 339 158 222 503 338"),
+    ("2 peas, 13 bananas; 1,024 carrots", "273 679 267 272 274 674 282 272 267 271 273 275 686"),
+    ("3.14 x 10^-5", "274 269 272 275 343 272 271 61 268 276"),
+    (
+        "na\xefve caf\xe9, gr\xf6\xdfe",
+        "77 64 127 107 655 66 64 69 127 358 267 70 81 127 114 127 253 324",
+    ),
+    ("nai\u0308ve cafe\u0301", "77 64 127 107 655 66 64 69 127 358"),
+    (
+        "\xc0\xc9\xce\xd5\xdc \xdf \ufb01 \u01c6",
+        "127 254 127 102 127 106 127 113 127 376 127 509 171 105 479 131 484",
+    ),
+    (
+        "\u8c46 \u3068 \u30d0\u30ca\u30ca",
+        "164 109 484 159 223 357 159 225 238 159 225 232 159 225 488",
+    ),
+    (
+        "\u0433\u043e\u0440\u043e\u0445 \u0438 \u0431\u0430\u043d\u0430\u043d",
+        "140 111 140 122 141 222 140 122 141 483 140 372 140 109 140 108 140 121 140 108 140 377",
+    ),
+    (
+        "\u062d\u0628\u0629 \u0628\u0627\u0632\u0644\u0627\u0621",
+        "148 255 148 101 148 358 148 101 148 100 148 110 149 226 148 100 148 350",
+    ),
+    (
+        "\U0001f34c\U0001f345 \u2603 \U0001f469\u200d\U0001f33e",
+        "172 253 235 234 172 253 235 483 158 246 481 172 253 239 102 158 222 235 172 253 234 378",
+    ),
+    ("\u0130stanbul \u03a3\u0391\u03a3", "328 136 485 512 524 65 84 331 139 225 138 109 139 481"),
+    ("a<b>c</b>", "320 283 321 285 322 27 270 321 285"),
+    ("<|startoftext|>", "687"),
+    ("pea <|endoftext|> banana", "544 688 601"),
+    ("a</w> pea</w>", "320 27 270 342 285 544 27 270 342 285"),
+    (
+        "snake_case and kebab-case",
+        "82 77 64 74 324 318 66 64 82 324 524 323 74 68 65 64 321 268 66 64 82 324",
+    ),
+    ("e-mail: a.b@c.de", "324 268 526 72 331 281 320 269 321 287 322 269 616"),
+    (
+        "https://example.org/?q=pea&n=2",
+        "71 83 83 79 338 25 14 270 68 87 64 76 568 269 563 326 14 286 336 284 544 261 333 284 273",
+    ),
+    ("(((tomato)))", "7 7 263 600 8 8 264"),
+    ("[pea:banana:0.5]", "314 544 281 601 281 271 269 276 316"),
+    ("!!!???...", "0 0 0 30 30 30 13 13 269"),
+    ('"quoted" `code` \\n', "257 80 84 78 83 552 257 319 66 78 616 319 315 333"),
+    ("\x00\x07null", "188 451 77 84 547"),
+    (
+        "\u200bzero\u200bwidth\ufeff",
+        "158 222 489 89 68 81 334 158 222 489 86 72 67 83 327 171 119 379",
+    ),
+    ("\xbd \xb2 \u2460\u2163 \u0663", "126 377 126 366 158 239 510 158 227 367 149 352"),
+    ("a\u0301\u0327 combining", "127 350 136 356 66 78 76 65 539 642"),
+    (
+        "antidisestablishmentarianism",
+        "524 83 72 527 82 68 512 64 560 72 82 71 76 68 645 541 72 524 72 82 332",
+    ),
+    ("tomatotomatotomato", "577 534 577 534 600"),
+    ("a pea " * 60, " ".join(["320 544"] * 60)),
+    ("x" * 300, " ".join(["87"] * 299 + ["343"])),
+    ("\u8c46" * 50, " ".join(["164 109 228"] * 49 + ["164 109 484"])),
+]
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(CAPTIONS, vocab_size=600)
 
 
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    """The trained tokenizer in the two files that OpenAI published CLIP's in."""
-    model = json.loads(tokenizer.bpe.to_str())["model"]
-    folder = tmp_path_factory.mktemp("clip")
+def write_clip_files(tokenizer, folder):
+    """Write the two files that OpenAI published CLIP's tokenizer in."""
+    model = json.loads(tokenizer.backend.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """The trained tokenizer as `vocab.json` and `merges.txt`."""
+    return write_clip_files(tokenizer, tmp_path_factory.mktemp("clip"))
+
+
 def _words(tokenizer, text):
-    encoding = tokenizer.bpe.encode(text, add_special_tokens=False)
-    return encoding.tokens[: sum(encoding.attention_mask)]
+    return tokenizer.backend.encode(text, add_special_tokens=False).tokens
 
 
 def test_ids_are_start_words_end_and_padding_with_the_end(tokenizer):
@@ -85,13 +178,13 @@ def test_a_folder_may_name_another_padding(folder, tmp_path):
     tokenizer = Tokenizer.load(str(tmp_path))
     ids = tokenizer(["a pea"])[0]
     end = ids.tolist().index(tokenizer.end_id)
-    assert set(ids[end + 1 :].tolist()) == {tokenizer.bpe.token_to_id("!")}
+    assert set(ids[end + 1 :].tolist()) == {tokenizer.backend.token_to_id("!")}
 
 
 def test_training_merges_frequent_words_and_is_repeatable(tokenizer):
     for _ in range(8):
         again = Tokenizer.train(iter(CAPTIONS), vocab_size=600)
-        assert again.bpe.to_str() == tokenizer.bpe.to_str()
+        assert again.fingerprint == tokenizer.fingerprint
     assert _words(tokenizer, "banana on") == ["banana</w>", "on</w>"]
     assert tokenizer.end_id == tokenizer.vocab_size - 1
     assert Tokenizer.train(CAPTIONS, vocab_size=520).vocab_size == 520
@@ -104,7 +197,7 @@ def test_no_text_produces_an_end_token_before_its_end(tokenizer):
         assert _words(tokenizer, text)
 
 
-def test_truncation_is_told_exactly(tokenizer):
+def test_truncated_is_exact(tokenizer):
     fits, longer = "pea " * 75, "pea " * 76
     assert _words(tokenizer, "pea") == ["pea</w>"]
     assert not tokenizer.truncated(fits)
@@ -113,7 +206,7 @@ def test_truncation_is_told_exactly(tokenizer):
     assert not tokenizer.truncated("")
 
 
-def test_folders_without_a_clip_tokenizer_are_told(tmp_path):
+def test_folders_without_a_tokenizer_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer"):
         Tokenizer.load(str(tmp_path / "none"))
     (tmp_path / "tokenizer.json").write_text("{")
@@ -121,11 +214,11 @@ def test_folders_without_a_clip_tokenizer_are_told(tmp_path):
         Tokenizer.load(str(tmp_path))
     other = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
     other.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="is not CLIP's"):
+    with pytest.raises(UserError, match="has no padding token"):
         Tokenizer.load(str(tmp_path))
 
 
-def test_impossible_sizes_are_told():
+def test_impossible_sizes_are_refused():
     with pytest.raises(UserError, match="too small"):
         Tokenizer.train(CAPTIONS, vocab_size=100)
     with pytest.raises(UserError, match="does not fit CLIP"):
@@ -160,7 +253,7 @@ def test_transformers_reads_a_new_word_as_we_do(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["", "two words", "<|endoftext|>", "a</w>"])
-def test_what_cannot_be_a_new_word_is_told(tokenizer, word):
+def test_impossible_new_words_are_refused(tokenizer, word):
     with pytest.raises(UserError, match="cannot be a new word"):
         tokenizer.with_word(word, 1)
 
@@ -171,7 +264,7 @@ def test_tokens_have_the_weight_of_the_text_they_begin_in(tokenizer):
     ids, weights = tokenizer.weighted(stretches)
     np.testing.assert_array_equal(ids, tokenizer(["".join(text for text, _ in stretches)])[0])
     end = int(np.argmax(ids == tokenizer.end_id))
-    tokens = [tokenizer.bpe.id_to_token(i) for i in ids]
+    tokens = [tokenizer.backend.id_to_token(i) for i in ids]
     by_token = dict(zip(tokens[:end], weights[:end], strict=True))
     assert (by_token["photo</w>"], by_token["tomato</w>"], by_token["with</w>"]) == (1, 2, 0.5)
     assert weights[0] == 1
@@ -183,3 +276,199 @@ def test_a_word_of_several_tokens_has_the_weight_of_its_stretch(tokenizer):
     ids, weights = longer.weighted([("a ", 1.0), ("<pea>", 2.0), (" tomato", 3.0)])
     np.testing.assert_array_equal(ids, longer(["a <pea> tomato"])[0])
     np.testing.assert_array_equal(weights[:6], [1, 1, 2, 2, 3, 1])
+
+
+def ids_of(tokenizer, text):
+    """The ids of a text without start, end and padding."""
+    ids, mask = tokenizer.encode([text])
+    real = ids[mask].tolist()
+    return real[len(tokenizer.prefix) : len(real) - len(tokenizer.suffix)]
+
+
+@pytest.mark.parametrize("form", ["shipped", "clip_files", "exported"])
+def test_ids_stay_as_they_are(form, tmp_path):
+    tokenizer = Tokenizer.load(str(SHIPPED))
+    length = 32
+    if form == "clip_files":
+        tokenizer, length = Tokenizer.load(str(write_clip_files(tokenizer, tmp_path))), 77
+    if form == "exported":
+        tokenizer.export(str(tmp_path))
+        tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer.length == length
+    for text, words in EXPECTED:
+        found, expected = ids_of(tokenizer, text), [int(i) for i in words.split()]
+        assert found == expected[: length - 2], text
+        assert tokenizer.truncated(text) == (len(expected) > length - 2)
+
+
+def test_mask_is_true_from_start_to_end(tokenizer):
+    ids, mask = tokenizer.encode(["a banana", "", "pea " * 90])
+    assert mask.dtype == bool
+    assert mask.sum(axis=1).tolist() == [4, 2, 77]
+    for row, real in zip(ids, mask, strict=True):
+        assert row[real][0] == tokenizer.start_id
+        assert row[real][-1] == tokenizer.end_id
+        assert (row[~real] == tokenizer.pad_id).all()
+    np.testing.assert_array_equal(ids, tokenizer(["a banana", "", "pea " * 90]))
+    assert tokenizer([]).shape == (0, 77)
+
+
+def t5(folder):
+    """A tokenizer of T5's kind: no start token, an end token, its own padding."""
+    from transformers import T5Tokenizer
+
+    words = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581a", "\u2581pea", "\u2581red", "s"]
+    vocab = [(word, -float(i)) for i, word in enumerate(words)]
+    T5Tokenizer(vocab, extra_ids=0, model_max_length=512).save_pretrained(folder)
+
+
+def qwen(folder):
+    """A tokenizer of Qwen's kind: neither start nor end token, padding on the left."""
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<|endoftext|>": 256}
+    Qwen2Tokenizer(
+        vocab, [], padding_side="left", model_max_length=131072, extra_special_tokens=["<|im_end|>"]
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [t5, qwen])
+@pytest.mark.parametrize("saved", [False, True])
+def test_other_kinds_have_the_ids_and_masks_of_transformers(kind, saved, tmp_path):
+    from transformers import AutoTokenizer
+
+    kind(tmp_path / "theirs")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    tokenizer = Tokenizer.load(str(tmp_path / "theirs"), length=120)
+    if saved:
+        tokenizer.save(str(tmp_path / "saved"))
+        tokenizer = Tokenizer.load(str(tmp_path / "saved"))
+    texts = ["a red pea", "", " peas \n\u8c46", "pea<|im_end|>", "</s> a", "red peas " * 80]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=120)
+    ids, mask = tokenizer.encode(texts)
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, expected["attention_mask"])
+    assert tokenizer.start_id is None
+    assert tokenizer.end_id == (1 if kind is t5 else None)
+    tokenizer.export(str(tmp_path / "exported"))
+    back = Tokenizer.load(str(tmp_path / "exported"))
+    assert back.length == 120
+    np.testing.assert_array_equal(back(texts), ids)
+
+
+def test_the_stated_length_of_other_kinds_counts(tmp_path):
+    t5(tmp_path)
+    assert Tokenizer.load(str(tmp_path)).length == 512
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no length"):
+        Tokenizer.load(str(tmp_path))
+    with pytest.raises(UserError, match="holds no word"):
+        Tokenizer.load(str(tmp_path), length=1)
+
+
+def test_weights_are_those_of_the_words_with_either_kind(tmp_path):
+    """A token that includes the space before its word has the word's weight."""
+    t5(tmp_path / "t5")
+    ids, weights = Tokenizer.load(str(tmp_path / "t5"), length=6).weighted(
+        [("a ", 1.5), ("red", 2.0), (" pea", 3.0)]
+    )
+    assert ids.tolist() == [4, 6, 5, 1, 0, 0]
+    assert weights.tolist() == [1.5, 2, 3, 1, 1, 1]
+    qwen(tmp_path / "qwen")
+    left = Tokenizer.load(str(tmp_path / "qwen"), length=5)
+    assert left.weighted([("ab", 2.0), ("c", 3.0)])[1].tolist() == [1, 1, 2, 2, 3]
+
+
+def test_a_plain_padding_token_is_an_ordinary_token_in_a_text(folder, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    plain = Tokenizer.load(str(folder))
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    padded = Tokenizer.load(str(tmp_path))
+    assert padded.pad_id == plain.backend.token_to_id("!")
+    for text in ("a pea!", "!!! pea ?!", "!"):
+        assert ids_of(padded, text) == ids_of(plain, text)
+
+
+NEW = [  # words with their counts, a text, and the new tokens that it becomes
+    ([("<cat>", 2), ("<cat>s", 3)], "a <cat> <cat>s<cat>, <cat>", [0, 1, 2, 3, 4, 0, 1, 0, 1]),
+    ([("<cat>s", 3), ("<cat>", 2)], "<cat>s and <cat>", [0, 1, 2, 3, 4]),
+    ([("<a>", 2), ("<a_1>", 2)], "<a> <a_1> a<a>b", [0, 1, 2, 3, 0, 1]),
+    ([("<a>", 3)], "<a>_1 <a>_2 <a>", [1, 2, 0, 1, 2]),
+    ([("EasyNegative", 2), ("EasyNegativeV2", 3)], "a pea, EasyNegative", [0, 1]),
+    ([("EasyNegative", 2), ("EasyNegativeV2", 3)], "EasyNegativeV2,EasyNegative", [2, 3, 4, 0, 1]),
+    ([("pix", 2)], "a pix pea", [0, 1]),
+    ([("pix", 2)], "a <pix> pea", [0, 1]),
+    ([("pix", 2)], "a pixel pea, unpix, pix_2, Pix", []),
+    ([("style", 1), ("style_1", 1)], "a style pea", [0]),
+    ([("style", 1), ("style_1", 1)], "a style_1 pea", [1]),
+    ([("style_1", 1), ("<style>", 2)], "style_1 <style> <style>_1 style", [0, 1, 2, 2]),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "right"), NEW)
+def test_words_that_overlap_stay_apart(words, text, right, tokenizer, tmp_path):
+    longer = tokenizer
+    for word, count in words:
+        longer = longer.with_word(word, count)
+    longer.save(str(tmp_path))
+    first = tokenizer.vocab_size
+    for made in (longer, Tokenizer.load(str(tmp_path)), pickle.loads(pickle.dumps(longer))):
+        assert [i - first for i in ids_of(made, text) if i >= first] == right
+        assert made.fingerprint == longer.fingerprint
+        assert made.added_spellings == longer.added_spellings
+        ids, _ = made.weighted([(text, 2.0)])
+        np.testing.assert_array_equal(ids, made([text])[0])
+
+
+def test_exported_words_of_several_tokens_are_read_back(tokenizer, tmp_path):
+    longer = tokenizer.with_word("<my-Pea>", 3).with_word("pix", 1)
+    longer.export(str(tmp_path))
+    back = Tokenizer.load(str(tmp_path))
+    texts = ["a <my-Pea>, pix", "pixel <my-Pea>_1", "<my-pea>"]
+    np.testing.assert_array_equal(back(texts), longer(texts))
+    assert back.fingerprint != tokenizer.fingerprint
+
+
+def test_fingerprints_differ_by_whatever_changes_ids(tokenizer, tmp_path):
+    others = [
+        tokenizer.with_word("<a>", 1),
+        tokenizer.with_word("<a>", 2),
+        tokenizer.with_word("<a>", 1).with_word("<a>_1", 1),
+        Tokenizer.train(CAPTIONS, vocab_size=600, length=20),
+        Tokenizer.train(CAPTIONS, vocab_size=550),
+        tokenizer,
+    ]
+    assert len({other.fingerprint for other in others}) == len(others)
+    tokenizer.save(str(tmp_path))
+    assert Tokenizer.load(str(tmp_path)).fingerprint == tokenizer.fingerprint
+
+
+def test_threads_share_a_tokenizer(tokenizer):
+    longer = tokenizer.with_word("<a>", 2)
+    texts = [f"{text} <a> {i}" for i, text in enumerate(TEXTS * 20)]
+    expected = longer(texts)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: longer(texts), range(16)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_transformers_is_imported_for_foreign_folders_alone(folder):
+    """The shipped tokenizer works without it; where it is imported, nothing is printed."""
+    code = """
+import sys
+import jaxdiff
+from jaxdiff.data.tokenizer import Tokenizer
+Tokenizer.load(sys.argv[1])(["a pea"])
+assert "transformers" not in sys.modules
+Tokenizer.load(sys.argv[2])(["a pea"])
+assert "transformers" in sys.modules
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(SHIPPED), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert not logging.getLogger("transformers").filters

@@ -208,8 +208,8 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     for module in (original, jaxdiff.pretrained.load):  # which would ask the hub
         monkeypatch.setattr(module, "download_tokenizer", lambda: tmp_path)
     bundle = read_bundle(tmp_path / "sd.safetensors")
-    vocabulary = read_tokenizer(tmp_path / "sd.safetensors").bpe.get_vocab()
-    assert bundle.tokenizer.bpe.get_vocab() == vocabulary
+    vocabulary = read_tokenizer(tmp_path / "sd.safetensors").backend.get_vocab()
+    assert bundle.tokenizer.backend.get_vocab() == vocabulary
     jax.tree.map(np.testing.assert_array_equal, bundle.params["denoiser"], params)
     jax.tree.map(np.testing.assert_array_equal, bundle.frozen["text"], words)
     images = Pipeline(bundle)(["a red pea"], num_steps=2, size=(16, 16))

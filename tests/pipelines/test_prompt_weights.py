@@ -98,7 +98,7 @@ def test_weights_go_by_token_and_parts_are_filled_up(tokenizer):
     assert {name: rows[f"p_{name}"].shape for name in shapes} == shapes
     np.testing.assert_array_equal(rows["p_parts"], [[1, 0, 0, 0], [1, -0.5, 2, 0], [1, 0, 0, 0]])
     heavy = rows["p_weights"] != 1
-    assert [tokenizer.bpe.id_to_token(i) for i in rows["p_ids"][heavy]] == ["red</w>"]
+    assert [tokenizer.backend.id_to_token(i) for i in rows["p_ids"][heavy]] == ["red</w>"]
     np.testing.assert_array_equal(rows["p_more_weights"][1, 0].max(), 3)
     np.testing.assert_array_equal(rows["p_empty"], tokenizer([""] * n))
     with pytest.raises(UserError, match="for the prompt itself"):

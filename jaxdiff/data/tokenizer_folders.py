@@ -1,0 +1,229 @@
+"""Folders of tokenizers: jaxdiff's own and those of transformers.
+
+    tokenizer.json         all that jaxdiff's own tokenizer has, alone in its folder
+    tokenizer_config.json  and more files: any tokenizer that `transformers.AutoTokenizer` reads
+    vocab.json merges.txt  alone: CLIP's
+
+jaxdiff's own is read by the `tokenizers` library in milliseconds. transformers, whose import takes
+about a second, is imported for the others alone.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from etils import epath
+
+from jaxdiff.data.clip_bpe import END, START
+from jaxdiff.errors import UserError
+
+SAVED = "tokenizer.json"
+CLIP_LENGTH = 77
+_CONFIG = "tokenizer_config.json"
+_FILE_KINDS = {".json", ".txt", ".model", ".jinja"}  # of a transformers tokenizer folder
+_UNSTATED = 10**9  # transformers gives a greater length where the folder states none
+
+
+class StoredTokenizer(NamedTuple):
+    """What a folder holds; the fields are those of `Tokenizer`."""
+
+    backend: tokenizers.Tokenizer
+    length: int
+    pad_id: int
+    pad_left: bool
+    added_spellings: Mapping[int, tuple[int, ...]]
+
+
+def read_folder(folder: str, length: int | None) -> StoredTokenizer:
+    """Read a tokenizer; see `Tokenizer.load`."""
+    root = epath.Path(folder)
+    own = (root / SAVED).exists() and not (root / _CONFIG).exists()
+    if not own and not any((root / name).exists() for name in (_CONFIG, "vocab.json")):
+        raise UserError(
+            f"{folder} holds no tokenizer: expected {SAVED}, {_CONFIG}, or vocab.json and "
+            "merges.txt; give the folder of a text encoder's tokenizer."
+        )
+    try:
+        backend, stated, pad_id, pad_left = _read_saved(root) if own else _read_foreign(root)
+    except Exception as error:  # `tokenizers` raises plain Exception for what it cannot parse
+        raise UserError(
+            f"The tokenizer in {folder} cannot be read ({error}): expected {SAVED}, or the "
+            "files of a transformers tokenizer; copy the whole folder again."
+        ) from error
+    if pad_id is None:
+        raise UserError(
+            f"The tokenizer in {folder} has no padding token: expected pad_token in {_CONFIG}; "
+            "give the tokenizer folder of a text encoder."
+        )
+    if _is_clip(backend):
+        stated = min(stated or CLIP_LENGTH, CLIP_LENGTH)
+    length = length or stated
+    if length is None:
+        raise UserError(
+            f"The tokenizer in {folder} has no length: expected model_max_length in {_CONFIG}; "
+            "set the length."
+        )
+    return StoredTokenizer(backend, length, pad_id, pad_left, _spellings(backend, by_name=not own))
+
+
+def saved_form(stored: StoredTokenizer) -> bytes:
+    """The content of `tokenizer.json`; see `_spellings` for words of several tokens."""
+    state = json.loads(stored.backend.to_str())
+    later = {i for ids in stored.added_spellings.values() for i in ids[1:]}
+    for token in state["added_tokens"]:
+        token["special"] |= token["id"] in later
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.enable_truncation(stored.length)
+    backend.enable_padding(
+        direction="left" if stored.pad_left else "right",
+        length=stored.length,
+        pad_id=stored.pad_id,
+        pad_token=backend.id_to_token(stored.pad_id),
+    )
+    return backend.to_str(pretty=True).encode()
+
+
+def transformers_files(
+    stored: StoredTokenizer, *, start_id: int | None, end_id: int | None
+) -> dict[str, str]:
+    """File name -> content of a folder that `transformers.AutoTokenizer` reads.
+
+    CLIP's becomes `vocab.json` and `merges.txt`, which diffusers expects; any other kind becomes
+    `tokenizer.json`.
+    """
+    backend = stored.backend
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    ids = {"bos_token": start_id, "eos_token": end_id, "pad_token": stored.pad_id}
+    special = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    if model.get("unk_token"):
+        special["unk_token"] = model["unk_token"]
+    config: dict[str, Any] = {"model_max_length": stored.length, **special}
+    config["padding_side"] = "left" if stored.pad_left else "right"
+    if model["type"] == "BPE" and _is_clip(backend):
+        added = [token for token in state["added_tokens"] if token["content"] not in model["vocab"]]
+        config["tokenizer_class"] = "CLIPTokenizer"
+        merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+        files = {
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+            "merges.txt": f"#version: 0.2\n{merges}",
+        }
+        if added:
+            decoder = {str(token["id"]): token for token in state["added_tokens"]}
+            config["added_tokens_decoder"] = {
+                i: {key: value for key, value in token.items() if key != "id"}
+                for i, token in decoder.items()
+            }
+            by_name = {token["content"]: token["id"] for token in added}
+            files["added_tokens.json"] = json.dumps(by_name, indent=2)
+    else:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files = {SAVED: backend.to_str(pretty=True)}
+    return files | {
+        "special_tokens_map.json": json.dumps(special, indent=2),
+        _CONFIG: json.dumps(config, indent=2),
+    }
+
+
+def _is_clip(backend: tokenizers.Tokenizer) -> bool:
+    return all(backend.token_to_id(token) is not None for token in (START, END))
+
+
+def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
+    """Backend, stated length, padding id, and whether padding is on the left."""
+    backend = tokenizers.Tokenizer.from_buffer((root / SAVED).read_bytes())
+    padding = backend.padding or {"pad_id": backend.token_to_id(END), "direction": "right"}
+    stated = (backend.truncation or {}).get("max_length")
+    return backend, stated, padding["pad_id"], padding["direction"] == "left"
+
+
+def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
+    """As `_read_saved`, by transformers; a folder that names no kind of tokenizer is CLIP's."""
+    named = _names_kind(root / _CONFIG, "tokenizer_class") or _names_kind(
+        root / "config.json", "model_type"
+    )
+    kind = {} if named else {"tokenizer_type": "clip"}
+    with _local_copy(root) as folder, _without_advice():
+        from transformers import AutoTokenizer
+
+        fast = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **kind
+        )
+    stated = fast.model_max_length if fast.model_max_length < _UNSTATED else None
+    pad_id = fast.eos_token_id if fast.pad_token_id is None else fast.pad_token_id
+    backend = _with_plain_padding(fast.backend_tokenizer, pad_id)
+    return backend, stated, pad_id, fast.padding_side == "left"
+
+
+def _with_plain_padding(backend: tokenizers.Tokenizer, pad_id: int | None) -> tokenizers.Tokenizer:
+    """Let a CLIP that pads with an ordinary token, as "!", read it in texts as OpenCLIP does.
+
+    transformers matches the padding token ahead of the vocabulary: "pea!" becomes "pea</w>" and
+    the "!" that starts a word, where OpenCLIP, which trained these encoders, gives "!</w>".
+    """
+    if pad_id is None or not _is_clip(backend) or backend.id_to_token(pad_id) in (START, END):
+        return backend
+    state = json.loads(backend.to_str())
+    known = state["model"]["vocab"]
+    state["added_tokens"] = [
+        token
+        for token in state["added_tokens"]
+        if token["id"] != pad_id or token["content"] not in known
+    ]
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _names_kind(file: epath.Path, key: str) -> bool:
+    return file.exists() and key in json.loads(file.read_bytes())
+
+
+@contextmanager
+def _local_copy(root: epath.Path) -> Iterator[str]:
+    """The folder itself, or its small files in a temporary one if it is in a bucket."""
+    if "://" not in str(root):
+        yield str(root)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in root.iterdir():
+            if file.suffix in _FILE_KINDS:
+                (Path(folder) / file.name).write_bytes(file.read_bytes())
+        yield folder
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence the warning that transformers' import gives where PyTorch is absent."""
+    logger = logging.getLogger("transformers")
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+
+
+def _spellings(backend: tokenizers.Tokenizer, *, by_name: bool) -> dict[int, tuple[int, ...]]:
+    """Find the added words of several tokens: WORD, WORD_1, WORD_2 and so on.
+
+    jaxdiff's own folders mark the tokens after the first as special, so that two words WORD and
+    WORD_1 stay two. Others have no such mark: `by_name` reads them as diffusers does, by name.
+    """
+    added = backend.get_added_tokens_decoder()
+    ids, found = {token.content: i for i, token in added.items()}, {}
+    for first, token in added.items():
+        word = [first]
+        while (i := ids.get(f"{token.content}_{len(word)}")) is not None:
+            if not (by_name or added[i].special):
+                break
+            word.append(i)
+        if len(word) > 1:
+            found[first] = tuple(word)
+    return found
