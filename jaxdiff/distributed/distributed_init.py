@@ -59,7 +59,7 @@ class Meeting(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(hosts: Hosts) -> Iterator[None]:
+def join_hosts(hosts: Hosts) -> Iterator[None]:
     """Joins this process with those of the other hosts, before JAX looks at any device.
 
     What ends the block in one process ends all of them: this one exits then and there, since the
@@ -107,7 +107,7 @@ def settle(hosts: Hosts, environment: Mapping[str, str] = os.environ) -> Meeting
     return Meeting(address, count, index)
 
 
-def lost(error: BaseException | None) -> bool:
+def is_host_lost(error: BaseException | None) -> bool:
     """Whether an error says that another process has died."""
     kinds = RuntimeError, ValueError  # JAX raises either
     several = jax.distributed.is_initialized()
@@ -164,7 +164,7 @@ def _leave(error: BaseException) -> NoReturn:
     elif isinstance(error, UserError):
         status = 2
         print(f"{who}: {error}", file=sys.stderr)
-    elif lost(error):
+    elif is_host_lost(error):
         print(
             f"{who}: another host has died or was taken away "
             f"({str(error).splitlines()[0][:200]}); the last checkpoint is whole: start all of "

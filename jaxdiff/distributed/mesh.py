@@ -37,7 +37,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
+class PlannedTopology:
     """Hardware that a recipe has been planned for, and what it then sets.
 
     Attributes:

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from jaxdiff.errors import UserError
 
 
-def is_lead() -> bool:
+def is_host0() -> bool:
     """Whether this is the host that writes and speaks for all."""
     return jax.process_index() == 0
 
@@ -41,7 +41,7 @@ def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def broadcast(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """The first host's text, on all."""
     if jax.process_count() == 1:
         return text
@@ -49,11 +49,11 @@ def broadcast(text: str) -> str:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     if not length:
         return ""
-    data = data if is_lead() else np.zeros(length, np.uint8)
+    data = data if is_host0() else np.zeros(length, np.uint8)
     return multihost_utils.broadcast_one_to_all(data).astype(np.uint8).tobytes().decode()
 
 
-def by_lead(act: Callable[[], None]) -> None:
+def run_on_host0(act: Callable[[], None]) -> None:
     """Has the first host do something while the others wait.
 
     Raises:
@@ -62,23 +62,23 @@ def by_lead(act: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         return act()
     wrong = ""
-    if is_lead():
+    if is_host0():
         try:
             act()
         except UserError as error:
             wrong = str(error)
-    if wrong := broadcast(wrong):
+    if wrong := broadcast_text(wrong):
         raise UserError(wrong)
 
 
-def total(number: int) -> int:
+def sum_over_hosts(number: int) -> int:
     """The sum of what the hosts give."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
 
-class Ballot:
+class AnyHost:
     """Asks all hosts a question of which one yes is enough; counts while the devices go on."""
 
     def __init__(self, mesh: Mesh):

@@ -18,13 +18,13 @@ DEVICES = PartitionSpec("data")
 """Arrays of which each device has an equal share, by their first axis."""
 
 
-def drawing_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices side by side; those of this process by default, for each process draws by itself."""
     chosen = jax.local_devices() if devices is None else devices
     return Mesh(np.array(chosen), ("data",), axis_types=(AxisType.Auto,))
 
 
-def on_all(tree: PyTree, mesh: Mesh) -> PyTree:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """The whole tree on every device of the mesh, also where processes share it so far."""
 
     def whole(leaf: Any) -> Any:
@@ -34,7 +34,7 @@ def on_all(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(jax.tree.map(whole, tree), NamedSharding(mesh, PartitionSpec()))
 
 
-def on_each(call: Callable[..., Any], mesh: Mesh) -> Any:
+def per_device(call: Callable[..., Any], mesh: Mesh) -> Any:
     """`call(weights, *rows)`, jitted, on each device with its share of the rows.
 
     What it is given and what it gives are trees of arrays that have a device's share along their

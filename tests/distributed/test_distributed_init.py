@@ -16,9 +16,9 @@ import pytest
 from jaxdiff.distributed.distributed_init import (
     Hosts,
     Meeting,
-    joined,
+    is_host_lost,
+    join_hosts,
     launched_together,
-    lost,
     meet,
     settle,
 )
@@ -41,9 +41,9 @@ def test_flags_go_before_the_environment():
 @pytest.mark.parametrize("hosts", [Hosts(), Hosts(count=1), Hosts(count=1, index=0)])
 def test_one_host_needs_nothing_and_joins_nobody(hosts):
     assert settle(hosts, {}) is None
-    with joined(hosts):
+    with join_hosts(hosts):
         assert not jax.distributed.is_initialized()
-    with pytest.raises(UserError, match="stays as it is"), joined(hosts):
+    with pytest.raises(UserError, match="stays as it is"), join_hosts(hosts):
         raise UserError("stays as it is")
 
 
@@ -158,27 +158,27 @@ def test_strangers_at_the_port_are_not_counted(free_port):
 
 
 def test_alone_nobody_is_lost():
-    assert not lost(RuntimeError("Gloo all-reduce failed: Connection closed by peer"))
+    assert not is_host_lost(RuntimeError("Gloo all-reduce failed: Connection closed by peer"))
 
 
 TWO = """
 import sys, time
 import numpy as np
 from jaxdiff.errors import UserError
-from jaxdiff.distributed.distributed_init import Hosts, joined
+from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 
-with joined(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=120)):
+with join_hosts(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=120)):
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
     from jaxdiff.distributed.multihost import (
-        Ballot, broadcast, by_lead, from_host, is_lead, to_host, total
+        AnyHost, broadcast_text, run_on_host0, from_host, is_host0, to_host, sum_over_hosts
     )
     from jaxdiff.data.loader import host_rows
     from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 
     me = jax.process_index()
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
-    assert (jax.process_count(), jax.device_count(), is_lead()) == (2, 4, me == 0)
+    assert (jax.process_count(), jax.device_count(), is_host0()) == (2, 4, me == 0)
 
     whole = {"a": np.arange(24, dtype=np.float32).reshape(4, 6), "b": np.float32(3)}
     places = {
@@ -192,27 +192,27 @@ with joined(Hosts(address=sys.argv[1], count=2, index=int(sys.argv[2]), timeout=
         jax.tree.map(np.testing.assert_array_equal, to_host(tree), whole)
 
     assert host_rows(batch_sharding(mesh), 8) == list(range(4 * me, 4 * me + 4))
-    assert total(me + 1) == 3
-    assert broadcast("höchst " + "ab"[me]) == "höchst a"
-    assert broadcast("") == ""
-    ballot = Ballot(mesh)
+    assert sum_over_hosts(me + 1) == 3
+    assert broadcast_text("höchst " + "ab"[me]) == "höchst a"
+    assert broadcast_text("") == ""
+    ballot = AnyHost(mesh)
     assert [bool(ballot(me == who)) for who in (0, 1, 2)] == [True, True, False]
     done = []
-    by_lead(lambda: done.append(me))
+    run_on_host0(lambda: done.append(me))
     assert done == ([0] if me == 0 else [])
 
     def mistake():
         raise UserError("so not")
 
     try:
-        by_lead(mistake)
+        run_on_host0(mistake)
     except UserError as error:
         assert str(error) == "so not"
     else:
         raise AssertionError
     print("ready", flush=True)
     while True:
-        total(1)
+        sum_over_hosts(1)
         time.sleep(0.01)
 """
 
