@@ -154,8 +154,8 @@ def _initialize(hosts: Hosts) -> bool:
             _join(hosts.timeout, None if launcher == "tpu" else launcher)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"JAX cannot join the processes that the launcher ({launcher}) started ({error}): "
-            "expected what it sets in the environment to be complete; give --hosts.address, "
+            f"JAX cannot join the processes that {launcher} started ({error}): expected complete "
+            "variables of the launcher and a free port on host 0; give --hosts.address, "
             "--hosts.count and --hosts.index, or --hosts.count 1 to run this process alone."
         ) from error
     return True

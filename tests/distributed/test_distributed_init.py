@@ -129,7 +129,7 @@ def test_jax_finds_the_processes_of_a_launcher(monkeypatch, environment, method)
         raise KeyError("SLURM_PROCID")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"launcher \(.*SLURM_PROCID.*--hosts\.count 1 to run"):
+    with pytest.raises(UserError, match=r"started \(.*SLURM_PROCID.*--hosts\.count 1 to run"):
         distributed_init._initialize(Hosts(timeout=7))
 
 
