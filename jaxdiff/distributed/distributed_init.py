@@ -32,6 +32,7 @@ HEARTBEAT_TIMEOUT = 60
 For machines that vanish from the network. A killed process closes its connections, which the others
 notice at once.
 """
+_LAUNCHERS = {"ompi": "Open MPI", "slurm": "SLURM", "tpu": "the TPU pod"}
 _HOST_LOST = re.compile(
     "Gloo|NCCL|Connection (closed|reset)|UNAVAILABLE|heartbeat|coordination service|Barrier"
 )
@@ -154,9 +155,10 @@ def _initialize(hosts: Hosts) -> bool:
             _join(hosts.timeout, None if launcher == "tpu" else launcher)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"JAX cannot join the processes that {launcher} started ({error}): expected complete "
-            "variables of the launcher and a free port on host 0; give --hosts.address, "
-            "--hosts.count and --hosts.index, or --hosts.count 1 to run this process alone."
+            f"JAX cannot join the processes that {_LAUNCHERS[launcher]} started ({error}): "
+            "expected complete variables of the launcher and a free port on host 0; give "
+            "--hosts.address, --hosts.count and --hosts.index, or --hosts.count 1 to run this "
+            "process alone."
         ) from error
     return True
 

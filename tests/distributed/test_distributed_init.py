@@ -33,6 +33,12 @@ SLURM = {
     "SLURM_STEP_NODELIST": "localhost",
     "SLURM_STEP_NUM_NODES": "1",
 }
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "32768.0;tcp://127.0.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
 
 
 def test_flags_override_the_environment():
@@ -158,6 +164,32 @@ def test_a_host_that_a_launcher_did_not_start_is_an_error():
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("jaxdiff: Not all hosts joined within 1 s: expected")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        (SLURM, ("SLURM_PROCID", "SLURM_LOCALID")),
+        (OPEN_MPI, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")),
+    ],
+)
+def test_processes_of_a_launcher_join(variables, ranks):
+    code = (
+        "from jaxdiff.distributed.distributed_init import *\nwith join_hosts(Hosts(timeout=60)):"
+        " print(jax.process_index(), jax.process_count())"
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment | dict.fromkeys(ranks, str(index)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    assert [p.communicate(timeout=100)[0] for p in both] == ["0 2\n", "1 2\n"]
 
 
 def test_commands_end_with_status_2_and_one_sentence(free_port, capsys):
