@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
-from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.components import Latents, TextTower
 from jaxdiff.pretrained.presets import OPENCLIP_G, XL_SCALING_FACTOR
@@ -76,9 +76,9 @@ def get_config() -> Config:
         ),
         train=replace(base.train, steps=300_000),
         slices=(
-            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            Slice(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16)),
-            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16)),
+            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
         ),
     )

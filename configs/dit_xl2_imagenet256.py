@@ -24,7 +24,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.components import Latents, TextTower
 from jaxdiff.models.denoisers.dit import DiTConfig
@@ -80,9 +80,9 @@ def get_config() -> Config:
         ),
         mesh=MeshConfig(data=-1),
         slices=(
-            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            Slice(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
-            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
-            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
         ),
     )

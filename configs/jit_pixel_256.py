@@ -23,7 +23,7 @@ from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.training.recipe import Config, load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -64,9 +64,9 @@ def get_config() -> Config:
         ),
         train=replace(base.train, steps=750_000, batch_size=1024),
         slices=(
-            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            Slice(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
-            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
-            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
         ),
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
-from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 from jaxdiff.training.recipe import Config, load_recipe
@@ -48,9 +48,9 @@ def get_config() -> Config:
             base.train, steps=600_000, batch_size=2048, checkpoint_every=2000, sample_every=10_000
         ),
         slices=(
-            Slice(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=8),
-            Slice(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),
-            Slice(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), accumulate=4),
-            Slice(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=32),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=8),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), accumulate=4),
+            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=32),
         ),
     )

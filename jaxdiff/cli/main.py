@@ -16,7 +16,7 @@ from jaxdiff.cli.generate.command import SampleOptions, draw
 from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
 from jaxdiff.cli.plan import plan
 from jaxdiff.cli.prepare import prepare
-from jaxdiff.distributed.distributed_init import Hosts, joined
+from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import evaluate_folder
 from jaxdiff.io.files import check_reachable
@@ -87,7 +87,7 @@ def train(arguments: list[str]) -> None:
     if options.resume and options.fresh:
         raise UserError("--resume and --fresh exclude each other: give one of them.")
     out = options.out or f"runs/{options.config.name}"
-    with joined(options.hosts):
+    with join_hosts(options.hosts):
         run_recipe(options.config, out, fresh=options.fresh)
 
 
@@ -116,7 +116,7 @@ def evaluate(arguments: list[str]) -> None:
     """`jaxdiff evaluate RUN [--samples N]`: prints and saves the scores of a trained model."""
     options = parse(EvaluateOptions, arguments, prog="jaxdiff evaluate")
     how = {name: value for name, value in vars(options).items() if name not in ("run", "hosts")}
-    with joined(options.hosts):
+    with join_hosts(options.hosts):
         evaluate_folder(options.run, **how)
 
 
@@ -180,7 +180,7 @@ def export(arguments: list[str]) -> None:
 def sample(arguments: list[str]) -> None:
     """`jaxdiff sample PROMPT ... [--model DIR] [--out DIR] ...`."""
     options = parse(SampleOptions, arguments, prog="sample")
-    with joined(options.hosts):
+    with join_hosts(options.hosts):
         draw(options)
 
 

@@ -1,4 +1,4 @@
-"""The mesh of devices: data parallel, fully sharded, tensor and sequence parallel axes."""
+"""The device mesh: axes for data, fully sharded data, tensor and context parallelism."""
 
 import math
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from jaxdiff.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = PartitionSpec(("data", "fsdp"))
-"""A batch is split over these axes; `tensor` and `context` devices see the same images."""
+"""Axes that split a batch; devices along `tensor` and `context` hold the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis has; one of them may be -1: all that remain.
+    """Number of devices along each axis; one of them may be -1: all remaining devices.
 
     Attributes:
-      data: copies of the model, each on its share of the batch.
-      fsdp: devices that share the batch and the parameters, which are gathered layer by layer
-        (Zhao et al. 2023).
-      tensor: devices that share each matrix product (Shoeybi et al. 2019).
-      context: devices that share the tokens of each image, rows of the picture in turn; of the
-        attention each takes its queries, for which keys and values are gathered.
+      data: data parallelism: replicas of the model, each with a share of the batch.
+      fsdp: fully sharded data parallelism: devices split the batch and the parameters, which are
+        gathered layer by layer (Zhao et al. 2023).
+      tensor: tensor parallelism: devices split each matrix product (Shoeybi et al. 2019).
+      context: context parallelism: devices split the tokens of each image by rows; attention
+        gathers keys and values, and each device computes its own queries.
     """
 
     data: int = -1
@@ -37,13 +37,13 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Hardware that a recipe has been planned for, and what it then sets.
+class PlannedTopology:
+    """Hardware that a recipe is planned for, and the settings for it.
 
     Attributes:
-      topology: as `jaxdiff plan --topology` takes it.
+      topology: name of the hardware, as in `jaxdiff plan --topology`.
       mesh: of its devices.
-      accumulate: micro-batches of a step, where a whole batch does not fit.
+      accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
     """
 
     topology: str
@@ -52,28 +52,29 @@ class Slice:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices`, all of them by default.
+    """Build a mesh with Auto axes over `devices`, all devices by default.
 
     Raises:
-      UserError: if the axes do not multiply to the number of devices.
+      UserError: the sizes of the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor, config.context]
-    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    requested = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
-            f"mesh {asked}: each axis takes a positive number of devices, and at most one of them "
-            "-1 for all that remain."
+            f"mesh {requested}: expected a positive number of devices for each axis and -1 (all "
+            "that remain) for at most one of them; change mesh.data, mesh.fsdp, mesh.tensor or "
+            "mesh.context."
         )
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh {asked} does not fit the {len(devices)} devices here: the sizes must multiply "
-            "to their number; change mesh.data, mesh.fsdp, mesh.tensor or mesh.context."
+            f"mesh {requested} does not fit the {len(devices)} devices: expected sizes that "
+            "multiply to that number; change mesh.data, mesh.fsdp, mesh.tensor or mesh.context."
         )
-    if devices[0].platform == "tpu":  # neighbours on an axis are neighbours on the slice's torus
+    if devices[0].platform == "tpu":  # place neighbours on an axis next to each other on the torus
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif list(devices) == jax.devices():
         grid = mesh_utils.create_device_mesh(sizes, devices)
@@ -83,16 +84,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the batch."""
+    """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, BATCH)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
-    """Raises `UserError` unless all devices get as many images of each micro-batch."""
+    """Check that every device gets the same number of images of each micro-batch.
+
+    Raises:
+      UserError: the batch size is not divisible.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if batch_size % parts:
         raise UserError(
-            f"train.batch_size {batch_size} does not divide into {parts} equal parts "
+            f"train.batch_size {batch_size} is not divisible by {parts} "
             f"({mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp devices x {accumulate} "
-            f"micro-batches); choose a multiple of {parts}."
+            f"micro-batches): expected a multiple of it; choose a multiple of {parts}."
         )

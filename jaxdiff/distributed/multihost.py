@@ -1,6 +1,6 @@
-"""What the hosts of a run tell one another, and arrays of which no host has all.
+"""Communication between the hosts of a run, and conversion of arrays sharded over hosts.
 
-All of this is to be called by every host, in the same order; with one host it costs nothing.
+Every host must call these functions, and in the same order. With one host they cost nothing.
 """
 
 from collections.abc import Callable
@@ -15,80 +15,89 @@ from jaxtyping import PyTree
 from jaxdiff.errors import UserError
 
 
-def is_lead() -> bool:
-    """Whether this is the host that writes and speaks for all."""
+def is_host0() -> bool:
+    """Whether this is host 0, which writes files and logs for all hosts."""
     return jax.process_index() == 0
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """The arrays of a tree whole, in NumPy, on every host, wherever their parts lie."""
+    """Gather the arrays of a tree, sharded in any way, to whole NumPy arrays on every host."""
 
-    def whole(x):
+    def gather(x):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return multihost_utils.process_allgather(x, tiled=True)
         return np.asarray(x)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather, tree)
 
 
 def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays that every host has whole, laid out: each host hands its devices their parts."""
+    """Shard arrays that every host holds whole: each host copies the shards of its own devices.
+
+    Args:
+      tree: of NumPy arrays, equal on all hosts.
+      shardings: a tree of the same structure.
+    """
 
     def place(x, sharding):
         x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree, shardings)
 
 
-def broadcast(text: str) -> str:
-    """The first host's text, on all."""
+def broadcast_text(text: str) -> str:
+    """Return the text of host 0 on every host."""
     if jax.process_count() == 1:
         return text
     data = np.frombuffer(text.encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     if not length:
         return ""
-    data = data if is_lead() else np.zeros(length, np.uint8)
+    data = data if is_host0() else np.zeros(length, np.uint8)
     return multihost_utils.broadcast_one_to_all(data).astype(np.uint8).tobytes().decode()
 
 
-def by_lead(act: Callable[[], None]) -> None:
-    """Has the first host do something while the others wait.
+def run_on_host0(action: Callable[[], None]) -> None:
+    """Run `action` on host 0 while the others wait.
 
     Raises:
-      UserError: on all hosts, if it does so on the first.
+      UserError: on all hosts, if `action` raises it on host 0.
     """
     if jax.process_count() == 1:
-        return act()
-    wrong = ""
-    if is_lead():
+        return action()
+    message = ""
+    if is_host0():
         try:
-            act()
+            action()
         except UserError as error:
-            wrong = str(error)
-    if wrong := broadcast(wrong):
-        raise UserError(wrong)
+            message = str(error)
+    if message := broadcast_text(message):
+        raise UserError(message)
 
 
-def total(number: int) -> int:
-    """The sum of what the hosts give."""
+def sum_over_hosts(number: int) -> int:
+    """Return the sum of every host's number, on every host."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
 
-class Ballot:
-    """Asks all hosts a question of which one yes is enough; counts while the devices go on."""
+class AnyHost:
+    """Logical or of one flag per host, computed on the devices without blocking the host.
+
+    Args:
+      mesh: of all devices of the run.
+    """
 
     def __init__(self, mesh: Mesh):
         self._size = mesh.size
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, mine: bool) -> jax.Array:
-        """Whether any host says yes, bool [], as an array that need not be there yet."""
+    def __call__(self, flag: bool) -> jax.Array:
+        """Return whether the flag is set on any host, bool [], as an asynchronous array."""
         votes = jax.make_array_from_callback(
-            (self._size,), self._sharding, lambda _: np.full(1, mine)
+            (self._size,), self._sharding, lambda _: np.full(1, flag)
         )
         return self._any(votes)

@@ -1,7 +1,7 @@
-"""One program that every device runs on images of its own, with all of the weights.
+"""Replicated weights: every device runs one program on its own share of a batch.
 
-A batch that is drawn is no sum over devices, so none of them waits for another, and each may take
-another number of steps. What it computes for an image does not depend on how many there are.
+Sampling needs no communication, so no device waits for another and each may take a different number
+of steps. The result for an image does not depend on the number of devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,37 +14,43 @@ from jaxtyping import PyTree
 
 from jaxdiff.distributed.multihost import to_host
 
-DEVICES = PartitionSpec("data")
-"""Arrays of which each device has an equal share, by their first axis."""
+BY_DEVICE = PartitionSpec("data")
+"""Arrays split evenly over the devices along their first axis."""
 
 
-def drawing_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices side by side; those of this process by default, for each process draws by itself."""
+def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a mesh with the single axis `data`.
+
+    Args:
+      devices: those of this process by default, since each process samples by itself.
+    """
     chosen = jax.local_devices() if devices is None else devices
     return Mesh(np.array(chosen), ("data",), axis_types=(AxisType.Auto,))
 
 
-def on_all(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The whole tree on every device of the mesh, also where processes share it so far."""
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copy a tree to every device of the mesh; arrays sharded over hosts are gathered first."""
 
-    def whole(leaf: Any) -> Any:
-        shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        return to_host(leaf) if shared else leaf
+    def gather(leaf: Any) -> Any:
+        over_hosts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return to_host(leaf) if over_hosts else leaf
 
-    return jax.device_put(jax.tree.map(whole, tree), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(jax.tree.map(gather, tree), NamedSharding(mesh, PartitionSpec()))
 
 
-def on_each(call: Callable[..., Any], mesh: Mesh) -> Any:
-    """`call(weights, *rows)`, jitted, on each device with its share of the rows.
+def per_device(call: Callable[..., Any], mesh: Mesh) -> Any:
+    """Jit `call(weights, *inputs)` to run on each device with its share of the inputs.
 
-    What it is given and what it gives are trees of arrays that have a device's share along their
-    first axis, but for the weights.
+    Inputs and outputs are trees of arrays that are split over the devices along their first axis;
+    the weights are replicated.
     """
 
-    def all_of(weights, *rows):
-        specs = (PartitionSpec(), *[DEVICES] * len(rows))
-        # Devices need not agree on anything: loops may be of different lengths.
-        program = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=DEVICES, check_vma=False)
-        return program(weights, *rows)
+    def on_mesh(weights, *inputs):
+        specs = (PartitionSpec(), *[BY_DEVICE] * len(inputs))
+        # check_vma=False: loops may take a different number of steps on each device.
+        program = jax.shard_map(
+            call, mesh=mesh, in_specs=specs, out_specs=BY_DEVICE, check_vma=False
+        )
+        return program(weights, *inputs)
 
-    return jax.jit(all_of)
+    return jax.jit(on_mesh)

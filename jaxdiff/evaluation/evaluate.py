@@ -13,7 +13,7 @@ from jaxdiff.datasets.openmoji import score as openmoji_score
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce import score as produce_score
 from jaxdiff.datasets.produce.source import Produce, full_caption
-from jaxdiff.distributed.multihost import is_lead
+from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -186,7 +186,7 @@ def evaluate_folder(
     figures = evaluate(pipeline, **settings)
     if with_clip:
         how |= {"clip_scale": clip_scale, "clip_model": clip_model}
-    if not is_lead():
+    if not is_host0():
         return
     print(table(figures))
     chosen = f", each the best of {best_of} as {clip_model} finds" if best_of > 1 else ""

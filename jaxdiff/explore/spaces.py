@@ -16,7 +16,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.distributed.replicate import drawing_mesh
+from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import TRUTHS
 from jaxdiff.models.autoencoders.kl import Autoencoder
@@ -104,9 +104,7 @@ def read_clip(model: str) -> ClipReader:
     Raises:
       UserError: there is no such model, or it is no CLIP.
     """
-    config, params, tokenizer = second_models.read_clip(
-        model, drawing_mesh(jax.local_devices()[:1])
-    )
+    config, params, tokenizer = second_models.read_clip(model, local_mesh(jax.local_devices()[:1]))
     build, size = blueprint(Clip, config), config.vision.image_size
 
     @jax.jit

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int, PyTree, UInt8
 
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.distributed.replicate import drawing_mesh, on_all
+from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import blueprint, merge
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
@@ -43,7 +43,7 @@ def read_clip(model: str, mesh: Mesh) -> tuple[ClipConfig, Any, Tokenizer]:
             "one, such as openai/clip-vit-large-patch14, a run of configs/produce_clip.py or the "
             "like, or shipped:produce_clip."
         )
-    return task.model, on_all(cast(bundle.params, "float32"), mesh), bundle.tokenizer
+    return task.model, replicate(cast(bundle.params, "float32"), mesh), bundle.tokenizer
 
 
 def clip_scores(
@@ -54,7 +54,7 @@ def clip_scores(
     Raises:
       UserError: as `read_clip`.
     """
-    config, params, tokenizer = read_clip(model, drawing_mesh())
+    config, params, tokenizer = read_clip(model, local_mesh())
     ids = tokenizer([plain(prompt) for prompt in prompts])
     score = functools.partial(_scorer(config), params)
     return in_full_batches(score, _AT_A_TIME, images, ids)
@@ -129,7 +129,7 @@ def read_weak(model: str, strong: Bundle, dtype: ComputeType | None, mesh: Mesh)
             "such as an earlier or shorter run of the same recipe, in weak.model."
         )
     weights = {"params": bundle.params, "frozen": bundle.frozen}
-    weights = on_all(weights if dtype is None else cast(weights, dtype), mesh)
+    weights = replicate(weights if dtype is None else cast(weights, dtype), mesh)
     return WeakModel(task, structure(task), weights)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.distributed.replicate import on_each
+from jaxdiff.distributed.replicate import per_device
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.editing import check_images, enlarged, slerp
@@ -238,13 +238,13 @@ def _autoencoder(task: DiffusionTask, mesh: Mesh) -> Any:
         frozen = weights["frozen"]
         return _levels(task.decode(frozen, task.encode(frozen, from_uint8(images))))
 
-    return on_each(autoencode, mesh)
+    return per_device(autoencode, mesh)
 
 
 @functools.lru_cache(maxsize=16)
 def _decoder(task: DiffusionTask, mesh: Mesh) -> Any:
     """The jitted way from latents to images."""
-    return on_each(lambda weights, x0: _levels(task.decode(weights["frozen"], x0)), mesh)
+    return per_device(lambda weights, x0: _levels(task.decode(weights["frozen"], x0)), mesh)
 
 
 def _levels(images: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxdiff.distributed.replicate import drawing_mesh, on_all
+from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiling import Pieces
 from jaxdiff.models.components import Latents
@@ -101,8 +101,8 @@ class Pipeline(ImageEdits):
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.dtype: ComputeType | None = dtype
-        self._mesh = drawing_mesh(devices)
-        self.weights = on_all(weights if dtype is None else cast(weights, dtype), self._mesh)
+        self._mesh = local_mesh(devices)
+        self.weights = replicate(weights if dtype is None else cast(weights, dtype), self._mesh)
         self._graphdef = structure(task)
         self._weak = functools.lru_cache(maxsize=2)(
             lambda model: read_weak(model, self.bundle, self.dtype, self._mesh)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxdiff.distributed.replicate import on_each
+from jaxdiff.distributed.replicate import per_device
 from jaxdiff.models.autoencoders.tiling import Pieces
 from jaxdiff.models.components import DenoiserConfig
 from jaxdiff.models.convolutions import Wrap, wrap_convolutions
@@ -133,7 +133,7 @@ def compiled(drawing: Drawing):
         images, state = draw(weights, rows, *jax.tree.map(lambda x: x[0], (steps, state)))
         return images, jax.tree.map(lambda x: x[None], state)
 
-    return on_each(draw_one, drawing.mesh)
+    return per_device(draw_one, drawing.mesh)
 
 
 def _denoiser(

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
-from jaxdiff.distributed.mesh import MeshConfig, Slice, check_batch, make_mesh
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
@@ -152,11 +152,11 @@ def on_slice(config: Config, topology: str, mesh: MeshConfig | None = None) -> C
     """The recipe as it is run on a topology: with what it names for it, or with this mesh."""
     named = next((s for s in config.slices if s.topology == topology), None)
     if mesh is None:
-        chosen = named or Slice(
+        chosen = named or PlannedTopology(
             topology=topology, mesh=config.mesh, accumulate=config.train.accumulate
         )
     else:
-        chosen = Slice(topology=topology, mesh=mesh, accumulate=config.train.accumulate)
+        chosen = PlannedTopology(topology=topology, mesh=mesh, accumulate=config.train.accumulate)
     train = dataclasses.replace(config.train, accumulate=chosen.accumulate)
     return dataclasses.replace(config, mesh=chosen.mesh, train=train)
 

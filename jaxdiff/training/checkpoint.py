@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxdiff.distributed import distributed_init as hosts
+from jaxdiff.distributed.distributed_init import is_host_lost
 from jaxdiff.errors import UserError
 from jaxdiff.training import checkpoint_folder
 from jaxdiff.training.state import TrainState
@@ -127,7 +127,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        if hosts.lost(exception):
+        if is_host_lost(exception):
             return  # what is being saved waits for the one that is gone
         try:
             self.close()
@@ -160,7 +160,7 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Raises `error`, as a `UserError` if writing failed, and removes what was written."""
-        if hosts.lost(error):
+        if is_host_lost(error):
             raise error
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the next save tries again

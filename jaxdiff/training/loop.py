@@ -21,7 +21,7 @@ from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.distributed.multihost import Ballot, by_lead, from_host, is_lead, total
+from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, run_on_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
@@ -237,7 +237,7 @@ def _frozen(config: Config, out: epath.Path) -> PyTree:
         if not (out / FROZEN).exists():
             write_weights(out / FROZEN, **read_pretrained(config.task.frozen()))
 
-    by_lead(copy)
+    run_on_host0(copy)
     return read_weights(out / FROZEN)
 
 
@@ -263,7 +263,7 @@ class _Stop:
     def __init__(self, mesh: Mesh, say: Callable[[str], None]):
         self.asked = False
         self._say = say
-        self._vote = Ballot(mesh) if jax.process_count() > 1 else None
+        self._vote = AnyHost(mesh) if jax.process_count() > 1 else None
         self._votes: list[jax.Array] = []
         self._heard = False
 
@@ -361,7 +361,7 @@ class _Run:
                 f"step {step}; lower optimizer.learning_rate, or look at the data, and start anew "
                 "with --fresh or resume from the last checkpoint."
             )
-        if in_a_row and is_lead():
+        if in_a_row and is_host0():
             logging.getLogger(__name__).warning(
                 "Step %d changed nothing: its loss or its gradient is not finite.", step
             )
@@ -395,7 +395,9 @@ class _Run:
         """Means over the window's updates; sums over counts; totals of what is counted."""
         window = dict(self.window)
         steps = window.pop("steps", 0.0)
-        line: dict[str, Any] = {"skipped_records": total(int(window.pop("skipped_records")))}
+        line: dict[str, Any] = {
+            "skipped_records": sum_over_hosts(int(window.pop("skipped_records")))
+        }
         line["skipped_updates"] = int(last["nonfinite"])
         window.pop("nonfinite", None)
         for name, value in window.items():

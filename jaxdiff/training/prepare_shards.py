@@ -25,7 +25,7 @@ from jaxdiff.data.shards import Manifest, Shard, read_manifest, whole_shards
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import Source, WithPrior
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.distributed.multihost import by_lead
+from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
@@ -69,7 +69,7 @@ def with_cache(config: Config, folder: epath.Path) -> Config:
     def write() -> None:
         write_records(config, data, str(folder), sharing)
 
-    by_lead(write)
+    run_on_host0(write)
     source = CachedLatents(path=str(folder), of=data.source)
     done = dataclasses.replace(data, source=source, cache=LatentOptions())
     return dataclasses.replace(config, data=done)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxdiff.data.loader import DataConfig
-from jaxdiff.distributed.mesh import MeshConfig, Slice
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.sampler import SamplingConfig
@@ -111,7 +111,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    slices: tuple[Slice, ...] = ()
+    slices: tuple[PlannedTopology, ...] = ()
     eval_samples: int = 0
 
 

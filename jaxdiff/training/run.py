@@ -14,7 +14,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.distributed.multihost import broadcast, is_lead, to_host
+from jaxdiff.distributed.multihost import broadcast_text, is_host0, to_host
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.io import images as pictures
@@ -47,7 +47,7 @@ def run_recipe(
       UserError: as `jaxdiff.training.loop.train`; or, before any training, what cannot be scored.
     """
     folder = epath.Path(out)
-    say = say if is_lead() else _silent
+    say = say if is_host0() else _silent
     scored = isinstance(config.task, DiffusionTask) and config.eval_samples != 0
     if scored:
         _check_scoring(config)
@@ -62,7 +62,7 @@ def _run_recipe(
     if not result.finished:
         say(f"Stopped at step {result.summary['step']}; the same command goes on from there.")
         return result
-    earlier = json.loads(broadcast(json.dumps(_read_summary(folder))))
+    earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
     if earlier.get("fingerprint") == result.summary["fingerprint"]:
         result = result._replace(summary=earlier)  # whose speeds are those of the training
     if "scores" in result.summary:
@@ -102,7 +102,7 @@ def _read_summary(folder: epath.Path) -> dict[str, Any]:
 
 
 def _write_summary(folder: epath.Path, result: Result) -> None:
-    if is_lead():
+    if is_host0():
         text = json.dumps(result.summary, indent=2) + "\n"
         write_whole(folder / SUMMARY, text.encode())
 
@@ -124,7 +124,7 @@ def _draw_prompts(bundle: Bundle, step: int, out: epath.Path, say: Callable[[str
     """`samples/step_N.png`, a grid of the recipe's prompts, and their making as a strip."""
     prompts = list(bundle.config.sampling.prompts)
     snapshots = Pipeline(bundle)(prompts, num_snapshots=STRIP_LENGTH)
-    if not is_lead():
+    if not is_host0():
         return
     path = out / "samples" / f"step_{step:06d}.png"
     pictures.save_png(path, pictures.grid(snapshots[-1], captions=prompts, scale=2))
@@ -145,7 +145,7 @@ def _draw_reconstructions(
         return model.decode(model.encode(from_uint8(images)).mode())
 
     back = pictures.to_uint8(to_host(reconstruct(state.ema, images)))
-    if not is_lead():
+    if not is_host0():
         return
     path = out / "samples" / f"step_{int(state.step):06d}.png"
     pictures.save_png(path, pictures.grid(np.concatenate([images, back]), columns=8, scale=2))

@@ -13,7 +13,7 @@ from etils import epath
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import Source
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.distributed.multihost import broadcast, by_lead, total
+from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.load import (
     CACHE,
@@ -76,7 +76,7 @@ def open_run(
         another recipe (the differing keys are named), an exported model, or checkpoints of nobody
         knows what.
     """
-    by_lead(lambda: _prepare(config, out, fresh, say))
+    run_on_host0(lambda: _prepare(config, out, fresh, say))
     _check_shared(out)
     return Tokenizer.load(str(out))
 
@@ -109,10 +109,10 @@ def _check_shared(out: epath.Path) -> None:
     """Raises `UserError` unless all hosts see the same folder, as they must to save into it."""
     if jax.process_count() == 1:
         return
-    sign = out / f".shared-{broadcast(uuid.uuid4().hex)}"
-    by_lead(sign.touch)
-    blind = total(not sign.exists())
-    by_lead(sign.unlink)
+    sign = out / f".shared-{broadcast_text(uuid.uuid4().hex)}"
+    run_on_host0(sign.touch)
+    blind = sum_over_hosts(not sign.exists())
+    run_on_host0(sign.unlink)
     if blind:
         raise UserError(
             f"{out} is not the same folder on all hosts, {blind} of {jax.process_count()} do not "

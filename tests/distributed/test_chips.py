@@ -1,4 +1,4 @@
-"""The table of chips names its sources and does not guess."""
+"""The table of chips: figures and a source for each kind of device."""
 
 from types import SimpleNamespace
 
@@ -20,13 +20,13 @@ from jaxdiff.errors import UserError
         ("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9, 300e9),
     ],
 )
-def test_a_device_finds_its_makers_figures(kind, flops, memory_gib, bandwidth, interconnect):
+def test_device_kinds_map_to_their_figures(kind, flops, memory_gib, bandwidth, interconnect):
     chip = chip_of(SimpleNamespace(platform="other", device_kind=kind))
     assert (chip.flops, chip.memory) == (flops, memory_gib * 2**30)
     assert (chip.bandwidth, chip.interconnect) == (bandwidth, interconnect)
 
 
-def test_no_entry_hides_a_later_one():
+def test_no_entry_shadows_a_later_one():
     for chip in CHIPS:
         assert find_chip(chip.kind) is chip
 
@@ -35,6 +35,6 @@ def test_every_figure_has_a_source():
     assert all(chip.source for chip in CHIPS)
 
 
-def test_an_unknown_chip_is_refused():
+def test_an_unknown_chip_is_an_error():
     with pytest.raises(UserError, match=r"'Tesla T4'.*expected one of TPU v2.*chips\.py"):
         chip_of(SimpleNamespace(platform="gpu", device_kind="Tesla T4"))

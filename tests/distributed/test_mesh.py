@@ -1,4 +1,4 @@
-"""A mesh uses every device, and says so where it cannot."""
+"""A mesh uses every device, or the error names the keys to change."""
 
 import jax
 import numpy as np
@@ -19,14 +19,14 @@ from jaxdiff.errors import UserError
         (MeshConfig(data=-1, context=4), (2, 1, 1, 4)),
     ],
 )
-def test_axes_share_all_devices_out(config, sizes):
+def test_axes_cover_all_devices(config, sizes):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.items()) == tuple(zip(AXES, sizes, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
-def test_some_of_the_devices_can_be_taken():
+def test_a_mesh_can_use_a_subset_of_the_devices():
     chosen = jax.devices()[2:6]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), chosen)
     assert list(mesh.devices.flat) == chosen
@@ -41,13 +41,13 @@ def test_some_of_the_devices_can_be_taken():
         MeshConfig(data=-1, fsdp=16),
     ],
 )
-def test_a_mesh_of_another_size_than_the_devices_is_refused(config):
-    with pytest.raises(UserError, match=r"does not fit the 8 devices .* change mesh\.data"):
+def test_a_mesh_of_the_wrong_size_is_an_error(config):
+    with pytest.raises(UserError, match=r"does not fit the 8 devices: .* change mesh\.data"):
         make_mesh(config)
 
 
 @pytest.mark.parametrize("axis", ["tensor", "context"])
-def test_devices_of_other_axes_see_the_same_images(axis):
+def test_tensor_and_context_devices_hold_the_same_images(axis):
     mesh = make_mesh(MeshConfig(data=4, **{axis: 2}))
     batch = jax.device_put(np.arange(8), batch_sharding(mesh))
     held = [tuple(np.asarray(shard.data)) for shard in batch.addressable_shards]
@@ -57,14 +57,14 @@ def test_devices_of_other_axes_see_the_same_images(axis):
 @pytest.mark.parametrize(
     "config", [MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(tensor=-2)]
 )
-def test_sizes_that_say_nothing_are_refused(config):
-    with pytest.raises(UserError, match="at most one of them -1"):
+def test_invalid_axis_sizes_are_an_error(config):
+    with pytest.raises(UserError, match=r"-1 .* for at most one of them; change mesh\.data"):
         make_mesh(config)
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_what_would():
+def test_an_indivisible_batch_is_an_error_that_names_a_valid_multiple():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    check_batch(12, mesh, 3)  # tensor devices see the same images
+    check_batch(12, mesh, 3)  # tensor devices hold the same images
     with pytest.raises(UserError, match=r"train\.batch_size 12 .*choose a multiple of 8"):
         check_batch(12, mesh, 2)
     with pytest.raises(UserError, match="choose a multiple of 4"):

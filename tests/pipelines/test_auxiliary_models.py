@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.schedules import Cosine
-from jaxdiff.distributed.replicate import drawing_mesh
+from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.components import Latents
@@ -21,7 +21,7 @@ from jaxdiff.pretrained.load import write_bundle
 
 def test_a_model_of_the_same_kind_fits(tiny_bundle, tmp_path):
     write_bundle(tmp_path, tiny_bundle, "bfloat16")
-    weak = read_weak(str(tmp_path), tiny_bundle, "float32", drawing_mesh())
+    weak = read_weak(str(tmp_path), tiny_bundle, "float32", local_mesh())
     assert weak.task == tiny_bundle.config.task
     assert {x.dtype.name for x in jax.tree.leaves(weak.weights)} == {"float32"}
 
@@ -60,9 +60,9 @@ def test_models_of_another_kind_are_refused(tiny_bundle, in_latents, tmp_path):
     for i, (what, (weak, strong)) in enumerate(wrong.items()):
         write_bundle(tmp_path / str(i), weak)
         with pytest.raises(UserError, match=what):
-            read_weak(str(tmp_path / str(i)), strong, None, drawing_mesh())
+            read_weak(str(tmp_path / str(i)), strong, None, local_mesh())
     with pytest.raises(UserError, match="is no text-to-image model"):
-        read_weak("shipped:produce_clip", tiny_bundle, None, drawing_mesh())
+        read_weak("shipped:produce_clip", tiny_bundle, None, local_mesh())
 
 
 def test_the_shipped_clip_prefers_what_the_prompt_says():

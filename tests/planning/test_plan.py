@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
-from jaxdiff.distributed.mesh import MeshConfig, Slice, make_mesh
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention
 from jaxdiff.planning.plan import ORIGINS, Plan, abstract_batch, held, make_plan, on_slice
@@ -150,7 +150,7 @@ def test_a_second_forward_pass_is_counted_where_blocks_keep_their_input_alone(ti
 
 
 def test_the_recipe_names_the_mesh_of_a_slice(config):
-    named = Slice(topology="cpu:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=2)
+    named = PlannedTopology(topology="cpu:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=2)
     config = dataclasses.replace(config, slices=(named,))
     planned = on_slice(config, "cpu:8")
     assert (planned.mesh, planned.train.accumulate) == (named.mesh, 2)

@@ -21,7 +21,7 @@ from jaxdiff.cli.generate.manifest import MANIFEST, Manifest, Record
 from jaxdiff.cli.generate.options import SampleOptions, defaults, fixed, open_pipeline, preview
 from jaxdiff.cli.generate.prompt_file import BadRow, Row, read_prompts, slug
 from jaxdiff.cli.generate.settings import ImageSettings, open_input, settle
-from jaxdiff.distributed.multihost import is_lead, total
+from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.pipelines.batching import Preview
@@ -53,7 +53,7 @@ class Complaints:
     def all_find(self, row: BadRow) -> None:
         """A row of which every process finds the same."""
         self._of_all.add(row.line)
-        if is_lead():
+        if is_host0():
             self._tell(row)
 
     def this_finds(self, row: BadRow) -> None:
@@ -66,7 +66,7 @@ class Complaints:
 
     def count(self) -> int:
         """How many rows all processes found."""
-        return len(self._of_all) + total(len(self._own - self._of_all))
+        return len(self._of_all) + sum_over_hosts(len(self._own - self._of_all))
 
 
 def draw_file(options: SampleOptions) -> int:
@@ -88,7 +88,7 @@ def draw_file(options: SampleOptions) -> int:
     drawn = _draw_rows(rows, folder, options, name, complaints) if rows else 0
     print(f"{drawn} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = complaints.count()
-    if count and is_lead():
+    if count and is_host0():
         print(
             f"{count} of {len(rows) + len(bad)} rows of {name} could not be drawn, as told above: "
             "repair them and start again.",
@@ -189,7 +189,7 @@ def _plan(
             complaints.all_find(BadRow(row.line, str(error)))
             continue
         jobs |= {job.file: job for job in new}
-        if pipeline.truncated(row.prompt) and is_lead():
+        if pipeline.truncated(row.prompt) and is_host0():
             print(
                 f"{source}, line {row.line}: the prompt is longer than the "
                 f"{pipeline.tokenizer.length} tokens that the text encoder takes: its end is cut "

@@ -21,7 +21,7 @@ from jaxdiff.cli.generate.options import (
 )
 from jaxdiff.cli.generate.prompt_file import Row, slug
 from jaxdiff.cli.generate.settings import ImageSettings, settle
-from jaxdiff.distributed.multihost import is_lead
+from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
@@ -40,7 +40,7 @@ def draw(options: SampleOptions) -> None:
     check(options)
     if options.prompts is not None:
         fine = draw_file(options) == 0
-    elif not is_lead():
+    elif not is_host0():
         fine = True  # what is little, the first process draws
     elif options.again is not None:
         fine = draw_again(options)
