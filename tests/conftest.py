@@ -136,7 +136,7 @@ def tiny_bundle(tiny_recipe):
     import numpy as np
 
     from jaxdiff.data.tokenizer import Tokenizer
-    from jaxdiff.models.layers import abstract_params, blueprint
+    from jaxdiff.models.layers import abstract_params, bind_init
     from jaxdiff.pretrained.bundle import Bundle
     from jaxdiff.sampling.sampler import SamplingConfig
     from jaxdiff.sampling.solvers_ode import DDIM
@@ -149,7 +149,7 @@ def tiny_bundle(tiny_recipe):
         scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, abstract_params(blueprint(type(config.task).build, config.task)))
+    params = jax.tree.map(draw, abstract_params(bind_init(type(config.task).build, config.task)))
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
     return Bundle(config, params, {}, tokenizer)

@@ -20,7 +20,7 @@ from jaxdiff.distributed.replicate import drawing_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import TRUTHS
 from jaxdiff.models.autoencoders.kl import Autoencoder
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.models.text_encoders.clip import Clip
 from jaxdiff.pipelines import auxiliary_models as second_models
 from jaxdiff.pipelines.batching import in_full_batches
@@ -107,7 +107,7 @@ def read_clip(model: str) -> ClipReader:
     config, params, tokenizer = second_models.read_clip(
         model, drawing_mesh(jax.local_devices()[:1])
     )
-    build, size = blueprint(Clip, config), config.vision.image_size
+    build, size = bind_init(Clip, config), config.vision.image_size
 
     @jax.jit
     def image_vectors(params, images):
@@ -154,7 +154,7 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
         bundle = read_bundle(model or "shipped:produce_autoencoder")
         config, task = bundle.config, bundle.config.task
         if isinstance(task, AutoencoderTask):
-            build, params = blueprint(Autoencoder, task.model), bundle.params
+            build, params = bind_init(Autoencoder, task.model), bundle.params
         elif has_autoencoder(config):
             build = task.frozen()["autoencoder"].build
             params = bundle.frozen["autoencoder"]

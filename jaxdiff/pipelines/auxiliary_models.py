@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int, PyTree, UInt8
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.replicate import drawing_mesh, on_all
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.prompt_weights import plain
@@ -64,7 +64,7 @@ def clip_scores(
 def _scorer(config: ClipConfig):
     @jax.jit
     def score(params, images, ids):
-        clip = merge(blueprint(Clip, config), params)
+        clip = merge(bind_init(Clip, config), params)
         seen = look(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
         embeddings = clip(seen, ids)
         return jnp.sum(embeddings.image * embeddings.text, axis=-1)

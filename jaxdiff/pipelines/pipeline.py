@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxdiff.distributed.replicate import drawing_mesh, on_all
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.components import Latents
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.pipelines import inputs as asked
@@ -213,7 +213,7 @@ class Pipeline(ImageEdits):
         output: Literal["uint8", "float", "latents"] = "uint8",
         batch_size: int | None = None,
         num_snapshots: int = 0,
-        decode_by: Pieces = "whole",
+        decode_by: VaeMode = "whole",
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         strength: Number | Iterable[Number] | None = None,
@@ -445,7 +445,7 @@ class Pipeline(ImageEdits):
         Raises:
           UserError: no such ratio, or one too far from square.
         """
-        side = self.task.downsampling * self.task.denoiser.smallest
+        side = self.task.downsampling * self.task.denoiser.size_multiple
         return size_of_ratio(ratio, self.image_size**2, side)
 
     def _windows(
@@ -483,7 +483,7 @@ class Pipeline(ImageEdits):
         )
 
     def _shape(self, width: int, height: int) -> tuple[int, int, int]:
-        side = self.task.downsampling * self.task.denoiser.smallest
+        side = self.task.downsampling * self.task.denoiser.size_multiple
         if width % side or height % side or min(width, height) < side:
             raise UserError(
                 f"size {width}x{height} cannot be drawn by this model: both must be multiples of "

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.distributed.replicate import on_each
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.components import DenoiserConfig
 from jaxdiff.models.convolutions import Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.pipelines.editing import coarse, mixed
 from jaxdiff.sampling.ddim_inversion import DDIMInverse, reversed_grid
@@ -78,7 +78,7 @@ class Drawing:
     guidance: Guidance
     shape: tuple[int, int, int]
     mesh: Mesh
-    decode_by: Pieces | None = "whole"
+    decode_by: VaeMode | None = "whole"
     clip: ClipGuidance | None = None
     clip_model: ClipConfig | None = None
     weak: tuple[DiffusionTask, Any] | None = None
@@ -275,7 +275,7 @@ def _undecoded(
 
 
 def _images(
-    drawing: Drawing, by: Pieces, frozen: Any, rows: dict[str, Any], x: Float[Array, "k b i j c"]
+    drawing: Drawing, by: VaeMode, frozen: Any, rows: dict[str, Any], x: Float[Array, "k b i j c"]
 ) -> Float[Array, "k b h w 3"]:
     """What was drawn, decoded, from 0 to 1."""
     flat = x.reshape(-1, *x.shape[2:])
@@ -289,7 +289,7 @@ def _images(
 
 
 def _source(
-    task: DiffusionTask, frozen: Any, rows: dict[str, Any], by: Pieces, wrap: Wrap
+    task: DiffusionTask, frozen: Any, rows: dict[str, Any], by: VaeMode, wrap: Wrap
 ) -> Source | None:
     """The images to start from, in the space that is modelled."""
     if "image" not in rows:
@@ -327,7 +327,7 @@ def _match(
 ) -> Match:
     """How well CLIP finds that estimates of x0 match the prompts: its logits."""
     assert config is not None
-    clip = merge(blueprint(Clip, config), weights["clip"])
+    clip = merge(bind_init(Clip, config), weights["clip"])
     ids = rows["clip_ids"]
 
     def match(x0, t):

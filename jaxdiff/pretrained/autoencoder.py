@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
 from jaxdiff.pretrained.safetensors_io import Renamed
@@ -146,7 +146,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(Autoencoder, config))
+    abstract = abstract_params(bind_init(Autoencoder, config))
     renewed = Renamed(tensors, _renew)
     return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
 
@@ -96,7 +96,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(TinyAutoencoder, config))
+    abstract = abstract_params(bind_init(TinyAutoencoder, config))
     return names.from_torch_names(tensors, TINY_NAMES, abstract, **options)
 
 

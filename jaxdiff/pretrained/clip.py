@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
@@ -214,7 +214,7 @@ def from_torch_names(
     `options` and errors are those of `names.from_torch_names`.
     """
     network, table = _network(config)
-    abstract = abstract_params(blueprint(network, config))
+    abstract = abstract_params(bind_init(network, config))
     renamed = Renamed(tensors, lambda name: _full_name(name, config))
     return names.from_torch_names(renamed, table, abstract, **options)
 

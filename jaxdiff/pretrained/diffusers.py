@@ -29,7 +29,7 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.components import Latents, TextTower
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import autoencoder, autoencoder_tiny, clip, unet
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.key_mapping import from_torch_names
@@ -89,7 +89,7 @@ def read_diffusers(
     assert task.latents is not None
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
     # Of the whole task, as who draws or trains needs that too: a U-Net is traced but once.
-    abstract = abstract_params(blueprint(DiffusionTask.build, task))["denoiser"]
+    abstract = abstract_params(bind_init(DiffusionTask.build, task))["denoiser"]
     params = {"denoiser": from_torch_names(tensors, unet.UNET_NAMES, abstract, place=place)}
     frozen = {"autoencoder": read_autoencoder(root / "vae", place=place)[1]}
     for (name, tower), part in zip(task.towers.items(), _text_parts(index), strict=True):

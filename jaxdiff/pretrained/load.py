@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import diffusers as diffusers_folder
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.clip_folder import is_clip_folder, read_clip_folder
@@ -206,7 +206,7 @@ def read_bundle(
 def abstract_weights(config: Config) -> dict[str, PyTree]:
     """Shapes and types of what a recipe trains, `params`, and of its `frozen` parts as stored."""
     return {
-        "params": abstract_params(blueprint(type(config.task).build, config.task)),
+        "params": abstract_params(bind_init(type(config.task).build, config.task)),
         "frozen": {name: abstract_params(p.build) for name, p in config.task.frozen().items()},
     }
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import Factors, Path
 from jaxdiff.models.text_encoders.clip import ClipText
 from jaxdiff.pipelines.lora import Adapters
@@ -74,10 +74,10 @@ def _layers(task: DiffusionTask) -> dict[str, _Layer]:
         )
     network = task.denoiser
     parts: dict[str, tuple[Any, Mapping[str, str]]] = {
-        "denoiser": (blueprint(UNet2DConditionModel, network), UNET_NAMES)
+        "denoiser": (bind_init(UNet2DConditionModel, network), UNET_NAMES)
     }
     for name, tower in task.towers.items():
-        parts[name] = (blueprint(ClipText, tower.model), TEXT_NAMES)
+        parts[name] = (bind_init(ClipText, tower.model), TEXT_NAMES)
     folders, layers = _folders(task), {}
     for part, (build, table) in parts.items():
         for path, leaf in flatten(abstract_params(build)).items():

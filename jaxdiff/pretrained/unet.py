@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config, each
 
@@ -195,7 +195,7 @@ def from_torch_names(
 
     `options` and errors are those of `names.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(UNet2DConditionModel, config))
+    abstract = abstract_params(bind_init(UNet2DConditionModel, config))
     return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 

@@ -21,7 +21,7 @@ from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
 from jaxdiff.io.files import write_whole
 from jaxdiff.models.components import Latents
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pretrained.load import read_pretrained, read_tokenizer
 from jaxdiff.training.cached_latents import (
@@ -55,7 +55,7 @@ class Encoder:
         self._params = jax.device_put(params, replicated(mesh))
 
         def encode(params: PyTree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
-            z = merge(blueprint(Latents.build, latents), params).encode(from_uint8(images))
+            z = merge(bind_init(Latents.build, latents), params).encode(from_uint8(images))
             return jnp.concatenate([z.mean, z.logvar], axis=-1).astype(options.dtype)
 
         self._encode = jax.jit(encode)

@@ -19,7 +19,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.training.loop import Hook, Result, train
@@ -141,7 +141,7 @@ def _draw_reconstructions(
 
     @jax.jit
     def reconstruct(params, images):
-        model = merge(blueprint(type(config.task).build, config.task), params)
+        model = merge(bind_init(type(config.task).build, config.task), params)
         return model.decode(model.encode(from_uint8(images)).mode())
 
     back = pictures.to_uint8(to_host(reconstruct(state.ema, images)))

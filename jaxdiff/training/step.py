@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from jaxdiff.models.layers import blueprint, graph, rngs_of
+from jaxdiff.models.layers import bind_init, graph, rngs_from_seed
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.state import TrainState, no_skips
 from jaxdiff.training.tasks.base import Batch, Metrics, Task
@@ -21,7 +21,7 @@ TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 def structure(task: Task) -> Any:
     """The graph of a task's module without its parameters; nothing is allocated."""
-    return graph(blueprint(type(task).build, task))
+    return graph(bind_init(type(task).build, task))
 
 
 def init_state(
@@ -35,7 +35,7 @@ def init_state(
 
     `start` has the weights of the parts that do not start as drawn, by their name in the module.
     """
-    params = nnx.to_pure_dict(nnx.split(task.build(rngs_of(seed)))[1]) | dict(start)
+    params = nnx.to_pure_dict(nnx.split(task.build(rngs_from_seed(seed)))[1]) | dict(start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed, impl="threefry2x32"),

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
 from jaxdiff.pretrained import clip
@@ -46,7 +46,7 @@ def params(model):
     draw = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: (0.3 * draw.normal(size=x.shape)).astype(np.float32),
-        abstract_params(blueprint(Clip, model)),
+        abstract_params(bind_init(Clip, model)),
     )
 
 

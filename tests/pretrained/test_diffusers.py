@@ -26,7 +26,7 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.components import Latents, TextTower, TextualInversion
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.pipelines.lora import adapters_of
@@ -89,7 +89,7 @@ def bundle(task, dtype=np.float32) -> Bundle:
             lambda x: (0.3 * draw.normal(size=x.shape)).astype(dtype), abstract_params(build)
         )
 
-    params = random(blueprint(type(task).build, task))
+    params = random(bind_init(type(task).build, task))
     frozen = {name: random(part.build) for name, part in task.frozen().items()}
     config = Config(
         name="tiny",

@@ -1,7 +1,7 @@
 """Stable Diffusion's KL autoencoder, at any size (Rombach et al. 2022, section 3.1)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
-from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.layers import Remat, patchify, unpatchify
 
@@ -20,7 +21,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(AutoencoderSpec):
     """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
 
     Attributes:
@@ -67,6 +68,14 @@ class AutoencoderConfig:
     def downsampling(self) -> int:
         """Pixels to one latent, along each side."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+    def build(self, *, rngs: nnx.Rngs) -> "Autoencoder":
+        """Initialise the network."""
+        return Autoencoder(self, rngs=rngs)
+
+    def fingerprinted(self, params: Any) -> Any:
+        """Return the encoder's parameters."""
+        return {k: v for k, v in params.items() if k not in ("decoder", "post_quant_conv")}
 
     @property
     def patch_channels(self) -> int:
@@ -246,12 +255,12 @@ class Autoencoder(nnx.Module):
         self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
         self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
-    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
+    def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
         """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
 
         Args:
           images: in [-1, 1].
-          by: what goes through at a time; in tiles, z is not quite the same.
+          vae_mode: what goes through at a time; in tiles, z is not quite the same.
 
         Raises:
           UserError: the sides are no multiples of `config.downsampling`.
@@ -264,7 +273,7 @@ class Autoencoder(nnx.Module):
             )
         tile, tile_out = self.config.sample_size, self.config.sample_size // side
         x = images.astype(self.encoder.conv_in.kernel.dtype)
-        moments = in_pieces(self._moments, x, by, tile, tile_out)
+        moments = apply_vae_mode(self._moments, x, vae_mode, tile, tile_out)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
@@ -273,20 +282,20 @@ class Autoencoder(nnx.Module):
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def decode(
-        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+        self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
         """Images, float32, about in [-1, 1]: the network does not clip them.
 
         Args:
           z: of an image each.
-          by: what goes through at a time; in tiles, images are not quite the same.
+          vae_mode: what goes through at a time; in tiles, images are not quite the same.
         """
         tile, tile_out = (
             self.config.sample_size // self.config.downsampling,
             self.config.sample_size,
         )
         z = z.astype(self.decoder.conv_in.kernel.dtype)
-        return in_pieces(self._images, z, by, tile, tile_out).astype(jnp.float32)
+        return apply_vae_mode(self._images, z, vae_mode, tile, tile_out).astype(jnp.float32)
 
     def _images(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

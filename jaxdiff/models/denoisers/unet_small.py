@@ -17,20 +17,21 @@ from jaxtyping import Array, Float
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.layers import (
     Remat,
-    TextFeatures,
     absolute_positions,
     checkpoint,
     fourier_features,
     patchify,
-    sum_of_words,
+    pooled_token_sum,
     unpatchify,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Denoiser):
     """Size and shape of a U-Net.
 
     Attributes:
@@ -69,8 +70,12 @@ class UNetConfig:
                 f"2 x {self.heads} heads; change widths, groups or heads."
             )
 
+    def build(self, *, rngs: nnx.Rngs) -> "UNet":
+        """Initialise the network."""
+        return UNet(self, rngs=rngs)
+
     @property
-    def smallest(self) -> int:
+    def size_multiple(self) -> int:
         """Sides of an image must be multiples of this."""
         return self.patch_size * 2 ** (len(self.widths) - 1)
 
@@ -112,12 +117,15 @@ class TextAttention(nnx.Module):
         self.text = linear(config.text_width, width, rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
         """The same shape."""
         b, h, w, c = x.shape
         y = self.norm(x).astype(x.dtype).reshape(b, h * w, c)
+        assert text.tokens is not None
         source = jnp.concatenate([y, self.text(text.tokens)], axis=1)
-        mask = jnp.pad(text.mask, ((0, 0), (h * w, 0)), constant_values=True)
+        mask = text.mask
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (h * w, 0)), constant_values=True)
         return x + self.attention(y, source, mask=mask).reshape(x.shape)
 
 
@@ -144,13 +152,13 @@ class UNetLevel(nnx.Module):
 
         return checkpoint(run, self.remat)(params, x, cond)
 
-    def attend(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+    def attend(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
         """The attention, where this level has one."""
         return x if self.attention is None else self.attention(x, text)
 
 
 class UNet(nnx.Module):
-    """Predicts one quantity of the same shape as x_t; which one is the objective's affair."""
+    """Predicts one quantity of the same shape as x_t; the model specification says which."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -185,30 +193,32 @@ class UNet(nnx.Module):
         self.final = linear(widths[0], patch, rngs, zero=True)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: TextFeatures
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: Conditioning
     ) -> Float[Array, "b h w c"]:
         """One evaluation; the compute type is that of the weights, the result float32.
 
         Args:
-          x: noisy images or latents; h and w are multiples of `config.smallest`.
+          x: noisy images or latents; h and w are multiples of `config.size_multiple`.
           t: time in [0, 1].
-          text: features of the prompts.
+          text: its `tokens`, `mask` and `pooled`.
 
         Raises:
           UserError: if the sides of the image do not halve as often as there are levels.
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
-        if x.shape[1] % config.smallest or x.shape[2] % config.smallest:
+        if x.shape[1] % config.size_multiple or x.shape[2] % config.size_multiple:
             raise UserError(
                 f"An image of {x.shape[2]}x{x.shape[1]} does not fit the U-Net; "
-                f"choose sides that are multiples of {config.smallest}."
+                f"choose sides that are multiples of {config.size_multiple}."
             )
         rows, columns = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
+        if text.tokens is None or text.pooled is None:
+            raise UserError("A U-Net reads text: expected Conditioning.tokens and .pooled.")
         width = config.widths[0]
         time = fourier_features(t, 4 * width).astype(dtype)
         text = text._replace(tokens=self.text_norm(text.tokens.astype(dtype)).astype(dtype))
         cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        cond = jax.nn.silu(cond + self.words(sum_of_words(text.tokens, text.mask)))
+        cond = jax.nn.silu(cond + self.words(pooled_token_sum(text.tokens, text.mask)))
 
         # Convolutions know no place but by the frame; prompts name places.
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
 from jaxdiff.training.tasks.base import Batch, Metrics, Pretrained, Task, from_uint8
 
@@ -113,7 +113,7 @@ class AutoencoderTask(Task):
         if self.perceptual is None:
             return {}
         model, folder = self.perceptual.model, self.perceptual.pretrained
-        tower = Pretrained(folder, ("vision",), blueprint(ClipVision, model))
+        tower = Pretrained(folder, ("vision",), bind_init(ClipVision, model))
         return {"perceptual": tower}
 
     def loss(

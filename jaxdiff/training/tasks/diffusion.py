@@ -15,7 +15,7 @@ from jaxdiff.diffusion.losses import Objective, loss_by_level
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, Gaussian
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.components import (
     DenoiserConfig,
@@ -33,7 +33,7 @@ from jaxdiff.models.denoisers.unet_sd import (
     UNet2DConditionConfig,
 )
 from jaxdiff.models.denoisers.unet_small import UNetConfig
-from jaxdiff.models.layers import TextFeatures, blueprint, merge
+from jaxdiff.models.layers import TextFeatures, bind_init, merge
 from jaxdiff.models.lora import Adapters, LoraConfig, adapted
 from jaxdiff.training.tasks.base import Batch, Metrics, Pretrained, Task, from_uint8
 
@@ -176,7 +176,7 @@ class DiffusionTask(Task):
         parts = {}
         if self.latents is not None:
             parts["autoencoder"] = Pretrained(
-                self.latents.pretrained, (), blueprint(Latents.build, self.latents)
+                self.latents.pretrained, (), bind_init(Latents.build, self.latents)
             )
         for name, tower in self.towers.items():
             if not tower.trained:
@@ -189,7 +189,7 @@ class DiffusionTask(Task):
 
     def _denoiser_part(self) -> Pretrained:
         return Pretrained(
-            self.pretrained, ("denoiser",), blueprint(denoiser_network, self.denoiser)
+            self.pretrained, ("denoiser",), bind_init(denoiser_network, self.denoiser)
         )
 
     def start(self) -> dict[str, Pretrained]:
@@ -231,8 +231,8 @@ class DiffusionTask(Task):
         if not self.denoiser_is_frozen:
             return model.denoiser
         if self.lora is None:
-            return merge(blueprint(denoiser_network, self.denoiser), frozen["denoiser"])
-        build = blueprint(denoiser_network, self.denoiser, self.lora)
+            return merge(bind_init(denoiser_network, self.denoiser), frozen["denoiser"])
+        build = bind_init(denoiser_network, self.denoiser, self.lora)
         adapters = nnx.to_pure_dict(nnx.state(model.denoiser))
         return merge(build, adapted(frozen["denoiser"], adapters))
 
@@ -294,7 +294,7 @@ class DiffusionTask(Task):
         frozen: PyTree,
         images: Float[Array, "b h w 3"],
         key: Key[Array, ""] | None = None,
-        by: Pieces = "whole",
+        by: VaeMode = "whole",
         wrap: Wrap = (False, False),
     ) -> Float[Array, "b i j c"]:
         """Images in [-1, 1] to the space that is modelled; without a key, without noise."""
@@ -320,7 +320,7 @@ class DiffusionTask(Task):
         self,
         frozen: PyTree,
         x: Float[Array, "b i j c"],
-        by: Pieces = "whole",
+        by: VaeMode = "whole",
         wrap: Wrap = (False, False),
     ) -> Float[Array, "b h w 3"]:
         """From the space that is modelled to images, about in [-1, 1].
