@@ -90,6 +90,11 @@ class Tokenizer:
         pad = self.bpe.id_to_token(self.pad_id)
         return _with_length(bpe, self.length, pad or END)
 
+    def with_pad(self, pad_id: int) -> "Tokenizer":
+        """Return a copy that pads with another id."""
+        bpe = tokenizers.Tokenizer.from_str(self.bpe.to_str())
+        return _with_length(bpe, self.length, bpe.id_to_token(pad_id) or END)
+
     @property
     def vocab_size(self) -> int:
         """The number of different ids."""
