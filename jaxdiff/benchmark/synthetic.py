@@ -58,7 +58,7 @@ def batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
     below = {"image": 256, "tokens": config.tokenizer.vocab_size}
 
     def draw(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name == "framing":
+        if name == "size_crop":
             return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
         if name in below:
             return rng.integers(0, below[name], leaf.shape, leaf.dtype)

@@ -89,9 +89,7 @@ def _object_from_json(
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in given:
             raise UserError(f"{path}.{name} is missing: {_FOREIGN}")
-    return cls(
-        **{k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()}
-    )
+    return cls(**{k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()})
 
 
 def _fits(data: Any, candidate: Any) -> bool:
@@ -129,3 +127,14 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
             flat |= flatten(inner, f"{path}.{name}" if path else name)
         return flat
     return {path: value}
+
+
+def types_in(value: Any) -> tuple[type, ...]:
+    """Return the dataclasses that a value is made of, itself included."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (getattr(value, f.name) for f in dataclasses.fields(value))
+        inner = [t for field in fields for t in types_in(field)]
+        return tuple(dict.fromkeys([type(value), *inner]))
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(t for item in value for t in types_in(item)))
+    return ()

@@ -9,7 +9,7 @@ which hidden layers, joined how, padded how, and what an empty or absent prompt 
 import abc
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.serialization import to_json
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.lora import add_adapters
@@ -27,7 +28,6 @@ from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, TextFeat
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """What Stable Diffusion XL's refiner is given for prompts and for negative prompts."""
-
 
 
 class Conditioning(NamedTuple):
@@ -135,9 +135,7 @@ class Conditioner(abc.ABC):
         """Number of text tokens that the denoiser reads."""
         return max(encoder.length for encoder in self.encoders.values())
 
-    def tokenize(
-        self, tokenizers: Mapping[str, Any], prompts: Sequence[str | None]
-    ) -> TextInputs:
+    def tokenize(self, tokenizers: Mapping[str, Any], prompts: Sequence[str | None]) -> TextInputs:
         """Tokenize prompts, on the host; None is a prompt that is not given."""
         texts = [prompt or "" for prompt in prompts]
         absent = np.array([prompt is None for prompt in prompts], bool)
@@ -161,10 +159,29 @@ class Conditioner(abc.ABC):
             return TextInputs(ids, absent)
         return TextInputs(ids, absent, weights=weights, empty=empty)
 
+    def abstract_inputs(self, batch_size: int) -> TextInputs:
+        """Return shapes and types of what `tokenize` makes of so many prompts."""
+        ids = {
+            name: jax.ShapeDtypeStruct((batch_size, encoder.length), jnp.int32)
+            for name, encoder in self.encoders.items()
+        }
+        return TextInputs(ids, jax.ShapeDtypeStruct((batch_size,), jnp.bool_))
+
+    def train_tokenizers(
+        self, captions: Iterable[str], *, vocab_size: int, length: int
+    ) -> Mapping[str, Any]:
+        """Train one tokenizer on captions, for all text encoders; CLIP's kind by default."""
+        tokenizer = Tokenizer.train(captions, vocab_size=vocab_size, length=length)
+        return dict.fromkeys(self.encoders, tokenizer)
+
+    def load_tokenizers(self, folder: str) -> Mapping[str, Any]:
+        """Load the tokenizers that `tokenizer.save` wrote into `folder`/NAME."""
+        return {name: Tokenizer.load(f"{folder}/{name}") for name in self.encoders}
+
     def pack(self, cond: Conditioning) -> Float[Array, "b m"]:
         """Flatten encoded captions to one row each, as they are cached."""
-        parts = [x.reshape(len(x), -1) for x in (cond.tokens, cond.pooled, cond.mask) if x is not None]
-        return jnp.concatenate(parts, axis=-1)
+        fields = (cond.tokens, cond.pooled, cond.mask)
+        return jnp.concatenate([x.reshape(len(x), -1) for x in fields if x is not None], axis=-1)
 
     def unpack(
         self, rows: Float[Array, "b m"], params: Mapping[str, Any], inputs: TextInputs
@@ -299,9 +316,7 @@ class ClipTextEncoder(TextEncoder):
                 "tokenizer.length and tokenizer.vocab_size to the encoder's length and vocab_size."
             )
 
-    def encode(
-        self, params: Mapping[str, Any], name: str, ids: Int[Array, "b n"]
-    ) -> TextFeatures:
+    def encode(self, params: Mapping[str, Any], name: str, ids: Int[Array, "b n"]) -> TextFeatures:
         """Encode token ids with the parameters of the encoder `name` of a model."""
         return self.module(params, name)(
             ids,
@@ -408,10 +423,14 @@ class StableDiffusionXLConditioner(Conditioner):
     @property
     def encoders(self) -> Mapping[str, ClipTextEncoder]:
         """`text`, if there is one, and `text_2`."""
-        return {"text_2": self.text_2} if self.text is None else {
-            "text": self.text,
-            "text_2": self.text_2,
-        }
+        return (
+            {"text_2": self.text_2}
+            if self.text is None
+            else {
+                "text": self.text,
+                "text_2": self.text_2,
+            }
+        )
 
     @property
     def text_width(self) -> int:

@@ -16,6 +16,8 @@ from jaxdiff.errors import UserError
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
 
+ComputeType = Literal["float32", "bfloat16"]
+
 Block = TypeVar("Block", bound=nnx.Module)
 
 
@@ -226,3 +228,16 @@ def init_params(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
 @functools.lru_cache(maxsize=64)
 def _traced(build: Callable[[], nnx.Module]) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(build))
+
+
+def cast(tree: Any, compute: ComputeType) -> Any:
+    """Cast floating arrays to the compute type; a module computes in that of its weights.
+
+    Scalars stay as they are: bfloat16 would leave CLIP's logarithmic temperature steps of 2 %.
+    """
+
+    def convert(leaf):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(compute) if is_float and leaf.ndim and leaf.dtype != compute else leaf
+
+    return jax.tree.map(convert, tree)

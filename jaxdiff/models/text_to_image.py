@@ -154,7 +154,9 @@ class TextToImage:
           params: of the model.
           wrap: whether images continue at their other side, vertically and horizontally.
         """
-        network = bind_params(bind_init(type(self.denoiser).build, self.denoiser), params["denoiser"])
+        network = bind_params(
+            bind_init(type(self.denoiser).build, self.denoiser), params["denoiser"]
+        )
         adapters = params.get("adapters", {}).get("denoiser")
         if adapters is not None:
             add_adapters(network, adapters)

@@ -1,43 +1,37 @@
-"""The recipe of a run: frozen dataclasses, as JSON and back, and the differences of two of them.
+"""The recipe of a run: what is trained, on what and how."""
 
-Every value in a recipe is a typed object. JSON holds {"type": class name, ...} where a field may be
-one of several classes; the field's own annotation says which, so nothing is looked up by name
-anywhere else.
-"""
-
-import dataclasses
 import difflib
 import importlib.util
 import os
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.distributed.mesh import MeshConfig, Slice
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.evaluation.evaluators import AnyEvaluator
+from jaxdiff.models.layers import ComputeType
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, Muon
-from jaxdiff.training.step import ComputeType
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.base import Task
 from jaxdiff.training.tasks.clip import ClipTask
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 RECIPES = Path(__file__).parent.parent.parent / "configs"
 
+AnyTask = DiffusionTask | AutoencoderTask | ClipTask | Task
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """CLIP's tokenizer, read from a folder or trained on the captions.
-
-    A recipe that takes its text encoder from elsewhere takes the tokenizer from there too.
+    """Tokenizers of a run whose text encoders are not pretrained; others bring their own.
 
     Attributes:
-      path: a Hugging Face tokenizer folder; None trains one on the run's own captions.
+      path: a Hugging Face tokenizer folder; None trains CLIP's kind on the run's captions.
       vocab_size: of a trained one, at most.
       length: tokens of a prompt, start and end included; longer prompts are truncated.
       records: how many records a trained one reads its captions from.
@@ -51,7 +45,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how much at a time, and how often what is written.
+    """Length, batch, precision and intervals of a run.
 
     Attributes:
       steps: of the run.
@@ -62,10 +56,13 @@ class TrainConfig:
       log_every: steps from one line of metrics to the next.
       checkpoint_every: steps from one checkpoint to the next; the last step always has one.
       keep: newest checkpoints that are kept.
-      sample_every: steps from one grid of samples to the next; 0 for none but the last.
       max_nonfinite: updates skipped in a row, for a loss or gradient that is not finite, after
-        which the run stops.
-      wandb: also log to Weights & Biases.
+        which the run ends.
+      wandb: whether metrics also go to Weights & Biases.
+      evaluate: whether the recipe's evaluators run.
+
+    Raises:
+      UserError: a number that must be positive is not.
     """
 
     steps: int = 10_000
@@ -76,9 +73,9 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 1000
     keep: int = 2
-    sample_every: int = 0
     max_nonfinite: int = 20
     wandb: bool = False
+    evaluate: bool = True
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
@@ -93,16 +90,24 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A recipe: what is trained, on what, how, on which mesh, and how it is then looked at.
+    """A recipe: the model and its task, data, optimizer, mesh, and what is logged.
 
     Attributes:
-      name: of the run; its folder is `runs/NAME` unless told otherwise.
+      name: of the run; its folder is `runs/NAME` by default.
+      task: the model, its loss, and what of it is trained.
+      data: what it is trained on.
+      tokenizer: of text encoders that are not pretrained.
+      optimizer: with its learning-rate schedule.
+      ema: the moving average of the parameters, which is sampled and exported.
+      train: length, batch, precision and intervals.
+      mesh: of the devices.
+      compiler: XLA's flags.
+      evaluators: metrics and images, at intervals and at the end.
       slices: hardware that `jaxdiff plan` plans it for, and the mesh to give it there.
-      eval_samples: prompts of each kind that the trained model is scored on at the end; 0 for none.
     """
 
     name: str
-    task: DiffusionTask | AutoencoderTask | ClipTask
+    task: AnyTask
     data: DataConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: AdamW | Muon = field(default_factory=AdamW)
@@ -110,13 +115,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluators: tuple[AnyEvaluator, ...] = ()
     slices: tuple[Slice, ...] = ()
-    eval_samples: int = 0
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """`key: ours, theirs` for each key in which two recipes differ."""
+    """Return `key is A here and B there` for each key in which two recipes differ."""
     a, b = flatten(to_json(ours)), flatten(to_json(theirs))
     missing: Literal["(none)"] = "(none)"
     keys = list(dict.fromkeys([*a, *b]))
@@ -128,7 +132,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Config:
-    """The `Config` that a recipe's `get_config()` returns.
+    """Return the `Config` that a recipe's `get_config()` returns.
 
     Raises:
       UserError: no such file, or no `get_config` in it.

@@ -273,9 +273,9 @@ def test_views_are_crops_of_which_every_second_is_mirrored(config, folder, token
     record = cropped.data.source[0]
     assert record["moments"].shape == (4, 8, 8, 8)
     # Two places, a quarter and three quarters of the way, each as it is and mirrored.
-    assert record["framing"][:, 3].tolist() == [8, 24, 24, 8]
+    assert record["size_crop"][:, 3].tolist() == [8, 24, 24, 8]
     batches, _ = _batches(cropped, tokenizer, 8)
-    seen = {tuple(f) for b in batches for f in b["framing"].tolist()}
+    seen = {tuple(f) for b in batches for f in b["size_crop"].tolist()}
     assert {f[3] for f in seen} == {8, 24}
     views = {b["latents"][0].tobytes() for b in batches}
     assert len(views) > 4

@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 from jaxdiff.sampling.sampler import VaeMode
 
 
-
-
 OVERLAP = 0.25  # of a tile's side with the next one, where the two are blended; as in diffusers
 
 Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]

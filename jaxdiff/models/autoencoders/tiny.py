@@ -147,7 +147,9 @@ class TinyAutoencoder(nnx.Module):
           vae_mode: what goes through at a time.
         """
         tile = self.config.sample_size
-        mean = apply_vae_mode(self.encoder, (images + 1) / 2, vae_mode, tile, tile // self.config.downsampling)
+        mean = apply_vae_mode(
+            self.encoder, (images + 1) / 2, vae_mode, tile, tile // self.config.downsampling
+        )
         mean = mean.astype(jnp.float32)
         return Gaussian(mean, jnp.full_like(mean, -jnp.inf))
 

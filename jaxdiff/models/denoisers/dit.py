@@ -172,7 +172,9 @@ class DiT(nnx.Module):
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
         if cond.tokens is None or cond.pooled is None:
-            raise UserError("A DiT reads text: expected Conditioning.tokens and Conditioning.pooled.")
+            raise UserError(
+                "A DiT reads text: expected Conditioning.tokens and Conditioning.pooled."
+            )
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         tokens = patchify(x.astype(dtype), config.patch_size)
         if config.bottleneck is not None:

@@ -329,7 +329,9 @@ class UNet2DConditionModel(nnx.Module):
             return time
         added = jnp.zeros((t.shape[0], 0))
         if cond.pooled is not None and cond.size_crop is not None:
-            ids = fourier_features(self._time_ids(cond).reshape(-1), config.time_id_width, scale=1.0)
+            ids = fourier_features(
+                self._time_ids(cond).reshape(-1), config.time_id_width, scale=1.0
+            )
             added = jnp.concatenate(
                 [cond.pooled.astype(jnp.float32), ids.reshape(t.shape[0], -1)], axis=-1
             )
