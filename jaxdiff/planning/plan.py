@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdiff.benchmark.flops import peak_flops
+from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import MeshConfig, Slice, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.sampling.sampler import VaeMode
-
 
 OVERLAP = 0.25  # of a tile's side with the next one, where the two are blended; as in diffusers
 

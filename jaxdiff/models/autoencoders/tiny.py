@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import Gaussian
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.kl import Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.flops import conv_flops
 
 BOUND = 3.0  # latents are squeezed into -BOUND to BOUND before they are decoded
 
@@ -60,6 +61,15 @@ class TinyAutoencoderConfig(AutoencoderSpec):
     def fingerprinted(self, params: Any) -> Any:
         """Return the encoder's parameters."""
         return params["encoder"]
+
+    def encode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of encoding one image of this size, in pixels."""
+        channels, area, total = self.width, height * width, 0.0
+        for i, count in enumerate(self.encoder_blocks):
+            area = area // 4 if i else area
+            total += conv_flops(3, channels if i else self.image_channels, channels, area)
+            total += 3 * count * conv_flops(3, channels, channels, area)
+        return total + conv_flops(3, channels, self.latent_channels, area)
 
 
 class Block(nnx.Module):
