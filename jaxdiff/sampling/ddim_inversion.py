@@ -7,8 +7,8 @@ Its inverse is the solution z of
     z = z' + (tau - tau') u(z, tau)                                                (1)
 
 Evaluated at z' instead, (1) is the inversion of Dhariwal & Nichol 2021, appendix F, whose error
-grows with the length of the steps. Solved by fixed-point iteration (Pan et al. 2023, AIDI, eq. 6) it
-undoes the very steps of DDIM. Let k, from 0 to 1, be how far a denoiser's estimate follows x_t,
+grows with the length of the steps. Solved by fixed-point iteration (Pan et al. 2023, AIDI, eq. 6)
+it undoes the very steps of DDIM. Let k, from 0 to 1, be how far a denoiser's estimate follows x_t,
 relative to the most that it could. One iteration then multiplies the error by about
 
     (tau - tau') ((1 - k) / tau - k / (1 - tau))                                   (2)

@@ -168,7 +168,9 @@ def sample(
     carry, begin, end = (x, initial_states(x), snapshots), first_step, num_steps
     if segment is not None:
         begin, end = segment.begin, segment.end
-        carry = jax.tree.map(lambda a, b: jnp.where(begin == first_step, a, b), carry, segment.state)
+        carry = jax.tree.map(
+            lambda a, b: jnp.where(begin == first_step, a, b), carry, segment.state
+        )
     carry = jax.lax.fori_loop(begin, end, body, carry)
     return Sampled(images=carry[0], snapshots=carry[2], state=carry)
 

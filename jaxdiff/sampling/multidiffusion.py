@@ -25,9 +25,9 @@ from jaxdiff.sampling.solver import Scalar, State, StatefulDenoiser
 
 ROLL_BELOW_T = 0.5
 """The time below which a window that covers all of an axis that wraps has random offsets along it.
-Of 8 prompts for one object the shipped model, a flow, renders 7 as tiles with offsets below 0.7, and
-all below 0.5, in 30 steps; 3 or 4 with offsets at all times, in 12 to 100. Below 0.3 seams remain
-(2026-11-28)."""
+Of 8 prompts for one object the shipped model, a flow, renders 7 as tiles with offsets below 0.7,
+and all below 0.5, in 30 steps; 3 or 4 with offsets at all times, in 12 to 100. Below 0.3 seams
+remain (2026-11-28)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,12 @@ VaeMode = Literal["full", "slicing", "tiling"]
 """What an autoencoder takes at a time: the whole batch, one image, or one tile of one image."""
 
 
+def check_num_steps(num_steps: int) -> None:
+    """Raise `UserError` for a number of steps that no solver can take."""
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Settings of the sampling loop; a field that is None inherits the model's.
@@ -105,9 +111,3 @@ class ResolvedSampler:
     vae_mode: VaeMode
     wrap: tuple[bool, bool]
     overlap: float | None
-
-
-def check_num_steps(num_steps: int) -> None:
-    """Raise `UserError` for a number of steps that no solver can take."""
-    if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")

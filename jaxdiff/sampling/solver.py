@@ -156,9 +156,7 @@ def noise_ratio(s: Step) -> Scalar:
     return s.alpha * s.next_sigma / (s.next_alpha * s.sigma)
 
 
-def ancestral_update(
-    x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]
-) -> Images:
+def ancestral_update(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
     """Apply eq. 3 with DDIM's noise, eta times that of the posterior q(x' | x, x0)."""
     if eta == 0:
         return ddim_update(x, x0, s)
@@ -181,7 +179,7 @@ def no_estimate(x: Images) -> LastEstimate:
 
 
 def extrapolate(x0: Images, last: LastEstimate, s: Step) -> tuple[Images, LastEstimate]:
-    """Return x0 extrapolated to the middle of the step in log(alpha / sigma), and the next state."""
+    """Extrapolate x0 to the middle of the step in log(alpha / sigma); return the next state too."""
     half_log_snr = jnp.log(s.alpha / s.sigma)
     h = jnp.log(s.next_alpha / s.next_sigma) - half_log_snr
     fraction = h / (2 * (half_log_snr - last.half_log_snr))

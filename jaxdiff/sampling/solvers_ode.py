@@ -66,7 +66,7 @@ def check_eta(solver: Any) -> None:
     """Raise `UserError` for an eta outside [0, 1]."""
     if not 0 <= solver.eta <= 1:
         raise UserError(
-            f"{type(solver).__name__}.eta is {solver.eta}; give a number from 0 (no noise) to 1."
+            f"{type(solver).__name__}.eta is {solver.eta}: expected from 0 (no noise) to 1."
         )
 
 
@@ -122,7 +122,7 @@ class Churn:
     def __post_init__(self):
         if not 0 <= self.gamma <= 0.4143:
             raise UserError(
-                f"Churn.gamma is {self.gamma}; give S_churn / num_steps, from 0 to 0.4142."
+                f"Churn.gamma is {self.gamma}: expected S_churn / num_steps, from 0 to 0.4142."
             )
 
     def apply(self, x: Images, s: Step, keys: Key[Array, " b"]) -> tuple[Images, Step]:
@@ -185,7 +185,9 @@ class Heun:
             return z * next_total
 
         is_inside = (s.next_sigma > 0) & (total > 0)
-        return StepOutput(jax.lax.cond(is_inside, correct, lambda: euler), x0, solver_state, next_state)
+        return StepOutput(
+            jax.lax.cond(is_inside, correct, lambda: euler), x0, solver_state, next_state
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,4 +279,6 @@ class PLMS:
         multistep = s.next_alpha / s.alpha * (x - s.sigma * eps_bar) + s.next_sigma * eps_bar
         newest, second, _ = solver_state.eps
         next_solver_state = LastNoises((eps, newest, second), solver_state.count + is_known)
-        return StepOutput(jnp.where(is_known, multistep, ddim_update(x, x0, s)), x0, next_solver_state, next_state)
+        return StepOutput(
+            jnp.where(is_known, multistep, ddim_update(x, x0, s)), x0, next_solver_state, next_state
+        )

@@ -34,7 +34,8 @@ class DDPM:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2, eq. 6 and 7).
 
     x' is a sample of q(x' | x, x0) with the denoiser's x0, and the smaller of the paper's two
-    variances ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song et al. 2021, section 4.1).
+    variances ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song
+    et al. 2021, section 4.1).
     """
 
     def init(self, x: Images) -> SolverState:
@@ -157,8 +158,8 @@ class LCM:
     def __post_init__(self):
         if not (self.sigma_data > 0 and self.time_scale > 0):
             raise UserError(
-                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}; give "
-                "positive numbers."
+                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}: "
+                "expected positive numbers."
             )
 
     def init(self, x: Images) -> SolverState:
@@ -179,4 +180,6 @@ class LCM:
         scaled = self.time_scale * s.t
         square = scaled**2 + self.sigma_data**2
         end = self.sigma_data**2 / square * x + scaled / jnp.sqrt(square) * x0
-        return StepOutput(s.next_alpha * end + s.next_sigma * noise_like(x, keys), x0, solver_state, next_state)
+        return StepOutput(
+            s.next_alpha * end + s.next_sigma * noise_like(x, keys), x0, solver_state, next_state
+        )

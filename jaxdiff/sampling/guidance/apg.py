@@ -47,7 +47,8 @@ class APG:
         ):
             raise UserError(
                 f"APG got eta={self.eta}, momentum={self.momentum}, norm_threshold={threshold}: "
-                "expected an eta in [0, 1], a momentum between -1 and 1, and a positive threshold or None."
+                "expected an eta in [0, 1], a momentum between -1 and 1, and a positive "
+                "threshold or None."
             )
 
     def project(self, difference: Images, cond: Images) -> Images:

@@ -1,7 +1,7 @@
 """CFG-Zero*: guidance for flow models in their early, inaccurate steps.
 
-Fan et al. 2025 (arXiv 2503.18886), section 4. The unconditional prediction u is replaced by s* u, its
-multiple that is nearest to the conditional one c,
+Fan et al. 2025 (arXiv 2503.18886), section 4. The unconditional prediction u is replaced by s* u,
+its multiple that is nearest to the conditional one c,
 
     s* = <c, u> / |u|^2,                                                           (1)
 

@@ -45,7 +45,9 @@ class DynamicThreshold:
 
     def __post_init__(self):
         if not 0 < self.quantile <= 1:
-            raise UserError(f"DynamicThreshold.quantile is {self.quantile}: expected one in (0, 1].")
+            raise UserError(
+                f"DynamicThreshold.quantile is {self.quantile}: expected one in (0, 1]."
+            )
 
     def __call__(self, x0: Images) -> Images:
         """Clip and scale to [-1, 1]."""
