@@ -43,3 +43,11 @@ class Denoiser(abc.ABC):
     def extra_channels(self) -> int:
         """Channels of `Conditioning.concat`, such as an inpainting network's mask and latents."""
         return 0
+
+    @property
+    def wraps(self) -> bool:
+        """Whether `wrap_convolutions` alone makes its images continue at their other side.
+
+        True for networks of convolutions without position embeddings.
+        """
+        return False

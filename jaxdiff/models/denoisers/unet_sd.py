@@ -99,6 +99,11 @@ class UNet2DConditionConfig(Denoiser):
         """Channels of the input beyond the latents: a mask and masked latents."""
         return self.in_channels - self.out_channels
 
+    @property
+    def wraps(self) -> bool:
+        """True: it has no position embeddings."""
+        return True
+
     def build(self, *, rngs: nnx.Rngs) -> "UNet2DConditionModel":
         """Initialise the network."""
         return UNet2DConditionModel(self, rngs=rngs)
