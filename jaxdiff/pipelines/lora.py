@@ -34,9 +34,10 @@ def apply(
     Raises:
       UserError: the file is damaged, of another kind, or for another model.
     """
-    adapters = scaled(read_lora(file, pipe.spec), scale)
-    change = merge_adapters if merge else attach
-    return _with_bundle(pipe, change(pipe.bundle, adapters))
+    bundle, adapters = pipe.bundle, scaled(read_lora(file, pipe.spec), scale)
+    if merge:
+        return _with_bundle(pipe, bundle._replace(params=merge_into(bundle.params, adapters)))
+    return _with_bundle(pipe, attach(bundle, adapters))
 
 
 def remove(pipe: Pipeline) -> Pipeline:
@@ -62,7 +63,7 @@ def adapters_of(bundle: Bundle) -> dict[str, dict[Path, Factors]]:
     return {part: dict(pairs) for part, pairs in adapters.items()}
 
 
-def merge_adapters(bundle: Bundle, adapters: Adapters) -> Bundle:
+def merge(bundle: Bundle, adapters: Adapters) -> Bundle:
     """Add adapters to a model's weights; those beside them stay there."""
     return bundle._replace(params=merge_into(bundle.params, adapters))
 

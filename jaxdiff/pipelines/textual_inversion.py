@@ -26,7 +26,7 @@ def apply(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> P
     return Pipeline(bundle, dtype=pipe.dtype, devices=pipe.devices)
 
 
-def add_word(bundle: Bundle[TextToImage], word: Word) -> Bundle[TextToImage]:
+def add_word(bundle: Bundle, word: Word) -> Bundle:
     """Add a word to a model's tokenizers, and its embeddings to `params["added_tokens"]`.
 
     Raises:

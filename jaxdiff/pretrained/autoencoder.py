@@ -153,5 +153,5 @@ def from_torch_names(
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the tensors of a diffusers checkpoint from the autoencoder's parameters, a nested dict."""
+    """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
     return names.to_torch_names(params, AUTOENCODER_NAMES)

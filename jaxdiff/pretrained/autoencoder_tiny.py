@@ -92,7 +92,7 @@ def write_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: TinyAutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
-    """Return the parameters of `TinyAutoencoder(config)` from the tensors of a diffusers checkpoint.
+    """Return the parameters of `TinyAutoencoder(config)` from a diffusers checkpoint.
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
@@ -101,5 +101,5 @@ def from_torch_names(
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the tensors of a diffusers checkpoint from the autoencoder's parameters, a nested dict."""
+    """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
     return names.to_torch_names(params, TINY_NAMES)

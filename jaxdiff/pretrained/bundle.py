@@ -1,15 +1,15 @@
 """A trained model in memory, and as a folder of this package.
 
-    config.json            the specification
-    model.safetensors      weights, each at its path in the tree of parameters
-    tokenizers/NAME/       tokenizer.json, one per text encoder
-    recipe.json            how it was trained; for the record, never needed to load it
+config.json            the specification
+model.safetensors      weights, each at its path in the tree of parameters
+tokenizers/NAME/       tokenizer.json, one per text encoder
+recipe.json            how it was trained; for the record, never needed to load it
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -42,23 +42,21 @@ CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
 
 AnySpec = TextToImage | ClipConfig | AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
 
-Spec = TypeVar("Spec", bound=AnySpec)
-
 # What `safetensors.numpy` reads lacks bfloat16.
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-class Bundle(NamedTuple, Generic[Spec]):
+class Bundle(NamedTuple):
     """A trained model, wherever it came from.
 
     Attributes:
-      spec: the model without its weights.
+      spec: the model without its weights, an `AnySpec`.
       params: its weights, a nested dict; of a text-to-image model as `models/text_to_image.py`
         describes it.
       tokenizers: by the names of the text encoders; empty where the model reads no text.
     """
 
-    spec: Spec
+    spec: Any
     params: PyTree
     tokenizers: Mapping[str, Tokenizer]
 

@@ -42,7 +42,7 @@ Report = Callable[[str], None]
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
-    """Return the folder as Orbax expects it. (etils resolves `gs://` to a folder of that name here.)"""
+    """Return the folder as Orbax expects it: absolute, with `gs://` paths as they are."""
     path = epath.Path(folder).expanduser()
     return path.resolve() if is_local(folder) else path
 

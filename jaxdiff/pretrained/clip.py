@@ -95,7 +95,9 @@ _IGNORED = """
 
 _TEXT_FIXED: Fixed = dict.fromkeys(_IGNORED.split()) | {"layer_norm_eps": (1e-5,)}
 
-_ENDS_AT_LARGEST = 2  # the wrong id in OpenAI's configs, which transformers takes to mean the largest
+_ENDS_AT_LARGEST = (
+    2  # the wrong id in OpenAI's configs, which transformers takes to mean the largest
+)
 
 
 def read_text_config(
@@ -142,10 +144,11 @@ def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipCon
     end = config.get("projection_dim", 512)
 
     def encoder(name: str, keys: Collection[str]) -> dict[str, Any]:
-        given = {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
-        return {key: value for key, value in given.items() if key in keys} | {
-            "projection_dim": end
+        given = {
+            **(config.get(f"{name}_config") or {}),
+            **(config.get(f"{name}_config_dict") or {}),
         }
+        return {key: value for key, value in given.items() if key in keys} | {"projection_dim": end}
 
     text = encoder("text", {*_TEXT_READ, "layer_norm_eps"})
     vision = encoder("vision", {*_VISION_READ, *_VISION_FIXED})
@@ -222,5 +225,5 @@ def from_torch_names(
 
 
 def to_torch_names(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:
-    """Return the tensors of a transformers checkpoint from the network's parameters, a nested dict."""
+    """Return a transformers checkpoint's tensors from the network's parameters, a nested dict."""
     return names.to_torch_names(params, _network(config)[1])

@@ -38,7 +38,7 @@ def read_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
 
 def read_clip_folder(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle[ClipConfig]:
+) -> Bundle:
     """Read a CLIP of OpenAI, OpenCLIP or anyone who publishes it so.
 
     Args:

@@ -1,10 +1,10 @@
 """Stable Diffusion checkpoints as diffusers keeps them: a folder with `model_index.json`.
 
-    model_index.json                      the kind of pipeline, and which parts there are
-    unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
-    text_encoder/  text_encoder_2/        config.json, model.safetensors
-    tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
-    scheduler/                            scheduler_config.json
+model_index.json                      the kind of pipeline, and which parts there are
+unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
+text_encoder/  text_encoder_2/        config.json, model.safetensors
+tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
+scheduler/                            scheduler_config.json
 """
 
 from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ def read_spec(folder: epath.PathLike) -> TextToImage:
 
 def read_diffusers(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle[TextToImage]:
+) -> Bundle:
     """Read a Stable Diffusion checkpoint, each tensor in the type that it is stored in.
 
     Args:

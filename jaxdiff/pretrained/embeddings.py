@@ -91,5 +91,6 @@ def write_embedding(file: epath.PathLike, word: Word) -> None:
     if len(rows) > 1:
         tensors = {_XL.get(name, name): vectors for name, vectors in rows.items()}
     else:
-        tensors = {word.word: vectors for vectors in rows.values()}
+        (vectors,) = rows.values()
+        tensors = {word.word: vectors}
     write_whole(path, save(tensors, metadata={"format": "pt", _WORD: word.word}))

@@ -135,9 +135,7 @@ def read_tokenizers(folder: epath.PathLike, types: Sequence[type] = ()) -> dict[
     return read_own_tokenizers(root, spec)
 
 
-def read_parts(
-    wanted: Mapping[Key, PartSource], types: Sequence[type] = ()
-) -> dict[Key, PyTree]:
+def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> dict[Key, PyTree]:
     """Read parts of trained models, on the host, in the types that are expected.
 
     Raises:
@@ -150,7 +148,9 @@ def read_parts(
         params = part_of(bundles[source.folder], source.path, source.folder)
         check_fit(params, source.abstract, source.folder)
         # Weights may be stored in half precision; training keeps float32.
-        parts[key] = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, source.abstract)
+        parts[key] = jax.tree.map(
+            lambda x, like: np.asarray(x, like.dtype), params, source.abstract
+        )
     return parts
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.models.conditioning import ClipTextEncoder
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Adapters, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip import TEXT_NAMES

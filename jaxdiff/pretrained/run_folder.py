@@ -1,9 +1,9 @@
 """A run's folder as a model: the specification in its recipe, and its newest moving average.
 
-    config.json           the recipe as JSON; task.model is the specification
-    tokenizers/NAME/      tokenizer.json, one per text encoder
-    frozen.safetensors    weights that are not trained, each at its path in the tree of parameters
-    checkpoints/          the trained ones
+config.json           the recipe as JSON; task.model is the specification
+tokenizers/NAME/      tokenizer.json, one per text encoder
+frozen.safetensors    weights that are not trained, each at its path in the tree of parameters
+checkpoints/          the trained ones
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -147,7 +147,7 @@ def read_original(
     *,
     tokenizer: Tokenizer | None = None,
     place: Callable[[np.ndarray], Any] = to_device,
-) -> Bundle[TextToImage]:
+) -> Bundle:
     """Read a Stable Diffusion checkpoint in one file, each tensor in the type that it has there.
 
     Args:
@@ -234,7 +234,7 @@ def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, Sc
 def _table_rename(
     prefix: str, table: Mapping[str, str], inner: Mapping[str, str]
 ) -> Callable[[str], str | None]:
-    """Renames by the longest entry that a name begins with, then within a residual block."""
+    """Rename by the longest entry that a name begins with, then within a residual block."""
 
     def rename(name: str) -> str | None:
         if not name.startswith(prefix):
@@ -264,12 +264,12 @@ _UNET_BLOCK = {
 
 
 def unet_rename(config: UNet2DConditionConfig) -> Callable[[str], str | None]:
-    """From the original names of the U-Net to diffusers'; None for other parts' tensors."""
+    """Rename the U-Net's tensors to diffusers' names; None for other parts' tensors."""
     return _table_rename(UNET, _unet_table(config), _UNET_BLOCK)
 
 
 def unet_original_name(name: str, config: UNet2DConditionConfig) -> str:
-    """The inverse of `unet_rename`, for layers too, and without the U-Net's prefix."""
+    """Invert `unet_rename`, for layers too, and without the U-Net's prefix."""
     modules = {new: old for old, new in _unet_table(config).items()}
     pieces = name.split(".")
     end = next(n for n in range(len(pieces), 0, -1) if ".".join(pieces[:n]) in modules)
@@ -324,7 +324,7 @@ _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 def autoencoder_rename(
     config: AutoencoderConfig,
 ) -> Callable[[str], str | Mapping[str, Cut] | None]:
-    """From the original names of the autoencoder to diffusers'; None for other parts' tensors."""
+    """Rename the autoencoder's tensors to diffusers' names; None for other parts' tensors."""
     levels = len(config.block_out_channels)
     table = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half, level, resample in (("encoder", "down", "down"), ("decoder", "up", "up")):
@@ -377,9 +377,9 @@ _OPENCLIP_ENDS = {
 def text_rename(
     prefix: str, config: ClipTextConfig
 ) -> Callable[[str], str | Mapping[str, Cut] | None]:
-    """From the names of a text encoder to transformers'; None for other parts' tensors.
+    """Rename a text encoder's tensors to transformers' names; None for other parts' tensors.
 
-    OpenCLIP's keep queries, keys and values in one matrix, and are cut after `config.depth` blocks.
+    OpenCLIP has queries, keys and values in one matrix; blocks after `config.depth` are dropped.
     """
 
     def rename(name: str) -> str | Mapping[str, Cut] | None:

@@ -91,7 +91,7 @@ _UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UNet2DConditionConfig:
-    """Read our config from diffusers' `UNet2DConditionModel` config, whose missing keys have defaults.
+    """Read our config from diffusers' `UNet2DConditionModel` config; keys have its defaults.
 
     Raises:
       UserError: the config asks for something that this network does not have.
@@ -193,7 +193,7 @@ def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig, **options: Any
 ) -> dict[str, Any]:
-    """Return the parameters of `UNet2DConditionModel(config)` from the tensors of a diffusers checkpoint.
+    """Return the parameters of `UNet2DConditionModel(config)` from a diffusers checkpoint.
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from jaxdiff.models.components import Latents, TextTower, TextualInversion
 from PIL import Image
 
 import jaxdiff
@@ -24,7 +25,6 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.images import GAP
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower, TextualInversion
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import LoraConfig, factors
