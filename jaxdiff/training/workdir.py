@@ -22,13 +22,14 @@ from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,
     CONFIG,
     MODEL,
+    RECIPE,
     TOKENIZERS,
     write_json,
     write_tokenizers,
 )
 from jaxdiff.pretrained.config_check import read_json
-from jaxdiff.pretrained.load import make_folder, read_tokenizers
-from jaxdiff.pretrained.run_folder import FROZEN, read_run_spec
+from jaxdiff.pretrained.load import make_folder, model_folder, read_tokenizers
+from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 from jaxdiff.training.recipe import Config, differences
 from jaxdiff.training.tasks.diffusion import DiffusionTask
@@ -88,16 +89,24 @@ def open_run(
 
 
 def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
-    """Read the recipe in a run's folder.
+    """Read the recipe of a run, or that an exported model was trained by.
+
+    Args:
+      folder: of a run or an exported model, or `shipped:NAME`.
+      types: dataclasses that are accepted beside those of this package.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    path = epath.Path(folder) / CONFIG
-    if not path.exists():
-        raise UserError(f"{folder} holds no run: expected {CONFIG} in it; check the path.")
-    data = read_json(path)
-    read_run_spec(folder, data, types)  # refuses what another version wrote
+    root = model_folder(folder)
+    path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
+    data = read_json(path) if path.exists() else None
+    if not is_recipe(data):
+        raise UserError(
+            f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
+            f"exported with its {RECIPE}; check the path."
+        )
+    read_run_spec(root, data, types)  # refuses what another version wrote
     return from_json(Config, data, types=types)
 
 
