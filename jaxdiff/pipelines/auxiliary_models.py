@@ -128,7 +128,7 @@ def _channels(spec: TextToImage) -> tuple[int, int]:
     return spec.denoiser.channels, spec.denoiser.extra_channels
 
 
-def _same_latents(one: Bundle[Any], other: Bundle[Any]) -> bool:
+def _same_latents(one: Bundle, other: Bundle) -> bool:
     """Whether two models have the same latents; weights may differ by rounding to 16 bits."""
     if one.spec.autoencoder != other.spec.autoencoder:
         return False

@@ -15,6 +15,7 @@ from jaxdiff.pipelines.inputs import (
     Number,
     Prompt,
     check_images,
+    one_each,
     prompt_list,
     slerp,
 )
@@ -99,7 +100,8 @@ def variations(
     prompts = prompt_list(prompts)
     own = invert(pipe, image, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
-    each = zip(np.broadcast_to(own, noises.shape), noises, np.broadcast_to(amount, n), strict=True)
+    amounts = one_each("amount", amount, n)
+    each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
     return pipe(
         prompts * n if len(prompts) == 1 else prompts,
         latents=np.stack([slerp(*one) for one in each]),
@@ -115,7 +117,7 @@ def interpolate(
     prompts: tuple[str, str],
     frames: int,
     *,
-    seeds: tuple[Integer, Integer] = (0, 1),
+    seeds: tuple[Integer, Integer] = (0, 0),
     images: np.ndarray | None = None,
     **arguments: Any,
 ) -> UInt8[np.ndarray, "k h w 3"]:

@@ -170,6 +170,12 @@ def float_array(name: str, values: Any, n: int) -> Float32[np.ndarray, " n"]:
     return np.asarray(found, np.float32)
 
 
+def _is_integer(value: Any) -> bool:
+    if getattr(value, "ndim", None) == 0:
+        return value.dtype.kind in "iu"
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
     """Return seeds as an array.
 
@@ -178,9 +184,7 @@ def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
     """
     values = list(values)
     for seed in values:
-        whole = isinstance(seed, Integer) and not isinstance(seed, bool)
-        whole = whole or (getattr(seed, "ndim", None) == 0 and seed.dtype.kind in "iu")
-        if not whole or not 0 <= seed <= LARGEST_SEED:
+        if not _is_integer(seed) or not 0 <= seed <= LARGEST_SEED:
             raise UserError(
                 f"seed {seed!r} is out of range: expected an integer from 0 to {LARGEST_SEED}."
             )
@@ -195,7 +199,7 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     """
     found = one_each("num_steps", num_steps, n)
     for count in found:
-        if isinstance(count, bool) or int(count) != count:
+        if not _is_integer(count):
             raise UserError(f"num_steps is {count!r}: expected an integer, 1 or more.")
         check_num_steps(int(count))
     return [int(count) for count in found]
@@ -293,8 +297,8 @@ def image_size(
                 "size, or resize the image."
             )
         size = theirs
-    elif size is None and np.ndim(request.latents) == 4:
-        height, width = np.shape(request.latents)[1:3]
+    elif size is None and request.latents is not None and request.latents.ndim == 4:
+        height, width = request.latents.shape[1:3]
         size = width * spec.downsampling, height * spec.downsampling
     return check_size(size or (spec.image_size, spec.image_size), spec)
 

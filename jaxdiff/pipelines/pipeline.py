@@ -134,7 +134,7 @@ class Pipeline:
         )
 
     @property
-    def bundle(self) -> Bundle[TextToImage]:
+    def bundle(self) -> Bundle:
         """The model, in the type that it computes in."""
         return Bundle(self.spec, self.params, self.tokenizers)
 
@@ -217,7 +217,7 @@ class Pipeline:
           init: images to start from, with a mask and a strength.
           sampler: settings such as the solver; another solver compiles another program.
           guidance: options of guidance other than the scale.
-          output: "uint8", "float" for float32 in [0, 1], or "latents" for what is denoised: latents, or
+          output: "uint8", "float" (float32 in [0, 1]), or "latents": what is denoised, latents or
             pixels from -1 to 1.
           batch_size: images that each device samples at a time, whatever their number; by default
             chosen by size and kind of device. Another one compiles another program, whose sums are

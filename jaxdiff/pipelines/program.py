@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
@@ -42,8 +41,6 @@ from jaxdiff.sampling.solver import StatefulDenoiser
 
 NUM_PROGRAMS = 16  # compiled programs that are kept
 
-AnyArray = Array | np.ndarray
-
 
 class SampleInputs(NamedTuple):
     """What may change without recompiling: arrays with one row per image, None where absent.
@@ -67,18 +64,18 @@ class SampleInputs(NamedTuple):
 
     text: TextInputs
     negative: TextInputs
-    seeds: UInt32[AnyArray, " b"]
-    guidance_scale: Float[AnyArray, " b"]
+    seeds: UInt32[Any, " b"]
+    guidance_scale: Float[Any, " b"]
     mix_text: TextInputs | None = None
-    mix_fraction: Float[AnyArray, " b"] | None = None
+    mix_fraction: Float[Any, " b"] | None = None
     composed_text: TextInputs | None = None
-    composed_weights: Float[AnyArray, "b k+1"] | None = None
-    image: UInt8[AnyArray, "b h w 3"] | None = None
-    mask: Float[AnyArray, "b h w"] | None = None
-    noise: Float[AnyArray, "b i j c"] | None = None
-    clip_ids: Int[AnyArray, "b n"] | None = None
-    clip_scale: Float[AnyArray, " b"] | None = None
-    guide_scale: Float[AnyArray, " b"] | None = None
+    composed_weights: Float[Any, "b k+1"] | None = None
+    image: UInt8[Any, "b h w 3"] | None = None
+    mask: Float[Any, "b h w"] | None = None
+    noise: Float[Any, "b i j c"] | None = None
+    clip_ids: Int[Any, "b n"] | None = None
+    clip_scale: Float[Any, " b"] | None = None
+    guide_scale: Float[Any, " b"] | None = None
 
 
 class Steps(NamedTuple):
@@ -93,10 +90,10 @@ class Steps(NamedTuple):
       end: the step after its last.
     """
 
-    num_steps: Int[AnyArray, "*devices"]
-    first: Int[AnyArray, "*devices"]
-    begin: Int[AnyArray, "*devices"]
-    end: Int[AnyArray, "*devices"]
+    num_steps: Int[Any, "*devices"]
+    first: Int[Any, "*devices"]
+    begin: Int[Any, "*devices"]
+    end: Int[Any, "*devices"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

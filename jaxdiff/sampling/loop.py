@@ -142,7 +142,7 @@ def sample(
         step = Step(*levels(i), *levels(i + 1))
 
         def take(x, states, keys):
-            out = solver.step(denoiser.denoise, x, *states, step, keys)
+            out = solver.step(denoiser.denoise, x, states[0], states[1], step, keys)
             x = out.x
             if init is not None and init.mask is not None:
                 x = init.mask * x + (1 - init.mask) * noised(i + 1)
