@@ -24,47 +24,47 @@ from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.pretrained.presets import OPENCLIP_G, XL_SCALING_FACTOR
 from jaxdiff.training.optimizer import AdamW, CosineLR
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def get_config() -> Config:
-    """`configs/dit_xl2_imagenet256.py`, wider and deeper, on 1024 tokens, told by OpenCLIP bigG."""
+    """`configs/dit_xl2_imagenet256.py`, wider and deeper, on 1024 tokens, with OpenCLIP bigG."""
     base, replace = (
         load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py")),
         dataclasses.replace,
     )
     assert isinstance(base.task, DiffusionTask)
+    model = base.task.model
     return replace(
         base,
         name="dit_3b_512",
         task=replace(
             base.task,
-            # Heads of 128 channels are what a TPU's matrix units and its attention kernel like.
-            denoiser=replace(
-                base.task.denoiser,
-                width=2048,
-                depth=34,
-                heads=16,
-                text_width=1280,
-                pooled_width=1280,
+            model=replace(
+                model,
+                name="dit_3b_512",
+                # Heads of 128 channels suit a TPU's matrix units and its attention kernel.
+                denoiser=replace(
+                    model.denoiser,
+                    width=2048,
+                    depth=34,
+                    heads=16,
+                    text_width=1280,
+                    pooled_width=1280,
+                ),
+                conditioner=ClipConditioner(
+                    text=ClipTextEncoder(model=OPENCLIP_G, hidden_layer=-2, final_norm=False)
+                ),
+                autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
+                image_size=512,
             ),
-            text=TextTower(
-                model=OPENCLIP_G,
-                pretrained=MODEL,
-                trained=False,
-                layer=-2,
-                final_norm=False,
-                pad_id=0,
-            ),
-            latents=Latents(
-                model=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR), pretrained=MODEL
-            ),
+            pretrained=Pretrained(text_encoders=MODEL, autoencoder=MODEL),
         ),
         data=replace(
             base.data,

@@ -21,18 +21,19 @@ from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.presets import CLIP_L
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -42,24 +43,26 @@ def get_config() -> Config:
     return Config(
         name="dit_xl2_imagenet256",
         task=DiffusionTask(
-            denoiser=DiTConfig(
-                channels=4,
-                patch_size=2,
-                width=1152,
-                depth=28,
-                heads=16,
-                text_width=768,
-                pooled_width=768,
-                remat="full",
-            ),
-            text=TextTower(model=CLIP_L, pretrained=MODEL, trained=False),
-            latents=Latents(model=AutoencoderConfig(), pretrained=MODEL),
-            objective=Objective(
+            model=TextToImage(
+                name="dit_xl2_imagenet256",
+                denoiser=DiTConfig(
+                    channels=4,
+                    patch_size=2,
+                    width=1152,
+                    depth=28,
+                    heads=16,
+                    text_width=768,
+                    pooled_width=768,
+                    remat="full",
+                ),
+                conditioner=ClipConditioner(text=ClipTextEncoder(model=CLIP_L)),
+                autoencoder=AutoencoderConfig(),
                 prediction="velocity",
-                loss_on="velocity",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(),
+                image_size=256,
             ),
+            pretrained=Pretrained(text_encoders=MODEL, autoencoder=MODEL),
+            objective=Denoising(times=LogitNormal()),
         ),
         data=DataConfig(
             source=CachedLatents(path="imagenet256_latents", of=ArrayRecord(path="images")),
@@ -76,7 +79,6 @@ def get_config() -> Config:
             batch_size=2048,
             compute="bfloat16",
             checkpoint_every=2000,
-            sample_every=10_000,
         ),
         mesh=MeshConfig(data=-1),
         slices=(

@@ -20,8 +20,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.diffusion.losses import Objective
-from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.training.recipe import Config, load_recipe
@@ -35,27 +34,29 @@ def get_config() -> Config:
         dataclasses.replace,
     )
     assert isinstance(base.task, DiffusionTask)
+    model = base.task.model
     return replace(
         base,
         name="jit_pixel_256",
         task=replace(
             base.task,
-            denoiser=replace(
-                base.task.denoiser,
-                channels=3,
-                patch_size=16,
-                bottleneck=128,
-                width=1024,
-                depth=24,
-                heads=16,
-            ),
-            latents=None,
-            objective=Objective(
+            model=replace(
+                model,
+                name="jit_pixel_256",
+                denoiser=replace(
+                    model.denoiser,
+                    channels=3,
+                    patch_size=16,
+                    bottleneck=128,
+                    width=1024,
+                    depth=24,
+                    heads=16,
+                ),
+                autoencoder=None,
                 prediction="x0",
-                loss_on="velocity",
-                schedule=RectifiedFlow(),
-                times=LogitNormal(mean=0.8, std=0.8),
             ),
+            pretrained=replace(base.task.pretrained, autoencoder=None),
+            objective=Denoising(loss_space="velocity", times=LogitNormal(mean=0.8, std=0.8)),
         ),
         data=replace(
             base.data,

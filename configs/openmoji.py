@@ -13,15 +13,18 @@ wants a GPU and longer.
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.openmoji.source import OpenMoji
-from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.components import TextTower
+from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
+from jaxdiff.evaluation.samples import SampleGrid
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.sampling.guidance.cfg import StaticThreshold
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.sampling.guidance.thresholds import StaticThreshold
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
 from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
@@ -41,19 +44,25 @@ PROMPTS = (
 
 def get_config() -> Config:
     """The recipe."""
-    tower = ClipTextConfig(vocab_size=1024, length=32, width=128, depth=2, heads=4)
+    text = ClipTextConfig(vocab_size=1024, length=32, width=128, depth=2, heads=4)
     return Config(
         name="openmoji",
         task=DiffusionTask(
-            denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
-            # As drawn: what tells the drawings apart are the words, which layer 0 leaves alone.
-            text=TextTower(model=tower, trained=False, layer=0),
-            objective=Objective(
+            model=TextToImage(
+                name="openmoji",
+                denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
+                # Randomly initialised and frozen: layer 0 is the token embeddings, whose sum tells
+                # the drawings apart.
+                conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
                 prediction="x0",
-                loss_on="x0",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(mean=1.5, std=1.5),
+                image_size=64,
+                # Each prompt fits one drawing: guidance would only exaggerate its colours.
+                sampler=Sampler(
+                    grid=TimeGrid(shift=6.0), guidance_scale=1.0, threshold=StaticThreshold()
+                ),
             ),
+            objective=Denoising(times=LogitNormal(mean=1.5, std=1.5)),
         ),
         data=DataConfig(source=OpenMoji(subset="workers"), transforms=Transforms(size=64)),
         tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
@@ -62,15 +71,6 @@ def get_config() -> Config:
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(
-            steps=4000, batch_size=16, checkpoint_every=500, sample_every=1000, log_every=50
-        ),
-        # A prompt fits one drawing alone, of which guidance could only exaggerate the colours.
-        sampling=SamplingConfig(
-            grid=TimeGrid(shift=6.0),
-            guidance_scale=1.0,
-            threshold=StaticThreshold(),
-            prompts=PROMPTS,
-        ),
-        eval_samples=500,
+        train=TrainConfig(steps=4000, batch_size=16, checkpoint_every=500, log_every=50),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=1000), OpenMojiAccuracy(samples=500)),
     )

@@ -16,19 +16,22 @@ from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import SampleGrid
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, WarmupStableDecay
 from jaxdiff.training.recipe import Config, TrainConfig, load_recipe
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 from jaxdiff.training.tasks.clip import ClipTask
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 PROMPTS = (
     "a small green pea",
@@ -43,7 +46,7 @@ PROMPTS = (
 
 
 def get_config() -> Config:
-    """A small DiT that predicts x0 of an autoencoder's latents, told of prompts by a small CLIP."""
+    """A small DiT that predicts x0 of an autoencoder's latents, conditioned by a small CLIP."""
     clip = load_recipe(Path(__file__).with_name("produce_clip.py")).task
     autoencoder = load_recipe(Path(__file__).with_name("produce_autoencoder.py")).task
     assert isinstance(clip, ClipTask)
@@ -51,36 +54,37 @@ def get_config() -> Config:
     return Config(
         name="produce",
         task=DiffusionTask(
-            denoiser=DiTConfig(
-                channels=8,
-                patch_size=2,
-                width=128,
-                depth=6,
-                remat="dots",  # what a CPU keeps between the passes costs it more than products
-                text_width=128,
-                pooled_width=128,
-            ),
-            text=TextTower(
-                model=clip.model.text,
-                pretrained="shipped:produce_clip",
-                trained=False,
-                layer=0,
-            ),
-            latents=Latents(
-                model=dataclasses.replace(
+            model=TextToImage(
+                name="produce",
+                denoiser=DiTConfig(
+                    channels=8,
+                    patch_size=2,
+                    width=128,
+                    depth=6,
+                    remat="dots",  # on a CPU, storing activations costs more than recomputing them
+                    text_width=128,
+                    pooled_width=128,
+                ),
+                conditioner=ClipConditioner(
+                    text=ClipTextEncoder(model=clip.model.text, hidden_layer=0)
+                ),
+                autoencoder=dataclasses.replace(
                     autoencoder.model, shift_factor=0.02, scaling_factor=1 / 1.432
                 ),
-                pretrained="shipped:produce_autoencoder",
-            ),
-            objective=Objective(
                 prediction="x0",
-                loss_on="x0",
                 schedule=RectifiedFlow(),
-                times=LogitNormal(mean=0.9, std=1.3),
+                image_size=64,
+                # Few steps, most of them at high noise, the last one from t = 0.35 to the image:
+                # steps at low noise add to the errors of those before them.
+                sampler=Sampler(grid=TimeGrid(shift=6.0), num_steps=12, guidance_scale=2.5),
             ),
+            pretrained=Pretrained(
+                text_encoders="shipped:produce_clip", autoencoder="shipped:produce_autoencoder"
+            ),
+            objective=Denoising(times=LogitNormal(mean=0.9, std=1.3)),
         ),
-        # Mostly single objects, and captions that leave little open: one thing at a time for so
-        # short a run. Each scene is drawn, encoded and read once, and seen several times.
+        # Mostly single objects, and captions that name most attributes: the run is too short for
+        # more. Each scene is rendered and encoded once, and seen several times.
         data=DataConfig(
             source=Produce(length=48_000, group_share=0.05, pair_share=0.05, full_share=0.8),
             transforms=Transforms(size=64),
@@ -91,13 +95,6 @@ def get_config() -> Config:
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(
-            steps=9000, batch_size=16, checkpoint_every=2000, sample_every=3000, log_every=50
-        ),
-        # Few steps, most of them at high noise, the last one from t = 0.35 to the image: at low
-        # noise each would add to the errors that those before it have made.
-        sampling=SamplingConfig(
-            grid=TimeGrid(shift=6.0), num_steps=12, guidance_scale=2.5, prompts=PROMPTS
-        ),
-        eval_samples=64,
+        train=TrainConfig(steps=9000, batch_size=16, checkpoint_every=2000, log_every=50),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=3000), ProduceAccuracy(samples=64)),
     )

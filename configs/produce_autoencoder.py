@@ -20,10 +20,11 @@ on the latents of another run, take `z_mean` and `z_std` from the last line of i
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.evaluation.samples import Reconstructions
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import Muon, WarmupStableDecay
-from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.recipe import Config, TrainConfig
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
 
@@ -40,20 +41,18 @@ def get_config() -> Config:
                 norm_num_groups=8,
             ),
             kl_weight=1e-3,
-            l2_share=0.5,
+            l2_fraction=0.5,
         ),
         data=DataConfig(
             source=Produce(length=10_000_000),
             transforms=Transforms(size=64, flip=True, caption_dropout=0.0),
         ),
-        tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
         optimizer=Muon(
             learning_rate=4e-3,
             b2=0.99,
             schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.4, decay="linear"),
         ),
         ema=Ema(decay=0.998),
-        train=TrainConfig(
-            steps=7200, batch_size=32, checkpoint_every=300, sample_every=1000, log_every=50
-        ),
+        train=TrainConfig(steps=7200, batch_size=32, checkpoint_every=300, log_every=50),
+        evaluators=(Reconstructions(every=1000),),
     )

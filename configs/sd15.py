@@ -3,11 +3,11 @@
     python train.py configs/sd15.py --data.source.path photos
 
 The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained DIR`, likewise
-`--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
-masters, which with their average and AdamW's moments take 14 GB, sharded over `--mesh.fsdp`
-devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU slice; speed
-and quality have not been measured yet.
+weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
+likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
+bfloat16 with float32 masters, which with their average and AdamW's moments take 14 GB, sharded over
+`--mesh.fsdp` devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU
+slice; speed and quality have not been measured yet.
 """
 
 import dataclasses
@@ -15,17 +15,19 @@ import dataclasses
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.losses import MinSNR, Objective
+from jaxdiff.diffusion.losses import MinSNR
+from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.presets import CLIP_L, SD1
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import PLMS
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -35,11 +37,24 @@ def get_config() -> Config:
     return Config(
         name="sd15",
         task=DiffusionTask(
-            denoiser=dataclasses.replace(SD1, remat="full"),
-            pretrained=MODEL,
-            text=TextTower(model=CLIP_L, pretrained=MODEL, trained=False),
-            latents=Latents(model=AutoencoderConfig(), pretrained=MODEL),
-            objective=Objective(prediction="eps", schedule=ScaledLinear(), weighting=MinSNR()),
+            model=TextToImage(
+                name="sd15",
+                denoiser=dataclasses.replace(SD1, remat="full"),
+                conditioner=ClipConditioner(text=ClipTextEncoder(model=CLIP_L), masked=False),
+                autoencoder=AutoencoderConfig(),
+                prediction="eps",
+                schedule=ScaledLinear(),
+                image_size=512,
+                sampler=Sampler(
+                    solver=PLMS(),
+                    grid=TrainStepGrid(offset=1, ends_at="first_step"),
+                    init_noise="unit",
+                    num_steps=50,
+                    guidance_scale=7.5,
+                ),
+            ),
+            pretrained=Pretrained(denoiser=MODEL, text_encoders=MODEL, autoencoder=MODEL),
+            objective=Denoising(weighting=MinSNR()),
         ),
         data=DataConfig(
             source=ImageFolder(path="images"),
@@ -48,14 +63,5 @@ def get_config() -> Config:
         ),
         tokenizer=TokenizerConfig(vocab_size=49408, length=77),
         optimizer=AdamW(learning_rate=1e-5, schedule=ConstantLR(warmup_steps=500)),
-        train=TrainConfig(
-            steps=10_000, batch_size=8, compute="bfloat16", checkpoint_every=1000, sample_every=1000
-        ),
-        sampling=SamplingConfig(
-            solver=PLMS(),
-            grid=TrainStepGrid(offset=1, ends_at="first_step"),
-            unit_noise=True,
-            num_steps=50,
-            guidance_scale=7.5,
-        ),
+        train=TrainConfig(steps=10_000, batch_size=8, compute="bfloat16", checkpoint_every=1000),
     )

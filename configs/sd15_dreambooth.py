@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.sources.prior_preservation import WithPrior
+from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.recipe import Config, load_recipe
 
 
@@ -31,6 +32,6 @@ def get_config() -> Config:
         base,
         name="sd15_dreambooth",
         data=replace(base.data, source=source, transforms=transforms),
-        train=replace(base.train, steps=800, batch_size=4, sample_every=200),
-        sampling=replace(base.sampling, prompts=("a photo of sks dog on a beach",)),
+        train=replace(base.train, steps=800, batch_size=4),
+        evaluators=(SampleGrid(prompts=("a photo of sks dog on a beach",), every=200),),
     )

@@ -5,19 +5,20 @@
     python sample.py "<my-thing> on a beach" --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --embedding words
 
-Nothing is trained but the vector of `<my-thing>` (`--task.inversion.word`), which starts as that of
-"thing" (`--task.inversion.initial`: say what it is, such as "dog"), on the photographs alone, which
-need no captions. The second command writes it as diffusers' `load_textual_inversion` reads it, in a
-few kilobytes. For one GPU; speed, memory and quality have not been measured yet.
+Nothing is trained but the vector of `<my-thing>` (`--task.trainable.inversion.word`), which starts
+as that of "thing" (`--task.trainable.inversion.initial`: say what it is, such as "dog"), on the
+photographs alone, which need no captions. The second command writes it as diffusers'
+`load_textual_inversion` reads it, in a few kilobytes. For one GPU; speed, memory and quality have
+not been measured yet.
 """
 
 import dataclasses
 from pathlib import Path
 
 from jaxdiff.data.sources.folder import ImageFolder
-from jaxdiff.models.components import TextualInversion
+from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, TextualInversion, Trainable
 
 
 def get_config() -> Config:
@@ -29,9 +30,9 @@ def get_config() -> Config:
     return replace(
         base,
         name="sd15_inversion",
-        task=replace(base.task, inversion=TextualInversion()),
+        task=replace(base.task, trainable=Trainable(denoiser=False, inversion=TextualInversion())),
         data=replace(base.data, source=source, transforms=transforms),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
-        train=replace(base.train, steps=3000, batch_size=4, sample_every=500),
-        sampling=replace(base.sampling, prompts=("a photo of <my-thing> on a beach",)),
+        train=replace(base.train, steps=3000, batch_size=4),
+        evaluators=(SampleGrid(prompts=("a photo of <my-thing> on a beach",), every=500),),
     )

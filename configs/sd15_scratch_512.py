@@ -30,13 +30,13 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with a U-Net as drawn, and the batch that the original was trained with."""
+    """`configs/sd15.py` with a randomly initialised U-Net, and the original's batch size."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     return replace(
         base,
         name="sd15_scratch_512",
-        task=replace(base.task, pretrained=None),
+        task=replace(base.task, pretrained=replace(base.task.pretrained, denoiser=None)),
         data=replace(
             base.data,
             source=CachedLatents(path="latents_512", of=ArrayRecord(path="images")),
@@ -44,9 +44,7 @@ def get_config() -> Config:
         ),
         optimizer=AdamW(learning_rate=1e-4, schedule=ConstantLR(warmup_steps=10_000)),
         ema=Ema(decay=0.9999),
-        train=replace(
-            base.train, steps=500_000, batch_size=2048, checkpoint_every=2000, sample_every=10_000
-        ),
+        train=replace(base.train, steps=500_000, batch_size=2048, checkpoint_every=2000),
         slices=(
             PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),

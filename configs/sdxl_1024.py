@@ -30,13 +30,13 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """`configs/sdxl.py` with a U-Net as drawn, and the batch of Podell et al. 2023, section 2.5."""
+    """`configs/sdxl.py`, initialised, with the batch size of Podell et al. 2023, section 2.5."""
     base, replace = load_recipe(Path(__file__).with_name("sdxl.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     return replace(
         base,
         name="sdxl_1024",
-        task=replace(base.task, pretrained=None),
+        task=replace(base.task, pretrained=replace(base.task.pretrained, denoiser=None)),
         data=replace(
             base.data,
             source=CachedLatents(path="latents_1024", of=ArrayRecord(path="images")),
@@ -44,9 +44,7 @@ def get_config() -> Config:
         ),
         optimizer=AdamW(learning_rate=1e-4, schedule=ConstantLR(warmup_steps=10_000)),
         ema=Ema(decay=0.9999),
-        train=replace(
-            base.train, steps=600_000, batch_size=2048, checkpoint_every=2000, sample_every=10_000
-        ),
+        train=replace(base.train, steps=600_000, batch_size=2048, checkpoint_every=2000),
         slices=(
             PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=8),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),

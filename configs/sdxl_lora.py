@@ -3,11 +3,11 @@
     python train.py configs/sdxl_lora.py --data.source.path photos
     jaxdiff export runs/sdxl_lora style --format lora
 
-As `configs/sdxl.py`, but only adapters of the attention layers are trained (`--task.lora.rank`):
-0.9 % as many parameters, so that checkpoints take megabytes, and gradients, moments and average
-hardly any memory. The second command writes them as diffusers' `load_lora_weights` and
-`sample.py --lora style` read them. For one GPU; speed, memory and quality have not been measured
-yet.
+As `configs/sdxl.py`, but only adapters of the attention layers are trained
+(`--task.trainable.lora.rank`): 0.9 % as many parameters, so that checkpoints take megabytes, and
+gradients, moments and average hardly any memory. The second command writes them as diffusers'
+`load_lora_weights` and `sample.py --lora style` read them. For one GPU; speed, memory and quality
+have not been measured yet.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxdiff.models.lora import LoraConfig
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
 
 def get_config() -> Config:
@@ -25,7 +25,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         name="sdxl_lora",
-        task=dataclasses.replace(base.task, lora=LoraConfig(rank=16)),
+        task=dataclasses.replace(base.task, trainable=Trainable(lora=LoraConfig(rank=16))),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-4),
         train=dataclasses.replace(base.train, steps=2000),
     )

@@ -64,27 +64,39 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Callable:
-    """`tiny_recipe(steps=6)`: the smallest recipe of the real task, its train keys changed."""
+    """`tiny_recipe(steps=6)`: the smallest diffusion recipe, with these keys of `train`."""
     from jaxdiff.data.loader import DataConfig
     from jaxdiff.data.transforms import Transforms
     from jaxdiff.datasets.produce.source import Produce
     from jaxdiff.diffusion.curriculum import NoiseCurriculum
-    from jaxdiff.diffusion.losses import Objective
+    from jaxdiff.diffusion.objectives import Denoising
     from jaxdiff.diffusion.schedules import RectifiedFlow
-    from jaxdiff.models.components import TextTower
+    from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
     from jaxdiff.models.denoisers.dit import DiTConfig
     from jaxdiff.models.text_encoders.clip import ClipTextConfig
+    from jaxdiff.models.text_to_image import TextToImage
+    from jaxdiff.sampling.sampler import Sampler
+    from jaxdiff.sampling.solvers_ode import DDIM
     from jaxdiff.training.optimizer import AdamW
     from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
-    from jaxdiff.training.tasks.diffusion import DiffusionTask
+    from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
     text = ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2)
-    task = DiffusionTask(
+    model = TextToImage(
+        name="tiny",
         denoiser=DiTConfig(
             patch_size=8, width=32, depth=2, heads=2, text_width=16, pooled_width=16
         ),
-        text=TextTower(model=text),
-        objective=Objective(prediction="x0", loss_on="velocity", schedule=RectifiedFlow()),
+        conditioner=ClipConditioner(text=ClipTextEncoder(model=text)),
+        prediction="x0",
+        schedule=RectifiedFlow(),
+        image_size=32,
+        sampler=Sampler(solver=DDIM(), num_steps=3),
+    )
+    task = DiffusionTask(
+        model=model,
+        trainable=Trainable(text_encoders=True),
+        objective=Denoising(loss_space="velocity"),
         curriculum=NoiseCurriculum(steps_per_level=2),
     )
 
@@ -130,34 +142,28 @@ def compile_with_kernels(yes: bool):
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_recipe):
-    """The tiny recipe as if trained: random weights in which prompt, seed and time all matter."""
-    import dataclasses
-
+    """The tiny recipe's model with random weights: prompt, seed and time all matter to it."""
     import numpy as np
 
     from jaxdiff.data.tokenizer import Tokenizer
-    from jaxdiff.models.layers import abstract_params, blueprint
     from jaxdiff.pretrained.bundle import Bundle
-    from jaxdiff.sampling.sampler import SamplingConfig
-    from jaxdiff.sampling.solvers_ode import DDIM
 
-    sampling = SamplingConfig(solver=DDIM(), num_steps=3)
-    config = dataclasses.replace(tiny_recipe(), sampling=sampling)
+    spec = tiny_recipe().task.model
     rng = np.random.default_rng(0)
 
-    def draw(leaf):
+    def random(leaf):
         scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, abstract_params(blueprint(type(config.task).build, config.task)))
+    params = jax.tree.map(random, spec.abstract_params())
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
-    return Bundle(config, params, {}, tokenizer)
+    return Bundle(spec, params, {"text": tokenizer})
 
 
 @pytest.fixture(scope="session")
 def pipeline(tiny_bundle):
-    """Draws with the tiny bundle."""
+    """The pipeline of the tiny bundle."""
     from jaxdiff.pipelines.pipeline import Pipeline
 
     return Pipeline(tiny_bundle)

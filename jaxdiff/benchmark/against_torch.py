@@ -21,7 +21,7 @@ import tyro
 
 from jaxdiff.benchmark.timing import in_turn, median
 from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import bind_init, merge
 from jaxdiff.pretrained import unet
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
@@ -82,7 +82,7 @@ def _ours(theirs: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.nda
 
     @jax.jit
     def predict(params, inputs):
-        model = merge(blueprint(UNet2DConditionModel, SD1), params)
+        model = merge(bind_init(UNet2DConditionModel, SD1), params)
         return model(*inputs)
 
     return lambda: np.asarray(predict(params, inputs))

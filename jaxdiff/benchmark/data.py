@@ -23,7 +23,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> Measured:
     images = config.train.batch_size // jax.process_count()
     dataset = make_dataset(
         config.data,
-        synthetic.tokenizer(config),
+        config.task.tokenize(synthetic.tokenizers(config)),
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         rows=range(images),

@@ -11,7 +11,6 @@ from jaxdiff.benchmark.sampler_overhead import bare_network
 from jaxdiff.benchmark.timing import in_turn, median, peak_memory
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.program import reads_mask
 from jaxdiff.pipelines.sizes import images_at_a_time
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
@@ -28,13 +27,14 @@ def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None
     Raises:
       UserError: the recipe draws nothing, or has too few steps to time one.
     """
-    task, steps = config.task, config.sampling.num_steps
-    if not isinstance(task, DiffusionTask) or reads_mask(task.denoiser):
+    task = config.task
+    if not isinstance(task, DiffusionTask) or task.model.is_inpainting:
         raise UserError(
             f"{config.name} draws no images from prompts: give bench sample a recipe of diffusion."
         )
+    steps = task.model.sampler.resolve().num_steps
     if steps < 2:
-        raise UserError(f"sampling.num_steps is {steps}: bench sample needs at least 2.")
+        raise UserError(f"sampler.num_steps is {steps}: bench sample needs at least 2.")
     size = config.data.transforms.size
     count = batch_size or images_at_a_time(size, size)
     pipeline = Pipeline(synthetic.bundle(config), devices=jax.local_devices()[:1])

@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 from jaxdiff.benchmark.timing import in_turn
+from jaxdiff.models.conditioning import full_size_crop
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.pipelines.sizes import images_at_a_time
-from jaxdiff.training.step import structure
-from jaxdiff.training.tasks.diffusion import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,30 +82,26 @@ def measure(pipeline: Pipeline, size: int, *, steps: tuple[int, int], repeats: i
 
 
 def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.Array]:
-    """The network alone, on as many images as a step shows it: prompted and unprompted."""
-    task, n = pipeline.task, 2 * batch
-    graphdef = structure(task)
+    """Return a call of the network alone, on a step's images with and without prompts."""
+    spec, n = pipeline.spec, 2 * batch
 
     @jax.jit
-    def told(weights, ids):
-        model = nnx.merge(graphdef, weights["params"])
-        return task.features(model, weights["frozen"], ids, whole(size, size, n))
+    def encode(params, inputs):
+        cond = spec.encode_text(params, inputs)
+        return cond._replace(size_crop=full_size_crop(size, size, n))
 
-    @jax.jit
-    def predict(weights, x, t, text):
-        model = nnx.merge(graphdef, weights["params"])
-        return task.network(model, weights["frozen"])(x, t, text)
-
-    shape = (n, *task.shape(size, size))
+    predict = jax.jit(spec.predict)
+    shape = (n, *spec.latent_shape(size, size))
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    text = told(pipeline.weights, pipeline.tokenizer(["a small green pea", ""] * batch))
-    return lambda: predict(pipeline.weights, x, jnp.full(n, 0.5), text)
+    prompts = ["a small green pea", None] * batch
+    cond = encode(pipeline.params, spec.conditioner.tokenize(pipeline.tokenizers, prompts))
+    return lambda: predict(pipeline.params, x, jnp.full(n, 0.5), cond)
 
 
 def main(options: Options) -> None:
     """Prints a line for each size."""
     pipeline = load(options.model, devices=jax.local_devices()[:1])
-    print(f"{pipeline.config.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    print(f"{pipeline.spec.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for size in options.sizes:
         found = measure(pipeline, size, steps=options.steps, repeats=options.repeats)
         print(

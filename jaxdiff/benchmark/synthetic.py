@@ -3,6 +3,7 @@
 So any recipe can be timed with no weights, no data and no network.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.planning.plan import abstract_batch
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.load import abstract_weights
 from jaxdiff.training.loop import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -52,30 +52,37 @@ def frozen_parts(config: Config, mesh: Mesh) -> PyTree:
     return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
 
 
-def batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """One batch on the devices: pixels and words at random, images taken to be whole."""
+def batch(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Return one batch on the devices: random pixels and token ids, images taken as uncropped."""
     rng, size = np.random.default_rng(config.train.seed), config.data.transforms.size
-    below = {"image": 256, "tokens": config.tokenizer.vocab_size}
 
-    def draw(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name == "framing":
+    def random(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name == "size_crop":
             return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
-        if name in below:
-            return rng.integers(0, below[name], leaf.shape, leaf.dtype)
+        if leaf.dtype == bool:
+            return np.zeros(leaf.shape, bool)
+        if np.issubdtype(leaf.dtype, np.integer):
+            below = 256 if name == "image" else config.tokenizer.vocab_size
+            return rng.integers(0, below, leaf.shape, leaf.dtype)
         return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
 
-    host = {name: draw(name, leaf) for name, leaf in abstract_batch(config).items()}
+    host = {
+        name: jax.tree.map(functools.partial(random, name), leaves)
+        for name, leaves in abstract_batch(config).items()
+    }
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def tokenizer(config: Config) -> Tokenizer:
-    """One of the recipe's length, trained on next to nothing."""
+def tokenizers(config: Config) -> dict[str, Tokenizer]:
+    """Return tokenizers of the recipe's length, trained on next to nothing."""
     wanted = config.tokenizer
-    return Tokenizer.train(
+    tokenizer = Tokenizer.train(
         ["a small green pea"], vocab_size=wanted.vocab_size, length=wanted.length
     )
+    return dict.fromkeys(config.task.text_encoder_names, tokenizer)
 
 
 def bundle(config: Config) -> Bundle:
-    """A model of a recipe as if trained."""
-    return Bundle(config, **random_like(abstract_weights(config)), tokenizer=tokenizer(config))
+    """Return a text-to-image model of a recipe with random weights."""
+    model = config.task.model
+    return Bundle(model, random_like(model.abstract_params()), tokenizers(config))

@@ -31,7 +31,7 @@ from jaxdiff.models.denoisers.unet_sd import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
-from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
+from jaxdiff.models.layers import TextFeatures, abstract_params, bind_init
 from jaxdiff.pretrained import unet
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
@@ -83,7 +83,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
     alone = DenoiserTask(denoiser=denoiser)
-    params = random_like(abstract_params(blueprint(DenoiserTask.build, alone)))
+    params = random_like(abstract_params(bind_init(DenoiserTask.build, alone)))
     contenders = {"jaxdiff": _ours(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
         contenders[name] = _theirs(config, denoiser, params, batch, compiled=compiled)

@@ -8,14 +8,13 @@ import jax
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
-from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.benchmark.timing import median, peak_memory
 from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
-from jaxdiff.training.loop import compile_step
+from jaxdiff.training.loop import compile_step, flops_per_image
 from jaxdiff.training.recipe import Config
 
 TERA = 1e12
@@ -125,7 +124,7 @@ def _batches(config: Config, mesh: Any, real: bool) -> Iterator[dict[str, jax.Ar
     sharding, size = batch_sharding(mesh), config.train.batch_size
     dataset = make_dataset(
         config.data,
-        synthetic.tokenizer(config),
+        config.task.tokenize(synthetic.tokenizers(config)),
         batch_size=size,
         seed=config.train.seed,
         rows=host_rows(sharding, size),

@@ -22,8 +22,9 @@ from jaxdiff.explore.spaces import (
 from jaxdiff.explore.tsne import neighbour_map
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
-from jaxdiff.pretrained.load import make_folder, read_config
+from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.recipe import load_recipe
+from jaxdiff.training.workdir import read_config
 
 MOST = 4000  # what compares every image with every other takes seconds to minutes up to here
 NEAREST = 12

@@ -19,7 +19,7 @@ def too_many(names: Sequence[str], what: str) -> UserError:
     some = "; ".join(names[-_NAMED:])
     return UserError(
         f"{what} cannot be used, among them {some}; repair or remove them, "
-        "or raise data.max_bad_share."
+        "or raise data.max_bad_fraction."
     )
 
 

@@ -1,8 +1,8 @@
 """The input pipeline: records, shuffled and split by host, into batches on the devices.
 
-The number of a batch says which records are in it and all that happens to them, whatever the number
-of hosts, devices and processes: each makes the rows that its own devices need. So a run's step is
-all that there is to know of its place in the data, and it goes on there on any machines.
+A batch is a function of its number alone, whatever the number of hosts, devices and processes: each
+makes the rows that its own devices need. So the step of a run is its place in the data, and a run
+continues there on any machines.
 """
 
 import bisect
@@ -25,28 +25,34 @@ from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import Plan
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import Source, WithPrior
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 
 # What Grain says where one of its processes is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
-# What goes to the devices of a batch, which has images or latents; the rest is for the host.
-ON_DEVICE = ("image", "latents", "tokens", "text", "framing")
+# The keys of a batch that go to the devices; the rest is for the host.
+ON_DEVICE = ("image", "latents", "text", "text_features", "size_crop")
+
+Tokenize = Callable[[list[str]], Any]
+"""Captions to a tree of arrays [b, ...]; picklable, as worker processes call it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on and how to feed it.
+    """What to train on, and how it is fed.
 
-    `workers` processes per host make batches (0: this process does), and in each of them
-    `threads` make one each at a time: one is fastest for small images, which are bound by Python's
-    lock, several for photographs and for remote storage. `prefetch` is the number of batches that
-    each worker makes ahead, and, whether there are workers or not, of those that wait on the
-    devices. The run stops once a share of more than `max_bad_share` of the records is
-    unreadable. With `cache.views` a run begins by making the latents of all records, once, in its
-    own folder, as `jaxdiff prepare --latents.views` would elsewhere.
+    Attributes:
+      source: of the records.
+      transforms: of images and captions.
+      workers: processes per host that make batches; 0: the main process does.
+      threads: that make one batch each at a time in every process: one is fastest for small images,
+        which are bound by Python's lock, several for photographs and remote storage.
+      prefetch: batches that each worker makes ahead, and batches that wait on the devices.
+      shuffle: whether each epoch has an order of its own.
+      max_bad_fraction: of unreadable records, beyond which the run stops.
+      cache: with `cache.views` a run first encodes all records, once, in its own folder, as
+        `jaxdiff prepare --latents.views` does elsewhere.
     """
 
     source: Source | WithPrior | CachedLatents
@@ -55,7 +61,7 @@ class DataConfig:
     threads: int = 1
     prefetch: int = 2
     shuffle: bool = True
-    max_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     cache: LatentOptions = field(default_factory=LatentOptions)
 
     def __post_init__(self):
@@ -64,37 +70,37 @@ class DataConfig:
                 f"data.workers is {self.workers}, data.threads {self.threads} and data.prefetch "
                 f"{self.prefetch}: expected at least 0, 1 and 1."
             )
-        if not 0 <= self.max_bad_share <= 1:
+        if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(
-                f"data.max_bad_share is {self.max_bad_share}: expected a share from 0 to 1."
+                f"data.max_bad_fraction is {self.max_bad_fraction}: expected a number from 0 to 1."
             )
 
     @property
     def gives_latents(self) -> bool:
-        """Whether a step is given latents in the place of images."""
+        """Whether batches hold latents in the place of images."""
         return self.cache.views > 0 or isinstance(self.source, CachedLatents)
 
     @property
     def gives_text(self) -> bool:
-        """Whether it is given what text encoders say of the captions, too."""
+        """Whether batches hold the captions' encoded features."""
         if isinstance(self.source, CachedLatents):
             return self.source.has_text
         return self.cache.text
 
 
 class _Good(TypedDict):
-    """One usable record, and what is wrong with the one whose place it takes, if it does."""
+    """One usable record, and the error of the unusable one that it replaces, if it does."""
 
     x: np.ndarray  # uint8 [h, w, 3] or moments of latents, [h, w, 2 c]
     caption: str
     text: np.ndarray | None  # the caption's features, where they are cached
-    framing: Int32[np.ndarray, " 6"]
+    size_crop: Int32[np.ndarray, " 6"]
     bad: list[str]
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Reads and transforms one record; what is wrong with a bad one is returned, not raised."""
+    """Reads and transforms one record; the error of a bad one is returned, not raised."""
 
     data: DataConfig
 
@@ -105,31 +111,31 @@ class _Read:
         try:
             if isinstance(source, CachedLatents):
                 record = source[index]
-                x, caption, framing = transforms.of_latents(record, rng)
+                x, caption, size_crop = transforms.of_latents(record, rng)
                 text = source.text(record, caption)
             else:
-                x, caption, framing = transforms(source[index], rng, shape)
+                x, caption, size_crop = transforms(source[index], rng, shape)
         except RecordError as error:
             return error
-        return {"x": x, "caption": caption, "text": text, "framing": framing, "bad": []}
+        return {"x": x, "caption": caption, "text": text, "size_crop": size_crop, "bad": []}
 
 
 @dataclass(frozen=True)
 class _Collate:
     """Stacks records and tokenizes their captions, a batch at a time."""
 
-    tokenizer: Tokenizer
+    tokenize: Tokenize | None
     name: str  # "image" or "latents"
 
     def __call__(self, records: Sequence[_Good]) -> dict[str, Any]:
         bad = [name for record in records for name in record["bad"]]
-        tokens: Int32[np.ndarray, "b n"] = self.tokenizer([r["caption"] for r in records])
-        text = [record["text"] for record in records if record["text"] is not None]
+        text = self.tokenize and self.tokenize([record["caption"] for record in records])
+        features = [record["text"] for record in records if record["text"] is not None]
         return {
-            **({"text": np.stack(text)} if text else {}),
+            **({} if text is None else {"text": text}),
+            **({"text_features": np.stack(features)} if features else {}),
             self.name: np.stack([record["x"] for record in records]),
-            "tokens": tokens,
-            "framing": np.stack([record["framing"] for record in records]),
+            "size_crop": np.stack([record["size_crop"] for record in records]),
             "skipped": len(bad),
             "bad": bad,
         }
@@ -137,28 +143,28 @@ class _Collate:
 
 def make_dataset(
     data: DataConfig,
-    tokenizer: Tokenizer,
+    tokenize: Tokenize | None,
     *,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
     first: int = 0,
 ) -> grain.IterDataset:
-    """An endless data set of batches, or of this host's rows of them.
+    """Make an endless data set of batches, or of this host's rows of them.
 
-    A batch holds `image` uint8 [b, h, w, 3], `tokens` int32 [b, n], `framing` int32 [b, 6], and of
-    the records that had to be left out their number, `skipped`, and what is wrong with each, `bad`.
-    In the place of such a record comes another one of the batch. Of `CachedLatents` it has
-    `latents` in the place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of
-    z, then logarithms of its variance; and, if they were cached, `text` [b, m], the captions'
-    features as `jaxdiff.models.layers.TextFeatures` packs them.
+    A batch holds `image` uint8 [b, h, w, 3], `text` as `tokenize` returns it, `size_crop` int32
+    [b, 6], the number of unusable records, `skipped`, and their errors, `bad`. Another record of
+    the batch takes the place of an unusable one. With `CachedLatents` there are `latents` in the
+    place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of z, then
+    logarithms of its variance; and, if they were cached, `text_features` [b, m], the encoded
+    captions as `Conditioner.pack` returns them.
 
-    Each epoch is shuffled anew by `seed`. With `Buckets`, h and w differ from batch to batch, and
+    Each epoch is shuffled by `seed`. With `Buckets`, h and w differ from batch to batch, and
     a few records come twice (`Plan`); the sizes of all images are read first.
 
     Args:
       data: the records, and how they are read.
-      tokenizer: of the captions.
+      tokenize: of the captions; None leaves text out.
       batch_size: records of a batch, on all hosts together.
       seed: of the order and of all that is random.
       rows: of each batch, those that this host makes (`host_rows`); all by default.
@@ -178,7 +184,7 @@ def make_dataset(
     order = _in_order if data.transforms.buckets is None else _in_buckets
     own = tuple(range(batch_size) if rows is None else rows)
     read = _ReadRows(order(data, batch_size, seed), batch_size, own)
-    collate = _Collate(tokenizer, "latents" if isinstance(data.source, CachedLatents) else "image")
+    collate = _Collate(tokenize, "latents" if isinstance(data.source, CachedLatents) else "image")
     batches = grain.MapDataset.range(first, sys.maxsize).map(read).map(collate)
     dataset = batches.to_iter_dataset(_reading(data))
     return _in_workers(dataset, data) if data.workers else dataset
@@ -239,9 +245,9 @@ def _reading(data: DataConfig) -> grain.ReadOptions:
 
 
 def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
-    """Width and height of every image; one that cannot be told counts as square.
+    """Return width and height of every image; an unreadable one counts as square.
 
-    Such a record fails when it is read in its turn, and is told of then.
+    Such a record fails, and is reported, when its turn comes.
     """
     source = data.source
     if isinstance(source, CachedLatents):
@@ -269,8 +275,8 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
 class _ReadRows:
     """Reads a host's rows of one batch.
 
-    The next good record of the batch takes a bad one's place, whichever host makes that row too: so
-    nobody need be told, and a batch is the same on any number of hosts.
+    The next good record of the batch takes a bad one's place, whichever host makes that row: hosts
+    need not communicate, and a batch is the same on any number of hosts.
     """
 
     order: _Order
@@ -285,7 +291,7 @@ class _ReadRows:
         for place in range(row, row + self.batch_size):
             made = self.order(batch, place % self.batch_size)
             if not isinstance(made, RecordError):
-                return {**made, "bad": bad[:1]}  # of the others their own rows tell
+                return {**made, "bad": bad[:1]}  # the others are reported by their own rows
             bad.append(str(made))
         raise too_many(bad, f"All {len(bad)} records of a batch")
 
@@ -329,7 +335,7 @@ def to_device(
     batch_size: int,
     prefetch: int = 2,
 ) -> grain.IterDataset:
-    """Moves what a model sees of a batch to the devices, `prefetch` batches ahead of its use.
+    """Move the arrays of a batch to the devices, `prefetch` batches ahead of their use.
 
     Each host's rows become its part of global arrays of `batch_size` rows, laid out by `sharding`.
     """
@@ -344,7 +350,7 @@ def to_device(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
     def move(batch: dict[str, Any]) -> dict[str, Any]:
-        arrays = {key: spread(batch[key]) for key in ON_DEVICE if key in batch}
+        arrays = {key: jax.tree.map(spread, batch[key]) for key in ON_DEVICE if key in batch}
         return {**batch, **arrays}
 
     return grain.experimental.ThreadPrefetchIterDataset(

@@ -7,7 +7,7 @@ transformers wraps too, so that any text encoder's tokenizer gives the ids it gi
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -117,6 +117,10 @@ class Tokenizer:
         spellings = {**self.added_spellings, **({ids[0]: ids} if count > 1 else {})}
         stored = StoredTokenizer(backend, self.length, self.pad_id, self.pad_left, spellings)
         return _assemble(stored)
+
+    def with_pad(self, pad_id: int) -> "Tokenizer":
+        """Return a copy that pads with another id."""
+        return replace(self, pad_id=pad_id)
 
     @property
     def vocab_size(self) -> int:

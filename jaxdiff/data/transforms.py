@@ -19,21 +19,21 @@ _LYING = (5, 6, 7, 8)  # EXIF's orientations whose rows are columns
 class Example(NamedTuple):
     """What one record became.
 
-    `framing` is the height and width of the image as it was stored; the rows above and columns to
+    `size_crop` is the height and width of the image as it was stored; the rows above and columns to
     the left that the crop cut off, in pixels of the result; and the height and width of the result
     (Podell et al. 2023, section 2.2).
     """
 
     image: UInt8[np.ndarray, "h w c"]
     caption: str
-    framing: Int32[np.ndarray, " 6"]
+    size_crop: Int32[np.ndarray, " 6"]
 
 
 class View(NamedTuple):
-    """One crop of an image, and its framing as in `Example`."""
+    """One crop of an image, and its size_crop as in `Example`."""
 
     image: UInt8[np.ndarray, "h w c"]
-    framing: Int32[np.ndarray, " 6"]
+    size_crop: Int32[np.ndarray, " 6"]
 
 
 class LatentExample(NamedTuple):
@@ -41,7 +41,7 @@ class LatentExample(NamedTuple):
 
     moments: np.ndarray
     caption: str
-    framing: Int32[np.ndarray, " 6"]
+    size_crop: Int32[np.ndarray, " 6"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Transforms:
     def __call__(
         self, record: Record, rng: np.random.Generator, shape: tuple[int, int] | None = None
     ) -> Example:
-        """The image, uint8 [*shape, 3], one caption of `record`, and the framing.
+        """The image, uint8 [*shape, 3], one caption of `record`, and the size_crop.
 
         `shape` is the square unless given. All chance comes from `rng`. Raises `RecordError` where
         image or caption is unusable.
@@ -92,10 +92,12 @@ class Transforms:
             caption = _caption(record["captions"], choice)
             mirrored = self.flip and turn < 0.5
             height, width = shape or (self.size, self.size)
-            image, framing = self._image(record["image"], place, (width, height), mirrored=mirrored)
+            image, size_crop = self._image(
+                record["image"], place, (width, height), mirrored=mirrored
+            )
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
-        return Example(image, "" if dropout < self.caption_dropout else caption, framing)
+        return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)
 
     def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
         """Crops of an image for a cache: at even distances, where the recipe crops at random.
@@ -126,12 +128,12 @@ class Transforms:
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         caption = "" if dropout < self.caption_dropout else caption
-        return LatentExample(record["moments"][view], caption, record["framing"][view])
+        return LatentExample(record["moments"][view], caption, record["size_crop"][view])
 
     def _image(
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool
     ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
-        """Pixels of this width and height, and the framing."""
+        """Pixels of this width and height, and the size_crop."""
         if isinstance(data, np.ndarray) and data.shape == (*size[::-1], 3):
             pixels, stored, cut = data, size, (0, 0)
         else:
@@ -145,8 +147,8 @@ class Transforms:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
             scale = max(length / old for length, old in zip(size, stored, strict=True))
             cut = round(stored[0] * scale) - size[0] - cut[0], cut[1]
-        framing = *stored[::-1], *cut[::-1], *size[::-1]
-        return pixels, np.array(framing, np.int32)
+        size_crop = *stored[::-1], *cut[::-1], *size[::-1]
+        return pixels, np.array(size_crop, np.int32)
 
     def _fit(
         self, image: Image.Image, place: float, size: tuple[int, int]

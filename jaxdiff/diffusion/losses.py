@@ -1,4 +1,4 @@
-"""The training objective and its weightings.
+"""Weightings of the training loss.
 
     loss = w_s(log_snr(t)) mean((prediction_s - target_s)^2),  s the space of the loss   (1)
 
@@ -14,20 +14,14 @@ the loss. A weighting multiplies whatever density of times the time sampler has;
 -d log_snr / dt of Kingma & Gao 2023, eq. 8, is not part of it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from jaxdiff.diffusion.process import Images, Prediction, add_noise, from_x0_eps, to_x0_eps
-from jaxdiff.diffusion.schedules import AnySchedule, Cosine
-from jaxdiff.diffusion.time_sampling import TimeSampler, Uniform
+from jaxdiff.diffusion.process import Prediction
 from jaxdiff.errors import UserError
-
-Network = Callable[[Images, Float[Array, " b"]], Images]  # (x_t, t [b]) -> prediction
 
 
 def _in_space(
@@ -95,90 +89,6 @@ class SigmoidWeighting:
 
 
 Weighting = UniformWeighting | MinSNR | SigmoidWeighting  # called with (log_snr, space)
-
-
-class Losses(NamedTuple):
-    """What each image contributed."""
-
-    loss: Float[Array, " b"]  # weighted, float32
-    t: Float[Array, " b"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What the network predicts, on which noise, and how its error counts.
-
-    `loss_on` is the space of the loss; none means that of the prediction. JiT (Li & He 2025,
-    arXiv 2511.13720) is prediction="x0", loss_on="velocity". Carrying an error from x0 to another
-    space divides by sigma, and from eps by alpha, which are taken to be at least `floor` (JiT's
-    0.05): it bounds the weight that the ends can get. `noise_offset` adds to eps that much normal
-    noise that is the same at all pixels of a channel (Guttenberg 2023, "Diffusion with offset
-    noise"; 0.1 there), without which a network never learns how bright an image is as a whole.
-
-    Raises:
-        UserError: floor is not positive, or noise_offset is negative.
-    """
-
-    prediction: Prediction = "eps"
-    loss_on: Prediction | None = None
-    schedule: AnySchedule = field(default_factory=Cosine)
-    times: TimeSampler = field(default_factory=Uniform)
-    weighting: Weighting = field(default_factory=UniformWeighting)
-    floor: float = 0.05
-    noise_offset: float = 0.0
-
-    def __post_init__(self):
-        if not self.floor > 0 or self.noise_offset < 0:
-            raise UserError(
-                f"Objective got floor={self.floor}, noise_offset={self.noise_offset}; give a "
-                "positive floor, and 0 or more as noise_offset."
-            )
-
-    def loss(
-        self,
-        network: Network,
-        x0: Images,
-        key: Key[Array, ""],
-        max_t: float | Float[Array, ""] = 1.0,
-    ) -> Losses:
-        """Noises x0 at drawn times, asks the network, and weighs its error, eq. 1.
-
-        Each image has noise of its own, drawn from (key, its place). `max_t` scales the times, as a
-        noise curriculum asks.
-        """
-        batch = x0.shape[0]
-        time_key, noise_key = jax.random.split(key)
-        t = self.times(time_key, batch) * max_t
-        noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, jnp.arange(batch))
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(noise_keys)
-        if self.noise_offset:
-            offset_keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, 1)
-            channels = (1, 1, x0.shape[-1])
-            offset = jax.vmap(lambda key: jax.random.normal(key, channels, jnp.float32))(
-                offset_keys
-            )
-            eps = eps + self.noise_offset * offset
-        x0 = x0.astype(jnp.float32)
-
-        output = network(add_noise(self.schedule, x0, eps, t), t).astype(jnp.float32)
-        return Losses(loss=self.weighted_error(output, x0, eps, t), t=t)
-
-    def weighted_error(
-        self, output: Images, x0: Images, eps: Images, t: Float[Array, " b"]
-    ) -> Float[Array, " b"]:
-        """Eq. 1 for each image, given what the network said of x_t."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        space = self.loss_on or self.prediction
-        error = output - from_x0_eps(self.prediction, x0, eps, alpha, sigma)
-        if space != self.prediction:
-            # Affine conversions carry an error as they carry an output, with x_t = 0; so no two
-            # large numbers are subtracted, and the floor acts on target and prediction alike.
-            errors = to_x0_eps(
-                self.prediction, error, jnp.zeros_like(error), alpha, sigma, floor=self.floor
-            )
-            error = from_x0_eps(space, *errors, alpha, sigma)
-        weight = self.weighting(self.schedule.log_snr(t), space)
-        return weight * jnp.mean(error**2, axis=(1, 2, 3))
 
 
 def loss_by_level(

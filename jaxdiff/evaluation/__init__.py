@@ -1,1 +1,1 @@
-"""Scores of trained models, by rules that read images back; nothing here is learned."""
+"""Evaluators: metrics and images of a model, at intervals of a run and in `jaxdiff evaluate`."""

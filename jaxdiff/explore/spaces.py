@@ -19,17 +19,16 @@ from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import TRUTHS
-from jaxdiff.models.autoencoders.kl import Autoencoder
-from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.models.text_encoders.clip import Clip
-from jaxdiff.pipelines import auxiliary_models as second_models
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.layers import bind_init, bind_params
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.text_to_image import TextToImage, from_uint8
+from jaxdiff.pipelines import auxiliary_models
 from jaxdiff.pipelines.batching import in_full_batches
-from jaxdiff.pretrained.load import read_bundle, read_pretrained
+from jaxdiff.pretrained.bundle import AnySpec
+from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.tasks.autoencoder import AutoencoderTask
-from jaxdiff.training.tasks.base import from_uint8
-from jaxdiff.training.tasks.clip import ClipTask
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 PIXELS_AT_A_TIME = 2**18  # 64 images of 64 x 64: many enough for a device, few enough for any
@@ -104,16 +103,18 @@ def read_clip(model: str) -> ClipReader:
     Raises:
       UserError: there is no such model, or it is no CLIP.
     """
-    config, params, tokenizer = second_models.read_clip(model, local_mesh(jax.local_devices()[:1]))
-    build, size = blueprint(Clip, config), config.vision.image_size
+    config, params, tokenizer = auxiliary_models.read_clip(
+        model, local_mesh(jax.local_devices()[:1])
+    )
+    build, size = bind_init(Clip, config), config.vision.image_size
 
     @jax.jit
     def image_vectors(params, images):
-        return _unit(merge(build, params).vision(_resized(from_uint8(images), size)).pooled)
+        return _unit(bind_params(build, params).vision(_resized(from_uint8(images), size)).pooled)
 
     @jax.jit
     def text_vectors(params, ids):
-        return _unit(merge(build, params).text(ids).pooled)
+        return _unit(bind_params(build, params).text(ids).pooled)
 
     def texts(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(text_vectors(params, tokenizer(list(texts))))
@@ -123,53 +124,60 @@ def read_clip(model: str) -> ClipReader:
 
 
 def is_clip(config: Config) -> bool:
-    """Whether what a recipe trains is a CLIP."""
-    return isinstance(config.task, ClipTask)
+    """Whether a recipe trains a CLIP."""
+    return isinstance(config.task.model, ClipConfig)
 
 
 def has_autoencoder(config: Config) -> bool:
-    """Whether what a recipe trains is an autoencoder, or works on the latents of one."""
-    task = config.task
-    latents = task.latents if isinstance(task, DiffusionTask) else None
-    return isinstance(task, AutoencoderTask) or latents is not None
+    """Whether a recipe trains an autoencoder, or a model on the latents of one."""
+    return _autoencoder_of(config.task.model) is not None
+
+
+def _autoencoder_of(spec: AnySpec) -> AutoencoderSpec | None:
+    """Return the autoencoder of a model, or that is the model."""
+    return (
+        spec.autoencoder
+        if isinstance(spec, TextToImage)
+        else (spec if isinstance(spec, AutoencoderSpec) else None)
+    )
 
 
 def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray], np.ndarray]:
-    """The way from images uint8 [n, h, w, 3] to flat latents float32 [n, d], without their noise.
+    """Return the function from images uint8 [n, h, w, 3] to flat latents float32 [n, d].
 
     Args:
-      config: of a recipe, whose latents are taken, if it has any, where no model is named.
+      config: of a recipe, whose pretrained autoencoder is used, if it has one, where no model is
+        named.
       model: a run, an exported model or `shipped:NAME` that is an autoencoder or has one; where
         neither is given it is `shipped:produce_autoencoder`.
 
     Raises:
       UserError: there is no such model, or no autoencoder in it.
     """
-    if model is None and isinstance(config.task, DiffusionTask) and has_autoencoder(config):
-        part = config.task.frozen()["autoencoder"]
-        build, params = part.build, read_pretrained({"autoencoder": part})["autoencoder"]
-    else:
-        bundle = read_bundle(model or "shipped:produce_autoencoder")
-        config, task = bundle.config, bundle.config.task
-        if isinstance(task, AutoencoderTask):
-            build, params = blueprint(Autoencoder, task.model), bundle.params
-        elif has_autoencoder(config):
-            build = task.frozen()["autoencoder"].build
-            params = bundle.frozen["autoencoder"]
-        else:
-            raise UserError(
-                f"There is no autoencoder in {model}, a {type(task).__name__}: give --autoencoder "
-                "the folder of a run that is one or has one, or shipped:produce_autoencoder."
-            )
+    task = config.task
+    if model is None and isinstance(task, DiffusionTask) and task.pretrained.autoencoder:
+        model = task.pretrained.autoencoder
+    bundle = load_bundle(model or "shipped:produce_autoencoder")
+    autoencoder = _autoencoder_of(bundle.spec)
+    if autoencoder is None:
+        raise UserError(
+            f"There is no autoencoder in {model}, a {type(bundle.spec).__name__}: give "
+            "--autoencoder the folder of a run that is one or has one, or "
+            "shipped:produce_autoencoder."
+        )
+    params = bundle.params
+    if isinstance(bundle.spec, TextToImage):
+        params = params["autoencoder"]
+    build = bind_init(type(autoencoder).build, autoencoder)
     size = config.data.transforms.size
 
     @jax.jit
     def latents(params, images):
-        z = merge(build, params).encode(_resized(from_uint8(images), size)).mode()
+        z = bind_params(build, params).encode(_resized(from_uint8(images), size)).mode()
         return z.reshape(len(z), -1).astype(jnp.float32)
 
-    see = functools.partial(latents, jax.device_put(params))
-    return lambda images: _in_batches(see, images, size)
+    encode = functools.partial(latents, jax.device_put(params))
+    return lambda images: _in_batches(encode, images, size)
 
 
 def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:

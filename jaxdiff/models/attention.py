@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.distributed.sharding import traced_mesh
-from jaxdiff.models.layers import Dense, rotate
+from jaxdiff.models.layers import Dense, apply_rope
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True):
@@ -183,5 +183,5 @@ class Attention(nnx.Module):
         )
         q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
         return self.out(attend(q, k, v, mask).reshape(x.shape))

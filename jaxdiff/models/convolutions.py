@@ -19,7 +19,7 @@ Sides = tuple[tuple[int, int], tuple[int, int]]  # positions added above and bel
 class Conv(nnx.Conv):
     """A convolution with a square window, with zeros around unless it wraps.
 
-    `lora.attach` gives it an adapter, and `wrap_convolutions` has it go around.
+    `lora.add_adapters` gives it an adapter, and `wrap_convolutions` makes it wrap around.
     """
 
     lora: Any
@@ -64,7 +64,7 @@ class Conv(nnx.Conv):
             down = jax.lax.conv_general_dilated(
                 inputs, self.lora.down[...], strides, self.padding, dimension_numbers=layout
             )
-            out = out + self.lora.scale * (down @ self.lora.up[0, 0])
+            out = out + down @ self.lora.up[0, 0]
         return out
 
 

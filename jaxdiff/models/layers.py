@@ -1,8 +1,8 @@
-"""What several networks share: text features, time embedding, rotary positions, stacked blocks."""
+"""Layers that several networks share: time embedding, rotary positions, stacked blocks."""
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,44 +16,24 @@ from jaxdiff.errors import UserError
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
 
+ComputeType = Literal["float32", "bfloat16"]
+
 Block = TypeVar("Block", bound=nnx.Module)
 
 
-class TextFeatures(NamedTuple):
-    """A prompt as a denoiser sees it.
-
-    `tokens` are the encoder's hidden states, `pooled` its one vector for the whole prompt, and
-    `mask` is true up to and including the end token.
-    """
-
-    tokens: Float[Array, "b n d"]
-    pooled: Float[Array, "b e"]
-    mask: Bool[Array, "b n"]
-
-    def pack(self) -> Float[Array, "b m"]:
-        """All of a prompt in one row, m = n d + e + n, as it is cached."""
-        tokens = self.tokens.reshape(len(self.tokens), -1)
-        return jnp.concatenate([tokens, self.pooled, self.mask], axis=-1)
-
-    @classmethod
-    def unpack(cls, rows: Float[Array, "b m"], length: int, width: int) -> "TextFeatures":
-        """The inverse of `pack`, for n = length and d = width, in float32."""
-        ends = length * width, rows.shape[1] - length
-        tokens, pooled, mask = jnp.split(rows.astype(jnp.float32), ends, axis=-1)
-        return cls(tokens.reshape(-1, length, width), pooled, mask > 0)
-
-
-def sum_of_words(
-    words: Float[Array, "b n d"], mask: Bool[Array, "b n"], scale: float = 2.0
+def pooled_token_sum(
+    tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, scale: float = 2.0
 ) -> Float[Array, "b d"]:
-    """The words of a prompt as one vector, whatever their order: scale * sum / sqrt(number).
+    """Sum a prompt's token embeddings, in any order: scale * sum / sqrt(number of tokens).
 
-    Every word leaves its trace in it, also one of which the encoder's pooled vector says nothing.
-    Words of unit variance give a vector of variance scale^2, more than half of which all prompts
-    share (the start, the end, "a", "with"): at 2 what tells them apart has a variance of 1 to 2.
+    Every token contributes, including those that the encoder's pooled vector ignores. Tokens of
+    unit variance give a vector of variance scale^2. Prompts share more than half of it (the start,
+    the end, "a", "with"); at scale 2 the part that differs has a variance of 1 to 2.
     """
-    mask = mask[..., None].astype(words.dtype)
-    return scale * jnp.sum(words * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
+    if mask is None:
+        mask = jnp.ones(tokens.shape[:2], bool)
+    mask = mask[..., None].astype(tokens.dtype)
+    return scale * jnp.sum(tokens * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -115,8 +95,8 @@ class Dense(nnx.Linear):
     """A linear layer over the last axis, computed as one product of two matrices.
 
     With leading axes merged, XLA's CPU backend computes the gradient of the kernel without first
-    transposing the activations: a block of the DiT trains 1.2 times as fast. `lora.attach` gives it
-    an adapter.
+    transposing the activations: a block of the DiT trains 1.2 times as fast. `lora.add_adapters`
+    gives it an adapter.
     """
 
     lora: Any
@@ -130,7 +110,7 @@ class Dense(nnx.Linear):
             flat = inputs.reshape(-1, inputs.shape[-1])
         out = super().__call__(flat, out_sharding)
         if hasattr(self, "lora"):
-            out = out + self.lora.scale * (flat @ self.lora.down @ self.lora.up)
+            out = out + flat @ self.lora.down @ self.lora.up
         return out.reshape(*inputs.shape[:-1], -1)
 
 
@@ -158,7 +138,7 @@ def rotary_table(
     return jnp.pad(angles, ((0, 0), (0, head_dim // 2 - axes * per_axis)))
 
 
-def rotate(x: Float[Array, "b n heads k"], angles: Float[Array, "n half"]) -> Array:
+def apply_rope(x: Float[Array, "b n heads k"], angles: Float[Array, "n half"]) -> Array:
     """Turns each pair (x[i], x[i + k/2]) of a head by its position's angle, in float32."""
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -198,7 +178,7 @@ class _Count(np.ndarray):
         return np.array(super().__getitem__(key))
 
 
-def rngs_of(seed: int) -> nnx.Rngs:
+def rngs_from_seed(seed: int) -> nnx.Rngs:
     """For a module that is built while a program is traced; it draws what `nnx.Rngs(seed)` draws.
 
     How often they were drawn from is counted on the host. Counted by a traced array, as Flax does
@@ -212,39 +192,52 @@ def rngs_of(seed: int) -> nnx.Rngs:
 
 def any_rngs() -> nnx.Rngs:
     """For a module of which only the shapes are wanted."""
-    return rngs_of(0)
+    return rngs_from_seed(0)
 
 
 @functools.lru_cache(maxsize=64)
-def blueprint(make: Callable[..., nnx.Module], *parts: Hashable) -> Callable[[], nnx.Module]:
-    """`make(*parts, rngs)` as `abstract_params` and `merge` take it.
+def bind_init(make: Callable[..., nnx.Module], *parts: Hashable) -> Callable[[], nnx.Module]:
+    """Bind `make(*parts, rngs)` to its arguments, for `abstract_params` and `bind_params`.
 
-    It is one and the same function for equal parts: so what it builds is traced but once.
+    Equal arguments give one and the same function, so that a module is traced once.
     """
     return lambda: make(*parts, rngs=any_rngs())
 
 
 def abstract_params(build: Callable[[], nnx.Module]) -> Any:
-    """Shapes and types of the parameters of what `build` makes, as a nested dict.
+    """Return shapes and types of the parameters of `build()` as a nested dict.
 
     Nothing is allocated: `build` only runs abstractly.
     """
     return nnx.to_pure_dict(_traced(build)[1])
 
 
-def graph(build: Callable[[], nnx.Module]) -> Any:
-    """The graph of what `build` makes, without its parameters; nothing is allocated."""
-    return _traced(build)[0]
-
-
-def merge(build: Callable[[], nnx.Module], params: Any) -> Any:
-    """The module that `build` makes, with these parameters in the place of its own.
+def bind_params(build: Callable[[], nnx.Module], params: Any) -> Any:
+    """Return the module of `build` with these parameters.
 
     Nothing is allocated: `build` only runs abstractly.
     """
-    return nnx.merge(graph(build), params)
+    return nnx.merge(_traced(build)[0], params)
+
+
+def init_params(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
+    """Initialise a module's parameters as a nested dict."""
+    return nnx.to_pure_dict(nnx.split(make(rngs))[1])
 
 
 @functools.lru_cache(maxsize=64)
 def _traced(build: Callable[[], nnx.Module]) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(build))
+
+
+def cast(tree: Any, compute: ComputeType) -> Any:
+    """Cast floating arrays to the compute type; a module computes in that of its weights.
+
+    Scalars stay as they are: bfloat16 would leave CLIP's logarithmic temperature steps of 2 %.
+    """
+
+    def convert(leaf):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(compute) if is_float and leaf.ndim and leaf.dtype != compute else leaf
+
+    return jax.tree.map(convert, tree)

@@ -1,7 +1,10 @@
-"""Low-rank adaptation: y = x W + x A B, of which only A and B are trained (Hu et al. 2021, eq. 3).
+"""Low-rank adaptation: y = x W + x A B, where only A and B are trained (Hu et al. 2021, eq. 3).
 
 The factor alpha / rank of the paper's section 4.1 is part of B, so that adapters of one layer add
-up to one of the sum of their ranks. A convolution's A has its window, its B is 1x1.
+up to one adapter of the sum of their ranks. A convolution's A has its window, its B is 1x1.
+
+Adapters are a nested dict of parameters that mirrors the network's: the layer at a path has its
+adapter at (*path, "lora").
 """
 
 import math
@@ -24,13 +27,16 @@ LORA = "lora"  # the attribute of a layer that is its adapter
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which layers are adapted, and how freely.
+    """Rank, scale and target layers of adapters that are to be trained.
 
     Attributes:
       rank: of every adapter.
-      alpha: an adapter's output counts alpha / rank; None is `rank`, for a factor of 1.
-      targets: ends of the paths of these layers, in whole names; `*` is any number. By default the
-        layers that lead into and out of attention.
+      alpha: an adapter's output is multiplied by alpha / rank; None is `rank`, for a factor of 1.
+      targets: ends of the paths of the adapted layers, in whole names; `*` is any number. By
+        default the input and output projections of attention.
+
+    Raises:
+      UserError: a rank below 1.
     """
 
     rank: int = 16
@@ -60,86 +66,80 @@ class Factors(NamedTuple):
 
     @property
     def product(self) -> Array:
-        """What it adds to the kernel."""
+        """The change of the kernel."""
         return jnp.matmul(self.down, self.up)
 
     def beside(self, other: "Factors") -> "Factors":
-        """One adapter that adds what both of them do."""
+        """Concatenate two adapters of a layer to one with the sum of their effects."""
         return Factors(
             jnp.concatenate([self.down, other.down], axis=-1),
             jnp.concatenate([self.up, other.up], axis=-2),
         )
 
 
+Path = tuple[str | int, ...]
+Adapters = Mapping[str, Mapping[Path, Factors]]
+"""Adapters by part of a model (`denoiser`, `text`, `text_2`), then by the path of the layer."""
+
+
 class Lora(nnx.Module):
     """The adapter of one layer, or of all those of a stack."""
 
-    def __init__(self, kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs):
-        *window, inputs, outputs = kernel.shape
-        is_convolution = kernel.ndim >= 4
-        ones = [1] * len(window) if is_convolution else window
-        # He et al. 2015 for A, zero for B, so that nothing changes before the first update.
-        values = math.prod(window) * inputs if is_convolution else inputs
-        bound = 1 / math.sqrt(values)
-        down = jax.random.uniform(
-            rngs.params(), (*window, inputs, config.rank), minval=-bound, maxval=bound
-        )
-        self.scale = config.scale
-        self.down = nnx.Param(down)
-        self.up = nnx.Param(jnp.zeros((*ones, config.rank, outputs)))
+    def __init__(self, pair: Factors):
+        self.down = nnx.Param(pair.down)
+        self.up = nnx.Param(pair.up)
 
 
-def attach(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Gives the layers that `config` names their adapters.
+def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Initialise adapters for the layers of a module that `config` names.
+
+    A is uniform (He et al. 2015), B zero, so that nothing changes before the first update.
 
     Raises:
       UserError: there is no such layer.
     """
-    layers = [
-        layer
+    layers = {
+        path: layer
         for path, layer in nnx.iter_modules(module)
         if isinstance(layer, Dense | Conv) and config.adapts(".".join(map(str, path)))
-    ]
+    }
     if not layers:
         raise UserError(
             f"LoRA: no layer's path ends in any of {', '.join(config.targets)}: name others in "
             "targets."
         )
-    for layer in layers:
-        layer.lora = Lora(layer.kernel, config, rngs)
+    return tree({path: _init(layer.kernel, config, rngs) for path, layer in layers.items()})
 
 
-class Adapters(nnx.Module):
-    """The adapters of a network without the network: each at the path that it has there."""
-
-    def __init__(self, network: nnx.Module):
-        is_adapter = nnx.PathContains(LORA)
-        tree = nnx.to_pure_dict(nnx.state(network, is_adapter))
-        for name, part in tree.items():
-            setattr(self, name, _module(part))
-
-
-def _module(tree: Any) -> Any:
-    """A nested dict of arrays as modules; in a list, what has no adapter is empty."""
-    if not isinstance(tree, Mapping):
-        return nnx.Param(tree)
-    if tree and all(isinstance(key, int) for key in tree):
-        return nnx.List(_module(tree.get(i, {})) for i in range(max(tree) + 1))
-    return nnx.Dict({name: _module(part) for name, part in tree.items()})
+def _init(kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs) -> Factors:
+    *window, inputs, outputs = kernel.shape
+    is_convolution = kernel.ndim >= 4
+    ones = [1] * len(window) if is_convolution else window
+    fan_in = math.prod(window) * inputs if is_convolution else inputs
+    bound = 1 / math.sqrt(fan_in)
+    shape = (*window, inputs, config.rank)
+    down = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+    return Factors(down, jnp.zeros((*ones, config.rank, outputs)))
 
 
-Path = tuple[str | int, ...]
+def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
+    """Give the layers of a module their adapters, a nested dict of parameters."""
+    for path, pair in factors(adapters).items():
+        layer = module
+        for name in path:
+            layer = layer[name] if isinstance(name, int) else getattr(layer, name)
+        layer.lora = Lora(pair)
 
 
 def factors(adapters: Mapping[str, Any]) -> dict[Path, Factors]:
-    """The adapters in a nested dict of parameters, by the paths of their layers."""
+    """Return the adapters in a nested dict of parameters, by the paths of their layers."""
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(adapters))
     paths = sorted({path[:-2] for path in flat if LORA in path}, key=str)
     return {path: Factors(flat[*path, LORA, "down"], flat[*path, LORA, "up"]) for path in paths}
 
 
 def tree(adapters: Mapping[Path, Factors]) -> dict[str, Any]:
-    """The inverse of `factors`."""
+    """Return a nested dict of parameters, the inverse of `factors`."""
     flat = {
         (*path, LORA, name): value
         for path, pair in adapters.items()
@@ -148,20 +148,16 @@ def tree(adapters: Mapping[Path, Factors]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def adapted(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's parameters together with those of its adapters; both are nested dicts."""
-    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(adapters)
-    return traverse_util.unflatten_dict(flat)
+def scale_adapters(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Multiply the effect of adapters, a nested dict of parameters."""
+    if scale == 1:
+        return dict(adapters)
+    pairs = factors(adapters)
+    return tree({path: Factors(pair.down, pair.up * scale) for path, pair in pairs.items()})
 
 
-def without(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's parameters without those of its adapters."""
-    flat = cast(dict[Path, Any], traverse_util.flatten_dict(params))
-    return traverse_util.unflatten_dict({path: x for path, x in flat.items() if LORA not in path})
-
-
-def merged(params: Mapping[str, Any], adapters: Mapping[Path, Factors]) -> dict[str, Any]:
-    """A network's parameters with the adapters, of scale 1, made part of its kernels."""
+def merge_adapters(params: Mapping[str, Any], adapters: Mapping[Path, Factors]) -> dict[str, Any]:
+    """Add adapters to the kernels of a network's parameters, summed in float32."""
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(params))
     for path, pair in adapters.items():
         kernel = flat[*path, "kernel"]

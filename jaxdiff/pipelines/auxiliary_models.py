@@ -1,154 +1,142 @@
-"""Models beside the one that draws: a CLIP that looks, a weaker one to steer away from."""
+"""Second models: a CLIP that scores or guides images, and the guide model of autoguidance."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, Int, PyTree, UInt8
+from jaxtyping import Float32, PyTree, UInt8
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.prompt_weights import plain
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.load import read_bundle
-from jaxdiff.sampling.guidance.clip_guidance import look
-from jaxdiff.training.step import ComputeType, cast, structure
-from jaxdiff.training.tasks.base import from_uint8
-from jaxdiff.training.tasks.clip import ClipTask
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.sampling.guidance.clip_guidance import clip_views
 
-_AT_A_TIME = 16  # images that a CLIP looks at
+_BATCH_SIZE = 16  # images that a CLIP scores at a time
+
+
+class LoadedClip(NamedTuple):
+    """A CLIP, its parameters on all devices, and its tokenizer."""
+
+    config: ClipConfig
+    params: PyTree
+    tokenizer: Tokenizer
 
 
 @functools.lru_cache(maxsize=2)
-def read_clip(model: str, mesh: Mesh) -> tuple[ClipConfig, Any, Tokenizer]:
-    """Sizes, weights on all devices, and tokenizer of a CLIP.
+def load_clip(model: str, mesh: Mesh) -> LoadedClip:
+    """Load a CLIP in float32.
 
     Raises:
-      UserError: there is no such model, or it is none.
+      UserError: there is no such model, or it is no CLIP.
     """
-    bundle = read_bundle(model)
-    task = bundle.config.task
-    if not isinstance(task, ClipTask) or bundle.tokenizer is None:
+    bundle = load_bundle(model)
+    if not isinstance(bundle.spec, ClipConfig) or "text" not in bundle.tokenizers:
         raise UserError(
-            f"{model} is no CLIP but a {type(task).__name__}: give the folder or the hub's id of "
-            "one, such as openai/clip-vit-large-patch14, a run of configs/produce_clip.py or the "
-            "like, or shipped:produce_clip."
+            f"{model} is a {type(bundle.spec).__name__}: expected a CLIP; give the folder or the "
+            "hub's id of one, such as openai/clip-vit-large-patch14, a run of "
+            "configs/produce_clip.py, or shipped:produce_clip."
         )
-    return task.model, replicate(cast(bundle.params, "float32"), mesh), bundle.tokenizer
+    params = replicate(cast(bundle.params, "float32"), mesh)
+    return LoadedClip(bundle.spec, params, bundle.tokenizers["text"])
 
 
 def clip_scores(
     model: str, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
 ) -> Float32[np.ndarray, " n"]:
-    """How well a CLIP finds that images match their prompts: cosines, from -1 to 1.
+    """Return the cosine similarity, from -1 to 1, of each image and its prompt.
 
     Raises:
-      UserError: as `read_clip`.
+      UserError: as `load_clip`.
     """
-    config, params, tokenizer = read_clip(model, local_mesh())
-    ids = tokenizer([plain(prompt) for prompt in prompts])
-    score = functools.partial(_scorer(config), params)
-    return in_full_batches(score, _AT_A_TIME, images, ids)
+    clip = load_clip(model, local_mesh())
+    ids = clip.tokenizer([plain(prompt) for prompt in prompts])
+    score = functools.partial(_compiled_score(clip.config), clip.params)
+    return in_full_batches(score, _BATCH_SIZE, images, ids)
 
 
 @functools.lru_cache(maxsize=2)
-def _scorer(config: ClipConfig):
+def _compiled_score(config: ClipConfig):
     @jax.jit
     def score(params, images, ids):
-        clip = merge(blueprint(Clip, config), params)
-        seen = look(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
-        embeddings = clip(seen, ids)
+        clip = bind_params(bind_init(Clip, config), params)
+        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
+        embeddings = clip(views, ids)
         return jnp.sum(embeddings.image * embeddings.text, axis=-1)
 
     return score
 
 
-class Chosen(NamedTuple):
-    """Which of several images a CLIP chose for each prompt."""
+class LoadedGuide(NamedTuple):
+    """The model of autoguidance, and its parameters on all devices."""
 
-    rows: Int[np.ndarray, " n"]  # their places among all images
-    scores: Float32[np.ndarray, "n k"]  # of all, cosines
-
-
-def choose(
-    model: str, images: UInt8[np.ndarray, "m h w 3"], prompts: Sequence[str], of: int
-) -> Chosen:
-    """Of every `of` images in a row, with their prompts, the one that a CLIP finds closest.
-
-    Raises:
-      UserError: as `read_clip`.
-    """
-    scores = clip_scores(model, images, prompts).reshape(-1, of)
-    return Chosen(np.arange(0, len(images), of) + scores.argmax(1), scores)
+    spec: TextToImage
+    params: PyTree
 
 
-class WeakModel(NamedTuple):
-    """What of a weaker model the compiled loop takes: what it is, and its weights."""
+def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -> LoadedGuide:
+    """Load a model for autoguidance of another one.
 
-    task: DiffusionTask
-    graphdef: Any
-    weights: PyTree
-
-    @property
-    def kind(self) -> tuple[DiffusionTask, Any]:
-        """What programs are compiled for."""
-        return self.task, self.graphdef
-
-
-def read_weak(model: str, strong: Bundle, dtype: ComputeType | None, mesh: Mesh) -> WeakModel:
-    """A model to be steered away from, in the type that the strong one computes in.
+    Args:
+      model: to load.
+      own: the model that it guides.
+      dtype: to compute in; None is that of the weights.
+      mesh: of the devices.
 
     Raises:
-      UserError: there is no such model, or it does not fit the strong one.
+      UserError: there is no such model, or it does not fit.
     """
-    bundle = read_bundle(model)
-    task, own = bundle.config.task, strong.config.task
-    assert isinstance(own, DiffusionTask)
-    if not isinstance(task, DiffusionTask) or bundle.tokenizer is None:
-        raise UserError(f"{model} is no text-to-image model: give a weaker one in weak.model.")
-    theirs, ours = bundle.tokenizer.fingerprint, strong.tokenizer and strong.tokenizer.fingerprint
+    bundle, spec = load_bundle(model), own.spec
+    assert isinstance(spec, TextToImage)
+    if not isinstance(bundle.spec, TextToImage):
+        raise UserError(
+            f"{model} is a {type(bundle.spec).__name__}: expected a text-to-image model in "
+            "guide.model."
+        )
+    theirs = bundle.spec
     differ = {
-        "another tokenizer": theirs != ours,
-        "another schedule": task.objective.schedule != own.objective.schedule,
-        "other latents": not _same_latents(bundle, strong),
-        "a network of other inputs": _inputs(task) != _inputs(own),
+        "another tokenizer": _tokenizers(bundle) != _tokenizers(own),
+        "another schedule": theirs.schedule != spec.schedule,
+        "other latents": not _same_latents(bundle, own),
+        "a network of other inputs": _channels(theirs) != _channels(spec),
     }
     if any(differ.values()):
-        what = next(name for name, is_so in differ.items() if is_so)
+        what = next(name for name, differs in differ.items() if differs)
         raise UserError(
-            f"{model} has {what} than {strong.config.name}: give a weaker model of the same kind, "
-            "such as an earlier or shorter run of the same recipe, in weak.model."
+            f"{model} has {what} than {spec.name}: expected a model of the same kind in "
+            "guide.model, such as an earlier or shorter run of the same recipe."
         )
-    weights = {"params": bundle.params, "frozen": bundle.frozen}
-    weights = replicate(weights if dtype is None else cast(weights, dtype), mesh)
-    return WeakModel(task, structure(task), weights)
+    params = bundle.params if dtype is None else cast(bundle.params, dtype)
+    return LoadedGuide(theirs, replicate(params, mesh))
 
 
-def _inputs(task: DiffusionTask) -> tuple[int, ...]:
-    return task.denoiser.channels, getattr(task.denoiser, "in_channels", task.denoiser.channels)
+def _tokenizers(bundle: Bundle) -> dict[str, str]:
+    return {name: tokenizer.fingerprint for name, tokenizer in bundle.tokenizers.items()}
+
+
+def _channels(spec: TextToImage) -> tuple[int, int]:
+    return spec.denoiser.channels, spec.denoiser.extra_channels
 
 
 def _same_latents(one: Bundle, other: Bundle) -> bool:
-    """Whether two models work on the same space; weights may differ by the rounding of a half."""
-    a, b = one.config.task, other.config.task
-    assert isinstance(a, DiffusionTask)
-    assert isinstance(b, DiffusionTask)
-    if a.latents is None or b.latents is None:
-        return a.latents is b.latents
-    if a.latents.model != b.latents.model:
+    """Whether two models have the same latents; weights may differ by rounding to 16 bits."""
+    if one.spec.autoencoder != other.spec.autoencoder:
         return False
+    if one.spec.autoencoder is None:
+        return True
     pairs = zip(
-        jax.tree.leaves(one.frozen["autoencoder"]),
-        jax.tree.leaves(other.frozen["autoencoder"]),
+        jax.tree.leaves(one.params["autoencoder"]),
+        jax.tree.leaves(other.params["autoencoder"]),
         strict=True,
     )
     return all(

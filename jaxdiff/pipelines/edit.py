@@ -1,251 +1,251 @@
-"""What a pipeline does with whole images: finds their noise, varies, blends, enlarges them."""
+"""Edit images with a pipeline: invert, vary, interpolate, upscale, extend."""
 
-import abc
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Float32, UInt8
+from PIL import Image
 
-from jaxdiff.distributed.replicate import per_device
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.batching import in_full_batches
-from jaxdiff.pipelines.editing import check_images, enlarged, slerp
-from jaxdiff.pipelines.sizes import images_at_a_time
+from jaxdiff.pipelines.inputs import (
+    InitImage,
+    Integer,
+    Mix,
+    Number,
+    Prompt,
+    check_images,
+    one_each,
+    prompt_list,
+    slerp,
+)
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.sampling.ddim_inversion import DDIMInverse
+from jaxdiff.sampling.sampler import Sampler
+from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers_ode import DDIM
-from jaxdiff.training.recipe import Config
-from jaxdiff.training.tasks.base import from_uint8
-from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 UPSCALE_STRENGTH = 0.35
 
 
-class ImageEdits(abc.ABC):
-    """The part of `Pipeline` that is made of what it draws."""
+def invert(
+    pipe: Pipeline,
+    images: np.ndarray,
+    prompts: Prompt | Sequence[Prompt] = "",
+    *,
+    rounds: int = 1,
+    guidance_scale: Number | Sequence[Number] = 1.0,
+    **arguments: Any,
+) -> Float32[np.ndarray, "n i j c"]:
+    """Find the noise that images come from, by DDIM inversion (`sampling/ddim_inversion.py`).
 
-    config: Config
-    task: DiffusionTask
-    weights: Any
-    _mesh: Mesh
+    `pipe(prompts, latents=invert(pipe, images, prompts), sampler=Sampler(solver=DDIM()),
+    guidance_scale=1)`, with as many steps, reproduces the images about as well as the autoencoder.
 
-    @abc.abstractmethod
-    def __call__(self, prompts: Sequence[str], **arguments: Any) -> np.ndarray:
-        """Draws images."""
+    Args:
+      pipe: to invert.
+      images: uint8 [n, h, w, 3] or one image.
+      prompts: what they show, one for all or one each.
+      rounds: evaluations in each step; more undo a step of DDIM more exactly.
+      guidance_scale: strong guidance cannot be undone.
+      arguments: others of `pipe`, such as num_steps.
 
-    @abc.abstractmethod
-    def noise(self, seeds: Sequence[int], **arguments: Any) -> np.ndarray:
-        """The noise that images start from."""
+    Returns:
+      Noise of about unit variance, for `latents`.
 
-    def invert(
-        self,
-        images: np.ndarray,
-        prompts: Sequence[str] | None = None,
-        *,
-        rounds: int = 1,
-        guidance_scale: float = 1.0,
-        **arguments: Any,
-    ) -> np.ndarray:
-        """The noise that images come from, by DDIM inversion (`jaxdiff.sampling.ddim_inversion`).
+    Raises:
+      UserError: images of another kind, or as `pipe` raises.
+    """
+    n = 1 if np.ndim(images) == 3 else len(images)
+    prompts = prompt_list(prompts)
+    return pipe(
+        prompts * n if len(prompts) == 1 else prompts,
+        init=InitImage(image=check_images(images, n), strength=1.0),  # all steps
+        sampler=_with_solver(arguments.pop("sampler", None), DDIMInverse(rounds=rounds)),
+        guidance_scale=guidance_scale,
+        output="latents",
+        **arguments,
+    )
 
-        `pipeline(prompts, latents=pipeline.invert(images, prompts), solver=DDIM(),
-        guidance_scale=1)`, with as many steps, gives the images back about as the autoencoder does.
 
-        Args:
-          images: uint8 [n, h, w, 3] or one image.
-          prompts: what they show, one for all or one each; "" by default.
-          rounds: evaluations in each step: more come nearer to what a step of DDIM undoes.
-          guidance_scale: strong guidance goes where there is no way back.
-          arguments: others that `pipeline(prompts)` takes, such as num_steps.
+def variations(
+    pipe: Pipeline,
+    image: np.ndarray,
+    amount: Number | Sequence[Number] = 0.3,
+    *,
+    prompts: Prompt | Sequence[Prompt] = "",
+    seeds: Sequence[Integer] = (0, 1, 2, 3),
+    guidance_scale: Number | Sequence[Number] = 1.0,
+    **arguments: Any,
+) -> np.ndarray:
+    """Sample images similar to this one: its noise, rotated toward the noise of seeds.
 
-        Returns:
-          Noise [n, h, w, c] of about unit variance, for `latents`.
+    Args:
+      pipe: to sample with.
+      image: uint8 [h, w, 3], or one each [n, h, w, 3].
+      amount: how far, one for all or one each: 0 is the image as reconstructed from its own noise,
+        1 the seed's own image.
+      prompts: what it shows, or what the variations are to show; one for all or one each.
+      seeds: n of them.
+      guidance_scale: of the variations; the inversion is unguided.
+      arguments: others of `pipe`.
 
-        Raises:
-          UserError: images of another kind, or what `pipeline(prompts)` raises.
-        """
-        n = 1 if np.ndim(images) == 3 else len(images)
-        prompts = [""] if prompts is None else prompts
-        prompts = list(prompts) * n if len(prompts) == 1 else prompts
-        return self(
-            prompts,
-            image=check_images(images, n),
-            strength=1.0,  # all the way
-            solver=DDIMInverse(rounds=rounds),
-            guidance_scale=guidance_scale,
-            output="latents",
-            **arguments,
+    Returns:
+      Images [n, h, w, 3].
+
+    Raises:
+      UserError: as `invert` and `pipe` raise.
+    """
+    n, (height, width) = len(seeds), np.shape(image)[-3:-1]
+    prompts = prompt_list(prompts)
+    own = invert(pipe, image, prompts, **arguments)
+    noises = pipe.noise(seeds, size=(width, height))
+    amounts = one_each("amount", amount, n)
+    each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
+    return pipe(
+        prompts * n if len(prompts) == 1 else prompts,
+        latents=np.stack([slerp(*one) for one in each]),
+        seeds=seeds,
+        sampler=_with_solver(arguments.pop("sampler", None), DDIM()),
+        guidance_scale=guidance_scale,
+        **arguments,
+    )
+
+
+def interpolate(
+    pipe: Pipeline,
+    prompts: tuple[str, str],
+    frames: int,
+    *,
+    seeds: tuple[Integer, Integer] = (0, 0),
+    images: np.ndarray | None = None,
+    **arguments: Any,
+) -> UInt8[np.ndarray, "k h w 3"]:
+    """Sample images between two prompts and two noises, both ends included.
+
+    Args:
+      pipe: to sample with.
+      prompts: of the first and last image; twice the same varies the seeds alone.
+      frames: number of images, 2 or more.
+      seeds: of the noise at both ends, interpolated in between.
+      images: uint8 [2, h, w, 3] whose noise is at the ends instead; the prompts describe them, or
+        are "".
+      arguments: others of `pipe`.
+
+    Returns:
+      Images [frames, h, w, 3].
+
+    Raises:
+      UserError: fewer than 2 frames, or as `pipe` raises.
+    """
+    if frames < 2:
+        raise UserError(f"frames is {frames}: expected at least 2, for both ends.")
+    if images is None:
+        one, other = pipe.noise(seeds, size=arguments.get("size"))
+    else:
+        one, other = invert(pipe, check_images(images, 2), list(prompts), **arguments)
+        sampler = arguments.pop("sampler", None) or Sampler()
+        arguments["sampler"] = sampler.inherit(Sampler(solver=DDIM()))
+        arguments = {"guidance_scale": 1.0} | arguments
+    fractions = np.linspace(0, 1, frames)
+    return pipe(
+        [Mix(a=prompts[0], b=prompts[1], fraction=float(fraction)) for fraction in fractions],
+        seeds=seeds[0],
+        latents=np.stack([slerp(one, other, fraction) for fraction in fractions]),
+        **arguments,
+    )
+
+
+def upscale(
+    pipe: Pipeline,
+    images: np.ndarray,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    factor: int = 2,
+    strength: Number | Sequence[Number] = UPSCALE_STRENGTH,
+    overlap: float = 0.5,
+    **arguments: Any,
+) -> np.ndarray:
+    """Enlarge images, and sample their details through windows of the model's own size.
+
+    Args:
+      pipe: to sample with.
+      images: uint8 [n, h, w, 3], or one image for all prompts.
+      prompts: what they show, n of them.
+      factor: of their sides.
+      strength: how much noise they get, from 0 to 1, one for all or one each: more adds more
+        detail, but each window then samples objects of its own.
+      overlap: of the windows, as a fraction of their sides.
+      arguments: others of `pipe`; by default the autoencoder works by tiles, where the images are
+        larger than one, or by images, where they wrap.
+
+    Returns:
+      Images [n, factor * h, factor * w, 3].
+
+    Raises:
+      UserError: factor is less than 1, or as `pipe` raises.
+    """
+    if factor < 1:
+        raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
+    prompts = prompt_list(prompts)
+    sampler = arguments.pop("sampler", None) or Sampler()
+    wraps = any(sampler.inherit(pipe.spec.sampler).wrap or ())
+    defaults = Sampler(overlap=overlap, vae_mode="slicing" if wraps else "tiling")
+    return pipe(
+        prompts,
+        init=InitImage(
+            image=enlarge(check_images(images, len(prompts)), factor), strength=strength
+        ),
+        sampler=sampler.inherit(defaults),
+        **arguments,
+    )
+
+
+def enlarge(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarray, "n H W 3"]:
+    """Resize images to `factor` times their sides by Lanczos' filter."""
+    height, width = images.shape[1:3]
+    size = width * factor, height * factor
+    resized = [Image.fromarray(image).resize(size, Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def extend(
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+) -> InitImage:
+    """Place an image on a larger canvas, with a mask of the new region (outpainting).
+
+    The canvas continues the image's edges, whose colours sampling then starts from. Negative
+    numbers crop: `left=-16, right=16` pans to the right.
+
+    Args:
+      image: to extend.
+      left: columns to add or crop.
+      top: rows.
+      right: columns.
+      bottom: rows.
+
+    Returns:
+      An `InitImage` for `pipe(prompts, init=extend(image, right=16))`.
+
+    Raises:
+      UserError: nothing of the image is left.
+    """
+    height, width = image.shape[:2]
+    cut = image[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
+    if cut.size == 0:
+        raise UserError(
+            f"left={left}, top={top}, right={right}, bottom={bottom} leave nothing of an image of "
+            f"{width}x{height}: expected to keep a part of it."
         )
-
-    def variations(
-        self,
-        image: np.ndarray,
-        amount: float | Sequence[float] = 0.3,
-        *,
-        prompt: str | Sequence[str] = "",
-        seeds: Sequence[int] = (0, 1, 2, 3),
-        guidance_scale: float | Sequence[float] = 1.0,
-        **arguments: Any,
-    ) -> np.ndarray:
-        """Images like this one: its noise, turned toward that of seeds.
-
-        Args:
-          image: uint8 [h, w, 3], or one each [n, h, w, 3].
-          amount: how far, one for all or one each: 0 is the image as it is drawn from its own
-            noise, 1 what the seed draws.
-          prompt: what it shows, or what the variations are to show; one for all or one each.
-          seeds: n of them.
-          guidance_scale: of the drawing; the noise is looked for without.
-          arguments: others that `pipeline(prompts)` takes.
-
-        Returns:
-          Images [n, h, w, 3].
-
-        Raises:
-          UserError: what `invert` and `pipeline(prompts)` raise.
-        """
-        n, (height, width) = len(seeds), np.shape(image)[-3:-1]
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        own = self.invert(image, prompts, **arguments)
-        noises = self.noise(seeds, size=(width, height))
-        each = zip(
-            np.broadcast_to(own, noises.shape), noises, np.broadcast_to(amount, n), strict=True
-        )
-        return self(
-            prompts * n if len(prompts) == 1 else prompts,
-            latents=np.stack([slerp(*one) for one in each]),
-            seeds=seeds,
-            size=(width, height),
-            solver=DDIM(),
-            guidance_scale=guidance_scale,
-            **arguments,
-        )
-
-    def between(
-        self,
-        prompts: tuple[str, str],
-        frames: int,
-        *,
-        seeds: tuple[int, int] = (0, 0),
-        images: np.ndarray | None = None,
-        **arguments: Any,
-    ) -> np.ndarray:
-        """Images on the way from one prompt and seed, or image, to another, both of them included.
-
-        Args:
-          prompts: where it begins and where it ends; the same twice, to walk through seeds alone.
-          frames: how many images, 2 or more.
-          seeds: of the noise at both ends, between which it turns from one to the other.
-          images: uint8 [2, h, w, 3] whose noise is at the ends instead, and which the prompts
-            describe or "" says nothing of.
-          arguments: others that `pipeline(prompts)` takes.
-
-        Returns:
-          Images [frames, h, w, 3].
-
-        Raises:
-          UserError: fewer than 2 frames, or what `pipeline(prompts)` raises.
-        """
-        if frames < 2:
-            raise UserError(f"frames is {frames}: expected at least 2, for both ends.")
-        if images is None:
-            one, other = self.noise(seeds, size=arguments.get("size"))
-        else:
-            one, other = self.invert(check_images(images, 2), prompts, **arguments)
-            exact = {"solver": DDIM(), "guidance_scale": 1.0, "size": images.shape[2:0:-1]}
-            arguments = exact | arguments
-        shares = np.linspace(0, 1, frames)
-        return self(
-            [prompts[0]] * frames,
-            toward=[prompts[1]],
-            share=shares,
-            seeds=seeds[0],
-            latents=np.stack([slerp(one, other, share) for share in shares]),
-            **arguments,
-        )
-
-    def upscaled(
-        self,
-        images: np.ndarray,
-        prompts: Sequence[str],
-        *,
-        factor: int = 2,
-        strength: float | Sequence[float] = UPSCALE_STRENGTH,
-        overlap: float = 0.5,
-        **arguments: Any,
-    ) -> np.ndarray:
-        """Images enlarged, and their detail drawn anew through windows of the native size.
-
-        Args:
-          images: uint8 [n, h, w, 3], or one image for all prompts.
-          prompts: what they show, n of them.
-          factor: by which their sides get longer.
-          strength: how far they are taken back to noise, from 0 to 1, one for all or one each: the
-            more, the more detail, but each window then draws things of its own.
-          overlap: of the windows, as a share of their sides.
-          arguments: others that `pipeline(prompts)` takes; by default the autoencoder works by
-            tiles, if they are smaller than the images.
-
-        Returns:
-          Images [n, factor * h, factor * w, 3].
-
-        Raises:
-          UserError: a factor below 1, or what `pipeline(prompts)` raises.
-        """
-        if factor < 1:
-            raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
-        by = "images" if any(self.config.sampling.seamless) else "tiles"
-        return self(
-            prompts,
-            image=enlarged(check_images(images, len(prompts)), factor),
-            strength=strength,
-            overlap=overlap,
-            **({"decode_by": by} | arguments),
-        )
-
-    def autoencode(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [n, h, w, 3] to latents and back: the best that this model could draw.
-
-        Those of a model that works on pixels come back as they are.
-        """
-        if self.task.latents is None:
-            return images
-        size = images_at_a_time(*images.shape[2:0:-1]) * self._mesh.size
-        autoencode = functools.partial(_autoencoder(self.task, self._mesh), self.weights)
-        return in_full_batches(autoencode, size, images)
-
-    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Images uint8 [n, h, w, 3] of what the denoiser models, [n, i, j, c]: latents, or pixels.
-
-        Args:
-          latents: as the denoiser estimates them.
-          batch_size: images decoded at a time; chosen for the size by default.
-        """
-        height, width = (side * self.task.downsampling for side in latents.shape[1:3])
-        size = (batch_size or images_at_a_time(width, height)) * self._mesh.size
-        decode = functools.partial(_decoder(self.task, self._mesh), self.weights)
-        return in_full_batches(decode, size, latents)
+    more = ((max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0)))
+    mask = np.pad(np.zeros(cut.shape[:2], np.float32), more, constant_values=1)
+    return InitImage(image=np.pad(cut, (*more, (0, 0)), mode="edge"), mask=mask)
 
 
-@functools.lru_cache(maxsize=16)
-def _autoencoder(task: DiffusionTask, mesh: Mesh) -> Any:
-    """The jitted way from images to latents, without their noise, and back."""
-
-    def autoencode(weights, images):
-        frozen = weights["frozen"]
-        return _levels(task.decode(frozen, task.encode(frozen, from_uint8(images))))
-
-    return per_device(autoencode, mesh)
-
-
-@functools.lru_cache(maxsize=16)
-def _decoder(task: DiffusionTask, mesh: Mesh) -> Any:
-    """The jitted way from latents to images."""
-    return per_device(lambda weights, x0: _levels(task.decode(weights["frozen"], x0)), mesh)
-
-
-def _levels(images: jax.Array) -> jax.Array:
-    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+def _with_solver(sampler: Sampler | None, solver: Solver) -> Sampler:
+    return Sampler(solver=solver).inherit(sampler or Sampler())

@@ -1,35 +1,146 @@
-"""What a user asks a pipeline for, checked, as the rows of arrays that its program takes."""
+"""A user's arguments, checked, as the arrays that the program takes."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import jax
 import numpy as np
+from jaxtyping import Float32, UInt8, UInt32
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.editing import check_images, check_masks, first_step
-from jaxdiff.sampling.sampler import check_num_steps
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pipelines.batching import Callback
+from jaxdiff.pipelines.program import SampleInputs
+from jaxdiff.pipelines.prompt_weights import tokenize
+from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, check_num_steps
 
 LARGEST_SEED = 2**32 - 1
 IMAGE_STRENGTH = 0.6
 
 Integer = int | np.integer
 Number = Integer | float | np.floating
-Rows = dict[str, np.ndarray]  # of each image, along the first axis
+Output = Literal["uint8", "float", "latents"]
 
 
-def texts(name: str, values: Sequence[str]) -> list[str]:
-    """A list of texts; one text alone would be taken letter by letter.
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A mixture of two prompts: (1 - fraction) a + fraction b, of their encoded text.
+
+    Attributes:
+      a: a prompt, which may be composed of several.
+      b: a prompt, which may not.
+      fraction: of b, from 0 to 1.
 
     Raises:
-      UserError: it is one text.
+      UserError: a prompt is no text, or the fraction is not finite.
     """
-    if isinstance(values, str):
-        raise UserError(f"{name} is one text: expected a list of them, [{values!r}].")
+
+    a: str
+    b: str
+    fraction: float = 0.5
+
+    def __post_init__(self):
+        for prompt in (self.a, self.b):
+            _check_text("A prompt of Mix", prompt)
+        if not math.isfinite(self.fraction):
+            raise UserError(
+                f"Mix.fraction is {self.fraction}: expected a number from 0, all of a, to 1, all "
+                "of b."
+            )
+
+
+Prompt = str | Mix
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitImage:
+    """Images to start from.
+
+    Attributes:
+      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all; its size is the result's.
+      mask: 1 where the image is replaced and 0 where every pixel is kept, [n, h, w] or one for all;
+        without one all of the image may change.
+      strength: how much noise the image gets, from 0 to 1, and so how much it may change, one for
+        all or one each; 0.6 by default, 1 with a mask.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    strength: Number | Iterable[Number] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleRequest:
+    """The arguments of `Pipeline.__call__`, which describes them."""
+
+    prompts: Prompt | Sequence[Prompt]
+    negative_prompt: str | Sequence[str | None] | None = None
+    seeds: Integer | Iterable[Integer] | None = None
+    num_steps: Integer | Iterable[Integer] | None = None
+    guidance_scale: Number | Iterable[Number] | None = None
+    size: tuple[int, int] | None = None
+    latents: np.ndarray | jax.Array | None = None
+    init: InitImage | None = None
+    sampler: Sampler | None = None
+    guidance: Guidance | None = None
+    output: Output = "uint8"
+    batch_size: int | None = None
+    callback: Callback | None = None
+
+    def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
+        """Return the settings, inherited from the model's where there are none."""
+        sampler = Sampler(guidance=self.guidance).inherit(
+            (self.sampler or Sampler()).inherit(model)
+        )
+        return sampler.resolve()
+
+
+def prompt_list(prompts: Any) -> list[Prompt]:
+    """Return prompts as a list; one by itself is a list of one.
+
+    Raises:
+      UserError: there are none, or one is neither text nor `Mix`.
+    """
+    found = [prompts] if isinstance(prompts, str | Mix) else _as_list("prompts", prompts)
+    if not found:
+        raise UserError("There is no prompt: expected at least one.")
+    for prompt in found:
+        if not isinstance(prompt, Mix):
+            _check_text("A prompt", prompt)
+    return found
+
+
+def negative_list(negatives: Any, n: int) -> list[str | None]:
+    """Return one negative prompt for each of n prompts; None is one that is not given.
+
+    Raises:
+      UserError: there are neither one nor n, or one is no text.
+    """
+    alone = negatives is None or isinstance(negatives, str)
+    found = [negatives] if alone else _as_list("negative_prompt", negatives)
+    for negative in found:
+        if negative is not None:
+            _check_text("A negative_prompt", negative)
+    return one_each("negative_prompt", found, n)
+
+
+def _as_list(name: str, values: Any) -> list[Any]:
+    if isinstance(values, bytes) or not isinstance(values, Iterable):
+        raise UserError(f"{name} is {values!r}: expected a text, or a list of them.")
     return list(values)
 
 
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
+
+
 def one_each(name: str, values: Any, n: int) -> list[Any]:
-    """A list of n values, of which one, by itself or in a list, may stand for all.
+    """Return a list of n values; one, by itself or in a list, stands for all.
 
     Raises:
       UserError: there are neither one nor n.
@@ -39,90 +150,275 @@ def one_each(name: str, values: Any, n: int) -> list[Any]:
     if len(values) == 1:
         return values * n
     if len(values) != n:
-        raise UserError(f"{name} has {len(values)} values for {n} prompts: give one, or one each.")
+        raise UserError(
+            f"{name} has {len(values)} values for {n} prompts: expected one, or one each."
+        )
     return values
 
 
-def seed_array(values: Sequence[Integer]) -> np.ndarray:
-    """Seeds uint32 [n].
+def float_array(name: str, values: Any, n: int) -> Float32[np.ndarray, " n"]:
+    """Return n finite numbers, float32.
 
     Raises:
-      UserError: one is out of range.
+      UserError: there are neither one nor n, or one is no finite number.
     """
-    wrong = [seed for seed in values if not 0 <= seed <= LARGEST_SEED]
-    if wrong:
-        raise UserError(f"seed {wrong[0]} is out of range: expected 0 to {LARGEST_SEED}.")
-    return np.asarray(values, np.uint32)
+    found = one_each(name, values, n)
+    for value in found:
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not (is_number or getattr(value, "ndim", None) == 0) or not math.isfinite(value):
+            raise UserError(f"{name} is {value!r}: expected a finite number.")
+    return np.asarray(found, np.float32)
 
 
-def steps_of_each(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
-    """The number of steps of each of n images.
+def _is_integer(value: Any) -> bool:
+    if getattr(value, "ndim", None) == 0:
+        return value.dtype.kind in "iu"
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
+    """Return seeds as an array.
 
     Raises:
-      UserError: neither one nor n, or a number that no solver can take.
+      UserError: one is no integer, or out of range.
     """
-    steps = [int(count) for count in one_each("num_steps", num_steps, n)]
-    for count in set(steps):
-        check_num_steps(count)
-    return steps
+    values = list(values)
+    for seed in values:
+        if not _is_integer(seed) or not 0 <= seed <= LARGEST_SEED:
+            raise UserError(
+                f"seed {seed!r} is out of range: expected an integer from 0 to {LARGEST_SEED}."
+            )
+    return np.asarray([int(seed) for seed in values], np.uint32)
 
 
-def images_and_size(
-    image: np.ndarray | None, size: tuple[int, int] | None, own: int, n: int
-) -> tuple[np.ndarray | None, tuple[int, int]]:
-    """Images to start from, if there are any, and width and height of what is drawn.
+def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
+    """Return the number of steps of each of n images.
 
     Raises:
-      UserError: other images than `check_images` takes, or of another size than asked for.
+      UserError: there are neither one nor n, or one is no positive integer.
     """
-    if image is None:
-        return None, size or (own, own)
-    images = check_images(image, n)
-    theirs = images.shape[2], images.shape[1]
-    if size not in (None, theirs):
+    found = one_each("num_steps", num_steps, n)
+    for count in found:
+        if not _is_integer(count):
+            raise UserError(f"num_steps is {count!r}: expected an integer, 1 or more.")
+        check_num_steps(int(count))
+    return [int(count) for count in found]
+
+
+def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """Return one image for each of n prompts; one may stand for all.
+
+    Raises:
+      UserError: neither uint8 nor float in [0, 1], or not [h, w, 3], [1, h, w, 3] or [n, h, w, 3].
+    """
+    images = np.asarray(image)
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim == 4 and images.dtype.kind == "f":
+        if not (images.min(initial=0) >= 0 and images.max(initial=1) <= 1):
+            raise UserError(
+                f"image has values from {images.min():g} to {images.max():g}: expected uint8, or "
+                "floats from 0 to 1."
+            )
+        images = np.rint(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
-            f"size is {size[0]}x{size[1]} but image is {theirs[0]}x{theirs[1]}: leave out size, or "
-            "resize the image."
+            f"image is {images.dtype} {images.shape}: expected uint8 [n, height, width, 3]."
         )
-    return images, theirs
+    return _broadcast("image", images, n)
 
 
-def image_rows(
-    images: np.ndarray | None,
-    mask: np.ndarray | None,
-    strength: Number | Iterable[Number] | None,
-    num_steps: Sequence[int],
-) -> tuple[Rows, list[int]]:
-    """The rows of images to start from, and the first step that each takes.
+def check_masks(mask: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "n h w"]:
+    """Return one mask, from 0 to 1, for each of the images [n, h, w, 3].
 
     Raises:
-      UserError: a mask or a strength without an image, or that do not fit.
+      UserError: another size, or values out of range.
+    """
+    masks = np.asarray(mask, np.float32)
+    masks = masks[None] if masks.ndim == 2 else masks
+    if masks.ndim != 3 or masks.shape[1:] != shape[1:3]:
+        raise UserError(f"mask is of shape {masks.shape}: expected that of the image, {shape[:3]}.")
+    if not (masks.min() >= 0 and masks.max() <= 1):
+        raise UserError(
+            f"mask goes from {masks.min():g} to {masks.max():g}: expected 0 where the image is "
+            "kept and 1 where it is replaced."
+        )
+    return _broadcast("mask", masks, shape[0])
+
+
+def _broadcast(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    if len(values) not in (1, n):
+        raise UserError(f"{name} has {len(values)} for {n} prompts: expected one, or one each.")
+    return np.broadcast_to(values, (n, *values.shape[1:]))
+
+
+def first_step(strength: float, num_steps: int) -> int:
+    """Return the first step that is taken, later for a smaller strength; at least one is taken.
+
+    Raises:
+      UserError: strength is outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise UserError(
+            f"strength is {strength}: expected from 0, which changes hardly anything, to 1, which "
+            "keeps nothing but what the mask does."
+        )
+    # A product such as 0.3 * 10 may be just below the intended integer.
+    return num_steps - max(1, min(num_steps, int(strength * num_steps + 1e-6)))
+
+
+def first_steps(init: InitImage | None, num_steps: Sequence[int]) -> list[int]:
+    """Return the first step that each image takes.
+
+    Raises:
+      UserError: a strength outside [0, 1], or neither one nor one each.
     """
     n = len(num_steps)
-    if images is None:
-        if mask is not None or strength is not None:
-            raise UserError("mask and strength are about an image: give image as well.")
-        return {}, [0] * n
-    rows = {"image": images}
-    if mask is not None:
-        rows["mask"] = check_masks(mask, images.shape)
-    default = IMAGE_STRENGTH if mask is None else 1.0
-    strengths = one_each("strength", default if strength is None else strength, n)
-    first = [first_step(float(s), k) for s, k in zip(strengths, num_steps, strict=True)]
-    return rows, first
+    if init is None:
+        return [0] * n
+    default = IMAGE_STRENGTH if init.mask is None else 1.0
+    strengths = one_each("strength", default if init.strength is None else init.strength, n)
+    return [first_step(float(s), k) for s, k in zip(strengths, num_steps, strict=True)]
 
 
-def noise_rows(latents: Any, n: int, shape: tuple[int, int, int]) -> Rows:
-    """The row of given noise, if there is any.
+def image_size(
+    request: SampleRequest, spec: TextToImage, images: np.ndarray | None
+) -> tuple[int, int]:
+    """Return width and height: as asked, or those of images or latents, or the model's own.
 
     Raises:
-      UserError: it is of another shape.
+      UserError: they contradict each other, or the model cannot sample them.
     """
+    size = request.size
+    if images is not None:
+        theirs = images.shape[2], images.shape[1]
+        if size is not None and tuple(size) != theirs:
+            raise UserError(
+                f"size is {size[0]}x{size[1]} but image is {theirs[0]}x{theirs[1]}: leave out "
+                "size, or resize the image."
+            )
+        size = theirs
+    elif size is None and request.latents is not None and request.latents.ndim == 4:
+        height, width = request.latents.shape[1:3]
+        size = width * spec.downsampling, height * spec.downsampling
+    return check_size(size or (spec.image_size, spec.image_size), spec)
+
+
+def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
+    """Return width and height.
+
+    Raises:
+      UserError: they are not multiples of the model's `size_multiple`.
+    """
+    width, height = size
+    multiple = spec.size_multiple
+    if width % multiple or height % multiple or min(width, height) < multiple:
+        raise UserError(
+            f"size is {width}x{height}: expected multiples of {multiple}, as the model needs; its "
+            f"own size is {spec.image_size}x{spec.image_size}."
+        )
+    return width, height
+
+
+def sample_inputs(
+    request: SampleRequest,
+    spec: TextToImage,
+    tokenizers: Mapping[str, Tokenizer],
+    guidance_scale: float,
+    images: np.ndarray | None,
+    shape: tuple[int, int, int],
+) -> SampleInputs:
+    """Return the program's arrays, on the host.
+
+    Args:
+      request: of the user.
+      spec: of the model.
+      tokenizers: its tokenizers.
+      guidance_scale: where the request has none.
+      images: to start from, checked.
+      shape: of what is denoised.
+
+    Raises:
+      UserError: an argument that does not fit.
+    """
+    prompts = prompt_list(request.prompts)
+    n = len(prompts)
+    texts = [prompt.a if isinstance(prompt, Mix) else prompt for prompt in prompts]
+    positive = tokenize(spec, tokenizers, texts, composed=True)
+    negative = tokenize(spec, tokenizers, negative_list(request.negative_prompt, n))
+    mix_text, mix_fraction = None, None
+    if any(isinstance(prompt, Mix) for prompt in prompts):
+        others = [prompt.b if isinstance(prompt, Mix) else "" for prompt in prompts]
+        mix_text = tokenize(spec, tokenizers, others).text
+        fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
+        mix_fraction = np.asarray(fractions, np.float32)
+    scale = guidance_scale if request.guidance_scale is None else request.guidance_scale
+    seeds = range(n) if request.seeds is None else request.seeds
+    mask = request.init.mask if request.init is not None else None
+    return SampleInputs(
+        text=positive.text,
+        negative=negative.text,
+        seeds=seed_array(one_each("seeds", seeds, n)),
+        guidance_scale=float_array("guidance_scale", scale, n),
+        mix_text=mix_text,
+        mix_fraction=mix_fraction,
+        composed_text=positive.composed_text,
+        composed_weights=positive.composed_weights,
+        image=images,
+        mask=None if mask is None or images is None else check_masks(mask, images.shape),
+        noise=_noise(request.latents, n, shape),
+    )
+
+
+def _noise(latents: Any, n: int, shape: tuple[int, int, int]) -> np.ndarray | None:
     if latents is None:
-        return {}
+        return None
     noise = np.asarray(latents, np.float32)
     if noise.shape != (n, *shape):
         raise UserError(
             f"latents are of shape {noise.shape}: expected {(n, *shape)} for {n} prompts."
         )
-    return {"noise": noise}
+    return noise
+
+
+def size_of_ratio(ratio: str, area: int, multiple: int) -> tuple[int, int]:
+    """Return the width and height nearest to an aspect ratio and an area.
+
+    Args:
+      ratio: WIDTH:HEIGHT, such as "16:9".
+      area: in pixels.
+      multiple: both sides are multiples of this.
+
+    Raises:
+      UserError: no such ratio, or one too far from square for so small an area.
+    """
+    try:
+        width, height = (float(side) for side in ratio.split(":"))
+        wanted = width / height
+    except (ValueError, ZeroDivisionError):
+        wanted = 0.0
+    if not 0 < wanted < math.inf:
+        raise UserError(f"The ratio is {ratio!r}: expected WIDTH:HEIGHT, such as 16:9.")
+    if min(wanted, 1 / wanted) * area < multiple**2:
+        raise UserError(
+            f"The ratio {ratio} of about {area} pixels would make a side shorter than {multiple}, "
+            "the model's least: expected one nearer to 1:1."
+        )
+
+    def nearest(side: float) -> int:
+        below = max(1, int(side / multiple)) * multiple
+        return min(below, below + multiple, key=lambda near: abs(math.log(near / side)))
+
+    # Each side by itself: of the errors of ratio and area, |a - b| + |a + b| = 2 max(|a|, |b|).
+    return nearest(math.sqrt(area * wanted)), nearest(math.sqrt(area / wanted))
+
+
+def slerp(
+    a: Float32[np.ndarray, "*s"], b: Float32[np.ndarray, "*s"], fraction: float
+) -> Float32[np.ndarray, "*s"]:
+    """Interpolate between two noises along the arc (Shoemake 1985), which keeps their norm."""
+    cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    if np.sin(angle) < 1e-4:  # one and the same
+        return a
+    weights = np.sin([(1 - fraction) * angle, fraction * angle]) / np.sin(angle)
+    return (weights[0] * a + weights[1] * b).astype(np.float32)

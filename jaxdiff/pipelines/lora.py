@@ -1,26 +1,56 @@
-"""LoRA on a whole model: adapters beside its weights, as part of them, and off again.
+"""LoRA on a whole model: adapters beside its weights or merged into them.
 
-`Adapters` go by part (`denoiser`, `text`, `text_2`), then by the path of the layer; the factor
-alpha / rank on their output is part of `up`.
+Adapters go by part (`denoiser`, or the name of a text encoder), then by the path of the layer; the
+factor alpha / rank on their output is part of `up`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
-from jaxdiff.errors import UserError
-from jaxdiff.models.lora import Factors, LoraConfig, Path, adapted, factors, merged, tree, without
+from jaxdiff.models.lora import Adapters, Factors, Path, tree
+from jaxdiff.models.text_to_image import Params
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.pretrained.lora import read_lora
+from jaxdiff.pretrained.merging import merge_into, split_adapters
 
-Adapters = Mapping[str, Mapping[Path, Factors]]
+
+def apply(
+    pipe: Pipeline, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
+) -> Pipeline:
+    """Return a pipeline with the adapters of a LoRA file, beside those that it has.
+
+    Args:
+      pipe: of the model that the file is for; it stays as it is.
+      file: of diffusers, PEFT or kohya, safetensors, or a folder with
+        `pytorch_lora_weights.safetensors`.
+      scale: factor on the adapters' effect.
+      merge: add them to the weights, for the speed of the plain model; `remove` keeps them then.
+
+    Raises:
+      UserError: the file is damaged, of another kind, or for another model.
+    """
+    bundle, adapters = pipe.bundle, scaled(read_lora(file, pipe.spec), scale)
+    if merge:
+        return _with_bundle(pipe, bundle._replace(params=merge_into(bundle.params, adapters)))
+    return _with_bundle(pipe, attach(bundle, adapters))
+
+
+def remove(pipe: Pipeline) -> Pipeline:
+    """Return a pipeline without the adapters that `apply` put beside the weights."""
+    return _with_bundle(pipe, detach(pipe.bundle))
+
+
+def _with_bundle(pipe: Pipeline, bundle: Bundle) -> Pipeline:
+    return Pipeline(bundle, dtype=pipe.dtype, devices=pipe.devices)
 
 
 def scaled(adapters: Adapters, scale: float) -> dict[str, dict[Path, Factors]]:
-    """Adapters that count `scale` times as much."""
+    """Multiply the effect of adapters."""
     return {
         part: {path: Factors(pair.down, pair.up * scale) for path, pair in pairs.items()}
         for part, pairs in adapters.items()
@@ -28,101 +58,46 @@ def scaled(adapters: Adapters, scale: float) -> dict[str, dict[Path, Factors]]:
 
 
 def adapters_of(bundle: Bundle) -> dict[str, dict[Path, Factors]]:
-    """Those that a model has beside its weights; none is an empty dict."""
-    found = {}
-    for part, config in _configs(bundle).items():
-        if config is not None:
-            weights = bundle.params if _is_trained(bundle, part) else bundle.frozen
-            found |= scaled({part: factors(weights[part])}, config.scale)
-    return found
+    """Return the adapters that a model has beside its weights."""
+    adapters = split_adapters(bundle.params.get("adapters", {}))
+    return {part: dict(pairs) for part, pairs in adapters.items()}
 
 
 def merge(bundle: Bundle, adapters: Adapters) -> Bundle:
-    """Makes adapters part of the weights, beside whatever others the model has."""
-    weights = {"params": dict(bundle.params), "frozen": dict(bundle.frozen)}
-    for part, pairs in adapters.items():
-        home = weights[_home(bundle, part)]
-        home[part] = merged(home[part], pairs)
-    return bundle._replace(**weights)
+    """Add adapters to a model's weights; those beside them stay there."""
+    return bundle._replace(params=merge_into(bundle.params, adapters))
 
 
 def attach(bundle: Bundle, adapters: Adapters) -> Bundle:
-    """Puts adapters beside the weights, and beside those that are there already.
+    """Put adapters beside a model's weights, and beside those that are there already.
 
-    All adapters of a part get the rank of its greatest one, with zeros.
+    All adapters of a part are padded with zeros to its largest rank.
     """
-    own, plain = adapters_of(bundle), detach(bundle)
-    configs: dict[str, LoraConfig | None] = {}
-    weights = {"params": dict(plain.params), "frozen": dict(plain.frozen)}
+    own, weights = adapters_of(bundle), detach(bundle).params
+    trees: dict[str, Any] = {}
     for part in {**own, **adapters}:
         mine, new = own.get(part, {}), adapters.get(part, {})
         both = {path: mine[path].beside(new[path]) for path in mine.keys() & new.keys()}
         pairs = {**mine, **new, **both}
         rank = max(pair.down.shape[-1] for pair in pairs.values())
-        targets = tuple(sorted(".".join(map(str, path)) for path in pairs))
-        configs[part] = LoraConfig(rank=rank, targets=targets)
-        home = weights[_home(plain, part)]
-        dtype = jax.tree.leaves(home[part])[0].dtype
-        leaves = tree({path: _padded(pair, rank, dtype) for path, pair in pairs.items()})
-        if _is_trained(plain, part):  # they alone are, what they adapt is not
-            weights["frozen"][part], home[part] = home[part], leaves
-        else:
-            home[part] = adapted(home[part], leaves)
-    return _with_configs(plain, configs)._replace(**weights)
+        dtype = jax.tree.leaves(_part(weights, part))[0].dtype
+        trees[part] = tree({path: _padded(pair, rank, dtype) for path, pair in pairs.items()})
+    if not trees:
+        return bundle
+    adapted = {part: trees.pop(part) for part in ("denoiser",) if part in trees}
+    if trees:
+        adapted["text_encoders"] = trees
+    return bundle._replace(params={**weights, "adapters": adapted})
 
 
 def detach(bundle: Bundle) -> Bundle:
-    """The model without its adapters."""
-    params, frozen = dict(bundle.params), dict(bundle.frozen)
-    for part, config in _configs(bundle).items():
-        if config is None:
-            continue
-        if _is_trained(bundle, part):
-            params[part] = frozen.pop(part)
-        else:
-            frozen[part] = without(frozen[part])
-    return _with_configs(bundle, {})._replace(params=params, frozen=frozen)
+    """Return the model without its adapters."""
+    kept = {name: part for name, part in bundle.params.items() if name != "adapters"}
+    return bundle._replace(params=kept)
 
 
-def _task(bundle: Bundle) -> DiffusionTask:
-    task = bundle.config.task
-    if not isinstance(task, DiffusionTask):
-        raise UserError(
-            f"{bundle.config.name} is a {type(task).__name__}, which has no adapters: give a "
-            "text-to-image model."
-        )
-    return task
-
-
-def _configs(bundle: Bundle) -> dict[str, LoraConfig | None]:
-    task = _task(bundle)
-    return {"denoiser": task.lora} | {name: tower.lora for name, tower in task.towers.items()}
-
-
-def _with_configs(bundle: Bundle, configs: Mapping[str, LoraConfig | None]) -> Bundle:
-    """The model whose recipe says that it has these adapters and no others."""
-    task = _task(bundle)
-    changes: dict[str, Any] = {
-        name: dataclasses.replace(tower, lora=configs.get(name))
-        for name, tower in task.towers.items()
-    }
-    pretrained = task.pretrained or bundle.config.name  # what the adapters are for
-    for name, tower in changes.items():
-        if tower.lora is not None and tower.trained:
-            changes[name] = dataclasses.replace(tower, pretrained=tower.pretrained or pretrained)
-    task = dataclasses.replace(task, lora=configs.get("denoiser"), pretrained=pretrained, **changes)
-    return bundle._replace(config=dataclasses.replace(bundle.config, task=task))
-
-
-def _is_trained(bundle: Bundle, part: str) -> bool:
-    """Whether a part, or if it has adapters these, are trained."""
-    return part == "denoiser" or _task(bundle).towers[part].trained
-
-
-def _home(bundle: Bundle, part: str) -> str:
-    """Where the weights of a part are, which its adapters are not always beside."""
-    trained = _is_trained(bundle, part) and _configs(bundle)[part] is None
-    return "params" if trained else "frozen"
+def _part(params: Params, part: str) -> Mapping[str, Any]:
+    return params["denoiser"] if part == "denoiser" else params["text_encoders"][part]
 
 
 def _padded(pair: Factors, rank: int, dtype: Any) -> Factors:

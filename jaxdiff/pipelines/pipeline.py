@@ -2,43 +2,66 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Float32, PyTree
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.tiling import Pieces
-from jaxdiff.models.components import Latents
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.pipelines import inputs as asked
-from jaxdiff.pipelines import lora as adapters
-from jaxdiff.pipelines import textual_inversion
-from jaxdiff.pipelines.auxiliary_models import choose, read_clip, read_weak
-from jaxdiff.pipelines.batching import Preview, batches, draw_batches
-from jaxdiff.pipelines.edit import ImageEdits
-from jaxdiff.pipelines.editing import slerp
-from jaxdiff.pipelines.inputs import Integer, Number
-from jaxdiff.pipelines.program import Drawing, compiled, reads_mask
-from jaxdiff.pipelines.prompt_weights import parse, plain, rows_of
-from jaxdiff.pipelines.sizes import images_at_a_time, size_of_ratio
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.diffusers import read_autoencoder
-from jaxdiff.pretrained.embeddings import read_embedding
-from jaxdiff.pretrained.load import model_folder, read_bundle, weights_fingerprint
-from jaxdiff.pretrained.lora import read_lora
-from jaxdiff.sampling.guidance.autoguidance import Autoguidance
-from jaxdiff.sampling.guidance.cfg import Guidance
-from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.layers import ComputeType, cast
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pipelines.auxiliary_models import load_clip, load_guide
+from jaxdiff.pipelines.batching import (
+    Callback,
+    Watch,
+    as_preview,
+    default_batch_size,
+    in_full_batches,
+    make_batches,
+    sample_batches,
+)
+from jaxdiff.pipelines.inputs import (
+    InitImage,
+    Integer,
+    Mix,
+    Number,
+    Output,
+    Prompt,
+    SampleRequest,
+    check_images,
+    check_size,
+    first_steps,
+    float_array,
+    image_size,
+    one_each,
+    prompt_list,
+    sample_inputs,
+    seed_array,
+    size_of_ratio,
+    slerp,
+    step_counts,
+)
+from jaxdiff.pipelines.program import (
+    SampleInputs,
+    SamplerSpec,
+    compiled_autoencoder,
+    compiled_decoder,
+    compiled_sampler,
+)
+from jaxdiff.pipelines.prompt_weights import parse, plain
+from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
+from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
 from jaxdiff.sampling.multidiffusion import Windows
-from jaxdiff.sampling.solvers_ode import Solver
-from jaxdiff.training.step import ComputeType, cast, structure
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 
 DEFAULT_MODEL = "shipped:produce"
 
@@ -48,38 +71,44 @@ def load(
     *,
     dtype: ComputeType | None = None,
     devices: Sequence[Any] | None = None,
+    types: Sequence[type] = (),
 ) -> "Pipeline":
-    """A trained text-to-image model, ready to sample.
+    """Load a text-to-image model for sampling.
 
     Args:
       model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in the form
-        of diffusers, `shipped:NAME`, or the id OWNER/NAME of a model of the Hugging Face hub.
-      dtype: what to compute in; by default the type of the weights, but float32 on a CPU, which
-        has no units for less.
-      devices: to draw on, each a share of the images; by default all of this process.
+        of diffusers; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model
+        of the Hugging Face hub.
+      dtype: to compute in; by default the type of the weights, but float32 on a CPU, which has no
+        units for less.
+      devices: to sample on, each a share of the images; by default all of this process.
+      types: dataclasses, such as a network of yours, that the model's description may name.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
     """
-    return Pipeline(read_bundle(model), dtype=dtype, devices=devices)
+    return Pipeline(load_bundle(model, types=types), dtype=dtype, devices=devices)
 
 
-class Best(NamedTuple):
-    """The images that a CLIP chose, one for each prompt."""
+class Pipeline:
+    """A text-to-image model, ready to sample.
 
-    images: np.ndarray  # [n, h, w, 3]
-    seeds: np.ndarray  # uint32 [n], which draw them again
-    scores: np.ndarray  # [n of], those of all that were drawn, cosines
+    `pipe(prompts)` returns images. Prompts, seeds, guidance scales and the number of steps are
+    arguments of one compiled loop: another value, or another number of images, compiles nothing. To
+    the last bit, an image depends on its prompt, its seed and its settings alone, not on its place,
+    on other images, or on the number of devices.
 
-
-class Pipeline(ImageEdits):
-    """A tokenizer, a text encoder, a denoiser and, for latents, an autoencoder.
-
-    `pipeline(prompts)` gives images. Prompts, seeds, guidance scales and the number of steps are
-    arguments of one compiled loop: changing them, or how many there are, compiles nothing. To the
-    last bit, an image depends on its prompt, its seed and its settings alone, not on its place, on
-    what else is drawn, or on the number of devices.
+    Attributes:
+      spec: the model.
+      params: its parameters, on all devices.
+      tokenizers: by text encoder.
+      dtype: that it computes in; None is that of the weights.
     """
+
+    spec: TextToImage
+    params: PyTree
+    tokenizers: Mapping[str, Tokenizer]
+    dtype: ComputeType | None
 
     def __init__(
         self,
@@ -88,405 +117,346 @@ class Pipeline(ImageEdits):
         dtype: ComputeType | None = None,
         devices: Sequence[Any] | None = None,
     ):
-        task = bundle.config.task
-        if not isinstance(task, DiffusionTask) or bundle.tokenizer is None:
+        spec = bundle.spec
+        if not isinstance(spec, TextToImage):
             raise UserError(
-                f"{bundle.config.name} is no text-to-image model but a {type(task).__name__}; "
-                "give the folder of a diffusion run."
+                f"The model is a {type(spec).__name__}: expected a text-to-image model; give the "
+                "folder of one."
             )
-        self.task = task
-        self.config = bundle.config
-        self.tokenizer = bundle.tokenizer
-        weights = {"params": bundle.params, "frozen": bundle.frozen}
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
-        self.dtype: ComputeType | None = dtype
+        self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self._mesh = local_mesh(devices)
-        self.weights = replicate(weights if dtype is None else cast(weights, dtype), self._mesh)
-        self._graphdef = structure(task)
-        self._weak = functools.lru_cache(maxsize=2)(
-            lambda model: read_weak(model, self.bundle, self.dtype, self._mesh)
+        params = bundle.params if dtype is None else cast(bundle.params, dtype)
+        self.params = replicate(params, self._mesh)
+        self._load_guide = functools.lru_cache(maxsize=2)(
+            lambda model: load_guide(model, self.bundle, self.dtype, self._mesh)
         )
 
     @property
     def bundle(self) -> Bundle:
-        """The model that was loaded, in the type that it computes in."""
-        return Bundle(self.config, **self.weights, tokenizer=self.tokenizer)
+        """The model, in the type that it computes in."""
+        return Bundle(self.spec, self.params, self.tokenizers)
 
     @property
     def devices(self) -> list[Any]:
-        """Where it draws."""
+        """The devices that it samples on."""
         return list(self._mesh.devices.flat)
-
-    def _changed(self, bundle: Bundle) -> "Pipeline":
-        return Pipeline(bundle, dtype=self.dtype, devices=self.devices)
-
-    def with_lora(
-        self, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
-    ) -> "Pipeline":
-        """The same model with the adapters of a LoRA file, beside any that it has already.
-
-        Args:
-          file: safetensors as diffusers, PEFT or kohya's scripts write them, for Stable Diffusion.
-          scale: how much they count; 1 is as they were trained.
-          merge: whether to add them to the weights, which costs nothing when drawing and compiles
-            nothing anew, or to keep them apart, which leaves the weights exact.
-
-        Raises:
-          UserError: the file cannot be read, or is for another model.
-        """
-        new = adapters.scaled(read_lora(file, self.task), scale)
-        put = adapters.merge if merge else adapters.attach
-        return self._changed(put(textual_inversion.settled(self.bundle), new))
-
-    def with_embedding(self, file: epath.PathLike, *, word: str | None = None) -> "Pipeline":
-        """The same model with one more word, of a file of textual inversion.
-
-        Args:
-          file: safetensors as diffusers or the web UIs write them.
-          word: what prompts call it; by default what the file says, or the file's name.
-
-        Raises:
-          UserError: the file cannot be read, is for another model, or the word is there already.
-        """
-        new = read_embedding(file, self.task)
-        new = new if word is None else new._replace(word=word)
-        return self._changed(textual_inversion.with_word(self.bundle, new))
-
-    def with_autoencoder(self, folder: epath.PathLike) -> "Pipeline":
-        """The same model with another autoencoder of its latents, such as a tiny one for previews.
-
-        Args:
-          folder: with `config.json` and weights of diffusers' AutoencoderKL or AutoencoderTiny, or
-            the id OWNER/NAME of such a model of the Hugging Face hub.
-
-        Raises:
-          UserError: it cannot be read, or its latents have another shape.
-        """
-        model, params = read_autoencoder(model_folder(folder))
-        own = self.task.latents
-        if own is None or (own.model.latent_channels, own.model.downsampling) != (
-            model.latent_channels,
-            model.downsampling,
-        ):
-            raise UserError(
-                f"The autoencoder in {folder} has latents of {model.latent_channels} channels, one "
-                f"for {model.downsampling} pixels: not those that {self.config.name} draws."
-            )
-        task = dataclasses.replace(self.task, latents=Latents(model=model, pretrained=str(folder)))
-        config = dataclasses.replace(self.config, task=task)
-        frozen = {**self.weights["frozen"], "autoencoder": params}
-        return self._changed(self.bundle._replace(config=config, frozen=frozen))
-
-    def seamless(self, *, down: bool = True, across: bool = True) -> "Pipeline":
-        """The same model drawing tiles: images that go on at their other side, as on a wallpaper.
-
-        The convolutions of the autoencoder and of Stable Diffusion's U-Net, which have no idea of
-        place, go around. Other networks have one: once things are in their places they see the
-        image from elsewhere at each step, so that its edge is nowhere.
-        """
-        sampling = dataclasses.replace(self.config.sampling, seamless=(down, across))
-        config = dataclasses.replace(self.config, sampling=sampling)
-        return self._changed(self.bundle._replace(config=config))
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights, in hex."""
-        return weights_fingerprint(self.weights)
+        return weights_fingerprint(self.params)
 
     @property
     def image_size(self) -> int:
         """Side of the images that the model was trained on, the default of `size`."""
-        return self.config.data.transforms.size
+        return self.spec.image_size
+
+    def with_bundle(self, bundle: Bundle) -> "Pipeline":
+        """Return a pipeline of another model with this one's type and devices."""
+        return Pipeline(bundle, dtype=self.dtype, devices=self.devices)
+
+    def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
+        """Return a pipeline with another autoencoder, such as a tiny one for previews.
+
+        Args:
+          model: folder or hub id of an autoencoder: diffusers' AutoencoderKL or AutoencoderTiny, or
+            an exported one.
+
+        Raises:
+          UserError: it cannot be read, or its latents have another shape.
+        """
+        spec, params, _ = load_bundle(model)
+        own = self.spec.autoencoder
+        if (
+            own is None
+            or not isinstance(spec, AutoencoderSpec)
+            or (own.latent_channels, own.downsampling) != (spec.latent_channels, spec.downsampling)
+        ):
+            raise UserError(
+                f"{model} is no autoencoder for the latents of {model_name(self.spec)}: expected "
+                "one with as many channels and the same downsampling."
+            )
+        return self.with_bundle(
+            self.bundle._replace(
+                spec=dataclasses.replace(self.spec, autoencoder=spec),
+                params={**self.params, "autoencoder": params},
+            )
+        )
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        *,
-        negative_prompt: Sequence[str] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        negative_prompt: str | Sequence[str | None] | None = None,
         seeds: Integer | Iterable[Integer] | None = None,
         num_steps: Integer | Iterable[Integer] | None = None,
         guidance_scale: Number | Iterable[Number] | None = None,
-        solver: Solver | None = None,
         size: tuple[int, int] | None = None,
         latents: np.ndarray | jax.Array | None = None,
-        output: Literal["uint8", "float", "latents"] = "uint8",
-        batch_size: int | None = None,
-        num_snapshots: int = 0,
-        decode_by: Pieces = "whole",
-        image: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        strength: Number | Iterable[Number] | None = None,
-        toward: Sequence[str] | None = None,
-        share: Number | Iterable[Number] = 0.5,
-        clip: ClipGuidance | None = None,
+        init: InitImage | None = None,
+        sampler: Sampler | None = None,
         guidance: Guidance | None = None,
-        weak: Autoguidance | None = None,
-        repeats: int = 1,
-        overlap: Number | None = None,
-        preview: Preview | None = None,
+        output: Output = "uint8",
+        batch_size: int | None = None,
+        callback: Callback | None = None,
     ) -> np.ndarray:
-        """Draws one image for each prompt.
+        """Sample one image for each prompt.
 
         Args:
-          prompts: n texts; what is longer than the encoder takes is cut off (`truncated` tells).
-            Words may have a weight, `a (red:1.3) pea`, and a prompt may be composed of several,
-            `"a pea":1 "red":-0.5`.
-          negative_prompt: what to steer away from, one for all or one each; "" by default.
-          seeds: one each, or one for all, from 0 to 2**32 - 1; 0 to n - 1 by default.
-          num_steps: of the solver, one for all or one each; the recipe's by default.
-          guidance_scale: one for all or one each; the recipe's by default.
-          solver: the recipe's by default; another one compiles a loop of its own.
-          size: width and height; the training images' by default.
-          latents: initial noise [n, h, w, c] of unit variance, in the place of the seeds' own.
-          output: "uint8", "float" for float32 in [0, 1], or "latents" for what is modelled, as the
-            loop leaves it (pixels from -1 to 1 or latents).
-          batch_size: images that each device draws at a time, whatever their number, the last
-            batch filled up; by default chosen for the size and the kind of device. Another one
-            compiles a loop of its own, whose sums are rounded differently: by about 1e-5 of an
-            image's range.
-          num_snapshots: return that many estimates of the image on the way instead.
-          decode_by: what the autoencoder decodes at a time: the "whole" batch, one of its "images",
-            or one of their "tiles", for images that are too large otherwise.
-          image: to start from, uint8 [n, h, w, 3] or one for all, whose size is that of the result.
-          mask: 1 where the image is drawn anew, [n, h, w] or one for all; where it is 0 every pixel
-            is kept as it is. All of the image is drawn anew by default.
-          strength: how far an image is taken back to noise, from 0 to 1, and so how much it may
-            change, one for all or one each; 0.6 by default, 1 with a mask.
-          toward: other prompts, one for all or one each, to mix into the prompts.
-          share: of these in the mixture, one for all or one each.
-          clip: a second model that steers every step toward the prompts.
-          guidance: how the guidance scale acts; as the recipe says by default.
-          weak: a weaker model, away from which every step is steered.
-          repeats: how often each step is taken, going back up by fresh noise in between: what is
-            drawn then comes to fit what a mask keeps, or what a CLIP asks for.
-          overlap: of the windows, of the training images' size, through which the image is drawn
-            (`jaxdiff.sampling.multidiffusion`), as a share of their sides; the whole by default.
-          preview: who is shown the images on their way, and how often.
+          prompts: one prompt or n; text beyond what the encoder takes is cut off (`truncated`).
+            Words may have a weight, `a (red:1.3) pea`, a prompt may be composed of several,
+            `"a pea":1 "red":-0.5`, and `Mix` interpolates two.
+          negative_prompt: to steer away from, one for all or one each. None is absent, which some
+            model families treat differently from "".
+          seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
+          num_steps: of the solver, one for all or one each.
+          guidance_scale: of classifier-free guidance, one for all or one each.
+          size: width and height; by default those of `latents` or `init`, or the training images'.
+          latents: initial noise [n, i, j, c] of unit variance, in the place of the seeds' own.
+          init: images to start from, with a mask and a strength.
+          sampler: settings such as the solver; another solver compiles another program.
+          guidance: options of guidance other than the scale.
+          output: "uint8", "float" (float32 in [0, 1]), or "latents": what is denoised, latents or
+            pixels from -1 to 1.
+          batch_size: images that each device samples at a time, whatever their number; by default
+            chosen by size and kind of device. Another one compiles another program, whose sums are
+            rounded differently: by about 1e-5 of an image's range.
+          callback: called as (step, images) after every step with the estimates of the images in
+            progress, uint8 [m, h, w, 3], or a `Preview`. It changes no bit of the result.
+
+        Settings that are None are those of `sampler`, then of the model.
 
         Returns:
-          Images [n, h, w, 3], or latents; with snapshots, [num_snapshots, n, h, w, 3], the last one
-          of the last step.
+          Images [n, h, w, 3], or latents.
 
         Raises:
-          UserError: lengths or shapes that do not fit, no step to take, a seed out of range, no
-            prompt, one text where a list of them is expected, a malformed weight in a prompt, or
-            a second model that does not fit.
+          UserError: an argument that does not fit, in one sentence.
         """
-        settings = self.config.sampling
-        prompts = asked.texts("prompts", prompts)
-        n = len(prompts)
-        if n == 0:
-            raise UserError("There is no prompt: give at least one.")
-        if repeats < 1:
-            raise UserError(f"repeats is {repeats}: expected 1 or more.")
-        if reads_mask(self.task.denoiser) and (image is None or mask is None):
-            raise UserError(
-                f"{self.config.name} is for inpainting: give an image and a mask, 1 where it is to "
-                "be drawn anew."
-            )
-        if decode_by == "tiles" and any(settings.seamless):
-            raise UserError(
-                'A seamless image has no tiles with edges: give decode_by="images" or "whole".'
-            )
-        steps = asked.steps_of_each(settings.num_steps if num_steps is None else num_steps, n)
-        images, size = asked.images_and_size(image, size, self.image_size, n)
-        shape = self._shape(*size)
-        batch_size = images_at_a_time(*size) if batch_size is None else batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: expected at least 1.")
-        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        of_images, first = asked.image_rows(images, mask, strength, steps)
-        rows = {
-            **self._text_rows(prompts, negative_prompt, toward, share),
-            "scale": np.asarray(asked.one_each("guidance_scale", scale, n), np.float32),
-            "seeds": asked.seed_array(
-                asked.one_each("seeds", range(n) if seeds is None else seeds, n)
-            ),
-            **of_images,
-            **asked.noise_rows(latents, n, shape),
-        }
-        guidance = guidance or settings.guidance
-        guidance.check_steps(min(steps))
-        drawing = Drawing(
-            task=self.task,
-            graphdef=self._graphdef,
-            settings=settings,
-            solver=solver or settings.solver,
+        request = SampleRequest(
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            seeds=seeds,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            size=size,
+            latents=latents,
+            init=init,
+            sampler=sampler,
             guidance=guidance,
+            output=output,
+            batch_size=batch_size,
+            callback=callback,
+        )
+        return self._sample(request)[:, 0]
+
+    def snapshots(
+        self, prompts: Prompt | Sequence[Prompt], num: int, **arguments: Any
+    ) -> np.ndarray:
+        """Sample, and return estimates of the images on the way.
+
+        Args:
+          prompts: as for `__call__`.
+          num: k, how many, at equal distances; the last one is that of the last step.
+          arguments: others of `__call__`.
+
+        Returns:
+          Estimates [k, n, h, w, 3].
+
+        Raises:
+          UserError: num is less than 1, or as `__call__` raises.
+        """
+        if num < 1:
+            raise UserError(f"num is {num}: expected a number of snapshots, 1 or more.")
+        return self._sample(SampleRequest(prompts=prompts, **arguments), num).swapaxes(0, 1)
+
+    def _sample(self, request: SampleRequest, num_snapshots: int = 0) -> np.ndarray:
+        """Return images [n, 1, ...] or snapshots [n, k, ...]."""
+        spec, sampler = self.spec, request.resolve_sampler(self.spec.sampler)
+        prompts = prompt_list(request.prompts)
+        n, init = len(prompts), request.init
+        if spec.is_inpainting and (init is None or init.mask is None):
+            raise UserError(
+                f"{spec.name} is for inpainting: expected an image and a mask, 1 where it is to "
+                "be replaced, in init."
+            )
+        if sampler.vae_mode == "tiling" and any(sampler.wrap):
+            raise UserError(
+                'vae_mode is "tiling", whose tiles have edges that do not wrap: expected '
+                '"slicing" or "full".'
+            )
+        steps = step_counts(
+            sampler.num_steps if request.num_steps is None else request.num_steps, n
+        )
+        sampler.guidance.check_steps(min(steps))
+        images = None if init is None else check_images(init.image, n)
+        size = image_size(request, spec, images)
+        batch_size = request.batch_size
+        if batch_size is None:
+            batch_size = default_batch_size(*size)
+        elif batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: expected at least 1.")
+        shape = spec.latent_shape(size[1], size[0])
+        inputs = sample_inputs(
+            request, spec, self.tokenizers, sampler.guidance_scale, images, shape
+        )
+        program_spec = SamplerSpec(
+            model=spec,
+            sampler=sampler,
             shape=shape,
             mesh=self._mesh,
-            decode_by=None if output == "latents" else decode_by,
-            repeats=repeats,
-            windows=self._windows(size, overlap, batch_size, guidance),
+            is_latent=request.output == "latents",
+            windows=self._windows(size, sampler, batch_size),
             num_snapshots=num_snapshots,
         )
-        drawing, weights = self._with_second_models(drawing, rows, prompts, clip, weak)
-        look = None
-        if preview is not None:
-            shown, decoder = preview.show, preview.decoder or self
-            look = preview.every, lambda which, x0: shown(which, decoder.decode(x0, batch_size))
-        found = batches(steps, first, batch_size)
-        program = compiled(drawing)
-        made = draw_batches(program, weights, rows, found, batch_size, self._mesh.size, look)
-        made = made.swapaxes(0, 1) if num_snapshots else made[:, 0]
-        return np.rint(made * 255).astype(np.uint8) if output == "uint8" else made
+        program_spec, params, inputs = self._with_second_models(
+            program_spec, inputs, prompts, sampler.guidance
+        )
+        sampled = sample_batches(
+            compiled_sampler(program_spec),
+            params,
+            inputs,
+            make_batches(steps, first_steps(init, steps), batch_size),
+            batch_size,
+            self._mesh.size,
+            self._watch(request.callback, batch_size),
+        )
+        return np.rint(sampled * 255).astype(np.uint8) if request.output == "uint8" else sampled
 
-    def _text_rows(
-        self,
-        prompts: list[str],
-        negative_prompt: Sequence[str] | None,
-        toward: Sequence[str] | None,
-        share: Number | Iterable[Number],
-    ) -> asked.Rows:
-        n = len(prompts)
-        negative = [""] if negative_prompt is None else negative_prompt
-        negative = asked.one_each("negative_prompt", asked.texts("negative_prompt", negative), n)
-        rows = rows_of(self.tokenizer, prompts, composed=True)
-        rows |= rows_of(self.tokenizer, negative, "negative_")
-        if toward is not None:
-            others = asked.one_each("toward", asked.texts("toward", toward), n)
-            rows |= rows_of(self.tokenizer, others, "toward_")
-            rows["share"] = np.asarray(asked.one_each("share", share, n), np.float32)
-        return rows
+    def _watch(self, callback: Callback | None, batch_size: int) -> Watch | None:
+        if callback is None:
+            return None
+        preview = as_preview(callback)
+        decoder: Pipeline = preview.decoder or self
+
+        def show(step: int, x0: np.ndarray, indices: Sequence[int]) -> None:
+            preview.show(step, decoder.decode(x0, batch_size), indices)
+
+        return Watch(preview.every, show)
 
     def _with_second_models(
         self,
-        drawing: Drawing,
-        rows: asked.Rows,
-        prompts: list[str],
-        clip: ClipGuidance | None,
-        weak: Autoguidance | None,
-    ) -> tuple[Drawing, Any]:
-        """The program's models and weights; what a second one is told of goes into the rows."""
-        n, weights = len(prompts), self.weights
-        if clip is not None:
-            model, clip_weights, tokenizer = read_clip(clip.model, self._mesh)
-            weights = {**weights, "clip": clip_weights}
-            rows["clip_ids"] = tokenizer([plain(prompt) for prompt in prompts])
-            rows["clip_scale"] = np.full(n, clip.scale, np.float32)
-            drawing = dataclasses.replace(drawing, clip=clip, clip_model=model)
-        if weak is not None:
-            weaker = self._weak(weak.model)
-            weights = {**weights, "weak": weaker.weights}
-            rows["weak_scale"] = np.full(n, weak.scale, np.float32)
-            drawing = dataclasses.replace(drawing, weak=weaker.kind)
-        return drawing, weights
-
-    def best(
-        self,
-        prompts: Sequence[str],
-        *,
-        of: int = 4,
-        clip: str = "shipped:produce_clip",
-        seeds: Integer | Iterable[Integer] | None = None,
-        **arguments,
-    ) -> Best:
-        """Draws several images for each prompt and keeps the one that a CLIP finds closest to it.
-
-        Args:
-          prompts: n texts.
-          of: how many images are drawn for each.
-          clip: which one, as `ClipGuidance` names it.
-          seeds: of the first image of each prompt, one for all or one each, the others counting up;
-            by default none is drawn twice.
-          arguments: others that `pipeline(prompts)` takes, one for all, and no output or snapshots.
-
-        Raises:
-          UserError: `of` is less than 1, or what `pipeline(prompts)` raises.
-        """
-        if of < 1:
-            raise UserError(f"of is {of}: expected how many images to choose from, 1 or more.")
-        prompts = asked.texts("prompts", prompts)
-        n = len(prompts)
-        first = asked.one_each("seeds", range(0, n * of, of) if seeds is None else seeds, n)
-        tried = asked.seed_array([seed + i for seed in first for i in range(of)])
-        repeated = [prompt for prompt in prompts for _ in range(of)]
-        images = self(repeated, seeds=tried.tolist(), **arguments)
-        rows, scores = choose(clip, images, repeated, of)
-        return Best(images[rows], tried[rows], scores)
-
-    def noise(
-        self,
-        seeds: Sequence[Integer],
-        *,
-        toward: Integer | Iterable[Integer] | None = None,
-        amount: Number | Iterable[Number] = 0.1,
-        size: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """The noise that images start from, for `latents`, [n, h, w, c].
-
-        Args:
-          seeds: n of them.
-          toward: other seeds, one for all or one each, toward whose noise it is turned (what web
-            UIs call a variation seed).
-          amount: how far, one for all or one each: 0 is the seed's own noise, 1 the other one's.
-          size: width and height of the image; the training images' by default.
-
-        Raises:
-          UserError: a seed out of range, lengths or a size that do not fit.
-        """
-        shape = self._shape(*(size or (self.image_size, self.image_size)))
-        own = np.asarray(noise_from_seeds(jnp.asarray(asked.seed_array(list(seeds))), shape))
-        if toward is None:
-            return own
-        others = asked.seed_array(asked.one_each("toward", toward, len(own)))
-        shares = asked.one_each("amount", amount, len(own))
-        other = np.asarray(noise_from_seeds(jnp.asarray(others), shape))
-        return np.stack([slerp(*each) for each in zip(own, other, shares, strict=True)])
-
-    def truncated(self, prompt: str) -> bool:
-        """Whether the end of a prompt is cut off because the text encoder takes no more."""
-        return any(self.tokenizer.truncated(part.text) for part in parse(prompt))
-
-    def size_of(self, ratio: str) -> tuple[int, int]:
-        """The size that this model draws best of an aspect ratio such as "16:9".
-
-        Raises:
-          UserError: no such ratio, or one too far from square.
-        """
-        side = self.task.downsampling * self.task.denoiser.smallest
-        return size_of_ratio(ratio, self.image_size**2, side)
+        program: SamplerSpec,
+        inputs: SampleInputs,
+        prompts: Sequence[Prompt],
+        guidance: Guidance,
+    ) -> tuple[SamplerSpec, PyTree, SampleInputs]:
+        """Add the models of CLIP guidance and autoguidance, with their parameters and inputs."""
+        n, params = len(prompts), self.params
+        if guidance.clip is not None:
+            clip = load_clip(guidance.clip.model, self._mesh)
+            params = {**params, "clip": clip.params}
+            texts = [prompt.a if isinstance(prompt, Mix) else prompt for prompt in prompts]
+            inputs = inputs._replace(
+                clip_ids=clip.tokenizer([plain(text) for text in texts]),
+                clip_scale=np.full(n, guidance.clip.scale, np.float32),
+            )
+            program = dataclasses.replace(program, clip=clip.config)
+        if guidance.guide is not None:
+            guide = self._load_guide(guidance.guide.model)
+            params = {**params, "guide": guide.params}
+            inputs = inputs._replace(guide_scale=np.full(n, guidance.guide.scale, np.float32))
+            program = dataclasses.replace(program, guide=guide.spec)
+        return program, params, inputs
 
     def _windows(
-        self,
-        size: tuple[int, int],
-        overlap: Number | None,
-        batch_size: int,
-        guidance: Guidance,
+        self, size: tuple[int, int], sampler: ResolvedSampler, batch_size: int
     ) -> Windows | None:
-        """How the denoiser sees an image of this size; None is all of it at once."""
-        wrap, denoiser = self.config.sampling.seamless, self.task.denoiser
-        if overlap is None and (not any(wrap) or isinstance(denoiser, UNet2DConditionConfig)):
+        """Return the windows of an image of this size; None denoises it as a whole."""
+        wrap, overlap = sampler.wrap, sampler.overlap
+        if overlap is None and (not any(wrap) or self.spec.denoiser.wraps):
             return None
-        if reads_mask(denoiser):
+        if self.spec.is_inpainting:
             raise UserError(
-                f"{self.config.name} is for inpainting and draws the whole at once: leave out "
+                f"{self.spec.name} is for inpainting, and samples an image as a whole: leave out "
                 "overlap."
             )
         width, height = size if overlap is None else (self.image_size, self.image_size)
         if not any(wrap) and size[0] <= width and size[1] <= height:
             return None
-        if guidance.remembers:
+        if sampler.guidance.has_state:
             raise UserError(
-                "apg.momentum remembers the whole image, and this one is drawn through windows: "
-                "leave it out."
+                "Guidance with a state, such as apg.momentum, is of the whole image, and this one "
+                "is sampled through windows: leave it out."
             )
-        rows, columns, _ = self._shape(width, height)
-        together = images_at_a_time(width, height) // batch_size
+        rows, columns, _ = self.spec.latent_shape(height, width)
         return Windows(
             height=rows,
             width=columns,
             overlap=0.0 if overlap is None else float(overlap),
             wrap=wrap,
-            at_a_time=max(1, together),
+            at_a_time=max(1, default_batch_size(width, height) // batch_size),
         )
 
-    def _shape(self, width: int, height: int) -> tuple[int, int, int]:
-        side = self.task.downsampling * self.task.denoiser.smallest
-        if width % side or height % side or min(width, height) < side:
-            raise UserError(
-                f"size {width}x{height} cannot be drawn by this model: both must be multiples of "
-                f"{side}; its own size is {self.image_size}x{self.image_size}."
-            )
-        return self.task.shape(height, width)
+    def noise(
+        self,
+        seeds: Integer | Iterable[Integer],
+        *,
+        variation_seeds: Integer | Iterable[Integer] | None = None,
+        variation_strength: Number | Iterable[Number] = 0.1,
+        size: tuple[int, int] | None = None,
+    ) -> Float32[np.ndarray, "n i j c"]:
+        """Return the noise of seeds, for `latents`.
+
+        Args:
+          seeds: n of them.
+          variation_seeds: other seeds, one for all or one each, toward whose noise it is rotated.
+          variation_strength: how far, one for all or one each: 0 is the seed's own noise, 1 the
+            other's.
+          size: width and height of the image; the training images' by default.
+
+        Raises:
+          UserError: a seed out of range, lengths or a size that do not fit.
+        """
+        width, height = check_size(size or (self.image_size, self.image_size), self.spec)
+        shape = self.spec.latent_shape(height, width)
+        values = seed_array(seeds if isinstance(seeds, Iterable) else [seeds])
+        own = np.asarray(noise_from_seeds(jnp.asarray(values), shape))
+        if variation_seeds is None:
+            return own
+        others = seed_array(one_each("variation_seeds", variation_seeds, len(own)))
+        fractions = float_array("variation_strength", variation_strength, len(own))
+        other = np.asarray(noise_from_seeds(jnp.asarray(others), shape))
+        each = zip(own, other, fractions.tolist(), strict=True)
+        return np.stack([slerp(*one) for one in each])
+
+    def truncated(self, prompt: Prompt) -> bool:
+        """Whether the end of a prompt is cut off, as the text encoder takes no more tokens."""
+        texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
+        return any(
+            tokenizer.truncated(part.text)
+            for tokenizer in self.tokenizers.values()
+            for text in texts
+            for part in parse(text)
+        )
+
+    def size_of(self, ratio: str) -> tuple[int, int]:
+        """Return the width and height of an aspect ratio such as "16:9" at the training area.
+
+        Raises:
+          UserError: no such ratio, or one too far from square.
+        """
+        return size_of_ratio(ratio, self.image_size**2, self.spec.size_multiple)
+
+    def autoencode(self, images: np.ndarray) -> np.ndarray:
+        """Encode and decode images uint8 [n, h, w, 3]: the best that this model could sample.
+
+        A model that works on pixels returns them as they are.
+        """
+        if self.spec.autoencoder is None:
+            return images
+        size = default_batch_size(*images.shape[2:0:-1]) * self._mesh.size
+        autoencode = functools.partial(compiled_autoencoder(self.spec, self._mesh), self.params)
+        return in_full_batches(autoencode, size, images)
+
+    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Decode what is denoised, [n, i, j, c], to images uint8 [n, h, w, 3].
+
+        Args:
+          latents: of unit variance, as the denoiser estimates them; or pixels.
+          batch_size: images decoded at a time; by default chosen for the size.
+        """
+        height, width = (side * self.spec.downsampling for side in latents.shape[1:3])
+        size = (batch_size or default_batch_size(width, height)) * self._mesh.size
+        decode = functools.partial(compiled_decoder(self.spec, self._mesh), self.params)
+        return in_full_batches(decode, size, latents)

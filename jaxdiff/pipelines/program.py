@@ -1,126 +1,186 @@
-"""The compiled way from token ids, seeds and images to images."""
+"""The compiled sampler: from token ids, seeds and images to images.
+
+`SampleInputs` is all that changes without recompiling, `SamplerSpec` all that recompiles.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from jaxdiff.distributed.replicate import per_device
-from jaxdiff.models.autoencoders.tiling import Pieces
-from jaxdiff.models.components import DenoiserConfig
-from jaxdiff.models.convolutions import Wrap, wrap_convolutions
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.conditioning import (
+    AESTHETIC_SCORE,
+    NEGATIVE_AESTHETIC_SCORE,
+    Conditioning,
+    TextInputs,
+    full_size_crop,
+    mix,
+)
+from jaxdiff.models.convolutions import Wrap
+from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
-from jaxdiff.pipelines.editing import coarse, mixed
-from jaxdiff.sampling.ddim_inversion import DDIMInverse, reversed_grid
-from jaxdiff.sampling.guidance.cfg import ClassifierFree, Further, Guidance, Told, Weak
-from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance, Match, look, steered
-from jaxdiff.sampling.loop import Part, Source, noise_from_seeds, sample
+from jaxdiff.models.text_to_image import NO_WRAP, TextToImage, from_uint8
+from jaxdiff.sampling.ddim_inversion import DDIMInverse, reverse_grid
+from jaxdiff.sampling.guidance.cfg import (
+    ComposedPrompts,
+    ConditionedModel,
+    GuideModel,
+    guided_denoiser,
+)
+from jaxdiff.sampling.guidance.clip_guidance import Match, clip_views, with_clip_guidance
+from jaxdiff.sampling.loop import InitLatents, Segment, noise_from_seeds, sample
 from jaxdiff.sampling.multidiffusion import Windows, windowed
-from jaxdiff.sampling.sampler import SamplingConfig
-from jaxdiff.sampling.solvers_ode import Solver
-from jaxdiff.sampling.stateful_denoiser import AnyDenoise, Remembering
-from jaxdiff.training.tasks.base import from_uint8
-from jaxdiff.training.tasks.diffusion import BEAUTY, NEGATIVE_BEAUTY, DiffusionTask, whole
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
+from jaxdiff.sampling.solver import StatefulDenoiser
+
+NUM_PROGRAMS = 16  # compiled programs that are kept
 
 
-def reads_mask(denoiser: DenoiserConfig) -> bool:
-    """Whether a network is told of a mask and of what lies around it."""
-    return isinstance(denoiser, UNet2DConditionConfig) and denoiser.in_channels > denoiser.channels
+class SampleInputs(NamedTuple):
+    """What may change without recompiling: arrays with one row per image, None where absent.
+
+    Attributes:
+      text: the prompts.
+      negative: the negative prompts.
+      seeds: of the noise.
+      guidance_scale: of classifier-free guidance.
+      mix_text: second prompts of `Mix`.
+      mix_fraction: their fractions.
+      composed_text: further prompts of composed prompts; its arrays are [b, k, ...].
+      composed_weights: of the first prompt, then of these.
+      image: to start from.
+      mask: 1 where the image is replaced.
+      noise: of unit variance, in the place of the seeds' own.
+      clip_ids: prompts for CLIP guidance.
+      clip_scale: its scale.
+      guide_scale: of autoguidance.
+    """
+
+    text: TextInputs
+    negative: TextInputs
+    seeds: UInt32[Any, " b"]
+    guidance_scale: Float[Any, " b"]
+    mix_text: TextInputs | None = None
+    mix_fraction: Float[Any, " b"] | None = None
+    composed_text: TextInputs | None = None
+    composed_weights: Float[Any, "b k+1"] | None = None
+    image: UInt8[Any, "b h w 3"] | None = None
+    mask: Float[Any, "b h w"] | None = None
+    noise: Float[Any, "b i j c"] | None = None
+    clip_ids: Int[Any, "b n"] | None = None
+    clip_scale: Float[Any, " b"] | None = None
+    guide_scale: Float[Any, " b"] | None = None
 
 
 class Steps(NamedTuple):
-    """Which steps of how many are taken, counted from 0; those from `first` on are the whole run.
+    """Which steps each device takes, counted from 0.
 
-    A device that takes none, `begin == end`, has nothing to draw.
+    A device with begin == end has nothing to sample.
+
+    Attributes:
+      num_steps: of the time grid.
+      first: the first step of the run, later than 0 where it starts from an image.
+      begin: the first step of this segment.
+      end: the step after its last.
     """
 
-    num_steps: Int[Array | np.ndarray, "*devices"]
-    first: Int[Array | np.ndarray, "*devices"]
-    begin: Int[Array | np.ndarray, "*devices"]
-    end: Int[Array | np.ndarray, "*devices"]
+    num_steps: Int[Any, "*devices"]
+    first: Int[Any, "*devices"]
+    begin: Int[Any, "*devices"]
+    end: Int[Any, "*devices"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """All that a program is compiled for, beside the number of images at a time.
+class SamplerSpec:
+    """All that a program depends on, beside the number of images at a time.
 
     Attributes:
-      task: of the model.
-      graphdef: of its network.
-      settings: of its recipe.
-      solver: that takes the steps.
-      guidance: how the guidance scale acts.
-      shape: of what is modelled, [h, w, c].
-      mesh: the devices, each of which draws for itself.
-      decode_by: what the autoencoder decodes at a time; None for what the loop ends at: latents, or
-        the noise that was looked for.
-      clip: how a CLIP steers.
-      clip_model: which one.
-      weak: the weaker model, what it is of `task` and `graphdef`.
-      repeats: how often each step is taken.
-      windows: through which the network sees the image.
-      num_snapshots: estimates on the way, in the place of the image.
+      model: the model; its name and its own sampler do not matter.
+      sampler: settings; those that `SampleInputs` and `Steps` carry do not matter.
+      shape: of what is denoised, [h, w, c].
+      mesh: the devices, each of which samples its own images.
+      is_latent: return what is denoised (of `DDIMInverse`: noise) rather than images.
+      clip: the model of CLIP guidance.
+      guide: the model of autoguidance.
+      windows: of MultiDiffusion.
+      num_snapshots: estimates on the way, returned in the place of the image.
     """
 
-    task: DiffusionTask
-    graphdef: Any
-    settings: SamplingConfig
-    solver: Solver
-    guidance: Guidance
+    model: TextToImage
+    sampler: ResolvedSampler
     shape: tuple[int, int, int]
     mesh: Mesh
-    decode_by: Pieces | None = "whole"
-    clip: ClipGuidance | None = None
-    clip_model: ClipConfig | None = None
-    weak: tuple[DiffusionTask, Any] | None = None
-    repeats: int = 1
+    is_latent: bool = False
+    clip: ClipConfig | None = None
+    guide: TextToImage | None = None
     windows: Windows | None = None
     num_snapshots: int = 0
 
     def __post_init__(self):
-        # Other ones compile nothing: they are looked up, or among the rows.
-        if self.clip is not None:
-            object.__setattr__(self, "clip", dataclasses.replace(self.clip, model="", scale=0.0))
-
-
-@functools.lru_cache(maxsize=16)
-def compiled(drawing: Drawing):
-    """The jitted loop on each device; the batch size is static too.
-
-    It takes weights, rows, the `Steps` of each device, and the state in which it was left before
-    the first of them. It gives what was drawn, [n, 1, ...] or as snapshots [n, k, ...], all zero
-    before the last step, and the state; the last estimate of x0 is its last element's last.
-    """
-    task, num_snapshots = drawing.task, drawing.num_snapshots
-
-    def draw(weights, rows, steps, state):
-        sampled = sample(
-            _denoiser(drawing, weights, rows, steps.num_steps),
-            drawing.solver,
-            task.objective.schedule,
-            num_steps=steps.num_steps,
-            seeds=rows["seeds"],
-            num_snapshots=max(num_snapshots, 1),
-            first=steps.first,
-            repeats=drawing.repeats,
-            part=None if state is None else Part(steps.begin, steps.end, state),
-            **_course(drawing, weights["frozen"], rows),
+        guidance = dataclasses.replace(self.sampler.guidance, guide=None)
+        if guidance.clip is not None:
+            clip = dataclasses.replace(guidance.clip, model="", scale=0.0)
+            guidance = dataclasses.replace(guidance, clip=clip)
+        sampler = dataclasses.replace(
+            self.sampler,
+            num_steps=1,
+            guidance_scale=1.0,
+            guidance=guidance,
+            overlap=None,
+            vae_mode="full" if self.is_latent else self.sampler.vae_mode,
         )
-        x = sampled.snapshots if num_snapshots else sampled.images[None]
+        object.__setattr__(self, "sampler", sampler)
+        object.__setattr__(self, "model", _anonymous(self.model))
+        if self.guide is not None:
+            object.__setattr__(self, "guide", _anonymous(self.guide))
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in dataclasses.fields(self)))
+
+    def __hash__(self) -> int:
+        """Hash all fields, once."""
+        return self._hash
+
+
+def _anonymous(model: TextToImage) -> TextToImage:
+    return dataclasses.replace(model, name="", sampler=Sampler())
+
+
+@functools.lru_cache(maxsize=NUM_PROGRAMS)
+def compiled_sampler(spec: SamplerSpec) -> Any:
+    """Return the jitted sampler of a specification; the batch size is static too.
+
+    It is called as (params, inputs, steps, state). params is the model's tree, with those of the
+    second models at `clip` and `guide`; steps has one entry per device; state is what the last
+    segment returned. It returns images [n, 1, ...] or snapshots [n, k, ...], all zero before the
+    last step, and the state, whose last element ends with the last estimate of x0.
+    """
+
+    def run(params, inputs, steps, state):
+        sampled = sample(
+            _denoiser(spec, params, inputs, steps.num_steps),
+            spec.sampler.solver,
+            spec.model.schedule,
+            num_steps=steps.num_steps,
+            seeds=inputs.seeds,
+            num_snapshots=max(spec.num_snapshots, 1),
+            resample_steps=spec.sampler.resample_steps,
+            segment=None if state is None else Segment(steps.begin, steps.end, state),
+            **_start(spec, params, inputs, steps.first),
+        )
+        x = sampled.snapshots if spec.num_snapshots else sampled.images[None]
 
         def finish():
-            if drawing.decode_by is None:
-                return _undecoded(drawing, steps.num_steps, x).swapaxes(0, 1)
-            return _images(drawing, drawing.decode_by, weights["frozen"], rows, x).swapaxes(0, 1)
+            if spec.is_latent:
+                return _unit_noise(spec, steps.num_steps, x).swapaxes(0, 1)
+            return _decode(spec, params, inputs, x).swapaxes(0, 1)
 
         def nothing():
             made = jax.eval_shape(finish)
@@ -129,212 +189,220 @@ def compiled(drawing: Drawing):
         finished = (steps.begin < steps.end) & (steps.end == steps.num_steps)
         return jax.lax.cond(finished, finish, nothing), sampled.state
 
-    def draw_one(weights, rows, steps, state):
-        images, state = draw(weights, rows, *jax.tree.map(lambda x: x[0], (steps, state)))
+    def run_one_device(params, inputs, steps, state):
+        images, state = run(params, inputs, *jax.tree.map(lambda x: x[0], (steps, state)))
         return images, jax.tree.map(lambda x: x[None], state)
 
-    return per_device(draw_one, drawing.mesh)
+    return per_device(run_one_device, spec.mesh)
 
 
 def _denoiser(
-    drawing: Drawing, weights: Mapping[str, Any], rows: dict[str, Any], num_steps: Int[Array, ""]
-) -> AnyDenoise:
-    """The network, told of the prompts and guided, as solvers see it."""
-    task, windows, settings = drawing.task, drawing.windows, drawing.settings
-    # A network is told of an image of the size of what it sees.
-    seen = (windows.height, windows.width) if windows else drawing.shape[:2]
-    size = seen[0] * task.downsampling, seen[1] * task.downsampling
-    wrap = (False, False) if windows else settings.seamless
-    weak = None
-    if drawing.weak is not None:
-        told = _told(*drawing.weak, weights["weak"], rows, size, wrap)
-        weak = Weak(told, rows["weak_scale"][0])
-    guidance = ClassifierFree(guidance=drawing.guidance, threshold=settings.threshold)
-    denoise = guidance.denoiser(
-        _told(task, drawing.graphdef, weights, rows, size, wrap),
-        rows["scale"],
-        weak=weak,
-        still_above=_end_of_rest(drawing.guidance, settings, num_steps),
+    spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, num_steps: Int[Array, ""]
+) -> StatefulDenoiser:
+    """Return the guided network, as solvers see it."""
+    model, windows, guidance = spec.model, spec.windows, spec.sampler.guidance
+    # The size that the network reads is that of what it sees.
+    seen = (windows.height, windows.width) if windows else spec.shape[:2]
+    size = seen[0] * model.downsampling, seen[1] * model.downsampling
+    wrap = NO_WRAP if windows else spec.sampler.wrap
+    guide = None
+    if spec.guide is not None:
+        assert inputs.guide_scale is not None
+        conditioned = _conditioned(spec.guide, params["guide"], inputs, size, wrap)
+        guide = GuideModel(conditioned, inputs.guide_scale[0])
+    denoiser = guided_denoiser(
+        _conditioned(model, params, inputs, size, wrap),
+        guidance,
+        inputs.guidance_scale,
+        threshold=spec.sampler.threshold,
+        guide=guide,
+        zero_init_until=_zero_init_until(spec.sampler, num_steps),
     )
     if windows is not None:
-        assert not isinstance(denoise, Remembering)  # of no window in particular
-        denoise = windowed(denoise, windows, *drawing.shape[:2])
-    if drawing.clip is None:
-        return denoise
-    return steered(
-        denoise,
-        _match(task, weights, rows, drawing.clip_model, drawing.clip.cutouts),
-        task.objective.schedule,
-        rows["clip_scale"][0],
-        interval=drawing.clip.interval,
+        denoiser = windowed(denoiser, windows, *spec.shape[:2])
+    if guidance.clip is None or spec.clip is None:
+        return denoiser
+    assert inputs.clip_scale is not None
+    return with_clip_guidance(
+        denoiser,
+        _clip_match(spec, params, inputs, guidance.clip.cutouts),
+        model.schedule,
+        inputs.clip_scale[0],
+        interval=guidance.clip.interval,
     )
 
 
-def _told(
-    task: DiffusionTask,
-    graphdef: Any,
-    weights: Mapping[str, Any],
-    rows: dict[str, Any],
+def _conditioned(
+    model: TextToImage,
+    params: Mapping[str, Any],
+    inputs: SampleInputs,
     size: tuple[int, int],
     wrap: Wrap,
-) -> Told:
-    """A model's network and what it is told of the prompts."""
-    model, frozen = nnx.merge(graphdef, weights["params"]), weights["frozen"]
+) -> ConditionedModel:
+    """Return a model's network with the conditioning of all prompts."""
+    concat = _inpainting_channels(model, params, inputs)
 
-    def read(name: str = "", beauty: float = BEAUTY) -> Any:
-        return _features(task, model, frozen, rows, name, size, beauty)
+    def attach(cond: Conditioning, count: int, score: float) -> Conditioning:
+        tiles = count // len(inputs.seeds)
+        return cond._replace(
+            size_crop=full_size_crop(*size, count),
+            aesthetic_score=jnp.full(count, score),
+            concat=None if concat is None else jnp.tile(concat, (tiles, 1, 1, 1)),
+        )
 
-    cond, further = read(), None
-    if "toward_ids" in rows:
-        cond = mixed(cond, read("toward_"), rows["share"])
-    if "more_ids" in rows:
-        # One text after another, [k b n], as `read` does not know of the axis.
-        flat = {
-            name: jnp.swapaxes(rows[f"more_{name}"], 0, 1).reshape(-1, rows["ids"].shape[1])
-            for name in ("ids", "weights")
-            if f"more_{name}" in rows
-        }
-        flat |= {"empty": rows["empty"]} if "empty" in rows else {}
-        texts = _features(task, model, frozen, flat, "", size, BEAUTY)
-        count = rows["parts"].shape[1] - 1
-        texts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), texts)
-        further = Further(texts, rows["parts"])
-    network = task.network(model, frozen)
-    wrap_convolutions(network, wrap)
-    return Told(
-        network=_told_of_mask(task, frozen, rows, network),
-        prediction=task.objective.prediction,
-        schedule=task.objective.schedule,
-        cond=cond,
-        uncond=read("negative_", NEGATIVE_BEAUTY),
-        further=further,
+    count, composed = len(inputs.seeds), None
+    cond = model.encode_text(params, inputs.text)
+    if inputs.mix_text is not None and inputs.mix_fraction is not None:
+        cond = mix(cond, model.encode_text(params, inputs.mix_text), inputs.mix_fraction)
+    if inputs.composed_text is not None and inputs.composed_weights is not None:
+        parts = inputs.composed_weights.shape[1] - 1
+        # One prompt after another, [k b ...], as encoders have no axis for k.
+        flat = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), inputs.composed_text
+        )
+        further = attach(model.encode_text(params, flat), parts * count, AESTHETIC_SCORE)
+        further = jax.tree.map(lambda x: x.reshape(parts, count, *x.shape[1:]), further)
+        composed = ComposedPrompts(further, inputs.composed_weights)
+    uncond = model.encode_text(params, inputs.negative)
+    return ConditionedModel(
+        network=model.network(params, wrap),
+        prediction=model.prediction,
+        schedule=model.schedule,
+        cond=attach(cond, count, AESTHETIC_SCORE),
+        uncond=attach(uncond, count, NEGATIVE_AESTHETIC_SCORE),
+        composed=composed,
     )
 
 
-def _features(
-    task: DiffusionTask,
-    model: Any,
-    frozen: Any,
-    rows: Mapping[str, Any],
-    name: str,
-    size: tuple[int, int],
-    beauty: float,
-) -> Any:
-    """What a denoiser is told of the prompts in the rows of this name, their words weighted.
-
-    Tokens go away from those of the empty prompt, or toward them. So does ComfyUI, and compel above
-    1; a factor alone would also weight what all prompts have in common, of which there is much. The
-    vector for a whole prompt stays: no word is in it by itself.
-    """
-    ids = rows[f"{name}ids"]
-    text = task.features(model, frozen, ids, whole(*size, len(ids)), beauty)
-    if f"{name}weights" not in rows:
-        return text
-    task = dataclasses.replace(task, zero_empty_prompt=False)
-    empty = task.features(model, frozen, rows[f"{name}empty"][:1], whole(*size, 1)).tokens
-    more = (rows[f"{name}weights"] - 1)[..., None].astype(empty.dtype)
-    return text._replace(tokens=text.tokens + more * (text.tokens - empty))
+def _inpainting_channels(
+    model: TextToImage, params: Mapping[str, Any], inputs: SampleInputs
+) -> Float[Array, "b i j k"] | None:
+    """Return mask and masked latents for inpainting networks; None for others."""
+    if not model.is_inpainting:
+        return None
+    assert inputs.image is not None
+    assert inputs.mask is not None
+    around = from_uint8(inputs.image) * (inputs.mask < 0.5)[..., None]
+    mask = latent_mask(inputs.mask, model.downsampling)
+    return jnp.concatenate([mask, model.encode(params, around)], axis=-1)
 
 
-def _end_of_rest(
-    guidance: Guidance, settings: SamplingConfig, num_steps: Int[Array, ""]
+def latent_mask(mask: Float[Array, "n h w"], downsampling: int) -> Float[Array, "n i j 1"]:
+    """Downsample a mask: a latent is replaced if any of its pixels is."""
+    n, height, _ = mask.shape
+    cells = mask.reshape(n, height // downsampling, downsampling, -1, downsampling)
+    return jnp.max(cells, axis=(2, 4))[..., None]
+
+
+def _zero_init_until(
+    sampler: ResolvedSampler, num_steps: Int[Array, ""]
 ) -> Float[Array, ""] | None:
-    """The time above which no step is taken: between the last of those steps and the next."""
-    count = guidance.zero_star.zero_steps if guidance.zero_star else 0
+    """Return the time halfway between the last step of velocity 0 and the next step."""
+    count = sampler.guidance.zero_steps
     if count == 0:
         return None
-    last, following = (settings.grid(jnp.int32(i), num_steps) for i in (count - 1, count))
+    last, following = (sampler.grid(jnp.int32(i), num_steps) for i in (count - 1, count))
     return (last + following) / 2
 
 
-def _course(drawing: Drawing, frozen: Any, rows: dict[str, Any]) -> dict[str, Any]:
-    """From where to where the loop goes: from noise to data, or the other way."""
-    settings = drawing.settings
-    by = drawing.decode_by or "whole"
-    source = _source(drawing.task, frozen, rows, by, settings.seamless)
-    if isinstance(drawing.solver, DDIMInverse):
-        assert source is not None
-        return {"grid": reversed_grid(settings.grid), "noise": source.x0, "unit_noise": True}
-    drawn = "noise" not in rows
+def _start(
+    spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, first: Int[Array, ""]
+) -> dict[str, Any]:
+    """Return the arguments of `sample` that say where it starts: at noise, or at data."""
+    sampler = spec.sampler
+    init = _init_latents(spec, params, inputs, first)
+    if isinstance(sampler.solver, DDIMInverse):
+        assert init is not None
+        return {"grid": reverse_grid(sampler.grid), "noise": init.x0, "init_noise": "unit"}
+    noise = inputs.noise
     return {
-        "grid": settings.grid,
-        "noise": noise_from_seeds(rows["seeds"], drawing.shape) if drawn else rows["noise"],
-        "unit_noise": settings.unit_noise,
-        "source": source,
+        "grid": sampler.grid,
+        "noise": noise_from_seeds(inputs.seeds, spec.shape) if noise is None else noise,
+        "init_noise": sampler.init_noise,
+        "init": init,
     }
 
 
-def _undecoded(
-    drawing: Drawing, num_steps: Int[Array, ""], x: Float[Array, "k b i j c"]
+def _init_latents(
+    spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, first: Int[Array, ""]
+) -> InitLatents | None:
+    """Return the latents of the images to start from."""
+    if inputs.image is None:
+        return None
+    model, sampler = spec.model, spec.sampler
+    image = from_uint8(inputs.image)
+    x0 = model.encode(params, image, vae_mode=sampler.vae_mode, wrap=sampler.wrap)
+    if inputs.mask is None:
+        return InitLatents(x0, first_step=first)
+    # An inpainting network reads the mask, and keeps what is to be kept.
+    mask = None if model.is_inpainting else latent_mask(inputs.mask, model.downsampling)
+    return InitLatents(x0, mask, first_step=first, from_noise=True)
+
+
+def _unit_noise(
+    spec: SamplerSpec, num_steps: Int[Array, ""], x: Float[Array, "k b i j c"]
 ) -> Float[Array, "k b i j c"]:
-    """Latents as they are, and noise as `sample` takes it: of unit variance."""
-    settings = drawing.settings
-    if not isinstance(drawing.solver, DDIMInverse) or settings.unit_noise:
+    """Return latents as they are, and inverted noise with the variance that `sample` expects."""
+    sampler = spec.sampler
+    if not isinstance(sampler.solver, DDIMInverse) or sampler.init_noise == "unit":
         return x
-    return x / drawing.task.objective.schedule.sigma(settings.grid(jnp.int32(0), num_steps))
+    return x / spec.model.schedule.sigma(sampler.grid(jnp.int32(0), num_steps))
 
 
-def _images(
-    drawing: Drawing, by: Pieces, frozen: Any, rows: dict[str, Any], x: Float[Array, "k b i j c"]
+def _decode(
+    spec: SamplerSpec,
+    params: Mapping[str, Any],
+    inputs: SampleInputs,
+    x: Float[Array, "k b i j c"],
 ) -> Float[Array, "k b h w 3"]:
-    """What was drawn, decoded, from 0 to 1."""
+    """Decode latents to images from 0 to 1; pixels that the mask keeps are kept exactly."""
+    sampler = spec.sampler
     flat = x.reshape(-1, *x.shape[2:])
-    images = drawing.task.decode(frozen, flat, by, drawing.settings.seamless)
+    images = spec.model.decode(params, flat, vae_mode=sampler.vae_mode, wrap=sampler.wrap)
     images = images.reshape(*x.shape[:2], *images.shape[1:])
     images = jnp.clip(images / 2 + 0.5, 0, 1)
-    if "mask" not in rows:
+    if inputs.mask is None or inputs.image is None:
         return images
-    anew = rows["mask"][..., None]  # latents keep an image about as it is, pixels exactly
-    return anew * images + (1 - anew) * rows["image"] / 255
+    mask = inputs.mask[..., None]
+    return mask * images + (1 - mask) * inputs.image / 255
 
 
-def _source(
-    task: DiffusionTask, frozen: Any, rows: dict[str, Any], by: Pieces, wrap: Wrap
-) -> Source | None:
-    """The images to start from, in the space that is modelled."""
-    if "image" not in rows:
-        return None
-    x0 = task.encode(frozen, from_uint8(rows["image"]), by=by, wrap=wrap)
-    if "mask" not in rows:
-        return Source(x0)
-    # A network that reads the mask keeps what is to be kept by itself.
-    keeps = reads_mask(task.denoiser)
-    mask = None if keeps else coarse(rows["mask"], task.downsampling)
-    return Source(x0, mask, from_noise=True)
-
-
-def _told_of_mask(task: DiffusionTask, frozen: Any, rows: dict[str, Any], network: Any) -> Any:
-    """A network for inpainting, told of the mask and of what lies around it; others as they are."""
-    if not reads_mask(task.denoiser):
-        return network
-    around = from_uint8(rows["image"]) * (rows["mask"] < 0.5)[..., None]
-    mask = coarse(rows["mask"], task.downsampling)
-    told = jnp.concatenate([mask, task.encode(frozen, around)], axis=-1)
-
-    def call(x, t, text):
-        each = jnp.tile(told, (len(x) // len(told), 1, 1, 1))  # for the negative prompts too
-        return network(jnp.concatenate([x, each.astype(x.dtype)], axis=-1), t, text)
-
-    return call
-
-
-def _match(
-    task: DiffusionTask,
-    weights: Any,
-    rows: dict[str, Any],
-    config: ClipConfig | None,
-    cutouts: int,
+def _clip_match(
+    spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, cutouts: int
 ) -> Match:
-    """How well CLIP finds that estimates of x0 match the prompts: its logits."""
+    """Return CLIP's logits for estimates of x0 and the prompts."""
+    config, ids = spec.clip, inputs.clip_ids
     assert config is not None
-    clip = merge(blueprint(Clip, config), weights["clip"])
-    ids = rows["clip_ids"]
+    clip = bind_params(bind_init(Clip, config), params["clip"])
 
     def match(x0, t):
-        images = jnp.clip(task.decode(weights["frozen"], x0), -1, 1)
-        seen = look(images, config.vision.image_size, cutouts, t)
-        embeddings = clip(seen, ids)
+        images = jnp.clip(spec.model.decode(params, x0), -1, 1)
+        views = clip_views(images, config.vision.image_size, cutouts, t)
+        embeddings = clip(views, ids)
         image = embeddings.image.reshape(-1, *embeddings.text.shape)
         return embeddings.logit_scale * jnp.mean(jnp.sum(image * embeddings.text, -1), 0)
 
     return match
+
+
+ImageProgram = Callable[[Any, Array], Array]
+
+
+@functools.lru_cache(maxsize=NUM_PROGRAMS)
+def compiled_autoencoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
+    """Return the jitted map from uint8 images to latents, without noise, and back."""
+
+    def autoencode(params, images):
+        return _to_levels(model.decode(params, model.encode(params, from_uint8(images))))
+
+    return per_device(autoencode, mesh)
+
+
+@functools.lru_cache(maxsize=NUM_PROGRAMS)
+def compiled_decoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
+    """Return the jitted map from latents to uint8 images."""
+    return per_device(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
+
+
+def _to_levels(images: jax.Array) -> jax.Array:
+    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -1,73 +1,77 @@
 r"""Weights in prompts: of words, `a (red:1.3) pea`, and of whole prompts, `"a cat":1 "rain":-0.5`.
 
     prompt   = text | part+
-    part     = '"' text '":' number          composed by eq. 2 of `sampling/guidance.py`
+    part     = '"' text '":' number          composed by eq. 2 of `guidance/cfg.py`
     text     = (character | '(' text ':' number ')')*
 
-Weights of words multiply where groups are nested. Everything else is text: a parenthesis without a
-number before its end, a quotation that no number follows. A backslash makes text of a parenthesis,
-a quotation mark, a colon or a backslash after it.
+Weights of nested groups multiply. Everything else is text: a parenthesis without a number before
+its end, a quotation without a number after it. A backslash before a parenthesis, a quotation mark,
+a colon or a backslash makes it text.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Float32
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.models.conditioning import TextInputs
+from jaxdiff.models.text_to_image import TextToImage
 
-LARGEST = 10.0  # what is beyond it lacks a point
+LARGEST = 10.0  # a larger weight is a typing error, such as a missing point
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _PART = re.compile(rf'\s*"((?:\\.|[^"\\])*)"\s*:\s*({_NUMBER})(?=\s|$)')
 _WEIGHT = re.compile(r"\s*([-+.,\d]+)\s*")
 
 
-class Words(NamedTuple):
-    """A stretch of a prompt whose words have one weight."""
+class WeightedText(NamedTuple):
+    """A piece of a prompt, and the weight of its words."""
 
     text: str
     weight: float = 1.0
 
 
-class Part(NamedTuple):
-    """One of the prompts that a prompt is composed of."""
+class PromptPart(NamedTuple):
+    """One of the prompts that a prompt is composed of, and its weight."""
 
-    words: tuple[Words, ...]
+    texts: tuple[WeightedText, ...]
     weight: float = 1.0
 
     @property
     def text(self) -> str:
-        """The plain words."""
-        return "".join(words.text for words in self.words)
+        """The words without their weights."""
+        return "".join(piece.text for piece in self.texts)
 
 
-def parse(prompt: str) -> tuple[Part, ...]:
-    """What a prompt is composed of; most are of one part, of one stretch of words.
+def parse(prompt: str) -> tuple[PromptPart, ...]:
+    """Parse a prompt; most have one part, of one piece.
 
     Raises:
-      UserError: a weight that is no number or out of range, that is about no words, or text
-        outside of the weighted prompts.
+      UserError: a weight is no number, out of range or without words, or there is text outside of
+        the weighted prompts.
     """
     if not re.match(r'\s*"(\\.|[^"\\])*"\s*:\s*[-+.\d]', prompt):
-        return (Part(_words(prompt)),)
+        return (PromptPart(_pieces(prompt)),)
     parts, place = [], 0
     while prompt[place:].strip():
         match = _PART.match(prompt, place)
         if match is None:
             raise UserError(
                 f"{prompt[place:].strip()!r} in the prompt {prompt!r} is no weighted prompt: "
-                'expected all of it to be of the form "a cat":1 "rain":-0.5.'
+                'expected only parts of the form "a cat":1 "rain":-0.5.'
             )
-        parts.append(Part(_words(match[1]), _weight(match[2], prompt)))
+        parts.append(PromptPart(_pieces(match[1]), _weight(match[2], prompt)))
         place = match.end()
     return tuple(parts)
 
 
 def plain(prompt: str) -> str:
-    """The words alone, of weighted prompts those that are to be seen.
+    """Return the words alone, of composed prompts those of parts with a positive weight.
 
     Raises:
       UserError: as `parse`.
@@ -76,9 +80,9 @@ def plain(prompt: str) -> str:
     return ", ".join(part.text for part in parts if part.weight > 0 or len(parts) == 1)
 
 
-def _words(text: str) -> tuple[Words, ...]:
-    """The stretches of a text, neighbours of one weight joined."""
-    open_groups: list[list[Words]] = [[]]
+def _pieces(text: str) -> tuple[WeightedText, ...]:
+    """Split a text by weight, neighbours of one weight joined."""
+    open_groups: list[list[WeightedText]] = [[]]
     for token in re.findall(r'\\[()":\\]|[()]|[^()\\]+|\\', text):
         if token == "(":
             open_groups.append([])
@@ -86,40 +90,40 @@ def _words(text: str) -> tuple[Words, ...]:
             group = open_groups.pop()
             weight = _closing(group, text)
             if weight is None:
-                group = [Words("("), *group, Words(")")]
+                group = [WeightedText("("), *group, WeightedText(")")]
             else:
-                group = [Words(w.text, w.weight * weight) for w in group if w.text]
+                group = [WeightedText(w.text, w.weight * weight) for w in group if w.text]
             open_groups[-1] += group
         else:
-            open_groups[-1].append(Words(token[1:] if re.match(r"\\.", token) else token))
-    words = open_groups[0]
+            open_groups[-1].append(WeightedText(token[1:] if re.match(r"\\.", token) else token))
+    pieces = open_groups[0]
     for group in open_groups[1:]:  # never closed
         if _closing(list(group), text) is not None:
             raise UserError(
                 f"A group of words with a weight is not closed in the prompt {text!r}: expected "
                 "the form (word:1.3)."
             )
-        words += [Words("("), *group]
-    joined: list[Words] = []
-    for stretch in words:
-        if joined and joined[-1].weight == stretch.weight:
-            stretch = Words(joined.pop().text + stretch.text, stretch.weight)
-        joined.append(stretch)
-    return tuple(joined) or (Words(""),)
+        pieces += [WeightedText("("), *group]
+    joined: list[WeightedText] = []
+    for piece in pieces:
+        if joined and joined[-1].weight == piece.weight:
+            piece = WeightedText(joined.pop().text + piece.text, piece.weight)
+        joined.append(piece)
+    return tuple(joined) or (WeightedText(""),)
 
 
-def _closing(group: list[Words], prompt: str) -> float | None:
-    """The weight at the end of a group, which is taken from there; None if there is none."""
+def _closing(group: list[WeightedText], prompt: str) -> float | None:
+    """Remove and return the weight at the end of a group; None if there is none."""
     if not group or group[-1].weight != 1 or ":" not in group[-1].text:
         return None
     text, _, number = group[-1].text.rpartition(":")
     match = _WEIGHT.fullmatch(number)
     if match is None:
         return None
-    group[-1] = Words(text)
-    if not any(words.text.strip() for words in group):
+    group[-1] = WeightedText(text)
+    if not any(piece.text.strip() for piece in group):
         raise UserError(
-            f"A weight in the prompt {prompt!r} is about no words: expected the form (word:1.3)."
+            f"A weight in the prompt {prompt!r} has no words: expected the form (word:1.3)."
         )
     return _weight(match[1], prompt)
 
@@ -128,50 +132,65 @@ def _weight(number: str, prompt: str) -> float:
     if not re.fullmatch(_NUMBER, number) or abs(float(number)) > LARGEST:
         raise UserError(
             f"{number} in the prompt {prompt!r} is no weight: expected a number from {-LARGEST:g} "
-            f"to {LARGEST:g}, or a backslash before what is meant as it stands."
+            f"to {LARGEST:g}; put a backslash before what is not a weight."
         )
     return float(number)
 
 
-def rows_of(
-    tokenizer: Tokenizer, prompts: Sequence[str], name: str = "", *, composed: bool = False
-) -> dict[str, np.ndarray]:
-    """What the compiled loop reads of n prompts, beside the rows of other arguments.
+class TokenizedPrompts(NamedTuple):
+    """Token ids of n prompts.
+
+    Attributes:
+      text: of the first part of each.
+      composed_text: of further parts, with arrays [n, k, ...]; None where no prompt is composed.
+      composed_weights: [n, k + 1], of all parts.
+    """
+
+    text: TextInputs
+    composed_text: TextInputs | None = None
+    composed_weights: Float32[np.ndarray, "n k+1"] | None = None
+
+
+def tokenize(
+    spec: TextToImage,
+    tokenizers: Mapping[str, Tokenizer],
+    prompts: Sequence[str | None],
+    *,
+    composed: bool = False,
+) -> TokenizedPrompts:
+    """Tokenize prompts with their weights.
 
     Args:
-      tokenizer: of the text encoder.
-      prompts: n texts.
-      name: what the rows' names begin with.
+      spec: of the model.
+      tokenizers: its tokenizers.
+      prompts: n texts; None is a prompt that is not given.
       composed: whether they may be composed of several.
-
-    Returns:
-      `ids` [n, length]; if a word of any has a weight, `weights` and `empty`, the ids of no words,
-      of the same shape; and if any is composed, `more_ids` and `more_weights` [n, k, length] and
-      `parts` [n, k + 1], the weights of all.
 
     Raises:
       UserError: as `parse`, or a composed prompt where none may be.
     """
-    parsed = [parse(prompt) for prompt in prompts]
+    conditioner = spec.conditioner
+    parsed = [parse(prompt or "") for prompt in prompts]
     most = max(len(parts) for parts in parsed)
-    alone = all(len(parts) == 1 and parts[0].weight == 1 for parts in parsed)
-    if not (composed or alone):
+    single = all(len(parts) == 1 and parts[0].weight == 1 for parts in parsed)
+    if not (composed or single):
         raise UserError(
-            "Weighted prompts are for the prompt itself: the others may weight (words:1.3) alone."
+            "Only prompts themselves may be composed of several: expected at most weights of words "
+            "(words:1.3) in negative prompts and in the second prompt of a mixture."
         )
-    count = 1 if alone else max(2, 1 << (most - 1).bit_length())  # few counts, few programs
-    nothing = Part((Words(""),), 0.0)
-    filled = [[*parts, *[nothing] * (count - len(parts))] for parts in parsed]
-    told = [[tokenizer.weighted(part.words) for part in parts] for parts in filled]
-    ids = np.stack([[one for one, _ in row] for row in told])
-    weights = np.stack([[one for _, one in row] for row in told])
-    rows = {"ids": ids[:, 0]}
-    if (weights != 1).any():
-        rows["weights"] = weights[:, 0]
-        rows["empty"] = tokenizer([""] * len(ids))
-    if not alone:
-        rows["more_ids"] = ids[:, 1:]
-        rows["parts"] = np.array([[part.weight for part in parts] for parts in filled], np.float32)
-        if "weights" in rows:
-            rows["more_weights"] = weights[:, 1:]
-    return {name + key: value for key, value in rows.items()}
+    count = 1 if single else max(2, 1 << (most - 1).bit_length())  # few counts, few programs
+    empty = PromptPart((WeightedText(""),), 0.0)
+    padded = [[*parts, *[empty] * (count - len(parts))] for parts in parsed]
+    flat = [
+        None if prompt is None else part.texts
+        for prompt, parts in zip(prompts, padded, strict=True)
+        for part in parts
+    ]
+    inputs = conditioner.tokenize_weighted(tokenizers, flat)
+    inputs = jax.tree.map(lambda x: x.reshape(len(prompts), count, *x.shape[1:]), inputs)
+    first = jax.tree.map(lambda x: x[:, 0], inputs)
+    if single:
+        return TokenizedPrompts(first)
+    further = jax.tree.map(lambda x: x[:, 1:], inputs)
+    weights = np.array([[part.weight for part in parts] for parts in padded], np.float32)
+    return TokenizedPrompts(first, further, weights)

@@ -28,15 +28,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdiff.benchmark.flops import peak_flops
-from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
+from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.planning.hlo import Exchange, read_program
 from jaxdiff.planning.topology import Topology
-from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
+from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step, flops_per_image
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -181,7 +180,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     chip, devices = topology.chip, len(topology.devices)
     size, batch_size = config.data.transforms.size, config.train.batch_size
     per_image = flops_per_image(config)
-    executed = (per_image + recomputed_flops(config.task, size)) * batch_size
+    executed = (per_image + config.task.recomputed_flops(size)) * batch_size
     peak = chip.flops if chip else peak_flops(topology.devices[0]) or 0.0
     traffic = program.traffic() if program and not quick else None
     exchanges = tuple(program.exchanges()) if program else ()
@@ -196,7 +195,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         mesh=dict(mesh.shape),
         batch_size=batch_size,
         accumulate=config.train.accumulate,
-        remat=config.task.denoiser.remat if isinstance(config.task, DiffusionTask) else None,
+        remat=remat_of(config),
         steps=config.train.steps,
         flags=config.compiler.flags(topology.devices[0]),
         parameters=_count(abstract_state(config).params),
@@ -238,18 +237,25 @@ def _share_of_memory(devices: int) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
 
 
-def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a batch, of square images where there are several shapes."""
-    count, size = config.train.batch_size, config.data.transforms.size
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((count, config.tokenizer.length), jnp.int32),
-        "framing": jax.ShapeDtypeStruct((count, 6), jnp.int32),
-    }
-    if config.data.gives_latents and isinstance(config.task, DiffusionTask):
-        height, width, channels = config.task.shape(size, size)
+def remat_of(config: Config) -> str | None:
+    """Return what the denoiser's blocks keep for the backward pass; None where there is none."""
+    task = config.task
+    return task.model.denoiser.remat if isinstance(task, DiffusionTask) else None
+
+
+def abstract_batch(config: Config) -> dict[str, Any]:
+    """Return shapes and types of a batch, of square images where there are several shapes."""
+    count, size, task = config.train.batch_size, config.data.transforms.size, config.task
+    batch: dict[str, Any] = {"size_crop": jax.ShapeDtypeStruct((count, 6), jnp.int32)}
+    text = task.abstract_text(count)
+    if text is not None:
+        batch["text"] = text
+    if config.data.gives_latents and isinstance(task, DiffusionTask):
+        height, width, channels = task.model.latent_shape(size, size)
         latents = (count, height, width, 2 * channels)
         if config.data.gives_text:
-            batch["text"] = jax.ShapeDtypeStruct((count, config.task.text_size), jnp.float16)
+            packed = task.model.conditioner.packed_size
+            batch["text_features"] = jax.ShapeDtypeStruct((count, packed), jnp.float16)
         return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
     return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}
 

@@ -36,11 +36,13 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
 
 def _tasks(task: Any) -> list[Any]:
-    """The task with each of its denoiser's policies."""
+    """Return the task with each of its denoiser's remat policies."""
     if not isinstance(task, DiffusionTask):
         return [task]
-    denoisers = [dataclasses.replace(task.denoiser, remat=remat) for remat in _POLICIES]
-    return [dataclasses.replace(task, denoiser=denoiser) for denoiser in denoisers]
+    model = task.model
+    denoisers = [dataclasses.replace(model.denoiser, remat=remat) for remat in _POLICIES]
+    models = [dataclasses.replace(model, denoiser=denoiser) for denoiser in denoisers]
+    return [dataclasses.replace(task, model=changed) for changed in models]
 
 
 def search(

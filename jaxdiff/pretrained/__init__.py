@@ -1,4 +1,4 @@
-"""Other people's formats to ours and back.
+"""Formats of other libraries, and this package's own: reading and writing trained models.
 
-`names` holds the mechanism; beside it is one small table for each network.
+`key_mapping` has the mechanism; beside it is one small table for each network.
 """

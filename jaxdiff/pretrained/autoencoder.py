@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
 from jaxdiff.pretrained.safetensors_io import Renamed
@@ -73,14 +73,14 @@ _READ = {
 
 _FIXED: Fixed = {
     "act_fn": ("silu",),
-    "force_upcast": None,  # it says that float16 overflows; the type of the weights is the caller's
+    "force_upcast": None,  # float16 overflows; the caller chooses the type of the weights
     "latents_mean": (None,),
     "latents_std": (None,),
 }
 
 
 def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> AutoencoderConfig:
-    """Our config from diffusers' `AutoencoderKL` config, whose missing keys have defaults.
+    """Read our config from diffusers' `AutoencoderKL` config, whose missing keys have defaults.
 
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
@@ -91,7 +91,8 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Aut
     if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"} or len(channels) > 1:
         raise UserError(
             f"{what} has blocks {', '.join(sorted(kinds))} and {sorted(channels)} channels: "
-            "expected DownEncoderBlock2D and UpDecoderBlock2D, and as many channels out as in."
+            "expected DownEncoderBlock2D and UpDecoderBlock2D, and as many channels out as in; use "
+            "another autoencoder."
         )
     return AutoencoderConfig(
         image_channels=channels.pop(),
@@ -142,15 +143,15 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
-    """Parameters of `Autoencoder(config)` from the tensors of a diffusers checkpoint, old or new.
+    """Return the parameters of `Autoencoder(config)` from a diffusers checkpoint, old or new.
 
-    `options` and errors are those of `names.from_torch_names`.
+    `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(Autoencoder, config))
+    abstract = abstract_params(bind_init(type(config).build, config))
     renewed = Renamed(tensors, _renew)
     return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers checkpoint from the autoencoder's parameters, a nested dict."""
+    """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
     return names.to_torch_names(params, AUTOENCODER_NAMES)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
 
@@ -48,7 +48,7 @@ _FIXED: Fixed = {
 
 
 def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> TinyAutoencoderConfig:
-    """Our config from diffusers' `AutoencoderTiny` config, whose missing keys have defaults.
+    """Read our config from diffusers' `AutoencoderTiny` config, whose missing keys have defaults.
 
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
@@ -63,7 +63,7 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Tin
     if len(widths) > 1 or len(channels) > 1:
         raise UserError(
             f"{what} has layers of widths {sorted(widths)} and images of {sorted(channels)} "
-            "channels: expected one width, and as many channels out as in."
+            "channels: expected one width, and as many channels out as in; use another one."
         )
     return TinyAutoencoderConfig(
         image_channels=channels.pop(),
@@ -75,7 +75,7 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Tin
 
 
 def write_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
-    """diffusers' config, from which `read_config` reads ours again."""
+    """Return diffusers' config, from which `read_config` reads the same."""
     widths = [config.width] * len(config.encoder_blocks)
     return {
         "_class_name": KIND,
@@ -92,14 +92,14 @@ def write_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: TinyAutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
-    """Parameters of `TinyAutoencoder(config)` from the tensors of a diffusers checkpoint.
+    """Return the parameters of `TinyAutoencoder(config)` from a diffusers checkpoint.
 
-    `options` and errors are those of `names.from_torch_names`.
+    `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(TinyAutoencoder, config))
+    abstract = abstract_params(bind_init(type(config).build, config))
     return names.from_torch_names(tensors, TINY_NAMES, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers checkpoint from the autoencoder's parameters, a nested dict."""
+    """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
     return names.to_torch_names(params, TINY_NAMES)

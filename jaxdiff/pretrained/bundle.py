@@ -1,17 +1,286 @@
-"""A trained model in memory, wherever it came from."""
+"""A trained model in memory, and as a folder of this package.
 
-from typing import NamedTuple
+config.json            the specification
+model.safetensors      weights, each at its path in the tree of parameters
+tokenizers/NAME/       tokenizer.json, one per text encoder
+recipe.json            how it was trained; for the record, never needed to load it
+"""
 
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from flax import nnx
 from jaxtyping import PyTree
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
+from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.training.recipe import Config
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.layers import abstract_params, bind_init
+from jaxdiff.models.lora import factors
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.text_to_image import TextToImage
+
+CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
+    "config.json",
+    "model.safetensors",
+    "recipe.json",
+    "tokenizers",
+    "checkpoints",
+)
+
+AnySpec = TextToImage | ClipConfig | AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
+
+# What `safetensors.numpy` reads lacks bfloat16.
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Bundle(NamedTuple):
-    """A trained model: its recipe, its weights (of a run, their moving average), its tokenizer."""
+    """A trained model, wherever it came from.
 
-    config: Config
+    Attributes:
+      spec: the model without its weights, an `AnySpec`.
+      params: its weights, a nested dict; of a text-to-image model as `models/text_to_image.py`
+        describes it.
+      tokenizers: by the names of the text encoders; empty where the model reads no text.
+    """
+
+    spec: Any
     params: PyTree
-    frozen: PyTree
-    tokenizer: Tokenizer | None
+    tokenizers: Mapping[str, Tokenizer]
+
+
+def spec_from_json(data: Any, types: Sequence[type] = ()) -> AnySpec:
+    """Return the specification that `to_json` wrote.
+
+    Args:
+      data: what `json.loads` returned.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: it describes no model of this version.
+    """
+    return from_json(AnySpec, data, types=types)
+
+
+def model_name(spec: AnySpec) -> str:
+    """Return what messages call a model."""
+    return spec.name if isinstance(spec, TextToImage) else type(spec).__name__
+
+
+def abstract_of(spec: AnySpec) -> dict[str, Any]:
+    """Return shapes and types of a model's parameters, without adapters and added tokens."""
+    if isinstance(spec, TextToImage):
+        return spec.abstract_params()
+    make = Clip if isinstance(spec, ClipConfig) else type(spec).build
+    return abstract_params(bind_init(make, spec))
+
+
+def write_bundle(
+    folder: epath.PathLike,
+    bundle: Bundle,
+    dtype: str = "bfloat16",
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model's folder, its specification last: a folder with one is complete.
+
+    Args:
+      folder: to write into.
+      bundle: the model.
+      dtype: that weights are rounded to.
+      recipe: how it was trained, as JSON.
+
+    Raises:
+      UserError: the folder is that of a run.
+    """
+    root = epath.Path(folder)
+    if (root / CHECKPOINTS).exists():
+        raise UserError(
+            f"{folder} is the folder of a run, whose checkpoints an exported model would hide: "
+            "choose another one to write into."
+        )
+    for name in (CONFIG, RECIPE):
+        (root / name).unlink(missing_ok=True)
+    write_weights(root / MODEL, bundle.params, dtype)
+    write_tokenizers(root, bundle.tokenizers)
+    if recipe is not None:
+        write_json(root / RECIPE, recipe)
+    write_json(root / CONFIG, to_json(bundle.spec))
+
+
+def read_exported(
+    folder: epath.PathLike, data: Any, place: Callable[[Any], Any], types: Sequence[type] = ()
+) -> Bundle:
+    """Read the folder that `write_bundle` wrote, with weights in float32.
+
+    Args:
+      folder: of the model.
+      data: its `config.json`.
+      place: called with each parameter, such as to move it to a device.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: the folder is damaged, or its weights are not those of its specification.
+    """
+    root, spec = epath.Path(folder), spec_from_json(data, types)
+    params = read_weights(root / MODEL)
+    check_params(params, spec, str(folder))
+    return Bundle(spec, jax.tree.map(place, params), read_tokenizers(root, spec))
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Write JSON for people to read."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Write `tokenizers/NAME/tokenizer.json` into a model's folder."""
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(str(epath.Path(folder) / TOKENIZERS / name))
+
+
+def read_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, Tokenizer]:
+    """Read the tokenizers of a model's text encoders, those that its folder has."""
+    if isinstance(spec, TextToImage):
+        names = list(spec.conditioner.encoders)
+    else:
+        names = ["text"] if isinstance(spec, ClipConfig) else []
+    folders = {name: epath.Path(folder) / TOKENIZERS / name for name in names}
+    return {name: Tokenizer.load(str(path)) for name, path in folders.items() if path.exists()}
+
+
+def write_weights(path: epath.Path, params: PyTree, dtype: str = "float32") -> None:
+    """Write a tree of floats as one safetensors file, as `path.to.leaf`, rounded to `dtype`."""
+    arrays = {key: np.asarray(jax.device_get(leaf)) for key, leaf in _flatten(params).items()}
+    write_whole(path, save({key: x.astype(dtype, order="C") for key, x in arrays.items()}))
+
+
+def read_weights(path: epath.Path) -> dict[str, Any]:
+    """Read the tree of `write_weights`, in float32.
+
+    Raises:
+      UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        stored = deserialize(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: copy the whole folder of the model.") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut off ({error}): copy it again.") from error
+    tree = {}
+    for key, tensor in stored:
+        if tensor["dtype"] not in _FLOATS:
+            raise UserError(
+                f"{path} holds {tensor['dtype']} in {key}: expected {', '.join(_FLOATS)}; export "
+                "the model again."
+            )
+        value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
+        tree[path_of(key)] = value.astype(np.float32)
+    return nnx.traversals.unflatten_mapping(tree)
+
+
+def path_of(key: str, separator: str = ".") -> tuple[str | int, ...]:
+    """Return the path that a key joins; modules in lists have numbers."""
+    return tuple(int(name) if name.isdigit() else name for name in key.split(separator))
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """Return `{"path.to.leaf": leaf}`."""
+    flat = nnx.traversals.flatten_mapping(tree)
+    return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def check_params(params: Mapping[str, Any], spec: AnySpec, folder: str) -> None:
+    """Check that weights are those of a specification, adapters and added tokens included.
+
+    Raises:
+      UserError: some are missing, unexpected or of another shape; it names them.
+    """
+    abstract = abstract_of(spec)
+    extra = ("adapters", "added_tokens") if isinstance(spec, TextToImage) else ()
+    check_fit({key: part for key, part in params.items() if key not in extra}, abstract, folder)
+    wrong = []
+    for path, pair in factors(params.get("adapters", {}) if extra else {}).items():
+        node: Any = abstract
+        for name in (*path, "kernel"):
+            node = node.get(name, {}) if isinstance(node, Mapping) else {}
+        kernel = getattr(node, "shape", (0, 0))
+        if (pair.down.shape[-2], pair.up.shape[-1]) != tuple(kernel[-2:]):
+            wrong.append(f"adapters.{'.'.join(map(str, path))} fits no layer")
+    for name, rows in (params.get("added_tokens", {}) if extra else {}).items():
+        table = abstract["text_encoders"].get(name, {}).get("token_embedding")
+        if table is None or rows.shape[-1] != table.shape[-1]:
+            wrong.append(f"added_tokens.{name} fits no text encoder")
+    _raise_if_wrong(wrong, folder)
+
+
+def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:
+    """Check weights against expected shapes.
+
+    Raises:
+      UserError: some are missing, unexpected or of another shape; it names them.
+    """
+    have, want = _flatten(params), _flatten(abstract)
+    wrong = [f"{k} is missing" for k in want if k not in have]
+    wrong += [f"{k} is not expected" for k in have if k not in want]
+    wrong += [
+        f"{k} is of shape {tuple(have[k].shape)}, not {tuple(want[k].shape)}"
+        for k in want
+        if k in have and tuple(have[k].shape) != tuple(want[k].shape)
+    ]
+    _raise_if_wrong(wrong, folder)
+
+
+def _raise_if_wrong(wrong: list[str], folder: str) -> None:
+    if wrong:
+        raise UserError(
+            f"The weights in {folder} are not those of its specification: {'; '.join(wrong[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''}; restore its config.json, or export it again."
+        )
+
+
+def part_of(bundle: Bundle, path: tuple[str, ...], folder: str) -> Any:
+    """Return the parameters of one part of a model.
+
+    Args:
+      bundle: of a text-to-image model, a CLIP, or an autoencoder.
+      path: of the part in a text-to-image model. A CLIP's text encoder serves as any of
+        `text_encoders`, and an autoencoder as `autoencoder`.
+      folder: of the model, for messages.
+
+    Raises:
+      UserError: the model has no such part.
+    """
+    node = bundle.params
+    if isinstance(bundle.spec, ClipConfig) and path[:1] == ("text_encoders",):
+        path = ("text", *path[2:])
+    elif isinstance(bundle.spec, AutoencoderSpec) and path[:1] == ("autoencoder",):
+        path = path[1:]
+    for name in path:
+        if not isinstance(node, Mapping) or name not in node:
+            raise UserError(
+                f"The model in {folder} has no part {'.'.join(path)!r}: expected a model that has "
+                "one; name another folder."
+            )
+        node = node[name]
+    return node
+
+
+def weights_fingerprint(params: PyTree) -> str:
+    """SHA-256, in hex, over names and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for key, leaf in sorted(_flatten(params).items()):
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()

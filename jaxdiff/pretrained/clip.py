@@ -1,4 +1,4 @@
-"""CLIP's parameters under the tensor names of transformers' CLIPModel and its two towers."""
+"""CLIP's parameters under the tensor names of transformers' CLIPModel and its two encoders."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
@@ -23,8 +23,8 @@ from jaxdiff.pretrained.safetensors_io import Renamed
 AnyClipConfig = ClipTextConfig | ClipVisionConfig | ClipConfig
 
 
-def _block_names(tower: str) -> dict[str, str]:
-    layer = f"{tower}.encoder.layers.{{layer}}"
+def _block_names(encoder: str) -> dict[str, str]:
+    layer = f"{encoder}.encoder.layers.{{layer}}"
     return {
         "blocks.attention_norm": f"{layer}.layer_norm1",
         "blocks.attention.q": f"{layer}.self_attn.q_proj",
@@ -62,7 +62,7 @@ CLIP_NAMES = {
 }
 
 
-# What transformers 5 saves of a tower alone begins with these, without the tower's name.
+# Names that transformers 5 gives the tensors of one encoder alone begin with these.
 _BARE = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
@@ -86,7 +86,7 @@ _TEXT_READ = {
     "eos_token_id",
 }
 
-# Without effect on what the tower gives; not of interest once it is trained.
+# Without effect on a trained encoder's outputs.
 _IGNORED = """
     architectures attention_dropout bos_token_id chunk_size_feed_forward dropout dtype id2label
     initializer_factor initializer_range is_encoder_decoder label2id model_type output_attentions
@@ -95,16 +95,18 @@ _IGNORED = """
 
 _TEXT_FIXED: Fixed = dict.fromkeys(_IGNORED.split()) | {"layer_norm_eps": (1e-5,)}
 
-_ENDS_AT_LARGEST = 2  # the id that OpenAI's configs give, wrongly; transformers heeds it so
+_ENDS_AT_LARGEST = (
+    2  # the wrong id in OpenAI's configs, which transformers takes to mean the largest
+)
 
 
 def read_text_config(
     config: Mapping[str, Any], *, projected: bool, what: str = "text_encoder/config.json"
 ) -> ClipTextConfig:
-    """Our config from that of transformers' CLIPTextModel or, `projected`, ...WithProjection.
+    """Read our config from that of transformers' CLIPTextModel or, `projected`, ...WithProjection.
 
     Raises:
-      UserError: the config asks for something that this tower does not have.
+      UserError: the config asks for something that this encoder does not have.
     """
     check_config(what, config, _TEXT_READ, _TEXT_FIXED)
     end_id = config.get("eos_token_id", 49407)
@@ -131,24 +133,25 @@ _VISION_FIXED: Fixed = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
 
 
 def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
-    """Our config of both towers from that of transformers' CLIPModel.
+    """Read our config of both encoders from that of transformers' CLIPModel.
 
-    Old files list, for each tower, everything that any model of transformers could be told; of it
-    only what a CLIP heeds is looked at.
+    Old files list, for each encoder, every option of any model of transformers; only those that a
+    CLIP has are checked.
 
     Raises:
-      UserError: the config asks for something that these towers do not have.
+      UserError: the config asks for something that these encoders do not have.
     """
     end = config.get("projection_dim", 512)
 
-    def tower(name: str, heeded: Collection[str]) -> dict[str, Any]:
-        told = {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
-        return {key: value for key, value in told.items() if key in heeded} | {
-            "projection_dim": end
+    def encoder(name: str, keys: Collection[str]) -> dict[str, Any]:
+        given = {
+            **(config.get(f"{name}_config") or {}),
+            **(config.get(f"{name}_config_dict") or {}),
         }
+        return {key: value for key, value in given.items() if key in keys} | {"projection_dim": end}
 
-    text = tower("text", {*_TEXT_READ, "layer_norm_eps"})
-    vision = tower("vision", {*_VISION_READ, *_VISION_FIXED})
+    text = encoder("text", {*_TEXT_READ, "layer_norm_eps"})
+    vision = encoder("vision", {*_VISION_READ, *_VISION_FIXED})
     check_config(f"{what}, vision_config", vision, _VISION_READ, _VISION_FIXED)
     return ClipConfig(
         text=read_text_config(text, projected=True, what=f"{what}, text_config"),
@@ -164,10 +167,12 @@ def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipCon
 def _layers(
     config: Mapping[str, Any], what: str, *, width: int, heads: int, hidden: int
 ) -> dict[str, Any]:
-    """What is said of either tower's layers, by our names; transformers' defaults are given."""
+    """Return either encoder's layers by our names, given transformers' defaults."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
-        raise UserError(f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu.")
+        raise UserError(
+            f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu; use another model."
+        )
     width = config.get("hidden_size", width)
     return {
         "width": width,
@@ -179,7 +184,7 @@ def _layers(
 
 
 def write_text_config(config: ClipTextConfig) -> dict[str, Any]:
-    """transformers' config, from which `read_text_config` reads ours again."""
+    """Return transformers' config, from which `read_text_config` reads the same."""
     kind = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
     projection = {"projection_dim": config.projection_dim} if config.projection_dim else {}
     return projection | {
@@ -209,16 +214,16 @@ def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: AnyClipConfig, **options: Any
 ) -> dict[str, Any]:
-    """Parameters of the network of `config` from a transformers checkpoint, old or new.
+    """Return the parameters of the network of `config` from a transformers checkpoint, old or new.
 
-    `options` and errors are those of `names.from_torch_names`.
+    `options` and errors are those of `key_mapping.from_torch_names`.
     """
     network, table = _network(config)
-    abstract = abstract_params(blueprint(network, config))
+    abstract = abstract_params(bind_init(network, config))
     renamed = Renamed(tensors, lambda name: _full_name(name, config))
     return names.from_torch_names(renamed, table, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:
-    """The tensors of a transformers checkpoint from the network's parameters, a nested dict."""
+    """Return a transformers checkpoint's tensors from the network's parameters, a nested dict."""
     return names.to_torch_names(params, _network(config)[1])

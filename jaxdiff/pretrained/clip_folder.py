@@ -1,50 +1,53 @@
 """A CLIP as transformers keeps it: `config.json`, `model.safetensors` and its tokenizer's files."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from jaxdiff.data.loader import DataConfig
-from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.data.transforms import Transforms
+from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.pretrained import clip
 from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
-from jaxdiff.training.recipe import Config
-from jaxdiff.training.tasks.clip import ClipTask
 
 CONFIG = "config.json"
 
 
-def is_clip_folder(folder: epath.PathLike) -> bool:
-    """Whether a folder holds a CLIP of transformers."""
-    try:
-        config = json.loads((epath.Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "clip"
+def is_clip_config(data: Any) -> bool:
+    """Whether a `config.json` is that of a CLIP of transformers."""
+    return isinstance(data, dict) and data.get("model_type") == "clip"
+
+
+def read_spec(folder: epath.PathLike) -> ClipConfig:
+    """Read the specification of a CLIP.
+
+    Raises:
+      UserError: the config is missing, or asks for what jaxdiff does not have.
+    """
+    path = epath.Path(folder) / CONFIG
+    return clip.read_config(read_json(path), str(path))
+
+
+def read_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
+    """Read the tokenizer, as that of `text`."""
+    return {"text": Tokenizer.load(str(folder))}
 
 
 def read_clip_folder(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> Bundle:
-    """A CLIP of OpenAI's, OpenCLIP's or anybody's who publishes it so.
+    """Read a CLIP of OpenAI, OpenCLIP or anyone who publishes it so.
 
     Args:
-      folder: that `is_clip_folder`.
-      place: where a parameter goes once it has our layout.
+      folder: with a config that `is_clip_config` accepts.
+      place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: a file is missing or damaged, or asks for what jaxdiff does not have.
     """
-    root = epath.Path(folder)
-    model = clip.read_config(json.loads((root / CONFIG).read_text()), str(root / CONFIG))
-    params = clip.from_torch_names(open_weights(root, "model"), model, place=place)
-    transforms = Transforms(size=model.vision.image_size)
-    data = DataConfig(source=ImageFolder(path="images"), transforms=transforms)
-    config = Config(name=root.resolve().name, task=ClipTask(model=model), data=data)
-    return Bundle(config, params, {}, Tokenizer.load(str(root)))
+    root, spec = epath.Path(folder), read_spec(folder)
+    params = clip.from_torch_names(open_weights(root, "model"), spec, place=place)
+    return Bundle(spec, params, read_tokenizers(root))

@@ -27,69 +27,72 @@ _WEIGHTS = re.compile(
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name could be an id, OWNER/NAME, and is no folder here."""
+    """Whether a name could be an id, OWNER/NAME, and is no local folder."""
     is_file = model.endswith(".safetensors")
     return _ID.fullmatch(model) is not None and not is_file and not epath.Path(model).exists()
 
 
 def download(model: str) -> epath.Path:
-    """The folder of a hub's model in the user's cache, downloaded the first time.
+    """Return the folder of a hub's model in the user's cache, downloaded the first time.
 
-    Only what jaxdiff reads is fetched: safetensors in one precision, configs, tokenizers. Where the
-    hub cannot be asked, it is what was fetched before.
+    Only what jaxdiff reads is downloaded: safetensors in one precision, configs, tokenizers.
+    Without a connection the cached copy is used.
 
     Raises:
-      UserError: there is no such model, it has no safetensors, or it cannot be had.
+      UserError: there is no such model, it has no safetensors, or it cannot be downloaded.
     """
-    client, here = huggingface_hub.HfApi(), False
+    client, cached = huggingface_hub.HfApi(), False
     try:
         names = [file.rfilename for file in client.model_info(model).siblings or []]
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise _not_had(model, error) from error
-    except Exception as error:  # no connection: which class that is, the hub's HTTP client decides
+        raise _download_error(model, error) from error
+    except Exception as error:  # no connection: its class depends on the hub's HTTP client
         try:
-            names, here = [file.path for file in huggingface_hub.get_cached_repo_tree(model)], True
+            names, cached = (
+                [file.path for file in huggingface_hub.get_cached_repo_tree(model)],
+                True,
+            )
         except (CachedRepoTreeNotFoundError, OSError):
-            raise _not_had(model, error) from error
+            raise _download_error(model, error) from error
     files = wanted(names)
     if not any(map(_is_weights, files)):
         raise UserError(
             f"{model} has no weights that jaxdiff reads: expected safetensors, as pickled ones are "
-            "never opened; take a variant of the model that has them."
+            "never opened; use a variant of the model that has them."
         )
-    return _fetch(model, files, here)
+    return _fetch(model, files, cached)
 
 
 def download_tokenizer() -> epath.Path:
-    """The folder of CLIP's tokenizer in the user's cache, downloaded the first time.
+    """Return the folder of CLIP's tokenizer in the user's cache, downloaded the first time.
 
     Raises:
-      UserError: it cannot be had.
+      UserError: it cannot be downloaded.
     """
-    return _fetch(CLIP, ["vocab.json", "merges.txt", "tokenizer_config.json"], here=False)
+    return _fetch(CLIP, ["vocab.json", "merges.txt", "tokenizer_config.json"], cached=False)
 
 
-def _fetch(model: str, files: list[str], here: bool) -> epath.Path:
-    """The folder of all these files, `here` of what was fetched before alone."""
+def _fetch(model: str, files: list[str], cached: bool) -> epath.Path:
+    """Return the folder of these files; `cached` asks for those downloaded before alone."""
     try:
         folder = huggingface_hub.snapshot_download(
-            model, allow_patterns=files, local_files_only=here
+            model, allow_patterns=files, local_files_only=cached
         )
     except Exception as error:
-        raise _not_had(model, error) from error
+        raise _download_error(model, error) from error
     return epath.Path(folder)
 
 
-def _not_had(model: str, error: Exception) -> UserError:
+def _download_error(model: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
-        f"{model} is no folder here and cannot be had from the hub ({reason}); check the name, "
-        "the connection, and, for a model under a licence, `hf auth login`."
+        f"{model} is no local folder and cannot be downloaded from the hub ({reason}): check the "
+        "name, the connection, and, for a model under a licence, `hf auth login`."
     )
 
 
 def wanted(files: list[str]) -> list[str]:
-    """The files of a repository that jaxdiff reads; half precision only where there is no other.
+    """Return the files of a repository that jaxdiff reads; half precision only without another.
 
     A repository without `model_index.json` is one model by itself: an autoencoder, a CLIP.
     """

@@ -1,15 +1,14 @@
-"""Translates a network's parameters to the tensors of a PyTorch checkpoint, and back, by a table.
+"""A network's parameters as the tensors of a PyTorch checkpoint, and back, by a table.
 
 A table maps the path of one of our modules (or parameters) to its name there:
 
     "blocks.attention.q": "text_model.encoder.layers.{layer}.self_attn.q_proj"
     "encoder.levels.*.blocks.*": "encoder.down_blocks.{}.resnets.{}"
 
-`*` is an index in a list, and fills the `{}` in order; `{layer}` says that our parameters carry all
-layers stacked along a leading axis. The entry with the longest matching path counts, and what
-follows it in the path is the same in both. Layouts follow from the parameter: `kernel` is
-transposed (linear) or turned from HWIO to OIHW (convolution) and called `weight` there, as is
-`scale`.
+`*` is an index in a list, and fills the `{}` in order; `{layer}` means that our parameters have all
+layers stacked along a leading axis. The entry with the longest matching path applies, and the rest
+of the path is the same in both. Layouts follow from the parameter: `kernel` is transposed (linear)
+or permuted from HWIO to OIHW (convolution) and called `weight` there, as is `scale`.
 """
 
 import itertools
@@ -30,33 +29,33 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 _SHOWN = 5  # names in an error message
 _READERS = 4  # tensors read at a time: what is in memory beside the parameters
-_LINE = 64  # bytes of a cache line; JAX's CPU backend takes over what is aligned to it, uncopied
+_LINE = 64  # bytes of a cache line; JAX's CPU backend uses arrays aligned to it without a copy
 
 
 class Tensor(NamedTuple):
-    """One parameter of ours and where it lies there; `depth` is None unless layers are stacked."""
+    """One parameter of ours and its name there; `depth` is None unless layers are stacked."""
 
     name: str
     is_kernel: bool
     depth: int | None
 
     def names(self) -> list[str]:
-        """Of each layer of the stack, or of the one that there is."""
+        """Return the name of each layer of the stack, or the only name."""
         return [self.name.format(layer=layer) for layer in range(self.depth or 1)]
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        """One layer, in PyTorch's layout: [out, in] or [out, in, height, width]."""
+        """Return one layer in PyTorch's layout: [out, in] or [out, in, height, width]."""
         if not self.is_kernel:
             return value
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
     def from_torch(self, value: np.ndarray, out: np.ndarray) -> None:
-        """Writes the inverse of `to_torch` to an array of our layout."""
+        """Write the inverse of `to_torch` to an array of our layout."""
         if not self.is_kernel:
             out[...] = value
             return
-        # So many rows as fill a line of the cache at a time: numpy's own order writes one number of
-        # it at a time, which is a third as fast.
+        # Copy as many rows at a time as fill a cache line: numpy's own order writes one number of a
+        # line at a time, which is a third as fast.
         size = _LINE // value.itemsize
         for start in range(0, len(value), size):
             rows = slice(start, start + size)
@@ -65,12 +64,12 @@ class Tensor(NamedTuple):
 
 
 def flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
-    """Parameters by their paths."""
+    """Return parameters by their paths."""
     return cast(dict[Path, Any], traverse_util.flatten_dict(params))
 
 
 def locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> Tensor:
-    """Where the parameter at `path` lies in a checkpoint, by the table `names`."""
+    """Return the tensor of the parameter at `path` in a checkpoint, by the table `names`."""
     pieces = ["*" if isinstance(piece, int) else piece for piece in path]
     indices = [piece for piece in path if isinstance(piece, int)]
     for end in range(len(path), 0, -1):
@@ -99,20 +98,18 @@ def from_torch_names(
     *,
     place: Callable[[np.ndarray], Any] = np.asarray,
 ) -> dict[str, Any]:
-    """Our parameters from a checkpoint's tensors, each in its own dtype.
+    """Read our parameters from a checkpoint's tensors, each in its own dtype.
 
-    All names and shapes are checked before the first tensor is read; then they are read one
-    parameter at a time.
+    All names and shapes are checked before the first tensor is read.
 
     Args:
       tensors: of the checkpoint, by name.
       names: the table.
-      params: nested dict of what the network has; only the shapes are read, so abstract will do.
-      place: where a parameter goes once it has our layout, such as onto its devices.
+      params: nested dict of the network's parameters, which may be abstract: only shapes are read.
+      place: called with each parameter in our layout, such as to move it to a device.
 
     Returns:
-      A nested dict of what `place` returns, of the structure of `params`, for `nnx.merge` or
-      `nnx.update`.
+      What `place` returns, as a nested dict of the structure of `params`.
 
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
@@ -149,7 +146,7 @@ def from_torch_names(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array whose memory JAX can take over."""
+    """Return an empty array whose memory JAX can use without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE
@@ -157,7 +154,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
+    """Return a checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
     tensors = {}
     for path, value in flatten(params).items():
         tensor = locate(path, value.shape, names)

@@ -5,8 +5,8 @@
     lora_unet_down_blocks_0_ ... _to_q.lora_down.weight    kohya; lora_te_, lora_te1_, lora_te2_
     lora_unet_input_blocks_1_1_ ... _to_q.lora_down.weight kohya, by the original names of the U-Net
 
-An output counts alpha / rank: kohya has a tensor `alpha` by each pair, PEFT has it in the file's
-metadata, and where there is none it is the rank.
+The factor on an adapter's output is alpha / rank: kohya stores a tensor `alpha` with each pair,
+PEFT stores it in the file's metadata, and without either it is the rank.
 """
 
 import functools
@@ -22,18 +22,19 @@ from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
-from jaxdiff.models.layers import abstract_params, blueprint
-from jaxdiff.models.lora import Factors, Path
-from jaxdiff.models.text_encoders.clip import ClipText
-from jaxdiff.pipelines.lora import Adapters
+from jaxdiff.models.conditioning import ClipTextEncoder
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.lora import Adapters, Factors, Path
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip import TEXT_NAMES
-from jaxdiff.pretrained.diffusers import text_folders
+from jaxdiff.pretrained.diffusers import ENCODERS
 from jaxdiff.pretrained.key_mapping import flatten, locate
 from jaxdiff.pretrained.safetensors_io import TensorFiles
 from jaxdiff.pretrained.single_file import unet_original_name
 from jaxdiff.pretrained.unet import UNET_NAMES
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+
+FOLDERS = {"denoiser": "unet", **ENCODERS}
+"""Our parts by their names in a diffusers checkpoint."""
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -65,22 +66,23 @@ class _Layer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _layers(task: DiffusionTask) -> dict[str, _Layer]:
-    """The layers that can have an adapter, by part and name in a diffusers checkpoint."""
-    if not isinstance(task.denoiser, UNet2DConditionConfig):
+def _layers(spec: TextToImage) -> dict[str, _Layer]:
+    """Return the layers that can have an adapter, by part and name in a diffusers checkpoint."""
+    if not isinstance(spec.denoiser, UNet2DConditionConfig):
         raise UserError(
-            f"The model's denoiser is a {type(task.denoiser).__name__.removesuffix('Config')}: "
-            "LoRA files are for Stable Diffusion's U-Net."
+            f"The denoiser of {spec.name} is a {type(spec.denoiser).__name__}: expected Stable "
+            "Diffusion's U-Net, the only network that LoRA files are for; use another model."
         )
-    network = task.denoiser
+    abstract = spec.abstract_params()
     parts: dict[str, tuple[Any, Mapping[str, str]]] = {
-        "denoiser": (blueprint(UNet2DConditionModel, network), UNET_NAMES)
+        "denoiser": (abstract["denoiser"], UNET_NAMES)
     }
-    for name, tower in task.towers.items():
-        parts[name] = (blueprint(ClipText, tower.model), TEXT_NAMES)
-    folders, layers = _folders(task), {}
-    for part, (build, table) in parts.items():
-        for path, leaf in flatten(abstract_params(build)).items():
+    for name, encoder in spec.conditioner.encoders.items():
+        if isinstance(encoder, ClipTextEncoder) and name in ENCODERS:
+            parts[name] = (abstract["text_encoders"][name], TEXT_NAMES)
+    layers = {}
+    for part, (params, table) in parts.items():
+        for path, leaf in flatten(params).items():
             if path[-1] != "kernel":
                 continue
             tensor = locate(path, leaf.shape, table)
@@ -88,34 +90,29 @@ def _layers(task: DiffusionTask) -> dict[str, _Layer]:
             kernel = leaf.shape[1:] if stacked else leaf.shape
             for index, name in enumerate(tensor.names()):
                 place = (index, tensor.depth) if stacked else (None, None)
-                name = f"{folders[part]}.{name.removesuffix('.weight')}"
+                name = f"{FOLDERS[part]}.{name.removesuffix('.weight')}"
                 layers[name] = _Layer(part, path[:-1], kernel, *place)
     return layers
 
 
-def _folders(task: DiffusionTask) -> dict[str, str]:
-    """The names of our parts in a diffusers checkpoint."""
-    return {"denoiser": "unet"} | dict(zip(task.towers, text_folders(task), strict=True))
-
-
-def _names(task: DiffusionTask) -> dict[str, _Layer]:
-    """Every name that a file may call a layer by."""
-    names = dict(_layers(task))
-    for name, layer in _layers(task).items():
+def _names(spec: TextToImage) -> dict[str, _Layer]:
+    """Return the layers by every name that a file may have for them."""
+    names = dict(_layers(spec))
+    for name, layer in _layers(spec).items():
         folder, _, theirs = name.partition(".")
         calls = [theirs]
         if layer.part == "denoiser":
             names[f"base_model.model.{theirs}"] = layer
-            assert isinstance(task.denoiser, UNet2DConditionConfig)
-            calls.append(unet_original_name(theirs, task.denoiser))
+            assert isinstance(spec.denoiser, UNet2DConditionConfig)
+            calls.append(unet_original_name(theirs, spec.denoiser))
         for kind in _KOHYA[folder]:
             names |= {f"lora_{kind}_{call.replace('.', '_')}": layer for call in calls}
     return names
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """The name of the layer, and which of its tensors it is; None for what is not of LoRA."""
-    # to_q_lora of a processor is what to_q has later; its output layer is the first of a list.
+    """Return the name of the layer, and which of its tensors it is; None if it is not of LoRA."""
+    # A processor's to_q_lora is to_q in later files; its output layer is the first of a list.
     name = re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", name)
     name = name.replace(".to_out.lora.", ".to_out.0.lora.")
     for end, kind in _ENDS.items():
@@ -124,14 +121,17 @@ def _split(name: str) -> tuple[str, str] | None:
     return None
 
 
-def read_lora(file: epath.PathLike, task: DiffusionTask) -> dict[str, dict[Path, Factors]]:
-    """The adapters in a LoRA file, with their scale in `up`, in float32.
+def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, Factors]]:
+    """Read the adapters in a LoRA file, with their scale in `up`, in float32.
 
-    Where a stack of layers has them for some of its layers, the others get zeros.
+    Where only some layers of a stack have adapters, the others get zeros.
 
     Args:
       file: safetensors, or a folder with `pytorch_lora_weights.safetensors`.
-      task: of the model that they are for.
+      spec: of the model that they are for.
+
+    Returns:
+      Adapters by part, `denoiser` or the name of a text encoder, then by the path of the layer.
 
     Raises:
       UserError: the file is damaged, pickled, of another kind of adapter, or of another model.
@@ -139,9 +139,9 @@ def read_lora(file: epath.PathLike, task: DiffusionTask) -> dict[str, dict[Path,
     path = epath.Path(file)
     path = path / FILE if path.is_dir() else path
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: LoRA is read from .safetensors files alone; convert it.")
+        raise UserError(f"{path} is no LoRA file: expected a .safetensors file; convert it.")
     tensors = TensorFiles([path])
-    layers, found = _names(task), defaultdict(dict)
+    layers, found = _names(spec), defaultdict(dict)
     strange = []
     for name in tensors:
         split = _split(name)
@@ -153,10 +153,10 @@ def read_lora(file: epath.PathLike, task: DiffusionTask) -> dict[str, dict[Path,
         raise UserError(
             f"{path} has {len(strange)} tensors that are no LoRA of this model's layers, such as "
             f"{strange[0]}: expected pairs like lora_A and lora_B, or lora_down and lora_up, for "
-            "the layers of the model that it was trained on."
+            "the layers of the model that it was trained on; load that model."
         )
-    said, folders = _metadata_alphas(tensors), _folders(task)
-    alphas = {part: said[folder] for part, folder in folders.items() if folder in said}
+    stated = _metadata_alphas(tensors)
+    alphas = {part: stated[folder] for part, folder in FOLDERS.items() if folder in stated}
     pairs = {layer: _pair(layer, parts, alphas, path) for layer, parts in found.items()}
     adapters: dict[str, dict[Path, Factors]] = defaultdict(dict)
     for layer in pairs:
@@ -171,7 +171,7 @@ def _pair(
 ) -> Factors:
     name = ".".join(map(str, layer.path))
     if not {"down", "up"} <= set(parts):
-        raise UserError(f"{path} has half a pair for {name}: expected both; copy it anew.")
+        raise UserError(f"{path} has half a pair for {name}: expected both; copy it again.")
     down, up = parts["down"], parts["up"]
     rank = len(down)
     *window, inputs, outputs = layer.kernel
@@ -181,7 +181,7 @@ def _pair(
     if down.size != np.prod(wanted[0]) or up.size != np.prod(wanted[1]):
         raise UserError(
             f"{path}: the adapter of {name} is {down.shape} and {up.shape}, expected {wanted[0]} "
-            f"and {wanted[1]}; is it for another model?"
+            f"and {wanted[1]}; load the model that it was trained on."
         )
     alpha = float(parts["alpha"]) if "alpha" in parts else alphas.get(layer.part, rank)
     down, up = down.reshape(wanted[0]), up.reshape(wanted[1]) * np.float32(alpha / rank)
@@ -190,7 +190,7 @@ def _pair(
 
 
 def _stacked(pairs: Mapping[int | None, Factors], layer: _Layer) -> Factors:
-    """All layers of a stack, of the greatest of their ranks."""
+    """Return all layers of a stack, padded to the largest rank."""
     if layer.depth is None:
         return pairs[None]
     rank = max(pair.down.shape[-1] for pair in pairs.values())
@@ -204,30 +204,30 @@ def _stacked(pairs: Mapping[int | None, Factors], layer: _Layer) -> Factors:
 
 
 def _metadata_alphas(tensors: TensorFiles) -> dict[str, float]:
-    """`lora_alpha` by part, where the file says it; for all layers of the part."""
+    """Return `lora_alpha` by part, where the file states one for all layers of the part."""
     try:
-        said = json.loads(tensors.metadata.get("lora_adapter_metadata", "{}"))
+        stated = json.loads(tensors.metadata.get("lora_adapter_metadata", "{}"))
         return {
             name.removesuffix(".lora_alpha"): float(value)
-            for name, value in said.items()
+            for name, value in stated.items()
             if name.endswith(".lora_alpha")
         }
     except (ValueError, AttributeError, TypeError):
         return {}
 
 
-def write_lora(file: epath.PathLike, adapters: Adapters, task: DiffusionTask) -> None:
-    """Writes a LoRA file that diffusers' `load_lora_weights` and `read_lora` read.
+def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> None:
+    """Write a LoRA file that diffusers' `load_lora_weights` and `read_lora` read.
 
     Args:
       file: safetensors, or a folder to write `pytorch_lora_weights.safetensors` into.
-      adapters: with their scale in `up`.
-      task: of the model that they are for.
+      adapters: by part and path, with their scale in `up`.
+      spec: of the model that they are for.
     """
     path = epath.Path(file)
     path = path / FILE if path.suffix != ".safetensors" else path
     tensors = {}
-    for theirs, layer in _layers(task).items():
+    for theirs, layer in _layers(spec).items():
         pair = adapters.get(layer.part, {}).get(layer.path)
         if pair is None:
             continue

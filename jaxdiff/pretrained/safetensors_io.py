@@ -15,7 +15,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
 
 Shape = tuple[int, ...]
-Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it; must not look at the values
+Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, by its shape alone
 
 
 _TYPES = {
@@ -30,11 +30,11 @@ _TYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-"""The numbers of a safetensors file, by the format's names for them."""
+"""Number types of a safetensors file, by the format's names."""
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     file: epath.Path
     first: int  # byte of the file
@@ -45,8 +45,8 @@ class _Place(NamedTuple):
 class TensorFiles(Mapping[str, np.ndarray]):
     """Tensors by name, of one or several safetensors files; only their headers are held.
 
-    A tensor is the file itself, mapped into memory for as long as somebody has the array: nothing
-    is copied, and no more of the file than that one tensor counts as memory in use.
+    A tensor is the file itself, mapped into memory as long as the array is referenced: nothing is
+    copied, and no more of the file than that one tensor counts as memory in use.
     """
 
     def __init__(self, files: list[epath.Path]):
@@ -60,8 +60,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         file, first, dtype, shape = self._places[name]
         if not math.prod(shape):
-            return np.empty(shape, dtype)  # nothing cannot be mapped
-        # What is written to the array, as JAX does to a donated one, stays out of the file.
+            return np.empty(shape, dtype)  # an empty range cannot be mapped
+        # Writes to the array, such as JAX's to a donated one, do not reach the file.
         return np.asarray(np.memmap(str(file), dtype, "c", first, shape))
 
     def __iter__(self) -> Iterator[str]:
@@ -72,14 +72,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """Tensors under other names, or parts of them, read no sooner than they are asked for."""
+    """Tensors under other names, or parts of them, each read when it is accessed."""
 
     def __init__(
         self,
         tensors: Mapping[str, np.ndarray],
         rename: Callable[[str], str | Mapping[str, Cut] | None],
     ):
-        """`rename` gives a tensor's new name, or the parts to cut it into, or None to drop it."""
+        """`rename` returns a tensor's new name, or the parts to cut it into, or None to drop it."""
         self._tensors = tensors
         self._parts: dict[str, tuple[str, Cut | None]] = {}
         self.shapes: dict[str, Shape] = {}
@@ -103,20 +103,23 @@ class Renamed(Mapping[str, np.ndarray]):
         return len(self._parts)
 
 
-def to_device(tensor: np.ndarray) -> jax.Array:
-    """An array of JAX. In C's order first: JAX would compile the reordering of every shape."""
+def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
+    """Return an array of JAX; one that is on a device already stays where it is."""
+    if isinstance(tensor, jax.Array):
+        return tensor
+    # In C order first: JAX would compile the reordering of every shape.
     return jax.device_put(np.ascontiguousarray(tensor))
 
 
 def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
-    """The shape of each tensor; of files none is read for it."""
+    """Return the shape of each tensor, without reading files."""
     if isinstance(tensors, TensorFiles | Renamed):
         return tensors.shapes
     return {name: np.shape(value) for name, value in tensors.items()}
 
 
 def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
-    """The weights of one part of a diffusers or transformers folder, whole, sharded or `fp16`.
+    """Open the weights of one part of a diffusers or transformers folder, whole, sharded or `fp16`.
 
     Args:
       folder: of the part.
@@ -136,7 +139,7 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
     if folder.exists() and any(folder.glob("*.bin")):
         raise UserError(
             f"{folder} holds pickled weights alone, which could run code and are never opened: "
-            f"expected {stem}.safetensors; take the model's safetensors variant."
+            f"expected {stem}.safetensors; use the model's safetensors variant."
         )
     raise UserError(
         f"{folder} holds no weights: expected {stem}.safetensors, {stem}.fp16.safetensors, or "
@@ -145,25 +148,28 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
-    """The files that an index names, all in its own folder."""
+    """Return the files that an index names, all in its own folder."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards ({error}); copy it anew.") from error
+        raise UserError(f"{index} is no index of shards ({error}): copy it again.") from error
     for name in names:
         if name != epath.Path(name).name:
-            raise UserError(f"{index} names {name!r}, outside its folder; do not trust this model.")
+            raise UserError(
+                f"{index} names {name!r}, outside its folder: expected files beside it; do not "
+                "trust this model."
+            )
         if not (index.parent / name).exists():
-            raise UserError(f"{index.parent} lacks the shard {name}; copy the whole folder.")
+            raise UserError(f"{index.parent} lacks the shard {name}: copy the whole folder.")
     return [index.parent / name for name in names]
 
 
 def _check(file: epath.Path) -> dict[str, str]:
-    """Has the format's own library check the header against the file; gives its metadata."""
+    """Check the header against the file with the format's own library; return its metadata."""
     if not is_local(file):
         raise UserError(
-            f"{file} lies in a cloud's storage, where jaxdiff reads models of its own alone: copy "
-            "the model's folder to this machine."
+            f"{file} is in cloud storage, from which jaxdiff reads only its own models: copy the "
+            "model's folder to this machine."
         )
     try:
         with safe_open(str(file), framework="numpy") as tensors:
@@ -171,11 +177,11 @@ def _check(file: epath.Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut off ({error}); copy it anew.") from error
+        raise UserError(f"{file} is damaged or cut off ({error}): copy it again.") from error
 
 
 def _places(file: epath.Path) -> dict[str, _Place]:
-    """Where the tensors of a file that `_check` has found whole lie in it."""
+    """Return where the tensors of a file that `_check` accepts are stored."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -184,7 +190,7 @@ def _places(file: epath.Path) -> dict[str, _Place]:
         if entry["dtype"] not in _TYPES:
             raise UserError(
                 f"{file}: {name} has numbers of type {entry['dtype']}, which jaxdiff does not "
-                f"read: expected one of {', '.join(_TYPES)}; take another variant of the model."
+                f"read: expected one of {', '.join(_TYPES)}; use another variant of the model."
             )
     return {
         name: _Place(

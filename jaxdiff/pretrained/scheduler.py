@@ -1,14 +1,14 @@
-"""How a checkpoint wants to be sampled, from diffusers' `scheduler_config.json`."""
+"""How a checkpoint is to be sampled, from diffusers' `scheduler_config.json`."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import ConsistencyGrid, KarrasGrid, LogSnrGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.config_check import Fixed, check_config
-from jaxdiff.sampling.sampler import AnySolver
+from jaxdiff.sampling.solvers import AnySolver
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
 from jaxdiff.sampling.solvers_sde import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
 from jaxdiff.sampling.unipc import UniPC
@@ -19,7 +19,7 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sa
 
 _DPM, _UNIPC, _LCM = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"
 
-SOLVERS = {
+SCHEDULERS = {
     ("DDIMScheduler",): DDIM,
     ("DDPMScheduler",): DDPM,
     ("PNDMScheduler",): PLMS,
@@ -32,21 +32,21 @@ SOLVERS = {
     (_UNIPC,): UniPC,
     (_LCM,): LCM,
 }
-"""By class, and for one of them by algorithm_type and solver_order."""
+"""Our solvers by diffusers' class, and for one of them by algorithm_type and solver_order."""
 
-# The kinds that start at the noise of their first step, and may stand between training steps.
+# These start at the noise of their first step, which may lie between training steps.
 _EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 _SPACED_BY_NOISE = ("EulerDiscreteScheduler", "HeunDiscreteScheduler", _DPM, _UNIPC)
 
-# What diffusers takes where a config is silent, by the kind of scheduler.
-_SILENT = {
+# diffusers' defaults of missing keys, by the kind of scheduler.
+_MISSING = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
     "beta_end": 0.02,
     "timestep_spacing": "linspace",
 }
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-_SILENT_OF = {
+_MISSING_OF = {
     "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
     "DDPMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
     "PNDMScheduler": {"skip_prk_steps": False, "timestep_spacing": "leading"},
@@ -95,7 +95,7 @@ _FIXED: Fixed = {
     "predict_x0": (True,),
     "disable_corrector": ([], ()),
     "solver_p": (None,),
-    "lower_order_final": None,  # the last step, into no noise at all, is of first order anyhow
+    "lower_order_final": None,  # the last step, to no noise, is of first order in any case
     "euler_at_final": None,
     "lambda_min_clipped": (None, float("-inf")),
     "variance_type": (None, "fixed_small"),
@@ -108,36 +108,36 @@ GRIDS = (TrainStepGrid, KarrasGrid, LogSnrGrid, ConsistencyGrid)
 
 
 class Scheduling(NamedTuple):
-    """A checkpoint's noise and its way of sampling."""
+    """A checkpoint's noise and how it is sampled; `init_noise` is that of `Sampler`."""
 
     schedule: ScaledLinear
     prediction: Prediction
     solver: AnySolver
     grid: TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid
-    unit_noise: bool  # it starts at variance 1, whatever sigma says of the first step
+    init_noise: Literal["unit", "schedule"]
 
 
 def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
-    """Schedule, prediction type, solver and time grid of a checkpoint.
+    """Read schedule, prediction type, solver and time grid of a checkpoint.
 
     Raises:
       UserError: the config asks for what jaxdiff does not have; it names the key.
     """
     kind = str(config.get("_class_name", "DDIMScheduler"))
-    kinds = list(dict.fromkeys(key[0] for key in SOLVERS))
+    kinds = list(dict.fromkeys(key[0] for key in SCHEDULERS))
     if kind not in kinds:
         raise UserError(
             f"{what}: jaxdiff does not have {kind}: expected {', '.join(kinds)}; change "
             "_class_name to one of them, with which the same network samples as well."
         )
-    config = {**_SILENT, **_SILENT_OF.get(kind, {}), **config}
+    config = {**_MISSING, **_MISSING_OF.get(kind, {}), **config}
     by_noise = _NOISE_SPACINGS if kind in _SPACED_BY_NOISE else {}
     check_config(what, config, {*_READ, *by_noise, *_READ_OF.get(kind, ())}, _FIXED)
     prediction, spacing = config.get("prediction_type", "epsilon"), config["timestep_spacing"]
     if prediction not in PREDICTIONS or spacing not in ("leading", "trailing", "linspace"):
         raise UserError(
             f"{what}: prediction_type is {prediction!r} and timestep_spacing {spacing!r}: expected "
-            f"{', '.join(PREDICTIONS)}, and leading, trailing or linspace."
+            f"{', '.join(PREDICTIONS)}, and leading, trailing or linspace; change the config."
         )
     schedule = ScaledLinear(
         beta_start=config["beta_start"],
@@ -146,8 +146,9 @@ def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
         zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
     )
     solver, grid = _solver(kind, config, what), _grid(kind, config, schedule, what)
-    unit_noise = not (kind in _EULERS and spacing != "leading")
-    return Scheduling(schedule, PREDICTIONS[prediction], solver, grid, unit_noise)
+    starts_at_sigma = kind in _EULERS and spacing != "leading"
+    init_noise = "schedule" if starts_at_sigma else "unit"
+    return Scheduling(schedule, PREDICTIONS[prediction], solver, grid, init_noise)
 
 
 def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
@@ -159,17 +160,19 @@ def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
     if kind == _UNIPC:
         variant = config.get("solver_type", "bh2")
         if variant not in ("bh1", "bh2"):
-            raise UserError(f"{what}: solver_type is {variant!r}: expected bh1 or bh2.")
+            raise UserError(
+                f"{what}: solver_type is {variant!r}: expected bh1 or bh2; change the config."
+            )
         return UniPC(variant=variant)
     if kind != _DPM:
-        return SOLVERS[(kind,)]()
+        return SCHEDULERS[(kind,)]()
     algorithm, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
-    if (kind, algorithm, order) not in SOLVERS:
+    if (kind, algorithm, order) not in SCHEDULERS:
         raise UserError(
             f"{what}: algorithm_type is {algorithm!r} and solver_order {order!r}: expected "
-            "dpmsolver++ with 2, or sde-dpmsolver++ with 1 or 2."
+            "dpmsolver++ with 2, or sde-dpmsolver++ with 1 or 2; change the config."
         )
-    return SOLVERS[(kind, algorithm, order)]()
+    return SCHEDULERS[(kind, algorithm, order)]()
 
 
 def _grid(
@@ -185,7 +188,8 @@ def _grid(
         if kind in _EULERS and spacing != "linspace":
             raise UserError(
                 f"{what}: {key} with timestep_spacing {spacing!r} spaces from a noise that depends "
-                "on the number of steps, which jaxdiff does not have: expected linspace."
+                "on the number of steps, which jaxdiff does not have: expected linspace; change "
+                "the config."
             )
         return by_noise(schedule=schedule, last=1 / steps)
     has_end = kind in ("DDIMScheduler", "PNDMScheduler")
@@ -201,18 +205,18 @@ def _grid(
 
 
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
-    """The config that `read_scheduling` reads the same from, and diffusers too.
+    """Return a config that diffusers reads, and from which `read_scheduling` returns the same.
 
     Raises:
       UserError: diffusers has no such solver, or not with this grid.
     """
     schedule, grid, solver = scheduling.schedule, scheduling.grid, scheduling.solver
-    kind, *told = {solver: key for key, solver in SOLVERS.items()}[type(solver)]
+    kind, *variant = {solver: key for key, solver in SCHEDULERS.items()}[type(solver)]
     kind = str(kind)
     if isinstance(solver, Heun) and solver != Heun(variable="sigma"):
         raise UserError(
             "This Heun is none of diffusers' schedulers: expected Heun(variable='sigma') without "
-            "churn; give it that to write it."
+            "churn; change the model's solver."
         )
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     config = {
@@ -223,7 +227,7 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
         "beta_end": schedule.beta_end,
         "prediction_type": predictions[scheduling.prediction],
         **_grid_config(kind, grid, schedule),
-        **dict(zip(("algorithm_type", "solver_order"), told, strict=False)),
+        **dict(zip(("algorithm_type", "solver_order"), variant, strict=False)),
     }
     if kind not in ("PNDMScheduler", "HeunDiscreteScheduler"):
         config["rescale_betas_zero_snr"] = schedule.zero_terminal_snr
@@ -243,7 +247,7 @@ def _grid_config(
     grid: TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid,
     schedule: ScaledLinear,
 ) -> dict[str, Any]:
-    """The part of a scheduler's config that says where its steps stand."""
+    """Return the part of a scheduler's config that states its steps."""
     if isinstance(grid, ConsistencyGrid) and kind == _LCM:
         return {"original_inference_steps": grid.distilled_steps}
     if isinstance(grid, TrainStepGrid) and kind != _LCM:
@@ -256,6 +260,6 @@ def _grid_config(
             if grid == by_noise(schedule=schedule, last=1 / schedule.num_train_steps):
                 return {"timestep_spacing": "linspace", key: True}
     raise UserError(
-        f"diffusers' {kind} does not have the steps of {grid}: give it a "
-        f"{'ConsistencyGrid' if kind == _LCM else 'TrainStepGrid'} to write it."
+        f"diffusers' {kind} does not have the steps of {grid}: expected a "
+        f"{'ConsistencyGrid' if kind == _LCM else 'TrainStepGrid'}; change the model's time grid."
     )

@@ -5,7 +5,7 @@
     cond_stage_model.*                 the text encoder of 1.x (CLIP) and 2.x (OpenCLIP)
     conditioner.embedders.N.*          those of XL
 
-Such a file holds weights alone. What it is of is told by the names in it, and the rest is as it was
+Such a file holds weights alone. The names in it identify the model, and the rest is as it was
 published; 2.x is taken to be the variant for 768 pixels, which predicts v unless the file says eps.
 """
 
@@ -18,19 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxdiff.data.loader import DataConfig
-from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.losses import Objective
 from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    ClipTextEncoder,
+    StableDiffusionXLConditioner,
+)
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import autoencoder, clip, unet
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.hub import download_tokenizer
@@ -45,66 +46,78 @@ from jaxdiff.pretrained.presets import (
     XL_SCALING_FACTOR,
 )
 from jaxdiff.pretrained.safetensors_io import Cut, Renamed, TensorFiles, to_device
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, Euler
-from jaxdiff.training.recipe import Config
-from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 
+OPENCLIP_PAD = 0
+"""The id of "!", with which OpenCLIP pads."""
+
 
 class Variant(NamedTuple):
-    """One published generation."""
+    """One published generation.
 
-    mark: str  # the name of a tensor that it has and those before it in the list have not
+    Attributes:
+      mark: the name of a tensor that it has, and later ones of `VARIANTS` alone have too.
+      network: the U-Net.
+      conditioner: the text encoders.
+      prefixes: the beginnings of the text encoders' tensor names, by encoder.
+      sampler: how it is sampled.
+      prediction: of the network, where the file states none.
+      autoencoder: its size.
+      size: of the images, in pixels.
+    """
+
+    mark: str
     network: UNet2DConditionConfig
-    towers: dict[str, TextTower]  # by the beginning of their tensors' names
-    sampling: SamplingConfig
+    conditioner: ClipConditioner | StableDiffusionXLConditioner
+    prefixes: dict[str, str]
+    sampler: Sampler
     prediction: Prediction = "eps"
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     size: int = 512
 
 
-def _leading(solver: PLMS | Euler | DDIM, **changes: Any) -> SamplingConfig:
+def _leading(solver: PLMS | Euler | DDIM, **changes: Any) -> Sampler:
     grid = TrainStepGrid(offset=1, **changes)
-    return SamplingConfig(
-        solver=solver, grid=grid, unit_noise=True, num_steps=50, guidance_scale=7.5
-    )
+    return Sampler(solver=solver, grid=grid, init_noise="unit", num_steps=50, guidance_scale=7.5)
 
 
-def _tower(model: ClipTextConfig, **changes: Any) -> TextTower:
-    return TextTower(model=model, trained=False, **changes)
+def _inner(model: ClipTextConfig) -> ClipTextEncoder:
+    """Return XL's reading of an encoder: the last block but one, without the final norm."""
+    return ClipTextEncoder(model=model, hidden_layer=-2, final_norm=False)
 
 
-PAD = 0  # "!", with which OpenCLIP pads
-
-_XL_SAMPLING = _leading(Euler(), rounded=False)
-_INNER_G = _tower(OPENCLIP_G, layer=-2, final_norm=False, pad_id=PAD)
+_XL_SAMPLER = _leading(Euler(), rounded=False)
 
 VARIANTS = [
     Variant(
         "conditioner.embedders.1.model.ln_final.weight",
         XL,
+        StableDiffusionXLConditioner(text=_inner(CLIP_L), text_2=_inner(OPENCLIP_G)),
         {
-            "conditioner.embedders.0.transformer.": _tower(CLIP_L, layer=-2, final_norm=False),
-            "conditioner.embedders.1.model.": _INNER_G,
+            "text": "conditioner.embedders.0.transformer.",
+            "text_2": "conditioner.embedders.1.model.",
         },
-        _XL_SAMPLING,
+        _XL_SAMPLER,
         autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
         size=1024,
     ),
     Variant(
         "conditioner.embedders.0.model.ln_final.weight",
         REFINER,
-        {"conditioner.embedders.0.model.": _INNER_G},
-        _XL_SAMPLING,
+        StableDiffusionXLConditioner(text_2=_inner(OPENCLIP_G)),
+        {"text_2": "conditioner.embedders.0.model."},
+        _XL_SAMPLER,
         autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
         size=1024,
     ),
     Variant(
         "cond_stage_model.model.ln_final.weight",
         SD2,
-        {"cond_stage_model.model.": _tower(OPENCLIP_H, pad_id=PAD)},
+        ClipConditioner(text=ClipTextEncoder(model=OPENCLIP_H), masked=False),
+        {"text": "cond_stage_model.model."},
         _leading(DDIM(), ends_at="first_step"),
         prediction="v",
         size=768,
@@ -112,10 +125,21 @@ VARIANTS = [
     Variant(
         "cond_stage_model.transformer.text_model.final_layer_norm.weight",
         SD1,
-        {"cond_stage_model.transformer.": _tower(CLIP_L)},
+        ClipConditioner(text=ClipTextEncoder(model=CLIP_L), masked=False),
+        {"text": "cond_stage_model.transformer."},
         _leading(PLMS(), ends_at="first_step"),
     ),
 ]
+
+
+def read_spec(file: epath.PathLike) -> TextToImage:
+    """Read the specification of a Stable Diffusion checkpoint in one file.
+
+    Raises:
+      UserError: the file is damaged, or of a kind that jaxdiff does not know.
+    """
+    file = epath.Path(file)
+    return _identify(file, TensorFiles([file]))[1]
 
 
 def read_original(
@@ -124,81 +148,93 @@ def read_original(
     tokenizer: Tokenizer | None = None,
     place: Callable[[np.ndarray], Any] = to_device,
 ) -> Bundle:
-    """A Stable Diffusion checkpoint in one file, each tensor in the type that it is stored in.
+    """Read a Stable Diffusion checkpoint in one file, each tensor in the type that it has there.
 
     Args:
       file: safetensors.
       tokenizer: CLIP's, which no such file holds; from the hub unless given.
-      place: where a parameter goes once it has our layout, such as onto its devices.
+      place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: the file is damaged or of a kind that jaxdiff does not know, or the tokenizer
-        cannot be had.
+        cannot be downloaded.
     """
     file = epath.Path(file)
     tensors = TensorFiles([file])
+    variant, spec = _identify(file, tensors)
+    network, model = spec.denoiser, variant.autoencoder
+    assert isinstance(network, UNet2DConditionConfig)
+    parts = Renamed(tensors, unet_rename(network))
+    params = {"denoiser": unet.from_torch_names(parts, network, place=place), "text_encoders": {}}
+    parts = Renamed(tensors, autoencoder_rename(model))
+    params["autoencoder"] = autoencoder.from_torch_names(parts, model, place=place)
+    for name, encoder in variant.conditioner.encoders.items():
+        parts = Renamed(tensors, text_rename(variant.prefixes[name], encoder.model))
+        params["text_encoders"][name] = clip.from_torch_names(parts, encoder.model, place=place)
+    return Bundle(spec, params, _tokenizers(variant, tokenizer))
+
+
+def read_tokenizers(
+    file: epath.PathLike, tokenizer: Tokenizer | None = None
+) -> dict[str, Tokenizer]:
+    """Return CLIP's tokenizer for each text encoder, padded as the model in `file` expects.
+
+    Args:
+      file: safetensors.
+      tokenizer: CLIP's; from the hub unless given.
+    """
+    file = epath.Path(file)
+    return _tokenizers(_identify(file, TensorFiles([file]))[0], tokenizer)
+
+
+def _tokenizers(variant: Variant, tokenizer: Tokenizer | None) -> dict[str, Tokenizer]:
+    plain = tokenizer or Tokenizer.load(str(download_tokenizer()))
+    return {
+        name: plain.with_pad(OPENCLIP_PAD) if prefix.endswith(_OPENCLIP_PREFIX) else plain
+        for name, prefix in variant.prefixes.items()
+    }
+
+
+def _identify(file: epath.Path, tensors: TensorFiles) -> tuple[Variant, TextToImage]:
+    """Return the published model that a file is of, and its specification."""
     variant = next((variant for variant in VARIANTS if variant.mark in tensors), None)
     stem = tensors.shapes.get(f"{UNET}input_blocks.0.0.weight")
     if variant is None or stem is None:
         raise UserError(
-            f"{file} is no checkpoint of Stable Diffusion 1.x, 2.x or XL: it has no tensor "
-            f"{VARIANTS[-1].mark} or its like; give the file of a whole model."
+            f"{file} is no checkpoint of Stable Diffusion 1.x, 2.x or XL: expected a tensor "
+            f"{VARIANTS[-1].mark} or one like it; give the file of a whole model."
         )
-    task = _task(variant, str(file), stem[1], objective_of(variant, tensors))
-    assert isinstance(task.denoiser, UNet2DConditionConfig)
-    network, model = task.denoiser, variant.autoencoder
-    parts = Renamed(tensors, unet_rename(network))
-    params = {"denoiser": unet.from_torch_names(parts, network, place=place)}
-    parts = Renamed(tensors, autoencoder_rename(model))
-    frozen = {"autoencoder": autoencoder.from_torch_names(parts, model, place=place)}
-    for (name, tower), prefix in zip(task.towers.items(), variant.towers, strict=True):
-        parts = Renamed(tensors, text_rename(prefix, tower.model))
-        frozen[name] = clip.from_torch_names(parts, tower.model, place=place)
-    config = Config(
+    prediction, schedule = objective_of(variant, tensors)
+    return variant, TextToImage(
         name=file.stem,
-        task=task,
-        data=DataConfig(
-            source=ImageFolder(path="images"), transforms=Transforms(size=variant.size)
-        ),
-        sampling=variant.sampling,
+        denoiser=dataclasses.replace(variant.network, in_channels=stem[1]),
+        conditioner=variant.conditioner,
+        autoencoder=variant.autoencoder,
+        prediction=prediction,
+        schedule=schedule,
+        image_size=variant.size,
+        sampler=variant.sampler,
     )
-    return Bundle(config, params, frozen, tokenizer or Tokenizer.load(str(download_tokenizer())))
 
 
-_SAID: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon": "eps"}
+_PREDICTIONS: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon": "eps"}
 
 
-def objective_of(variant: Variant, tensors: TensorFiles) -> Objective:
-    """What the network was trained for: as the file says, or else as the variant was published.
+def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, ScaledLinear]:
+    """Return prediction and schedule as the file states them, or else as published.
 
-    It says so in its metadata (Stability AI's ModelSpec 1.0.1, `modelspec.prediction_type`) or, as
-    later models of XL's shape do, by tensors with nothing but a name: `v_pred` and `ztsnr`.
+    A file states them in its metadata (Stability AI's ModelSpec 1.0.1, `modelspec.prediction_type`)
+    or, as later models of XL's shape do, by empty tensors named `v_pred` and `ztsnr`.
     """
-    said = "v" if "v_pred" in tensors else tensors.metadata.get("modelspec.prediction_type")
-    return Objective(
-        prediction=_SAID.get(said or "", variant.prediction),
-        schedule=ScaledLinear(zero_terminal_snr="ztsnr" in tensors),
-    )
-
-
-def _task(variant: Variant, file: str, in_channels: int, objective: Objective) -> DiffusionTask:
-    towers = [dataclasses.replace(tower, pretrained=file) for tower in variant.towers.values()]
-    is_xl = variant.network.added_width is not None
-    return DiffusionTask(
-        denoiser=dataclasses.replace(variant.network, in_channels=in_channels),
-        pretrained=file,
-        text=towers[0],
-        text_2=towers[1] if len(towers) > 1 else None,
-        zero_empty_prompt=is_xl,
-        latents=Latents(model=variant.autoencoder, pretrained=file),
-        objective=objective,
-    )
+    stated = "v" if "v_pred" in tensors else tensors.metadata.get("modelspec.prediction_type")
+    prediction = _PREDICTIONS.get(stated or "", variant.prediction)
+    return prediction, ScaledLinear(zero_terminal_snr="ztsnr" in tensors)
 
 
 def _table_rename(
     prefix: str, table: Mapping[str, str], inner: Mapping[str, str]
 ) -> Callable[[str], str | None]:
-    """Renames by the longest entry that a name begins with, then within a residual block."""
+    """Rename by the longest entry that a name begins with, then within a residual block."""
 
     def rename(name: str) -> str | None:
         if not name.startswith(prefix):
@@ -228,12 +264,12 @@ _UNET_BLOCK = {
 
 
 def unet_rename(config: UNet2DConditionConfig) -> Callable[[str], str | None]:
-    """From the original names of the U-Net to diffusers'; None for other parts' tensors."""
+    """Rename the U-Net's tensors to diffusers' names; None for other parts' tensors."""
     return _table_rename(UNET, _unet_table(config), _UNET_BLOCK)
 
 
 def unet_original_name(name: str, config: UNet2DConditionConfig) -> str:
-    """The inverse of `unet_rename`, for layers too, and without the U-Net's prefix."""
+    """Invert `unet_rename`, for layers too, and without the U-Net's prefix."""
     modules = {new: old for old, new in _unet_table(config).items()}
     pieces = name.split(".")
     end = next(n for n in range(len(pieces), 0, -1) if ".".join(pieces[:n]) in modules)
@@ -288,7 +324,7 @@ _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 def autoencoder_rename(
     config: AutoencoderConfig,
 ) -> Callable[[str], str | Mapping[str, Cut] | None]:
-    """From the original names of the autoencoder to diffusers'; None for other parts' tensors."""
+    """Rename the autoencoder's tensors to diffusers' names; None for other parts' tensors."""
     levels = len(config.block_out_channels)
     table = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half, level, resample in (("encoder", "down", "down"), ("decoder", "up", "up")):
@@ -322,6 +358,7 @@ def autoencoder_rename(
     return with_linear_attention
 
 
+_OPENCLIP_PREFIX = ".model."  # of the names of OpenCLIP's tensors
 _OPENCLIP = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -340,16 +377,16 @@ _OPENCLIP_ENDS = {
 def text_rename(
     prefix: str, config: ClipTextConfig
 ) -> Callable[[str], str | Mapping[str, Cut] | None]:
-    """From the names of a text encoder to transformers'; None for other parts' tensors.
+    """Rename a text encoder's tensors to transformers' names; None for other parts' tensors.
 
-    OpenCLIP's keep queries, keys and values in one matrix, and are cut after `config.depth` blocks.
+    OpenCLIP has queries, keys and values in one matrix; blocks after `config.depth` are dropped.
     """
 
     def rename(name: str) -> str | Mapping[str, Cut] | None:
         if not name.startswith(prefix):
             return None
         name = name.removeprefix(prefix)
-        if not prefix.endswith(".model."):
+        if not prefix.endswith(_OPENCLIP_PREFIX):
             return name
         if name == "text_projection" and config.projection_dim is not None:
             return {"text_projection.weight": np.transpose}

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config, each
 
@@ -48,7 +48,7 @@ UNET_NAMES = {
     "conv_out": "conv_out",
 }
 
-# The keys of diffusers' config that this network has no choice in, with the values that it takes.
+# Keys of diffusers' config that this network supports with these values only.
 FIXED: Fixed = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
@@ -91,7 +91,7 @@ _UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UNet2DConditionConfig:
-    """Our config from diffusers' `UNet2DConditionModel` config, whose missing keys have defaults.
+    """Read our config from diffusers' `UNet2DConditionModel` config; keys have its defaults.
 
     Raises:
       UserError: the config asks for something that this network does not have.
@@ -121,7 +121,8 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
     if set(down) - set(_DOWN) or up != tuple(_UP[attend] for attend in reversed(attends)):
         raise UserError(
             f"{what}: down_block_types are {down} and up_block_types {up}: expected "
-            f"{' and '.join(_DOWN)}, and {' and '.join(_UP)} in the opposite order."
+            f"{' and '.join(_DOWN)}, and {' and '.join(_UP)} in the opposite order; use another "
+            "model."
         )
     layers = each(
         f"{what}: transformer_layers_per_block",
@@ -135,7 +136,7 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
     if len(cross) > 1 or len(per_level) > 1:
         raise UserError(
             f"{what}: cross_attention_dim is {sorted(cross)} and layers_per_block "
-            f"{sorted(per_level)}: expected one value of each for all levels."
+            f"{sorted(per_level)}: expected one value of each for all levels; use another model."
         )
     return UNet2DConditionConfig(
         in_channels=config.get("in_channels", 4),
@@ -157,15 +158,16 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
 
 
 def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
-    """diffusers' config, from which `read_config` reads ours again."""
+    """Return diffusers' config, from which `read_config` reads the same."""
     attends = [depth > 0 for depth in config.transformer_layers]
-    # One entry for each level there, whether it attends or not, and the last is the middle's.
+    # diffusers has an entry for each level, attention or not; the last is the middle's.
     layers = [depth or 1 for depth in config.transformer_layers]
     layers[-1] = config.middle_transformer_layers
     if attends[-1] and layers[-1] != config.transformer_layers[-1]:
         raise UserError(
             f"A U-Net of {config.transformer_layers[-1]} transformer blocks at the last level and "
-            f"{layers[-1]} in the middle cannot be said in diffusers' config; make them equal."
+            f"{layers[-1]} in the middle has no config in diffusers: expected equal numbers; make "
+            "them equal."
         )
     return {
         "_class_name": "UNet2DConditionModel",
@@ -191,14 +193,14 @@ def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
 def from_torch_names(
     tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig, **options: Any
 ) -> dict[str, Any]:
-    """Parameters of `UNet2DConditionModel(config)` from the tensors of a diffusers checkpoint.
+    """Return the parameters of `UNet2DConditionModel(config)` from a diffusers checkpoint.
 
-    `options` and errors are those of `names.from_torch_names`.
+    `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(blueprint(UNet2DConditionModel, config))
+    abstract = abstract_params(bind_init(type(config).build, config))
     return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 
 def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers checkpoint from the U-Net's parameters, a nested dict."""
+    """Return the tensors of a diffusers checkpoint from the U-Net's parameters, a nested dict."""
     return names.to_torch_names(params, UNET_NAMES)

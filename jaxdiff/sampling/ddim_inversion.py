@@ -1,20 +1,20 @@
-"""DDIM inversion: from an image to the noise that it is drawn from.
+"""DDIM inversion: from an image to the noise that the sampler maps to it.
 
 On the straightened path z = x / (alpha + sigma), tau = sigma / (alpha + sigma) of `Euler`, where
 dz / d tau = u = eps - x0, DDIM goes from tau to a smaller tau' by z' = z - (tau - tau') u(z, tau).
-Where it came from is the solution z of
+Its inverse is the solution z of
 
     z = z' + (tau - tau') u(z, tau)                                                (1)
 
-Evaluated at z' instead, (1) is the inversion of Dhariwal & Nichol 2021, appendix F, and is off by
-as much as the steps are long. Solved by going round it (Pan et al. 2023, AIDI, eq. 6) it undoes the
-very steps that DDIM takes. For a denoiser whose estimate follows x_t by a share k, from 0 to 1, of
-what it could at most, a round leaves of the error about
+Evaluated at z' instead, (1) is the inversion of Dhariwal & Nichol 2021, appendix F, whose error
+grows with the length of the steps. Solved by fixed-point iteration (Pan et al. 2023, AIDI, eq. 6)
+it undoes the very steps of DDIM. Let k, from 0 to 1, be how far a denoiser's estimate follows x_t,
+relative to the most that it could. One iteration then multiplies the error by about
 
     (tau - tau') ((1 - k) / tau - k / (1 - tau))                                   (2)
 
-so that few are enough, but for details that the denoiser removes (k = 0) in the last step into
-tau' = 0: of them no noise is the source.
+so that few iterations are enough, except for details that the denoiser removes (k = 0) in the last
+step into tau' = 0: no noise maps to those.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from jaxtyping import Array, Float, Int, Key
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.loop import Grid
-from jaxdiff.sampling.solvers_ode import Denoise, Memory, Step, Stepped
+from jaxdiff.sampling.solver import Denoise, SolverState, State, Step, StepOutput
 
 
-def reversed_grid(grid: Grid) -> Grid:
-    """The same times the other way round, from data to noise."""
+def reverse_grid(grid: Grid) -> Grid:
+    """Return the same times in the opposite order, from data to noise."""
 
     def at(i: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> Float[Array, ""]:
         return grid(jnp.asarray(num_steps - i), jnp.asarray(num_steps))
@@ -43,11 +43,11 @@ class DDIMInverse:
     """Eq. 1, on a grid that goes from data to noise; it undoes `DDIM` and `Euler`.
 
     Attributes:
-      rounds: evaluations of the denoiser in each step, the first of them at where the step before
-        was heading.
+      rounds: evaluations of the denoiser in each step; the first is at the point that the direction
+        of the last step leads to.
 
     Raises:
-      UserError: no round.
+      UserError: rounds is less than 1.
     """
 
     rounds: int = 1
@@ -56,22 +56,32 @@ class DDIMInverse:
         if self.rounds < 1:
             raise UserError(f"DDIMInverse.rounds is {self.rounds}: expected at least 1.")
 
-    def init(self, x: Images) -> Memory:
-        """Heading nowhere."""
+    def init(self, x: Images) -> SolverState:
+        """Return a direction of 0."""
         return jnp.zeros_like(x)
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """Up from s.t to s.next_t, where there is more noise."""
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Move x from s.t to s.next_t, where there is more noise."""
         total, next_total = s.alpha + s.sigma, s.next_alpha + s.next_sigma
         next_tau = s.next_sigma / next_total
         rise = next_tau - s.sigma / total
 
-        def again(_: Int[Array, ""], state: tuple[Images, Images]) -> tuple[Images, Images]:
-            z = x / total + rise * state[0]
-            x0 = denoise(z * next_total, s.next_t)
-            return (z - x0) / next_tau, x0
+        def iterate(
+            i: Int[Array, ""], carry: tuple[Images, Images, State]
+        ) -> tuple[Images, Images, State]:
+            u, _, first_state = carry
+            z = x / total + rise * u
+            x0, new = denoise(z * next_total, s.next_t, state)
+            first_state = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), new, first_state)
+            return (z - x0) / next_tau, x0, first_state
 
-        u, x0 = jax.lax.fori_loop(0, self.rounds, again, (memory, x))
-        return Stepped((x / total + rise * u) * next_total, x0, u)
+        u, x0, next_state = jax.lax.fori_loop(0, self.rounds, iterate, (solver_state, x, state))
+        return StepOutput((x / total + rise * u) * next_total, x0, u, next_state)

@@ -1,11 +1,11 @@
-"""The one sampling loop, and where its randomness comes from.
+"""The sampling loop, and its random numbers.
 
 An image depends on its seed alone: the keys of image i are folded from (seeds[i], purpose, step),
 so neither its place in the batch nor the size of the batch matters.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,63 +13,74 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.sampling.solvers_ode import Solver, Step, noise_like
-from jaxdiff.sampling.stateful_denoiser import AnyDenoise, OneStep, remembering
+from jaxdiff.sampling.solver import Solver, StatefulDenoiser, Step, noise_like
 
-INITIAL_NOISE, STEP_NOISE = 0, 1  # what a key is for
+INITIAL_NOISE, STEP_NOISE = 0, 1  # purposes of keys
 
 Grid = Callable[[Int[Array, ""], Int[Array, ""]], Float[Array, ""]]  # (step, num_steps) -> t
 
 
 def keys_from_seeds(seeds: Integer[Array, " b"], purpose: int) -> Key[Array, " b"]:
-    """One key for each seed; the generator is named, so that no setting of JAX changes images."""
+    """Return one key per seed; the generator is named, so that no setting of JAX changes images."""
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(seeds)
     return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 
 
 def noise_from_seeds(seeds: Integer[Array, " b"], shape: tuple[int, int, int]) -> Images:
-    """Standard normal noise [b, *shape], float32, in which each image depends on its seed alone."""
+    """Sample standard normal noise [b, *shape], float32; each image depends on its seed alone."""
     keys = keys_from_seeds(seeds, INITIAL_NOISE)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-class Source(NamedTuple):
-    """What an image is drawn from, in the space that is modelled.
+class InitLatents(NamedTuple):
+    """What sampling starts from in the place of pure noise.
 
-    `mask` is 1 where it is drawn anew and 0 where it is kept; None draws all of it. Where it begins
-    at the first step, `from_noise` says whether it begins at noise alone.
+    Attributes:
+      x0: latents, or pixels, to start from.
+      mask: 1 where x0 is replaced and 0 where it is kept; None replaces all of it.
+      first_step: the first step that is taken.
+      from_noise: whether, at first step 0, sampling starts from pure noise.
     """
 
     x0: Images
     mask: Float[Array, "b h w 1"] | None = None
+    first_step: int | Int[Array, ""] = 0
     from_noise: bool = False
 
 
-State = Any  # the tree of arrays that goes from step to step
+LoopState = Any  # the tree of arrays that goes from step to step
 
 
-class Part(NamedTuple):
-    """The steps from `begin` to `end`, taken of a run that is taken in several parts.
+class Segment(NamedTuple):
+    """Some consecutive steps of a run that is taken in several calls.
 
-    `state` is what the part before left behind; the part that begins at the run's first step takes
-    no notice of what is in it.
+    Attributes:
+      begin: the first step of the segment.
+      end: the step after its last.
+      state: what the segment before it returned; the run's first segment ignores the values.
     """
 
     begin: Int[Array, ""]
     end: Int[Array, ""]
-    state: State
+    state: LoopState
 
 
 class Sampled(NamedTuple):
-    """What a run of the sampler made, or a part of one."""
+    """The result of a run of the sampler, or of a segment.
+
+    Attributes:
+      images: x_t after the last step.
+      snapshots: estimates of x0 on the way, first to last.
+      state: for the next segment.
+    """
 
     images: Images
-    snapshots: Float[Array, "k b h w c"]  # estimates of x0 on the way, first to last
-    state: State  # for the part that comes after it
+    snapshots: Float[Array, "k b h w c"]
+    state: LoopState
 
 
 def sample(
-    denoise: AnyDenoise,
+    denoiser: StatefulDenoiser,
     solver: Solver,
     schedule: Schedule,
     grid: Grid,
@@ -77,88 +88,99 @@ def sample(
     noise: Images,
     seeds: Integer[Array, " b"],
     *,
-    unit_noise: bool = False,
+    init_noise: Literal["unit", "schedule"] = "schedule",
     num_snapshots: int = 0,
-    source: Source | None = None,
-    first: int | Int[Array, ""] = 0,
-    repeats: int = 1,
-    part: Part | None = None,
+    init: InitLatents | None = None,
+    resample_steps: int = 1,
+    segment: Segment | None = None,
 ) -> Sampled:
-    """Goes from noise at grid(0) to an image at grid(num_steps), or takes a `part` of the way.
+    """Integrate from noise at grid(0) to an image at grid(num_steps).
 
-    With a `source` it begins at grid(first), from the source under as much noise (SDEdit, Meng et
-    al. 2022, algorithm 1). What its mask keeps is, after each step, the source under the noise of
-    that time (Lugmayr et al. 2022, RePaint, eq. 8, with one noise for all times). Each step is
-    taken `repeats` times (static), going back up by fresh noise in between (section 4.2 there, and
-    Bansal et al. 2023, section 3.4), so that what is drawn comes to fit what is kept or asked for.
+    num_steps, the segment's bounds and the first step may be traced: under jit neither they nor the
+    seeds, nor any array that `denoiser` closes over, recompiles.
 
-    num_steps, first and part may be traced: under jit neither they nor the seeds, nor anything that
-    `denoise` closes over as an array, recompiles. noise has unit variance (`noise_from_seeds`) and
-    is scaled to the sigma of grid(0), unless `unit_noise`; seeds feed the solvers that add more. Of
-    the k = num_snapshots (static), number j is the denoiser's estimate after a share (j + 1) / k of
-    the steps, so the last is of the last step.
+    Args:
+      denoiser: of x_t; `stateless` makes one of a plain function.
+      solver: takes the steps.
+      schedule: of the noise.
+      grid: the times.
+      num_steps: of the run.
+      noise: of unit variance (`noise_from_seeds`).
+      seeds: one per image, for solvers that add noise.
+      init_noise: "schedule" scales the noise to the sigma of grid(0), "unit" does not.
+      num_snapshots: k, static. Snapshot j is the estimate of x0 after a fraction (j + 1) / k of the
+        steps, so the last is that of the last step.
+      init: start at its first step, from its x0 with as much noise (SDEdit, Meng et al. 2022,
+        algorithm 1). Where its mask is 0, x is set to x0 with the noise of the time after each
+        step (RePaint, Lugmayr et al. 2022, eq. 8, with one noise for all times).
+      resample_steps: how often each step is taken, static, with fresh noise in between (RePaint,
+        section 4.2, and Bansal et al. 2023, section 3.4), which harmonises the replaced region with
+        what is kept, or with guidance.
+      segment: take these steps only.
     """
     num_steps = jnp.asarray(num_steps, jnp.int32)
     keys = keys_from_seeds(seeds, STEP_NOISE)
-    denoiser = remembering(denoise)
     slots = jnp.arange(num_snapshots).reshape(-1, 1, 1, 1, 1)
+    first_step = 0 if init is None else init.first_step
 
-    def init(x):
-        return solver.init(x), denoiser.init(x)
+    def initial_states(x):
+        return solver.init(x), denoiser.init_state(x)
 
     def levels(i):
         t = grid(i, num_steps).astype(noise.dtype)
         return t, schedule.alpha(t), schedule.sigma(t)
 
-    def body(i, state):
-        x, memory, snapshots = state
+    def noised(i):
+        """Return the initial x0 with the noise before step i; without any after the last step."""
+        assert init is not None
+        _, alpha, sigma = levels(i)
+        return jnp.where(i < num_steps, alpha * init.x0 + sigma * noise, init.x0)
+
+    def body(i, carry):
+        x, states, snapshots = carry
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         step = Step(*levels(i), *levels(i + 1))
 
-        def take(x, memory, keys):
-            call = OneStep(denoiser, memory[1])
-            x, x0, solved = solver.step(call, x, memory[0], step, keys)
-            if source is not None and source.mask is not None:
-                x = source.mask * x + (1 - source.mask) * noised(i + 1)
-            return x, x0, (solved, call.memory)
+        def take(x, states, keys):
+            out = solver.step(denoiser.denoise, x, states[0], states[1], step, keys)
+            x = out.x
+            if init is not None and init.mask is not None:
+                x = init.mask * x + (1 - init.mask) * noised(i + 1)
+            return x, out.x0, (out.solver_state, out.state)
 
-        def again(j, state):
+        def resample(j, carry):
             keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, j)
-            x = _back_up(state[0], step, keys)
-            return take(x, init(x), keys)  # what was remembered is of another path
+            x = _renoise(carry[0], step, keys)
+            return take(x, initial_states(x), keys)  # earlier states belong to another path
 
-        x, x0, memory = take(x, memory, step_keys)
-        if repeats > 1:
-            x, x0, memory = jax.lax.fori_loop(1, repeats, again, (x, x0, memory))
-        # Written to the slots yet to come as well, which later steps overwrite: with fewer steps
-        # than slots none stays empty.
+        x, x0, states = take(x, states, step_keys)
+        if resample_steps > 1:
+            x, x0, states = jax.lax.fori_loop(1, resample_steps, resample, (x, x0, states))
+        # Later slots are written too, and overwritten by later steps: with fewer steps than slots
+        # none stays empty.
         snapshots = jnp.where(slots >= i * num_snapshots // num_steps, x0, snapshots)
-        return x, memory, snapshots
+        return x, states, snapshots
 
-    def noised(i):
-        """The source at the time before step i; after the last as it is, wherever the grid ends."""
-        assert source is not None
-        _, alpha, sigma = levels(i)
-        return jnp.where(i < num_steps, alpha * source.x0 + sigma * noise, source.x0)
-
-    x = noise if unit_noise else levels(0)[2] * noise
-    if source is not None:
-        x = jnp.where((first == 0) & source.from_noise, x, noised(first))
+    x = noise if init_noise == "unit" else levels(0)[2] * noise
+    if init is not None:
+        x = jnp.where((first_step == 0) & init.from_noise, x, noised(first_step))
     snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
-    state, begin, end = (x, init(x), snapshots), first, num_steps
-    if part is not None:
-        begin, end = part.begin, part.end
-        state = jax.tree.map(lambda a, b: jnp.where(begin == first, a, b), state, part.state)
-    state = jax.lax.fori_loop(begin, end, body, state)
-    return Sampled(images=state[0], snapshots=state[2], state=state)
+    carry, begin, end = (x, initial_states(x), snapshots), first_step, num_steps
+    if segment is not None:
+        begin, end = segment.begin, segment.end
+        carry = jax.tree.map(
+            lambda a, b: jnp.where(begin == first_step, a, b), carry, segment.state
+        )
+    carry = jax.lax.fori_loop(begin, end, body, carry)
+    return Sampled(images=carry[0], snapshots=carry[2], state=carry)
 
 
-def _back_up(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:
-    """From the end of a step to its beginning, by noise that has nothing to do with what was there.
+def _renoise(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:
+    """Go from the end of a step back to its beginning by independent noise.
 
-    Eq. 1 of `process.py` between two times: what is left of the data is as much as there was.
+    Eq. 1 of `process` between the two times, with the original proportion of data.
     """
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    left = s.alpha / s.next_alpha
-    rest = jnp.sqrt(jnp.maximum(s.sigma**2 - (left * s.next_sigma) ** 2, 0))
-    return left * x + rest * noise_like(x, keys)
+    shrink = s.alpha / s.next_alpha
+    fresh = jnp.sqrt(jnp.maximum(s.sigma**2 - (shrink * s.next_sigma) ** 2, 0))
+    return shrink * x + fresh * noise_like(x, keys)

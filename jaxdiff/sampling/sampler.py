@@ -1,91 +1,113 @@
-"""How a model is sampled unless a caller says otherwise."""
+"""How a model is sampled: the settings that a model states and a caller may override."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
 
 from jaxdiff.diffusion.time_grids import AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.guidance.apg import APG
-from jaxdiff.sampling.guidance.cfg import DynamicThreshold, Guidance, StaticThreshold
-from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
-from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
-from jaxdiff.sampling.solvers_sde import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
-from jaxdiff.sampling.unipc import UniPC
+from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.sampling.guidance.thresholds import DynamicThreshold, StaticThreshold
+from jaxdiff.sampling.solvers import AnySolver
+from jaxdiff.sampling.solvers_ode import DPMSolverPP2M
 
-SOLVERS = {
-    "ddim": DDIM,
-    "ddpm": DDPM,
-    "euler": Euler,
-    "euler-a": EulerAncestral,
-    "heun": Heun,
-    "dpm++2m": DPMSolverPP2M,
-    "dpm++2m-sde": DPMSolverPP2MSDE,
-    "dpm++sde": DPMSolverPPSDE,
-    "unipc": UniPC,
-    "plms": PLMS,
-    "lcm": LCM,
-}
-"""The solvers, under the names that a command line or a prompt file takes."""
+VaeMode = Literal["full", "slicing", "tiling"]
+"""What an autoencoder takes at a time: the whole batch, one image, or one tile of one image."""
 
-AnySolver = (
-    DDIM
-    | DDPM
-    | Euler
-    | EulerAncestral
-    | Heun
-    | DPMSolverPP2M
-    | DPMSolverPP2MSDE
-    | DPMSolverPPSDE
-    | UniPC
-    | PLMS
-    | LCM
+
+def check_num_steps(num_steps: int) -> None:
+    """Raise `UserError` for a number of steps that no solver can take."""
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Settings of the sampling loop; a field that is None inherits the model's.
+
+    Attributes:
+      solver: of the sampling ODE or SDE.
+      grid: the times that it visits.
+      num_steps: of the solver.
+      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
+      guidance: all other options of guidance.
+      threshold: keeps estimates of x0 in range; for pixels, not for latents.
+      init_noise: "unit" starts from noise of variance 1, as diffusers does with Stable Diffusion;
+        "schedule" from that of the schedule at the first time, which is a little less.
+      resample_steps: how often each step is taken, with fresh noise in between (RePaint); more
+        make inpainted areas fit what is kept.
+      vae_mode: what the autoencoder takes at a time.
+      wrap: whether images continue at their other side, vertically and horizontally.
+      overlap: of MultiDiffusion windows, as a fraction of their sides; unset denoises the image
+        as a whole.
+
+    Raises:
+      UserError: a number out of range.
+    """
+
+    solver: AnySolver | None = None
+    grid: AnyGrid | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance: Guidance | None = None
+    threshold: StaticThreshold | DynamicThreshold | None = None
+    init_noise: Literal["unit", "schedule"] | None = None
+    resample_steps: int | None = None
+    vae_mode: VaeMode | None = None
+    wrap: tuple[bool, bool] | None = None
+    overlap: float | None = None
+
+    def __post_init__(self):
+        if self.num_steps is not None:
+            check_num_steps(self.num_steps)
+        if self.resample_steps is not None and self.resample_steps < 1:
+            raise UserError(f"resample_steps is {self.resample_steps}: expected 1 or more.")
+        if self.overlap is not None and not 0 <= self.overlap < 1:
+            raise UserError(
+                f"overlap is {self.overlap}: expected the fraction of a window that the next one "
+                "covers too, from 0 to less than 1, such as 0.5."
+            )
+
+    def inherit(self, other: "Sampler") -> "Sampler":
+        """Return these settings, with another's in the place of those that are None."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.guidance is not None and other.guidance is not None:
+            changes["guidance"] = self.guidance.inherit(other.guidance)
+        return dataclasses.replace(other, **changes)
+
+    def resolve(self) -> "ResolvedSampler":
+        """Return these settings with the package's defaults in the place of None."""
+        merged = self.inherit(_DEFAULTS)
+        values = {f.name: getattr(merged, f.name) for f in dataclasses.fields(merged)}
+        return ResolvedSampler(**values)
+
+
+_DEFAULTS = Sampler(
+    solver=DPMSolverPP2M(),
+    grid=TimeGrid(),
+    num_steps=20,
+    guidance_scale=3.0,
+    guidance=Guidance(),
+    init_noise="schedule",
+    resample_steps=1,
+    vae_mode="full",
+    wrap=(False, False),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """A recipe's way of sampling.
+class ResolvedSampler:
+    """A `Sampler` with a value for every field; `overlap` and `threshold` may be off (None)."""
 
-    Attributes:
-      solver: of the sampling ODE.
-      grid: the times that it visits.
-      unit_noise: start from noise of variance 1, as diffusers does with Stable Diffusion, rather
-        than from the schedule's at the first time, which is a little less.
-      num_steps: of the solver.
-      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
-      threshold: keeps estimates of x0 in range; for pixels, not for latents.
-      interval, rescale, apg, zero_star: of `Guidance`.
-      seamless: whether images go on at their other side, down and across.
-      prompts: of the grids and the strip that a training run draws, one seed each from 0.
-    """
-
-    solver: AnySolver = field(default_factory=DPMSolverPP2M)
-    grid: AnyGrid = field(default_factory=TimeGrid)
-    unit_noise: bool = False
-    num_steps: int = 20
-    guidance_scale: float = 3.0
-    threshold: StaticThreshold | DynamicThreshold | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
-    apg: APG | None = None
-    zero_star: CFGZeroStar | None = None
-    seamless: tuple[bool, bool] = (False, False)
-    prompts: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_num_steps(self.num_steps)
-
-    @property
-    def guidance(self) -> Guidance:
-        """How classifier-free guidance acts."""
-        return Guidance(
-            interval=self.interval,
-            rescale=self.rescale,
-            apg=self.apg,
-            zero_star=self.zero_star,
-        )
-
-
-def check_num_steps(num_steps: int) -> None:
-    """Raises `UserError` for a number of steps that no solver can take."""
-    if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")
+    solver: AnySolver
+    grid: AnyGrid
+    num_steps: int
+    guidance_scale: float
+    guidance: Guidance
+    threshold: StaticThreshold | DynamicThreshold | None
+    init_noise: Literal["unit", "schedule"]
+    resample_steps: int
+    vae_mode: VaeMode
+    wrap: tuple[bool, bool]
+    overlap: float | None

@@ -1,7 +1,7 @@
-"""Solvers that add noise on the way: eq. 3 of `solvers`, and models that jump to x0 and back.
+"""Stochastic solvers (eq. 3 of `solver`), and consistency models' jumps to x0 and back.
 
-Fresh noise makes up for what the denoiser gets wrong, and takes many steps to do it. Those here
-have the same end as the ODE, in distribution; each image's noise depends on its keys alone.
+Fresh noise corrects the denoiser's errors, over many steps. The result has the ODE's distribution.
+The noise of an image depends on its keys alone.
 """
 
 from dataclasses import dataclass
@@ -11,51 +11,58 @@ from jaxtyping import Array, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.solvers_ode import (
-    DDIM,
+from jaxdiff.sampling.solver import (
     Denoise,
-    Memory,
     Scalar,
+    SolverState,
+    State,
     Step,
-    Stepped,
-    advance,
-    advance_with_noise,
-    ancestral,
-    check_eta,
-    extrapolated,
+    StepOutput,
+    ancestral_update,
+    ddim_update,
+    ddim_update_with_noise,
+    extrapolate,
     no_estimate,
     noise_like,
     noise_ratio,
 )
+from jaxdiff.sampling.solvers_ode import DDIM, check_eta
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2, eq. 6 and 7).
 
-    x' is drawn from q(x' | x, x0) with the denoiser's x0, the lesser of the paper's two variances
-    ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song et al. 2021, section 4.1).
+    x' is a sample of q(x' | x, x0) with the denoiser's x0, and the smaller of the paper's two
+    variances ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song
+    et al. 2021, section 4.1).
     """
 
-    def init(self, x: Images) -> Memory:
-        """Nothing."""
+    def init(self, x: Images) -> SolverState:
+        """Return no state."""
         return ()
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """One draw from the posterior."""
-        x0 = denoise(x, s.t)
-        return Stepped(ancestral(x, x0, s, 1.0, keys), x0, memory)
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Sample the posterior."""
+        x0, next_state = denoise(x, s.t, state)
+        return StepOutput(ancestral_update(x, x0, s, 1.0, keys), x0, solver_state, next_state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EulerAncestral(DDIM):
-    """Euler's step in sigma / alpha to less noise than asked, then fresh noise (k-diffusion).
+    """Euler's step in sigma / alpha to less noise than the grid's, then fresh noise (k-diffusion).
 
     With sigma for sigma / alpha, sigma_up = eta sigma' sqrt(1 - (sigma' / sigma)^2) is added after
     a step down to sqrt(sigma'^2 - sigma_up^2). Multiplied by alpha' that is `DDIM` with this eta,
-    which is 1 unless told otherwise.
+    whose default is 1.
     """
 
     eta: float = 1.0
@@ -64,16 +71,16 @@ class EulerAncestral(DDIM):
 def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
     """Exact for a constant x0: eq. 3 with kept = e^(-eta h) (Lu et al. 2022b, eq. 3.5, eta = 1)."""
     if eta == 0:
-        return advance(x, x0, s)
+        return ddim_update(x, x0, s)
     kept: Scalar = noise_ratio(s) ** eta
-    return advance_with_noise(x, x0, s, kept, jnp.sqrt(jnp.maximum(1 - kept**2, 0.0)), keys)
+    return ddim_update_with_noise(x, x0, s, kept, jnp.sqrt(jnp.maximum(1 - kept**2, 0.0)), keys)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPPSDE:
-    """SDE-DPM-Solver++ of first order (Lu et al. 2022b, section 5), one evaluation a step.
+    """First-order SDE-DPM-Solver++ (Lu et al. 2022b, section 5), one evaluation per step.
 
-    The reverse SDE with eta^2 of the usual noise is solved exactly for an x0 that stays as it is.
+    Solves the reverse SDE with eta^2 of the usual noise exactly for a constant x0.
     At eta = 1 that is `DDPM`, at eta = 0 `Euler`.
 
     Raises:
@@ -85,49 +92,61 @@ class DPMSolverPPSDE:
     def __post_init__(self):
         check_eta(self)
 
-    def init(self, x: Images) -> Memory:
-        """Nothing."""
+    def init(self, x: Images) -> SolverState:
+        """Return no state."""
         return ()
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """Eq. 3 with kept = e^(-eta h)."""
-        x0 = denoise(x, s.t)
-        return Stepped(_along_the_sde(x, x0, s, self.eta, keys), x0, memory)
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Apply eq. 3 with kept = e^(-eta h)."""
+        x0, next_state = denoise(x, s.t, state)
+        return StepOutput(_along_the_sde(x, x0, s, self.eta, keys), x0, solver_state, next_state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP2MSDE(DPMSolverPPSDE):
-    """SDE-DPM-Solver++ of second order, multistep (Lu et al. 2022b, section 5), one evaluation.
+    """Second-order multistep SDE-DPM-Solver++ (Lu et al. 2022b, section 5), one evaluation.
 
     `DPMSolverPP2M`'s extrapolated x0 in the step of `DPMSolverPPSDE`; at eta = 0 it is the former.
     """
 
-    def init(self, x: Images) -> Memory:
-        """No estimate yet."""
+    def init(self, x: Images) -> SolverState:
+        """Return the state without an estimate."""
         return no_estimate(x)
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """Eq. 3 with kept = e^(-eta h) and x0 of the middle of the step."""
-        x0 = denoise(x, s.t)
-        ahead, memory = extrapolated(x0, memory, s)
-        return Stepped(_along_the_sde(x, ahead, s, self.eta, keys), x0, memory)
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Apply eq. 3 with kept = e^(-eta h) and x0 of the middle of the step."""
+        x0, next_state = denoise(x, s.t, state)
+        ahead, solver_state = extrapolate(x0, solver_state, s)
+        return StepOutput(_along_the_sde(x, ahead, s, self.eta, keys), x0, solver_state, next_state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LCM:
     """Multistep sampling of a consistency model (Luo et al. 2023, algorithm 3).
 
-    For networks distilled to jump from any x_t to the end of its path. The jump is
+    For networks distilled to jump from any x_t to the end of its path:
     f = c_skip x + c_out x0, c_skip = d^2 / ((c t)^2 + d^2) and c_out = c t / sqrt((c t)^2 + d^2),
     so that f(x, 0) = x (Song et al. 2023, eq. 5); then x' = alpha' f + sigma' n.
 
     Attributes:
         sigma_data: d.
-        time_scale: c. diffusers multiplies training steps, of which there are 1000, by 10.
+        time_scale: c. diffusers multiplies its 1000 training steps by 10.
 
     Raises:
         UserError: either is not positive.
@@ -139,20 +158,28 @@ class LCM:
     def __post_init__(self):
         if not (self.sigma_data > 0 and self.time_scale > 0):
             raise UserError(
-                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}; give "
-                "positive numbers."
+                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}: "
+                "expected positive numbers."
             )
 
-    def init(self, x: Images) -> Memory:
-        """Nothing."""
+    def init(self, x: Images) -> SolverState:
+        """Return no state."""
         return ()
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """To the end of the path, and back up to the noise asked for."""
-        x0 = denoise(x, s.t)
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Jump to the end of the path, then add the noise of the next time."""
+        x0, next_state = denoise(x, s.t, state)
         scaled = self.time_scale * s.t
         square = scaled**2 + self.sigma_data**2
         end = self.sigma_data**2 / square * x + scaled / jnp.sqrt(square) * x0
-        return Stepped(s.next_alpha * end + s.next_sigma * noise_like(x, keys), x0, memory)
+        return StepOutput(
+            s.next_alpha * end + s.next_sigma * noise_like(x, keys), x0, solver_state, next_state
+        )

@@ -3,7 +3,7 @@
 Zhao et al. 2023, section 3, for p = 2 and the denoiser ("data prediction", appendix A). With
 lambda = log(alpha / sigma), h its step, D and D_1 the estimates where this step and the last began,
 
-    x' = [eq. 2 of `solvers` with D] + alpha' B rho (D_1 - D) / r_1                        UniP-2
+    x' = [eq. 2 of `solver` with D] + alpha' B rho (D_1 - D) / r_1                        UniP-2
     x' = [the same] + alpha' (c_1 (D_1 - D) / r_1 + c_2 (D' - D))                          UniC-2
 
 r_1 = (lambda_1 - lambda) / h < 0, B = h ("bh1") or 1 - e^-h ("bh2"), rho = 1 / 2, and c solves
@@ -23,15 +23,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from jaxdiff.diffusion.process import Images
-from jaxdiff.sampling.solvers_ode import Denoise, Memory, Scalar, Step, Stepped, advance
+from jaxdiff.sampling.solver import (
+    Denoise,
+    Scalar,
+    SolverState,
+    State,
+    Step,
+    StepOutput,
+    ddim_update,
+)
 
 
 class LastStep(NamedTuple):
-    """What `UniPC` remembers of the step before."""
+    """State of `UniPC`: the last step."""
 
-    x0: Images  # the estimate that it started from
+    x0: Images  # the estimate at its beginning
     earlier_x0: Images  # that of the step before it
-    added: Images  # what its predictor added to eq. 2
+    added: Images  # the predictor's addition to eq. 2
     h: Scalar
     slope: Scalar  # 1 / r_1, or 0: the step was of first order
     is_known: Bool[Array, ""]
@@ -39,42 +47,48 @@ class LastStep(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC:
-    """UniPC-2, one evaluation a step, third order while steps are short in lambda.
+    """UniPC-2, one evaluation per step, third order while steps are short in lambda.
 
     Steps from or to an infinite lambda, and the first, are of first order, with a corrector of the
-    second. It is meant for few steps, 5 to 15.
+    second. Use it for few steps, 5 to 15.
 
     Attributes:
-        variant: B(h) of UniP, "bh2" for images that follow a prompt, "bh1" for others.
+        variant: B(h) of UniP: "bh2" for guided sampling, "bh1" for unconditional.
     """
 
     variant: Literal["bh1", "bh2"] = "bh2"
 
-    def init(self, x: Images) -> Memory:
-        """No step yet."""
+    def init(self, x: Images) -> SolverState:
+        """Return the state without a step."""
         none, one = jnp.zeros_like(x), jnp.ones((), x.dtype)
         return LastStep(none, none, none, jnp.inf * one, 0 * one, jnp.zeros((), bool))
 
     def step(
-        self, denoise: Denoise, x: Images, memory: Memory, s: Step, keys: Key[Array, " b"]
-    ) -> Stepped:
-        """Corrects where the last step arrived, then predicts."""
-        x0 = denoise(x, s.t)
-        x = jnp.where(memory.is_known, x + self._correction(memory, x0, s.alpha), x)
+        self,
+        denoise: Denoise,
+        x: Images,
+        solver_state: SolverState,
+        state: State,
+        s: Step,
+        keys: Key[Array, " b"],
+    ) -> StepOutput:
+        """Correct the last step's result, then predict."""
+        x0, next_state = denoise(x, s.t, state)
+        x = jnp.where(solver_state.is_known, x + self._correction(solver_state, x0, s.alpha), x)
         h = jnp.log(s.next_alpha / s.next_sigma) - jnp.log(s.alpha / s.sigma)
-        slope = -h / memory.h
+        slope = -h / solver_state.h
         slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
-        added = s.next_alpha * self._width(h) / 2 * slope * (memory.x0 - x0)
-        remembered = LastStep(x0, memory.x0, added, h, slope, jnp.ones((), bool))
-        return Stepped(advance(x, x0, s) + added, x0, remembered)
+        added = s.next_alpha * self._width(h) / 2 * slope * (solver_state.x0 - x0)
+        next_solver_state = LastStep(x0, solver_state.x0, added, h, slope, jnp.ones((), bool))
+        return StepOutput(ddim_update(x, x0, s) + added, x0, next_solver_state, next_state)
 
     def _width(self, h: Scalar) -> Scalar:
-        """B; that of "bh2" for a step that is infinite."""
+        """Return B(h); that of "bh2" for an infinite step."""
         bh2 = -jnp.expm1(-h)
         return bh2 if self.variant == "bh2" else jnp.where(jnp.isfinite(h), h, bh2)
 
     def _correction(self, last: LastStep, next_x0: Images, next_alpha: Scalar) -> Images:
-        """What the corrector adds to where the predictor arrived."""
+        """Return the corrector's addition to the predictor's result."""
         phi_1, phi_2 = _phi(last.h)
         c_1 = (2 * phi_2 - phi_1) * last.slope / (last.slope - 1)
         c_2 = jnp.where(last.slope == 0, self._width(last.h) / 2, -phi_1 - c_1)
@@ -83,7 +97,7 @@ class UniPC:
 
 
 def _phi(h: Scalar) -> tuple[Scalar, Scalar]:
-    """Eq. 1 for k = 1 and 2: its first terms for small h, where the closed form cancels."""
+    """Evaluate eq. 1 for k = 1 and 2: as a series for small h, where the closed form cancels."""
     small = jnp.minimum(h, 0.2)
     series = [sum((-small) ** j / math.factorial(j + k) for j in range(1, 9)) for k in (1, 2)]
     large = jnp.maximum(h, 0.2)

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -18,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.distributed.distributed_init import is_host_lost
 from jaxdiff.errors import UserError
-from jaxdiff.training import checkpoint_folder
+from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.training.state import TrainState
 
 # Of a state, what Orbax keeps together as "training"; params and ema can be read without it.
@@ -68,7 +67,7 @@ class Checkpoints:
         if step == self._newest:
             return
         parts = _parts(state)
-        files = {checkpoint_folder.ARRAYS: json.dumps(_describe(parts), indent=0)}
+        files = {checkpoint_folder.ARRAYS: json.dumps(checkpoint_folder.describe(parts), indent=0)}
         try:
             if jax.process_index() == 0:
                 checkpoint_folder.clean(self._folder)
@@ -107,12 +106,12 @@ class Checkpoints:
         Raises `UserError` if none is undamaged, or if the arrays are not those of `abstract`.
         """
         self.wait()
-        step = checkpoint_folder.newest_undamaged(self._folder, self._report)
+        step = checkpoint_folder.latest_valid_step(self._folder, self._report)
         if step is None:
             return None
         path, parts = self._folder / str(step), _parts(abstract)
         _check_fit(path, parts)
-        loaded = ocp.load_checkpointables(path, _placed(parts))
+        loaded = ocp.load_checkpointables(path, checkpoint_folder.placed(parts))
         self._newest = step
         return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
 
@@ -177,58 +176,15 @@ class Checkpoints:
         ) from error
 
 
-def load_params(
-    folder: epath.PathLike,
-    abstract_params: PyTree,
-    which: Literal["ema", "params"] = "ema",
-    *,
-    report: checkpoint_folder.Report | None = None,
-) -> tuple[PyTree, int]:
-    """The parameters, or their average, of the newest checkpoint in `folder`, and its step.
-
-    Reads and checks nothing else of it. `abstract_params` is as in `Checkpoints.restore`.
-
-    Raises `UserError` if there is no checkpoint, none is undamaged, or it is of another model.
-    """
-    path = checkpoint_folder.absolute(folder)
-    step = checkpoint_folder.newest_undamaged(
-        path, report or logging.getLogger(__name__).warning, which
-    )
-    if step is None:
-        raise UserError(f"There is no checkpoint in {path}: expected the folder of a trained run.")
-    _check_fit(path / str(step), {which: abstract_params})
-    loaded = ocp.load_checkpointables(path / str(step), _placed({which: abstract_params}))
-    return loaded[which], step
-
-
 def _parts(state: TrainState) -> dict[str, PyTree]:
     """The state as Orbax keeps it: each part can be read alone."""
     training = {name: getattr(state, name) for name in TRAINING}
     return {"params": state.params, "ema": state.ema, "training": training}
 
 
-def _placed(parts: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The same with a sharding for each leaf; else Orbax takes that saved, if the devices exist."""
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or first
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, parts)
-
-
-def _describe(parts: dict[str, PyTree]) -> dict[str, str]:
-    """Type and shape of every array, by its path: {"params/blocks/kernel": "float32[64, 64]"}."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(parts)
-    }
-
-
 def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
     """Raises `UserError` unless the arrays saved under `path` are those of `parts`."""
-    wanted = _describe(parts)
+    wanted = checkpoint_folder.describe(parts)
     saved = json.loads((path / checkpoint_folder.ARRAYS).read_text())
     saved = {name: array for name, array in saved.items() if name.split("/")[0] in parts}
     if differing := sorted(k for k in saved.keys() | wanted if saved.get(k) != wanted.get(k)):

@@ -3,14 +3,14 @@
 import io
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.shard_writer import Crops, Reading, Stretch, Workers, write_shard
@@ -20,129 +20,145 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
 from jaxdiff.io.files import write_whole
-from jaxdiff.models.components import Latents
-from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.pipelines.batching import in_full_batches
-from jaxdiff.pretrained.load import read_pretrained, read_tokenizer
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.conditioning import TextInputs
+from jaxdiff.models.layers import bind_init, bind_params, cast
+from jaxdiff.models.text_to_image import from_uint8
+from jaxdiff.pretrained.load import read_tokenizers
 from jaxdiff.training.cached_latents import (
     check_cachable,
     encoder_fingerprint,
     text_fingerprint,
 )
+from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.step import cast
-from jaxdiff.training.tasks.base import from_uint8
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.training.tasks.captions import CaptionTokenizer
+from jaxdiff.training.tasks.diffusion import AUTOENCODER, DiffusionTask
 
 _CHUNK = 16  # records that a worker reads at a time
 _AHEAD = 2  # batches under way on the devices before one is taken from them
 
 
-class Encoder:
+class LatentEncoder:
     """The half of an autoencoder that makes latents; each shape of images compiles once.
 
     Args:
-      latents: of the recipe.
+      autoencoder: of the model.
       params: the autoencoder's, on the host, in the type to compute in.
       options: how.
     """
 
-    def __init__(self, latents: Latents, params: PyTree, options: LatentOptions):
+    def __init__(self, autoencoder: AutoencoderSpec, params: PyTree, options: LatentOptions):
         devices = jax.local_devices()
         mesh = make_mesh(MeshConfig(), devices)
         self.batch_size = options.batch_size * len(devices)
         self._sharding = batch_sharding(mesh)
         self._params = jax.device_put(params, replicated(mesh))
+        build = bind_init(type(autoencoder).build, autoencoder)
 
         def encode(params: PyTree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
-            z = merge(blueprint(Latents.build, latents), params).encode(from_uint8(images))
+            z = bind_params(build, params).encode(from_uint8(images))
             return jnp.concatenate([z.mean, z.logvar], axis=-1).astype(options.dtype)
 
         self._encode = jax.jit(encode)
 
     def __call__(self, images: Sequence[np.ndarray]) -> Float[Array, "b i j c"]:
-        """Moments of up to `batch_size` images uint8 [h, w, 3], of a batch that is always full."""
+        """Return moments of up to `batch_size` images uint8 [h, w, 3]; the batch is always full."""
         full = np.resize(np.stack(images), (self.batch_size, *images[0].shape))
         return self._encode(self._params, jax.device_put(full, self._sharding))
 
 
-class TextEncoder:
+class CaptionEncoder:
     """The frozen text encoders of a task.
 
     Args:
       task: of the recipe.
-      params: of its frozen parts, on the host, in the type to compute in.
-      tokenizer: of the captions.
+      params: of the model's frozen parts, on the host, in the type to compute in.
+      tokenizers: of the captions.
       options: how.
     """
 
     def __init__(
-        self, task: DiffusionTask, params: PyTree, tokenizer: Tokenizer, options: LatentOptions
+        self,
+        task: DiffusionTask,
+        params: PyTree,
+        tokenizers: Mapping[str, Tokenizer],
+        options: LatentOptions,
     ):
         mesh = make_mesh(MeshConfig(), jax.local_devices())
+        conditioner = task.model.conditioner
         self._size = options.batch_size * mesh.size
-        self._tokenizer, self._sharding = tokenizer, batch_sharding(mesh)
-        towers = {name: params[name] for name in task.towers}
-        self._params = jax.device_put(towers, replicated(mesh))
-        # bfloat16, which may be computed in, has larger numbers than float16.
+        self._tokenize = CaptionTokenizer(conditioner, tokenizers)
+        self._sharding = batch_sharding(mesh)
+        encoders = {"text_encoders": params["text_encoders"]}
+        self._params = jax.device_put(encoders, replicated(mesh))
+        # bfloat16, a possible compute type, has larger numbers than float16.
         largest = float(jnp.finfo(options.dtype).max)
 
-        def read(params: PyTree, ids: Int[Array, "b n"]) -> Float[Array, "b m"]:
-            rows = task.pack(task.read(None, params, ids))
+        def encode(params: PyTree, inputs: TextInputs) -> Float[Array, "b m"]:
+            rows = conditioner.pack(conditioner.encode(params, inputs))
             return jnp.clip(rows.astype(jnp.float32), -largest, largest).astype(options.dtype)
 
-        self._read = jax.jit(read)
+        self._encode = jax.jit(encode)
 
     def __call__(self, captions: list[str]) -> Float[np.ndarray, "b m"]:
-        """What they say of each caption."""
-
-        def read(ids: np.ndarray) -> jax.Array:
-            return self._read(self._params, jax.device_put(ids, self._sharding))
-
-        return in_full_batches(read, self._size, self._tokenizer(captions))
+        """Return the features of each caption, as `Conditioner.pack` makes them."""
+        rows = []
+        for start in range(0, len(captions), self._size):
+            part = captions[start : start + self._size]
+            full = part + [""] * (self._size - len(part))
+            inputs = jax.device_put(self._tokenize(full), self._sharding)
+            rows.append(np.asarray(self._encode(self._params, inputs))[: len(part)])
+        return np.concatenate(rows)
 
 
 class Cache(NamedTuple):
-    """Encoders, and what the manifest says of what they make."""
+    """Encoders, and the manifest's description of what they make."""
 
-    encoder: Encoder
-    text: TextEncoder | None
+    encoder: LatentEncoder
+    text: CaptionEncoder | None
     space: LatentSpace
     options: LatentOptions
 
 
 def make_cache(config: Config, options: LatentOptions) -> Cache:
-    """For the latents, and the text, that a recipe trains on.
+    """Make the encoders of the latents, and the text, that a recipe trains on.
 
     Raises:
-      UserError: the recipe has no autoencoder, its text encoders are trained, or the options are
-        none.
+      UserError: the recipe has no autoencoder, its text encoders are trained, or an option is out
+        of range.
     """
     task, transforms = check_cachable(config.task, options), config.data.transforms
-    assert task.latents is not None  # as was checked
-    names, tokenizer = {"autoencoder"}, None
+    assert task.model.autoencoder is not None
+    tokenizers = None
     if options.text:
-        assert task.text.pretrained is not None  # as was checked
-        names, tokenizer = names | set(task.towers), read_tokenizer(task.text.pretrained)
-    parts = read_pretrained({k: v for k, v in task.frozen().items() if k in names})
+        assert task.pretrained.text_encoders is not None
+        tokenizers = read_tokenizers(task.pretrained.text_encoders)
+    parts = load_parts(
+        {
+            path: part
+            for path, part in task.frozen_parts().items()
+            if path == AUTOENCODER or (options.text and path[0] == "text_encoders")
+        }
+    )
     # As a step would have them, so that training is the same as if it encoded images itself.
     params = cast(parts, config.train.compute)
-    text = tokenizer and TextEncoder(task, params, tokenizer, options)
+    text = None if tokenizers is None else CaptionEncoder(task, params, tokenizers, options)
     space = LatentSpace(
-        autoencoder=encoder_fingerprint(parts["autoencoder"]),
-        text=tokenizer and text_fingerprint(task, parts, tokenizer),
+        autoencoder=encoder_fingerprint(task, parts),
+        text=None if tokenizers is None else text_fingerprint(task, parts, tokenizers),
         dtype=options.dtype,
         views=options.views,
         shapes=[list(shape) for shape in transforms.shapes],
         crop=transforms.crop,
         flip=transforms.flip,
     )
-    encoder = Encoder(task.latents, params["autoencoder"], options)
+    encoder = LatentEncoder(task.model.autoencoder, params["autoencoder"], options)
     return Cache(encoder, text, space, options)
 
 
 def write_empty(folder: epath.Path, cache: Cache) -> None:
-    """Writes what the text encoders, if they are cached, say of no caption at all."""
+    """Write the features of the empty caption, if text is cached."""
     if cache.text is not None and not (folder / EMPTY).exists():
         data = io.BytesIO()
         np.save(data, cache.text([""])[0], allow_pickle=False)
@@ -156,7 +172,7 @@ def write_latents(
     cache: Cache,
     seen: Callable[[int], None],
 ) -> Iterator[Shard]:
-    """Shards of latents, one after the other; `seen` is told how many records were read so far."""
+    """Yield shards of latents; `seen` is called with the number of records read so far."""
     stretches = list(stretches)
     chunks = [
         (stretch, range(start, min(start + _CHUNK, stretch.stop)), cache.options.views)
@@ -222,14 +238,14 @@ class _Shard:
                 {
                     "moments": np.stack(moments),
                     "text": text,
-                    "framing": np.stack([view.framing for view in crops.views]),
+                    "size_crop": np.stack([view.size_crop for view in crops.views]),
                     "captions": crops.captions,
                     "name": crops.name,
                 }
             )
 
     def _texts(self) -> Iterator[np.ndarray | None]:
-        """Of each record, what is to be cached of its captions."""
+        """Yield the features of each record's captions."""
         if self._text is None:
             yield from [None] * len(self._crops)
             return

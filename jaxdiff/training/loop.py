@@ -1,4 +1,4 @@
-"""The one training loop: a recipe and a folder in, a trained model in that folder out."""
+"""The training loop: a recipe and a folder in, a trained model in that folder out."""
 
 import functools
 import logging
@@ -15,39 +15,35 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.benchmark.flops import peak_flops
-from jaxdiff.benchmark.task_flops import flops_per_image
+from jaxdiff.config.serialization import to_json
 from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, run_on_host0, sum_over_hosts
+from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import (
-    CACHE,
-    CHECKPOINTS,
-    FROZEN,
-    abstract_weights,
-    read_pretrained,
-    read_weights,
-    write_weights,
-)
+from jaxdiff.evaluation.evaluator import Evaluator
+from jaxdiff.models.layers import cast
+from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.ema import Ema
+from jaxdiff.training.initial_weights import abstract_frozen_params, load_frozen, load_parts
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.prepare_shards import with_cache
-from jaxdiff.training.recipe import Config, to_json
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState, fingerprint
-from jaxdiff.training.step import TrainStep, cast, init_state, make_train_step, structure
+from jaxdiff.training.step import TrainStep, init_state, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Task
-from jaxdiff.training.workdir import open_run
+from jaxdiff.training.workdir import CACHE, open_run
 
-Hook = Callable[[TrainState, PyTree, Tokenizer], None]
-"""Looks at a state and its frozen parts now and then, e.g. draws samples."""
+Tokenizers = Mapping[str, Tokenizer]
+Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Mapping[str, float]]
+"""Runs evaluators on a state, given the frozen parameters and the tokenizers; returns scalars."""
 
 
 class Result(NamedTuple):
@@ -56,7 +52,7 @@ class Result(NamedTuple):
     summary: dict[str, Any]  # step, fingerprint, speed
     state: TrainState
     frozen: PyTree
-    tokenizer: Tokenizer
+    tokenizers: Tokenizers
     finished: bool  # False if a signal stopped it before its last step
 
 
@@ -65,17 +61,17 @@ def train(
     out: epath.PathLike,
     *,
     fresh: bool = False,
-    on_sample: Hook | None = None,
-    say: Callable[[str], None] = print,
+    evaluate: Evaluate | None = None,
+    log: Callable[[str], None] = print,
 ) -> Result:
-    """Trains a recipe to its last step, from where the run in `out` stands.
+    """Train a recipe to its last step, from where the run in `out` stands.
 
     Args:
       config: the recipe.
       out: the run's folder, local or `gs://`; made if it is not there.
-      fresh: start anew, removing what the folder holds of an earlier run.
-      on_sample: called every `train.sample_every` steps, and after the last.
-      say: takes one sentence at a time.
+      fresh: start again, removing an earlier run from the folder.
+      evaluate: runs the evaluators that are due after a step before the last.
+      log: called with one sentence at a time.
 
     Returns:
       The end of the run; not `finished` if SIGTERM or SIGINT stopped it, its state saved.
@@ -89,62 +85,64 @@ def train(
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
     check_cache(config)
-    config.data.source.check()  # before an earlier run is removed for the sake of a typo
-    tokenizer = open_run(config, out, fresh=fresh, say=say)
+    config.data.source.check()  # before an earlier run is removed because of a typo
+    tokenizers = open_run(config, out, fresh=fresh, log=log)
     config = with_cache(config, out / CACHE)
-    host = _frozen(config, out)
-    check_encoders(config, host, tokenizer)
-    # In the type that a step would make of them anyway, and split like what is trained.
-    frozen = from_host(cast(host, config.train.compute), state_shardings(host, mesh))
+    host = load_frozen(config, out)
+    check_encoders(config, host, tokenizers)
+    # In the type that a step would cast them to, and sharded like what is trained.
+    constants = host | config.task.constants(tokenizers)
+    frozen = from_host(cast(constants, config.train.compute), state_shardings(constants, mesh))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=say)
+            Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
-        state, shardings = _start(config, mesh, checkpoints, host, tokenizer, say)
-        del host
+        state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
+        del host, constants
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
-        batches = _batches(config, tokenizer, mesh, rows, int(state.step))
+        batches = _batches(config, tokenizers, mesh, rows, int(state.step))
         stack.callback(batches.close)
-        stop = stack.enter_context(_stop_on_signal(mesh, say))
+        stop = stack.enter_context(_stop_on_signal(mesh, log))
         run = _Run(config, out, int(state.step), len(rows))
         stack.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
         number, compiled = int(state.step), set()
 
-        def look() -> None:
-            if on_sample:
-                on_sample(state, frozen, tokenizer)
-
         pending = None
-        while number < config.train.steps and not stop.agreed:
+        while number < config.train.steps and not stop.should_stop:
             batch, skipped = run.take(batches)
-            shape = tuple(x.shape for x in batch.values())
+            shape = tuple(x.shape for x in jax.tree.leaves(batch))
             compiling = nullcontext() if shape in compiled else run.throughput.compiling()
             with refused_flags_as_user_errors(), compiling:
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
-            stop.ask()
+            stop.vote()
             number += 1
             if pending is not None:  # a step's metrics are read once the next step is on its way
                 run.read(*pending)
-                stop.hear()
+                stop.poll()
             pending = (number, metrics, skipped)
             if number % config.train.checkpoint_every == 0:
                 checkpoints.save(state)
-            every = config.train.sample_every
-            if every and number % every == 0 and number < config.train.steps:
+            due = _due(config, number)
+            if due and evaluate is not None:
                 with run.throughput.paused():
-                    look()
+                    run.writer.write(number, evaluate(state, frozen, tokenizers, due))
         if pending is not None:
             run.read(*pending)
             checkpoints.save(state)
         checkpoints.wait()
     finished = number == config.train.steps
-    if finished:
-        look()
     summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
-    return Result(summary, state, frozen, tokenizer, finished)
+    return Result(summary, state, frozen, tokenizers, finished)
+
+
+def _due(config: Config, step: int) -> tuple[Evaluator, ...]:
+    """Return the evaluators whose interval ends at a step before the last."""
+    if step == config.train.steps:
+        return ()
+    return tuple(e for e in config.evaluators if e.every and step % e.every == 0)
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -153,7 +151,7 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def _initializer(config: Config) -> Callable[[Mapping[str, PyTree]], TrainState]:
-    """`init_state` of a recipe, with the parts to start from. It is traced once, whoever asks."""
+    """Return `init_state` of a recipe, a function of its initial parts, traced once."""
     train = config.train
     return _traced_once(config.task, config.optimizer, train.steps, config.ema, train.seed)
 
@@ -163,7 +161,7 @@ def _traced_once(
     task: Task, optimizer: AdamW, steps: int, ema: Ema, seed: int
 ) -> Callable[[Mapping[str, PyTree]], TrainState]:
     updates = optimizer.build(steps)
-    return jax.jit(lambda start: init_state(task, updates, ema, seed, start))
+    return jax.jit(lambda parts: init_state(task, updates, ema, seed, parts))
 
 
 def compile_step(
@@ -175,7 +173,6 @@ def compile_step(
     """
     on_any_mesh = make_train_step(
         config.task,
-        structure(config.task),
         config.optimizer.build(config.train.steps),
         config.ema,
         accumulate=config.train.accumulate,
@@ -195,9 +192,17 @@ def compile_step(
     )
 
 
+def flops_per_image(config: Config) -> float:
+    """FLOPs of one image in a training step of a recipe, less what its data have cached."""
+    data = config.data
+    return config.task.flops_per_image(
+        data.transforms.size, latents=data.gives_latents, text=data.gives_text
+    )
+
+
 def abstract_frozen(config: Config) -> PyTree:
-    """Shapes and types of the frozen parts as a step takes them, with nothing read."""
-    stored = abstract_weights(config)["frozen"]
+    """Return shapes and types of the frozen parts as a step takes them, with nothing read."""
+    stored = abstract_frozen_params(config.task) | config.task.constants(None)
     return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
 
 
@@ -206,10 +211,10 @@ def _start(
     mesh: Mesh,
     checkpoints: Checkpoints,
     frozen: PyTree,
-    tokenizer: Tokenizer,
-    say: Callable[[str], None],
+    tokenizers: Tokenizers,
+    log: Callable[[str], None],
 ) -> tuple[TrainState, TrainState]:
-    """The newest checkpoint's state, or a fresh one, and how it is laid out."""
+    """Return the newest checkpoint's state, or a fresh one, and its shardings."""
     abstract = abstract_state(config)
     shardings = state_shardings(abstract, mesh)
     placed = jax.tree.map(
@@ -219,85 +224,77 @@ def _start(
     )
     state = checkpoints.restore(placed)
     if state is not None:
-        say(f"Resuming at step {int(state.step)} of {config.train.steps}.")
+        log(f"Resuming at step {int(state.step)} of {config.train.steps}.")
         return state, shardings
     init = jax.jit(_initializer(config), out_shardings=shardings)
     task = config.task
-    parts = read_pretrained(task.start()) | task.derive(frozen, tokenizer)
-    # From the host: what lies on one device alone cannot go to a mesh of several.
+    parts = load_parts(task.initial_parts()) | task.init_from_frozen(frozen, tokenizers)
+    # From the host: an array on one device cannot go to a mesh of several.
     return init(jax.device_get(parts)), shardings
 
 
-def _frozen(config: Config, out: epath.Path) -> PyTree:
-    """Weights of the frozen parts: from the run's own copy, which is made the first time."""
-    if not config.task.frozen():
-        return {}
-
-    def copy() -> None:
-        if not (out / FROZEN).exists():
-            write_weights(out / FROZEN, **read_pretrained(config.task.frozen()))
-
-    run_on_host0(copy)
-    return read_weights(out / FROZEN)
-
-
 def _batches(
-    config: Config, tokenizer: Tokenizer, mesh: Mesh, rows: list[int], first: int
+    config: Config, tokenizers: Tokenizers, mesh: Mesh, rows: list[int], first: int
 ) -> grain.DatasetIterator:
-    """Batches on the devices, of which this host makes some rows, from number `first` on."""
+    """Iterate over batches on the devices from number `first` on; this host makes `rows`."""
     size = config.train.batch_size
     dataset = make_dataset(
-        config.data, tokenizer, batch_size=size, seed=config.train.seed, rows=rows, first=first
+        config.data,
+        config.task.tokenize(tokenizers),
+        batch_size=size,
+        seed=config.train.seed,
+        rows=rows,
+        first=first,
     )
     sharding = batch_sharding(mesh)
     return iter(to_device(dataset, sharding, batch_size=size, prefetch=config.data.prefetch))
 
 
-class _Stop:
-    """Whether the run has been asked to end, and since when all hosts know.
+class _Preemption:
+    """Whether the run was asked to stop, and whether all hosts know.
 
-    A signal comes to each host at another moment, or to one of them alone; but all must take the
-    same steps. So with every step they vote, and read the result once the next step is on its way.
+    A signal reaches each host at another moment, or one of them alone; but all must take the same
+    steps. So they vote with every step, and read the result once the next step is under way.
     """
 
-    def __init__(self, mesh: Mesh, say: Callable[[str], None]):
-        self.asked = False
-        self._say = say
-        self._vote = AnyHost(mesh) if jax.process_count() > 1 else None
+    def __init__(self, mesh: Mesh, log: Callable[[str], None]):
+        self.requested = False
+        self._log = log
+        self._ballot = AnyHost(mesh) if jax.process_count() > 1 else None
         self._votes: list[jax.Array] = []
-        self._heard = False
+        self._agreed = False
 
     @property
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now: the same at the same step on all hosts."""
-        return self._heard if self._vote else self.asked
+        return self._agreed if self._ballot else self.requested
 
-    def ask(self) -> None:
-        """Votes, after a step was sent to the devices."""
-        if self._vote:
-            self._votes.append(self._vote(self.asked))
+    def vote(self) -> None:
+        """Vote, after a step was sent to the devices."""
+        if self._ballot:
+            self._votes.append(self._ballot(self.requested))
 
-    def hear(self) -> None:
-        """Reads the result of the oldest vote, after the results of its step."""
+    def poll(self) -> None:
+        """Read the result of the oldest vote, after the results of its step."""
         if self._votes:
-            self._heard = bool(self._votes.pop(0))
-            if self._heard and not self.asked:
-                self._say("Another host was asked to stop: saving, then stopping.")
+            self._agreed = bool(self._votes.pop(0))
+            if self._agreed and not self.requested:
+                self._log("Another host was asked to stop: saving, then stopping.")
 
 
 @contextmanager
-def _stop_on_signal(mesh: Mesh, say: Callable[[str], None]) -> Iterator[_Stop]:
-    """Turns the first SIGTERM or SIGINT into a request; a second one acts as it always does."""
-    stop, before = _Stop(mesh, say), {}
+def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preemption]:
+    """Turn the first SIGTERM or SIGINT into a request; a second one has its usual effect."""
+    stop, before = _Preemption(mesh, log), {}
 
-    def ask(number, _frame):
-        stop.asked = True
+    def request(number, _frame):
+        stop.requested = True
         name = signal.Signals(number).name
-        say(f"{name}: saving, then stopping; send it again to stop at once.")
+        log(f"{name}: saving, then stopping; send it again to stop at once.")
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, ask)
+        before[number] = signal.signal(number, request)
     try:
         yield stop
     finally:
@@ -306,13 +303,13 @@ def _stop_on_signal(mesh: Mesh, say: Callable[[str], None]) -> Iterator[_Stop]:
 
 
 class _Run:
-    """What one pass through the loop counts and reports."""
+    """Counts and reports of one pass through the loop."""
 
     def __init__(self, config: Config, out: epath.Path, first: int, rows: int):
         train = config.train
         self.rows = rows  # of a batch, those that this host makes
         self.train = train
-        self.bad = BadRecords(config.data.max_bad_share)
+        self.bad = BadRecords(config.data.max_bad_fraction)
         self.window: dict[str, np.ndarray] = {}
         self.writer = MetricsWriter(
             out, resume_from=first, wandb=train.wandb, config=to_json(config)
@@ -329,8 +326,8 @@ class _Run:
             config.optimizer.learning_rate_at, total_steps=train.steps
         )
 
-    def take(self, batches: Any) -> tuple[dict[str, jax.Array], int]:
-        """The next batch, and how many bad records were passed over for it, told and judged."""
+    def take(self, batches: Any) -> tuple[dict[str, Any], int]:
+        """Return the next batch, and how many bad records it skipped, which are logged."""
         with self.throughput.waiting():
             try:
                 batch = next(batches)
@@ -339,7 +336,7 @@ class _Run:
                     raise
                 raise UserError(
                     f"A data worker died (exit code {died[1]}; -9 is what a machine that runs out "
-                    "of memory ends it with): run the same command again, which goes on from the "
+                    "of memory ends it with): run the same command again, which resumes from the "
                     "last checkpoint, with a smaller data.workers or data.prefetch."
                 ) from error
         for name in batch["bad"]:
@@ -358,7 +355,7 @@ class _Run:
         if in_a_row >= self.train.max_nonfinite:
             raise UserError(
                 f"The loss or its gradient was not finite for {in_a_row} steps in a row, until "
-                f"step {step}; lower optimizer.learning_rate, or look at the data, and start anew "
+                f"step {step}; lower optimizer.learning_rate, or check the data, and start again "
                 "with --fresh or resume from the last checkpoint."
             )
         if in_a_row and is_host0():

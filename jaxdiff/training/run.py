@@ -1,100 +1,120 @@
-"""A whole run as a user starts it: train, draw samples on the way, score at the end."""
+"""A whole run: train, evaluate on the way and at the end."""
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 
-from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.loader import DataConfig
-from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.distributed.multihost import broadcast_text, is_host0, to_host
-from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluate import check_scorable, evaluate, table
-from jaxdiff.io import images as pictures
+from jaxdiff.distributed.multihost import broadcast_text, is_host0
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator
+from jaxdiff.io import images as image_io
 from jaxdiff.io.files import write_whole
-from jaxdiff.models.layers import blueprint, merge
-from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.training.loop import Hook, Result, train
+from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
-from jaxdiff.training.tasks.autoencoder import AutoencoderTask
-from jaxdiff.training.tasks.base import from_uint8
 from jaxdiff.training.tasks.diffusion import DiffusionTask
-from jaxdiff.training.workdir import told_if_full
+from jaxdiff.training.workdir import disk_full_as_user_error
 
 SUMMARY = "summary.json"
-STRIP_LENGTH = 8
-RECONSTRUCTIONS = 16
+Log = Callable[[str], None]
 
 
-def run_recipe(
-    config: Config, out: str, *, fresh: bool = False, say: Callable[[str], None] = print
-) -> Result:
-    """Trains a recipe in the folder `out`, then writes `summary.json` with what became of it.
+def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = print) -> Result:
+    """Train a recipe in the folder `out`, then evaluate it and write `summary.json`.
 
-    That is written before the scoring and again with its figures, so that a score which fails takes
-    nothing away. The same command once more scores what is not scored yet, and nothing twice.
+    The summary is written before the evaluation and again with its figures, so that an evaluator
+    that fails loses nothing. The same command again evaluates a run that was not evaluated yet.
 
     Raises:
-      UserError: as `jaxdiff.training.loop.train`; or, before any training, what cannot be scored.
+      UserError: as `jaxdiff.training.loop.train`; or, before any training, for a model or data that
+        the recipe's evaluators cannot evaluate.
     """
     folder = epath.Path(out)
-    say = say if is_host0() else _silent
-    scored = isinstance(config.task, DiffusionTask) and config.eval_samples != 0
-    if scored:
-        _check_scoring(config)
-    with told_if_full(folder):
-        return _run_recipe(config, folder, fresh, scored, say)
+    log = log if is_host0() else _silent
+    evaluators = config.evaluators if config.train.evaluate else ()
+    for evaluator in evaluators:
+        evaluator.check(config.task.model, config.data)
 
+    def evaluate(
+        state: TrainState,
+        frozen: PyTree,
+        tokenizers: Mapping[str, Tokenizer],
+        due: tuple[Evaluator, ...],
+    ) -> dict[str, float]:
+        context = eval_context(config, state, frozen, tokenizers)
+        return run_evaluators(due, context, folder / "samples", log)
 
-def _run_recipe(
-    config: Config, folder: epath.Path, fresh: bool, scored: bool, say: Callable[[str], None]
-) -> Result:
-    result = train(config, folder, fresh=fresh, on_sample=_samples(config, folder, say), say=say)
-    if not result.finished:
-        say(f"Stopped at step {result.summary['step']}; the same command goes on from there.")
-        return result
-    earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
-    if earlier.get("fingerprint") == result.summary["fingerprint"]:
-        result = result._replace(summary=earlier)  # whose speeds are those of the training
-    if "scores" in result.summary:
-        say(f"{folder} has its scores already; jaxdiff evaluate {folder} takes them anew.")
-    else:
-        _write_summary(folder, result)
-        if scored:
-            pipeline = Pipeline(_bundle(config, result.state, result.frozen, result.tokenizer))
-            say(f"Scoring {config.eval_samples} samples of each kind.")
-            result.summary["scores"] = evaluate(pipeline, samples=config.eval_samples)
-            say(table(result.summary["scores"]))
+    with disk_full_as_user_error(folder):
+        result = train(
+            config, folder, fresh=fresh, evaluate=evaluate if evaluators else None, log=log
+        )
+        if not result.finished:
+            log(f"Stopped at step {result.summary['step']}; the same command resumes there.")
+            return result
+        earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
+        if earlier.get("fingerprint") == result.summary["fingerprint"]:
+            result = result._replace(summary=earlier)  # whose speeds are those of the training
+        if "evaluation" in result.summary:
+            log(f"{folder} is evaluated already; jaxdiff evaluate {folder} does it again.")
+        else:
             _write_summary(folder, result)
-    say(f"Finished at step {result.summary['step']}: {folder}")
+            if evaluators:
+                scalars = evaluate(result.state, result.frozen, result.tokenizers, evaluators)
+                result.summary["evaluation"] = scalars
+                _write_summary(folder, result)
+    log(f"Finished at step {result.summary['step']}: {folder}")
     return result
 
 
+def eval_context(
+    config: Config, state: TrainState, frozen: PyTree, tokenizers: Mapping[str, Tokenizer]
+) -> EvalContext:
+    """Return the context of evaluators: the model with its moving average."""
+    task, params = config.task, state.ema
+    if isinstance(task, DiffusionTask):
+        params = task.model_params(params, frozen)
+    return EvalContext(int(state.step), task.model, params, tokenizers, config.data)
+
+
+def run_evaluators(
+    evaluators: tuple[Evaluator, ...], context: EvalContext, images: epath.Path | None, log: Log
+) -> dict[str, float]:
+    """Run evaluators, log their tables and save their images.
+
+    Args:
+      evaluators: in this order.
+      context: of the model.
+      images: folder of the images, `step_N.png` and `step_N_NAME.png`; None saves none.
+      log: called with a table or a path.
+
+    Returns:
+      All scalars, named EVALUATOR/SCALAR.
+    """
+    scalars: dict[str, float] = {}
+    for evaluator in evaluators:
+        report = evaluator.evaluate(context)
+        scalars |= {f"{evaluator.name}/{name}": x for name, x in report.scalars.items()}
+        if report.text:
+            log(report.text)
+        if images is None or not is_host0():
+            continue
+        for name, image in report.images.items():
+            end = "" if name == "samples" else f"_{name}"
+            path = images / f"step_{context.step:06d}{end}.png"
+            image_io.save_png(path, image)
+            log(f"{name.capitalize()}: {path}")
+    return scalars
+
+
 def _silent(_sentence: str) -> None:
-    """What all hosts would say, one of them does."""
-
-
-def _check_scoring(config: Config) -> None:
-    """Raises `UserError` for what would fail only after the training."""
-    if config.eval_samples < 2:
-        raise UserError(
-            f"eval_samples is {config.eval_samples}: expected at least 2, and 500 for firm "
-            "figures; eval_samples 0 leaves the scoring out."
-        )
-    check_scorable(config)
+    """Log nothing: every host but the first."""
 
 
 def _read_summary(folder: epath.Path) -> dict[str, Any]:
-    """What an earlier end of the run wrote; {} where there is none that can be read."""
+    """Return the summary that an earlier end of the run wrote; {} where none can be read."""
     try:
         return json.loads((folder / SUMMARY).read_text())
     except (FileNotFoundError, ValueError):
@@ -105,60 +125,3 @@ def _write_summary(folder: epath.Path, result: Result) -> None:
     if is_host0():
         text = json.dumps(result.summary, indent=2) + "\n"
         write_whole(folder / SUMMARY, text.encode())
-
-
-def _bundle(config: Config, state: TrainState, frozen: PyTree, tokenizer: Tokenizer) -> Bundle:
-    return Bundle(config, state.ema, frozen, tokenizer)
-
-
-def _samples(config: Config, out: epath.Path, say: Callable[[str], None]) -> Hook | None:
-    """What to draw of a model in training: prompts, or an autoencoder's images beside its own."""
-    if isinstance(config.task, DiffusionTask) and config.sampling.prompts:
-        return lambda *state: _draw_prompts(_bundle(config, *state), int(state[0].step), out, say)
-    if isinstance(config.task, AutoencoderTask):
-        return lambda state, *_: _draw_reconstructions(config, state, out, say)
-    return None
-
-
-def _draw_prompts(bundle: Bundle, step: int, out: epath.Path, say: Callable[[str], None]) -> None:
-    """`samples/step_N.png`, a grid of the recipe's prompts, and their making as a strip."""
-    prompts = list(bundle.config.sampling.prompts)
-    snapshots = Pipeline(bundle)(prompts, num_snapshots=STRIP_LENGTH)
-    if not is_host0():
-        return
-    path = out / "samples" / f"step_{step:06d}.png"
-    pictures.save_png(path, pictures.grid(snapshots[-1], captions=prompts, scale=2))
-    strip = pictures.strip(snapshots[:, :4])
-    pictures.save_png(out / "samples" / f"step_{step:06d}_strip.png", strip)
-    say(f"Samples: {path}")
-
-
-def _draw_reconstructions(
-    config: Config, state: TrainState, out: epath.Path, say: Callable[[str], None]
-) -> None:
-    """`samples/step_N.png`: records of the data in the upper rows, what comes back in the lower."""
-    images = np.stack(list(itertools.islice(_usable(config.data), RECONSTRUCTIONS)))
-
-    @jax.jit
-    def reconstruct(params, images):
-        model = merge(blueprint(type(config.task).build, config.task), params)
-        return model.decode(model.encode(from_uint8(images)).mode())
-
-    back = pictures.to_uint8(to_host(reconstruct(state.ema, images)))
-    if not is_host0():
-        return
-    path = out / "samples" / f"step_{int(state.step):06d}.png"
-    pictures.save_png(path, pictures.grid(np.concatenate([images, back]), columns=8, scale=2))
-    say(f"Reconstructions: {path}")
-
-
-def _usable(data: DataConfig) -> Iterator[UInt8[np.ndarray, "h w c"]]:
-    """Images of the records in their order; bad ones, which the pipeline names, are left out."""
-    source, rng = data.source, np.random.default_rng(0)
-    assert not isinstance(source, CachedLatents)  # of which no autoencoder is trained
-    for i in range(len(source)):
-        try:
-            image = data.transforms(source[i], rng).image
-        except RecordError:
-            continue
-        yield image

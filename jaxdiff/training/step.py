@@ -2,26 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from jaxdiff.models.layers import blueprint, graph, rngs_of
+from jaxdiff.models.layers import ComputeType, cast, rngs_from_seed
+from jaxdiff.models.text_to_image import merge_params
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.state import TrainState, no_skips
 from jaxdiff.training.tasks.base import Batch, Metrics, Task
 
-ComputeType = Literal["float32", "bfloat16"]
 TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
-
-
-def structure(task: Task) -> Any:
-    """The graph of a task's module without its parameters; nothing is allocated."""
-    return graph(blueprint(type(task).build, task))
 
 
 def init_state(
@@ -29,13 +22,13 @@ def init_state(
     optimizer: optax.GradientTransformation,
     ema: Ema,
     seed: int,
-    start: Mapping[str, PyTree] = MappingProxyType({}),
+    initial_params: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> TrainState:
-    """The state of a run at step 0. Call it under `jax.eval_shape`, or jitted with shardings.
+    """Return the state at step 0. Call it under `jax.eval_shape`, or jitted with shardings.
 
-    `start` has the weights of the parts that do not start as drawn, by their name in the module.
+    `initial_params` holds the parts that start from other weights, at their place in the tree.
     """
-    params = nnx.to_pure_dict(nnx.split(task.build(rngs_of(seed)))[1]) | dict(start)
+    params = merge_params(task.init_params(rngs_from_seed(seed)), initial_params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed, impl="threefry2x32"),
@@ -47,42 +40,29 @@ def init_state(
     )
 
 
-def cast(tree: PyTree, compute: ComputeType) -> PyTree:
-    """Floating arrays in the type that a model computes in: a module takes that of its weights.
-
-    Scalars stay as they are: of CLIP's logarithmic temperature bfloat16 would leave steps of 2 %.
-    """
-
-    def convert(leaf):
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(compute) if is_float and leaf.ndim and leaf.dtype != compute else leaf
-
-    return jax.tree.map(convert, tree)
-
-
 def make_train_step(
     task: Task,
-    graphdef: Any,
     optimizer: optax.GradientTransformation,
     ema: Ema,
     *,
     accumulate: int = 1,
     compute: ComputeType = "float32",
 ) -> TrainStep:
-    """One update: gradients, optimizer, moving average, and what the task carries along.
+    """Make one update: gradients, optimizer, moving average, and the task's own state.
 
     Gradients are taken with respect to the float32 masters through a cast to `compute`. With
     `accumulate` = k they are averaged over k micro-batches, one after the other. An update whose
     loss or gradient is not finite changes nothing but the step and the counts of such updates.
     """
 
-    def loss(params, frozen, batch, key, task_state):
-        model = nnx.merge(graphdef, cast(params, compute))
-        return task.loss(model, cast(frozen, compute), batch, key, task_state)
+    def loss(params, frozen, batch, key, task_state, average):
+        params, frozen = cast(params, compute), cast(frozen, compute)
+        value, metrics, task_state = task.loss(params, frozen, batch, key, task_state, average)
+        return value, (metrics, task_state)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = _mean_gradient(
+        grads, (metrics, task_state) = _mean_gradient(
             jax.grad(loss, has_aux=True), accumulate, state, frozen, batch, key
         )
         grad_norm = optax.tree.norm(grads)
@@ -92,7 +72,7 @@ def make_train_step(
             "params": params,
             "opt_state": opt_state,
             "ema": ema.update(state.ema, params, state.step),
-            "task_state": task.next_state(state.task_state, metrics),
+            "task_state": task.next_state(task_state, metrics),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         kept = {name: getattr(state, name) for name in changed}
@@ -109,37 +89,38 @@ def make_train_step(
 
 
 def _mean_gradient(
-    gradient: Callable[..., tuple[PyTree, Metrics]],
+    gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
     accumulate: int,
     state: TrainState,
     frozen: PyTree,
     batch: Batch,
     key: jax.Array,
-) -> tuple[PyTree, Metrics]:
-    """Mean gradient and metrics over `accumulate` equal parts of the batch."""
+) -> tuple[PyTree, tuple[Metrics, PyTree]]:
+    """Return mean gradient and metrics over equal parts of the batch, and the last task state."""
     if accumulate == 1:
-        return gradient(state.params, frozen, batch, key, state.task_state)
+        return gradient(state.params, frozen, batch, key, state.task_state, state.ema)
 
-    def part(x: Array) -> Float[Array, "k b ..."]:
+    def split(x: Array) -> Float[Array, "k b ..."]:
         # Every k-th image, so that each device has its share of every part without an exchange.
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
-    def body(total, inputs):
-        index, part = inputs
-        result = gradient(
-            state.params, frozen, part, jax.random.fold_in(key, index), state.task_state
+    def part_gradient(part: Batch, key: jax.Array, task_state: PyTree):
+        grads, (metrics, task_state) = gradient(
+            state.params, frozen, part, key, task_state, state.ema
         )
-        return jax.tree.map(jnp.add, total, result), None
+        return (grads, metrics), task_state
 
-    parts = (jnp.arange(accumulate), jax.tree.map(part, dict(batch)))
-    shapes = jax.eval_shape(
-        gradient,
-        state.params,
-        frozen,
-        jax.tree.map(lambda x: x[0], parts[1]),
-        key,
-        state.task_state,
-    )
+    def body(carry, inputs):
+        total, task_state = carry
+        index, part = inputs
+        result, task_state = part_gradient(part, jax.random.fold_in(key, index), task_state)
+        return (jax.tree.map(jnp.add, total, result), task_state), None
+
+    parts = jax.tree.map(split, dict(batch))
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes, _ = jax.eval_shape(part_gradient, first, key, state.task_state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, parts)
-    return jax.tree.map(lambda x: x / accumulate, total)
+    inputs = (jnp.arange(accumulate), parts)
+    (total, task_state), _ = jax.lax.scan(body, (zeros, state.task_state), inputs)
+    grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+    return grads, (metrics, task_state)

@@ -1,56 +1,60 @@
-"""The folder of one run: which recipe it holds, and whether this one may go on in it."""
+"""The folder of a run: which recipe it holds, and whether this one may continue in it."""
 
 import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
+from jaxdiff.config.serialization import from_json, to_json, types_in
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import Source
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import (
-    CACHE,
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained import checkpoint_folder
+from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,
     CONFIG,
-    FROZEN,
     MODEL,
-    make_folder,
-    read_config,
-    read_tokenizer,
-    write_config,
+    RECIPE,
+    TOKENIZERS,
+    write_json,
+    write_tokenizers,
 )
-from jaxdiff.training import checkpoint_folder
+from jaxdiff.pretrained.config_check import read_json
+from jaxdiff.pretrained.load import make_folder, model_folder, read_tokenizers
+from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 from jaxdiff.training.recipe import Config, differences
-from jaxdiff.training.tasks.autoencoder import AutoencoderTask
-from jaxdiff.training.tasks.clip import ClipTask
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
-# Keys that say how a run is carried out and looked at, not what it computes.
+CACHE = "latents"
+
+# Keys that change how a run is carried out and shown, not what it computes.
 _FREE = (
     "name",
     "mesh",
-    "sampling",
-    "eval_samples",
+    "evaluators",
+    "task.model.name",
+    "task.model.sampler",
     "data.workers",
     "data.threads",
     "data.prefetch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
-    "train.sample_every",
     "train.max_nonfinite",
     "train.wandb",
+    "train.evaluate",
 )
-# What a run leaves in its folder, the checkpoints first: what is left of a removal that was cut
-# short is a run without checkpoints, which starts anew under the same recipe.
+# Files of a run, the checkpoints first: after a removal that was cut short, the rest is a run
+# without checkpoints, which starts again under the same recipe.
 _OF_A_RUN = (
     CHECKPOINTS,
     FROZEN,
@@ -61,47 +65,77 @@ _OF_A_RUN = (
     RECORDS,
     "summary.json",
     "evaluation.json",
-    "tokenizer.json",
+    TOKENIZERS,
     CONFIG,
 )
 
 
 def open_run(
-    config: Config, out: epath.Path, *, fresh: bool, say: Callable[[str], None]
-) -> Tokenizer:
-    """Makes the run's folder, or goes on in it; writes its recipe and its tokenizer.
+    config: Config, out: epath.Path, *, fresh: bool, log: Callable[[str], None]
+) -> dict[str, Tokenizer]:
+    """Make the run's folder, or continue in it; write its recipe and its tokenizers.
+
+    Returns:
+      The tokenizers, by the names of the text encoders.
 
     Raises:
       UserError: the folder cannot be made, or is not the same on all hosts; it holds a run of
-        another recipe (the differing keys are named), an exported model, or checkpoints of nobody
-        knows what.
+        another recipe (the differing keys are named), an exported model, or checkpoints without a
+        recipe.
     """
-    run_on_host0(lambda: _prepare(config, out, fresh, say))
+    run_on_host0(lambda: _prepare(config, out, fresh, log))
     _check_shared(out)
-    return Tokenizer.load(str(out))
+    return _load_tokenizers(config, out)
 
 
-def _prepare(config: Config, out: epath.Path, fresh: bool, say: Callable[[str], None]) -> None:
-    """What the first host does in the folder."""
+def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
+    """Read the recipe of a run, or that an exported model was trained by.
+
+    Args:
+      folder: of a run or an exported model, or `shipped:NAME`.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    root = model_folder(folder)
+    path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
+    data = read_json(path) if path.exists() else None
+    if not is_recipe(data):
+        raise UserError(
+            f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
+            f"exported with its {RECIPE}; check the path."
+        )
+    read_run_spec(root, data, types)  # refuses what another version wrote
+    return from_json(Config, data, types=types)
+
+
+def write_config(folder: epath.PathLike, config: Config) -> None:
+    """Write the recipe into a run's folder."""
+    write_json(epath.Path(folder) / CONFIG, to_json(config))
+
+
+def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], None]) -> None:
+    """Do what one host does in the folder."""
     make_folder(out)
     if (out / MODEL).exists():
-        raise UserError(f"{out} holds an exported model, which is no run: choose another --out.")
+        raise UserError(f"{out} holds an exported model rather than a run: choose another --out.")
     # A run that was stopped before its first checkpoint, by a mistake in its recipe for instance,
-    # has nothing to keep: it may start anew as another one.
+    # has nothing to keep: another recipe may take its place.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
-    there = read_config(out) if (out / CONFIG).exists() and not fresh else None
+    there = read_config(out, types_in(config)) if (out / CONFIG).exists() and not fresh else None
     if fresh or (there is not None and not begun and differences(config, there)):
         _remove_run(out)
     elif there is not None:
         _check_same(config, there, out)
     elif (out / CHECKPOINTS).exists():
         raise UserError(
-            f"{out} holds checkpoints but no {CONFIG}, so it cannot be told of which recipe they "
-            "are; restore that file, choose another --out, or start anew with --fresh."
+            f"{out} holds checkpoints but no {CONFIG}, so their recipe is unknown: restore that "
+            "file, choose another --out, or start again with --fresh."
         )
-    tokenizer = _tokenizer(config, out, say)
-    _check_text(config, tokenizer)
-    tokenizer.save(str(out))
+    tokenizers = _tokenizers(config, out, log)
+    config.task.check_tokenizers(tokenizers)
+    write_tokenizers(out, tokenizers)
     write_config(out, config)
 
 
@@ -121,8 +155,8 @@ def _check_shared(out: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def told_if_full(out: epath.Path) -> Iterator[None]:
-    """Makes a `UserError` of a disk that takes nothing more, whatever was being written."""
+def disk_full_as_user_error(out: epath.Path) -> Iterator[None]:
+    """Raise a full or read-only disk as a `UserError`, whatever was being written."""
     try:
         yield
     except OSError as error:
@@ -130,7 +164,7 @@ def told_if_full(out: epath.Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{out} cannot be written to ({os.strerror(error.errno)}): make room or write access "
-            "there and run the same command again, which goes on from the last checkpoint."
+            "there and run the same command again, which resumes from the last checkpoint."
         ) from error
 
 
@@ -149,7 +183,7 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
     if config.train.steps < taken:
         raise UserError(
             f"{out} holds a run that has taken {taken} steps, but train.steps is "
-            f"{config.train.steps}: give {taken} or more, choose another --out, or start anew with "
+            f"{config.train.steps}: give {taken} or more, choose another --out, or start again with "
             "--fresh, which removes that run."
         )
     # A run of another length goes through the same states as long as its learning rates are equal.
@@ -162,7 +196,7 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
     if differing:
         raise UserError(
             f"{out} holds a run of another recipe: {'; '.join(differing[:5])}"
-            f"{' ...' if len(differing) > 5 else ''}. Choose another --out, or start anew with "
+            f"{' ...' if len(differing) > 5 else ''}. Choose another --out, or start again with "
             "--fresh, which removes that run."
         )
 
@@ -178,41 +212,42 @@ def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
     return ours == theirs or bool(jnp.array_equal(factors(ours), factors(theirs)))
 
 
-def _check_text(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` if the tokenizer's ids or lengths are more than the text encoder takes."""
-    task = config.task
-    if isinstance(task, AutoencoderTask):
-        return
-    text = task.model.text if isinstance(task, ClipTask) else task.text.model
-    new = task.inversion.vectors if isinstance(task, DiffusionTask) and task.inversion else 0
-    vocab_size = tokenizer.vocab_size - new
-    if tokenizer.length != text.length or vocab_size > text.vocab_size:
-        raise UserError(
-            f"The tokenizer gives {tokenizer.length} tokens out of {vocab_size}, but the "
-            f"text encoder takes {text.length} out of {text.vocab_size}: make tokenizer.length and "
-            "tokenizer.vocab_size fit the encoder's length and vocab_size."
-        )
+def _load_tokenizers(config: Config, out: epath.Path) -> dict[str, Tokenizer]:
+    """Load the tokenizers of the run's folder."""
+    root, model = str(out / TOKENIZERS), config.task.model
+    if isinstance(model, TextToImage):
+        return dict(model.conditioner.load_tokenizers(root))
+    return {name: Tokenizer.load(f"{root}/{name}") for name in config.task.text_encoder_names}
 
 
-def _tokenizer(config: Config, out: epath.Path, say: Callable[[str], None]) -> Tokenizer:
-    """The run's own tokenizer, its text encoder's, the recipe's, or one trained on its captions."""
+def _tokenizers(
+    config: Config, out: epath.Path, log: Callable[[str], None]
+) -> Mapping[str, Tokenizer]:
+    """Return the run's own tokenizers, its text encoders', the recipe's, or newly trained ones."""
     settings, task = config.tokenizer, config.task
-    if (out / "tokenizer.json").exists():
-        return Tokenizer.load(str(out))
-    if isinstance(task, DiffusionTask) and task.text.pretrained is not None:
-        tokenizer, new = read_tokenizer(task.text.pretrained), task.inversion
-        return tokenizer.with_word(new.word, new.vectors) if new else tokenizer
+    names = task.text_encoder_names
+    if not names:
+        return {}
+    if all((out / TOKENIZERS / name).exists() for name in names):
+        return _load_tokenizers(config, out)
+    if isinstance(task, DiffusionTask) and task.pretrained.text_encoders is not None:
+        tokenizers, new = read_tokenizers(task.pretrained.text_encoders), task.trainable.inversion
+        if new is None:
+            return tokenizers
+        return {n: tok.with_word(new.word, new.vectors) for n, tok in tokenizers.items()}
     if settings.path is not None:
-        return Tokenizer.load(settings.path, length=settings.length)
+        return dict.fromkeys(names, Tokenizer.load(settings.path, length=settings.length))
     source = config.data.source
     source.check()
     count = min(settings.records, len(source))
     # Spread over the data, which may be sorted.
     indices = [i * len(source) // count for i in range(count)]
-    say(f"Training a tokenizer on the captions of {count} records.")
-    return Tokenizer.train(
-        _captions(source, indices), vocab_size=settings.vocab_size, length=settings.length
-    )
+    log(f"Training a tokenizer on the captions of {count} records.")
+    size = {"vocab_size": settings.vocab_size, "length": settings.length}
+    captions = _captions(source, indices)
+    if isinstance(task.model, TextToImage):
+        return task.model.conditioner.train_tokenizers(captions, **size)
+    return dict.fromkeys(names, Tokenizer.train(captions, **size))
 
 
 def _captions(source: Source, indices: Iterable[int]) -> Iterator[str]:

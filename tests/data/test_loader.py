@@ -74,8 +74,8 @@ def _indices(dataset, records):
 def _assert_equal(batches, expected):
     assert len(batches) == len(expected) > 0
     for batch, other in zip(batches, expected, strict=True):
-        assert batch.keys() == other.keys() == {"image", "tokens", "framing", "skipped", "bad"}
-        for key in ("image", "tokens", "framing"):
+        assert batch.keys() == other.keys() == {"image", "tokens", "size_crop", "skipped", "bad"}
+        for key in ("image", "tokens", "size_crop"):
             np.testing.assert_array_equal(batch[key], other[key])
         assert (batch["skipped"], batch["bad"]) == (other["skipped"], other["bad"])
 
@@ -84,7 +84,7 @@ def test_a_batch_holds_what_was_promised(source, tokenizer):
     (batch,) = _take(_dataset(source, tokenizer), 1)
     assert (batch["image"].shape, batch["image"].dtype) == ((4, 8, 8, 3), np.uint8)
     assert (batch["tokens"].shape, batch["tokens"].dtype) == ((4, 8), np.int32)
-    np.testing.assert_array_equal(batch["framing"], np.tile([8, 8, 0, 0, 8, 8], (4, 1)))
+    np.testing.assert_array_equal(batch["size_crop"], np.tile([8, 8, 0, 0, 8, 8], (4, 1)))
     assert (batch["skipped"], batch["bad"]) == (0, [])
 
 
@@ -117,7 +117,7 @@ def test_hosts_share_out_every_batch_without_overlap_or_loss(damaged, tokenizer,
     assert sum(batch["skipped"] for batch in whole) >= 3 * 4  # four epochs
     for batch, *parts in zip(whole, *shares, strict=True):
         for host, part in enumerate(parts):
-            for key in ("image", "tokens", "framing"):
+            for key in ("image", "tokens", "size_crop"):
                 np.testing.assert_array_equal(part[key], batch[key][host::num_hosts])
         assert sorted(name for part in parts for name in part["bad"]) == sorted(batch["bad"])
 
@@ -204,7 +204,9 @@ def test_all_bad_records_end_in_an_error_that_names_some(tmp_path, tokenizer, wo
     broken = _folder(tmp_path, broken=range(RECORDS))
     dataset = _dataset(broken, tokenizer, workers=workers)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with pytest.raises(UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_share"):
+    with pytest.raises(
+        UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_fraction"
+    ):
         next(iter(to_device(dataset, sharding, batch_size=4)))
 
 
@@ -267,7 +269,7 @@ def test_buckets_make_batches_of_one_shape_each(shapes, tokenizer):
     assert set(epoch) == set(range(24)) - {3, 4}
     for batch in batches:
         height, width = batch["image"].shape[1:3]
-        np.testing.assert_array_equal(batch["framing"][:, 4:], [[height, width]] * 4)
+        np.testing.assert_array_equal(batch["size_crop"][:, 4:], [[height, width]] * 4)
     told = [name for batch in batches[:6] for name in batch["bad"]]
     assert len(told) == sum(batch["skipped"] for batch in batches[:6]) == 2
     assert all("cannot be decoded" in name for name in told)
@@ -291,12 +293,14 @@ def test_buckets_go_on_where_they_are_told_to(shapes, tokenizer, workers):
 
 def test_a_batch_of_bad_records_alone_is_an_error(tmp_path, tokenizer):
     broken = _folder(tmp_path, broken=range(RECORDS))
-    with pytest.raises(UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_share"):
+    with pytest.raises(
+        UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_fraction"
+    ):
         next(iter(_buckets(broken, tokenizer)))
 
 
 @pytest.mark.parametrize(
-    "setting", [{"workers": -1}, {"threads": 0}, {"prefetch": 0}, {"max_bad_share": 2.0}]
+    "setting", [{"workers": -1}, {"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 2.0}]
 )
 def test_impossible_settings_are_told(source, setting):
     with pytest.raises(UserError, match=f"data.{next(iter(setting))}"):

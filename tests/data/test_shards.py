@@ -89,14 +89,14 @@ def test_latents_come_back_exactly(dtype, text):
     record = {
         "moments": np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(dtype),
         "text": np.arange(10, dtype=dtype).reshape(2, 5) if text else None,
-        "framing": np.arange(12, dtype=np.int32).reshape(2, 6),
+        "size_crop": np.arange(12, dtype=np.int32).reshape(2, 6),
         "captions": ["größe", "b"],
         "name": "n",
     }
     record["moments"][0, 0, 0, 0] = -np.inf  # an autoencoder without any variance
     back = decode_latents(encode_latents(record))
     assert back["moments"].dtype == dtype
-    for key in ("moments", "text", "framing"):
+    for key in ("moments", "text", "size_crop"):
         np.testing.assert_array_equal(back[key], record[key])
     assert (back["captions"], back["name"]) == (["größe", "b"], "n")
 
@@ -105,7 +105,7 @@ def test_latents_of_an_unknown_type_are_told():
     record = {
         "moments": np.zeros((1, 1, 1, 2)),
         "text": None,
-        "framing": np.zeros((1, 6), np.int32),
+        "size_crop": np.zeros((1, 6), np.int32),
         "captions": [],
         "name": "n",
     }

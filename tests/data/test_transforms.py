@@ -59,19 +59,19 @@ def test_the_framing_tells_what_was_cut_off(flip):
     transforms = Transforms(size=10, crop="random", flip=flip)
     rng, lefts = np.random.default_rng(0), set()
     for _ in range(100):
-        image, _, framing = transforms(_record(_encode(_ramp(10, 15))), rng)
-        np.testing.assert_array_equal(framing[[0, 1, 2, 4, 5]], [10, 15, 0, 10, 10])
+        image, _, size_crop = transforms(_record(_encode(_ramp(10, 15))), rng)
+        np.testing.assert_array_equal(size_crop[[0, 1, 2, 4, 5]], [10, 15, 0, 10, 10])
         mirrored = image[0, 0, 0] > image[0, -1, 0]
-        assert framing[3] == (14 - image[0, 0, 0] if mirrored else image[0, 0, 0])
-        lefts.add((bool(mirrored), int(framing[3])))
+        assert size_crop[3] == (14 - image[0, 0, 0] if mirrored else image[0, 0, 0])
+        lefts.add((bool(mirrored), int(size_crop[3])))
     assert len(lefts) == 6 * (1 + flip)
 
 
 def test_the_framing_counts_in_pixels_of_the_result():
     tall = Transforms(size=10)(_record(_encode(_ramp(60, 20))), np.random.default_rng(0))
-    np.testing.assert_array_equal(tall.framing, [60, 20, 10, 0, 10, 10])
+    np.testing.assert_array_equal(tall.size_crop, [60, 20, 10, 0, 10, 10])
     pixels = Transforms(size=10)(_record(_ramp(60, 20)), np.random.default_rng(0))
-    np.testing.assert_array_equal(pixels.framing, tall.framing)
+    np.testing.assert_array_equal(pixels.size_crop, tall.size_crop)
 
 
 def test_shrinking_does_not_alias():
@@ -145,8 +145,8 @@ def test_photographs_are_turned_as_their_camera_says():
     turned = _image(Transforms(size=8), _encode(_ramp(8, 8), exif=exif.tobytes()))
     np.testing.assert_array_equal(turned, np.rot90(_ramp(8, 8), -1))
     wide = _record(_encode(_ramp(8, 20), exif=exif.tobytes()))
-    framing = Transforms(size=8)(wide, np.random.default_rng(0)).framing
-    np.testing.assert_array_equal(framing, [20, 8, 6, 0, 8, 8])
+    size_crop = Transforms(size=8)(wide, np.random.default_rng(0)).size_crop
+    np.testing.assert_array_equal(size_crop, [20, 8, 6, 0, 8, 8])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_shape_like_the_image_s_cuts_nothing_off(stored, shape):
     transforms = Transforms(size=16, buckets=Buckets(step=8))
     made = transforms(_record(_encode(_ramp(*stored))), np.random.default_rng(0), shape)
     assert made.image.shape == (*shape, 3)
-    np.testing.assert_array_equal(made.framing, [*stored, 0, 0, *shape])
+    np.testing.assert_array_equal(made.size_crop, [*stored, 0, 0, *shape])
     whole = Image.fromarray(_ramp(*stored)).resize(shape[::-1], Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(made.image, np.asarray(whole))
 
@@ -198,7 +198,7 @@ def test_a_shape_unlike_the_image_s_takes_its_largest_crop():
     transforms = Transforms(size=16, buckets=Buckets(step=8))
     wide, tall = _encode(_ramp(16, 64)), _encode(_ramp(64, 16))
     made = transforms(_record(wide), np.random.default_rng(0), (16, 32))
-    np.testing.assert_array_equal(made.framing, [16, 64, 0, 16, 16, 32])
+    np.testing.assert_array_equal(made.size_crop, [16, 64, 0, 16, 16, 32])
     np.testing.assert_array_equal(made.image, _ramp(16, 64)[:, 16:48])
     made = transforms(_record(tall), np.random.default_rng(0), (16, 16))
     np.testing.assert_array_equal(made.image, _ramp(64, 16)[24:40])

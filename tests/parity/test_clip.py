@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.models.layers import any_rngs, blueprint, merge
+from jaxdiff.models.layers import any_rngs, bind_init, merge
 from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
@@ -205,7 +205,7 @@ def test_a_whole_clip_from_its_folder(tmp_path):
     tokenizer.export(str(tmp_path))
     bundle = read_bundle(tmp_path)
     prompts = ["a red pea", "a green banana and a pea"]
-    clip = merge(blueprint(Clip, bundle.config.task.model), bundle.params)
+    clip = merge(bind_init(Clip, bundle.config.task.model), bundle.params)
     found = clip(jnp.asarray(images()), jnp.asarray(bundle.tokenizer(prompts)))
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     told = theirs(prompts, padding="max_length", max_length=77, return_tensors="pt")

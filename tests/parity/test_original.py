@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jaxdiff.models.components import TextTower
 from safetensors.numpy import save_file
 
 import jaxdiff.pretrained.load
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.components import TextTower
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig

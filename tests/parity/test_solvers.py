@@ -1,6 +1,6 @@
 """Each solver that diffusers has makes the same image as its scheduler: same latents, same noises.
 
-In the place of a U-Net stands what it would say if the data were a known mixture.
+The exact denoiser of a known mixture stands in for a U-Net.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import pytest
 
 from jaxdiff.pretrained.scheduler import read_scheduling, write_scheduling
 from jaxdiff.sampling.loop import STEP_NOISE, keys_from_seeds, sample
-from jaxdiff.sampling.solvers_ode import noise_like
+from jaxdiff.sampling.solver import noise_like, stateless
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -85,12 +85,12 @@ def test_a_scheduler_comes_back_and_diffusers_opens_it(name):
     ours = read_scheduling({**SD, **changes, "_class_name": kind})
     written = write_scheduling(ours)
     assert read_scheduling(written) == ours
-    again = getattr(diffusers, kind).from_config(written)
-    assert read_scheduling({**again.config, "_class_name": kind}) == ours
+    restored = getattr(diffusers, kind).from_config(written)
+    assert read_scheduling({**restored.config, "_class_name": kind}) == ours
 
 
 def theirs(scheduler, latents, noises, monkeypatch):
-    """What diffusers' scheduler makes of latents, with noises[i] as the fresh noise of step i."""
+    """Sample with diffusers' scheduler, with noises[i] as the fresh noise of step i."""
     taken = iter(noises)
     monkeypatch.setattr(
         importlib.import_module(type(scheduler).__module__),
@@ -128,16 +128,16 @@ def test_the_image_is_that_of_diffusers(name, monkeypatch):
         return expected_x0(x, scheduling.schedule.alpha(t), scheduling.schedule.sigma(t))
 
     found = sample(
-        denoise,
+        stateless(denoise),
         scheduling.solver,
         scheduling.schedule,
         scheduling.grid,
         STEPS,
         latents,
         seeds,
-        unit_noise=scheduling.unit_noise,
+        init_noise=scheduling.init_noise,
     ).images
     difference = np.abs(np.asarray(found) - expected).max()
     print(f"{name}: {difference:.1e}")
-    assert expected.std() > 0.3  # there is a picture to speak of
+    assert expected.std() > 0.3  # the image is not empty
     assert difference <= 1e-3

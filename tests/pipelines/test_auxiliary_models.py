@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jaxdiff.models.components import Latents
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.schedules import Cosine
 from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.pipelines.auxiliary_models import clip_scores, read_weak
 from jaxdiff.pretrained.bundle import Bundle

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jaxdiff.models.components import Latents
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.images import to_uint8
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.components import Latents
-from jaxdiff.models.layers import abstract_params, any_rngs, blueprint, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, merge
 from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import write_bundle, write_weights
@@ -40,7 +40,7 @@ def test_latents_are_decoded(tiny_bundle, tmp_path):
         abstract_params(lambda: task.build(any_rngs())),
     )
     draw = np.random.default_rng(1)
-    build = blueprint(Autoencoder, small)
+    build = bind_init(Autoencoder, small)
     autoencoder = jax.tree.map(
         lambda leaf: draw.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_params(build)
     )

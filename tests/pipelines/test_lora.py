@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import Factors
 from jaxdiff.pipelines.lora import adapters_of, attach, detach, merge, scaled
 from jaxdiff.pretrained.bundle import Bundle
@@ -31,7 +31,7 @@ def bundle(request, tiny_recipe) -> Bundle:
     def random(build):
         return jax.tree.map(lambda x: draw(*x.shape), abstract_params(build))
 
-    params = random(blueprint(type(config.task).build, config.task))
+    params = random(bind_init(type(config.task).build, config.task))
     frozen = {name: random(part.build) for name, part in config.task.frozen().items()}
     return Bundle(config, params, frozen, None)
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxdiff.models.components import Latents, TextTower
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, merge
 from jaxdiff.models.text_encoders.clip import ClipTextConfig

@@ -5,8 +5,8 @@ import json
 
 import jax
 import pytest
-
 from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
+
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention

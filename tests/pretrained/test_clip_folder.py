@@ -1,4 +1,4 @@
-"""A CLIP as transformers has it: read back, and steering another model's images."""
+"""A CLIP as transformers has it: read back, scoring and guiding another model's images."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from safetensors.numpy import save_file
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, blueprint
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
 from jaxdiff.pretrained import clip
-from jaxdiff.pretrained.load import read_bundle
+from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
-from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.sampling.guidance.guidance import Guidance
 
 PEA = "a small red pea"
 SIZES = {"width": 32, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "projection_dim": 24}
@@ -25,7 +25,7 @@ THEIRS = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 64,
-    "bad_words_ids": [1],  # old files list everything that any model could be told
+    "bad_words_ids": [1],  # old files list every option of any model
     "temperature": 1.0,
 }
 
@@ -46,7 +46,7 @@ def params(model):
     draw = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: (0.3 * draw.normal(size=x.shape)).astype(np.float32),
-        abstract_params(blueprint(Clip, model)),
+        abstract_params(bind_init(Clip, model)),
     )
 
 
@@ -70,17 +70,17 @@ def folder(tmp_path, tokenizer, model, params):
 
 
 def test_it_is_read_as_it_was_written(folder, model, params):
-    bundle = read_bundle(folder)
-    assert bundle.config.task == ClipTask(model=model)
+    bundle = load_bundle(folder)
+    assert bundle.spec == read_spec(folder) == model
     jax.tree.map(np.testing.assert_array_equal, bundle.params, params)
-    assert bundle.tokenizer is not None
-    assert bundle.tokenizer.length == 16
+    for tokenizers in (bundle.tokenizers, read_tokenizers(folder)):
+        assert tokenizers["text"].length == 16
 
 
-def test_it_scores_and_steers_what_another_model_draws(folder, pipeline):
+def test_it_scores_and_guides_the_images_of_another_model(folder, pipeline):
     free, steered = (
-        pipeline([PEA] * 2, seeds=[1, 2], num_steps=2, guidance_scale=1, clip=clip_guidance)
-        for clip_guidance in (None, ClipGuidance(model=str(folder), scale=30.0))
+        pipeline([PEA] * 2, seeds=[1, 2], num_steps=2, guidance_scale=1, guidance=Guidance(clip=c))
+        for c in (None, ClipGuidance(model=str(folder), scale=30.0))
     )
     before, after = (clip_scores(str(folder), images, [PEA] * 2) for images in (free, steered))
     assert (np.abs(before) <= 1).all()
@@ -88,19 +88,19 @@ def test_it_scores_and_steers_what_another_model_draws(folder, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"vision_config": {"num_channels": 4}}, "vision_config: num_channels is 4"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config: hidden_act is 'relu'"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config: layer_norm_eps is 1e-06"),
     ],
 )
-def test_what_jaxdiff_does_not_have_is_told(folder, changes, told):
+def test_what_jaxdiff_does_not_have_is_refused(folder, changes, message):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"text_config": THEIRS, "text_config_dict": None}
     path.write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=told):
-        read_bundle(folder)
+    with pytest.raises(UserError, match=message):
+        load_bundle(folder)
 
 
 def test_defaults_are_those_of_transformers():

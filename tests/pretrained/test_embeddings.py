@@ -1,31 +1,39 @@
 """Files of new words: every form, for one text encoder and for two, and what is refused."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
-from jaxdiff.models.components import TextTower
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    ClipTextEncoder,
+    StableDiffusionXLConditioner,
+)
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.pipelines.textual_inversion import Word
-from jaxdiff.pretrained.embeddings import FILE, read_embedding, write_embedding
-from jaxdiff.training.tasks.diffusion import DiffusionTask
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.embeddings import FILE, Word, read_embedding, write_embedding
 
-SMALL = ClipTextConfig(width=4, depth=1, heads=2)
-TASK = DiffusionTask(
-    denoiser=DiTConfig(width=32, depth=1, heads=2, text_width=8, pooled_width=8),
-    text=TextTower(model=dataclasses.replace(SMALL, width=8), trained=False),
-    objective=Objective(),
+
+def model(conditioner) -> TextToImage:
+    width, pooled = conditioner.text_width, conditioner.pooled_width
+    return TextToImage(
+        denoiser=DiTConfig(width=32, depth=1, heads=2, text_width=width, pooled_width=pooled),
+        conditioner=conditioner,
+        prediction="x0",
+        schedule=RectifiedFlow(),
+        image_size=64,
+    )
+
+
+LARGE, SMALL = (
+    ClipTextEncoder(model=ClipTextConfig(width=width, depth=1, heads=2)) for width in (8, 4)
 )
-XL = dataclasses.replace(
-    TASK,
-    denoiser=dataclasses.replace(TASK.denoiser, text_width=12, pooled_width=4),
-    text_2=TextTower(model=SMALL, trained=False),
-)
+SD = model(ClipConditioner(text=LARGE))
+XL = model(StableDiffusionXLConditioner(text=LARGE, text_2=SMALL))
+REFINER = model(StableDiffusionXLConditioner(text_2=LARGE))
 ONE, TWO = np.eye(2, 8, dtype=np.float32), np.ones((2, 4), np.float32)
 
 
@@ -39,7 +47,7 @@ ONE, TWO = np.eye(2, 8, dtype=np.float32), np.ones((2, 4), np.float32)
 )
 def test_files_for_one_text_encoder(tensors, word, count, tmp_path):
     save_file(tensors, tmp_path / "my-pea.safetensors")
-    found = read_embedding(tmp_path / "my-pea.safetensors", TASK)
+    found = read_embedding(tmp_path / "my-pea.safetensors", SD)
     assert (found.word, set(found.rows)) == (word, {"text"})
     np.testing.assert_array_equal(found.rows["text"], ONE[:count])
 
@@ -52,33 +60,33 @@ def test_files_for_two_text_encoders(tmp_path):
     np.testing.assert_array_equal(found.rows["text_2"], TWO)
 
 
-@pytest.mark.parametrize("task", [TASK, XL], ids=["SD", "XL"])
-def test_what_is_written_is_read_again(task, tmp_path):
-    rows = dict(zip(task.towers, (ONE, TWO), strict=False))
+@pytest.mark.parametrize("spec", [SD, XL, REFINER], ids=["SD", "XL", "refiner"])
+def test_what_is_written_is_read_again(spec, tmp_path):
+    rows = dict(zip(spec.conditioner.encoders, (ONE, TWO), strict=False))
     write_embedding(tmp_path, Word("<pea>", rows))
-    found = read_embedding(tmp_path, task)
+    found = read_embedding(tmp_path, spec)
     assert found.word == "<pea>"
     for name, vectors in rows.items():
         np.testing.assert_array_equal(found.rows[name], vectors)
-    assert set(load_file(tmp_path / FILE)) == ({"<pea>"} if task is TASK else {"clip_l", "clip_g"})
+    assert set(load_file(tmp_path / FILE)) == ({"clip_l", "clip_g"} if spec is XL else {"<pea>"})
 
 
 @pytest.mark.parametrize(
-    ("tensors", "task", "told"),
+    ("tensors", "spec", "message"),
     [
-        ({"clip_l": ONE, "clip_g": TWO}, TASK, "holds clip_g, clip_l|holds clip_l, clip_g"),
+        ({"clip_l": ONE, "clip_g": TWO}, SD, "holds clip_g, clip_l|holds clip_l, clip_g"),
         ({"<pea>": ONE}, XL, "expected clip_l and clip_g"),
-        ({"clip_l": ONE, "clip_g": TWO[:1]}, XL, "unlike numbers"),
-        ({"<pea>": ONE[None]}, TASK, "one or several vectors"),
-        ({}, TASK, "holds nothing"),
+        ({"clip_l": ONE, "clip_g": TWO[:1]}, XL, "different numbers"),
+        ({"<pea>": ONE[None]}, SD, "one or several vectors"),
+        ({}, SD, "holds nothing"),
     ],
 )
-def test_other_files_are_told(tensors, task, told, tmp_path):
+def test_other_files_are_refused(tensors, spec, message, tmp_path):
     save_file(tensors, tmp_path / FILE)
-    with pytest.raises(UserError, match=told):
-        read_embedding(tmp_path, task)
+    with pytest.raises(UserError, match=message):
+        read_embedding(tmp_path, spec)
 
 
 def test_pickled_files_are_not_opened(tmp_path):
-    with pytest.raises(UserError, match="safetensors files alone"):
-        read_embedding(tmp_path / "pea.pt", TASK)
+    with pytest.raises(UserError, match=r"expected a \.safetensors file"):
+        read_embedding(tmp_path / "pea.pt", SD)

@@ -36,7 +36,7 @@ REPOSITORY = [
 ]
 
 
-def test_only_what_is_read_is_fetched():
+def test_only_what_is_read_is_downloaded():
     assert set(hub.wanted(REPOSITORY)) == {
         "model_index.json",
         "scheduler/scheduler_config.json",
@@ -68,7 +68,7 @@ def test_a_repository_may_be_one_model(there, others):
     assert hub.wanted([*others, *there]) == there
 
 
-def test_a_folder_here_comes_before_the_hub(tmp_path, monkeypatch):
+def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_hub_id("runs/produce")
     (tmp_path / "runs" / "produce").mkdir(parents=True)
@@ -79,10 +79,10 @@ def test_a_folder_here_comes_before_the_hub(tmp_path, monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's interface as its client uses, for one model of random tensors."""
+    """The part of the hub's interface that its client uses, for one model."""
 
     files: ClassVar = {name: f"{name} itself".encode() for name in REPOSITORY}
-    broken: ClassVar[set[str]] = set()  # what comes out of order
+    broken: ClassVar[set[str]] = set()  # answered with an error
     asked: ClassVar[list[str]] = []
     commit = "a" * 40
 
@@ -124,7 +124,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return data or b""
 
 
-def test_a_model_is_fetched_once_and_found_again_without_a_connection(tmp_path):
+def test_a_model_is_downloaded_once_and_found_again_without_a_connection(tmp_path):
     """By the hub's own client, from a server here."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -137,13 +137,13 @@ def test_a_model_is_fetched_once_and_found_again_without_a_connection(tmp_path):
         return (run.stdout or run.stderr).splitlines()[-1]
 
     Hub.broken = {"merges.txt"}
-    assert "cannot be had from the hub" in load("somebody/something")  # not half of it
+    assert "cannot be downloaded from the hub" in load("somebody/something")  # not half of it
     Hub.broken = set()
     folder = pathlib.Path(load("somebody/something"))
     found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     assert sorted(found) == sorted(hub.wanted(REPOSITORY)) == sorted(set(Hub.asked))
     assert (folder / "unet/config.json").read_text() == "unet/config.json itself"
-    assert "cannot be had from the hub" in load("nobody/nothing")
+    assert "cannot be downloaded from the hub" in load("nobody/nothing")
     Hub.broken = {""}
     assert load("somebody/something") == str(folder)
     server.shutdown()
@@ -154,7 +154,7 @@ def test_a_model_is_fetched_once_and_found_again_without_a_connection(tmp_path):
 
 def test_a_repository_of_pickled_weights_is_refused(monkeypatch):
     files = [RepoSibling(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
-    told = types.SimpleNamespace(siblings=files)
-    monkeypatch.setattr(hub.huggingface_hub.HfApi, "model_info", lambda *_: told)
+    answer = types.SimpleNamespace(siblings=files)
+    monkeypatch.setattr(hub.huggingface_hub.HfApi, "model_info", lambda *_: answer)
     with pytest.raises(UserError, match="has no weights that jaxdiff reads: expected safetensors"):
         hub.download("somebody/old")

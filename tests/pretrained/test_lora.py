@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.diffusion.losses import Objective
+from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    ClipTextEncoder,
+    StableDiffusionXLConditioner,
+)
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Factors
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
-from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 WIDTH, RANK = 8, 3
-TASK = DiffusionTask(
+TEXT = ClipTextEncoder(
+    model=ClipTextConfig(vocab_size=600, length=16, width=WIDTH, depth=2, heads=2)
+)
+SD = TextToImage(
     denoiser=UNet2DConditionConfig(
         block_out_channels=(WIDTH, WIDTH),
         layers_per_block=1,
@@ -27,21 +34,23 @@ TASK = DiffusionTask(
         cross_attention_dim=WIDTH,
         norm_num_groups=4,
     ),
-    text=TextTower(
-        model=ClipTextConfig(vocab_size=600, length=16, width=WIDTH, depth=2, heads=2),
-        trained=False,
-    ),
-    latents=Latents(model=AutoencoderConfig(), pretrained="unused"),
-    objective=Objective(prediction="eps"),
+    conditioner=ClipConditioner(text=TEXT, masked=False),
+    autoencoder=AutoencoderConfig(),
+    prediction="eps",
+    schedule=ScaledLinear(),
+    image_size=64,
 )
+PROJECTED = dataclasses.replace(TEXT, model=dataclasses.replace(TEXT.model, projection_dim=WIDTH))
+ADDED = {"added_width": WIDTH + 24, "time_id_width": 4}
 XL = dataclasses.replace(
-    TASK,
-    denoiser=dataclasses.replace(
-        TASK.denoiser, cross_attention_dim=2 * WIDTH, added_width=WIDTH + 24, time_id_width=4
-    ),
-    text_2=dataclasses.replace(
-        TASK.text, model=dataclasses.replace(TASK.text.model, projection_dim=WIDTH)
-    ),
+    SD,
+    denoiser=dataclasses.replace(SD.denoiser, cross_attention_dim=2 * WIDTH, **ADDED),
+    conditioner=StableDiffusionXLConditioner(text=TEXT, text_2=PROJECTED),
+)
+REFINER = dataclasses.replace(
+    SD,
+    denoiser=dataclasses.replace(SD.denoiser, **ADDED),
+    conditioner=StableDiffusionXLConditioner(text_2=PROJECTED),
 )
 
 QUERY = ("down", 1, "transformers", 0, "blocks", "attention", "q")
@@ -96,7 +105,7 @@ def tensors(naming="diffusers"):
 @pytest.mark.parametrize("naming", NAMES)
 def test_every_naming_finds_the_same_layers(naming, tmp_path):
     save_file(tensors(naming), tmp_path / FILE)
-    found = read_lora(tmp_path, TASK)
+    found = read_lora(tmp_path, SD)
     assert {part: set(pairs) for part, pairs in found.items()} == {
         "denoiser": {QUERY, CONV},
         "text": {WORDS},
@@ -116,10 +125,10 @@ def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
     kohya = tensors("kohya")
     name = NAMES["kohya"][0].replace("lora_{}.weight", "alpha")
     save_file(kohya | {name: np.array(6.0, np.float32)}, tmp_path / "kohya.safetensors")
-    said = '{"unet.lora_alpha": 6, "unet.r": 3}'
-    save_file(tensors(), tmp_path / "peft.safetensors", metadata={"lora_adapter_metadata": said})
+    stated = '{"unet.lora_alpha": 6, "unet.r": 3}'
+    save_file(tensors(), tmp_path / "peft.safetensors", metadata={"lora_adapter_metadata": stated})
     for file, text_scale in (("kohya", 1), ("peft", 1)):
-        found = read_lora(tmp_path / f"{file}.safetensors", TASK)
+        found = read_lora(tmp_path / f"{file}.safetensors", SD)
         up = found["denoiser"][QUERY].up[1]
         np.testing.assert_array_equal(up, 2 * normal(1, WIDTH, RANK).T)
         np.testing.assert_array_equal(
@@ -127,14 +136,14 @@ def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
         )
 
 
-@pytest.mark.parametrize("task", [TASK, XL], ids=["SD", "XL"])
-def test_it_comes_back(task, tmp_path):
+@pytest.mark.parametrize("spec", [SD, XL, REFINER], ids=["SD", "XL", "refiner"])
+def test_it_comes_back(spec, tmp_path):
     pairs = {"denoiser": {QUERY: Factors(normal(0, 2, WIDTH, RANK), normal(1, 2, RANK, WIDTH))}}
-    for name in task.towers:
+    for name in spec.conditioner.encoders:
         pairs[name] = {WORDS: Factors(normal(2, 2, WIDTH, 1), normal(3, 2, 1, 4 * WIDTH))}
-    write_lora(tmp_path, pairs, task)
+    write_lora(tmp_path, pairs, spec)
     assert len(load_file(tmp_path / FILE)) == 4 * len(pairs)
-    found = read_lora(tmp_path / FILE, task)
+    found = read_lora(tmp_path / FILE, spec)
     for part, layers in pairs.items():
         for path, pair in layers.items():
             np.testing.assert_array_equal(found[part][path].down, pair.down)
@@ -158,33 +167,33 @@ def change(name, value=None):
 
 
 @pytest.mark.parametrize(
-    ("there", "told"),
+    ("there", "message"),
     [
         (change("to_q.lora_B"), "half a pair for down.1.transformers.0.blocks.attention.q"),
-        (change("to_q.lora_A", normal(0, RANK, 9)), "is it for another model"),
+        (change("to_q.lora_A", normal(0, RANK, 9)), "load the model that it was trained on"),
         (tensors() | {"unet.nose.lora_A.weight": normal(0, 1, 1)}, "unet.nose.lora_A.weight"),
         (tensors() | {"lora_unet_x.hada_w1_a": normal(0, 1, 1)}, "no LoRA of this model"),
     ],
     ids=["half", "shape", "layer", "kind"],
 )
-def test_what_does_not_fit_is_told(there, told, tmp_path):
+def test_what_does_not_fit_is_refused(there, message, tmp_path):
     save_file(there, tmp_path / FILE)
-    with pytest.raises(UserError, match=told):
-        read_lora(tmp_path, TASK)
+    with pytest.raises(UserError, match=message):
+        read_lora(tmp_path, SD)
 
 
 def test_pickled_files_are_never_opened(tmp_path):
     (tmp_path / "style.bin").write_bytes(b"\x80")
-    with pytest.raises(UserError, match="files alone; convert it"):
-        read_lora(tmp_path / "style.bin", TASK)
+    with pytest.raises(UserError, match=r"expected a \.safetensors file"):
+        read_lora(tmp_path / "style.bin", SD)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match="There is no file"):
-        read_lora(tmp_path / "nothing.safetensors", TASK)
+        read_lora(tmp_path / "nothing.safetensors", SD)
 
 
-def test_other_denoisers_have_no_such_files(tmp_path, tiny_recipe):
+def test_other_denoisers_have_no_such_files(tmp_path, small_bundle):
     save_file(tensors(), tmp_path / FILE)
-    with pytest.raises(UserError, match="is a DiT: LoRA files are for"):
-        read_lora(tmp_path, tiny_recipe().task)
+    with pytest.raises(UserError, match="denoiser of small is a DiTConfig: expected Stable"):
+        read_lora(tmp_path, small_bundle.spec)

@@ -22,8 +22,8 @@ SPEC = "modelspec.prediction_type"
         (XL, ["v_pred", "ztsnr"], {SPEC: "epsilon"}, ("v", True)),
     ],
 )
-def test_a_file_says_what_its_network_predicts(variant, names, metadata, expected, tmp_path):
+def test_a_file_states_what_its_network_predicts(variant, names, metadata, expected, tmp_path):
     path = epath.Path(tmp_path) / "model.safetensors"
     save_file({name: np.empty(0, np.float32) for name in [*names, "other"]}, path, metadata)
-    found = objective_of(variant, TensorFiles([path]))
-    assert (found.prediction, found.schedule.zero_terminal_snr) == expected
+    prediction, schedule = objective_of(variant, TensorFiles([path]))
+    assert (prediction, schedule.zero_terminal_snr) == expected

@@ -1,5 +1,7 @@
 """The loop: one compilation for all arguments, images that depend on their seed alone."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, VarianceExploding
 from jaxdiff.diffusion.time_grids import TimeGrid
-from jaxdiff.sampling.guidance.cfg import ClassifierFree, Told
+from jaxdiff.sampling.guidance.cfg import ConditionedModel, guided_denoiser
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import (
     INITIAL_NOISE,
     STEP_NOISE,
@@ -15,6 +18,7 @@ from jaxdiff.sampling.loop import (
     noise_from_seeds,
     sample,
 )
+from jaxdiff.sampling.solver import StepOutput, ddim_update, stateless
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, Churn, DPMSolverPP2M, Euler, Heun
 from jaxdiff.sampling.solvers_sde import LCM, DPMSolverPP2MSDE, DPMSolverPPSDE
 from jaxdiff.sampling.unipc import UniPC
@@ -33,28 +37,47 @@ SOLVERS = [
     PLMS(),
     LCM(),
 ]
-# One of each kind: with fresh noise, of two evaluations, with a memory, with a memory of two parts.
-KINDS = [SOLVERS[0], SOLVERS[3], DPMSolverPP2MSDE(), UniPC()]
 
 
-def _network(x, t, text):
+@dataclass(frozen=True, kw_only=True)
+class ThirdParty:
+    """A solver of someone else: DDIM with an average of the last two estimates."""
+
+    weight: float = 0.5
+
+    def init(self, x):
+        return jnp.zeros_like(x), jnp.zeros((), bool)
+
+    def step(self, denoise, x, solver_state, state, s, keys):
+        last, is_known = solver_state
+        x0, state = denoise(x, s.t, state)
+        mean = jnp.where(is_known & (s.next_t > 0), x0 + self.weight * (last - x0), x0)
+        solver_state = x0, jnp.ones((), bool)
+        return StepOutput(ddim_update(x, mean, s), x0, solver_state, state)
+
+
+# One of each kind: with fresh noise, of two evaluations, with a state, with a state of two parts.
+KINDS = [SOLVERS[0], SOLVERS[3], DPMSolverPP2MSDE(), UniPC(), ThirdParty()]
+
+
+def _network(x, t, cond):
     """Mixes pixels of one image, never two images."""
-    mixed = jnp.tanh(x + jnp.roll(x, 1, axis=1) + text[:, None, None, :])
+    mixed = jnp.tanh(x + jnp.roll(x, 1, axis=1) + cond[:, None, None, :])
     return mixed * jnp.cos(t).reshape(-1, 1, 1, 1)
 
 
 def _images(solver, seeds, text, scale, num_steps, **fields):
     schedule = Cosine()
-    told = Told(
+    model = ConditionedModel(
         network=_network,
         prediction="v",
         schedule=schedule,
         cond=text,
         uncond=jnp.zeros_like(text),
     )
-    denoise = ClassifierFree().denoiser(told, scale)
+    denoiser = guided_denoiser(model, Guidance(), scale)
     noise = noise_from_seeds(seeds, SHAPE)
-    return sample(denoise, solver, schedule, TimeGrid(), num_steps, noise, seeds, **fields)
+    return sample(denoiser, solver, schedule, TimeGrid(), num_steps, noise, seeds, **fields)
 
 
 @pytest.mark.parametrize("solver", KINDS, ids=repr)
@@ -110,28 +133,37 @@ def test_keys_differ_by_seed_and_by_purpose():
     [(s, RectifiedFlow()) for s in SOLVERS] + [(s, VarianceExploding()) for s in KINDS],
     ids=repr,
 )
-def test_a_denoiser_that_knows_the_image_ends_on_it(solver, schedule):
+def test_a_perfect_denoiser_ends_at_its_image(solver, schedule):
     target = jax.random.uniform(jax.random.key(0), (2, *SHAPE))
     noise = noise_from_seeds(jnp.arange(2), SHAPE)
     seeds = jnp.arange(2)
 
     @jax.jit
     def run(num_steps):
-        return sample(lambda x, t: target, solver, schedule, TimeGrid(), num_steps, noise, seeds)
+        return sample(
+            stateless(lambda x, t: target), solver, schedule, TimeGrid(), num_steps, noise, seeds
+        )
 
     for num_steps in (1, 2, 9):
         np.testing.assert_allclose(run(num_steps).images, target, atol=1e-4)
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(4, [1, 2, 3, 4]), (8, [2, 4, 6, 8])])
-def test_snapshots_are_the_estimates_at_equal_shares_of_the_steps(num_steps, expected):
+def test_snapshots_are_the_estimates_at_equal_fractions_of_the_steps(num_steps, expected):
     grid, noise, seeds = TimeGrid(), jnp.ones((1, 1, 1, 1)), jnp.array([0])
 
     def steps_taken(x, t):
         return jnp.broadcast_to((1 - t) * num_steps + 1, x.shape)
 
     sampled = sample(
-        steps_taken, Euler(), RectifiedFlow(), grid, num_steps, noise, seeds, num_snapshots=4
+        stateless(steps_taken),
+        Euler(),
+        RectifiedFlow(),
+        grid,
+        num_steps,
+        noise,
+        seeds,
+        num_snapshots=4,
     )
     np.testing.assert_allclose(sampled.snapshots.ravel(), expected, rtol=1e-5)
     np.testing.assert_allclose(sampled.images, sampled.snapshots[-1], rtol=1e-6)

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.multidiffusion import Windows, windowed
+from jaxdiff.sampling import multidiffusion
+from jaxdiff.sampling.multidiffusion import Windows
+from jaxdiff.sampling.solver import stateless
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
 T = jnp.float32(0.37)
+
+
+def windowed(denoise, windows, height, width):
+    """Return the windowed denoiser as a function (x, t) -> x0."""
+    denoiser = multidiffusion.windowed(stateless(denoise), windows, height, width)
+    return lambda x, t: denoiser.denoise(x, t, ())[0]
 
 
 def pointwise(x, t):
@@ -22,13 +30,15 @@ def mean(x, t):
 
 
 def test_one_window_is_the_denoiser_itself():
+    denoiser = stateless(mean)
     for height, width in ((8, 12), (16, 12)):
-        assert windowed(mean, Windows(height=height, width=width), 8, 12) is mean
+        one = Windows(height=height, width=width)
+        assert multidiffusion.windowed(denoiser, one, 8, 12) is denoiser
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
 @pytest.mark.parametrize("wrap", [(False, False), (True, False), (True, True)])
-def test_what_looks_at_one_position_alone_does_not_see_the_windows(overlap, wrap):
+def test_windows_do_not_change_a_pointwise_denoiser(overlap, wrap):
     windows = Windows(height=4, width=5, overlap=overlap, wrap=wrap, at_a_time=3)
     found = jax.jit(windowed(pointwise, windows, 8, 12))(X, T)
     np.testing.assert_allclose(found, pointwise(X, T), atol=1e-6)
@@ -39,7 +49,7 @@ def test_how_many_are_taken_at_a_time_does_not_matter():
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
 
 
-def test_two_windows_go_over_into_each_other_smoothly():
+def test_two_windows_blend_smoothly():
     seen = []
 
     def number(x, t):
@@ -54,7 +64,7 @@ def test_two_windows_go_over_into_each_other_smoothly():
     assert set(seen) == {(1, 8, 8, 1)}
 
 
-def test_around_an_axis_the_windows_begin_elsewhere_at_each_time():
+def test_windows_of_an_axis_that_wraps_have_another_offset_at_each_time():
     def number(x, t):
         return jnp.broadcast_to(jnp.arange(12.0)[:, None], x.shape)
 
@@ -62,7 +72,7 @@ def test_around_an_axis_the_windows_begin_elsewhere_at_each_time():
     rows = [np.asarray(around(X, jnp.float32(t)))[0, 0, :, 0] for t in (0.1, 0.3, 0.4)]
     assert not all(np.allclose(row, rows[0]) for row in rows)
     np.testing.assert_array_equal(around(X, T), around(X, T))
-    # As a whole it stays until things have their places; one of several does not, and need not.
+    # One window keeps its place until the layout has formed; one of several does not.
     for t, stays in ((0.9, True), (0.6, True), (0.3, False)):
         row = around(X, jnp.float32(t))[0, 0, :, 0]
         assert np.array_equal(row, range(12)) == stays
@@ -74,6 +84,6 @@ def test_around_an_axis_the_windows_begin_elsewhere_at_each_time():
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_an_overlap_that_leaves_no_way_on_is_told():
+def test_an_overlap_of_1_is_refused():
     with pytest.raises(UserError, match=r"overlap is 1.0: expected"):
         Windows(height=4, width=4, overlap=1.0)

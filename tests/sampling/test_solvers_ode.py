@@ -16,16 +16,8 @@ from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, ScaledLinear, Var
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.loop import STEP_NOISE, keys_from_seeds, noise_from_seeds, sample
-from jaxdiff.sampling.solvers_ode import (
-    DDIM,
-    PLMS,
-    Churn,
-    DPMSolverPP2M,
-    Euler,
-    Heun,
-    Step,
-    noise_like,
-)
+from jaxdiff.sampling.solver import Step, noise_like, stateless
+from jaxdiff.sampling.solvers_ode import DDIM, PLMS, Churn, DPMSolverPP2M, Euler, Heun
 from jaxdiff.sampling.solvers_sde import DDPM, LCM, DPMSolverPP2MSDE, DPMSolverPPSDE, EulerAncestral
 from jaxdiff.sampling.unipc import UniPC
 
@@ -82,7 +74,9 @@ def _errors(schedule, solver, grid, steps):
         @jax.jit
         def run(num_steps):
             denoise = _mixture_denoiser(schedule)
-            return sample(denoise, solver, schedule, grid, num_steps, noise, jnp.arange(41)).images
+            return sample(
+                stateless(denoise), solver, schedule, grid, num_steps, noise, jnp.arange(41)
+            ).images
 
         return np.array([float(jnp.sqrt(jnp.mean((run(n) - exact) ** 2))) for n in steps])
 
@@ -135,7 +129,7 @@ def test_multistep_loses_a_logarithm_on_even_steps_into_data(schedule):
 @pytest.mark.parametrize(
     "schedule", [RectifiedFlow(), Cosine(), ScaledLinear(), VarianceExploding()], ids=repr
 )
-def test_second_order_pays_at_few_steps(schedule):
+def test_second_order_is_more_exact_at_few_steps(schedule):
     grid = TimeGrid() if isinstance(schedule, VarianceExploding) else TimeGrid(rho=1.5)
     euler, multistep = (
         _errors(schedule, solver, grid, [20])[0] for solver in (Euler(), DPMSolverPP2M())
@@ -148,7 +142,7 @@ def test_ddim_without_noise_is_eulers_method(schedule):
     noise, seeds = noise_from_seeds(jnp.arange(5), (2, 2, 1)), jnp.arange(5)
     denoise = _mixture_denoiser(schedule)
     ends = [
-        sample(denoise, solver, schedule, TimeGrid(), 10, noise, seeds).images
+        sample(stateless(denoise), solver, schedule, TimeGrid(), 10, noise, seeds).images
         for solver in (DDIM(eta=0.0), Euler())
     ]
     np.testing.assert_array_equal(*ends)
@@ -165,7 +159,7 @@ def _ends(schedule, solver, *, steps=10, count=5):
     seeds = jnp.arange(count)
     noise = noise_from_seeds(seeds, (2, 2, 1))
     denoise = _mixture_denoiser(schedule)
-    return sample(denoise, solver, schedule, TimeGrid(), steps, noise, seeds).images
+    return sample(stateless(denoise), solver, schedule, TimeGrid(), steps, noise, seeds).images
 
 
 def _churned(schedule):
@@ -204,7 +198,7 @@ def test_lcm_keeps_the_distribution_in_any_number_of_jumps(schedule, steps):
 
     seeds = jnp.arange(2000)
     noise = noise_from_seeds(seeds, (2, 2, 1))
-    images = sample(jump, LCM(), schedule, TimeGrid(), steps, noise, seeds).images
+    images = sample(stateless(jump), LCM(), schedule, TimeGrid(), steps, noise, seeds).images
     assert float(images.mean()) == pytest.approx(mean, abs=0.015)
     assert float(images.std()) == pytest.approx(std, rel=0.03)
 
@@ -212,7 +206,7 @@ def test_lcm_keeps_the_distribution_in_any_number_of_jumps(schedule, steps):
 def test_lcm_leaves_data_as_they_are():
     x, keys = jnp.full((1, 2, 2, 1), 0.7), jax.random.split(jax.random.key(0), 1)
     step = Step(*jnp.array([1e-7, 1.0, 1e-7, 0.0, 1.0, 0.0]))
-    stepped = LCM().step(lambda x, t: jnp.zeros_like(x), x, (), step, keys)
+    stepped = LCM().step(lambda x, t, state: (jnp.zeros_like(x), state), x, (), (), step, keys)
     np.testing.assert_allclose(stepped.x, x, rtol=1e-4)
 
 
@@ -234,27 +228,28 @@ def test_without_noise_they_are_the_solvers_of_the_ode(schedule, stochastic, det
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine(), VarianceExploding()], ids=repr)
 @pytest.mark.parametrize("solver", [DDPM(), EulerAncestral(), DPMSolverPPSDE()], ids=repr)
 def test_first_order_solvers_with_the_posteriors_noise_are_one(schedule, solver):
-    """With as much noise, one evaluation and no memory there is no other step to take."""
+    """With as much noise, one evaluation and no state there is no other step to take."""
     ancestral = _ends(schedule, DDIM(eta=1.0))
     np.testing.assert_allclose(_ends(schedule, solver), ancestral, rtol=1e-4, atol=1e-4)
 
 
-def test_ddpm_draws_from_the_posterior():
+def test_ddpm_samples_the_posterior():
     """Ho et al. 2020, eq. 6 and 7, as they write it."""
     x, x0 = jnp.full((1, 4, 4, 1), 0.3), jnp.full((1, 4, 4, 1), -0.2)
     keys, bar, next_bar = jax.random.split(jax.random.key(0), 1), 0.4, 0.55
     alpha_t, beta_t = bar / next_bar, 1 - bar / next_bar
     mean = next_bar**0.5 * beta_t / (1 - bar) * x0 + alpha_t**0.5 * (1 - next_bar) / (1 - bar) * x
     std = np.sqrt((1 - next_bar) / (1 - bar) * beta_t)
+    denoise = stateless(lambda x, t: x0).denoise
     levels = [0.5, bar**0.5, (1 - bar) ** 0.5, 0.4, next_bar**0.5, (1 - next_bar) ** 0.5]
-    found = DDPM().step(lambda x, t: x0, x, (), Step(*jnp.array(levels)), keys).x
+    found = DDPM().step(denoise, x, (), (), Step(*jnp.array(levels)), keys).x
     np.testing.assert_allclose(found, mean + std * noise_like(x, keys), rtol=1e-5)
 
 
 def test_heun_with_churn_is_algorithm_2_of_edm():
     """Written as there, for sigma alone, with the noise of the sampler."""
     schedule, steps, seeds = VarianceExploding(), 12, jnp.arange(3)
-    churn = Churn(schedule=schedule, gamma=0.3, low=0.05, high=50.0, noise=1.003)
+    churn = Churn(schedule=schedule, gamma=0.3, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
     solver = Heun(variable="sigma", churn=churn)
     noise = noise_from_seeds(seeds, (2, 2, 1))
     denoise, keys = _mixture_denoiser(schedule), keys_from_seeds(seeds, STEP_NOISE)
@@ -273,7 +268,7 @@ def test_heun_with_churn_is_algorithm_2_of_edm():
         if next_sigma > 0:
             d = (d + slope(euler, next_sigma)) / 2
         x = x + (next_sigma - raised) * d
-    found = sample(denoise, solver, schedule, TimeGrid(), steps, noise, seeds).images
+    found = sample(stateless(denoise), solver, schedule, TimeGrid(), steps, noise, seeds).images
     np.testing.assert_allclose(found, x, atol=1e-4)
 
 
@@ -282,7 +277,7 @@ def test_ddims_noise_differs_between_steps_and_seeds():
     noise = jnp.ones((3, 4, 4, 1))
     denoise = _mixture_denoiser(schedule)
     first, same, other = sample(
-        denoise, DDIM(eta=1.0), schedule, TimeGrid(), 5, noise, seeds
+        stateless(denoise), DDIM(eta=1.0), schedule, TimeGrid(), 5, noise, seeds
     ).images
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
@@ -296,7 +291,9 @@ def test_heun_evaluates_twice_a_step_but_once_in_the_last():
         return 0.5 * x
 
     schedule, noise = RectifiedFlow(), jnp.ones((1, 1, 1, 1))
-    images = sample(denoise, Heun(), schedule, TimeGrid(), 4, noise, jnp.array([0])).images
+    images = sample(
+        stateless(denoise), Heun(), schedule, TimeGrid(), 4, noise, jnp.array([0])
+    ).images
     jax.block_until_ready(images)
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(calls), [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0])
@@ -314,5 +311,5 @@ def test_heun_evaluates_twice_a_step_but_once_in_the_last():
     ],
 )
 def test_impossible_settings_are_refused(make):
-    with pytest.raises(UserError, match="give"):
+    with pytest.raises(UserError, match="expected"):
         make()

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from jaxdiff.training.recipe import Config, to_json
+from jaxdiff.config.serialization import to_json
+from jaxdiff.training.recipe import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
 import json, pathlib
-from jaxdiff.training.recipe import Config, from_json
+from jaxdiff.config.serialization import from_json
+from jaxdiff.training.recipe import Config
 
 def get_config():
     return from_json(Config, json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))

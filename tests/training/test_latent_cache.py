@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxdiff.benchmark.task_flops import flops_per_image
+from jaxdiff.models.components import Latents, TextTower
 from PIL import Image
 
-from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.loader import ON_DEVICE, DataConfig, make_dataset
 from jaxdiff.data.shards import EMPTY
@@ -20,9 +21,8 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, any_rngs, blueprint
+from jaxdiff.models.layers import abstract_params, any_rngs, bind_init
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.planning.plan import abstract_batch
 from jaxdiff.pretrained.bundle import Bundle
@@ -132,7 +132,7 @@ def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
 def _towers(task, folder, tokenizer):
     """The task with text encoders that are frozen, of a model that is written into `folder`."""
     rng = np.random.default_rng(1)
-    abstract = abstract_params(blueprint(DiffusionTask.build, task))
+    abstract = abstract_params(bind_init(DiffusionTask.build, task))
     params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
     recipe = Config(name="t", task=task, data=_data(Produce(size=32)))
     write_bundle(folder, Bundle(recipe, params, read_pretrained(task.frozen()), tokenizer))
@@ -177,7 +177,7 @@ def test_training_from_cached_text_gives_the_loss_of_reading_it_online(
 ):
     config = told[name]
     task, frozen = config.task, read_pretrained(config.task.frozen())
-    abstract, rng = abstract_params(blueprint(DiffusionTask.build, task)), np.random.default_rng(0)
+    abstract, rng = abstract_params(bind_init(DiffusionTask.build, task)), np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), abstract)
     # Without the text encoders' weights, which nothing reads but for the words' own vectors.
     read = {"autoencoder": frozen["autoencoder"]}
@@ -273,9 +273,9 @@ def test_views_are_crops_of_which_every_second_is_mirrored(config, folder, token
     record = cropped.data.source[0]
     assert record["moments"].shape == (4, 8, 8, 8)
     # Two places, a quarter and three quarters of the way, each as it is and mirrored.
-    assert record["framing"][:, 3].tolist() == [8, 24, 24, 8]
+    assert record["size_crop"][:, 3].tolist() == [8, 24, 24, 8]
     batches, _ = _batches(cropped, tokenizer, 8)
-    seen = {tuple(f) for b in batches for f in b["framing"].tolist()}
+    seen = {tuple(f) for b in batches for f in b["size_crop"].tolist()}
     assert {f[3] for f in seen} == {8, 24}
     views = {b["latents"][0].tobytes() for b in batches}
     assert len(views) > 4

@@ -23,7 +23,7 @@ from jaxdiff.cli.generate.image_files import read_text
 from jaxdiff.cli.generate.prompt_file import PATHS, Row, checked, flag
 from jaxdiff.cli.generate.settings import Fixed, ImageSettings, open_input, settle
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.load import read_bundle, weights_fingerprint
 from jaxdiff.sampling.guidance.cfg import Guidance
@@ -237,7 +237,7 @@ def settings_told(
         own = type(pipeline.config.sampling.solver)
         solvers = tuple({own} | {type(make()) for make in SOLVERS.values()})
         solver = from_json(typing.Union[solvers], told.details["solver"], "solver")  # noqa: UP007
-        decode_by = _one_of(typing.get_args(Pieces), told.details["decode_by"])
+        decode_by = _one_of(typing.get_args(VaeMode), told.details["decode_by"])
         named = {name: v for name, v in told.settings.items() if name not in ("solver", *PATHS)}
         seed = int(told.text["seed"])
         row = dataclasses.replace(given, prompt=told.text["prompt"], seed=seed, **checked(named))

@@ -15,7 +15,7 @@ from jaxdiff.cli.generate.settings import Fixed
 from jaxdiff.distributed.distributed_init import Hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.pipelines.batching import Preview
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
@@ -128,7 +128,7 @@ class SampleOptions:
     """LoRA files to put on a Stable Diffusion model, each as FILE or FILE:SCALE."""
     embedding: tuple[str, ...] = ()
     """Files of textual inversion, each with a word that prompts may then have."""
-    decode_by: Pieces = "whole"
+    decode_by: VaeMode = "whole"
     """What is decoded at a time, for large images: the whole batch, one of its images, or tiles."""
     grid: bool = False
     """Also write a grid of the images of --prompts; prompts on the command line always have one."""

@@ -10,7 +10,7 @@ from etils import epath
 from jaxdiff.cli.generate.prompt_file import LARGEST_SIDE, PATHS, Row, flag
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.models.autoencoders.tiling import Pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.pipelines.edit import UPSCALE_STRENGTH
 from jaxdiff.pipelines.inputs import IMAGE_STRENGTH, LARGEST_SEED
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -99,7 +99,7 @@ class ImageSettings:
     guidance_scale: float
     size: tuple[int, int]
     solver: Solver
-    decode_by: Pieces = "whole"
+    decode_by: VaeMode = "whole"
     init_image: InputFile | None = None
     strength: float | None = None
     mask: InputFile | None = None
@@ -155,7 +155,7 @@ class ImageSettings:
 class Fixed:
     """What rows cannot set, and all images of a command share."""
 
-    decode_by: Pieces = "whole"
+    decode_by: VaeMode = "whole"
     clip_model: str = ClipGuidance.model
     weak_model: str | None = None
 

@@ -17,14 +17,14 @@ class Record(TypedDict):
 class LatentRecord(TypedDict):
     """One captioned image as an autoencoder has encoded it, in several views.
 
-    `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `framing` is
+    `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `size_crop` is
     that of each view, as `jaxdiff.data.transforms.Example` has it; `text`, if it was cached, float
     [k, m] of k captions, as `jaxdiff.models.layers.TextFeatures` packs it.
     """
 
     moments: np.ndarray
     text: np.ndarray | None
-    framing: Int32[np.ndarray, "v 6"]
+    size_crop: Int32[np.ndarray, "v 6"]
     captions: list[str]
     name: str
 

@@ -4,7 +4,7 @@ One record of the ArrayRecord shards is, like one of `jaxdiff.data.sources.array
 
     4 bytes         `JDL1`
     4 bytes         n, the length of the header, an unsigned little-endian integer
-    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "framing", "text"}
+    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text"}
     the rest        little-endian float16 or float32 of that shape, [v, h, w, 2 c], and of the shape
                     "text", [k, m] of k captions, if it is not null
 
@@ -162,7 +162,7 @@ def encode_latents(record: LatentRecord) -> bytes:
         "captions": record["captions"],
         "dtype": moments.dtype.name,
         "shape": list(moments.shape),
-        "framing": record["framing"].tolist(),
+        "size_crop": record["size_crop"].tolist(),
         "text": None if text is None else list(text.shape),
     }
     little = moments.dtype.newbyteorder("<")
@@ -184,7 +184,7 @@ def decode_latents(data: bytes) -> LatentRecord:
     return {
         "moments": values[:count].reshape(shape),
         "text": values[count:].reshape(text) if text else None,
-        "framing": np.array(header["framing"], np.int32),
+        "size_crop": np.array(header["size_crop"], np.int32),
         "captions": header["captions"],
         "name": header["name"],
     }

@@ -1,7 +1,7 @@
 """Stable Diffusion's KL autoencoder, at any size (Rombach et al. 2022, section 3.1)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
-from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, patchify, unpatchify
 
 NORM_EPSILON = 1e-6
@@ -20,7 +22,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(AutoencoderSpec):
     """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
 
     Attributes:
@@ -68,10 +70,53 @@ class AutoencoderConfig:
         """Pixels to one latent, along each side."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
+    def build(self, *, rngs: nnx.Rngs) -> "Autoencoder":
+        """Initialise the network."""
+        return Autoencoder(self, rngs=rngs)
+
+    def fingerprinted(self, params: Any) -> Any:
+        """Return the encoder's parameters."""
+        return {k: v for k, v in params.items() if k not in ("decoder", "post_quant_conv")}
+
     @property
     def patch_channels(self) -> int:
         """Values in one patch of pixels."""
         return self.patch_size**2 * self.image_channels
+
+    def encode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of encoding one image of this size, in pixels, to the moments of z."""
+        widths, moments = self.block_out_channels, 2 * self.latent_channels
+        area = height * width // self.patch_size**2
+        total = conv_flops(3, self.patch_channels, widths[0], area)
+        for i, outputs in enumerate(widths):
+            total += residual_block_flops(widths[max(i - 1, 0)], outputs, area)
+            total += (self.layers_per_block - 1) * residual_block_flops(outputs, outputs, area)
+            if i + 1 < len(widths):
+                area //= 4
+                total += conv_flops(3, outputs, outputs, area)
+        total += self._middle_flops(area) + conv_flops(3, widths[-1], moments, area)
+        return total + (conv_flops(1, moments, moments, area) if self.use_quant_conv else 0.0)
+
+    def decode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of decoding z to one image of this size, in pixels."""
+        widths, z = self.block_out_channels[::-1], self.latent_channels
+        area = height * width // self.downsampling**2
+        total = conv_flops(1, z, z, area) if self.use_post_quant_conv else 0.0
+        total += conv_flops(3, z, widths[0], area) + self._middle_flops(area)
+        for i, outputs in enumerate(widths):
+            total += residual_block_flops(widths[max(i - 1, 0)], outputs, area)
+            total += self.layers_per_block * residual_block_flops(outputs, outputs, area)
+            if i + 1 < len(widths):
+                area *= 4
+                total += conv_flops(3, outputs, outputs, area)
+        return total + conv_flops(3, widths[-1], self.patch_channels, area)
+
+    def _middle_flops(self, area: int) -> float:
+        width = self.block_out_channels[-1]
+        total = 2 * residual_block_flops(width, width, area)
+        if self.mid_block_add_attention:
+            total += linear_flops(area, width, 4 * width) + attention_flops(area, area, width)
+        return total
 
 
 class Gaussian(NamedTuple):
@@ -246,12 +291,12 @@ class Autoencoder(nnx.Module):
         self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
         self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
-    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
+    def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
         """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
 
         Args:
           images: in [-1, 1].
-          by: what goes through at a time; in tiles, z is not quite the same.
+          vae_mode: what goes through at a time; in tiles, z is not quite the same.
 
         Raises:
           UserError: the sides are no multiples of `config.downsampling`.
@@ -264,7 +309,7 @@ class Autoencoder(nnx.Module):
             )
         tile, tile_out = self.config.sample_size, self.config.sample_size // side
         x = images.astype(self.encoder.conv_in.kernel.dtype)
-        moments = in_pieces(self._moments, x, by, tile, tile_out)
+        moments = apply_vae_mode(self._moments, x, vae_mode, tile, tile_out)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
@@ -273,20 +318,20 @@ class Autoencoder(nnx.Module):
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def decode(
-        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+        self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
         """Images, float32, about in [-1, 1]: the network does not clip them.
 
         Args:
           z: of an image each.
-          by: what goes through at a time; in tiles, images are not quite the same.
+          vae_mode: what goes through at a time; in tiles, images are not quite the same.
         """
         tile, tile_out = (
             self.config.sample_size // self.config.downsampling,
             self.config.sample_size,
         )
         z = z.astype(self.decoder.conv_in.kernel.dtype)
-        return in_pieces(self._images, z, by, tile, tile_out).astype(jnp.float32)
+        return apply_vae_mode(self._images, z, vae_mode, tile, tile_out).astype(jnp.float32)
 
     def _images(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

@@ -1,27 +1,25 @@
-"""Large images through an autoencoder piece by piece, in the memory of one piece."""
+"""Sliced and tiled encoding and decoding: large images in the memory of one piece."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Pieces = Literal["whole", "images", "tiles"]
-"""What goes through at a time: the whole batch, one image of it, or one tile of one image."""
+from jaxdiff.sampling.sampler import VaeMode
 
 OVERLAP = 0.25  # of a tile's side with the next one, where the two are blended; as in diffusers
 
 Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]
 
 
-def in_pieces(
-    network: Network, x: Float[Array, "b h w c"], by: Pieces, tile: int, tile_out: int
+def apply_vae_mode(
+    network: Network, x: Float[Array, "b h w c"], vae_mode: VaeMode, tile: int, tile_out: int
 ) -> Float[Array, "b h2 w2 c2"]:
-    """`network(x)`, as much of x at a time as `by` says; see `tile_by_tile` for the others."""
-    if by == "whole":
+    """Apply `network` to as much of x at a time as `vae_mode` says (`tile_by_tile`)."""
+    if vae_mode == "full":
         return network(x)
-    if by == "images" or max(x.shape[1:3]) <= tile:
+    if vae_mode == "slicing" or max(x.shape[1:3]) <= tile:
         return one_by_one(network, x)
     return tile_by_tile(network, x, tile, tile_out)
 

@@ -13,15 +13,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.kl import Gaussian
-from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
+from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.flops import conv_flops
 
 BOUND = 3.0  # latents are squeezed into -BOUND to BOUND before they are decoded
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyAutoencoderConfig:
+class TinyAutoencoderConfig(AutoencoderSpec):
     """Size and shape; the defaults are those of TAESD.
 
     Attributes:
@@ -51,6 +53,23 @@ class TinyAutoencoderConfig:
     def downsampling(self) -> int:
         """Pixels to one latent, along each side."""
         return 2 ** (len(self.encoder_blocks) - 1)
+
+    def build(self, *, rngs: nnx.Rngs) -> "TinyAutoencoder":
+        """Initialise the network."""
+        return TinyAutoencoder(self, rngs=rngs)
+
+    def fingerprinted(self, params: Any) -> Any:
+        """Return the encoder's parameters."""
+        return params["encoder"]
+
+    def encode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of encoding one image of this size, in pixels."""
+        channels, area, total = self.width, height * width, 0.0
+        for i, count in enumerate(self.encoder_blocks):
+            area = area // 4 if i else area
+            total += conv_flops(3, channels if i else self.image_channels, channels, area)
+            total += 3 * count * conv_flops(3, channels, channels, area)
+        return total + conv_flops(3, channels, self.latent_channels, area)
 
 
 class Block(nnx.Module):
@@ -130,30 +149,32 @@ class TinyAutoencoder(nnx.Module):
         self.encoder = _encoder(config, rngs)
         self.decoder = _decoder(config, rngs)
 
-    def encode(self, images: Float[Array, "b h w c"], by: Pieces = "whole") -> Gaussian:
+    def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
         """The latents, as a distribution without any variance.
 
         Args:
           images: in [-1, 1].
-          by: what goes through at a time.
+          vae_mode: what goes through at a time.
         """
         tile = self.config.sample_size
-        mean = in_pieces(self.encoder, (images + 1) / 2, by, tile, tile // self.config.downsampling)
+        mean = apply_vae_mode(
+            self.encoder, (images + 1) / 2, vae_mode, tile, tile // self.config.downsampling
+        )
         mean = mean.astype(jnp.float32)
         return Gaussian(mean, jnp.full_like(mean, -jnp.inf))
 
     def decode(
-        self, z: Float[Array, "b h w c"], by: Pieces = "whole"
+        self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
         """Images, float32, about in [-1, 1].
 
         Args:
           z: latents.
-          by: what goes through at a time.
+          vae_mode: what goes through at a time.
         """
         tile = self.config.sample_size
         x = jnp.tanh(z / BOUND) * BOUND
-        images = in_pieces(self.decoder, x, by, tile // self.config.downsampling, tile)
+        images = apply_vae_mode(self.decoder, x, vae_mode, tile // self.config.downsampling, tile)
         return images.astype(jnp.float32) * 2 - 1
 
     def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:

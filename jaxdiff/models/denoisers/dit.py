@@ -16,22 +16,24 @@ from jaxtyping import Array, Bool, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.base import Denoiser
+from jaxdiff.models.flops import attention_flops, linear_flops
 from jaxdiff.models.layers import (
     Remat,
-    TextFeatures,
     absolute_positions,
     fourier_features,
     patchify,
+    pooled_token_sum,
     rotary_table,
     scan_blocks,
     stack_blocks,
-    sum_of_words,
     unpatchify,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(Denoiser):
     """Size and shape of a DiT.
 
     Attributes:
@@ -67,8 +69,12 @@ class DiTConfig:
                 "4 channels; choose width as a multiple of 4 x heads."
             )
 
+    def build(self, *, rngs: nnx.Rngs) -> "DiT":
+        """Initialise the network."""
+        return DiT(self, rngs=rngs)
+
     @property
-    def smallest(self) -> int:
+    def size_multiple(self) -> int:
         """Sides of an image must be multiples of this."""
         return self.patch_size
 
@@ -76,6 +82,38 @@ class DiTConfig:
     def hidden(self) -> int:
         """Hidden width of the SwiGLU, a multiple of 32 that vector units like."""
         return round(self.width * self.mlp_ratio / 32) * 32
+
+    def flops(self, *, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
+
+        Args:
+          height: of the image or latents that the denoiser reads.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        d, hidden = self.width, self.hidden
+        patch = self.patch_size**2 * self.channels
+        n = height // self.patch_size * (width // self.patch_size)
+        joint = self.text == "joint"
+        length = n + text_length if joint else n
+
+        block = linear_flops(1, d, 6 * d)  # modulation
+        block += linear_flops(length, d, 4 * d) + attention_flops(length, length, d)
+        block += linear_flops(length, d, 3 * hidden)  # SwiGLU
+        if not joint:  # q and out on the image, k and v on the text
+            block += linear_flops(n, d, 2 * d) + linear_flops(text_length, self.text_width, 2 * d)
+            block += attention_flops(n, text_length, d)
+
+        if self.bottleneck is None:
+            ends = linear_flops(n, patch, d)
+        else:
+            ends = linear_flops(n, patch, self.bottleneck) + linear_flops(n, self.bottleneck, d)
+        ends += linear_flops(1, d, 2 * d)  # time
+        ends += linear_flops(1, self.pooled_width + self.text_width, d)
+        ends += linear_flops(1, d, 2 * d) + linear_flops(n, d, patch)  # final modulation and layer
+        if joint:
+            ends += linear_flops(text_length, self.text_width, d)
+        return self.depth * block + ends
 
 
 def _modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
@@ -116,7 +154,7 @@ class DiTBlock(nnx.Module):
         x: Float[Array, "b n d"],
         cond: Float[Array, "b d"],
         text: Float[Array, "b m e"],
-        text_mask: Bool[Array, "b m"],
+        text_mask: Bool[Array, "b m"] | None,
         angles: Float[Array, "n half"],
         mask: Bool[Array, "b n"] | None,
     ) -> Float[Array, "b n d"]:
@@ -130,7 +168,7 @@ class DiTBlock(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts one quantity of the same shape as x_t; which one is the objective's affair."""
+    """Predicts one quantity of the same shape as x_t; the model specification says which."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -153,47 +191,52 @@ class DiT(nnx.Module):
         self.final = linear(width, patch, rngs, zero=True)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: TextFeatures
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning
     ) -> Float[Array, "b h w c"]:
-        """One evaluation; the compute type is that of the weights, the result float32.
+        """Evaluate the network; it computes in the type of its weights, and returns float32.
 
         Args:
           x: noisy images or latents; h and w are multiples of the patch size.
           t: time in [0, 1].
-          text: features of the prompts.
+          cond: its `tokens`, `mask` and `pooled`.
 
         Raises:
-          UserError: if the patch size does not divide the image.
+          UserError: the patch size does not divide the image, or there is no text.
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
+        if cond.tokens is None or cond.pooled is None:
+            raise UserError(
+                "A DiT reads text: expected Conditioning.tokens and Conditioning.pooled."
+            )
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         tokens = patchify(x.astype(dtype), config.patch_size)
         if config.bottleneck is not None:
             tokens = self.patch_down(tokens)
         positions = jnp.stack(jnp.mgrid[:height, :width], axis=-1).reshape(-1, 2)
-        # Rotary positions are relative; where a thing stands in the picture needs absolute ones.
+        # Rotary positions are relative; placing objects in the image needs absolute ones.
         tokens = self.patch(tokens) + absolute_positions(positions, config.width).astype(dtype)
         angles = rotary_table(positions, config.width // config.heads)
 
         time = fourier_features(t, config.width).astype(dtype)
-        cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        words = self.text_norm(text.tokens.astype(dtype)).astype(dtype)
-        cond = jax.nn.silu(cond + self.words(sum_of_words(words, text.mask)))
+        vector = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(cond.pooled.astype(dtype))
+        words = self.text_norm(cond.tokens.astype(dtype)).astype(dtype)
+        vector = jax.nn.silu(vector + self.words(pooled_token_sum(words, cond.mask)))
 
         mask = None
         if config.text == "joint":
             num_image = tokens.shape[1]
             tokens = jnp.concatenate([tokens, self.text(words)], axis=1)
-            # Words have their order from the encoder: they stand unrotated.
+            # The encoder has encoded the order of the text: its tokens are not rotated.
             angles = jnp.pad(angles, ((0, words.shape[1]), (0, 0)))
-            mask = jnp.pad(text.mask, ((0, 0), (num_image, 0)), constant_values=True)
+            if cond.mask is not None:
+                mask = jnp.pad(cond.mask, ((0, 0), (num_image, 0)), constant_values=True)
 
         def call(block: DiTBlock, h):
-            return block(h, cond, words, text.mask, angles, mask)
+            return block(h, vector, words, cond.mask, angles, mask)
 
         tokens, _ = scan_blocks(self.blocks, tokens, call, remat=config.remat)
         if config.text == "joint":
             tokens = tokens[:, : height * width]
-        shift, scale = jnp.split(self.final_modulation(cond), 2, axis=-1)
+        shift, scale = jnp.split(self.final_modulation(vector), 2, axis=-1)
         out = self.final(_modulate(self.final_norm(tokens), shift, scale))
         return unpatchify(out.astype(jnp.float32), height, width, config.patch_size)

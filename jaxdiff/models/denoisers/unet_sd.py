@@ -5,7 +5,6 @@ sections 2.1 and 2.2 (XL: deep transformers at the coarse levels, conditions on 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.denoisers.base import Denoiser
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
 
 NORM_EPSILON = 1e-5
@@ -22,7 +24,7 @@ TRANSFORMER_NORM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNet2DConditionConfig:
+class UNet2DConditionConfig(Denoiser):
     """Size and shape of Stable Diffusion's U-Net; the defaults are those of 1.x.
 
     Attributes:
@@ -93,22 +95,65 @@ class UNet2DConditionConfig:
         return self.out_channels
 
     @property
-    def smallest(self) -> int:
-        """Sides of the latents must be multiples of this: any will do."""
-        return 1
+    def extra_channels(self) -> int:
+        """Channels of the input beyond the latents: a mask and masked latents."""
+        return self.in_channels - self.out_channels
 
+    @property
+    def wraps(self) -> bool:
+        """True: it has no position embeddings."""
+        return True
 
-class Conditions(NamedTuple):
-    """What the U-Net is told beside the time; a tree of arrays.
+    def build(self, *, rngs: nnx.Rngs) -> "UNet2DConditionModel":
+        """Initialise the network."""
+        return UNet2DConditionModel(self, rngs=rngs)
 
-    `tokens` are the text encoders' hidden states. XL's also read the prompt's one vector and
-    `time_ids`: original height and width, top and left of the crop, then target height and width
-    (base) or an aesthetic score (refiner).
-    """
+    def flops(self, *, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
 
-    tokens: Float[Array, "b n d"]
-    pooled: Float[Array, "b e"] | None = None
-    time_ids: Float[Array, "b k"] | None = None
+        Args:
+          height: of the latents; it halves at each level without a remainder.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        widths, time = self.block_out_channels, self.time_width
+        last = len(widths) - 1
+        areas = [height * width // 4**i for i in range(len(widths))]
+
+        def block(inputs: int, level: int) -> float:
+            convolutions = residual_block_flops(inputs, widths[level], areas[level])
+            return convolutions + linear_flops(1, time, widths[level])
+
+        def transformer(level: int, depth: int) -> float:
+            if depth == 0:
+                return 0.0
+            area, d = areas[level], widths[level]
+            attention = linear_flops(area, d, 4 * d) + attention_flops(area, area, d)
+            cross = linear_flops(area, d, 2 * d) + attention_flops(area, text_length, d)
+            cross += linear_flops(text_length, self.cross_attention_dim, 2 * d)
+            mlp = linear_flops(area, d, 8 * d) + linear_flops(area, 4 * d, d)
+            return linear_flops(area, d, 2 * d) + depth * (attention + cross + mlp)
+
+        total = linear_flops(1, widths[0], time) + linear_flops(1, time, time)
+        if self.added_width is not None:
+            total += linear_flops(1, self.added_width, time) + linear_flops(1, time, time)
+        total += conv_flops(3, self.in_channels, widths[0], areas[0])
+        total += conv_flops(3, widths[0], self.out_channels, areas[0])
+        skips, before = [widths[0]], widths[0]
+        for i, d in enumerate(widths):
+            for _ in range(self.layers_per_block):
+                total += block(before, i) + transformer(i, self.transformer_layers[i])
+                skips.append(before := d)
+            if i < last:
+                total += conv_flops(3, d, d, areas[i + 1])
+                skips.append(d)
+        total += 2 * block(before, last) + transformer(last, self.middle_transformer_layers)
+        for i, d in reversed(list(enumerate(widths))):
+            for _ in range(self.layers_per_block + 1):
+                total += block(before + skips.pop(), i) + transformer(i, self.transformer_layers[i])
+                before = d
+            total += conv_flops(3, d, d, areas[i - 1]) if i else 0.0
+        return total
 
 
 class CrossAttention(nnx.Module):
@@ -260,7 +305,7 @@ def _block(inputs: int, outputs: int, config: UNet2DConditionConfig, rngs: nnx.R
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts one quantity of the latents' shape; which one is the checkpoint's affair."""
+    """Predicts one quantity of the latents' shape; the checkpoint says which."""
 
     def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -290,21 +335,26 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_out = conv(widths[0], config.out_channels, 3, rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: Conditions
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning
     ) -> Float[Array, "b h w e"]:
-        """One evaluation; the compute type is that of the weights, the result float32.
+        """Evaluate the network; it computes in the type of its weights, and returns float32.
 
         Args:
           x: noisy latents, scaled as the training did (variance preserved).
           t: time in [0, 1]; (i + 1) / num_train_steps is training step i, counted from 0.
-          conditions: of each image.
+          cond: its `tokens`; `concat` where the input has extra channels; XL's networks also read
+            `pooled` and `size_crop`, and the refiner `aesthetic_score`.
 
         Raises:
-          UserError: if conditions are missing that the network reads.
+          UserError: a field is missing that the network reads.
         """
+        if cond.tokens is None:
+            raise UserError("This U-Net reads text: expected Conditioning.tokens.")
         dtype = self.conv_in.kernel.dtype
-        time = self._time(t, conditions, dtype)
-        tokens = conditions.tokens.astype(dtype)
+        time = self._time(t, cond, dtype)
+        tokens = cond.tokens.astype(dtype)
+        if cond.concat is not None:
+            x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
         x = self.conv_in(x.astype(dtype))
         skips = [x]
         for level in self.down:
@@ -322,8 +372,8 @@ class UNet2DConditionModel(nnx.Module):
                 x = level.resample(_enlarge(x, *skips[-1].shape[1:3]))
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
-    def _time(self, t: Float[Array, " b"], conditions: Conditions, dtype: jnp.dtype) -> Array:
-        """What tells every block the time and, for XL, the prompt's one vector, size and crop."""
+    def _time(self, t: Float[Array, " b"], cond: Conditioning, dtype: jnp.dtype) -> Array:
+        """Embed the time and, for XL, the pooled prompt, size and crop, for every block."""
         config = self.config
         step = jnp.maximum(t.astype(jnp.float32) * config.num_train_steps - 1, 0.0)
         features = fourier_features(step, config.block_out_channels[0], scale=1.0)
@@ -331,17 +381,31 @@ class UNet2DConditionModel(nnx.Module):
         if config.added_width is None:
             return time
         added = jnp.zeros((t.shape[0], 0))
-        if conditions.pooled is not None and conditions.time_ids is not None:
-            ids = fourier_features(conditions.time_ids.reshape(-1), config.time_id_width, scale=1.0)
-            ids = ids.reshape(t.shape[0], -1)
-            added = jnp.concatenate([conditions.pooled.astype(jnp.float32), ids], axis=-1)
+        if cond.pooled is not None and cond.size_crop is not None:
+            ids = fourier_features(
+                self._time_ids(cond).reshape(-1), config.time_id_width, scale=1.0
+            )
+            added = jnp.concatenate(
+                [cond.pooled.astype(jnp.float32), ids.reshape(t.shape[0], -1)], axis=-1
+            )
         if added.shape[1] != config.added_width:
             raise UserError(
                 f"This U-Net reads a pooled prompt and numbers of size and crop, embedded in "
                 f"{config.added_width} channels together, but is given {added.shape[1]}; give "
-                "pooled and time_ids of the checkpoint's kind."
+                "pooled and size_crop of the checkpoint's kind."
             )
         return time + self.added2(jax.nn.silu(self.added1(added.astype(dtype))))
+
+    def _time_ids(self, cond: Conditioning) -> Float[Array, "b k"]:
+        """Size, crop and target size (base), or an aesthetic score in the last's place (refiner)."""
+        assert cond.pooled is not None
+        assert cond.size_crop is not None
+        numbers = cond.size_crop.astype(jnp.float32)
+        assert self.config.added_width is not None
+        count = (self.config.added_width - cond.pooled.shape[-1]) // self.config.time_id_width
+        if count == numbers.shape[1] or cond.aesthetic_score is None:
+            return numbers
+        return jnp.concatenate([numbers[:, :4], cond.aesthetic_score[:, None]], axis=-1)
 
 
 def _halve(width: int, rngs: nnx.Rngs) -> Conv:

@@ -16,21 +16,23 @@ from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.denoisers.base import Denoiser
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import (
     Remat,
-    TextFeatures,
     absolute_positions,
     checkpoint,
     fourier_features,
     patchify,
-    sum_of_words,
+    pooled_token_sum,
     unpatchify,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Denoiser):
     """Size and shape of a U-Net.
 
     Attributes:
@@ -69,10 +71,58 @@ class UNetConfig:
                 f"2 x {self.heads} heads; change widths, groups or heads."
             )
 
+    def build(self, *, rngs: nnx.Rngs) -> "UNet":
+        """Initialise the network."""
+        return UNet(self, rngs=rngs)
+
     @property
-    def smallest(self) -> int:
+    def size_multiple(self) -> int:
         """Sides of an image must be multiples of this."""
         return self.patch_size * 2 ** (len(self.widths) - 1)
+
+    def flops(self, *, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
+
+        Args:
+          height: of the image or latents that the denoiser reads.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        widths, levels, cond = self.widths, len(self.widths), 4 * self.widths[0]
+        areas = [height * width // self.patch_size**2 // 4**i for i in range(levels)]
+        patch = self.patch_size**2 * self.channels
+
+        def block(inputs: int, level: int) -> float:
+            modulation = linear_flops(1, cond, 2 * widths[level])
+            return residual_block_flops(inputs, widths[level], areas[level]) + modulation
+
+        def attention(level: int) -> float:
+            if not self.attention[level]:
+                return 0.0
+            area, d = areas[level], widths[level]
+            projections = linear_flops(area, d, 4 * d) + linear_flops(text_length, d, 2 * d)
+            words = linear_flops(text_length, self.text_width, d)
+            return projections + words + attention_flops(area, area + text_length, d)
+
+        total = 2 * linear_flops(1, cond, cond)
+        total += linear_flops(1, self.pooled_width + self.text_width, cond)
+        total += 2 * linear_flops(areas[0], patch, widths[0])
+        total += linear_flops(areas[0], widths[0], widths[0])
+        skips = [widths[0]]
+        for i, d in enumerate(widths):
+            inputs = [widths[max(i - 1, 0)]] + [d] * (self.blocks - 1)
+            total += sum(block(n, i) for n in inputs) + attention(i)
+            skips += [d] * self.blocks
+            if i + 1 < levels:
+                total += conv_flops(3, d, d, areas[i + 1])
+        total += block(widths[-1], levels - 1) + attention(levels - 1)
+        for i in reversed(range(levels)):
+            before = widths[min(i + 1, levels - 1)]
+            for j in range(self.blocks + (i == 0)):
+                total += block((widths[i] if j else before) + skips.pop(), i)
+            total += attention(i)
+            total += conv_flops(3, widths[i], widths[i], areas[i - 1]) if i else 0.0
+        return total
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
@@ -112,12 +162,15 @@ class TextAttention(nnx.Module):
         self.text = linear(config.text_width, width, rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
         """The same shape."""
         b, h, w, c = x.shape
         y = self.norm(x).astype(x.dtype).reshape(b, h * w, c)
+        assert text.tokens is not None
         source = jnp.concatenate([y, self.text(text.tokens)], axis=1)
-        mask = jnp.pad(text.mask, ((0, 0), (h * w, 0)), constant_values=True)
+        mask = text.mask
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (h * w, 0)), constant_values=True)
         return x + self.attention(y, source, mask=mask).reshape(x.shape)
 
 
@@ -144,13 +197,13 @@ class UNetLevel(nnx.Module):
 
         return checkpoint(run, self.remat)(params, x, cond)
 
-    def attend(self, x: Float[Array, "b h w c"], text: TextFeatures) -> Float[Array, "b h w c"]:
+    def attend(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
         """The attention, where this level has one."""
         return x if self.attention is None else self.attention(x, text)
 
 
 class UNet(nnx.Module):
-    """Predicts one quantity of the same shape as x_t; which one is the objective's affair."""
+    """Predicts one quantity of the same shape as x_t; the model specification says which."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -185,30 +238,32 @@ class UNet(nnx.Module):
         self.final = linear(widths[0], patch, rngs, zero=True)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: TextFeatures
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: Conditioning
     ) -> Float[Array, "b h w c"]:
         """One evaluation; the compute type is that of the weights, the result float32.
 
         Args:
-          x: noisy images or latents; h and w are multiples of `config.smallest`.
+          x: noisy images or latents; h and w are multiples of `config.size_multiple`.
           t: time in [0, 1].
-          text: features of the prompts.
+          text: its `tokens`, `mask` and `pooled`.
 
         Raises:
           UserError: if the sides of the image do not halve as often as there are levels.
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
-        if x.shape[1] % config.smallest or x.shape[2] % config.smallest:
+        if x.shape[1] % config.size_multiple or x.shape[2] % config.size_multiple:
             raise UserError(
                 f"An image of {x.shape[2]}x{x.shape[1]} does not fit the U-Net; "
-                f"choose sides that are multiples of {config.smallest}."
+                f"choose sides that are multiples of {config.size_multiple}."
             )
         rows, columns = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
+        if text.tokens is None or text.pooled is None:
+            raise UserError("A U-Net reads text: expected Conditioning.tokens and .pooled.")
         width = config.widths[0]
         time = fourier_features(t, 4 * width).astype(dtype)
         text = text._replace(tokens=self.text_norm(text.tokens.astype(dtype)).astype(dtype))
         cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        cond = jax.nn.silu(cond + self.words(sum_of_words(text.tokens, text.mask)))
+        cond = jax.nn.silu(cond + self.words(pooled_token_sum(text.tokens, text.mask)))
 
         # Convolutions know no place but by the frame; prompts name places.
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)

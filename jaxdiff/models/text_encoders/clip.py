@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops
 from jaxdiff.models.initializers import fan_in_normal, normal
-from jaxdiff.models.layers import Dense, Remat, TextFeatures, scan_blocks, stack_blocks
+from jaxdiff.models.layers import Dense, Remat, scan_blocks, stack_blocks
 
 Activation = Literal["quick_gelu", "gelu"]
 """OpenAI's x * sigmoid(1.702 x), or the exact GELU of OpenCLIP (Hendrycks & Gimpel 2016)."""
@@ -68,6 +69,10 @@ class ClipTextConfig:
     def __post_init__(self):
         _check_heads("CLIP text tower", self.width, self.heads)
 
+    def flops(self) -> float:
+        """FLOPs of encoding one prompt of `length` tokens, padding included."""
+        return _transformer_flops(self, self.length)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
@@ -103,6 +108,20 @@ class ClipVisionConfig:
                 f"{self.image_size}; choose image_size as a multiple of patch_size."
             )
 
+    def flops(self) -> float:
+        """FLOPs of encoding one image of `image_size`."""
+        patches = (self.image_size // self.patch_size) ** 2
+        embedding = conv_flops(self.patch_size, 3, self.width, patches)
+        return embedding + _transformer_flops(self, patches + 1)
+
+
+def _transformer_flops(config: ClipTextConfig | ClipVisionConfig, tokens: int) -> float:
+    """The blocks, and the projection of the pooled token."""
+    d, hidden = config.width, round(config.width * config.mlp_ratio)
+    block = linear_flops(tokens, d, 4 * d) + attention_flops(tokens, tokens, d)
+    block += linear_flops(tokens, d, 2 * hidden)
+    return config.depth * block + linear_flops(1, d, config.projection_dim or 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
@@ -118,6 +137,14 @@ class ClipConfig:
                 f"CLIP: the towers end in spaces of {ends[0]} (text) and {ends[1]} (vision) "
                 "dimensions; set text.projection_dim and vision.projection_dim to the same number."
             )
+
+
+class TextFeatures(NamedTuple):
+    """A prompt's hidden states, its pooled vector, and a mask up to and including the end token."""
+
+    tokens: Float[Array, "b n d"]
+    pooled: Float[Array, "b e"]
+    mask: Bool[Array, "b n"]
 
 
 class ImageFeatures(NamedTuple):
@@ -231,19 +258,25 @@ class ClipText(nnx.Module):
             self.projection = _linear(width, config.projection_dim, width**-0.5, rngs, bias=False)
 
     def __call__(
-        self, ids: Int[Array, "b n"], *, layer: int | None = None, final_norm: bool = True
+        self,
+        ids: Int[Array, "b n"],
+        *,
+        hidden_layer: int | None = None,
+        final_norm: bool = True,
+        added_tokens: Float[Array, "k d"] | None = None,
     ) -> TextFeatures:
-        """Encodes tokenized prompts of at most `config.length` tokens.
+        """Encode tokenized prompts of at most `config.length` tokens.
 
         Stable Diffusion 1.x and 2.x read the last hidden state after the final norm, the default
         (2.x ships its tower without the last block); "clip skip" on these is an earlier layer,
-        still normalised. XL and 3 read `layer=-2, final_norm=False`.
+        still normalised. XL and 3 read `hidden_layer=-2, final_norm=False`.
 
         Args:
           ids: token ids, each prompt with its end token; what follows it is padding.
-          layer: which of the `depth + 1` hidden states becomes `tokens`, counted as transformers
-            does: 0 is the embeddings, -1 or None the output of the last block.
+          hidden_layer: which of the `depth + 1` hidden states becomes `tokens`, counted as
+            transformers does: 0 is the embeddings, -1 or None the output of the last block.
           final_norm: whether the final layer norm is applied to `tokens`.
+          added_tokens: embeddings of the ids that follow the vocabulary (textual inversion).
 
         Returns:
           Features in the dtype of the weights. `pooled` is always the last hidden state at the end
@@ -253,28 +286,27 @@ class ClipText(nnx.Module):
           UserError: there is no such layer.
         """
         config, end = self.config, self._end(ids)
-        dtype = self.token_embedding.dtype
+        table = self.token_embedding[...]
+        dtype = table.dtype
+        if added_tokens is not None:
+            table = jnp.concatenate([table, added_tokens.astype(dtype)])
         # An id beyond the vocabulary becomes NaN rather than its neighbour.
-        x = jnp.take(self.token_embedding[...], ids, axis=0, mode="fill")
+        x = jnp.take(table, ids, axis=0, mode="fill")
         x = x + self.position_embedding[: ids.shape[1]].astype(dtype)
         last, tokens = _run_blocks(
-            self.blocks, x, causal=True, remat=config.remat, depth=config.depth, layer=layer
+            self.blocks, x, causal=True, remat=config.remat, depth=config.depth, layer=hidden_layer
         )
         pooled = self.final_norm(last[jnp.arange(ids.shape[0]), end]).astype(dtype)
         if config.projection_dim:
             pooled = self.projection(pooled)
         if final_norm:
             tokens = self.final_norm(tokens).astype(dtype)
-        return TextFeatures(tokens, pooled, self.prompt_mask(ids))
-
-    def prompt_mask(self, ids: Int[Array, "b n"]) -> Bool[Array, "b n"]:
-        """True up to and including each prompt's end token."""
-        return jnp.arange(ids.shape[1]) <= self._end(ids)[:, None]
+        return TextFeatures(tokens, pooled, jnp.arange(ids.shape[1]) <= end[:, None])
 
     def _end(self, ids: Int[Array, "b n"]) -> Int[Array, " b"]:
-        """Where the end token is; a prompt without one is taken whole."""
-        if self.config.end_id is None:
-            return jnp.argmax(ids, axis=1)
+        """Return the position of the end token; a prompt without one is taken whole."""
+        if self.config.end_id is None:  # added tokens follow the vocabulary and end nothing
+            return jnp.argmax(jnp.where(ids < self.config.vocab_size, ids, -1), axis=1)
         is_end = ids == self.config.end_id
         return jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
 

@@ -1,1 +1,1 @@
-"""Guidance: turns networks into a denoiser that follows a prompt."""
+"""Guidance: make a denoiser follow a prompt."""

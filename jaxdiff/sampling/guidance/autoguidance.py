@@ -1,21 +1,30 @@
-"""Guidance by a weaker model: what it gets wrong more often is what to steer away from."""
+"""Autoguidance: guidance by a worse version of the model."""
 
 from dataclasses import dataclass
+
+from jaxdiff.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Autoguidance:
-    """Which weaker model, and how far from it (Karras et al. 2024, arXiv 2406.02507, eq. 3).
+    """Guide away from a worse model's estimates (Karras et al. 2024, arXiv 2406.02507, eq. 3).
 
-    It is to err as the model does but more: the same recipe, trained for less time or smaller. The
-    prompts stay the same, so that unlike classifier-free guidance this does not make images more
-    alike. The two add up.
+    The guide model should make the same errors, but larger: the same recipe trained for less time,
+    or smaller. Both see the same prompts, so that unlike classifier-free guidance this does not
+    reduce variety. The two kinds of guidance add up.
 
     Attributes:
       model: folder of a run or an exported model, or `shipped:NAME`, with the same tokenizer,
         latents and schedule.
-      scale: w; 1 is without.
+      scale: w; 1 has no effect.
+
+    Raises:
+      UserError: scale is not finite.
     """
 
     model: str
     scale: float = 1.5
+
+    def __post_init__(self):
+        if not abs(self.scale) < float("inf"):
+            raise UserError(f"Autoguidance.scale is {self.scale}: expected a finite number.")

@@ -1,17 +1,17 @@
-"""Guidance: turns networks into a denoiser, (x_t, t) -> x0, that follows a prompt.
+"""Classifier-free guidance: make networks a denoiser (x_t, t) -> x0 that follows a prompt.
 
-Classifier-free guidance (Ho & Salimans 2022, eq. 6, its w + 1 being guidance_scale):
+Classifier-free guidance (Ho & Salimans 2022, eq. 6, with w + 1 = guidance_scale):
 
     guided = cond + (guidance_scale - 1) (cond - uncond)                           (1)
 
-The weights sum to 1, and every prediction type is affine in x0 for a given x_t; so it does not
-matter in which of them (1) is taken. Here it is x0. Of several prompts with weights (Liu et al.
-2022, composable diffusion, eq. 11),
+The weights sum to 1, and every prediction type is affine in x0 for a given x_t, so (1) may be
+applied to any of them. Here it is x0. For several prompts with weights (Liu et al. 2022, composable
+diffusion, eq. 11),
 
     cond = uncond + sum_i weight_i (cond_i - uncond)                               (2)
 
-and away from what a weaker model of the same thing makes of the same prompt (Karras et al. 2024,
-autoguidance, eq. 3, its w being weak_scale), `+ (weak_scale - 1) (cond - weak)` is added to (1).
+and autoguidance (Karras et al. 2024, eq. 3, with w = guide_scale) by a worse model's estimate
+`guide` for the same prompts adds (guide_scale - 1) (cond - guide) to (1).
 """
 
 from collections.abc import Callable
@@ -24,245 +24,158 @@ from jaxtyping import Array, Float
 
 from jaxdiff.diffusion.process import Images, Prediction, to_x0_eps
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.errors import UserError
-from jaxdiff.sampling.guidance.apg import APG
-from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar, still
-from jaxdiff.sampling.solvers_ode import Memory, Scalar
-from jaxdiff.sampling.stateful_denoiser import AnyDenoise, Remembering
+from jaxdiff.sampling.guidance.cfg_zero import zero_velocity_x0
+from jaxdiff.sampling.guidance.guidance import Estimates, Guidance
+from jaxdiff.sampling.guidance.thresholds import Threshold
+from jaxdiff.sampling.solver import Scalar, State, StatefulDenoiser
 
-Text = Any  # a tree of arrays [b, ...]: what the network knows of the prompts
-Threshold = Callable[[Images], Images]  # keeps estimates of x0 where data are
-Network = Callable[[Images, Float[Array, " b"], Text], Images]  # (x_t, t, text) -> prediction
+Cond = Any  # an opaque tree of arrays [b, ...]: what the network reads beside x_t and t
+ConditionedNetwork = Callable[[Images, Float[Array, " b"], Cond], Images]  # -> prediction
 
 
-@dataclass(frozen=True, kw_only=True)
-class StaticThreshold:
-    """Clips x0 to [-bound, bound]; pixels lie in [-1, 1].
-
-    Raises:
-        UserError: bound is not positive.
-    """
-
-    bound: float = 1.0
-
-    def __post_init__(self):
-        if not self.bound > 0:
-            raise UserError(f"StaticThreshold.bound is {self.bound}; give a positive number.")
-
-    def __call__(self, x0: Images) -> Images:
-        """Clipped."""
-        return jnp.clip(x0, -self.bound, self.bound)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DynamicThreshold:
-    """Clips each image at a quantile of |x0|, then scales it back to [-1, 1].
-
-    Saharia et al. 2022, section 2.3: strong guidance then saturates no pixels. An image whose
-    quantile is below 1 is only clipped.
-
-    Raises:
-        UserError: quantile outside (0, 1].
-    """
-
-    quantile: float = 0.995
-
-    def __post_init__(self):
-        if not 0 < self.quantile <= 1:
-            raise UserError(f"DynamicThreshold.quantile is {self.quantile}; give one in (0, 1].")
-
-    def __call__(self, x0: Images) -> Images:
-        """Clipped and scaled, within [-1, 1]."""
-        size = jnp.quantile(jnp.abs(x0), self.quantile, axis=(1, 2, 3), keepdims=True)
-        size = jnp.maximum(size, 1.0)
-        return jnp.clip(x0, -size, size) / size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """How classifier-free guidance acts; by how much is the guidance scale's affair.
+class ComposedPrompts(NamedTuple):
+    """The prompts of eq. 2 after the first, and the weights of all of them.
 
     Attributes:
-      interval: times of t, from 0 to 1, at which it acts. It harms at the highest noise and is idle
-        at the lowest (Kynkäänniemi et al. 2024); elsewhere the network is told of the prompts
-        alone, which is half of the work.
-      rescale: how far, from 0 to 1, a guided x0 is taken back to the standard deviation of the
-        conditional one (Lin et al. 2023, eq. 15-16), image by image.
-      apg: what is done to the difference that the prompt makes.
-      zero_star: what is done where a flow model is unsure of itself.
-
-    Raises:
-      UserError: interval or rescale outside [0, 1].
+      conds: a tree of arrays [k, b, ...].
+      weights: of the first prompt, then of these.
     """
 
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
-    apg: APG | None = None
-    zero_star: CFGZeroStar | None = None
-
-    def __post_init__(self):
-        low, high = self.interval
-        if not 0 <= low <= high <= 1 or not 0 <= self.rescale <= 1:
-            raise UserError(
-                f"Guidance got interval={self.interval}, rescale={self.rescale}; give an "
-                "interval (low, high) of times and a rescale, all in [0, 1]."
-            )
-
-    @property
-    def remembers(self) -> bool:
-        """Whether a step depends on the guidance of the one before."""
-        return self.apg is not None and self.apg.momentum != 0
-
-    def check_steps(self, num_steps: int) -> None:
-        """Raises `UserError` if none of so many steps would be taken."""
-        if self.zero_star and self.zero_star.zero_steps >= num_steps:
-            raise UserError(
-                f"zero_star.zero_steps is {self.zero_star.zero_steps} of {num_steps} steps: leave "
-                "at least one that is taken."
-            )
-
-
-class Further(NamedTuple):
-    """The prompts of eq. 2 after the first, and the weights of all of them."""
-
-    texts: Text  # a tree of arrays [k, b, ...]
+    conds: Cond
     weights: Float[Array, "b k+1"]
 
 
-class Weak(NamedTuple):
-    """A weaker model, told of the same prompts."""
+class GuideModel(NamedTuple):
+    """The worse model of autoguidance, given the same prompts, and the scale w."""
 
-    told: "Told"
+    model: "ConditionedModel"
     scale: Float[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """A network that is told of b prompts, and of what to steer away from.
+class ConditionedModel:
+    """A network with the conditioning of b prompts and b negative prompts.
 
     Attributes:
-      network: called with as many images and times as texts, one or two for each prompt.
-      prediction: what it says.
+      network: called with as many images and times as conditionings, b or 2 b.
+      prediction: what it predicts.
       schedule: of its noise.
-      cond: the prompts' features.
-      uncond: those of the negative prompts, or of the empty one; a tree of the same structure.
-      further: what the prompts are composed with.
+      cond: of the prompts.
+      uncond: of the negative prompts; a tree of the same structure.
+      composed: what the prompts are composed with.
     """
 
-    network: Network
+    network: ConditionedNetwork
     prediction: Prediction
     schedule: Schedule
-    cond: Text
-    uncond: Text
-    further: Further | None = None
+    cond: Cond
+    uncond: Cond
+    composed: ComposedPrompts | None = None
 
     def conditional(self, x: Images, t: Scalar) -> Images:
-        """x0 by the prompts."""
-        return self._x0(x, t, self.cond) if self.further is None else self.both(x, t)[0]
+        """Estimate x0 given the prompts."""
+        return self._x0(x, t, self.cond) if self.composed is None else self.both(x, t)[0]
 
     def both(self, x: Images, t: Scalar) -> tuple[Images, Images]:
-        """x0 by the prompts and without them; one call of the network, cond first, serves both."""
-        text = jax.tree.map(lambda *both: jnp.concatenate(both), self.cond, self.uncond)
-        cond, uncond = jnp.split(self._x0(jnp.concatenate([x, x]), t, text), 2)
-        if self.further is None:
+        """Estimate x0 given the prompts, and given the negative prompts, in one call."""
+        conds = jax.tree.map(lambda *both: jnp.concatenate(both), self.cond, self.uncond)
+        cond, uncond = jnp.split(self._x0(jnp.concatenate([x, x]), t, conds), 2)
+        if self.composed is None:
             return cond, uncond
         # One after the other: an image has the same bits among any number of them.
-        weights = self.further.weights.T[..., None, None, None]
-        others = jax.lax.map(lambda text: self._x0(x, t, text), self.further.texts)
+        weights = self.composed.weights.T[..., None, None, None]
+        others = jax.lax.map(lambda cond: self._x0(x, t, cond), self.composed.conds)
         composed = cond + (weights[0] - 1) * (cond - uncond)
         return composed + jnp.sum(weights[1:] * (others - uncond), axis=0), uncond
 
-    def _x0(self, x: Images, t: Scalar, text: Text) -> Images:
-        output = self.network(x, jnp.broadcast_to(t, (len(x),)), text).astype(x.dtype)
+    def _x0(self, x: Images, t: Scalar, cond: Cond) -> Images:
+        output = self.network(x, jnp.broadcast_to(t, (len(x),)), cond).astype(x.dtype)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return to_x0_eps(self.prediction, output, x, alpha, sigma)[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassifierFree:
-    """Guidance by the difference that the prompt makes, eq. 1.
+def guided_denoiser(
+    model: ConditionedModel,
+    guidance: Guidance,
+    guidance_scale: Float[Array, " b"],
+    *,
+    threshold: Threshold | None = None,
+    guide: GuideModel | None = None,
+    zero_init_until: Scalar | None = None,
+) -> StatefulDenoiser:
+    """Return a denoiser of b images, guided by eq. 1.
 
-    Attributes:
-      guidance: how it acts.
+    Args:
+      model: the network and its conditioning.
+      guidance: options of classifier-free guidance.
+      guidance_scale: may be traced; at 1 the result is the conditional model's, at 0 that of the
+        negative prompts.
       threshold: keeps estimates of x0 in range.
+      guide: the model of autoguidance.
+      zero_init_until: above this time the velocity is 0, for `CFGZeroStar.zero_steps`.
     """
+    low, high = guidance.active_interval
+    schedule = model.schedule
 
-    guidance: Guidance = Guidance()
-    threshold: Threshold | None = None
-
-    def denoiser(
-        self,
-        told: Told,
-        guidance_scale: Float[Array, " b"],
-        *,
-        weak: Weak | None = None,
-        still_above: Scalar | None = None,
-    ) -> AnyDenoise:
-        """A denoiser for b prompts.
-
-        Args:
-          told: the network and what it is told.
-          guidance_scale: may be traced; at 1 the result is the conditional model's, at 0 the
-            negative prompt's.
-          weak: what to steer away from as well.
-          still_above: the time above which no step is taken, for `CFGZeroStar.zero_steps`.
-
-        Returns:
-          One that remembers, if there is a momentum.
-        """
-        low, high = self.guidance.interval
-        schedule = told.schedule
-
-        def guided(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
-            cond, uncond = told.both(x, t)
-            apart, memory = self._difference(told, cond, uncond, x, t, memory)
+    def guided(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+        cond, uncond = model.both(x, t)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        estimates = Estimates(cond, uncond, x, t, alpha, sigma, model.prediction)
+        if guidance.rule is not None:
+            x0, state = guidance.rule.combine(estimates, guidance_scale, state)
+        else:
+            delta, state = _delta(guidance, estimates, state)
             # From cond, not from uncond: at scale 1 this is cond to the last bit.
-            x0 = cond + (guidance_scale - 1).reshape(-1, 1, 1, 1) * apart
-            if weak is not None:
-                x0 = x0 + (weak.scale - 1) * (cond - weak.told.conditional(x, t))
-            return self._rescaled(x0, cond), memory
+            x0 = cond + (guidance_scale - 1).reshape(-1, 1, 1, 1) * delta
+        if guide is not None:
+            x0 = x0 + (guide.scale - 1) * (cond - guide.model.conditional(x, t))
+        return _rescaled(guidance.rescale_fraction, x0, cond), state
 
-        def unguided(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
-            return told.conditional(x, t), memory
+    def unguided(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+        return model.conditional(x, t), state
 
-        def moving(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
-            if (low, high) == (0, 1):
-                x0, memory = guided(x, t, memory)
-            else:
-                inside = (low <= t) & (t <= high)
-                x0, memory = jax.lax.cond(inside, guided, unguided, x, t, memory)
-            return x0 if self.threshold is None else self.threshold(x0), memory
+    def moving(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+        if (low, high) == (0, 1):
+            x0, state = guided(x, t, state)
+        else:
+            x0, state = jax.lax.cond((low <= t) & (t <= high), guided, unguided, x, t, state)
+        return x0 if threshold is None else threshold(x0), state
 
-        def at_rest(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
-            return still(x, schedule.alpha(t), schedule.sigma(t)), memory
+    def at_rest(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+        return zero_velocity_x0(x, schedule.alpha(t), schedule.sigma(t)), state
 
-        def estimate(x: Images, t: Scalar, memory: Memory) -> tuple[Images, Memory]:
-            if still_above is None:
-                return moving(x, t, memory)
-            return jax.lax.cond(t > still_above, at_rest, moving, x, t, memory)
+    def denoise(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+        if zero_init_until is None:
+            return moving(x, t, state)
+        return jax.lax.cond(t > zero_init_until, at_rest, moving, x, t, state)
 
-        if self.guidance.remembers:
-            return Remembering(init=jnp.zeros_like, estimate=estimate)
-        return lambda x, t: estimate(x, t, ())[0]
+    return StatefulDenoiser(denoise=denoise, init_state=lambda x: _init_state(guidance, x))
 
-    def _difference(
-        self, told: Told, cond: Images, uncond: Images, x: Images, t: Scalar, memory: Memory
-    ) -> tuple[Images, Memory]:
-        """What the guidance scale less 1 is multiplied by."""
-        apg, zero_star = self.guidance.apg, self.guidance.zero_star
-        if zero_star is not None:
-            alpha, sigma = told.schedule.alpha(t), told.schedule.sigma(t)
-            uncond = zero_star.optimized(cond, uncond, x, alpha, sigma, told.prediction)
-        apart = cond - uncond
-        if apg is None:
-            return apart, memory
-        if apg.momentum:
-            apart = memory = apart + apg.momentum * memory
-        return apg.projected(apart, cond), memory
 
-    def _rescaled(self, x0: Images, cond: Images) -> Images:
-        rescale, pixels = self.guidance.rescale, (1, 2, 3)
-        if rescale == 0:
-            return x0
-        size = jnp.std(cond, pixels, keepdims=True) / jnp.std(x0, pixels, keepdims=True)
-        return x0 * (1 + rescale * (size - 1))
+def _init_state(guidance: Guidance, x: Images) -> State:
+    if guidance.rule is not None:
+        return guidance.rule.init_state(x)
+    return jnp.zeros_like(x) if guidance.has_state else ()
+
+
+def _delta(guidance: Guidance, estimates: Estimates, state: State) -> tuple[Images, State]:
+    """Return the factor of (guidance_scale - 1) in eq. 1, and the next state."""
+    cond, uncond, x, _, alpha, sigma, prediction = estimates
+    apg = guidance.apg
+    if guidance.cfg_zero_star is not None:
+        uncond = guidance.cfg_zero_star.optimized(cond, uncond, x, alpha, sigma, prediction)
+    delta = cond - uncond
+    if apg is None:
+        return delta, state
+    if apg.momentum:
+        delta = state = delta + apg.momentum * state
+    return apg.project(delta, cond), state
+
+
+def _rescaled(rescale: float, x0: Images, cond: Images) -> Images:
+    """Take the standard deviation of x0 back to that of `cond` by a fraction, image by image."""
+    pixels = (1, 2, 3)
+    if rescale == 0:
+        return x0
+    ratio = jnp.std(cond, pixels, keepdims=True) / jnp.std(x0, pixels, keepdims=True)
+    return x0 * (1 + rescale * (ratio - 1))

@@ -1,12 +1,11 @@
-"""CFG-Zero*: guidance for flow models that are unsure of themselves.
+"""CFG-Zero*: guidance for flow models in their early, inaccurate steps.
 
-Fan et al. 2025 (arXiv 2503.18886), section 4: the unconditional prediction u counts as s* u, the
-multiple of it that is nearest to the conditional one c,
+Fan et al. 2025 (arXiv 2503.18886), section 4. The unconditional prediction u is replaced by s* u,
+its multiple that is nearest to the conditional one c,
 
     s* = <c, u> / |u|^2,                                                           (1)
 
-and no step is taken where the error of the model is greater than its prediction: the velocity of
-the first steps is 0.
+and the velocity of the first steps, where the model's error exceeds its prediction, is set to 0.
 """
 
 from dataclasses import dataclass
@@ -21,15 +20,15 @@ from jaxdiff.sampling.guidance.apg import along
 
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar:
-    """What of CFG-Zero* is done.
+    """The two parts of CFG-Zero*.
 
     Attributes:
-      optimized_scale: whether u counts as s* u; of a model that predicts x0 the velocities do.
-      zero_steps: how many steps at the start are not taken; the paper has 1 of 28, 2 of 50. One
-        image still differs from another: by its noise.
+      optimized_scale: replace u by s* u; for a model that predicts x0, in its velocity.
+      zero_steps: how many steps at the start have velocity 0: 1 of 28 or 2 of 50 in the paper.
+        Images still differ, by their noise.
 
     Raises:
-      UserError: a negative number of steps.
+      UserError: zero_steps is negative.
     """
 
     optimized_scale: bool = True
@@ -48,20 +47,20 @@ class CFGZeroStar:
         sigma: Float[Array, ""],
         prediction: Prediction,
     ) -> Images:
-        """The x0 that s* u stands for, u being what the network said where it said uncond."""
+        """Return the x0 of s* u, u being the network's prediction for `uncond`."""
         if not self.optimized_scale:
             return uncond
         quantity: Prediction = "velocity" if prediction == "x0" else prediction
 
-        def said(x0: Images) -> Images:
-            # Where sigma is 0 nothing is left to say of eps, and eq. 1 is about nothing.
+        def prediction_of(x0: Images) -> Images:
+            # At sigma = 0 nothing determines eps, and eq. 1 has no effect.
             eps = (x - alpha * x0) / jnp.maximum(sigma, FLOOR)
             return from_x0_eps(quantity, x0, eps, alpha, sigma)
 
-        u = said(uncond)
-        return to_x0_eps(quantity, along(said(cond), u) * u, x, alpha, sigma)[0]
+        u = prediction_of(uncond)
+        return to_x0_eps(quantity, along(prediction_of(cond), u) * u, x, alpha, sigma)[0]
 
 
-def still(x: Images, alpha: Float[Array, ""], sigma: Float[Array, ""]) -> Images:
-    """The x0 whose velocity is 0: the eps and x0 that x may be made of are then the same."""
+def zero_velocity_x0(x: Images, alpha: Float[Array, ""], sigma: Float[Array, ""]) -> Images:
+    """Return the x0 for which the velocity eps - x0 is 0."""
     return x / (alpha + sigma)

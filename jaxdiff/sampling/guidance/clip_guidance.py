@@ -1,4 +1,4 @@
-"""Guidance by a second model: CLIP looks at the estimate of the finished image.
+"""CLIP guidance: the gradient of CLIP's match between estimate of x0 and prompt.
 
 By Bayes' rule the score of images under a prompt is that of all images and the gradient of
 log p(prompt | x_t) (Dhariwal & Nichol 2021, eq. 10); as an estimate of x0 that is
@@ -11,8 +11,8 @@ x_t (Efron 2011, Tweedie's formula): with that of independent data of unit varia
 
     x0' = x0 + scale sigma^2 / (alpha^2 + sigma^2)  d match(x0) / d x0                     (2)
 
-which needs no pass back through the denoiser, whose own derivative is far from exact where there
-is most noise and (1) magnifies it most.
+which needs no backward pass through the denoiser, whose derivative is least exact at high noise,
+where (1) magnifies it most.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,24 @@ from jaxtyping import Array, Float
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.solvers_ode import Scalar
-from jaxdiff.sampling.stateful_denoiser import AnyDenoise, then
+from jaxdiff.sampling.solver import Scalar, StatefulDenoiser, map_x0
 
-Match = Callable[[Images, Scalar], Float[Array, " b"]]  # (x0, t) -> how well they match
+Match = Callable[[Images, Scalar], Float[Array, " b"]]  # (x0, t) -> logit
 
-_LEAST_CUT = 0.5  # side of the smallest cut-out, over that of the largest
+_SMALLEST_CUTOUT = 0.5  # its side, over that of the largest
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipGuidance:
-    """Which CLIP steers, how strongly, when, and by how close a look.
+    """Settings of CLIP guidance.
 
     Attributes:
-      model: its folder (of a run, exported, or as transformers has it), `shipped:NAME`, or the
-        OWNER/NAME of one of the Hugging Face hub.
-      scale: of the gradient; 0 leaves the image to the denoiser.
-      interval: times at which it steers.
-      cutouts: random squares of the image that CLIP looks at, in the place of the whole; many make
-        the match hard to improve by noise that no one sees.
+      model: folder of a CLIP (of a run, exported, or as transformers writes it), `shipped:NAME`, or
+        an OWNER/NAME of the Hugging Face hub.
+      scale: of the gradient; 0 has no effect.
+      interval: times of t, from 0 to 1, at which it acts.
+      cutouts: number of random square crops that CLIP sees in the place of the whole image; more
+        make it harder to raise the match by imperceptible noise.
 
     Raises:
       UserError: a number out of range.
@@ -59,22 +58,22 @@ class ClipGuidance:
         if not 0 <= low <= high <= 1 or self.cutouts < 0 or not 0 <= self.scale < float("inf"):
             raise UserError(
                 f"ClipGuidance got scale={self.scale}, interval={self.interval}, "
-                f"cutouts={self.cutouts}; give a scale of 0 or more, an interval (low, high) in "
-                "[0, 1], and 0 or more cut-outs."
+                f"cutouts={self.cutouts}: expected a scale of 0 or more, an interval (low, "
+                "high) in [0, 1], and 0 or more cut-outs."
             )
 
 
-def steered(
-    denoise: AnyDenoise,
+def with_clip_guidance(
+    denoiser: StatefulDenoiser,
     match: Match,
     schedule: Schedule,
     scale: Float[Array, ""],
     *,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> AnyDenoise:
-    """A denoiser whose estimates match better, eq. 2; outside the interval the same as before.
+) -> StatefulDenoiser:
+    """Add eq. 2 to a denoiser's estimates, within the interval of times.
 
-    scale may be traced. Where nothing is steered `match` is not evaluated.
+    scale may be traced. Outside the interval `match` is not evaluated.
     """
 
     def steer(x0: Images, t: Scalar) -> Images:
@@ -86,24 +85,24 @@ def steered(
         low, high = interval
         return jax.lax.cond((low <= t) & (t <= high), steer, lambda x0, t: x0, x0, t)
 
-    return then(denoise, guided)
+    return map_x0(denoiser, guided)
 
 
-def look(
+def clip_views(
     images: Float[Array, "b h w 3"], size: int, cutouts: int, t: Scalar
 ) -> Float[Array, "k {size} {size} 3"]:
-    """What CLIP sees of images in [-1, 1]: each as a whole, or so many cut-outs of each.
+    """Return CLIP's inputs for images in [-1, 1]: each as a whole, or `cutouts` crops of each.
 
-    The squares differ from time to time, but not from image to image, so that what is drawn of one
-    does not depend on its place.
+    The crops differ from time to time, but not from image to image, so that an image does not
+    depend on its place in the batch.
     """
     b, height, width, _ = images.shape
     if not cutouts:
         whole = (height, width) == (size, size)
         return images if whole else jax.image.resize(images, (b, size, size, 3), "bilinear")
     key = jax.random.fold_in(jax.random.key(0), (t * 2**20).astype(jnp.int32))
-    draws = jax.random.uniform(key, (cutouts, 3))
-    sides = min(height, width) * (_LEAST_CUT + (1 - _LEAST_CUT) * draws[:, 0])
+    samples = jax.random.uniform(key, (cutouts, 3))
+    sides = min(height, width) * (_SMALLEST_CUTOUT + (1 - _SMALLEST_CUTOUT) * samples[:, 0])
 
     def cut(side: Scalar, place: Float[Array, " 2"]) -> Float[Array, "b s s 3"]:
         start = place * (jnp.array([height, width]) - side)
@@ -113,4 +112,4 @@ def look(
             images, shape, (1, 2), scale, -start * scale, "bilinear"
         )
 
-    return jnp.concatenate([cut(sides[k], draws[k, 1:]) for k in range(cutouts)])
+    return jnp.concatenate([cut(sides[k], samples[k, 1:]) for k in range(cutouts)])

@@ -1,10 +1,10 @@
-"""Training an autoencoder: reconstruction, a slight pull to the unit normal, a perceptual term.
+"""Training an autoencoder: reconstruction, a small KL divergence, a perceptual distance.
 
-The latent space it ends with is described by two more figures, `z_mean` and `z_std`: see
-`AutoencoderTask`.
+Two of its metrics, `z_mean` and `z_std`, describe the latent space: see `AutoencoderTask`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,25 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import blueprint, merge
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.layers import bind_init, bind_params, init_params
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
-from jaxdiff.training.tasks.base import Batch, Metrics, Pretrained, Task, from_uint8
+from jaxdiff.models.text_to_image import from_uint8
+from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
 
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perceptual:
-    """How far apart two images are in the eyes of a trained CLIP.
+    """Perceptual distance of two images in the features of a trained CLIP.
 
     The form is that of LPIPS without learned weights (Zhang et al. 2018, eq. 1): features of
     every layer, each of unit length.
 
     Attributes:
-      model: the vision tower.
-      pretrained: folder of the CLIP run or bundle that holds it.
+      model: the vision encoder.
+      pretrained: folder of the CLIP that holds it.
       weight: of the distance in the loss.
     """
 
@@ -45,13 +46,13 @@ class Perceptual:
             )
 
     def distance(
-        self, tower: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b i j 3"]
+        self, encoder: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b i j 3"]
     ) -> Float[Array, ""]:
-        """Mean square of the distance of unit vectors over images, tokens and layers, in [0, 4].
+        """Mean squared distance of unit vectors over images, tokens and layers, in [0, 4].
 
-        Images in [-1, 1] of any size: both sides become those that the tower takes.
+        Images in [-1, 1] of any size are resized to the encoder's.
         """
-        a, b = (tower.hidden_states(self._fit(x)) for x in (images, others))
+        a, b = (encoder.hidden_states(self._fit(x)) for x in (images, others))
         return jnp.mean(jnp.sum((_unit(a) - _unit(b)) ** 2, axis=-1))
 
     def _fit(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
@@ -66,15 +67,15 @@ class Perceptual:
 class AutoencoderTask(Task):
     """Images through a narrow latent space and back (Rombach et al. 2022, section 3.1).
 
-        loss = (1 - l2_share) L1 + l2_share L2 + kl_weight KL + perceptual.weight D
+        loss = (1 - l2_fraction) L1 + l2_fraction L2 + kl_weight KL + perceptual.weight D
 
-    L1 and L2 are means over the values of an image in [-1, 1], and KL, the divergence of z from
-    the unit normal in nats, is also counted per value of the image. So `kl_weight` weighs as much
-    as in Stable Diffusion's training, where all are sums, and does so at any size of image.
+    L1 and L2 are means over the values of an image in [-1, 1]. KL is the divergence of z from the
+    unit normal in nats, per value of the image. So `kl_weight` means the same as in Stable
+    Diffusion's training, where all terms are sums, at any size of image.
 
-    Such a weight hardly holds the scale of z. A denoiser wants latents of mean 0 and deviation 1:
-    take `z_mean` and `z_std` from the last lines of the run's metrics, and in the recipe that
-    trains on these latents set
+    So small a weight does not fix the scale of z. A denoiser wants latents of mean 0 and standard
+    deviation 1: take `z_mean` and `z_std` from the last lines of the run's metrics, and in the
+    recipe that trains on these latents set
 
         shift_factor = z_mean,  scaling_factor = 1 / z_std.
 
@@ -83,20 +84,20 @@ class AutoencoderTask(Task):
     Attributes:
       model: the autoencoder.
       kl_weight: of the divergence from the unit normal.
-      l2_share: the share of squared error in the reconstruction; 0 for absolute error alone.
+      l2_fraction: of squared error in the reconstruction; 0 for absolute error alone.
       perceptual: a further distance of image and reconstruction; None for none.
     """
 
     model: AutoencoderConfig
     kl_weight: float = 1e-6
-    l2_share: float = 0.0
+    l2_fraction: float = 0.0
     perceptual: Perceptual | None = None
 
     def __post_init__(self):
-        if self.kl_weight < 0 or not 0 <= self.l2_share <= 1:
+        if self.kl_weight < 0 or not 0 <= self.l2_fraction <= 1:
             raise UserError(
-                f"autoencoder: kl_weight is {self.kl_weight} and l2_share {self.l2_share}: "
-                "expected 0 or more, and a share from 0 to 1."
+                f"autoencoder: kl_weight is {self.kl_weight} and l2_fraction {self.l2_fraction}: "
+                "expected 0 or more, and a fraction from 0 to 1."
             )
         if self.model.image_channels != 3:
             raise UserError(
@@ -104,34 +105,35 @@ class AutoencoderTask(Task):
                 "it is trained on have 3; set model.image_channels to 3."
             )
 
-    def build(self, rngs: nnx.Rngs) -> Autoencoder:
-        """The module that is trained, freshly drawn."""
-        return Autoencoder(self.model, rngs=rngs)
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the autoencoder."""
+        return init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
 
-    def frozen(self) -> dict[str, Pretrained]:
-        """The vision tower of the perceptual term, if there is one."""
+    def frozen_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the vision encoder of the perceptual term, if there is one."""
         if self.perceptual is None:
             return {}
-        model, folder = self.perceptual.model, self.perceptual.pretrained
-        tower = Pretrained(folder, ("vision",), blueprint(ClipVision, model))
-        return {"perceptual": tower}
+        build = bind_init(ClipVision, self.perceptual.model)
+        return {("vision",): PretrainedPart(self.perceptual.pretrained, build)}
 
     def loss(
         self,
-        model: Autoencoder,
+        params: PyTree,
         frozen: PyTree,
         batch: Batch,
         key: Key[Array, ""],
         task_state: tuple[()],
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss and its terms, without their weights, the PSNR in dB, and the moments of z."""
+        ema: PyTree,
+    ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:
+        """Return the loss and its terms, unweighted, the PSNR in dB, and the moments of z."""
+        model = bind_params(bind_init(type(self.model).build, self.model), params)
         images = from_uint8(batch["image"])
         gaussian = model.encode(images)
         z = gaussian.sample(key)
         decoded = model.decode(z)
         error = decoded - images
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-        reconstruction = (1 - self.l2_share) * l1 + self.l2_share * l2
+        reconstruction = (1 - self.l2_fraction) * l1 + self.l2_fraction * l2
         kl = jnp.mean(gaussian.kl()) / images[0].size
         loss = reconstruction + self.kl_weight * kl
         metrics = {
@@ -142,14 +144,22 @@ class AutoencoderTask(Task):
             "z_std": jnp.std(z),
         }
         if self.perceptual is not None:
-            tower = merge(self.frozen()["perceptual"].build, frozen["perceptual"])
-            metrics["perceptual"] = self.perceptual.distance(tower, decoded, images)
+            encoder = bind_params(bind_init(ClipVision, self.perceptual.model), frozen["vision"])
+            metrics["perceptual"] = self.perceptual.distance(encoder, decoded, images)
             loss += self.perceptual.weight * metrics["perceptual"]
-        return loss, {"loss": loss, **metrics}
+        return loss, {"loss": loss, **metrics}, task_state
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image there and back, forward and backward, and of the perceptual term."""
+        sides = {"height": size, "width": size}
+        total = self.model.encode_flops(**sides) + self.model.decode_flops(**sides)
+        # The encoder sees the image, and the reconstruction forward and backward.
+        seen = 3 * self.perceptual.model.flops() if self.perceptual else 0.0
+        return 3 * total + seen
 
 
 def psnr(decoded: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, ""]:
-    """Mean peak signal-to-noise ratio in dB of images in [-1, 1], what is beyond it cut off."""
+    """Mean peak signal-to-noise ratio in dB of images, clipped to [-1, 1]."""
     mse = jnp.mean((jnp.clip(decoded, -1, 1) - images) ** 2, axis=(1, 2, 3))
     return jnp.mean(10 * jnp.log10(4 / jnp.maximum(mse, LEAST_MSE)))
 

@@ -1,72 +1,118 @@
-"""What the one training loop asks of a thing that can be trained."""
+"""The interface between the training loop and what it trains."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Key, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
-
-Batch = Mapping[str, Any]  # as `jaxdiff.data.loader.make_dataset` has it
+Batch = Mapping[str, Any]  # as `jaxdiff.data.loader.make_dataset` returns it
 Metrics = dict[str, jax.Array]
+Path = tuple[str, ...]
 
 SUM, COUNT = "_sum", "_count"
 """A metric x_sum is logged as x: its total since the last line over that of x_count."""
 
 
-class Pretrained(NamedTuple):
-    """A trained part that a task takes over: where it lies, and how its module is built."""
+class PretrainedPart(NamedTuple):
+    """A part that comes from a trained model: its folder, and its module."""
 
-    folder: str | None  # of a run or bundle, or shipped:NAME; None: it stays as drawn by `build`
-    part: tuple[str, ...]  # of that model's parameters; () for all of them
+    folder: str | None  # a run, an exported or published model; None initialises it
     build: Callable[[], nnx.Module]
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A model, its loss, and whatever it carries along from step to step.
+    """A model, its loss, and what it carries from step to step.
 
-    A task inherits from this, and says no more than what it has: by default all starts as drawn,
-    nothing is taken from elsewhere, and nothing is carried along.
+    A task inherits from this and overrides what it needs: by default every part is initialised and
+    trained, and nothing is carried along.
 
-    Parameters of frozen parts come as a tree of their own, {name: params}, so that they are neither
+    Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.
     """
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module whose parameters are trained, freshly drawn."""
+    @property
+    def model(self) -> Any:
+        """The specification of the model that is trained."""
         ...
 
-    def frozen(self) -> dict[str, Pretrained]:
-        """The parts that are used as they are, by name."""
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the parameters that are trained."""
+        ...
+
+    def frozen_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the parts that stay as they are, by their path in the tree of parameters."""
         return {}
 
-    def start(self) -> dict[str, Pretrained]:
-        """The parts of `build()`'s module that do not start as drawn, by their name in it."""
+    def initial_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the trained parts that start from another model's weights, by their path."""
         return {}
 
-    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
-        """Those that start as something made of the frozen parts, as arrays of the host."""
+    def init_from_frozen(self, frozen: PyTree, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return trained parameters that start as a function of the frozen ones, on the host."""
+        return {}
+
+    def next_state(self, task_state: PyTree, metrics: Metrics) -> PyTree:
+        """Return what is carried to the next step, given the metrics of the whole batch."""
+        return task_state
+
+    def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return arrays that join the frozen parameters; None asks for shapes and types alone."""
         return {}
 
     def init_state(self) -> PyTree:
-        """What is carried along at the start, a tree of arrays; () for nothing."""
+        """Return what is carried along at the first step, a tree of arrays; () for nothing."""
         return ()
 
     def loss(
-        self, model: Any, frozen: PyTree, batch: Batch, key: Key[Array, ""], task_state: PyTree
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The mean loss over the batch, float32, and what is to be logged, the loss as "loss"."""
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        task_state: PyTree,
+        ema: PyTree,
+    ) -> tuple[Float[Array, ""], Metrics, PyTree]:
+        """Return the mean loss over the batch, metrics (the loss as "loss") and the next state.
+
+        Args:
+          params: what is trained, in the compute type.
+          frozen: the frozen parameters.
+          batch: of the data.
+          key: of this step.
+          task_state: what is carried along.
+          ema: the moving average of `params`, float32.
+        """
         ...
 
-    def next_state(self, task_state: PyTree, metrics: Metrics) -> PyTree:
-        """What is carried to the next step, given this step's metrics."""
-        return task_state
+    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any] | None:
+        """Return the function from captions to arrays that batches hold; None for no text."""
+        return None
 
+    def abstract_text(self, batch_size: int) -> Any:
+        """Return shapes and types of what `tokenize` makes of a batch; None for no text."""
+        return None
 
-def from_uint8(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """Pixels 0..255 to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """Names of the tokenizers that the task needs."""
+        return ()
+
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+        """Raise `UserError` for tokenizers that the model does not take."""
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image of side `size` in a training step.
+
+        Args:
+          size: in pixels.
+          latents: whether its latents are cached, so that no autoencoder runs.
+          text: whether its caption's features are cached, so that no text encoder runs.
+        """
+        ...
+
+    def recomputed_flops(self, size: int) -> float:
+        """FLOPs that the backward pass repeats for one image; no part of `flops_per_image`."""
+        return 0.0

@@ -1,50 +1,89 @@
-"""Training CLIP: images and captions that belong together end up close (Radford et al. 2021)."""
+"""Training CLIP: matching images and captions end up close (Radford et al. 2021)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.layers import bind_init, bind_params, init_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
-from jaxdiff.training.tasks.base import Batch, Metrics, Task, from_uint8
+from jaxdiff.models.text_to_image import from_uint8
+from jaxdiff.training.tasks.base import Batch, Metrics, Task
+from jaxdiff.training.tasks.captions import CaptionTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTask(Task):
-    """Which caption of the batch belongs to which image, asked in both directions.
+    """The contrastive task: match the captions of a batch to its images, and the reverse.
 
-    Every other pair of the whole batch is a negative, over all devices; with gradient accumulation
-    those of the same micro-batch are.
+    Every other pair of the batch is a negative, over all devices; with gradient accumulation, every
+    other pair of the micro-batch.
 
     Attributes:
-      model: the two towers.
-      mask_equal_captions: an image whose caption has the same tokens as another's is then no
-        negative for it: nothing could tell which of the two was meant.
+      model: text and image encoder.
+      mask_equal_captions: whether pairs whose captions have equal tokens are left out of the
+        negatives.
     """
 
     model: ClipConfig
     mask_equal_captions: bool = True
 
-    def build(self, rngs: nnx.Rngs) -> Clip:
-        """The module that is trained, freshly drawn."""
-        return Clip(self.model, rngs=rngs)
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise both encoders."""
+        return init_params(lambda rngs: Clip(self.model, rngs=rngs), rngs)
 
     def loss(
-        self, model: Clip, frozen: PyTree, batch: Batch, key: Key[Array, ""], task_state: tuple[()]
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The contrastive loss in nats, log(batch) at chance, and the share of right answers."""
-        ids = batch["tokens"]
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        task_state: tuple[()],
+        ema: PyTree,
+    ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:
+        """Return the contrastive loss in nats, log(batch) at chance, and the accuracies."""
+        ids = batch["text"].ids["text"]
+        model = bind_params(bind_init(Clip, self.model), params)
         embeddings = model(from_uint8(batch["image"]), ids)
         ignored = _equal_to_another(ids) if self.mask_equal_captions else None
         loss, to_text, to_image = contrastive_loss(embeddings, ignored)
-        return loss, {
+        metrics = {
             "loss": loss,
             "accuracy_image_to_text": to_text,
             "accuracy_text_to_image": to_image,
             "logit_scale": embeddings.logit_scale,
         }
+        return loss, metrics, task_state
+
+    @property
+    def _conditioner(self) -> ClipConditioner:
+        return ClipConditioner(text=ClipTextEncoder(model=self.model.text))
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """The text encoder, `text`."""
+        return ("text",)
+
+    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any]:
+        """Return the function from captions to `TextInputs`."""
+        return CaptionTokenizer(self._conditioner, tokenizers)
+
+    def abstract_text(self, batch_size: int) -> Any:
+        """Return shapes and types of the text of a batch."""
+        return self._conditioner.abstract_inputs(batch_size)
+
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+        """Raise `UserError` for a tokenizer that the text encoder does not take."""
+        self._conditioner.check_tokenizers(tokenizers)
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image and its caption, forward and backward."""
+        return 3 * (self.model.text.flops() + self.model.vision.flops())
 
 
 def contrastive_loss(
@@ -60,7 +99,7 @@ def contrastive_loss(
       ignored: the pairs (image, text) that count neither way; never those on the diagonal.
 
     Returns:
-      The loss, and the shares of images and of texts whose partner is the nearest.
+      The loss, and the fractions of images and of texts whose partner is the nearest.
     """
     # Cosines are multiplied by up to 100: the three digits of bfloat16 products would not do.
     cosines = jnp.matmul(embeddings.image, embeddings.text.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,372 +1,372 @@
-"""Training a denoiser, with its text encoder, on pixels or on an autoencoder's latents."""
+"""Training a denoiser, or adapters or new tokens of one, on pixels or an autoencoder's latents."""
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
-from jaxdiff.diffusion.losses import Objective, loss_by_level
+from jaxdiff.diffusion.losses import loss_by_level
+from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import Autoencoder, Gaussian
-from jaxdiff.models.autoencoders.tiling import Pieces
-from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
-from jaxdiff.models.components import (
-    DenoiserConfig,
-    Latents,
-    TextTower,
-    TextualInversion,
-    Words,
-    denoiser_network,
-    text_part,
-)
-from jaxdiff.models.convolutions import Wrap, wrap_convolutions
-from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.models.denoisers.unet_sd import (
-    Conditions,
-    UNet2DConditionConfig,
-)
-from jaxdiff.models.denoisers.unet_small import UNetConfig
-from jaxdiff.models.layers import TextFeatures, blueprint, merge
-from jaxdiff.models.lora import Adapters, LoraConfig, adapted
-from jaxdiff.training.tasks.base import Batch, Metrics, Pretrained, Task, from_uint8
+from jaxdiff.models.conditioning import Conditioning, TextInputs
+from jaxdiff.models.lora import LoraConfig, init_adapters, scale_adapters
+from jaxdiff.models.text_to_image import Part, TextToImage, from_uint8, merge_params
+from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
+from jaxdiff.training.tasks.captions import CaptionTokenizer
 
-# The aesthetic scores that Stable Diffusion XL's refiner is told, of prompts and negative ones.
-BEAUTY, NEGATIVE_BEAUTY = 6.0, 2.5
+DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
 
-def whole(height: int, width: int, count: int) -> Int[Array, "b 6"]:
-    """The framing of images of which nothing is cut off, and none is resized."""
-    return jnp.broadcast_to(jnp.array([height, width, 0, 0, height, width]), (count, 6))
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Where a run's first weights come from: a folder, `shipped:NAME` or a hub id; None for none.
+
+    Attributes:
+      denoiser: initialised where it is None.
+      text_encoders: initialised where it is None; their tokenizers come from there too.
+      autoencoder: required by models that work on latents.
+    """
+
+    denoiser: str | None = None
+    text_encoders: str | None = None
+    autoencoder: str | None = None
 
 
-class TextToImage(nnx.Module):
-    """What is trained of a task: its denoiser, text encoders, adapters, the vectors of a word."""
+@dataclass(frozen=True, kw_only=True)
+class TextualInversion:
+    """A new token for what some images show, trained alone (Gal et al. 2022).
 
-    def __init__(self, task: "DiffusionTask", *, rngs: nnx.Rngs):
-        for name, tower in task.towers.items():
-            if tower.trained:
-                encoder = tower.build(rngs)
-                setattr(self, name, encoder if tower.lora is None else Adapters(encoder))
-        if task.inversion is not None:
-            self.words = Words(task.towers, task.inversion.vectors)
-        if task.lora is not None:
-            self.denoiser = Adapters(denoiser_network(task.denoiser, task.lora, rngs=rngs))
-        elif task.inversion is None:
-            self.denoiser = denoiser_network(task.denoiser, rngs=rngs)
+    Attributes:
+      word: as captions and prompts spell it; without spaces, and not yet in the vocabulary.
+      initial: a word or several whose embeddings it starts from.
+      vectors: tokens that it takes.
+
+    Raises:
+      UserError: no tokens, or nothing to start from.
+    """
+
+    word: str = "<my-thing>"
+    initial: str = "thing"
+    vectors: int = 1
+
+    def __post_init__(self):
+        if self.vectors < 1 or not self.initial.strip():
+            raise UserError(
+                f"TextualInversion got vectors={self.vectors} and initial={self.initial!r}: "
+                "expected at least 1, and a word to start from."
+            )
+
+    def first_ids(self, tokenizer: Any) -> Int[np.ndarray, " n"]:
+        """Return the ids of the tokens that it starts from."""
+        ids = tokenizer([self.initial])[0]
+        known = ids[1 : int(np.argmax(ids == tokenizer.end_id))]
+        return np.resize(known, self.vectors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """Which parameters a run trains; the others are frozen.
+
+    Attributes:
+      denoiser: all of the denoiser; adapters or a new token take its place.
+      text_encoders: all of the text encoders. Randomly initialised text encoders that are trained
+        jointly tend to collapse: start from trained ones.
+      lora: adapters of the denoiser.
+      text_lora: adapters of the text encoders, in the place of their own weights.
+      inversion: a new token, in the place of the denoiser's weights.
+    """
+
+    denoiser: bool = True
+    text_encoders: bool = False
+    lora: LoraConfig | None = None
+    text_lora: LoraConfig | None = None
+    inversion: TextualInversion | None = None
+
+    def includes(self, path: Path) -> bool:
+        """Whether the part of a model at `path` is trained as a whole."""
+        if path == DENOISER:
+            return self.denoiser and self.lora is None and self.inversion is None
+        return path[0] == "text_encoders" and self.text_encoders and self.text_lora is None
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether encoded text changes in training."""
+        return self.text_encoders or self.text_lora is not None or self.inversion is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask(Task):
-    """Prediction of the noise, or of x0, v or velocity, given a prompt.
+    """Train a text-to-image model, or a part of one.
 
     Attributes:
-      denoiser: the network.
-      pretrained: folder of the run or bundle, or `shipped:NAME`, whose denoiser it starts as; None
-        draws one.
-      lora: adapters of the denoiser, which are then all that is trained of it.
-      inversion: a new word, which is then all that is trained, beside adapters if there are any.
-      text: the text encoder.
-      text_2: a second one, whose tokens are joined to the first one's, channel by channel, and
-        whose pooled vector takes the place of the first one's (Stable Diffusion XL).
-      zero_empty_prompt: an empty prompt is all zeros to the denoiser (Stable Diffusion XL).
-      latents: the space that is modelled; None for pixels.
-      objective: what the network predicts, on which noise, and how errors count.
-      curriculum: little noise first; None draws all levels from the start.
+      model: the specification.
+      pretrained: where its first weights come from.
+      trainable: which of its parameters are trained.
+      objective: the loss.
+      curriculum: low noise levels first; None samples all levels from the start.
+
+    Raises:
+      UserError: weights are missing that the run does not train.
     """
 
-    denoiser: DenoiserConfig
-    pretrained: str | None = None
-    lora: LoraConfig | None = None
-    inversion: TextualInversion | None = None
-    text: TextTower
-    text_2: TextTower | None = None
-    zero_empty_prompt: bool = False
-    latents: Latents | None = None
-    objective: Objective
+    model: TextToImage
+    pretrained: Pretrained = field(default_factory=Pretrained)
+    trainable: Trainable = field(default_factory=Trainable)
+    objective: AnyObjective = field(default_factory=Denoising)
     curriculum: NoiseCurriculum | None = None
 
     def __post_init__(self):
-        denoiser, models = self.denoiser, [tower.model for tower in self.towers.values()]
-        width = sum(model.width for model in models)
-        pooled = models[-1].projection_dim or models[-1].width
-        reads_pooled = isinstance(denoiser, DiTConfig | UNetConfig)
-        if width != denoiser.text_width or (reads_pooled and pooled != denoiser.pooled_width):
-            wanted = f" and {denoiser.pooled_width} (pooled)" if reads_pooled else ""
+        trainable, pretrained = self.trainable, self.pretrained
+        trains_denoiser = trainable.includes(DENOISER)
+        if pretrained.denoiser is None and (not trains_denoiser or self.objective.uses_teacher):
             raise UserError(
-                f"The denoiser expects text of widths {denoiser.text_width}{wanted} but the text "
-                f"encoder gives {width} and {pooled}; make denoiser.text_width and "
-                "denoiser.pooled_width those."
+                "LoRA, textual inversion and objectives with a teacher need a trained denoiser: "
+                "name its model in task.pretrained.denoiser."
             )
-        channels = self.latents.model.latent_channels if self.latents else 3
-        if channels != denoiser.channels:
+        if trainable.text_lora is not None and pretrained.text_encoders is None:
             raise UserError(
-                f"The denoiser works on {denoiser.channels} channels but the images it is given "
-                f"have {channels}; set denoiser.channels to {channels}."
+                "LoRA adapts text encoders that are trained already: name their model in "
+                "task.pretrained.text_encoders."
             )
-        if self.denoiser_is_frozen and self.pretrained is None:
+        if trainable.inversion is not None and (trainable.text_encoders or trainable.text_lora):
             raise UserError(
-                "LoRA and textual inversion need a denoiser that is trained already: name its "
-                "model in task.pretrained."
+                "Textual inversion learns a token for frozen text encoders: set "
+                "task.trainable.text_encoders to False and leave task.trainable.text_lora out."
             )
-        if any(t.trained and t.lora and t.pretrained is None for t in self.towers.values()):
+        if self.model.autoencoder is not None and pretrained.autoencoder is None:
             raise UserError(
-                "LoRA adapts a text encoder that is trained already: name its model in "
-                "task.text.pretrained."
-            )
-        if self.inversion is not None and any(tower.trained for tower in self.towers.values()):
-            raise UserError(
-                "Textual inversion learns a word for text encoders that stay as they are: set "
-                "task.text.trained to False."
+                "The model works on an autoencoder's latents: name a trained autoencoder in "
+                "task.pretrained.autoencoder."
             )
 
-    @property
-    def denoiser_is_frozen(self) -> bool:
-        """Whether the denoiser's own weights stay as they are."""
-        return self.lora is not None or self.inversion is not None
+    def _folder(self, path: Path) -> str | None:
+        return getattr(self.pretrained, path[0])
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels to one position of what is modelled, along each side."""
-        return self.latents.model.downsampling if self.latents else 1
+    def _part(self, part: Part) -> PretrainedPart:
+        return PretrainedPart(self._folder(part.path), part.build)
 
-    @property
-    def towers(self) -> dict[str, TextTower]:
-        """The text encoders by name; the last one's pooled vector counts."""
-        return {"text": self.text} | ({"text_2": self.text_2} if self.text_2 else {})
-
-    @property
-    def text_size(self) -> int:
-        """Numbers that `pack` makes of a prompt."""
-        last = list(self.towers.values())[-1].model
-        length, pooled = self.text.model.length, last.projection_dim or last.width
-        if self._reads_words_alone:
-            return pooled
-        return length * self.denoiser.text_width + pooled + length
-
-    @property
-    def _reads_words_alone(self) -> bool:
-        """Whether tokens are words as they stand in a table: quicker looked up than read back."""
-        return all(tower.layer == 0 for tower in self.towers.values())
-
-    def pack(self, text: TextFeatures) -> Float[Array, "b m"]:
-        """What is cached of prompts: all that takes a text encoder's layers to find out."""
-        return text.pooled if self._reads_words_alone else text.pack()
-
-    def unpack(
-        self, rows: Float[Array, "b m"], frozen: PyTree, ids: Int[Array, "b n"]
-    ) -> TextFeatures:
-        """The inverse of `pack`, in float32, given the same prompts as token ids."""
-        if self._reads_words_alone:  # and what `read` makes of the layers is never computed
-            return self.read(None, frozen, ids)._replace(pooled=rows.astype(jnp.float32))
-        return TextFeatures.unpack(rows, ids.shape[1], self.denoiser.text_width)
-
-    def build(self, rngs: nnx.Rngs) -> TextToImage:
-        """The module that is trained, freshly drawn."""
-        return TextToImage(self, rngs=rngs)
-
-    def frozen(self) -> dict[str, Pretrained]:
-        """The parts taken from elsewhere: which folder, which of its parts, and what module."""
-        parts = {}
-        if self.latents is not None:
-            parts["autoencoder"] = Pretrained(
-                self.latents.pretrained, (), blueprint(Latents.build, self.latents)
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the parameters that are trained."""
+        model, trainable = self.model, self.trainable
+        params: dict[str, Any] = {}
+        if trainable.text_encoders and trainable.text_lora is None:
+            params["text_encoders"] = model.init_text_encoders(rngs)
+        adapters: dict[str, Any] = {}
+        if trainable.text_lora is not None:
+            adapters["text_encoders"] = {
+                name: init_adapters(encoder.build(rngs=rngs), trainable.text_lora, rngs)
+                for name, encoder in model.conditioner.encoders.items()
+            }
+        if trainable.inversion is not None:
+            params["added_tokens"] = {
+                name: jnp.zeros((trainable.inversion.vectors, encoder.width))
+                for name, encoder in model.conditioner.encoders.items()
+            }
+        if trainable.lora is not None:
+            adapters["denoiser"] = init_adapters(
+                model.denoiser.build(rngs=rngs), trainable.lora, rngs
             )
-        for name, tower in self.towers.items():
-            if not tower.trained:
-                parts[name] = text_part(name, tower)
-            elif tower.lora is not None:
-                parts[name] = text_part(name, dataclasses.replace(tower, lora=None))
-        if self.denoiser_is_frozen:
-            parts["denoiser"] = self._denoiser_part()
+        elif trainable.includes(DENOISER):
+            params["denoiser"] = model.init_denoiser(rngs)
+        return params | ({"adapters": adapters} if adapters else {})
+
+    def frozen_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the parts that are not trained, and the teacher."""
+        parts = {
+            part.path: self._part(part)
+            for part in self.model.parts
+            if not self.trainable.includes(part.path)
+        }
+        if self.objective.uses_teacher:
+            parts["teacher", "denoiser"] = self._part(self.model.parts[0])
         return parts
 
-    def _denoiser_part(self) -> Pretrained:
-        return Pretrained(
-            self.pretrained, ("denoiser",), blueprint(denoiser_network, self.denoiser)
-        )
+    def initial_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the trained parts that start from another model's weights."""
+        return {
+            part.path: self._part(part)
+            for part in self.model.parts
+            if self.trainable.includes(part.path) and self._folder(part.path) is not None
+        }
 
-    def start(self) -> dict[str, Pretrained]:
-        """A trained denoiser or text tower that is to learn on."""
-        parts = {}
-        if self.pretrained is not None and not self.denoiser_is_frozen:
-            parts["denoiser"] = self._denoiser_part()
-        for name, tower in self.towers.items():
-            if tower.trained and tower.pretrained is not None and tower.lora is None:
-                parts[name] = text_part(name, tower)
-        return parts
-
-    def derive(self, frozen: PyTree, tokenizer: Tokenizer) -> dict[str, PyTree]:
-        """A new word starts as the one that comes near it.
+    def init_from_frozen(self, frozen: PyTree, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+        """Initialise a new token's embeddings from those of `trainable.inversion.initial`.
 
         Raises:
-          UserError: the tokenizer does not give the text encoders' last token as its own last.
+          UserError: a tokenizer has other ids than its text encoder.
         """
-        if self.inversion is None:
+        inversion = self.trainable.inversion
+        if inversion is None:
             return {}
-        ids = self.inversion.first_ids(tokenizer)
-        words = {}
-        for name in self.towers:
-            table = jax.device_get(frozen[name]["token_embedding"])
-            if len(table) + self.inversion.vectors != tokenizer.vocab_size:
+        added = {}
+        for name in self.model.conditioner.encoders:
+            tokenizer = tokenizers[name]
+            table = jax.device_get(frozen["text_encoders"][name]["token_embedding"])
+            if len(table) + inversion.vectors != tokenizer.vocab_size:
                 raise UserError(
-                    f"The tokenizer has {tokenizer.vocab_size - self.inversion.vectors} tokens and "
-                    f"the text encoder {len(table)}: new words need as many of one as of the other."
+                    f"The tokenizer has {tokenizer.vocab_size - inversion.vectors} tokens and the "
+                    f"text encoder {len(table)}: new tokens need equal numbers."
                 )
-            words[name] = table[ids]
-        return {"words": words}
+            added[name] = table[inversion.first_ids(tokenizer)]
+        return {"added_tokens": added}
+
+    def model_params(self, params: PyTree, frozen: PyTree) -> dict[str, Any]:
+        """Return all parameters of the model, the scale of adapters included in them."""
+        trainable, params = self.trainable, dict(params)
+        if "adapters" in params:
+            adapters = dict(params["adapters"])
+            if trainable.lora is not None:
+                adapters["denoiser"] = scale_adapters(adapters["denoiser"], trainable.lora.scale)
+            if trainable.text_lora is not None:
+                adapters["text_encoders"] = {
+                    name: scale_adapters(tree, trainable.text_lora.scale)
+                    for name, tree in adapters["text_encoders"].items()
+                }
+            params["adapters"] = adapters
+        parts = {k: v for k, v in frozen.items() if k not in ("teacher", "absent_text")}
+        return merge_params(parts, params)
 
     def init_state(self) -> Any:
-        """The curriculum at its first level."""
-        return self.curriculum.init() if self.curriculum else ()
-
-    def network(self, model: TextToImage, frozen: PyTree) -> Any:
-        """The denoiser, called with x_t, t and features, with its adapters where it has them."""
-        if not self.denoiser_is_frozen:
-            return model.denoiser
-        if self.lora is None:
-            return merge(blueprint(denoiser_network, self.denoiser), frozen["denoiser"])
-        build = blueprint(denoiser_network, self.denoiser, self.lora)
-        adapters = nnx.to_pure_dict(nnx.state(model.denoiser))
-        return merge(build, adapted(frozen["denoiser"], adapters))
-
-    def features(
-        self,
-        model: TextToImage,
-        frozen: PyTree,
-        ids: Int[Array, "b n"],
-        framing: Int[Array, "b 6"],
-        beauty: float = BEAUTY,
-    ) -> Any:
-        """What the denoiser is told of prompts given as token ids, and of the images' framing.
-
-        `Conditions` for Stable Diffusion's U-Net, `TextFeatures` for the others. Stable Diffusion
-        XL alone takes notice of the framing (`jaxdiff.data.transforms.Example` says what it is),
-        and its refiner of the `beauty`, an aesthetic score.
-        """
-        return self._told(self.read(model, frozen, ids), framing, beauty)
-
-    def read(
-        self, model: TextToImage | None, frozen: PyTree, ids: Int[Array, "b n"]
-    ) -> TextFeatures:
-        """What the text encoders say of prompts; without a `model` where nothing of it is trained.
-
-        That is all that can be cached of a caption.
-        """
-        read = []
-        for name, tower in self.towers.items():
-            if tower.trained and tower.lora is None:
-                encoder = getattr(model, name)
-            else:
-                params = frozen[name]
-                if tower.trained:
-                    params = adapted(params, nnx.to_pure_dict(nnx.state(getattr(model, name))))
-                if self.inversion is not None and model is not None:
-                    tower, params = tower.with_rows(params, getattr(model.words, name)[...])
-                encoder = merge(text_part(name, tower).build, params)
-            read.append(tower.read(encoder, ids))
-        tokens = jnp.concatenate([features.tokens for features in read], axis=-1)
-        return TextFeatures(tokens, read[-1].pooled, read[0].mask)
-
-    def _told(self, text: TextFeatures, framing: Int[Array, "b 6"], beauty: float) -> Any:
-        if self.zero_empty_prompt:
-            said = text.mask[:, 2].astype(text.tokens.dtype)  # more than a start and an end
-            tokens, pooled = text.tokens * said[:, None, None], text.pooled * said[:, None]
-            text = text._replace(tokens=tokens, pooled=pooled)
-        if not isinstance(self.denoiser, UNet2DConditionConfig):
-            return text
-        if self.denoiser.added_width is None:
-            return Conditions(text.tokens)
-        time_ids = framing.astype(jnp.float32)
-        count = (self.denoiser.added_width - text.pooled.shape[-1]) // self.denoiser.time_id_width
-        if count < time_ids.shape[1]:  # the refiner, told of beauty in the place of the final size
-            time_ids = jnp.pad(time_ids[:, :4], ((0, 0), (0, 1)), constant_values=beauty)
-        return Conditions(text.tokens, text.pooled, time_ids)
-
-    def encode(
-        self,
-        frozen: PyTree,
-        images: Float[Array, "b h w 3"],
-        key: Key[Array, ""] | None = None,
-        by: Pieces = "whole",
-        wrap: Wrap = (False, False),
-    ) -> Float[Array, "b i j c"]:
-        """Images in [-1, 1] to the space that is modelled; without a key, without noise."""
-        if self.latents is None:
-            return images
-        autoencoder = self._autoencoder(frozen, wrap)
-        z = autoencoder.encode(images, by)
-        return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
-
-    def x0(self, frozen: PyTree, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b i j c"]:
-        """What is modelled of a batch of images, or of the latents that were cached of them.
-
-        Both draw z by the same key: x0 = scale (mean + exp(logvar / 2) eps - shift).
-        """
-        if "latents" not in batch:
-            return self.encode(frozen, from_uint8(batch["image"]), key)
-        mean, logvar = jnp.split(batch["latents"].astype(jnp.float32), 2, axis=-1)
-        return self._autoencoder(frozen, (False, False)).to_latents(
-            Gaussian(mean, logvar).sample(key)
-        )
-
-    def decode(
-        self,
-        frozen: PyTree,
-        x: Float[Array, "b i j c"],
-        by: Pieces = "whole",
-        wrap: Wrap = (False, False),
-    ) -> Float[Array, "b h w 3"]:
-        """From the space that is modelled to images, about in [-1, 1].
-
-        `by` is what goes through at a time, and `wrap` whether images go on at their other side.
-        """
-        if self.latents is None:
-            return x
-        autoencoder = self._autoencoder(frozen, wrap)
-        return autoencoder.decode(autoencoder.from_latents(x), by)
-
-    def _autoencoder(self, frozen: PyTree, wrap: Wrap) -> Autoencoder | TinyAutoencoder:
-        autoencoder = merge(self.frozen()["autoencoder"].build, frozen["autoencoder"])
-        wrap_convolutions(autoencoder, wrap)
-        return autoencoder
-
-    def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Height, width and channels of what is modelled for images of this size."""
-        return height // self.downsampling, width // self.downsampling, self.denoiser.channels
+        """Return the curriculum at its first level, and the objective's state."""
+        state = self.objective.init_state()
+        return (self.curriculum.init(), state) if self.curriculum else ((), state)
 
     def loss(
         self,
-        model: TextToImage,
+        params: PyTree,
         frozen: PyTree,
         batch: Batch,
         key: Key[Array, ""],
         task_state: Any,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """The objective's mean over the batch, and its sums by level of noise."""
+        ema: PyTree,
+    ) -> tuple[Float[Array, ""], Metrics, Any]:
+        """Return the objective's mean over the batch, and its sums by noise level."""
         encode_key, loss_key = jax.random.split(key)
-        if "text" in batch:
-            read = self.unpack(batch["text"], frozen, batch["tokens"])
-        else:
-            read = self.read(model, frozen, batch["tokens"])
-        text = self._told(read, batch["framing"], BEAUTY)
-        x0 = split_tokens(self.x0(frozen, batch, encode_key))
-        max_t = self.curriculum.max_t(task_state) if self.curriculum else 1.0
-        network = self.network(model, frozen)
-        result = self.objective.loss(lambda x, t: network(x, t, text), x0, loss_key, max_t)
-        sums, counts = loss_by_level(result.loss, result.t)
-        loss = jnp.mean(result.loss)
+        curriculum, state = task_state
+        full = self.model_params(params, frozen)
+        cond = self._cond(full, batch)
+        max_t = self.curriculum.max_t(curriculum) if self.curriculum else 1.0
+        outputs = self.objective.loss(
+            LossInputs(
+                model=self._predictor(full),
+                prediction=self.model.prediction,
+                schedule=self.model.schedule,
+                x0=split_tokens(self.x0(full, batch, encode_key)),
+                cond=cond,
+                key=loss_key,
+                max_t=max_t,
+                uncond=self._uncond(full, frozen, batch) if self.objective.uses_uncond else None,
+                teacher=self._predictor(frozen["teacher"]) if self.objective.uses_teacher else None,
+                ema=self._predictor(self._ema(ema, params, frozen)),
+                state=state,
+                row_weights=batch.get("row_weights"),
+            )
+        )
+        sums, counts = loss_by_level(outputs.loss, outputs.t)
+        loss = jnp.mean(outputs.loss)
         metrics = {"loss": loss, "loss_by_level_sum": sums, "loss_by_level_count": counts}
         if self.curriculum:
             metrics["max_t"] = jnp.asarray(max_t)
-        return loss, metrics
+        return loss, {**metrics, **outputs.metrics}, (curriculum, outputs.state)
 
     def next_state(self, task_state: Any, metrics: Metrics) -> Any:
-        """The curriculum after this step's loss."""
-        return self.curriculum.update(task_state, metrics["loss"]) if self.curriculum else ()
+        """Return the state with the curriculum after this step's loss."""
+        curriculum, state = task_state
+        if self.curriculum:
+            curriculum = self.curriculum.update(curriculum, metrics["loss"])
+        return curriculum, state
+
+    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> dict[str, Any] | None:
+        """Return the averaged model in the compute type, without gradients."""
+        if not self.objective.uses_ema:
+            return None
+        cast = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
+        return self.model_params(jax.lax.stop_gradient(cast), frozen)
+
+    def _predictor(self, params: PyTree | None) -> Predictor | None:
+        if params is None:
+            return None
+        network: Any = self.model.network(params)
+
+        def predict(x_t, t, cond, next_t=None):
+            return network(x_t, t, cond) if next_t is None else network(x_t, t, cond, next_t)
+
+        return predict
+
+    def _cond(self, params: PyTree, batch: Batch) -> Conditioning:
+        inputs: TextInputs = batch["text"]
+        if "text_features" in batch:
+            cond = self.model.conditioner.unpack(batch["text_features"], params, inputs)
+        else:
+            cond = self.model.encode_text(params, inputs)
+        return cond._replace(size_crop=batch["size_crop"].astype(jnp.float32))
+
+    def _uncond(self, params: PyTree, frozen: PyTree, batch: Batch) -> Conditioning:
+        """Return the conditioning of absent prompts for the images of a batch."""
+        size_crop = batch["size_crop"].astype(jnp.float32)
+        cond = self.model.encode_text(params, frozen["absent_text"])
+        repeat = lambda x: jnp.broadcast_to(x, (len(size_crop), *x.shape[1:]))  # noqa: E731
+        return jax.tree.map(repeat, cond)._replace(size_crop=size_crop)
+
+    def x0(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b i j c"]:
+        """Encode a batch of images, or take their cached latents; z is sampled by `key` in both."""
+        if "latents" in batch:
+            return self.model.latents_from_moments(params, batch["latents"], key)
+        return self.model.encode(params, from_uint8(batch["image"]), key)
+
+    def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the inputs of the absent prompt, where the objective uses it."""
+        if not self.objective.uses_uncond:
+            return {}
+        conditioner = self.model.conditioner
+        if tokenizers is None:
+            return {"absent_text": conditioner.abstract_inputs(1)}
+        return {"absent_text": conditioner.tokenize(tokenizers, [None])}
+
+    def abstract_text(self, batch_size: int) -> Any:
+        """Return shapes and types of the text of a batch."""
+        return self.model.conditioner.abstract_inputs(batch_size)
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """Names of the text encoders."""
+        return tuple(self.model.conditioner.encoders)
+
+    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any]:
+        """Return the function from captions to `TextInputs`."""
+        return CaptionTokenizer(self.model.conditioner, tokenizers)
+
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+        """Raise `UserError` for tokenizers that the text encoders do not take."""
+        inversion = self.trainable.inversion
+        added = inversion.vectors if inversion else 0
+        self.model.conditioner.check_tokenizers(tokenizers, added)
+
+    def denoiser_flops(self, size: int) -> float:
+        """FLOPs of one evaluation of the denoiser for one image of side `size`, in pixels."""
+        height, width, _ = self.model.latent_shape(size, size)
+        length = self.model.conditioner.text_length
+        return self.model.denoiser.flops(height=height, width=width, text_length=length)
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image of side `size` in a training step; frozen parts get no gradient."""
+        trainable, denoiser = self.trainable, self.denoiser_flops(size)
+        # Adapters and new tokens need the gradients of layers' inputs, not those of their kernels.
+        total = 3 * denoiser if trainable.includes(DENOISER) else 2 * denoiser
+        if not text:
+            passes = 3 if trainable.text_encoders and trainable.text_lora is None else 2
+            total += self.model.conditioner.flops() * (passes if trainable.trains_text else 1)
+        if self.model.autoencoder is not None and not latents:
+            total += self.model.autoencoder.encode_flops(height=size, width=size)
+        return total
+
+    def recomputed_flops(self, size: int) -> float:
+        """FLOPs of the denoiser once more, where its blocks keep their inputs alone."""
+        return self.denoiser_flops(size) if self.model.denoiser.remat == "full" else 0.0

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models.autoencoders.tiling import in_pieces, one_by_one, tile_by_tile
+from jaxdiff.models.autoencoders.tiling import apply_vae_mode, one_by_one, tile_by_tile
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 11, 22, 3)), jnp.float32)
 
@@ -58,5 +58,5 @@ def test_what_fits_one_tile_is_not_cut():
         return x - x.mean(axis=(1, 2), keepdims=True)
 
     for by in ("whole", "images", "tiles"):
-        np.testing.assert_allclose(in_pieces(network, X, by, 22, 22), network(X), atol=1e-6)
-    assert np.abs(in_pieces(network, X, "tiles", 16, 16) - network(X)).max() > 0.01
+        np.testing.assert_allclose(apply_vae_mode(network, X, by, 22, 22), network(X), atol=1e-6)
+    assert np.abs(apply_vae_mode(network, X, "tiles", 16, 16) - network(X)).max() > 0.01

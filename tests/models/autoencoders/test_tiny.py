@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, any_rngs, blueprint, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, merge
 
 TINY = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 1), sample_size=8)
 
@@ -14,7 +14,7 @@ TINY = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 
 @pytest.fixture(scope="module")
 def model():
     params = jax.jit(lambda: nnx.state(TinyAutoencoder(TINY, rngs=nnx.Rngs(0))))()
-    return merge(blueprint(TinyAutoencoder, TINY), params)
+    return merge(bind_init(TinyAutoencoder, TINY), params)
 
 
 def test_it_has_the_published_size():

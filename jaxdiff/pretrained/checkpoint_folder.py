@@ -1,4 +1,4 @@
-"""Checkpoints on disk: when one is complete, whether it is damaged, what a killed save left.
+"""Checkpoints on disk: which are complete, which are damaged, and the parameters in one.
 
 A checkpoint is a folder named by its step:
 
@@ -6,24 +6,31 @@ A checkpoint is a folder named by its step:
     checkpoints/30/arrays.json              type and shape of every array, by its path
     checkpoints/30/SHA256SUMS               of all these files, in the format of `sha256sum -c`
 
-The place in the data needs no file: it is the step (`jaxdiff.data.loader`).
+The position in the data needs no file: it is the step (`jaxdiff.data.loader`).
 
 All of it is written to `30.saving`, the checksums last, and a rename makes it `30`. So a folder
-with a step's name was complete once, and what is missing or differs now is damage, which is told;
-a save that was killed leaves a `30.saving`, which counts for nothing and goes with the next save.
-Object stores cannot rename a folder. There the checksums, written last, complete it, and a folder
-without them is a save that was killed.
+with a step's name was complete once, and what is missing or differs now is damage, which is
+reported; a save that was killed leaves a `30.saving`, which the next save removes. Object stores
+cannot rename a folder. There the checksums, written last, complete it, and a folder without them
+is a save that was killed.
 """
 
 import hashlib
+import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
@@ -35,24 +42,27 @@ Report = Callable[[str], None]
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
-    """The folder as Orbax wants it. (etils resolves `gs://` to a folder of that name here.)"""
+    """Return the folder as Orbax expects it: absolute, with `gs://` paths as they are."""
     path = epath.Path(folder).expanduser()
     return path.resolve() if is_local(folder) else path
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
+    """Return the steps of the complete checkpoints, ascending."""
     if not folder.exists():
         return []
     named = [path for path in folder.iterdir() if path.name.isdecimal()]
     return sorted(int(p.name) for p in named if is_local(folder) or (p / CHECKSUMS).exists())
 
 
-def newest_undamaged(folder: epath.Path, report: Report, part: str | None = None) -> int | None:
-    """Step of the newest checkpoint whose files, or those of one part, are as they were written.
+def latest_valid_step(folder: epath.Path, report: Report, part: str | None = None) -> int | None:
+    """Return the step of the newest checkpoint whose files, or those of one part, are undamaged.
 
-    Process 0 looks and all processes learn. None if there is no checkpoint; `UserError` if there
-    are some and all are damaged.
+    Process 0 checks them and broadcasts the step. `report` gets one sentence for each damaged
+    checkpoint. None if there is no checkpoint.
+
+    Raises:
+      UserError: there are some and all are damaged.
     """
     none, all_damaged = -1, -2
     found = none
@@ -67,19 +77,78 @@ def newest_undamaged(folder: epath.Path, report: Report, part: str | None = None
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == all_damaged:
         raise UserError(
-            f"Every checkpoint in {folder} is damaged: bring one back from a copy, or start anew "
-            "in another folder or with --fresh."
+            f"Every checkpoint in {folder} is damaged: expected at least one whose files are as "
+            "they were written; restore one from a copy, or start over with --fresh."
         )
     return None if found == none else found
 
 
+def load_params(
+    folder: epath.PathLike,
+    which: Literal["ema", "params"] = "ema",
+    *,
+    report: Report | None = None,
+) -> tuple[dict[str, Any], int]:
+    """Load the parameters, or their average, of the newest undamaged checkpoint, and its step.
+
+    Nothing else of it is read or checked. The arrays are on this process's first device.
+
+    Raises:
+      UserError: there is no checkpoint, or none is undamaged.
+    """
+    root = absolute(folder)
+    step = latest_valid_step(root, report or logging.getLogger(__name__).warning, which)
+    if step is None:
+        raise UserError(
+            f"There is no checkpoint in {root}: expected the folder of a trained run; check the "
+            "path."
+        )
+    abstract = _saved_params(root / str(step), which)
+    loaded = ocp.load_checkpointables(root / str(step), placed({which: abstract}))
+    return loaded[which], step
+
+
+def placed(parts: PyTree) -> PyTree:
+    """Give every abstract leaf a sharding: by default this process's first device.
+
+    Without one Orbax restores to the sharding that was saved, whose devices may not exist here.
+    """
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or first
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, parts)
+
+
+def describe(parts: PyTree) -> dict[str, str]:
+    """Return the contents of `arrays.json`: {"params/blocks/kernel": "float32[64, 64]"}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts)
+    }
+
+
+def _saved_params(path: epath.Path, which: str) -> dict[str, Any]:
+    """Return the shapes and types of the parameters in a checkpoint, as a nested dict."""
+    tree = {}
+    for name, array in json.loads((path / ARRAYS).read_text()).items():
+        part, *names = name.split("/")
+        if part == which:
+            dtype, _, shape = array.partition("[")
+            keys = tuple(int(name) if name.isdigit() else name for name in names)
+            tree[keys] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), jnp.dtype(dtype))
+    return traverse_util.unflatten_dict(tree)
+
+
 def unfinished(folder: epath.Path, step: int) -> epath.Path:
-    """Where a checkpoint is written."""
+    """Return the folder that a checkpoint is written to."""
     return folder / (f"{step}.saving" if is_local(folder) else str(step))
 
 
 def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
-    """Adds `files` to what Orbax has written, then the checksums, and gives the folder its name."""
+    """Add `files` to what Orbax has written, then the checksums, and rename the folder."""
     written, final = unfinished(folder, step), folder / str(step)
     for name, text in files.items():
         (written / name).write_text(text)
@@ -87,13 +156,13 @@ def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
     sums = zip(_digests(written, names), names, strict=True)
     (written / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
     if written != final:
-        if final.exists():  # damaged, or restore would have taken it and save passed it over
+        if final.exists():  # damaged, or restore would have read it and save skipped it
             remove(final)
         written.rename(final)
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a checkpoint so that none of it counts for one if this is cut short."""
+    """Remove a checkpoint; one that is removed in part does not count as complete."""
     if is_local(path):
         path = path.rename(path.with_name(f"{path.name}.old"))
     else:
@@ -102,7 +171,7 @@ def remove(path: epath.Path) -> None:
 
 
 def clean(folder: epath.Path) -> None:
-    """Removes what killed or failed saves and removals have left."""
+    """Remove what killed or failed saves and removals have left."""
     if folder.exists():
         good = {str(step) for step in steps(folder)}
         for path in folder.iterdir():
@@ -111,7 +180,7 @@ def clean(folder: epath.Path) -> None:
 
 
 def _damage(path: epath.Path, part: str | None = None) -> str | None:
-    """What is wrong with the first bad file of a checkpoint, or of one of its parts."""
+    """Return what is wrong with the first bad file of a checkpoint, or of one of its parts."""
 
     def needed(name: str) -> bool:
         return part is None or "/" not in name or name.startswith(f"{part}/")
@@ -138,7 +207,7 @@ def _damage(path: epath.Path, part: str | None = None) -> str | None:
 
 
 def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Names of all files below `path`, relative to it; hidden ones are the file system's own."""
+    """Return all files below `path`, relative to it; hidden ones are the file system's own."""
     for child in path.iterdir():
         if child.is_dir():
             yield from _files(child, f"{prefix}{child.name}/")
@@ -147,7 +216,7 @@ def _files(path: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _digests(path: epath.Path, names: list[str]) -> list[str]:
-    """SHA-256 of each file, in hex."""
+    """Return the SHA-256 of each file, in hex."""
 
     def digest(name: str) -> str:
         sha = hashlib.sha256()

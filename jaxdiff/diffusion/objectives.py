@@ -1,0 +1,193 @@
+"""Training objectives: the loss of a batch, given the model and whatever it is compared with.
+
+    loss = w_s(log_snr(t)) mean((prediction_s - target_s)^2),  s the space of the loss   (1)
+
+An `Objective` may also use a frozen teacher, the model's moving average, a second time and a state
+that it carries from step to step, so that distillation and two-time objectives need no other loop.
+"""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.diffusion.losses import UniformWeighting, Weighting
+from jaxdiff.diffusion.process import Images, Prediction, add_noise, from_x0_eps, to_x0_eps
+from jaxdiff.diffusion.schedules import Schedule
+from jaxdiff.diffusion.time_sampling import TimeSampler, Uniform
+from jaxdiff.errors import UserError
+
+Conditioning = Any  # a tree of arrays [b, ...]
+
+
+class Predictor(Protocol):
+    """A model with its parameters: (x_t, t, cond) to a prediction of the shape of x_t.
+
+    `next_t` is the second time of models that are trained on two; others are called without.
+    """
+
+    def __call__(
+        self,
+        x_t: Images,
+        t: Float[Array, " b"],
+        cond: Conditioning,
+        next_t: Float[Array, " b"] | None = None,
+    ) -> Images: ...
+
+
+class LossInputs(NamedTuple):
+    """What an objective may use.
+
+    Attributes:
+      model: the model in training.
+      prediction: what it predicts.
+      schedule: of the noise.
+      x0: images or latents, float32.
+      cond: conditioning of the captions.
+      key: of this step.
+      max_t: greatest time, as a noise curriculum asks.
+      uncond: conditioning of the absent prompt; None unless `Objective.uses_uncond`.
+      teacher: the frozen pretrained model; None unless `Objective.uses_teacher`.
+      ema: the model with its moving average; None unless `Objective.uses_ema`.
+      state: what the objective carries from step to step.
+      row_weights: weights of the images; None for equal ones.
+    """
+
+    model: Predictor
+    prediction: Prediction
+    schedule: Schedule
+    x0: Images
+    cond: Conditioning
+    key: Key[Array, ""]
+    max_t: float | Float[Array, ""] = 1.0
+    uncond: Conditioning = None
+    teacher: Predictor | None = None
+    ema: Predictor | None = None
+    state: Any = ()
+    row_weights: Float[Array, " b"] | None = None
+
+
+class LossOutputs(NamedTuple):
+    """The contribution of each image.
+
+    Attributes:
+      loss: weighted, float32.
+      t: times, in [0, 1].
+      metrics: scalars to log beside the loss.
+      state: for the next step.
+    """
+
+    loss: Float[Array, " b"]
+    t: Float[Array, " b"]
+    metrics: Mapping[str, Any]
+    state: Any
+
+
+class Objective(abc.ABC):
+    """Interface of objectives; one's own is a frozen dataclass that inherits it.
+
+    Attributes:
+      uses_uncond, uses_teacher, uses_ema: whether `LossInputs` has these fields.
+    """
+
+    uses_uncond = False
+    uses_teacher = False
+    uses_ema = False
+
+    def init_state(self) -> Any:
+        """Return what is carried at the first step, a tree of arrays."""
+        return ()
+
+    @abc.abstractmethod
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """Return the loss of each image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoising(Objective):
+    """Squared error of the prediction at sampled times, eq. 1.
+
+    JiT (Li & He 2025, arXiv 2511.13720) is prediction="x0" with loss_space="velocity".
+
+    Attributes:
+      loss_space: the space of the loss; None is that of the prediction.
+      times: distribution of the times.
+      weighting: of the loss, by log_snr.
+      floor: least sigma and alpha by which an error is divided when it is carried from x0 or eps
+        to another space (JiT: 0.05); it bounds the weights at the ends.
+      noise_offset: standard deviation of a further noise that is the same at all pixels of a
+        channel (Guttenberg 2023, "Diffusion with offset noise": 0.1), without which a network
+        never learns the brightness of whole images.
+
+    Raises:
+      UserError: floor is not positive, or noise_offset is negative.
+    """
+
+    loss_space: Prediction | None = None
+    times: TimeSampler = field(default_factory=Uniform)
+    weighting: Weighting = field(default_factory=UniformWeighting)
+    floor: float = 0.05
+    noise_offset: float = 0.0
+
+    def __post_init__(self):
+        if not self.floor > 0 or self.noise_offset < 0:
+            raise UserError(
+                f"Denoising got floor={self.floor}, noise_offset={self.noise_offset}: expected a "
+                "positive floor, and 0 or more as noise_offset."
+            )
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """Add noise to x0 at sampled times, predict, and weight the error.
+
+        The noise of an image depends on (key, its place) alone.
+        """
+        x0, batch = inputs.x0.astype(jnp.float32), inputs.x0.shape[0]
+        time_key, noise_key = jax.random.split(inputs.key)
+        t = self.times(time_key, batch) * inputs.max_t
+        eps = self._noise(noise_key, x0)
+        x_t = add_noise(inputs.schedule, x0, eps, t)
+        output = inputs.model(x_t, t, inputs.cond).astype(jnp.float32)
+        loss = self.weighted_error(inputs.prediction, inputs.schedule, output, x0, eps, t)
+        if inputs.row_weights is not None:
+            loss = inputs.row_weights * loss
+        return LossOutputs(loss, t, {}, inputs.state)
+
+    def _noise(self, key: Key[Array, ""], x0: Images) -> Images:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x0)))
+        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(keys)
+        if self.noise_offset:
+            offset_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            shape = (1, 1, x0.shape[-1])
+            offset = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(offset_keys)
+            eps = eps + self.noise_offset * offset
+        return eps
+
+    def weighted_error(
+        self,
+        prediction: Prediction,
+        schedule: Schedule,
+        output: Images,
+        x0: Images,
+        eps: Images,
+        t: Float[Array, " b"],
+    ) -> Float[Array, " b"]:
+        """Eq. 1 for each image, given the network's output for x_t."""
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        space = self.loss_space or prediction
+        error = output - from_x0_eps(prediction, x0, eps, alpha, sigma)
+        if space != prediction:
+            # Affine conversions carry an error as they carry an output, with x_t = 0: no two large
+            # numbers are subtracted, and the floor acts on target and prediction alike.
+            errors = to_x0_eps(
+                prediction, error, jnp.zeros_like(error), alpha, sigma, floor=self.floor
+            )
+            error = from_x0_eps(space, *errors, alpha, sigma)
+        weight = self.weighting(schedule.log_snr(t), space)
+        return weight * jnp.mean(error**2, axis=(1, 2, 3))
+
+
+AnyObjective = Denoising | Objective

@@ -1,0 +1,94 @@
+"""CLIP score: how well images match their captions, for any data with captions."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Report,
+    check_samples,
+    check_text_to_image,
+    image_source,
+)
+from jaxdiff.pipelines.auxiliary_models import clip_scores
+from jaxdiff.pretrained.bundle import AnySpec
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipScore(Evaluator):
+    """Mean cosine of images and captions in a CLIP (Hessel et al. 2021), times 100.
+
+    Captions are those of records spread over the data. "data" is the score of their own images,
+    "chance" that of the generated images with the captions shifted by half of their number.
+
+    Attributes:
+      samples: captions.
+      clip_model: the CLIP; scores of different ones cannot be compared.
+      every: steps between evaluations; 0 evaluates at the end alone.
+
+    Raises:
+      UserError: fewer than two samples.
+    """
+
+    name: ClassVar[str] = "clip_score"
+    samples: int = 64
+    clip_model: str = ClipGuidance.model
+    every: int = 0
+
+    def __post_init__(self):
+        check_samples(self.name, self.samples)
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for a model without text, or cached latents of unknown images."""
+        check_text_to_image(spec, self)
+        if image_source(data) is None:
+            raise UserError(
+                f"evaluator {self.name!r} needs images but data.source is cached latents: name "
+                "what they were made of in data.source.of, or leave the evaluator out."
+            )
+
+    def evaluate(self, context: EvalContext) -> Report:
+        """Generate and score images."""
+        self.check(context.spec, context.data)
+        captions, true = self._records(context.data)
+        images = context.generate(captions)
+        shifted = list(np.roll(captions, max(1, len(captions) // 2)))
+        scalars = {
+            name: 100 * float(np.mean(clip_scores(self.clip_model, pixels, texts)))
+            for name, pixels, texts in (
+                ("score", images, captions),
+                ("data", true, captions),
+                ("chance", images, shifted),
+            )
+        }
+        text = ", ".join(f"{name} {value:.1f}" for name, value in scalars.items())
+        return Report(scalars=scalars, text=f"CLIP score ({self.clip_model}): {text}")
+
+    def _records(self, data: DataConfig) -> tuple[list[str], UInt8[np.ndarray, "n h w 3"]]:
+        """Return captions and images of records spread over the data, unusable ones left out."""
+        source, rng = image_source(data), np.random.default_rng(0)
+        source.check()
+        count = min(self.samples, len(source))
+        captions, images = [], []
+        for i in range(count):
+            try:
+                example = data.transforms(source[i * len(source) // count], rng)
+            except RecordError:
+                continue
+            if example.caption:
+                captions.append(example.caption)
+                images.append(example.image)
+        if len(captions) < 2:
+            raise UserError(
+                f"evaluator {self.name!r} found {len(captions)} usable records with a caption: "
+                "expected at least 2; repair the data, or leave the evaluator out."
+            )
+        return captions, np.stack(images)

@@ -1,0 +1,165 @@
+"""The interface of evaluators: what they are given, and what they report.
+
+An evaluator is a frozen dataclass in a recipe. Training calls it every `every` steps and at the
+end; `jaxdiff evaluate` calls the same object.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.errors import UserError
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.rerank import best_of_n
+from jaxdiff.pretrained.bundle import AnySpec, Bundle
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+
+class Report(NamedTuple):
+    """The result of an evaluator.
+
+    Attributes:
+      scalars: figures by name, for metrics.
+      images: uint8 [h, w, 3] by name.
+      text: the figures as a table, for people; "" for none.
+    """
+
+    scalars: Mapping[str, float] = {}
+    images: Mapping[str, UInt8[np.ndarray, "h w 3"]] = {}
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How evaluators generate images, where it differs from the model's own settings.
+
+    Attributes:
+      best_of: images generated for each prompt, of which a CLIP chooses one.
+      clip_model: that CLIP.
+      arguments: further arguments of the pipeline.
+
+    Raises:
+      UserError: best_of below 1.
+    """
+
+    best_of: int = 1
+    clip_model: str = ClipGuidance.model
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.best_of < 1:
+            raise UserError(f"best_of is {self.best_of}: expected 1 or more.")
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What an evaluator may use.
+
+    Attributes:
+      step: of the run; 0 for a model that is in no run.
+      spec: of the model.
+      params: of the model, its moving average.
+      tokenizers: of its text encoders.
+      data: of the recipe.
+      generation: how images are generated.
+    """
+
+    step: int
+    spec: AnySpec
+    params: Any
+    tokenizers: Mapping[str, Any]
+    data: DataConfig
+    generation: Generation = Generation()
+
+    @functools.cached_property
+    def pipeline(self) -> Pipeline:
+        """The model as a pipeline, made when it is first used."""
+        return Pipeline(Bundle(self.spec, self.params, dict(self.tokenizers)))
+
+    def generate(self, prompts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
+        """Generate an image for each prompt; image i has seed i, or the best of as many seeds."""
+        how = self.generation
+        if how.best_of == 1:
+            return self.pipeline(prompts, **how.arguments)
+        ranked = best_of_n(
+            self.pipeline, prompts, n=how.best_of, clip=how.clip_model, **how.arguments
+        )
+        return ranked.images
+
+    def with_generation(self, generation: Generation) -> "EvalContext":
+        """Return the same context with other settings."""
+        return dataclasses.replace(self, generation=generation)
+
+
+class Evaluator(abc.ABC):
+    """Interface of evaluators; one's own is a frozen dataclass that inherits it.
+
+    Attributes:
+      name: of its figures in metrics.
+      every: steps from one evaluation to the next; 0 evaluates at the end alone.
+    """
+
+    name: ClassVar[str] = "evaluator"
+    every: int = 0
+
+    @abc.abstractmethod
+    def evaluate(self, context: EvalContext) -> Report:
+        """Evaluate a model."""
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def image_source(data: DataConfig) -> Any:
+    """Return the source of images: of cached latents that which they were made of."""
+    source = data.source
+    return source.of if isinstance(source, CachedLatents) else source
+
+
+def check_text_to_image(spec: AnySpec, evaluator: Evaluator) -> TextToImage:
+    """Return the specification if it is a text-to-image model's; else raise `UserError`."""
+    if not isinstance(spec, TextToImage):
+        raise UserError(
+            f"evaluator {evaluator.name!r} needs a text-to-image model but the recipe trains a "
+            f"{type(spec).__name__}: leave the evaluator out."
+        )
+    return spec
+
+
+Generate = Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]]
+Columns = Mapping[str, Mapping[str, float]]  # {"score": {attribute: fraction}, "ceiling": ...}
+
+
+def table(columns_of: Mapping[str, Columns]) -> Report:
+    """Report fractions of several sets of prompts by attribute and column.
+
+    A scalar is named SET/ATTRIBUTE for the column "score", and SET/ATTRIBUTE/COLUMN for others.
+    """
+    scalars: dict[str, float] = {}
+    lines = []
+    for name, columns in columns_of.items():
+        lines.append(f"{name:<40}" + "".join(f"{column:>9}" for column in columns))
+        for attribute in columns["score"]:
+            row = {column: values[attribute] for column, values in columns.items()}
+            lines.append(f"  {attribute:<38}" + "".join(f"{x:>9.1%}" for x in row.values()))
+            for column, value in row.items():
+                end = "" if column == "score" else f"/{column}"
+                scalars[f"{name}/{attribute}{end}"] = value
+    return Report(scalars=scalars, text="\n".join(lines))
+
+
+def check_samples(name: str, samples: int) -> None:
+    """Raise `UserError` for fewer than two samples."""
+    if samples < 2:
+        raise UserError(
+            f"{name}.samples is {samples}: expected at least 2, and 500 for firm figures."
+        )

@@ -1,0 +1,11 @@
+"""All evaluators that a recipe may hold."""
+
+from jaxdiff.evaluation.clip_score import ClipScore
+from jaxdiff.evaluation.evaluator import Evaluator
+from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
+
+AnyEvaluator = (
+    SampleGrid | Reconstructions | ProduceAccuracy | OpenMojiAccuracy | ClipScore | Evaluator
+)

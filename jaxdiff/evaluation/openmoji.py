@@ -1,0 +1,59 @@
+"""Accuracy on OpenMoji's people at work: is the nearest real drawing the prompted one?"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.openmoji import score as scoring
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Report,
+    check_samples,
+    check_text_to_image,
+    image_source,
+    table,
+)
+from jaxdiff.pretrained.bundle import AnySpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenMojiAccuracy(Evaluator):
+    """Fractions of images nearest to the real drawing of their prompt, held-out combinations.
+
+    Attributes:
+      samples: prompts.
+      every: steps between evaluations; 0 evaluates at the end alone.
+
+    Raises:
+      UserError: fewer than two samples.
+    """
+
+    name: ClassVar[str] = "openmoji"
+    samples: int = 500
+    every: int = 0
+
+    def __post_init__(self):
+        check_samples(self.name, self.samples)
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for other data than OpenMoji, or another size."""
+        size, source = check_text_to_image(spec, self).image_size, image_source(data)
+        if not isinstance(source, OpenMoji) or size != source.size:
+            raise UserError(
+                f"evaluator {self.name!r} compares images with OpenMoji's drawings: expected "
+                "data.source to be OpenMoji, of the size of the model's images; leave the "
+                "evaluator out."
+            )
+
+    def evaluate(self, context: EvalContext) -> Report:
+        """Generate and score images."""
+        self.check(context.spec, context.data)
+        source = image_source(context.data)
+        prompts = scoring.held_out_prompts(self.samples)
+        images = context.generate([prompt.text for prompt in prompts])
+        drawings = OpenMoji(split="all", size=source.size, cache=source.cache)
+        result = scoring.score(images, [prompt.target for prompt in prompts], drawings)
+        return table({"people at work, held-out combinations": result._asdict()})

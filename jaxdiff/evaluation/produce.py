@@ -1,0 +1,75 @@
+"""Attribute accuracy on rendered produce: does an image show what its prompt names?"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.produce import score as scoring
+from jaxdiff.datasets.produce.source import full_caption
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Report,
+    check_samples,
+    check_text_to_image,
+    table,
+)
+from jaxdiff.pretrained.bundle import AnySpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProduceAccuracy(Evaluator):
+    """Fractions of images whose attributes a rule-based detector finds as prompted.
+
+    Sets: single objects in combinations that training never showed, and in trained ones, and
+    pairs. "ceiling" is the detector on true renderings, "chance" the images against other prompts,
+    and "latents", for models on latents, true renderings after the autoencoder.
+
+    Attributes:
+      samples: prompts of each set.
+      every: steps between evaluations; 0 evaluates at the end alone.
+
+    Raises:
+      UserError: fewer than two samples.
+    """
+
+    name: ClassVar[str] = "produce"
+    samples: int = 500
+    every: int = 0
+
+    def __post_init__(self):
+        check_samples(self.name, self.samples)
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for images of another size than the detector's."""
+        size = check_text_to_image(spec, self).image_size
+        if size != scoring.SIZE:
+            raise UserError(
+                f"evaluator {self.name!r} cannot score images of {size} pixels: expected "
+                f"{scoring.SIZE}; leave the evaluator out."
+            )
+
+    def evaluate(self, context: EvalContext) -> Report:
+        """Generate and score images for all sets."""
+        self.check(context.spec, context.data)
+        scenes_of = functools.partial(scoring.evaluation_scenes, self.samples)
+        sets = {
+            "single objects, held-out combinations": scenes_of("held_out", "single"),
+            "single objects, trained combinations": scenes_of("train", "single"),
+            "two objects": scenes_of("train", "two"),
+        }
+        results = {}
+        for name, scenes in sets.items():
+            images = context.generate([full_caption(scene) for scene in scenes])
+            true = scoring.true_drawings(scenes)
+            columns = {
+                "score": scoring.score(images, scenes),
+                "ceiling": scoring.score(true, scenes),
+                "chance": scoring.chance(images, scenes),
+            }
+            if context.pipeline.spec.autoencoder is not None:
+                columns["latents"] = scoring.score(context.pipeline.autoencode(true), scenes)
+            results[name] = columns
+        return table(results)

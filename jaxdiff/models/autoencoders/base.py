@@ -1,0 +1,38 @@
+"""Interface of autoencoders: what the rest of the package asks of a network's config."""
+
+import abc
+from typing import Any
+
+from flax import nnx
+
+
+class AutoencoderSpec(abc.ABC):
+    """Config of an autoencoder; a network's own is a frozen dataclass that inherits it.
+
+    The module that `build` makes has `encode(images, vae_mode) -> z` with `z.mode()`, `z.sample(key)`
+    and its moments `z.mean`, `z.logvar`; `decode(z, vae_mode) -> images`; and
+    `to_latents(z)`, `from_latents(latents)` between z and the latents of unit variance that a
+    denoiser sees. Images are in [-1, 1], NHWC.
+
+    Attributes:
+      latent_channels: of the latents.
+    """
+
+    latent_channels: int
+
+    @property
+    @abc.abstractmethod
+    def downsampling(self) -> int:
+        """Pixels to one latent, along each side."""
+
+    @abc.abstractmethod
+    def build(self, *, rngs: nnx.Rngs) -> Any:
+        """Initialise the network."""
+
+    @abc.abstractmethod
+    def encode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of encoding one image of height x width pixels."""
+
+    def fingerprinted(self, params: Any) -> Any:
+        """Return the parameters that determine latents; by default all."""
+        return params

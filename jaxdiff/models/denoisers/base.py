@@ -1,0 +1,53 @@
+"""Interface of denoisers: what the rest of the package asks of a network's config."""
+
+import abc
+
+from flax import nnx
+
+from jaxdiff.models.layers import Remat
+
+
+class Denoiser(abc.ABC):
+    """Config of a denoising network; a network's own is a frozen dataclass that inherits it.
+
+    The module that `build` makes is called as `network(x_t, t, cond)`, with x_t [b, h, w, c], t [b]
+    in [0, 1] and a `Conditioning`, and returns a float32 prediction [b, h, w, c]. It reads from the
+    conditioning what it needs and ignores the rest. It computes in the type of its weights.
+
+    Attributes:
+      channels: of what is denoised: 3 for pixels, else the autoencoder's.
+      remat: what blocks keep for the backward pass.
+      text_width: width of the text tokens that it reads; None for any.
+      pooled_width: width of the pooled text vector that it reads; None for any, or none.
+    """
+
+    channels: int
+    remat: Remat = "none"
+    text_width: int | None = None
+    pooled_width: int | None = None
+
+    @abc.abstractmethod
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Initialise the network."""
+
+    @abc.abstractmethod
+    def flops(self, *, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation for one image of height x width positions of x_t."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of x_t must be multiples of this."""
+        return 1
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels of `Conditioning.concat`, such as an inpainting network's mask and latents."""
+        return 0
+
+    @property
+    def wraps(self) -> bool:
+        """Whether `wrap_convolutions` alone makes its images continue at their other side.
+
+        True for networks of convolutions without position embeddings.
+        """
+        return False

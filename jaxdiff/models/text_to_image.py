@@ -1,0 +1,242 @@
+"""The model specification: a text-to-image model without its weights, whoever trained it.
+
+Parameters are one tree, whose keys say what a part is:
+
+    denoiser                     the denoising network
+    text_encoders.NAME           by the conditioner's names
+    autoencoder                  where the model works on latents
+    adapters.denoiser            low-rank adapters, at the paths of their layers, scale included
+    adapters.text_encoders.NAME
+    added_tokens.NAME            [k, width]: embeddings of the ids that follow the vocabulary
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+
+from jaxdiff.diffusion.process import Prediction
+from jaxdiff.diffusion.schedules import AnySchedule
+from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
+from jaxdiff.models.autoencoders.tiling import VaeMode
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.conditioning import AnyConditioner, Conditioning, TextInputs
+from jaxdiff.models.convolutions import Wrap, wrap_convolutions
+from jaxdiff.models.denoisers.base import Denoiser
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params
+from jaxdiff.models.lora import add_adapters
+from jaxdiff.sampling.sampler import Sampler
+
+AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
+AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
+
+Params = Mapping[str, Any]
+Images = Float[Array, "b h w 3"]  # in [-1, 1]
+Latents = Float[Array, "b i j c"]  # what is denoised: pixels too
+Network = Callable[[Latents, Float[Array, " b"], Conditioning], Latents]
+
+NO_WRAP: Wrap = (False, False)
+
+
+class Part(NamedTuple):
+    """A component of a model: its place in the tree of parameters, and its module."""
+
+    path: tuple[str, ...]
+    build: Callable[[], nnx.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImage:
+    """A text-to-image model without its weights.
+
+    Attributes:
+      name: of the model, for messages and file names.
+      denoiser: the network.
+      conditioner: text encoders, and how their outputs become `Conditioning`.
+      autoencoder: between pixels and latents; None where the model works on pixels.
+      prediction: what the network predicts.
+      schedule: of the noise.
+      image_size: side of the images that it was trained on, in pixels.
+      sampler: how it is sampled unless a caller says otherwise.
+
+    Raises:
+      UserError: parts that do not fit together.
+    """
+
+    name: str = "model"
+    denoiser: AnyDenoiser
+    conditioner: AnyConditioner
+    autoencoder: AnyAutoencoder | None = None
+    prediction: Prediction
+    schedule: AnySchedule
+    image_size: int
+    sampler: Sampler = field(default_factory=Sampler)
+
+    def __post_init__(self):
+        text, reads = self.conditioner, self.denoiser
+        widths = (reads.text_width, text.text_width), (reads.pooled_width, text.pooled_width)
+        if any(want is not None and want != have for want, have in widths):
+            pooled = "" if reads.pooled_width is None else f" and {reads.pooled_width} (pooled)"
+            raise UserError(
+                f"The denoiser expects text of widths {reads.text_width}{pooled} but the text "
+                f"encoder gives {text.text_width} and {text.pooled_width}: set "
+                "denoiser.text_width and denoiser.pooled_width to those."
+            )
+        channels = self.autoencoder.latent_channels if self.autoencoder else 3
+        if channels != reads.channels:
+            raise UserError(
+                f"The denoiser works on {reads.channels} channels but the images it is given "
+                f"have {channels}: set denoiser.channels to {channels}."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to one position of what is denoised, along each side."""
+        return self.autoencoder.downsampling if self.autoencoder else 1
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images must be multiples of this, in pixels."""
+        return self.downsampling * self.denoiser.size_multiple
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the network reads a mask and the latents around it."""
+        return self.denoiser.extra_channels > 0
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return height, width and channels of what is denoised for images of a size in pixels."""
+        return height // self.downsampling, width // self.downsampling, self.denoiser.channels
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The components, the denoiser first."""
+        parts = [Part(("denoiser",), bind_init(type(self.denoiser).build, self.denoiser))]
+        for name, encoder in self.conditioner.encoders.items():
+            build = bind_init(type(encoder).build, encoder)
+            parts.append(Part(("text_encoders", name), build))
+        if self.autoencoder is not None:
+            build = bind_init(type(self.autoencoder).build, self.autoencoder)
+            parts.append(Part(("autoencoder",), build))
+        return tuple(parts)
+
+    def abstract_params(self) -> dict[str, Any]:
+        """Return shapes and types of the parameters, without adapters and added tokens."""
+        return tree_of({part.path: abstract_params(part.build) for part in self.parts})
+
+    def init_denoiser(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the denoiser's parameters."""
+        return init_params(lambda rngs: self.denoiser.build(rngs=rngs), rngs)
+
+    def init_text_encoders(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the text encoders' parameters, by name."""
+        return {
+            name: init_params(lambda rngs, e=encoder: e.build(rngs=rngs), rngs)
+            for name, encoder in self.conditioner.encoders.items()
+        }
+
+    def encode_text(self, params: Params, inputs: TextInputs) -> Conditioning:
+        """Encode tokenized prompts."""
+        return self.conditioner.encode(params, inputs)
+
+    def network(self, params: Params, wrap: Wrap = NO_WRAP) -> Network:
+        """Return the denoiser with its parameters, called as (x_t, t, cond).
+
+        Args:
+          params: of the model.
+          wrap: whether images continue at their other side, vertically and horizontally.
+        """
+        network = bind_params(
+            bind_init(type(self.denoiser).build, self.denoiser), params["denoiser"]
+        )
+        adapters = params.get("adapters", {}).get("denoiser")
+        if adapters is not None:
+            add_adapters(network, adapters)
+        wrap_convolutions(network, wrap)
+        return network  # type: ignore[return-value]
+
+    def predict(
+        self, params: Params, x_t: Latents, t: Float[Array, " b"], cond: Conditioning
+    ) -> Latents:
+        """Evaluate the denoiser: `prediction` for x_t at times t in [0, 1]."""
+        return self.network(params)(x_t, t, cond)
+
+    def encode(
+        self,
+        params: Params,
+        images: Images,
+        key: Key[Array, ""] | None = None,
+        *,
+        vae_mode: VaeMode = "full",
+        wrap: Wrap = NO_WRAP,
+    ) -> Latents:
+        """Encode images in [-1, 1] to what is denoised; without a key, to the mode."""
+        if self.autoencoder is None:
+            return images
+        autoencoder = self._autoencoder(params, wrap)
+        z = autoencoder.encode(images, vae_mode)
+        return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
+
+    def decode(
+        self,
+        params: Params,
+        latents: Latents,
+        *,
+        vae_mode: VaeMode = "full",
+        wrap: Wrap = NO_WRAP,
+    ) -> Images:
+        """Decode what is denoised to images, about in [-1, 1]."""
+        if self.autoencoder is None:
+            return latents
+        autoencoder = self._autoencoder(params, wrap)
+        return autoencoder.decode(autoencoder.from_latents(latents), vae_mode)
+
+    def latents_from_moments(
+        self, params: Params, moments: Float[Array, "b i j m"], key: Key[Array, ""]
+    ) -> Latents:
+        """Sample latents from cached moments of z: means, then logarithms of variances."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return self._autoencoder(params, NO_WRAP).to_latents(Gaussian(mean, logvar).sample(key))
+
+    def _autoencoder(self, params: Params, wrap: Wrap) -> Any:
+        assert self.autoencoder is not None
+        build = bind_init(type(self.autoencoder).build, self.autoencoder)
+        autoencoder = bind_params(build, params["autoencoder"])
+        wrap_convolutions(autoencoder, wrap)
+        return autoencoder
+
+
+def from_uint8(images: UInt8[Array, "b h w 3"]) -> Images:
+    """Scale pixels 0..255 to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def tree_of(parts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Return a nested dict of parts, given by their paths."""
+    tree: dict[str, Any] = {}
+    for path, value in parts.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+    return tree
+
+
+def merge_params(*trees: Params) -> dict[str, Any]:
+    """Join partial trees of parameters that have no part in common."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for name, value in tree.items():
+            if name in ("text_encoders", "adapters", "added_tokens") and name in merged:
+                merged[name] = {**merged[name], **value}
+            else:
+                merged[name] = value
+    return merged

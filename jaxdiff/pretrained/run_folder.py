@@ -1,0 +1,123 @@
+"""A run's folder as a model: the specification in its recipe, and its newest moving average.
+
+config.json           the recipe as JSON; task.model is the specification
+tokenizers/NAME/      tokenizer.json, one per text encoder
+frozen.safetensors    weights that are not trained, each at its path in the tree of parameters
+checkpoints/          the trained ones
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxdiff.config.serialization import from_json
+from jaxdiff.errors import UserError
+from jaxdiff.models.lora import LoraConfig, scale_adapters
+from jaxdiff.models.text_to_image import TextToImage, merge_params
+from jaxdiff.pretrained.bundle import (
+    CHECKPOINTS,
+    CONFIG,
+    AnySpec,
+    Bundle,
+    check_params,
+    read_tokenizers,
+    read_weights,
+    spec_from_json,
+)
+from jaxdiff.pretrained.checkpoint_folder import load_params
+from jaxdiff.pretrained.config_check import read_json
+from jaxdiff.pretrained.embeddings import Word
+
+FROZEN = "frozen.safetensors"
+
+
+def is_recipe(data: Any) -> bool:
+    """Whether a `config.json` is a recipe rather than a specification."""
+    return isinstance(data, Mapping) and data.get("type") == "Config"
+
+
+def read_run_spec(
+    folder: epath.PathLike, data: Mapping[str, Any], types: Sequence[type] = ()
+) -> AnySpec:
+    """Return the specification of the model that a recipe trains.
+
+    Args:
+      folder: of the run.
+      data: its recipe.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: the recipe cannot be read, or is of another version.
+    """
+    task = data.get("task")
+    model = task.get("model") if isinstance(task, Mapping) else None
+    if model is None or "sampling" in data:
+        raise UserError(
+            f"{folder} was written by jaxdiff 0.1, whose models this version does not read: train "
+            "or export it again with this version."
+        )
+    return spec_from_json(model, types)
+
+
+def read_run(
+    folder: epath.PathLike,
+    data: Mapping[str, Any],
+    place: Callable[[Any], Any],
+    types: Sequence[type] = (),
+) -> Bundle:
+    """Read the model of a run, with adapters scaled as in training.
+
+    Args:
+      folder: of the run.
+      data: its recipe.
+      place: called with each parameter, such as to move it to a device.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: there is no undamaged checkpoint, or it is of another model.
+    """
+    root, spec = epath.Path(folder), read_run_spec(folder, data, types)
+    params, _ = load_params(root / CHECKPOINTS)
+    if isinstance(spec, TextToImage):
+        parts = {path[0] for path, _ in spec.parts}
+        frozen = read_weights(root / FROZEN) if (root / FROZEN).exists() else {}
+        own = {name: part for name, part in frozen.items() if name in parts}
+        params = merge_params(own, _scaled(params, data))
+    check_params(params, spec, str(folder))
+    return Bundle(spec, jax.tree.map(place, params), read_tokenizers(root, spec))
+
+
+def read_word(folder: epath.PathLike) -> Word | None:
+    """Return the word that a run of textual inversion learnt; None where it learnt none."""
+    root = epath.Path(folder)
+    if not (root / CONFIG).exists() or not is_recipe(data := read_json(root / CONFIG)):
+        return None
+    inversion = _trainable(data).get("inversion")
+    if not isinstance(inversion, Mapping):
+        return None
+    ema, _ = load_params(root / CHECKPOINTS)
+    rows = {name: np.asarray(x) for name, x in ema["added_tokens"].items()}
+    return Word(str(inversion.get("word")), rows)
+
+
+def _trainable(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return data.get("task", {}).get("trainable") or {}
+
+
+def _scaled(params: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the factor alpha / rank, which a recipe states, part of a run's adapters."""
+    adapters = params.get("adapters")
+    if adapters is None:
+        return dict(params)
+    scales = {}
+    for name, part in (("lora", "denoiser"), ("text_lora", "text_encoders")):
+        stated = _trainable(data).get(name)
+        config = from_json(LoraConfig | None, stated, f"config.task.trainable.{name}")
+        scales[part] = config.scale if config else 1.0
+    return {
+        **params,
+        "adapters": {part: scale_adapters(x, scales[part]) for part, x in adapters.items()},
+    }

@@ -1,0 +1,131 @@
+"""The options of guidance that a user sets, other than the scale."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.diffusion.process import Images, Prediction
+from jaxdiff.errors import UserError
+from jaxdiff.sampling.guidance.apg import APG
+from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.sampling.solver import Scalar, State
+
+
+class Estimates(NamedTuple):
+    """What a `GuidanceRule` combines.
+
+    Attributes:
+      cond: x0 given the prompts.
+      uncond: x0 given the negative prompts.
+      x: x_t.
+      t: the time.
+      alpha: of the schedule at t.
+      sigma: likewise.
+      prediction: what the network predicts.
+    """
+
+    cond: Images
+    uncond: Images
+    x: Images
+    t: Scalar
+    alpha: Scalar
+    sigma: Scalar
+    prediction: Prediction
+
+
+@runtime_checkable
+class GuidanceRule(Protocol):
+    """Interface of rules that combine the two estimates of classifier-free guidance.
+
+    A rule of your own is a frozen dataclass with these methods, passed as `Guidance(rule=...)`.
+    """
+
+    def init_state(self, x: Images) -> State:
+        """Return the state before the first step; () for a rule without any."""
+        ...
+
+    def combine(
+        self, estimates: Estimates, guidance_scale: Float[Array, " b"], state: State
+    ) -> tuple[Images, State]:
+        """Return the guided x0, and the next state."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Guidance options other than the scale; a field that is None inherits the model's.
+
+    Attributes:
+      interval: times of t, from 0 to 1, at which classifier-free guidance acts. It harms at the
+        highest noise and has no effect at the lowest (Kynkäänniemi et al. 2024). Outside the
+        interval only the conditional model is evaluated, at half the cost.
+      rescale: from 0 to 1, how far the standard deviation of a guided x0 is taken back to that of
+        the conditional one (Lin et al. 2023, eq. 15-16), image by image.
+      apg: adaptive projected guidance; `APG(eta=1)` switches a model's own off.
+      cfg_zero_star: for flow models; `CFGZeroStar(optimized_scale=False, zero_steps=0)` switches a
+        model's own off.
+      rule: combines the two estimates in the place of classifier-free guidance, `apg` and
+        `cfg_zero_star.optimized_scale`.
+      clip: CLIP guidance; a scale of 0 switches a model's own off.
+      guide: autoguidance; a scale of 1 switches a model's own off.
+
+    Raises:
+      UserError: interval or rescale outside [0, 1].
+    """
+
+    interval: tuple[float, float] | None = None
+    rescale: float | None = None
+    apg: APG | None = None
+    cfg_zero_star: CFGZeroStar | None = None
+    rule: GuidanceRule | None = None
+    clip: ClipGuidance | None = None
+    guide: Autoguidance | None = None
+
+    def __post_init__(self):
+        low, high = self.interval or (0.0, 1.0)
+        if not 0 <= low <= high <= 1 or not 0 <= (self.rescale or 0.0) <= 1:
+            raise UserError(
+                f"Guidance got interval={self.interval}, rescale={self.rescale}: expected an "
+                "interval (low, high) of times and a rescale, all in [0, 1]."
+            )
+
+    def inherit(self, other: "Guidance") -> "Guidance":
+        """Return these options, with another's in the place of those that are None."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(other, **{k: v for k, v in given.items() if v is not None})
+
+    @property
+    def active_interval(self) -> tuple[float, float]:
+        """`interval`, by default all times."""
+        return (0.0, 1.0) if self.interval is None else self.interval
+
+    @property
+    def rescale_fraction(self) -> float:
+        """`rescale`, by default 0."""
+        return self.rescale or 0.0
+
+    @property
+    def zero_steps(self) -> int:
+        """How many steps at the start have velocity 0."""
+        return self.cfg_zero_star.zero_steps if self.cfg_zero_star else 0
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a step depends on the guidance of earlier ones."""
+        if self.rule is None:
+            return self.apg is not None and self.apg.momentum != 0
+        return bool(jax.tree.leaves(jax.eval_shape(self.rule.init_state, jnp.zeros((1, 8, 8, 1)))))
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise `UserError` if the velocity would be 0 in all of so many steps."""
+        if self.zero_steps >= num_steps:
+            raise UserError(
+                f"cfg_zero_star.zero_steps is {self.zero_steps} of {num_steps} steps: expected "
+                "fewer than there are; take more steps, or lower zero_steps."
+            )

@@ -1,0 +1,49 @@
+"""A small model with random weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.bundle import Bundle, abstract_of
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """`random_params(spec)` initialises every parameter with normal noise."""
+
+    def init(spec, dtype=np.float32, scale=0.3):
+        rng = np.random.default_rng(0)
+        return jax.tree.map(
+            lambda x: (scale * rng.normal(size=x.shape)).astype(dtype), abstract_of(spec)
+        )
+
+    return init
+
+
+@pytest.fixture(scope="session")
+def small_bundle(random_params) -> Bundle:
+    """A DiT on pixels with one text encoder."""
+    tokenizer = Tokenizer.train(
+        ["a small red pea", "a green tomato with a stem"], vocab_size=600, length=16
+    )
+    text = ClipTextConfig(vocab_size=tokenizer.vocab_size, length=16, width=32, depth=2, heads=2)
+    spec = TextToImage(
+        name="small",
+        denoiser=DiTConfig(
+            patch_size=8, width=32, depth=2, heads=2, text_width=32, pooled_width=32
+        ),
+        conditioner=ClipConditioner(text=ClipTextEncoder(model=text)),
+        prediction="x0",
+        schedule=RectifiedFlow(),
+        image_size=16,
+    )
+    return Bundle(spec, random_params(spec), {"text": tokenizer})
