@@ -11,8 +11,9 @@ from typing import Any
 
 import tyro
 
+from jaxdiff.config.serialization import members
 from jaxdiff.errors import UserError
-from jaxdiff.training.recipe import Config, load_recipe, members
+from jaxdiff.training.recipe import Config, load_recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent.parent / "configs" / "produce.py"
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps

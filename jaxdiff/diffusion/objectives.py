@@ -36,7 +36,9 @@ class Predictor(Protocol):
         t: Float[Array, " b"],
         cond: Conditioning,
         next_t: Float[Array, " b"] | None = None,
-    ) -> Images: ...
+    ) -> Images:
+        """Evaluate the model at times t."""
+        ...
 
 
 class LossInputs(NamedTuple):
