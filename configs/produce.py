@@ -82,7 +82,9 @@ def get_config() -> Config:
         # Mostly single objects, and captions that leave little open: one thing at a time for so
         # short a run. Each scene is drawn, encoded and read once, and seen several times.
         data=DataConfig(
-            source=Produce(length=48_000, group_share=0.05, pair_share=0.05, full_share=0.8),
+            source=Produce(
+                length=48_000, group_fraction=0.05, pair_fraction=0.05, full_fraction=0.8
+            ),
             transforms=Transforms(size=64),
             cache=LatentOptions(views=1, text=True),
         ),

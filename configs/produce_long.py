@@ -41,7 +41,7 @@ def get_config() -> Config:
             denoiser=dataclasses.replace(base.task.denoiser, width=160),
             objective=objective,
         ),
-        data=dataclasses.replace(base.data, source=Produce(length=160_000, full_share=0.7)),
+        data=dataclasses.replace(base.data, source=Produce(length=160_000, full_fraction=0.7)),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=1.5e-3),
         ema=Ema(decay=0.999),
         train=dataclasses.replace(base.train, steps=47_000, batch_size=32),

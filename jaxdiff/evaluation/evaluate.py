@@ -108,7 +108,7 @@ def _produce(
     figures = {}
     for name, scenes in sets.items():
         images = draw([full_caption(scene) for scene in scenes])
-        true = produce_score.true_drawings(scenes)
+        true = produce_score.render_scenes(scenes)
         columns = {
             "score": produce_score.score(images, scenes),
             "ceiling": produce_score.score(true, scenes),

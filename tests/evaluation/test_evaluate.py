@@ -63,7 +63,7 @@ def figures(produce):
     return evaluate(produce, samples=SAMPLES)
 
 
-def test_true_drawings_score_nearly_all_and_by_chance_nothing(figures):
+def test_rendered_scenes_score_nearly_all_and_by_chance_nothing(figures):
     assert len(figures) == 3
     for attributes in figures.values():
         assert attributes["joint"]["score"] >= 0.8
