@@ -48,7 +48,7 @@ class Buckets:
         return shapes
 
 
-def nearest(
+def nearest_shape(
     sizes: Int[np.ndarray, "n 2"], shapes: Sequence[tuple[int, int]]
 ) -> Int[np.ndarray, " n"]:
     """Index of the (height, width) shape of nearest log aspect ratio, per (width, height) size."""
@@ -92,7 +92,7 @@ class BucketPlan:
         fixed: bool = False,
     ):
         shapes = list(shapes)
-        bucket = nearest(sizes, shapes)
+        bucket = nearest_shape(sizes, shapes)
         # One at a time, the smallest first: its images may fill another bucket.
         while len(shapes) > 1 and not fixed:
             counts = np.bincount(bucket, minlength=len(shapes))
@@ -100,7 +100,7 @@ class BucketPlan:
             if counts[smallest] >= batch_size:
                 break
             del shapes[smallest]
-            bucket = nearest(sizes, shapes)
+            bucket = nearest_shape(sizes, shapes)
         self._shapes = shapes
         self._members = [np.flatnonzero(bucket == b) for b in range(len(shapes))]
         self._batch_size = batch_size

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.buckets import nearest
+from jaxdiff.data.buckets import nearest_shape
 from jaxdiff.data.shards import Shard
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
 from jaxdiff.data.sources.base import Record
@@ -81,7 +81,7 @@ class RecordReader:
         try:
             record, shape = self.source[index], 0
             if len(shapes) > 1:
-                shape = int(nearest(np.array([stored_size(record["image"])]), shapes)[0])
+                shape = int(nearest_shape(np.array([stored_size(record["image"])]), shapes)[0])
             views = self.transforms.views(record, count, shapes[shape])
         except RecordError as error:
             return error

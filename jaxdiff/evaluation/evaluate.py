@@ -110,12 +110,12 @@ def _produce(
         images = draw([full_caption(scene) for scene in scenes])
         true = produce_score.render_scenes(scenes)
         columns = {
-            "score": produce_score.score(images, scenes),
-            "ceiling": produce_score.score(true, scenes),
+            "score": produce_score.score_scenes(images, scenes),
+            "ceiling": produce_score.score_scenes(true, scenes),
             "chance": produce_score.chance(images, scenes),
         }
         if autoencode:
-            columns["latents"] = produce_score.score(autoencode(true), scenes)
+            columns["latents"] = produce_score.score_scenes(autoencode(true), scenes)
         figures[name] = _by_attribute(**columns)
     return figures
 
@@ -125,7 +125,7 @@ def _openmoji(draw: Draw, samples: int, source: OpenMoji) -> Figures:
     prompts = openmoji_score.held_out_prompts(samples)
     images = draw([prompt.text for prompt in prompts])
     drawings = OpenMoji(split="all", size=source.size, cache=source.cache)
-    result = openmoji_score.score(images, [prompt.target for prompt in prompts], drawings)
+    result = openmoji_score.score_workers(images, [prompt.target for prompt in prompts], drawings)
     return {"people at work, held-out combinations": _by_attribute(**result._asdict())}
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxdiff.data.buckets import BucketPlan, Buckets, nearest
+from jaxdiff.data.buckets import BucketPlan, Buckets, nearest_shape
 from jaxdiff.errors import UserError
 
 SHAPES = Buckets(step=8).shapes(32)
@@ -43,7 +43,7 @@ def test_steps_that_do_not_fit_are_refused(buckets, message):
 def test_images_go_to_the_nearest_aspect_ratio():
     assert SHAPES == [(32, 32), (24, 40), (40, 24)]
     sizes = np.array([[64, 64], [100, 99], [400, 240], [240, 400], [900, 100], [100, 900]])
-    np.testing.assert_array_equal(nearest(sizes, SHAPES), [0, 0, 1, 2, 1, 2])
+    np.testing.assert_array_equal(nearest_shape(sizes, SHAPES), [0, 0, 1, 2, 1, 2])
 
 
 def test_an_epoch_has_every_record_once_except_for_completed_batches():

@@ -102,7 +102,7 @@ def test_true_emoji_score_all_in_all_three_columns(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(openmoji, "_render_all", noise)
     source = OpenMoji(size=32, cache=str(tmp_path))
     drawings = dataclasses.replace(source, split="all")
-    places = {drawing.name: i for i, drawing in enumerate(drawings.drawings)}
+    places = {drawing.name: i for i, drawing in enumerate(drawings.emojis)}
     images = {p.text: drawings.image(places[p.target]) for p in held_out_prompts(SAMPLES)}
     (attributes,) = evaluate(Perfect(recipe(source, 32), images), samples=SAMPLES).values()
     assert list(attributes) == ["gender", "tone", "joint"]

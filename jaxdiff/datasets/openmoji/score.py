@@ -56,7 +56,7 @@ def held_out_prompts(count: int) -> list[WorkerPrompt]:
     return prompts
 
 
-def score(
+def score_workers(
     images: UInt8[np.ndarray, "n s s 3"], targets: Sequence[str], source: OpenMoji
 ) -> OpenMojiScore:
     """Score one image for each emoji name in `targets`, as given by `held_out_prompts`.

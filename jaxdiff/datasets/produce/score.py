@@ -27,7 +27,7 @@ def evaluation_scenes(
     return [sample(np.random.default_rng((*seeds, i)), split) for i in range(n)]
 
 
-def score(
+def score_scenes(
     images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
 ) -> dict[str, float]:
     """The fraction of images, uint8, that show each attribute of their scene, and all ("joint").
@@ -55,4 +55,4 @@ def chance(
 ) -> dict[str, float]:
     """The score of images against scenes rolled by half their number, none (of n > 1) its own."""
     order = np.roll(np.arange(len(scenes)), max(1, len(scenes) // 2)).tolist()
-    return score(images, [scenes[i] for i in order])
+    return score_scenes(images, [scenes[i] for i in order])

@@ -9,7 +9,7 @@ from jaxdiff.datasets.produce.score import (
     chance,
     evaluation_scenes,
     render_scenes,
-    score,
+    score_scenes,
 )
 from jaxdiff.datasets.produce.source import Produce
 
@@ -26,18 +26,18 @@ def test_scenes_are_the_same_at_every_call_and_of_their_split():
 def test_rendered_scenes_reach_the_ceiling_and_blank_images_score_0():
     scenes = evaluation_scenes(40, "held_out")
     images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-    assert score(images, scenes)["joint"] >= 0.95
-    assert score(render_scenes(scenes), scenes)["joint"] >= 0.95
+    assert score_scenes(images, scenes)["joint"] >= 0.95
+    assert score_scenes(render_scenes(scenes), scenes)["joint"] >= 0.95
     by_chance = chance(images, scenes)
     assert by_chance["joint"] < 0.2
     assert by_chance["kind"] < 0.5
-    blank = score(np.full((40, 64, 64, 3), 240, np.uint8), scenes)
+    blank = score_scenes(np.full((40, 64, 64, 3), 240, np.uint8), scenes)
     assert set(blank.values()) == {0.0}
 
 
 def test_only_attributes_of_the_scenes_are_reported():
     single, two = (
-        score(render_scenes(scenes), scenes)
+        score_scenes(render_scenes(scenes), scenes)
         for scenes in (evaluation_scenes(4, "train", kind) for kind in ("single", "two"))
     )
     assert "position" in single
@@ -50,5 +50,5 @@ def test_only_attributes_of_the_scenes_are_reported():
 def test_chance_never_uses_an_images_own_scene(count):
     scenes = evaluation_scenes(count, "train")
     images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-    assert score(images, scenes)["joint"] == 1.0
+    assert score_scenes(images, scenes)["joint"] == 1.0
     assert chance(images, scenes)["joint"] == 0.0
