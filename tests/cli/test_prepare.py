@@ -38,7 +38,9 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
 
 
 def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
-    assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
+    assert "data.source.length is 0" in refused(
+        "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
+    )
     assert "cannot be made a folder" in refused("prepare", recipe, recipe)
     assert "output folder is missing" in refused("prepare", recipe)
     assert not (tmp_path / "o").exists()

@@ -60,7 +60,7 @@ class OpenMoji(PickledFields):
 
     def __post_init__(self):
         if self.size < 1:
-            raise UserError(f"OpenMoji.size is {self.size}: give at least 1.")
+            raise UserError(f"data.source.size is {self.size}: give at least 1.")
 
     def __len__(self) -> int:
         return len(self.emojis)

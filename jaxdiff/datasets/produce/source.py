@@ -95,17 +95,18 @@ class Produce:
         for name, least in (("size", 32), ("length", 1), ("seed", 0), ("captions_per_image", 1)):
             if getattr(self, name) < least:
                 raise UserError(
-                    f"Produce.{name} is {getattr(self, name)}: expected at least {least}."
+                    f"data.source.{name} is {getattr(self, name)}: expected at least {least}."
                 )
         fractions = (self.group_fraction, self.pair_fraction)
         if not (min(fractions) >= 0 and sum(fractions) <= 1):
             raise UserError(
-                f"Produce.group_fraction is {self.group_fraction} and pair_fraction "
+                f"data.source.group_fraction is {self.group_fraction} and pair_fraction "
                 f"{self.pair_fraction}: expected fractions that sum to at most 1."
             )
         if not 0 <= self.full_fraction <= 1:
             raise UserError(
-                f"Produce.full_fraction is {self.full_fraction}: expected a fraction from 0 to 1."
+                f"data.source.full_fraction is {self.full_fraction}: expected a fraction from 0 "
+                "to 1."
             )
 
     def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
