@@ -41,8 +41,8 @@ class Parquet(PickledFields):
         group, row = self._row_groups.locate(index)
         name = self._row_groups.name(group, row)
         try:
-            images, captions = self._row_groups.read(group)
-            image, caption = images[row].as_py(), captions[row].as_py()
+            table = self._row_groups.read(group)
+            image, caption = (table.column(c)[row].as_py() for c in (self.image, self.caption))
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise RecordError(f"{name}: {error}") from error
         data = image.get("bytes") if isinstance(image, dict) else image
@@ -109,7 +109,7 @@ class _RowGroups:
         self.starts = [0]  # index of each group's first row; last, the number of rows
         for f, g in self._groups:
             self.starts.append(self.starts[-1] + files[f][1].row_group(g).num_rows)
-        self._cache: OrderedDict[int, tuple[pa.ChunkedArray, pa.ChunkedArray]] = OrderedDict()
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
@@ -125,7 +125,7 @@ class _RowGroups:
         f, g = self._groups[group]
         return f"{self._names[f]} row {self.starts[group] - self.starts[group - g] + row}"
 
-    def read(self, group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    def read(self, group: int) -> pa.Table:
         """Image and caption columns of one group."""
         with self._lock:  # concurrent requests for a group read it once
             if group in self._cache:
@@ -136,13 +136,8 @@ class _RowGroups:
             with path.open("rb") as opened:
                 file = pq.ParquetFile(opened, metadata=metadata)
                 table = file.read_row_group(g, columns=self._columns, use_threads=False)
-            columns = (table.column(self._columns[0]), table.column(self._columns[1]))
-            self._cache[group] = columns
-            self._cached_bytes += _nbytes(columns)
+            self._cache[group] = table
+            self._cached_bytes += table.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= _nbytes(self._cache.popitem(last=False)[1])
-            return columns
-
-
-def _nbytes(columns: tuple[pa.ChunkedArray, pa.ChunkedArray]) -> int:
-    return columns[0].nbytes + columns[1].nbytes
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            return table
