@@ -86,7 +86,9 @@ def get_config() -> Config:
         # Mostly single objects, and captions that name most attributes: the run is too short for
         # more. Each scene is rendered and encoded once, and seen several times.
         data=DataConfig(
-            source=Produce(length=48_000, group_share=0.05, pair_share=0.05, full_share=0.8),
+            source=Produce(
+                length=48_000, group_fraction=0.05, pair_fraction=0.05, full_fraction=0.8
+            ),
             transforms=Transforms(size=64),
             cache=LatentOptions(views=1, text=True),
         ),

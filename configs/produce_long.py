@@ -48,7 +48,7 @@ def get_config() -> Config:
             # The noise levels of the shipped weights; short runs do better at higher ones.
             objective=Denoising(times=LogitNormal(mean=0.5, std=1.3)),
         ),
-        data=replace(base.data, source=Produce(length=160_000, full_share=0.7)),
+        data=replace(base.data, source=Produce(length=160_000, full_fraction=0.7)),
         optimizer=replace(base.optimizer, learning_rate=1.5e-3),
         ema=Ema(decay=0.999),
         train=replace(base.train, steps=47_000, batch_size=32),

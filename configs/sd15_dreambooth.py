@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxdiff.data.sources.folder import ImageFolder
-from jaxdiff.data.sources.prior_preservation import WithPrior
+from jaxdiff.data.sources.prior_preservation import PriorPreservation
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.recipe import Config, load_recipe
 
@@ -23,7 +23,7 @@ from jaxdiff.training.recipe import Config, load_recipe
 def get_config() -> Config:
     """`configs/sd15_lora.py` on two folders, for few steps and with no caption left out."""
     base, replace = load_recipe(Path(__file__).with_name("sd15_lora.py")), dataclasses.replace
-    source = WithPrior(
+    source = PriorPreservation(
         own=ImageFolder(path="photos", prompt="a photo of sks dog"),
         prior=ImageFolder(path="prior", prompt="a photo of a dog"),
     )

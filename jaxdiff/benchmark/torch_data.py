@@ -21,7 +21,7 @@ from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.timing import in_turn, median
 from jaxdiff.data.loader import DataConfig, make_dataset
-from jaxdiff.data.shards import LatentSpace, Manifest, Shard
+from jaxdiff.data.shards import LatentSpace, Shard, ShardManifest
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record, write_encoded
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.cached_latents import CachedLatents, encode_latents
@@ -108,7 +108,7 @@ def _latents(folder: epath.Path) -> CachedLatents:
     )
     length = (folder / file).stat().length
     shard = Shard(file=file, records=RECORDS, bytes=length, sha256="")
-    Manifest(made_of={}, latents=space, shards=[shard]).write(folder)
+    ShardManifest(provenance={}, latents=space, shards=[shard]).write(folder)
     return CachedLatents(path=str(folder))
 
 

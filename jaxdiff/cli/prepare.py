@@ -1,4 +1,4 @@
-"""The command `jaxdiff prepare`: images and captions, or their latents, as ArrayRecord shards."""
+"""`jaxdiff prepare`: write captioned images, or their latents, to ArrayRecord shards."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.folder import ImageFolder, is_image
 from jaxdiff.data.sources.parquet import Parquet
-from jaxdiff.data.sources.prior_preservation import Source
+from jaxdiff.data.sources.prior_preservation import AnySource
 from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.data.transforms import Transforms
@@ -23,30 +23,29 @@ from jaxdiff.training.recipe import Config
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(Sharing):
-    """Writes records, or their latents, as ArrayRecord shards: fast to read at random.
+    """Write records, or their latents, to ArrayRecord shards, which have fast random access.
 
-    A recipe's file comes first, then the folder to write, then keys of the recipe to change; or, in
-    the recipe's place, a folder of images, Parquet files or tars. Records that could not be
-    trained on are left out, and named in the manifest. What was stopped goes on with the same
-    command.
+    Arguments: a recipe, the output folder, and recipe keys to change; or, instead of a recipe, a
+    folder of images, Parquet files or tar files. Unusable records are left out and listed in the
+    manifest. Repeat the command to continue after an interruption.
     """
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     out: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder to write, local or gs://."""
+    """Output folder, local or gs://."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparePathOptions(Sharing):
-    """Writes images and their captions as ArrayRecord shards: fast to read at random.
+    """Write captioned images to ArrayRecord shards, which have fast random access.
 
-    What holds them comes first, then the folder to write. Records that could not be trained on are
-    left out, and named in the manifest. What was stopped goes on with the same command.
+    Arguments: the images, and the output folder. Unusable records are left out and listed in the
+    manifest. Repeat the command to continue after an interruption.
     """
 
     data: Annotated[DataConfig, tyro.conf.FlagConversionOff]
     out: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder to write, local or gs://."""
+    """Output folder, local or gs://."""
 
 
 def prepare(arguments: list[str]) -> None:
@@ -58,8 +57,8 @@ def prepare(arguments: list[str]) -> None:
         path = parse(PreparePathOptions, arguments[1:], default=plain, **words)
         if path.latents.views or path.latents.text:
             raise UserError(
-                "Latents need a recipe, whose autoencoder makes them: give its file first, and the "
-                f"data as --data.source.path {arguments[0]}."
+                "Latents need a recipe with an autoencoder: give its file first, and the data as "
+                f"--data.source.path {arguments[0]}."
             )
         manifest = write_records(None, path.data, _folder(path.out), path)
     else:
@@ -68,7 +67,7 @@ def prepare(arguments: list[str]) -> None:
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:
-        print("This machine's share is written; the last one to finish writes the manifest.")
+        print("This host's shards are written; the last host to finish writes the manifest.")
         return
     kind = "records" if manifest.latents is None else "records of latents"
     left = f", left out {manifest.rejected}" if manifest.rejected else ""
@@ -77,15 +76,15 @@ def prepare(arguments: list[str]) -> None:
 
 def _folder(out: str | None) -> str:
     if out is None:
-        raise UserError("There is no folder to write: give it after the recipe.")
+        raise UserError("The output folder is missing: give it after the recipe.")
     return out
 
 
-def source_at(path: str) -> Source:
-    """The source that reads what lies at `path`, a file, a folder or a glob.
+def source_at(path: str) -> AnySource:
+    """The source that reads `path`, a file, a folder or a glob.
 
     Raises:
-      UserError: there is nothing, or nothing known.
+      UserError: it does not exist, or is of an unknown format.
     """
     root = epath.Path(path)
     if root.is_dir():
@@ -96,8 +95,8 @@ def source_at(path: str) -> Source:
         names = [path]
     else:
         raise UserError(
-            f"There is nothing at {path}: expected a recipe, whose name ends in .py, or images "
-            "with captions."
+            f"{path} does not exist: expected a recipe, with a name ending in .py, or images with "
+            "captions."
         )
     if any(name.endswith(".tar") for name in names):
         return WebDataset(path=path)
@@ -108,6 +107,6 @@ def source_at(path: str) -> Source:
     if root.is_dir() and any(map(is_image, names)):
         return ImageFolder(path=path)
     raise UserError(
-        f"{path} holds nothing to prepare: expected a folder of images with captions, or Parquet, "
-        "ArrayRecord or tar files."
+        f"{path} contains nothing to prepare: expected a folder of images with captions, or "
+        "Parquet, ArrayRecord or tar files."
     )

@@ -1,1 +1,1 @@
-"""Sources of captioned images, the tokenizer, the transforms, and the input pipeline."""
+"""Sources of captioned images, tokenizers, transforms, shards, and the input pipeline."""

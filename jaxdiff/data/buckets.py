@@ -1,8 +1,8 @@
-"""Images of many shapes, in batches of one shape each.
+"""Aspect-ratio buckets: batches of one image shape each (Podell et al. 2023, section 2.3).
 
-Podell et al. 2023, section 2.3: shapes of about one area share the images out by aspect ratio, so
-that little is cut off. Every image belongs to one shape, that is known before the first batch; so
-all batches of an epoch are, and every host makes its rows of the same ones.
+Shapes have about the same area, and each image is cropped to the one of the nearest aspect ratio.
+Assignment and batches depend only on image sizes and the seed, so every host computes the same
+plan and makes its own rows.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from jaxdiff.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Shapes whose sides are multiples of `step`, the longer at most `max_ratio` times the shorter.
+    """Shapes with sides that are multiples of `step` and an aspect ratio of at most `max_ratio`.
 
-    There are as many pixels in each as fit into those of the square, so none takes more memory.
+    No shape has more pixels than the square one, so none takes more memory.
     """
 
     step: int = 64
     max_ratio: float = 2.0
 
     def check(self, size: int) -> None:
-        """Raises `UserError` for shapes that there cannot be."""
+        """Raise `UserError` unless `step` divides `size` and `max_ratio` is at least 1."""
         if self.step < 1 or size % self.step:
             raise UserError(
                 f"data.transforms.buckets.step is {self.step}: expected a divisor of "
@@ -39,7 +39,7 @@ class Buckets:
             )
 
     def shapes(self, size: int) -> list[tuple[int, int]]:
-        """Heights and widths, the square first."""
+        """(height, width) of each bucket, the square first."""
         shapes = [(size, size)]
         for short in range(size - self.step, 0, -self.step):
             long = size * size // short // self.step * self.step
@@ -48,37 +48,37 @@ class Buckets:
         return shapes
 
 
-def nearest(
+def nearest_shape(
     sizes: Int[np.ndarray, "n 2"], shapes: Sequence[tuple[int, int]]
 ) -> Int[np.ndarray, " n"]:
-    """Which of the shapes (height, width) each image's width and height come nearest to."""
+    """Index of the (height, width) shape of nearest log aspect ratio, per (width, height) size."""
     ratios = np.log(sizes[:, 1]) - np.log(sizes[:, 0])
     wanted = np.log([height / width for height, width in shapes])
     return np.abs(ratios[:, None] - wanted).argmin(1)
 
 
-class Rows(NamedTuple):
-    """The records of one batch."""
+class BucketBatch(NamedTuple):
+    """The shape and the records of one batch."""
 
     shape: tuple[int, int]
     epoch: int
     records: Int[np.ndarray, " b"]
 
 
-class Plan:
-    """Which records make up which batch, epoch for epoch.
+class BucketPlan:
+    """The records of every batch of every epoch.
 
-    In an epoch every record comes once, in an order of its own; a shape's last batch is filled up
-    with those that came first. Shapes of less than one full batch give their images to the nearest
-    of the others.
+    Each epoch contains every record once, in its own order; a shape's last batch is completed with
+    that shape's first records of the epoch. Shapes with fewer images than a batch are dropped, and
+    their images go to the nearest remaining shape.
 
     Args:
       sizes: width and height of every image.
       shapes: height and width of the buckets, the square first.
-      batch_size: records of a batch on all hosts together; no more than there are.
-      seed: of the order.
-      shuffle: whether there is one.
-      fixed: whether images stay in their shape, be there less than a batch of it.
+      batch_size: records per batch on all hosts together, at most the number of records.
+      seed: seed of the order.
+      shuffle: whether to shuffle records and batches.
+      fixed: keep every shape, however few images it has.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class Plan:
         fixed: bool = False,
     ):
         shapes = list(shapes)
-        bucket = nearest(sizes, shapes)
-        # The emptiest goes first: what it gives away may fill another.
+        bucket = nearest_shape(sizes, shapes)
+        # One at a time, the smallest first: its images may fill another bucket.
         while len(shapes) > 1 and not fixed:
             counts = np.bincount(bucket, minlength=len(shapes))
-            emptiest = int(counts.argmin())
-            if counts[emptiest] >= batch_size:
+            smallest = int(counts.argmin())
+            if counts[smallest] >= batch_size:
                 break
-            del shapes[emptiest]
-            bucket = nearest(sizes, shapes)
+            del shapes[smallest]
+            bucket = nearest_shape(sizes, shapes)
         self._shapes = shapes
         self._members = [np.flatnonzero(bucket == b) for b in range(len(shapes))]
         self._batch_size = batch_size
@@ -108,14 +108,14 @@ class Plan:
         self._shuffle = shuffle
         self.batches = sum(-(-len(members) // batch_size) for members in self._members)
 
-    def rows(self, batch: int) -> Rows:
-        """Batch number `batch`, counted from the first of the first epoch."""
-        epoch, number = divmod(batch, self.batches)
-        bucket, records = _epoch(self, epoch)[number]
-        return Rows(self._shapes[bucket], epoch, records)
+    def batch(self, number: int) -> BucketBatch:
+        """Batch `number`, counted from the start of epoch 0."""
+        epoch, place = divmod(number, self.batches)
+        bucket, records = _epoch(self, epoch)[place]
+        return BucketBatch(self._shapes[bucket], epoch, records)
 
     def epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
-        """All batches of an epoch: the number of the shape, and the records."""
+        """All batches of an epoch: the index of the shape, and the records."""
         rng = np.random.default_rng((self._seed, epoch))
         batches = []
         for bucket, members in enumerate(self._members):
@@ -126,6 +126,6 @@ class Plan:
         return [batches[place] for place in places]
 
 
-@lru_cache(maxsize=2)  # while one epoch ends, the next one's first batches are made
-def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
+@lru_cache(maxsize=2)  # prefetching crosses from one epoch into the next
+def _epoch(plan: BucketPlan, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
     return plan.epoch(epoch)

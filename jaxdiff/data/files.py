@@ -1,4 +1,4 @@
-"""Where the files of a data set are: in a folder and below it, one alone, or by a glob."""
+"""Find the files of a data set: a single file, a glob, or a folder searched recursively."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,7 +8,7 @@ from jaxdiff.errors import UserError
 
 
 def files_below(root: epath.Path) -> Iterator[str]:
-    """The names, relative to `root`, of all files in it and below; hidden ones left out."""
+    """Names, relative to `root`, of all files in and below it, except hidden ones."""
     for folder, folders, files in root.walk():
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = folder.relative_to(root)
@@ -16,17 +16,22 @@ def files_below(root: epath.Path) -> Iterator[str]:
 
 
 def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> list[epath.Path]:
-    """The files that `path` means: one file, a glob, or every file under a folder whose name
-    is `wanted`, in order of name.
+    """The files at `path`, sorted: the file itself, a glob's matches, or a folder's wanted files.
 
-    Raises `UserError`, saying that `kind` was expected, where there is none.
+    Args:
+      path: local or remote.
+      wanted: selects the files of a folder by name.
+      kind: what the files are, for the error.
+
+    Raises:
+      UserError: there is no such file.
     """
     root = epath.Path(path)
     if root.is_file():
         return [root]
     if root.is_dir():
         files = [root / name for name in files_below(root) if wanted(name)]
-        missing = f"the folder {path} holds no {kind}"
+        missing = f"the folder {path} contains no {kind}"
     elif any(sign in path for sign in "*?["):
         files = [f for f in _glob(root) if f.is_file()]
         missing = f"no file matches {path}"
@@ -41,7 +46,7 @@ def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> list[epat
 
 
 def _glob(pattern: epath.Path) -> Iterable[epath.Path]:
-    """Globs below the last folder of `pattern` that is spelt out."""
+    """Glob below the last folder of `pattern` without wildcards."""
     parts = pattern.parts
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     return epath.Path(*parts[:first]).glob("/".join(parts[first:]))

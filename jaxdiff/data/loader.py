@@ -22,9 +22,9 @@ from jaxtyping import Int, Int32
 from rich.console import Console
 
 from jaxdiff.data.bad_records import RecordError, too_many
-from jaxdiff.data.buckets import Plan
+from jaxdiff.data.buckets import BucketPlan
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
-from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
@@ -55,7 +55,7 @@ class DataConfig:
         `jaxdiff prepare --latents.views` does elsewhere.
     """
 
-    source: Source | WithPrior | CachedLatents
+    source: AnySource | PriorPreservation | CachedLatents
     transforms: Transforms
     workers: int = 0
     threads: int = 1
@@ -160,7 +160,7 @@ def make_dataset(
     captions as `Conditioner.pack` returns them.
 
     Each epoch is shuffled by `seed`. With `Buckets`, h and w differ from batch to batch, and
-    a few records come twice (`Plan`); the sizes of all images are read first.
+    a few records come twice (`BucketPlan`); the sizes of all images are read first.
 
     Args:
       data: the records, and how they are read.
@@ -217,17 +217,17 @@ class _ShapeByBatch:
     """Images of one of several shapes in each batch."""
 
     data: DataConfig
-    plan: Plan
+    plan: BucketPlan
     seed: int
 
     def __call__(self, batch: int, row: int) -> _Good | RecordError:
-        shape, epoch, records = self.plan.rows(batch)
+        shape, epoch, records = self.plan.batch(batch)
         index = int(records[row])
         return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shape)
 
 
 def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
-    plan = Plan(
+    plan = BucketPlan(
         _sizes(data),
         data.transforms.shapes,
         batch_size=batch_size,

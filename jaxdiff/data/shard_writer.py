@@ -1,12 +1,13 @@
-"""Making the shards of a folder, each by itself, so that what was whole before a stop stays.
+"""Write the shards of a folder independently of each other, so that finished ones can be kept.
 
-A shard is a function of its number alone: it holds the records of one stretch of the source, and
-is written under a temporary name and then renamed, before the note that tells of it. So whoever
-goes on later, or elsewhere, with the same settings ends with the same bytes.
+The bytes of a shard depend only on the settings and its number: it contains one range of the
+source. It is written under a temporary name and renamed before its progress entry is written, so an
+interrupted job, continued anywhere with the same settings, gives the same bytes.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
 import multiprocessing
 import signal
@@ -14,34 +15,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from etils import epath
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.buckets import nearest
+from jaxdiff.data.buckets import nearest_shape
 from jaxdiff.data.shards import Shard
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
 from jaxdiff.data.sources.base import Record
-from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, View, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 
-NOTES = ".shards"
-_PLAN = "made_of.json"
-_READ = 1 << 20
+_PROGRESS = ".shards"
+_PROVENANCE = "provenance.json"
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Stretch(NamedTuple):
-    """The records of the source that a shard is made of."""
+class ShardRange(NamedTuple):
+    """The range of source records that one shard contains."""
 
     number: int
     shards: int
@@ -50,25 +49,25 @@ class Stretch(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The shard's name."""
+        """The shard's file name."""
         return f"records-{self.number:05d}-of-{self.shards:05d}.array_record"
 
 
-def stretches(records: int, shards: int) -> list[Stretch]:
-    """All of them, of equal length up to one record."""
+def shard_ranges(records: int, shards: int) -> list[ShardRange]:
+    """Split `records` into ranges whose lengths differ by at most one."""
     starts = [records * i // shards for i in range(shards + 1)]
-    return [Stretch(i, shards, starts[i], starts[i + 1]) for i in range(shards)]
+    return [ShardRange(i, shards, starts[i], starts[i + 1]) for i in range(shards)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How records are read and judged."""
+class RecordReader:
+    """Reads records and checks that they can be trained on."""
 
-    source: Source | WithPrior
+    source: AnySource | PriorPreservation
     transforms: Transforms
 
     def image(self, index: int) -> Record | RecordError:
-        """A record that can be trained on, or what is wrong with it."""
+        """A usable record, or the reason why it is not."""
         try:
             record = self.source[index]
             self.transforms(record, np.random.default_rng(0))
@@ -77,161 +76,155 @@ class Reading:
         return record
 
     def views(self, index: int, count: int) -> "Crops | RecordError":
-        """The crops of a record, of the shape that is nearest to it, or what is wrong with it."""
+        """`count` crops of a record in its nearest shape, or the reason why there are none."""
         shapes = self.transforms.shapes
         try:
-            record, place = self.source[index], 0
+            record, shape = self.source[index], 0
             if len(shapes) > 1:
-                place = int(nearest(np.array([stored_size(record["image"])]), shapes)[0])
-            views = self.transforms.views(record, count, shapes[place])
+                shape = int(nearest_shape(np.array([stored_size(record["image"])]), shapes)[0])
+            views = self.transforms.views(record, count, shapes[shape])
         except RecordError as error:
             return error
-        return Crops(place, views, record["captions"], record["name"])
+        return Crops(shape, views, record["captions"], record["name"])
 
 
 class Crops(NamedTuple):
-    """An image as it goes into the autoencoder."""
+    """The crops of one image that an autoencoder encodes."""
 
-    shape: int  # its place in the list of shapes
+    shape: int  # index into the list of shapes
     views: list[View]
     captions: list[str]
     name: str
 
 
-class Notes:
-    """What is known of the shards that are whole, while others are still to be made.
+class ShardProgress:
+    """Entries of the shards that are complete, kept until the manifest is written.
 
     Raises:
-      UserError: the folder has shards that were made of something else.
+      UserError: the folder contains shards of another source or other settings.
     """
 
-    def __init__(self, folder: epath.Path, made_of: dict[str, Any]):
-        self._folder = folder / NOTES
-        plan = self._folder / _PLAN
-        if plan.exists():
-            check_same(json.loads(plan.read_text()), made_of, folder)
-        write_whole(plan, (json.dumps(made_of, indent=1) + "\n").encode())
+    def __init__(self, folder: epath.Path, provenance: dict[str, Any]):
+        self._folder = folder / _PROGRESS
+        path = self._folder / _PROVENANCE
+        if path.exists():
+            check_same(json.loads(path.read_text()), provenance, folder)
+        write_whole(path, (json.dumps(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
-        """By file name."""
-        notes = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
-        shards = [Shard(**json.loads(path.read_bytes())) for path in notes]
+        """The complete shards by file name."""
+        entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
+        shards = [Shard(**json.loads(path.read_bytes())) for path in entries]
         return {shard.file: shard for shard in shards}
 
     def remove(self) -> None:
-        """All of them, once the manifest says the same."""
+        """Delete all entries, once the manifest contains them."""
         self._folder.rmtree()
 
 
-def check_same(there: dict[str, Any], made_of: dict[str, Any], folder: epath.Path) -> None:
-    """Raises `UserError` where a folder was begun with other data or settings."""
-    keys = [key for key in {**there, **made_of} if there.get(key) != made_of.get(key)]
+def check_same(there: dict[str, Any], provenance: dict[str, Any], folder: epath.Path) -> None:
+    """Raise `UserError` if a folder was begun with another source or other settings."""
+    keys = [key for key in {**there, **provenance} if there.get(key) != provenance.get(key)]
     if keys:
-        told = "; ".join(f"{key} is {there.get(key)}, now {made_of.get(key)}" for key in keys[:2])
+        changes = "; ".join(
+            f"{key} is {there.get(key)}, now {provenance.get(key)}" for key in keys[:2]
+        )
         raise UserError(
-            f"{folder} holds shards that were made otherwise ({told}): choose another folder, or "
-            "remove that one."
+            f"{folder} contains shards made with other settings ({changes}): choose another "
+            "folder, or remove that one."
         )
 
 
 def write_shard(
     folder: epath.Path,
-    stretch: Stretch,
+    shard_range: ShardRange,
     records: Iterable[bytes],
     rejects: Sequence[str],
     shapes: Sequence[int] = (),
 ) -> Shard:
-    """Writes one shard, and its note; `rejects` and `shapes` may grow while `records` are taken."""
-    path = folder / stretch.file
+    """Write a shard and its entry; consuming `records` may extend `rejects` and `shapes`."""
+    path = folder / shard_range.file
     count = write_encoded(str(path), records)
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ):
-            digest.update(block)
+        digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     shard = Shard(
-        file=stretch.file,
+        file=shard_range.file,
         records=count,
         bytes=path.stat().length,
-        sha256=digest.hexdigest(),
+        sha256=digest,
         rejects=tuple(rejects),
         shapes=tuple(shapes),
     )
-    note = json.dumps(dataclasses.asdict(shard))
-    write_whole(folder / NOTES / f"{shard.file}.json", note.encode())
+    entry = json.dumps(dataclasses.asdict(shard))
+    write_whole(folder / _PROGRESS / f"{shard.file}.json", entry.encode())
     return shard
 
 
-def write_images(reading: Reading, job: tuple[str, Stretch]) -> Shard:
-    """A shard of images as the source has them; those that could not be trained on are left out."""
-    folder, stretch = job
+def write_images(reader: RecordReader, job: tuple[str, ShardRange]) -> Shard:
+    """Write a shard of the source's images, leaving out unusable records."""
+    folder, shard_range = job
     rejects: list[str] = []
 
     def encoded() -> Iterator[bytes]:
-        for index in range(stretch.start, stretch.stop):
-            record = reading.image(index)
+        for index in range(shard_range.start, shard_range.stop):
+            record = reader.image(index)
             if isinstance(record, RecordError):
                 rejects.append(str(record))
             else:
                 yield encode_record(record)
 
-    return write_shard(epath.Path(folder), stretch, encoded(), rejects)
+    return write_shard(epath.Path(folder), shard_range, encoded(), rejects)
 
 
 class Workers:
-    """`count` processes that read; with none, this one does it when a result is asked for."""
+    """`count` reading processes; with 0, this process reads when a result is requested."""
 
-    def __init__(self, count: int, reading: Reading):
-        self._count, self._reading, self._pool = count, reading, None
+    def __init__(self, count: int, reader: RecordReader):
+        self._count, self._reader, self._pool = count, reader, None
         if count:
             context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-            self._pool = ProcessPoolExecutor(count, context, _start, (reading,))
+            self._pool = ProcessPoolExecutor(count, context, _start, (reader,))
 
-    def map(self, function: Callable[[Reading, T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function(reading, item)` in order, as many ahead of their use as keep all busy.
+    def map(self, function: Callable[[RecordReader, T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yield `function(reader, item)` in order, computing just far enough ahead.
 
         Raises:
-          UserError: a process came to a sudden end.
+          UserError: a process died.
         """
         if self._pool is None:
-            for item in items:
-                yield function(self._reading, item)
+            yield from (function(self._reader, item) for item in items)
             return
         ahead: deque[Future[R]] = deque()
-        with self._told():
+        try:
             for item in items:
                 ahead.append(self._pool.submit(_work, function, item))
                 if len(ahead) > 2 * self._count:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker process ended unexpectedly, perhaps because memory ran out: repeat the "
+                "command with fewer --workers; it keeps the shards that are complete."
+            ) from error
 
     def close(self) -> None:
-        """Ends the processes; what they have not begun is dropped."""
+        """End the processes; pending work is dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenProcessPool as error:
-            raise UserError(
-                "A worker process came to a sudden end, perhaps for want of memory: give the "
-                "command again, with fewer --workers; it goes on from the shards that are whole."
-            ) from error
+
+_reader: RecordReader | None = None  # of a worker process: sent once, not with every item
 
 
-_reading: Reading | None = None  # of a worker process: sent once, not with each piece of work
+def _work(function: Callable[[RecordReader, T], R], item: T) -> R:
+    assert _reader is not None
+    return function(_reader, item)
 
 
-def _work(function: Callable[[Reading, T], R], item: T) -> R:
-    assert _reading is not None
-    return function(_reading, item)
-
-
-def _start(reading: Reading) -> None:
-    """Ctrl-C is for the main process, without which workers do not stay either."""
-    global _reading
-    _reading = reading
+def _start(reader: RecordReader) -> None:
+    """Start a worker, which ignores Ctrl-C and ends with the main process."""
+    global _reader
+    _reader = reader
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()

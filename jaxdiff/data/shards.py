@@ -1,15 +1,15 @@
-"""A folder of ArrayRecord shards, and the manifest that says what is in it.
+"""A folder of ArrayRecord shards and its manifest.
 
-    empty_prompt.npy                         where text is cached: what encoders say of ""
-    manifest.json                            written last: with it the folder is whole
-    records-00000-of-00008.array_record      each of about as many records, in the source's order
+    empty_prompt.npy                         text features of "", where text is cached
+    manifest.json                            written last: it marks the folder as complete
+    records-00000-of-00008.array_record      about equally many records each, in source order
     records-00001-of-00008.array_record
     ...
 
-The manifest is JSON: `records` and `rejected`, how many there are and how many were left out;
-`made_of`, what they were made of and how; `latents`, of what space they are, null for images;
-`shards`, of each its `file`, its `records`, its `bytes` and their `sha256`, its `rejects`, each a
-sentence that names the record and says why, and its `shapes`, where records differ in them.
+The manifest is JSON: `records` and `rejected`, the numbers of records written and left out;
+`provenance`, source and settings; `latents`, the latent space, null for images; `shards`, a list
+of `file`, `records`, `bytes`, `sha256`, `rejects` (record and reason of each one left out), and
+`shapes` (per record, where they differ).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 
 MANIFEST, EMPTY = "manifest.json", "empty_prompt.npy"
-_STATS = 16  # files looked at at a time: a cloud's storage answers slowly, but many at once
+_STATS = 16  # concurrent requests for file sizes: remote storage has a high latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class Shard:
     """One file of records.
 
     Attributes:
-      file: its name in the folder.
-      records: how many are in it.
-      bytes: its size.
-      sha256: of its bytes, in hex.
-      rejects: what is wrong with each record that was left out.
-      shapes: of each record its place in the list of shapes; () where there is one shape.
+      file: name in the folder.
+      records: number of records.
+      bytes: file size.
+      sha256: hex digest of the file.
+      rejects: reason for each record left out.
+      shapes: index into the list of shapes, per record; () where there is one shape.
     """
 
     file: str
@@ -51,16 +51,16 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:
-    """What cached latents are.
+    """The encoders and settings of cached latents.
 
     Attributes:
-      autoencoder: SHA-256 of the weights that made them, in hex.
-      text: SHA-256 of what made the features of captions, in hex; None where none are cached.
+      autoencoder: SHA-256 of the encoder's weights, in hex.
+      text: SHA-256 of the text encoders and tokenizer, in hex; None where text is not cached.
       dtype: float16 or float32.
-      views: of each image.
+      views: crops per image.
       shapes: heights and widths in pixels that images were cropped to.
       crop: as in `Transforms`.
-      flip: likewise.
+      flip: as in `Transforms`.
     """
 
     autoencoder: str
@@ -73,32 +73,32 @@ class LatentSpace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The manifest of a folder; see the module's docstring."""
+class ShardManifest:
+    """The manifest of a folder of shards; see the module's docstring."""
 
-    made_of: dict[str, Any]
+    provenance: dict[str, Any]
     latents: LatentSpace | None
     shards: Sequence[Shard]
 
     @property
     def records(self) -> int:
-        """In all shards."""
+        """Records in all shards."""
         return sum(shard.records for shard in self.shards)
 
     @property
     def rejected(self) -> int:
-        """Records left out."""
+        """Records left out of all shards."""
         return sum(len(shard.rejects) for shard in self.shards)
 
     def write(self, folder: epath.Path) -> None:
-        """Writes it into its folder."""
+        """Write the manifest to its folder."""
         counts = {"records": self.records, "rejected": self.rejected}
         text = json.dumps(counts | dataclasses.asdict(self), indent=1) + "\n"
         write_whole(folder / MANIFEST, text.encode())
 
 
-def read_manifest(folder: epath.Path) -> Manifest | None:
-    """The manifest of a folder; None where it has none.
+def read_manifest(folder: epath.Path) -> ShardManifest | None:
+    """Read the manifest of a folder; None where there is none.
 
     Raises:
       UserError: it cannot be read.
@@ -109,21 +109,22 @@ def read_manifest(folder: epath.Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy the folder anew.") from error
+        raise UserError(f"{path} is not valid JSON ({error}): copy the folder again.") from error
     try:
-        return Manifest(
-            made_of=data["made_of"],
+        return ShardManifest(
+            provenance=data["provenance"],
             latents=None if data["latents"] is None else LatentSpace(**data["latents"]),
             shards=[Shard(**shard) for shard in data["shards"]],
         )
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no manifest of this version of jaxdiff ({error}): prepare the data anew."
+            f"{path} is not a manifest of this version of jaxdiff ({error}): run `jaxdiff prepare` "
+            "again into another folder."
         ) from error
 
 
 def whole_shards(folder: epath.Path, shards: Sequence[Shard]) -> list[bool]:
-    """Of each shard, whether its file is there in its full size."""
+    """For each shard, whether its file exists in full size."""
 
     def is_whole(shard: Shard) -> bool:
         try:
@@ -135,13 +136,13 @@ def whole_shards(folder: epath.Path, shards: Sequence[Shard]) -> list[bool]:
         return pool.map(is_whole, shards)
 
 
-def check_shards(folder: epath.Path, manifest: Manifest) -> None:
-    """Raises `UserError` for shards that are missing or cut short."""
+def check_shards(folder: epath.Path, manifest: ShardManifest) -> None:
+    """Raise `UserError` if shards are missing or truncated."""
     found = whole_shards(folder, manifest.shards)
     lost = [shard.file for shard, whole in zip(manifest.shards, found, strict=True) if not whole]
     if lost:
         raise UserError(
-            f"Of the {len(found)} shards in {folder} {len(lost)} are missing or not of the size "
-            f"that {MANIFEST} states, among them {', '.join(lost[:3])}: copy them anew, or run the "
-            "`jaxdiff prepare` that wrote them again, which makes what is missing."
+            f"{len(lost)} of the {len(found)} shards in {folder} are missing or differ in size "
+            f"from {MANIFEST}, among them {', '.join(lost[:3])}: copy them again, or repeat the "
+            "`jaxdiff prepare` command, which writes missing shards."
         )

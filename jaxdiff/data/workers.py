@@ -1,4 +1,4 @@
-"""What processes that read data for another one have in common."""
+"""Start-up of worker processes that read data."""
 
 import os
 import threading
@@ -6,7 +6,7 @@ import time
 
 
 def end_with_parent() -> None:
-    """Ends this process soon after the one that started it, however that came to its end."""
+    """End this process within half a second of its parent's end."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,1 +1,1 @@
-"""Data sets that come with jaxdiff, each with its captions, renderer and scorer."""
+"""Data sets included in jaxdiff, each with captions, renderer and scorer."""

@@ -1,8 +1,7 @@
-"""The noise curriculum: little noise first, more once the model is proficient.
+"""A curriculum over noise levels: t <= level / levels, raised as the model becomes proficient.
 
-At level k of n the model sees times t <= k / n; on a rectified flow, where sigma = t, level 1 of
-10 is exactly "at most 10 % noise". The state is made of arrays, so that it lives in the train
-state, moves inside jit and is saved in the checkpoint.
+On a rectified flow, where sigma = t, level 1 of 10 means at most 10 % noise. The state is a pytree
+of arrays: it is part of the train state, is updated inside jit and is saved in checkpoints.
 """
 
 from dataclasses import dataclass
@@ -15,20 +14,19 @@ from jaxdiff.errors import UserError
 
 
 class CurriculumState(NamedTuple):
-    """Where a run stands in its curriculum."""
+    """The curriculum's state."""
 
     level: Int[Array, ""]  # 1 .. levels
-    loss: Float[Array, ""]  # smoothed, of the steps at this level
-    steps: Int[Array, ""]  # taken at this level
+    loss: Float[Array, ""]  # smoothed loss at this level
+    steps: Int[Array, ""]  # steps taken at this level
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseCurriculum:
-    """Raises the level when the model is proficient at the present one.
+    """Raises the level when the smoothed loss falls below `threshold`, or after `steps_per_level`.
 
-    It is proficient when its smoothed loss has fallen below `threshold`, or after `steps_per_level`
-    steps, whichever comes first. The loss is smoothed over about 1 / (1 - smoothing) steps, and is
-    not trusted before that many have been taken at the level.
+    The loss is averaged over about 1 / (1 - smoothing) steps, and is compared with the threshold
+    only after that many steps at the level. Where both rules are given, the first to apply counts.
 
     Raises:
         UserError: neither rule is given, or a field is out of range.
@@ -42,19 +40,19 @@ class NoiseCurriculum:
     def __post_init__(self):
         if self.threshold is None and self.steps_per_level is None:
             raise UserError(
-                "NoiseCurriculum would never leave its first level; give a threshold on the "
-                "smoothed loss, steps_per_level, or both."
+                "NoiseCurriculum would never leave its first level: give threshold, "
+                "steps_per_level, or both."
             )
         steps = 1 if self.steps_per_level is None else self.steps_per_level
         if self.levels < 1 or not 0 <= self.smoothing < 1 or steps < 1:
             raise UserError(
                 f"NoiseCurriculum got levels={self.levels}, smoothing={self.smoothing}, "
-                f"steps_per_level={self.steps_per_level}; give at least 1 level, a smoothing in "
-                "[0, 1) and at least 1 step."
+                f"steps_per_level={self.steps_per_level}: expected levels >= 1, smoothing in "
+                "[0, 1) and steps_per_level >= 1; give such values."
             )
 
     def init(self) -> CurriculumState:
-        """The first level, nothing seen yet."""
+        """The state before the first step."""
         return CurriculumState(
             level=jnp.ones((), jnp.int32),
             loss=jnp.zeros((), jnp.float32),
@@ -62,13 +60,13 @@ class NoiseCurriculum:
         )
 
     def max_t(self, state: CurriculumState) -> Float[Array, ""]:
-        """The highest time of the present level; times drawn from (0, 1] are scaled by it."""
+        """The highest time of the current level; scales times sampled from (0, 1]."""
         return state.level.astype(jnp.float32) / self.levels
 
     def update(self, state: CurriculumState, loss: Float[Array, ""]) -> CurriculumState:
-        """The state after a step of mean loss `loss`, which is ignored if it is not finite."""
+        """The state after a step with mean loss `loss`; a non-finite loss changes nothing."""
         steps = state.steps + 1
-        # A plain mean until the window is full, so that the first losses do not linger.
+        # A plain mean until the window is full, so that the first losses do not dominate.
         weight = jnp.maximum(1.0 / steps, 1.0 - self.smoothing)
         smoothed = state.loss + weight * (loss - state.loss)
 

@@ -1,4 +1,4 @@
-"""The forward process, and what a network may predict about it.
+"""The forward process and the prediction types of a network.
 
     x_t = alpha x0 + sigma eps                                                     (1)
 
@@ -9,13 +9,12 @@ A network predicts one of four combinations of x0 and eps:
     v = (alpha eps - sigma x0) / r                 Salimans & Ho 2022, eq. 12
     velocity = eps - x0                            Liu et al. 2022, eq. 1          (2)
 
-r = sqrt(alpha^2 + sigma^2) is 1 where variance is preserved; with it v keeps unit size on every
-schedule (at alpha = 1 it is minus EDM's F of Karras et al. 2022, eq. 7, sigma_data = 1). On a
-rectified flow the velocity is d x_t / dt; on any other schedule it is that of the straight path
-through the same x0 and eps, on which x_t / (alpha + sigma) lies at t = sigma / (alpha + sigma).
+r = sqrt(alpha^2 + sigma^2), which is 1 for variance-preserving schedules, gives v unit variance on
+every schedule (at alpha = 1, v is -F of Karras et al. 2022, eq. 7, with sigma_data = 1). On a
+rectified flow the velocity is d x_t / dt; on any other schedule it is the velocity of the straight
+path through the same x0 and eps, where x_t / (alpha + sigma) lies at t = sigma / (alpha + sigma).
 
-So every type means the same thing on every schedule, (1) and (2) are two equations in x0 and eps,
-and all conversions solve them: nothing else in the package knows what a network predicts.
+All conversions solve (1) and (2) for x0 and eps; no other module depends on the prediction type.
 """
 
 from typing import Literal
@@ -27,9 +26,9 @@ from jaxdiff.diffusion.schedules import Schedule
 
 Prediction = Literal["eps", "x0", "v", "velocity"]
 Images = Float[Array, "b h w c"]
-Level = Float[Array, " b"] | Float[Array, ""]  # one for each image, or one for all
+Level = Float[Array, " b"] | Float[Array, ""]  # one per image, or one for all
 
-FLOOR = 1e-4  # of alpha and sigma in divisions: at t = 1 eps says nothing of x0, at t = 0 x0 of eps
+FLOOR = 1e-4  # least divisor: eps does not determine x0 at alpha = 0, nor x0 eps at sigma = 0
 
 
 def _over_images(level: Level) -> Float[Array, "#b 1 1 1"]:
@@ -37,7 +36,7 @@ def _over_images(level: Level) -> Float[Array, "#b 1 1 1"]:
 
 
 def add_noise(schedule: Schedule, x0: Images, eps: Images, t: Level) -> Images:
-    """x_t of eq. 1, for times t in [0, 1]."""
+    """x_t of eq. 1, for t in [0, 1]."""
     return _over_images(schedule.alpha(t)) * x0 + _over_images(schedule.sigma(t)) * eps
 
 
@@ -50,11 +49,11 @@ def to_x0_eps(
     *,
     floor: float = FLOOR,
 ) -> tuple[Images, Images]:
-    """The x0 and eps that a network's output stands for.
+    """Convert a network's output to x0 and eps.
 
-    "eps" divides by alpha and "x0" by sigma, which are taken to be at least `floor`; "v" and
-    "velocity" are well posed everywhere. The map is affine in (output, x_t), so an error in the
-    output maps to errors in x0 and eps by the same call with x_t = 0.
+    "eps" divides by alpha and "x0" by sigma, each clipped below at `floor`; "v" and "velocity" are
+    well posed everywhere. The map is affine in (output, x_t): with x_t = 0 it converts an error in
+    the output to errors in x0 and eps.
     """
     alpha, sigma = _over_images(alpha), _over_images(sigma)
     if prediction == "eps":
@@ -71,7 +70,7 @@ def to_x0_eps(
 def from_x0_eps(
     prediction: Prediction, x0: Images, eps: Images, alpha: Level, sigma: Level
 ) -> Images:
-    """What a network that predicts `prediction` would say if it knew x0 and eps, eq. 2."""
+    """The training target of a network that predicts `prediction`, eq. 2."""
     if prediction == "eps":
         return eps
     if prediction == "x0":

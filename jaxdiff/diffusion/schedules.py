@@ -1,13 +1,12 @@
-"""Noise schedules: how much data and how much noise there is at each time.
+"""Noise schedules: the amounts of data and noise at each time.
 
     x_t = alpha(t) x0 + sigma(t) eps,  t in [0, 1]: 0 is data, 1 is noise          (1)
     log_snr(t) = 2 log(alpha(t) / sigma(t))                                        (2)
 
-Every schedule has alpha(0) = 1 and sigma(0) = 0 exactly, and log_snr falls with t. `norm` is what
-a schedule keeps at 1: alpha^2 + sigma^2 (its root) where variance is preserved, alpha + sigma on
-a straight path, alpha where variance explodes. Two schedules of equal log_snr differ by a
-rescaling of x_t only (Karras et al. 2022, section 2), and `norm` fixes that scale. `time_at` goes
-back from noise to time.
+Every schedule has alpha(0) = 1 and sigma(0) = 0 exactly, and log_snr decreases in t. Schedules of
+equal log_snr differ only in the scale of x_t (Karras et al. 2022, section 2). `norm` = 1 fixes
+that scale: sqrt(alpha^2 + sigma^2) for variance-preserving schedules, alpha + sigma for the
+straight path, alpha for variance-exploding ones. `time_at` inverts sigma / alpha.
 """
 
 import functools
@@ -22,14 +21,14 @@ from jaxtyping import Array, Float
 
 from jaxdiff.errors import UserError
 
-LOG_SNR_LIMIT = 40.0  # log_snr is clipped to +-40, so that weightings stay finite at the ends
+LOG_SNR_LIMIT = 40.0  # log_snr is clipped to +-40 to keep loss weights finite at the ends
 
 Times = Float[Array, "*b"]
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What the rest of the package asks of a schedule; each takes times of any shape."""
+    """A noise schedule; its methods are elementwise, on times of any shape."""
 
     def alpha(self, t: Times) -> Times:
         """Amount of data, in [0, 1]."""
@@ -40,11 +39,11 @@ class Schedule(Protocol):
         ...
 
     def log_snr(self, t: Times) -> Times:
-        """Log of the signal-to-noise ratio, eq. 2, within +-LOG_SNR_LIMIT."""
+        """Logarithm of the signal-to-noise ratio, eq. 2, within +-LOG_SNR_LIMIT."""
         ...
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where sigma / alpha, in [0, inf], is that."""
+        """The time at which sigma / alpha, in [0, inf], has the given value; 1 beyond sigma(1)."""
         ...
 
 
@@ -57,9 +56,9 @@ class Cosine:
     """alpha = cos(c t), sigma = sin(c t), c just under pi / 2.
 
     Nichol & Dhariwal 2021, eq. 17, in the continuous form of Hoogeboom et al. 2023 (simple
-    diffusion, eq. 4). c is set so that log_snr(1) = min_log_snr: with c = pi / 2 there would be no
-    signal at t = 1, and x0 could not be told from a prediction of eps, nor could any error in eps
-    be survived. The default leaves alpha(1) = 0.018, a quarter of Stable Diffusion's.
+    diffusion, eq. 4). c is chosen such that log_snr(1) = min_log_snr. With c = pi / 2 there is no
+    signal at t = 1, so x0 = (x_t - sigma eps) / alpha is undefined there. The default gives
+    alpha(1) = 0.018, a quarter of Stable Diffusion's.
 
     Raises:
         UserError: min_log_snr is not negative.
@@ -70,8 +69,8 @@ class Cosine:
     def __post_init__(self):
         if not self.min_log_snr < 0:
             raise UserError(
-                f"Cosine.min_log_snr is {self.min_log_snr}: t = 1 would hold more signal than "
-                "noise; give a negative number such as -8."
+                f"Cosine.min_log_snr is {self.min_log_snr}: expected a negative number; give one "
+                "such as -8."
             )
 
     def _angle(self, t: Times) -> Times:
@@ -90,17 +89,17 @@ class Cosine:
         return _log_snr(self.alpha(t), self.sigma(t))
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where sigma / alpha, in [0, inf], is that; 1 where it never is as much."""
+        """arctan(sigma / alpha) / c, at most 1."""
         return jnp.minimum(jnp.arctan(noise_to_data) / self._angle(jnp.ones_like(noise_to_data)), 1)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
-        """Variance is preserved."""
+        """sqrt(alpha^2 + sigma^2): the variance is preserved."""
         return jnp.hypot(alpha, sigma)
 
 
 @functools.lru_cache
 def _noise_to_data(beta_start: float, beta_end: float, num_train_steps: int) -> np.ndarray:
-    """sigma / alpha [num_train_steps] in float64: float32 would lose the product's last digits."""
+    """sigma / alpha [num_train_steps] in float64; the product is too inexact in float32."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=np.float64) ** 2
     log_alpha_bar = np.cumsum(np.log1p(-betas))
     return np.sqrt(-np.expm1(log_alpha_bar)) / np.exp(log_alpha_bar / 2)
@@ -116,19 +115,18 @@ def _zero_terminal(ratio: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinear:
-    """The discrete schedule of Stable Diffusion (Rombach et al. 2022), made continuous.
+    """The discrete schedule of Stable Diffusion (Rombach et al. 2022), interpolated in time.
 
     sqrt(beta_i) is linear in i, alpha^2 = prod(1 - beta_i) (Ho et al. 2020, eq. 4). Training step
-    i, counted from 0, stands at t = (i + 1) / num_train_steps, so t = 1 is the last one and t = 0
-    is data. At those times alpha and sigma are the table's; in between, and below the first of
-    them, sigma / alpha is linear in t, as diffusers' Euler scheduler has it.
+    i, counted from 0, is t = (i + 1) / num_train_steps; t = 0 is data. Between these times
+    sigma / alpha is interpolated linearly in t, as in diffusers' Euler scheduler.
 
     Attributes:
         beta_start: the first beta.
-        beta_end: the last.
-        num_train_steps: how many there are.
-        zero_terminal_snr: rescaled so that t = 1 is noise alone (Lin et al. 2023, algorithm 1);
-            for networks that do not predict eps, which says nothing there.
+        beta_end: the last beta.
+        num_train_steps: the number of betas.
+        zero_terminal_snr: rescale alpha to 0 at t = 1 (Lin et al. 2023, algorithm 1); unsuitable
+            for networks that predict eps, which does not determine x0 there.
 
     Raises:
         UserError: betas outside 0 < beta_start <= beta_end < 1, or fewer than two steps.
@@ -143,12 +141,12 @@ class ScaledLinear:
         if not 0 < self.beta_start <= self.beta_end < 1 or self.num_train_steps < 2:
             raise UserError(
                 f"ScaledLinear got beta_start={self.beta_start}, beta_end={self.beta_end}, "
-                f"num_train_steps={self.num_train_steps}; give 0 < beta_start <= beta_end < 1 and "
-                "at least 2 steps."
+                f"num_train_steps={self.num_train_steps}: expected 0 < beta_start <= beta_end < 1 "
+                "and at least 2 steps; give such values."
             )
 
     def _table(self) -> np.ndarray:
-        """sigma / alpha [num_train_steps + 1], that of data first."""
+        """sigma / alpha [num_train_steps + 1], from t = 0."""
         table = _noise_to_data(self.beta_start, self.beta_end, self.num_train_steps)
         table = _zero_terminal(table) if self.zero_terminal_snr else table
         return np.concatenate([[0.0], table])
@@ -157,14 +155,14 @@ class ScaledLinear:
         """sigma / alpha, linearly interpolated."""
         table = jnp.asarray(self._table(), t.dtype)
         place = jnp.clip(t * self.num_train_steps, 0, self.num_train_steps)
-        # t = (i + 1) / num_train_steps is not a whole number any more once it has been rounded.
+        # Rounding moves t = (i + 1) / num_train_steps slightly off the table's entries.
         whole = jnp.round(place)
         place = jnp.where(jnp.abs(place - whole) < 1e-6 * self.num_train_steps, whole, place)
         low = jnp.floor(place).astype(jnp.int32)
-        share, last = place - low, self.num_train_steps
+        fraction, last = place - low, self.num_train_steps
         high = table[jnp.minimum(low + 1, last)]
-        # The last of the table may be infinite.
-        return jnp.where(share > 0, (1 - share) * table[low] + share * high, table[low])
+        # The table's last entry may be infinite.
+        return jnp.where(fraction > 0, (1 - fraction) * table[low] + fraction * high, table[low])
 
     def log_snr(self, t: Times) -> Times:
         """-2 log(sigma / alpha)."""
@@ -179,14 +177,14 @@ class ScaledLinear:
         return jax.lax.rsqrt(1 + self._ratio(t) ** -2)
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where sigma / alpha, in [0, inf], is that; 1 where it never is as much."""
+        """The table inverted by linear interpolation; 1 beyond its end."""
         table = self._table().astype(noise_to_data.dtype)
         times = np.arange(self.num_train_steps + 1, dtype=table.dtype) / self.num_train_steps
         inside = jnp.interp(noise_to_data, table, times)
         return jnp.where(noise_to_data >= table[-1], 1.0, inside)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
-        """Variance is preserved."""
+        """sqrt(alpha^2 + sigma^2): the variance is preserved."""
         return jnp.hypot(alpha, sigma)
 
 
@@ -207,11 +205,11 @@ class RectifiedFlow:
         return _log_snr(1 - t, t)
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where sigma / alpha, in [0, inf], is that."""
+        """1 / (1 + alpha / sigma)."""
         return 1 / (1 + 1 / noise_to_data)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
-        """The shares of data and noise sum to one."""
+        """alpha + sigma."""
         return alpha + sigma
 
 
@@ -220,7 +218,7 @@ class VarianceExploding:
     """alpha = 1, sigma up to sigma_max (Karras et al. 2022, eq. 5 and table 1).
 
     sigma(t)^(1/rho) is linear from sigma_min, just above t = 0, to sigma_max at t = 1; sigma(0) is
-    0, EDM's own last step. x_t is as large as sigma: scale it by 1 / sqrt(1 + sigma^2) inside the
+    0, as EDM's last step. x_t grows with sigma: scale it by 1 / sqrt(1 + sigma^2) inside the
     network.
 
     Raises:
@@ -235,15 +233,16 @@ class VarianceExploding:
         if not 0 < self.sigma_min < self.sigma_max or self.rho < 1:
             raise UserError(
                 f"VarianceExploding got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
-                f"rho={self.rho}; give 0 < sigma_min < sigma_max and rho of at least 1."
+                f"rho={self.rho}: expected 0 < sigma_min < sigma_max and rho >= 1; give such "
+                "values."
             )
 
     def alpha(self, t: Times) -> Times:
-        """One."""
+        """1."""
         return jnp.ones_like(t)
 
     def sigma(self, t: Times) -> Times:
-        """(low + t (high - low))^rho, low and high the rho-th roots of sigma_min and sigma_max."""
+        """(low + t (high - low))^rho; low, high: the rho-th roots of sigma_min, sigma_max."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return jnp.where(t > 0, (low + t * (high - low)) ** self.rho, 0.0)
 
@@ -252,22 +251,22 @@ class VarianceExploding:
         return _log_snr(self.alpha(t), self.sigma(t))
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where sigma, in [0, inf], is that; 1 where it never is as much."""
+        """The inverse of sigma, within [0, 1]."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return jnp.clip((noise_to_data ** (1 / self.rho) - low) / (high - low), 0, 1)
 
     def norm(self, alpha: Times, sigma: Times) -> Times:
-        """The data keep their size."""
+        """alpha: the data keep their scale."""
         return alpha
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
-    """Another schedule with its log_snr lowered by 2 log(shift), for images of more pixels.
+    """A schedule with its log_snr lowered by 2 log(shift), for higher resolutions.
 
-    Noise must grow with resolution to hide the same: Hoogeboom et al. 2023, eq. 3 (there shift =
-    side / 64). On a rectified flow this is Stable Diffusion 3's t' = s t / (1 + (s - 1) t)
-    (Esser et al. 2024, eq. 23).
+    Higher resolutions need more noise to destroy the same structure: Hoogeboom et al. 2023, eq. 3
+    (there shift = side / 64). On a rectified flow this is t' = s t / (1 + (s - 1) t), the shift of
+    Stable Diffusion 3 (Esser et al. 2024, eq. 23).
 
     Raises:
         UserError: shift is not positive.
@@ -280,25 +279,25 @@ class Shifted:
 
     def __post_init__(self):
         if not self.shift > 0:
-            raise UserError(f"Shifted.shift is {self.shift}; give a positive number.")
+            raise UserError(f"Shifted.shift is {self.shift}: give a positive number.")
 
     def alpha(self, t: Times) -> Times:
-        """The base's, brought back to its norm after the noise has grown."""
+        """The base's alpha, renormalised after scaling sigma."""
         alpha, sigma = self.base.alpha(t), self.shift * self.base.sigma(t)
         return alpha / self.base.norm(alpha, sigma)
 
     def sigma(self, t: Times) -> Times:
-        """shift times the base's, brought back to its norm."""
+        """shift times the base's sigma, renormalised."""
         alpha, sigma = self.base.alpha(t), self.shift * self.base.sigma(t)
         return sigma / self.base.norm(alpha, sigma)
 
     def log_snr(self, t: Times) -> Times:
-        """The base's less 2 log(shift)."""
+        """The base's log_snr - 2 log(shift)."""
         shifted = self.base.log_snr(t) - 2 * math.log(self.shift)
         return jnp.clip(shifted, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
 
     def time_at(self, noise_to_data: Times) -> Times:
-        """Where the base has a shift-th of that."""
+        """The base's time at noise_to_data / shift."""
         return self.base.time_at(noise_to_data / self.shift)
 
 
@@ -306,5 +305,5 @@ AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifte
 
 
 def shift_time(t: Times, shift: float) -> Times:
-    """s t / (1 + (s - 1) t), which maps [0, 1] onto itself (Esser et al. 2024, eq. 23)."""
+    """s t / (1 + (s - 1) t), a map of [0, 1] onto itself (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)

@@ -1,8 +1,8 @@
-"""Time grids: at which times a sampler stands.
+"""Time grids: the times of a sampler's steps, from 1 (noise) down to 0 (data).
 
-A grid is called as grid(i, num_steps) and gives the time before step i, so that the first step
-starts at grid(0, num_steps) and the last one arrives at grid(num_steps, num_steps). Both may be
-traced: another number of steps compiles nothing. Times fall from 1 (noise) to 0 (data).
+grid(i, num_steps) is the time before step i: the first step starts at grid(0, num_steps), the last
+one ends at grid(num_steps, num_steps). Both arguments may be traced, so a different number of steps
+does not recompile.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ from jaxtyping import Array, Float, Int
 from jaxdiff.diffusion.schedules import AnySchedule, Times, shift_time
 from jaxdiff.errors import UserError
 
+Index = int | Int[Array, "*b"]
+Count = int | Int[Array, ""]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimeGrid:
-    """The times at which a sampler stands: (1 - i / num_steps)^rho, then shifted.
+    """t = (1 - i / num_steps)^rho, shifted by `shift_time`.
 
-    rho = 1 is even. A larger rho takes shorter steps near the data, as Karras et al. 2022, eq. 5,
-    does in sigma: where log_snr runs off to infinity even steps are too long for a multistep
-    solver. A shift above 1 spends more of the steps on high noise, where large images are composed;
-    give a network the shift of the times that it was trained on. For Stable Diffusion's schedule
-    the even grid is the "trailing" one of Lin et al. 2023 (table 2), which starts at the last
-    training step.
+    rho = 1 is uniform. A larger rho shortens the steps near the data, as Karras et al. 2022, eq. 5,
+    do in sigma: where log_snr diverges, uniform steps are too long for multistep solvers. A shift
+    above 1 spends more steps at high noise; use the shift that the network was trained with. On
+    Stable Diffusion's schedule the uniform grid is "trailing" of Lin et al. 2023, table 2.
 
     Raises:
         UserError: shift is not positive, or rho is below 1.
@@ -36,14 +37,12 @@ class TimeGrid:
     def __post_init__(self):
         if not (self.shift > 0 and self.rho >= 1):
             raise UserError(
-                f"TimeGrid got shift={self.shift}, rho={self.rho}; give a positive shift and a rho "
+                f"TimeGrid got shift={self.shift}, rho={self.rho}: give a positive shift and a rho "
                 "of at least 1."
             )
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced. It is 1 at 0, 0 at num_steps."""
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
         return shift_time(left**self.rho, self.shift)
@@ -51,21 +50,21 @@ class TimeGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStepGrid:
-    """diffusers' grids, which stand at training steps of a discrete schedule.
+    """The grids of diffusers, on the training steps of a discrete schedule.
 
     Step i of num_train_steps, counted from 0, is t = (i + 1) / num_train_steps.
 
     Attributes:
-        spacing: "leading", "trailing" or "linspace", the three of Lin et al. 2023, table 2.
+        spacing: "leading", "trailing" or "linspace" (Lin et al. 2023, table 2).
         offset: added to the steps of "leading"; 1 in Stable Diffusion.
-        skip_last: spaces one more step than asked, and leaves out the last (DPM-Solver++).
-        rounded: to whole training steps; Euler's "linspace" is not.
+        skip_last: space num_steps + 1 steps and leave out the last (DPM-Solver++).
+        rounded: round to whole training steps; False for "linspace" of diffusers' Euler.
         ends_at: the noise of the final image: none ("data"), or that of the first training step
-            ("first_step": `set_alpha_to_one = False`).
-        num_train_steps: of the schedule.
+            ("first_step", diffusers' `set_alpha_to_one = False`).
+        num_train_steps: steps of the schedule.
 
     Raises:
-        UserError: an offset that leaves the schedule.
+        UserError: offset is outside the schedule.
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "leading"
@@ -78,23 +77,20 @@ class TrainStepGrid:
     def __post_init__(self):
         if not 0 <= self.offset < self.num_train_steps:
             raise UserError(
-                f"TrainStepGrid.offset is {self.offset}: give a number of training steps from 0 to "
+                f"TrainStepGrid.offset is {self.offset}: give a number from 0 to "
                 f"{self.num_train_steps - 1}."
             )
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
         i, n, total = jnp.asarray(i), jnp.asarray(num_steps), self.num_train_steps
         dtype = jnp.result_type(float)
-        left = n - i - 1 + self.skip_last  # steps still to come, on the way to training step 0
+        left = n - i - 1 + self.skip_last  # steps before training step 0 is reached
         match self.spacing:
             case "leading":
                 step = (left * (total // (n + self.skip_last)) + self.offset).astype(dtype)
             case "trailing":
-                # One rounding, of an exact product, so that halves are halves.
-                step = jnp.round(total * (n - i) / n) - 1
+                step = jnp.round(total * (n - i) / n) - 1  # an exact product, rounded once
             case "linspace":
                 step = left * (total - 1) / jnp.maximum(n - 1 + self.skip_last, 1)
                 step = jnp.round(step) if self.rounded else step
@@ -104,104 +100,95 @@ class TrainStepGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class KarrasGrid:
-    """Even steps in (sigma / alpha)^(1 / rho), then one into the data (Karras et al. 2022, eq. 5).
+    """Uniform in (sigma / alpha)^(1 / rho), then a last step to 0 (Karras et al. 2022, eq. 5).
 
-    What diffusers calls Karras sigmas, with `first` and `last` at the ends of its table of noise;
-    it tells a network the nearest training step, and this grid the time itself.
+    With `first` and `last` at the ends of its noise table these are the Karras sigmas of diffusers,
+    except that diffusers passes the nearest training step to the network, and this grid the time.
 
     Attributes:
-        schedule: the model's own.
-        rho: how much shorter the steps are where there is less noise.
+        schedule: the model's schedule.
+        rho: larger values shorten the steps at low noise.
         first: the time before the first step.
-        last: the time before the last step, which arrives at 0.
-        most_noise: sigma / alpha that is spaced from, if there is more at `first`, as at t = 1 of
-            a rectified flow, where it is infinite.
+        last: the time before the last step, which ends at 0.
+        max_sigma: upper bound of sigma / alpha, for schedules where it is infinite at `first`, such
+            as a rectified flow at t = 1.
 
     Raises:
-        UserError: not 0 < last < first <= 1, or rho below 1, or most_noise not positive.
+        UserError: not 0 < last < first <= 1, rho below 1, or max_sigma not positive.
     """
 
     schedule: AnySchedule
     rho: float = 7.0
     first: float = 1.0
     last: float = 0.001
-    most_noise: float = 80.0
+    max_sigma: float = 80.0
 
     def __post_init__(self):
         _check_ends(self)
         if self.rho < 1:
-            raise UserError(
-                f"KarrasGrid.rho is {self.rho}: give a number of at least 1, such as 7."
-            )
+            raise UserError(f"KarrasGrid.rho is {self.rho}: give at least 1, such as 7.")
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
-        most, least, share = _spaced(self, i, num_steps)
-        root = most ** (1 / self.rho) * (1 - share) + least ** (1 / self.rho) * share
-        return _at_noise(self, root**self.rho, i, num_steps)
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
+        most, least, fraction = _ends(self, i, num_steps)
+        root = most ** (1 / self.rho) * (1 - fraction) + least ** (1 / self.rho) * fraction
+        return _time_at(self, root**self.rho, i, num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogSnrGrid:
-    """Even steps in log_snr, then one into the data (Lu et al. 2022, DPM-Solver, section 3.3).
+    """Uniform in log_snr, then a last step to 0 (Lu et al. 2022, DPM-Solver, section 3.3).
 
-    It is a `KarrasGrid` whose rho is infinite, and what diffusers calls exponential sigmas.
+    The limit of `KarrasGrid` for rho -> infinity; the exponential sigmas of diffusers.
 
     Attributes:
-        schedule: the model's own.
+        schedule: the model's schedule.
         first: the time before the first step.
-        last: the time before the last step, which arrives at 0.
-        most_noise: sigma / alpha that is spaced from, if there is more at `first`.
+        last: the time before the last step, which ends at 0.
+        max_sigma: upper bound of sigma / alpha at `first`.
 
     Raises:
-        UserError: not 0 < last < first <= 1, or most_noise not positive.
+        UserError: not 0 < last < first <= 1, or max_sigma not positive.
     """
 
     schedule: AnySchedule
     first: float = 1.0
     last: float = 0.001
-    most_noise: float = 80.0
+    max_sigma: float = 80.0
 
     def __post_init__(self):
         _check_ends(self)
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
-        most, least, share = _spaced(self, i, num_steps)
-        logarithm = jnp.log(most) * (1 - share) + jnp.log(least) * share
-        return _at_noise(self, jnp.exp(logarithm), i, num_steps)
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
+        most, least, fraction = _ends(self, i, num_steps)
+        logarithm = jnp.log(most) * (1 - fraction) + jnp.log(least) * fraction
+        return _time_at(self, jnp.exp(logarithm), i, num_steps)
 
 
 def _check_ends(grid: KarrasGrid | LogSnrGrid) -> None:
-    if not (0 < grid.last < grid.first <= 1 and grid.most_noise > 0):
+    if not (0 < grid.last < grid.first <= 1 and grid.max_sigma > 0):
         raise UserError(
             f"{type(grid).__name__} got first={grid.first}, last={grid.last}, "
-            f"most_noise={grid.most_noise}; give 0 < last < first <= 1 and a positive most_noise."
+            f"max_sigma={grid.max_sigma}: give 0 < last < first <= 1 and a positive max_sigma."
         )
 
 
-def _spaced(
-    grid: KarrasGrid | LogSnrGrid, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
+def _ends(
+    grid: KarrasGrid | LogSnrGrid, i: Index, num_steps: Count
 ) -> tuple[Float[Array, ""], Float[Array, ""], Times]:
-    """sigma / alpha before the first and the last step, and which share of the way i is."""
+    """sigma / alpha before the first and the last step, and the position of step i in [0, 1]."""
     dtype = jnp.result_type(float)
     ends = jnp.asarray([grid.first, grid.last], dtype)
     most, least = grid.schedule.sigma(ends) / grid.schedule.alpha(ends)
-    share = jnp.asarray(i, dtype) / jnp.maximum(jnp.asarray(num_steps, dtype) - 1, 1)
-    return jnp.minimum(most, grid.most_noise), least, jnp.minimum(share, 1)
+    fraction = jnp.asarray(i, dtype) / jnp.maximum(jnp.asarray(num_steps, dtype) - 1, 1)
+    return jnp.minimum(most, grid.max_sigma), least, jnp.minimum(fraction, 1)
 
 
-def _at_noise(
-    grid: KarrasGrid | LogSnrGrid,
-    noise_to_data: Times,
-    i: int | Int[Array, "*b"],
-    num_steps: int | Int[Array, ""],
+def _time_at(
+    grid: KarrasGrid | LogSnrGrid, noise_to_data: Times, i: Index, num_steps: Count
 ) -> Times:
-    """The time of that sigma / alpha; the ends are those asked for, not rounded."""
+    """The time at a value of sigma / alpha; exactly `first` and 0 at the ends."""
     i, n = jnp.asarray(i), jnp.asarray(num_steps)
     t = jnp.where(i == 0, grid.first, grid.schedule.time_at(noise_to_data))
     return jnp.where(i < n, t, 0.0).astype(noise_to_data.dtype)
@@ -209,48 +196,43 @@ def _at_noise(
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitGrid:
-    """Times that are listed, first to last: with n + 1 of them, those of n steps.
+    """A list of times; n + 1 of them define the grid of n steps.
 
-    Other numbers of steps take times between them, at even shares of the way along the list, so
-    they follow its shape (as Sabour et al. 2024, Align Your Steps, do, but in t).
+    Any other number of steps interpolates the list linearly in its index (Sabour et al. 2024, Align
+    Your Steps, interpolate log sigma).
 
     Raises:
-        UserError: fewer than two times, times outside [0, 1], or times that do not fall.
+        UserError: fewer than two times, or times that do not decrease within [0, 1].
     """
 
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
 
     def __post_init__(self):
-        falls = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
-        if len(self.times) < 2 or not falls or self.times[0] > 1 or self.times[-1] < 0:
+        decreasing = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
+        if len(self.times) < 2 or not decreasing or self.times[0] > 1 or self.times[-1] < 0:
             raise UserError(
-                f"ExplicitGrid.times are {self.times}: give at least two times that fall, from at "
-                "most 1 (noise) to at least 0 (data)."
+                f"ExplicitGrid.times are {self.times}: give at least two decreasing times between "
+                "1 (noise) and 0 (data)."
             )
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         times = jnp.asarray(self.times, dtype)
         i, n, last = jnp.asarray(i), jnp.asarray(num_steps), len(self.times) - 1
         low = jnp.minimum(i * last // n, last)
-        share = (i * last % n).astype(dtype) / n.astype(dtype)
-        return jnp.where(
-            share > 0,
-            times[low] + share * (times[jnp.minimum(low + 1, last)] - times[low]),
-            times[low],
-        )
+        fraction = (i * last % n).astype(dtype) / n.astype(dtype)
+        high = times[jnp.minimum(low + 1, last)]
+        return jnp.where(fraction > 0, times[low] + fraction * (high - times[low]), times[low])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyGrid:
-    """Even places in the list of steps that a consistency model was distilled on.
+    """Evenly spaced entries of the steps that a consistency model was distilled on.
 
-    The `distilled_steps` times are even, from training step k - 1 by k to the last one (Luo et al.
+    The `distilled_steps` times are every k-th training step, from k - 1 to the last (Luo et al.
     2023, latent consistency models, section 4.3, and diffusers' LCMScheduler). More steps than
-    that stand at some of them twice.
+    that repeat some of them.
 
     Raises:
         UserError: not 1 <= distilled_steps <= num_train_steps.
@@ -263,13 +245,11 @@ class ConsistencyGrid:
         if not 1 <= self.distilled_steps <= self.num_train_steps:
             raise UserError(
                 f"ConsistencyGrid.distilled_steps is {self.distilled_steps}: give a number from 1 "
-                f"to the {self.num_train_steps} of num_train_steps."
+                f"to num_train_steps, {self.num_train_steps}."
             )
 
-    def __call__(
-        self, i: int | Int[Array, "*b"], num_steps: int | Int[Array, ""]
-    ) -> Float[Array, "*b"]:
-        """The time before step i of num_steps; both may be traced."""
+    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
         i, n, count = jnp.asarray(i), jnp.asarray(num_steps), self.distilled_steps
         step = (count - i * count // n) * (self.num_train_steps // count)
         return (step / self.num_train_steps).astype(jnp.result_type(float))

@@ -1,4 +1,4 @@
-"""Which times a training step sees: t [b] in (0, 1]."""
+"""Samplers of training times, t [b] in (0, 1]."""
 
 from dataclasses import dataclass
 
@@ -9,25 +9,25 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.diffusion.schedules import shift_time
 from jaxdiff.errors import UserError
 
-T_MIN = 1e-5  # t = 0 teaches nothing: there is no noise to remove
+T_MIN = 1e-5  # at t = 0 there is no noise to remove
 
 
 def _uniform(key: Key[Array, ""], batch: int, stratified: bool) -> Float[Array, " b"]:
-    """Uniform draws from [T_MIN, 1 - T_MIN]; stratified, one in each of `batch` equal strata.
+    """Sample uniformly from [T_MIN, 1 - T_MIN]; stratified: one sample per `batch` equal strata.
 
-    Strata lower the variance of the loss (Kingma et al. 2021, appendix I.1). They are dealt out in
-    random order, so that an image's place in the batch says nothing about its time.
+    Stratification lowers the variance of the loss (Kingma et al. 2021, appendix I.1). The strata
+    are permuted, so that an image's time is independent of its place in the batch.
     """
-    draw, deal = jax.random.split(key)
-    u = jax.random.uniform(draw, (batch,), jnp.float32)
+    sample_key, permutation_key = jax.random.split(key)
+    u = jax.random.uniform(sample_key, (batch,), jnp.float32)
     if stratified:
-        u = (jax.random.permutation(deal, batch) + u) / batch
+        u = (jax.random.permutation(permutation_key, batch) + u) / batch
     return jnp.clip(u, T_MIN, 1 - T_MIN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Every time is as likely as any other (Ho et al. 2020, algorithm 1)."""
+    """t ~ U(0, 1) (Ho et al. 2020, algorithm 1)."""
 
     stratified: bool = True
 
@@ -40,8 +40,8 @@ class Uniform:
 class LogitNormal:
     """logit(t) ~ N(mean, std^2), then t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 19, 23).
 
-    A higher mean or a shift above 1 means more noise. shift adds log(shift) to the mean; the two
-    are kept apart because one belongs to the data set and the other to the resolution.
+    A higher mean or a shift above 1 means more noise. shift adds log(shift) to the mean; they are
+    separate because one depends on the data set and the other on the resolution.
 
     Raises:
         UserError: std or shift is not positive.
@@ -55,7 +55,7 @@ class LogitNormal:
     def __post_init__(self):
         if not (self.std > 0 and self.shift > 0):
             raise UserError(
-                f"LogitNormal got std={self.std}, shift={self.shift}; both must be positive."
+                f"LogitNormal got std={self.std}, shift={self.shift}: expected positive numbers."
             )
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:

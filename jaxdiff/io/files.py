@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes, and checks of local and remote paths."""
 
 from importlib.util import find_spec
 
@@ -8,33 +8,32 @@ from jaxdiff.errors import UserError
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is of a file system, and not of a cloud's storage such as `gs://`."""
+    """Whether a path is in the local file system, not in object storage such as `gs://`."""
     return "://" not in str(path)
 
 
 def check_reachable(path: str) -> None:
-    """Finds out before anything is done whether a folder of a cloud's storage can be used.
+    """Check that a folder in object storage can be accessed.
 
     Raises:
-      UserError: a package is missing, there is no such bucket, or nobody is signed in.
+      UserError: a package is missing, the bucket does not exist, or the user is not signed in.
     """
     if find_spec("gcsfs") is None:
-        raise UserError("gs:// needs one package more: pip install 'jaxdiff[gcs]'.")
+        raise UserError("gs:// needs the package gcsfs: pip install 'jaxdiff[gcs]'.")
     try:
         epath.Path(path).exists()
-    except Exception as error:  # of the storage's client, whose classes have nothing in common
+    except Exception as error:  # the storage clients' exceptions share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path} cannot be reached ({reason}): check the name of the bucket, and sign in by "
+            f"{path} cannot be reached ({reason}): check the bucket's name, and sign in with "
             "`gcloud auth application-default login`."
         ) from error
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it; makes its folder if there is none.
+    """Write a file atomically: under a temporary name, then rename it. Creates its folder.
 
-    An object of a cloud's storage is there only once it is whole, and has no need of that: to
-    rename it would be to copy it.
+    Objects in remote storage appear only once complete, so they are written directly.
     """
     if not is_local(path):
         path.write_bytes(data)
@@ -46,5 +45,5 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def partial_path(path: epath.Path) -> epath.Path:
-    """The name under which a file is written, which a process that is killed leaves behind."""
+    """The temporary name of a file while it is written; a killed process leaves it behind."""
     return path.parent / f".partial-{path.name}"

@@ -1,4 +1,4 @@
-"""Pictures of results: grids, strips of a denoising, and PNG files that say how they were made."""
+"""Image files: grids, denoising strips, animations, and PNG files with text metadata."""
 
 import io
 import math
@@ -22,7 +22,7 @@ Picture = UInt8[np.ndarray, "height width 3"]
 
 
 def to_uint8(images: Float[Array, "..."] | Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """From [-1, 1] to 0 .. 255, rounded; values outside are clipped, and NaN becomes 0."""
+    """Convert [-1, 1] to 0 .. 255, rounded and clipped; NaN becomes 0."""
     levels = (np.asarray(images, np.float32) + 1) * 127.5
     return np.nan_to_num(levels, nan=0).clip(0, 255).round().astype(np.uint8)
 
@@ -34,17 +34,17 @@ def grid(
     *,
     captions: Sequence[str] | None = None,
 ) -> Picture:
-    """Images side by side, row after row, with thin light gaps.
+    """Tile images row by row, with thin light gaps.
 
     Args:
       images: at least one.
-      columns: images in a row; None makes the grid about square.
-      scale: each pixel becomes a square of this side.
-      captions: one text for each image, written under it and wrapped to its width. Pillow's
-        default font draws boxes for letters outside ASCII.
+      columns: images per row; None makes the grid about square.
+      scale: integer upscaling factor (nearest neighbour).
+      captions: one text per image, written below it and wrapped to its width. Pillow's default
+        font shows boxes for letters outside ASCII.
 
     Raises:
-      ValueError: there are not as many captions as images.
+      ValueError: the number of captions differs from the number of images.
     """
     n, height, width = len(images), images.shape[1] * scale, images.shape[2] * scale
     if captions is not None and len(captions) != n:
@@ -60,17 +60,17 @@ def grid(
     tops = [GAP + sum(below[:r]) + r * (height + GAP) for r in range(rows + 1)]
     size = columns * (width + GAP) + GAP, tops[-1]
     canvas = Image.new("RGB", size, (GAP_COLOUR,) * 3)
-    draw = ImageDraw.Draw(canvas)
+    artist = ImageDraw.Draw(canvas)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left, top = GAP + i % columns * (width + GAP), tops[i // columns]
         canvas.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (left, top))
         for j, text in enumerate(lines):
-            draw.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
+            artist.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
     return np.asarray(canvas)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is longer is cut."""
+    """Break `text` into lines of at most `width` pixels; longer words are split."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -87,7 +87,7 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 def strip(
     snapshots: UInt8[np.ndarray, "k h w 3"] | UInt8[np.ndarray, "k n h w 3"], scale: int = 1
 ) -> Picture:
-    """Images at k points of their denoising, from left to right; a row for each of n images."""
+    """Tile k denoising snapshots from left to right, one row per image."""
     if snapshots.ndim == 4:
         snapshots = snapshots[:, None]
     k, _, h, w, _ = snapshots.shape
@@ -95,21 +95,21 @@ def strip(
 
 
 def save_png(path: epath.PathLike, image: Picture, text: dict[str, str] | None = None) -> None:
-    """Writes a PNG file, whole or not at all, with `text` in its text chunks.
+    """Write a PNG file atomically, with `text` in its text chunks.
 
     Args:
-      path: local or on a cloud's storage, such as `gs://...`; its folder is made if there is none.
-      image: what to save.
-      text: key to value, such as the prompt and the seed.
+      path: local or remote (`gs://...`); its folder is created.
+      image: the pixels.
+      text: metadata by key, such as the prompt and the seed.
     """
     write_whole(epath.Path(path), png_bytes(image, text))
 
 
 def png_bytes(image: Picture, text: dict[str, str] | None = None) -> bytes:
-    """A PNG file with `text` in its text chunks.
+    """Encode a PNG file with `text` in its text chunks.
 
-    A value becomes a tEXt chunk if Latin-1 can write it, and an iTXt chunk, in UTF-8, otherwise
-    (PNG specification, sections 11.3.3.2 and 11.3.3.4). Keys are 1 to 79 characters of Latin-1.
+    A Latin-1 value becomes a tEXt chunk, any other an iTXt chunk in UTF-8 (PNG specification,
+    sections 11.3.3.2 and 11.3.3.4). Keys are 1 to 79 characters of Latin-1.
     """
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
@@ -119,33 +119,32 @@ def png_bytes(image: Picture, text: dict[str, str] | None = None) -> bytes:
     return data.getvalue()
 
 
-def film_bytes(
+def animation_bytes(
     frames: Images,
     kind: Literal["gif", "webp"] = "gif",
     *,
     seconds: float = 0.1,
-    there_and_back: bool = True,
+    ping_pong: bool = True,
     scale: int = 1,
 ) -> bytes:
-    """An animated GIF or WebP file that starts over for ever; for `write_whole`.
+    """Encode an animated GIF or WebP file that loops forever.
 
     Args:
-      frames: at least one. A GIF has 256 colours for each.
-      kind: of file.
-      seconds: that each frame is shown: hundredths in a GIF, thousandths in a WebP.
-      there_and_back: whether the frames between the ends come again in reverse, so that nothing
-        jumps where it starts over.
-      scale: each pixel becomes a square of this side.
+      frames: at least one. A GIF frame has 256 colours.
+      kind: file format.
+      seconds: time per frame; a GIF rounds to hundredths, a WebP to thousandths.
+      ping_pong: append the frames between the ends in reverse order, for a smooth loop.
+      scale: integer upscaling factor (nearest neighbour).
 
     Raises:
-      UserError: no frame, or less than a hundredth of a second.
+      UserError: no frames, or less than 0.01 seconds.
     """
     if len(frames) == 0 or not seconds >= 0.01:
         raise UserError(
-            f"A film of {len(frames)} frames of {seconds} seconds cannot be shown: give at least "
-            "one frame, and 0.01 seconds or more."
+            f"An animation of {len(frames)} frames of {seconds} seconds cannot be written: "
+            "expected at least one frame and at least 0.01 seconds."
         )
-    if there_and_back:
+    if ping_pong:
         frames = np.concatenate([frames, frames[-2:0:-1]])
     first, *rest = (Image.fromarray(x.repeat(scale, 0).repeat(scale, 1)) for x in frames)
     data = io.BytesIO()
@@ -156,16 +155,16 @@ def film_bytes(
         append_images=rest,
         duration=round(seconds * 1000),
         loop=0,
-        lossless=True,  # of WebP
+        lossless=True,  # WebP only
     )
     return data.getvalue()
 
 
 def read_text(path: epath.PathLike) -> dict[str, str]:
-    """The text chunks of a PNG file: what `save_png` was given.
+    """Read the text chunks of a PNG file, as given to `save_png`.
 
     Raises:
-      UserError: there is no such file, or it is no PNG file.
+      UserError: the file is missing or not a PNG file.
     """
     try:
         data = epath.Path(path).read_bytes()
@@ -177,22 +176,24 @@ def read_text(path: epath.PathLike) -> dict[str, str]:
             assert isinstance(image, PngImagePlugin.PngImageFile)
             return {key: str(value) for key, value in image.text.items()}
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path} is no readable PNG file ({error}); give one.") from error
+        raise UserError(
+            f"{path} is not a readable PNG file ({error}); give the path of one."
+        ) from error
 
 
 def read_picture(path: epath.PathLike, data: bytes | None = None) -> Picture:
-    """The pixels of an image file, upright, with white where it is transparent.
+    """Read an image file, rotated by its EXIF orientation, transparency over white.
 
     Args:
-      path: of the file; a mask is one that is white where an image is to be drawn anew.
-      data: what is in it, where that was read before.
+      path: the file.
+      data: its bytes, if already read.
 
     Raises:
-      UserError: there is no such file, or it is no image.
+      UserError: the file is missing or not an image.
     """
     try:
         data = epath.Path(path).read_bytes() if data is None else data
-    except (OSError, ValueError) as error:  # the latter for a path that there cannot be
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
     try:
@@ -202,5 +203,7 @@ def read_picture(path: epath.PathLike, data: bytes | None = None) -> Picture:
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright.convert("RGBA"))
             return np.asarray(upright.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
-        raise UserError(f"{path} is no readable image ({error}): give one.") from error
+    except Exception as error:  # Pillow's decoders raise many types on broken files
+        raise UserError(
+            f"{path} is not a readable image ({error}): give the path of one."
+        ) from error

@@ -34,7 +34,7 @@ def check_cache(config: Config) -> None:
     source.check()
     if source.has_text:
         check_text(task)
-    if source.of is not None and source.made_of != to_json(source.of):
+    if source.of is not None and source.provenance != to_json(source.of):
         raise UserError(
             f"The latents in {source.path} were made of other data than data.source.of names: "
             "prepare them again in another folder, or leave data.source.of out."

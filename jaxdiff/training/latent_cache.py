@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.shard_writer import Crops, Reading, Stretch, Workers, write_shard
+from jaxdiff.data.shard_writer import Crops, RecordReader, ShardRange, Workers, write_shard
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
 from jaxdiff.data.sources.cached_latents import LatentOptions, encode_latents
 from jaxdiff.data.tokenizer import Tokenizer
@@ -167,22 +167,22 @@ def write_empty(folder: epath.Path, cache: Cache) -> None:
 
 def write_latents(
     folder: epath.Path,
-    stretches: Iterable[Stretch],
+    shard_ranges: Iterable[ShardRange],
     workers: Workers,
     cache: Cache,
     seen: Callable[[int], None],
 ) -> Iterator[Shard]:
     """Yield shards of latents; `seen` is called with the number of records read so far."""
-    stretches = list(stretches)
+    shard_ranges = list(shard_ranges)
     chunks = [
-        (stretch, range(start, min(start + _CHUNK, stretch.stop)), cache.options.views)
-        for stretch in stretches
-        for start in range(stretch.start, stretch.stop, _CHUNK)
+        (shard_range, range(start, min(start + _CHUNK, shard_range.stop)), cache.options.views)
+        for shard_range in shard_ranges
+        for start in range(shard_range.start, shard_range.stop, _CHUNK)
     ]
     # Of all shards in one go, so that those who read need not wait while a shard is written.
     read = zip(chunks, workers.map(_crops, chunks), strict=True)
     count = 0
-    for stretch, parts in itertools.groupby(read, key=lambda part: part[0][0]):
+    for shard_range, parts in itertools.groupby(read, key=lambda part: part[0][0]):
         shard = _Shard(cache)
         for (_, indices, _), crops in parts:
             for found in crops:
@@ -190,12 +190,12 @@ def write_latents(
             count += len(indices)
             seen(count)
         records = shard.finish()
-        yield write_shard(folder, stretch, records, shard.rejects, shard.shapes)
+        yield write_shard(folder, shard_range, records, shard.rejects, shard.shapes)
 
 
-def _crops(reading: Reading, chunk: tuple[Stretch, range, int]) -> list[Crops | RecordError]:
+def _crops(reader: RecordReader, chunk: tuple[ShardRange, range, int]) -> list[Crops | RecordError]:
     _, indices, views = chunk
-    return [reading.views(index, views) for index in indices]
+    return [reader.views(index, views) for index in indices]
 
 
 class _Shard:

@@ -13,17 +13,17 @@ from rich.console import Console
 
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.shard_writer import (
-    Notes,
-    Reading,
-    Stretch,
+    RecordReader,
+    ShardProgress,
+    ShardRange,
     Workers,
     check_same,
-    stretches,
+    shard_ranges,
     write_images,
 )
-from jaxdiff.data.shards import Manifest, Shard, read_manifest, whole_shards
+from jaxdiff.data.shards import Shard, ShardManifest, read_manifest, whole_shards
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
-from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
@@ -77,7 +77,7 @@ def with_cache(config: Config, folder: epath.Path) -> Config:
 
 def write_records(
     config: Config | None, data: DataConfig, out: str, sharing: Sharing
-) -> Manifest | None:
+) -> ShardManifest | None:
     """Writes the shards that are not there yet, and the manifest once all are.
 
     Args:
@@ -109,14 +109,14 @@ def write_records(
     usual = max(1, min(_MOST, -(-len(source) // (_LATENTS if cache else _IMAGES))))
     count = min(sharing.shards or usual, len(source))
     seen = dataclasses.replace(data.transforms, caption_dropout=0.0)  # captions stay as they are
-    made_of: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "source": to_json(source),
         "transforms": to_json(seen if cache else Transforms(size=1, max_pixels=seen.max_pixels)),
         "shards": count,
         "latents": cache and dataclasses.asdict(cache.space),
     }
     folder = make_folder(out)
-    return _Work(source, data.transforms, folder, cache, made_of, sharing).run(count)
+    return _Work(source, data.transforms, folder, cache, provenance, sharing).run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -135,22 +135,22 @@ def _check_sharing(sharing: Sharing) -> None:
 class _Work:
     """What is to be made, of what, and where."""
 
-    source: Source | WithPrior
+    source: AnySource | PriorPreservation
     transforms: Transforms
     folder: epath.Path
     cache: Cache | None
-    made_of: dict[str, Any]
+    provenance: dict[str, Any]
     sharing: Sharing
 
-    def run(self, count: int) -> Manifest | None:
+    def run(self, count: int) -> ShardManifest | None:
         """Writes what is missing of `count` shards, and the manifest once none is."""
         manifest = read_manifest(self.folder)
         if manifest is not None:
-            check_same(manifest.made_of, self.made_of, self.folder)
-        notes = Notes(self.folder, self.made_of)
+            check_same(manifest.provenance, self.provenance, self.folder)
+        notes = ShardProgress(self.folder, self.provenance)
         known = {shard.file: shard for shard in manifest.shards} if manifest else {}
         done = self._whole({**known, **notes.read()})
-        parts = stretches(len(self.source), count)
+        parts = shard_ranges(len(self.source), count)
         mine = parts[self.sharing.host :: self.sharing.hosts]
         for shard in self._write([part for part in mine if part.file not in done]):
             for reject in shard.rejects:
@@ -160,8 +160,8 @@ class _Work:
             done |= self._whole(notes.read())
         if len(done) < count:
             return None
-        manifest = Manifest(
-            made_of=self.made_of,
+        manifest = ShardManifest(
+            provenance=self.provenance,
             latents=self.cache and self.cache.space,
             shards=[done[part.file] for part in parts],
         )
@@ -185,12 +185,12 @@ class _Work:
         found = whole_shards(self.folder, shards)
         return {s.file: s for s, whole in zip(shards, found, strict=True) if whole}
 
-    def _write(self, todo: list[Stretch]) -> Iterator[Shard]:
+    def _write(self, todo: list[ShardRange]) -> Iterator[Shard]:
         total = sum(part.stop - part.start for part in todo)
         if not todo:
             return
-        reading = Reading(source=self.source, transforms=self.transforms)
-        workers = Workers(self._workers(total, len(todo)), reading)
+        reader = RecordReader(source=self.source, transforms=self.transforms)
+        workers = Workers(self._workers(total, len(todo)), reader)
         console = Console(stderr=True)
         with closing(workers), Progress(total, unit="record", console=console) as progress:
             if self.cache is None:

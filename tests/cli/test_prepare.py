@@ -38,9 +38,11 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
 
 
 def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
-    assert "length 0" in refused("prepare", recipe, str(tmp_path / "o"), "--data.source.length=0")
+    assert "data.source.length is 0" in refused(
+        "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
+    )
     assert "cannot be made a folder" in refused("prepare", recipe, recipe)
-    assert "no folder to write" in refused("prepare", recipe)
+    assert "output folder is missing" in refused("prepare", recipe)
     assert not (tmp_path / "o").exists()
 
 
@@ -131,7 +133,7 @@ def test_a_path_is_read_by_what_lies_there(tmp_path, capsys):
 
 
 def test_paths_of_nothing_are_told(tmp_path, refused):
-    assert "There is nothing at" in refused("prepare", str(tmp_path / "none"), "out")
+    assert "does not exist: expected a recipe" in refused("prepare", str(tmp_path / "none"), "out")
     (tmp_path / "notes.txt").write_text("x")
     assert "nothing to prepare" in refused("prepare", str(tmp_path), "out")
     (tmp_path / "a.png").write_bytes(_png())

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from jaxdiff.data.buckets import Buckets, Plan, nearest
+from jaxdiff.data.buckets import BucketPlan, Buckets, nearest_shape
 from jaxdiff.errors import UserError
 
 SHAPES = Buckets(step=8).shapes(32)
 
 
 def _plan(sizes, *, batch_size=4, seed=0, shuffle=True):
-    return Plan(np.array(sizes), SHAPES, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    return BucketPlan(np.array(sizes), SHAPES, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
 def _sizes(*counts):
@@ -18,7 +18,7 @@ def _sizes(*counts):
 
 
 def test_the_shapes_of_stable_diffusion_xl():
-    """Those of Podell et al. 2023, appendix I, that are not too long."""
+    """Those of Podell et al. 2023, appendix I, up to the maximal aspect ratio."""
     shapes = Buckets().shapes(1024)
     assert shapes[0] == (1024, 1024)
     assert {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1344, 768)} <= set(shapes)
@@ -40,28 +40,28 @@ def test_steps_that_do_not_fit_are_refused(buckets, message):
         Buckets(step=8, max_ratio=0.5).check(64)
 
 
-def test_an_image_belongs_to_the_shape_of_the_nearest_aspect_ratio():
+def test_images_go_to_the_nearest_aspect_ratio():
     assert SHAPES == [(32, 32), (24, 40), (40, 24)]
     sizes = np.array([[64, 64], [100, 99], [400, 240], [240, 400], [900, 100], [100, 900]])
-    np.testing.assert_array_equal(nearest(sizes, SHAPES), [0, 0, 1, 2, 1, 2])
+    np.testing.assert_array_equal(nearest_shape(sizes, SHAPES), [0, 0, 1, 2, 1, 2])
 
 
-def test_every_record_comes_once_an_epoch_but_for_those_that_fill_up():
+def test_an_epoch_has_every_record_once_except_for_completed_batches():
     sizes = np.array(_sizes(9, 8, 7))
     plan = _plan(sizes)
     assert plan.batches == 3 + 2 + 2
     for epoch in range(2):
         seen = []
         for number in range(plan.batches):
-            rows = plan.rows(epoch * plan.batches + number)
-            assert rows.epoch == epoch
-            assert len(rows.records) == 4
-            assert len(set(rows.records.tolist())) == 4
-            ratios = sizes[rows.records, 1] / sizes[rows.records, 0]
-            height, width = rows.shape
+            batch = plan.batch(epoch * plan.batches + number)
+            assert batch.epoch == epoch
+            assert len(batch.records) == 4
+            assert len(set(batch.records.tolist())) == 4
+            ratios = sizes[batch.records, 1] / sizes[batch.records, 0]
+            height, width = batch.shape
             assert np.all((ratios > 1) == (height > width))
             assert np.all((ratios < 1) == (height < width))
-            seen += rows.records.tolist()
+            seen += batch.records.tolist()
         assert set(seen) == set(range(24))
         assert len(seen) == 28
 
@@ -69,14 +69,14 @@ def test_every_record_comes_once_an_epoch_but_for_those_that_fill_up():
 def test_epochs_differ_and_a_seed_fixes_them():
     def order(seed, shuffle=True):
         plan = _plan(_sizes(9, 8, 7), seed=seed, shuffle=shuffle)
-        return [plan.rows(k).records.tolist() for k in range(2 * plan.batches)]
+        return [plan.batch(k).records.tolist() for k in range(2 * plan.batches)]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
     assert order(0)[:7] != order(0)[7:]
-    still = order(0, shuffle=False)
-    assert still[:7] == still[7:]
-    assert still[0] == [0, 1, 2, 3]
+    unshuffled = order(0, shuffle=False)
+    assert unshuffled[:7] == unshuffled[7:]
+    assert unshuffled[0] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_epochs_differ_and_a_seed_fixes_them():
         ((1, 2, 3), {(40, 24)}),
     ],
 )
-def test_shapes_without_a_full_batch_give_their_images_away(counts, shapes):
+def test_shapes_without_a_full_batch_are_dropped(counts, shapes):
     plan = _plan(_sizes(*counts))
-    batches = [plan.rows(k) for k in range(plan.batches)]
-    assert {rows.shape for rows in batches} == shapes
-    assert {int(i) for rows in batches for i in rows.records} == set(range(sum(counts)))
+    batches = [plan.batch(k) for k in range(plan.batches)]
+    assert {batch.shape for batch in batches} == shapes
+    assert {int(i) for batch in batches for i in batch.records} == set(range(sum(counts)))

@@ -1,4 +1,4 @@
-"""Schedules: their ends, their norms, their order, and the published forms they stand for."""
+"""Schedules: ends, norms, order, and agreement with the published forms."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ TIMES = np.linspace(0, 1, 1001)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_data_are_clean_at_zero_and_noise_prevails_at_one(schedule):
+def test_data_are_clean_at_zero_and_noise_dominates_at_one(schedule):
     ends = jnp.array([0.0, 1.0])
     alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
     assert alpha[0] == 1
@@ -50,7 +50,7 @@ def test_log_snr_falls_and_is_finite_everywhere(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_log_snr_is_that_of_alpha_and_sigma(schedule):
+def test_log_snr_matches_alpha_and_sigma(schedule):
     t = jnp.linspace(0.001, 0.999, 500)
     ratio = 2 * jnp.log(schedule.alpha(t) / schedule.sigma(t))
     np.testing.assert_allclose(schedule.log_snr(t), ratio, rtol=1e-4, atol=1e-3)
@@ -76,7 +76,7 @@ def test_shift_divides_the_ratio_of_data_to_noise():
     np.testing.assert_allclose(shifted_ratio, ratio / 4, rtol=1e-5)
 
 
-def test_cosine_ends_at_the_log_snr_it_is_given():
+def test_cosine_ends_at_min_log_snr():
     assert Cosine(min_log_snr=-6.0).log_snr(jnp.ones(())) == pytest.approx(-6, abs=1e-3)
     with jax.enable_x64(True):
         t = jnp.linspace(0, 1, 11)
@@ -92,8 +92,8 @@ def test_scaled_linear_is_stable_diffusions_table():
     np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1 - alpha_bar), rtol=1e-5)
 
 
-def test_zero_terminal_snr_leaves_nothing_but_noise_at_the_last_step():
-    """Algorithm 1 of Lin et al. 2023, written as they do."""
+def test_zero_terminal_snr_is_pure_noise_at_the_last_step():
+    """Algorithm 1 of Lin et al. 2023, as published."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     root = np.sqrt(np.cumprod(1 - betas))
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -111,12 +111,12 @@ def test_between_training_steps_the_noise_to_data_ratio_is_linear():
 def test_variance_exploding_follows_the_rho_grid_of_edm():
     low, high, i = 0.002 ** (1 / 7), 80 ** (1 / 7), np.arange(18)
     edm = (high + i / 17 * (low - high)) ** 7
-    t = jnp.asarray(1 - i / 17).at[-1].set(1e-9)  # at 0 itself there is no noise at all
+    t = jnp.asarray(1 - i / 17).at[-1].set(1e-9)  # at t = 0 sigma is 0
     np.testing.assert_allclose(VarianceExploding().sigma(t), edm, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_the_time_of_an_amount_of_noise_is_found_again(schedule):
+def test_time_at_inverts_the_noise_to_data_ratio(schedule):
     t = jnp.linspace(0.002, 0.998, 250)
     noise_to_data = schedule.sigma(t) / schedule.alpha(t)
     np.testing.assert_allclose(schedule.time_at(noise_to_data), t, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Time grids: their ends, and the published forms they stand for."""
+"""Time grids: ends, and agreement with the published forms."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def _noise_to_data(schedule, t):
 
 @pytest.mark.parametrize(
     ("grid", "steps", "end"),
-    [  # what diffusers 0.42 prints for 7 steps of DDIM, DPM-Solver++ and Euler
+    [  # timesteps of diffusers 0.42 for 7 steps of DDIM, DPM-Solver++ and Euler
         (TrainStepGrid(offset=1), [853, 711, 569, 427, 285, 143, 1], -1),
         (TrainStepGrid(offset=1, ends_at="first_step"), [853, 711, 569, 427, 285, 143, 1], 0),
         (TrainStepGrid(offset=1, skip_last=True), [876, 751, 626, 501, 376, 251, 126], -1),
@@ -67,14 +67,14 @@ def test_train_step_grids_are_those_of_diffusers(grid, steps, end):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=repr)
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
-def test_a_grid_falls_from_one_to_zero(grid, num_steps):
+def test_a_grid_decreases_from_one_to_zero(grid, num_steps):
     times = np.asarray(grid(jnp.arange(num_steps + 1), num_steps))
     assert times[0] == 1
     assert times[-1] == 0
     assert np.all(np.diff(times) < 0)
 
 
-def test_time_grid_is_even_unless_told_otherwise():
+def test_time_grid_is_uniform_by_default():
     i = jnp.arange(11)
     np.testing.assert_allclose(TimeGrid()(i, 10), 1 - i / 10, atol=1e-6)
     np.testing.assert_allclose(TimeGrid(rho=2.0)(i, 10), (1 - i / 10) ** 2, atol=1e-6)
@@ -101,17 +101,17 @@ def test_karras_grid_is_eq_5_of_edm(schedule):
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), ScaledLinear(), VarianceExploding()], ids=repr)
-def test_log_snr_grid_takes_even_steps_in_log_snr(schedule):
+def test_log_snr_grid_is_uniform_in_log_snr(schedule):
     times = LogSnrGrid(schedule=schedule, last=0.002)(jnp.arange(20), 20)
     steps = np.diff(np.log(_noise_to_data(schedule, times)))
     np.testing.assert_allclose(steps, steps.mean(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", [KarrasGrid, LogSnrGrid])
-def test_spacing_starts_at_the_noise_it_is_told_where_there_is_nothing_else(kind):
+def test_spacing_starts_at_max_sigma_where_the_ratio_is_infinite(kind):
     """At t = 1 of a rectified flow sigma / alpha is infinite."""
     schedule = RectifiedFlow()
-    times = kind(schedule=schedule, most_noise=20.0)(jnp.arange(41), 40)
+    times = kind(schedule=schedule, max_sigma=20.0)(jnp.arange(41), 40)
     assert times[0] == 1
     assert 14 < _noise_to_data(schedule, times[1]) < 20
 
@@ -125,7 +125,7 @@ def test_an_explicit_grid_is_the_list_that_it_is_given():
 
 
 def test_a_consistency_grid_is_that_of_diffusers():
-    """What diffusers 0.42 prints for 4 and 7 steps of its LCMScheduler."""
+    """Timesteps of LCMScheduler in diffusers 0.42, for 4 and 7 steps."""
     for steps in ([999, 759, 499, 259], [999, 859, 719, 579, 439, 299, 159]):
         times = ConsistencyGrid()(jnp.arange(len(steps) + 1), len(steps))
         np.testing.assert_allclose(times * 1000 - 1, [*steps, -1], atol=1e-3)

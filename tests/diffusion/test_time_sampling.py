@@ -1,4 +1,4 @@
-"""Samplers of time: their range, their distribution, their strata."""
+"""Time samplers: range, distribution and strata."""
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,14 @@ def test_logit_normal_strata_are_equally_likely():
     assert sorted(np.floor(quantiles * 32).astype(int)) == list(range(32))
 
 
-def test_places_in_the_batch_do_not_tell_the_stratum():
+def test_the_stratum_is_independent_of_the_place_in_the_batch():
     keys = jax.random.split(jax.random.key(0), 4000)
     t = jax.vmap(lambda key: Uniform()(key, 4))(keys)
     np.testing.assert_allclose(t.mean(axis=0), 0.5, atol=0.02)
     np.testing.assert_allclose(t.std(axis=0), 12**-0.5, atol=0.01)
 
 
-def test_strata_make_the_mean_time_of_a_batch_steady():
+def test_strata_reduce_the_variance_of_the_mean_time():
     keys = jax.random.split(jax.random.key(0), 500)
     spread = {
         stratified: jax.vmap(lambda key, s=stratified: Uniform(stratified=s)(key, 16).mean())(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jaxdiff.evaluation.evaluate import check_scorable, evaluate, evaluate_folder, table
 
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.transforms import Transforms
@@ -15,7 +16,6 @@ from jaxdiff.datasets.produce.score import evaluation_scenes
 from jaxdiff.datasets.produce.source import Produce, full_caption
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import evaluate as module
-from jaxdiff.evaluation.evaluate import check_scorable, evaluate, evaluate_folder, table
 from jaxdiff.pipelines.pipeline import Best, Pipeline
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.training.recipe import Config
@@ -63,7 +63,7 @@ def figures(produce):
     return evaluate(produce, samples=SAMPLES)
 
 
-def test_true_drawings_score_nearly_all_and_by_chance_nothing(figures):
+def test_rendered_scenes_score_nearly_all_and_by_chance_nothing(figures):
     assert len(figures) == 3
     for attributes in figures.values():
         assert attributes["joint"]["score"] >= 0.8
@@ -102,7 +102,7 @@ def test_true_emoji_score_all_in_all_three_columns(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(openmoji, "_render_all", noise)
     source = OpenMoji(size=32, cache=str(tmp_path))
     drawings = dataclasses.replace(source, split="all")
-    places = {drawing.name: i for i, drawing in enumerate(drawings.drawings)}
+    places = {drawing.name: i for i, drawing in enumerate(drawings.emojis)}
     images = {p.text: drawings.image(places[p.target]) for p in held_out_prompts(SAMPLES)}
     (attributes,) = evaluate(Perfect(recipe(source, 32), images), samples=SAMPLES).values()
     assert list(attributes) == ["gender", "tone", "joint"]

@@ -4,7 +4,7 @@ from etils import epath
 from jaxdiff.io.files import write_whole
 
 
-def test_a_file_is_written_with_its_folder_and_replaced(tmp_path):
+def test_write_creates_the_folder_and_replaces_the_file(tmp_path):
     path = epath.Path(tmp_path / "new" / "a")
     for data in (b"old", b"newer"):
         write_whole(path, data)
@@ -12,7 +12,7 @@ def test_a_file_is_written_with_its_folder_and_replaced(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
-def test_a_writer_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "a")
     write_whole(path, b"old")
 
@@ -25,7 +25,7 @@ def test_a_writer_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_an_object_of_a_clouds_storage_is_written_at_once(monkeypatch):
+def test_a_remote_object_is_written_directly(monkeypatch):
     path, written = epath.Path("gs://bucket/a"), []
     monkeypatch.setattr(type(path), "write_bytes", lambda self, data: written.append((self, data)))
     write_whole(path, b"whole")

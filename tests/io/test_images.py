@@ -10,7 +10,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.images import (
     GAP,
     GAP_COLOUR,
-    film_bytes,
+    animation_bytes,
     grid,
     read_text,
     save_png,
@@ -68,7 +68,7 @@ def test_captions_lie_under_their_image_and_inside_its_width():
     assert inked[side + 2 * GAP :].any()
     assert not inked[: side + GAP].any()
     assert not inked[-GAP:].any()
-    # The images themselves are not written on, and rows without captions take no more room.
+    # The images themselves are not written on, and rows without captions take no extra space.
     assert (picture[GAP : GAP + side, GAP : GAP + side] == 0).all()
     assert (picture[-GAP - side : -GAP, GAP : GAP + side] == 0).all()
 
@@ -125,40 +125,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert read_text(path) == {"seed": "1"}
 
 
-def test_read_text_names_the_file_that_is_missing_or_no_png(tmp_path):
+def test_read_text_names_the_file_that_is_missing_or_not_a_png(tmp_path):
     with pytest.raises(UserError, match=r"missing.*does not exist"):
         read_text(tmp_path / "missing.png")
     (tmp_path / "noise.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"noise.*is no readable PNG"):
+    with pytest.raises(UserError, match=r"noise.*is not a readable PNG"):
         read_text(tmp_path / "noise.png")
     save_png(tmp_path / "cut.png", np.zeros((64, 64, 3), np.uint8), {"seed": "1"})
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"cut.*is no readable PNG"):
+    with pytest.raises(UserError, match=r"cut.*is not a readable PNG"):
         read_text(tmp_path / "cut.png")
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-@pytest.mark.parametrize("there_and_back", [False, True])
-def test_a_film_has_its_frames_and_times_and_starts_over(kind, there_and_back):
+@pytest.mark.parametrize("ping_pong", [False, True])
+def test_an_animation_has_its_frames_and_durations_and_loops(kind, ping_pong):
     levels = [0, 80, 160, 240]
-    data = film_bytes(plain(*levels), kind, seconds=0.25, there_and_back=there_and_back, scale=2)
-    shown = [*levels, 160, 80] if there_and_back else levels
-    with Image.open(io.BytesIO(data)) as film:
-        assert film.format == kind.upper()
-        assert film.size == (8, 8)
-        assert film.info["loop"] == 0  # for ever
-        assert film.n_frames == len(shown)
+    data = animation_bytes(plain(*levels), kind, seconds=0.25, ping_pong=ping_pong, scale=2)
+    shown = [*levels, 160, 80] if ping_pong else levels
+    with Image.open(io.BytesIO(data)) as animation:
+        assert animation.format == kind.upper()
+        assert animation.size == (8, 8)
+        assert animation.info["loop"] == 0  # forever
+        assert animation.n_frames == len(shown)
         for i, level in enumerate(shown):
-            film.seek(i)
-            film.load()
-            assert film.info["duration"] == 250
-            assert np.abs(np.asarray(film.convert("RGB")).astype(int) - level).max() <= 3
+            animation.seek(i)
+            animation.load()
+            assert animation.info["duration"] == 250
+            assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - level).max() <= 3
 
 
-def test_films_of_nothing_are_told():
-    with pytest.raises(UserError, match="film of 0 frames"):
-        film_bytes(plain(0)[:0])
+def test_empty_or_too_fast_animations_are_refused():
+    with pytest.raises(UserError, match="animation of 0 frames"):
+        animation_bytes(plain(0)[:0])
     with pytest.raises(UserError, match=r"0\.001 seconds"):
-        film_bytes(plain(0), seconds=0.001)
-    assert film_bytes(plain(0))[:4] == b"GIF8"
+        animation_bytes(plain(0), seconds=0.001)
+    assert animation_bytes(plain(0))[:4] == b"GIF8"

@@ -96,6 +96,6 @@ def test_a_folder_of_other_records_is_left_alone(tmp_path):
     _write(tmp_path)
     before = _files(tmp_path)
     for change in ({"length": 9}, {"shards": 3}):
-        with pytest.raises(UserError, match=r"made otherwise .* choose another folder"):
+        with pytest.raises(UserError, match=r"made with other settings .* choose another folder"):
             _write(tmp_path, **change)
     assert _files(tmp_path) == before

@@ -112,7 +112,7 @@ def _save(
 def _save_between(folder: epath.Path, images: np.ndarray) -> None:
     """The way from one prompt to another as a strip, and as a film there and back."""
     pictures.save_png(folder / "between.png", pictures.grid(images, columns=len(images)))
-    write_whole(folder / "between.webp", pictures.film_bytes(images, "webp", seconds=0.12))
+    write_whole(folder / "between.webp", pictures.animation_bytes(images, "webp", seconds=0.12))
     for name in ("between.png", "between.webp"):
         print(folder / name)
 

@@ -1,1 +1,1 @@
-"""Data sources: where captioned images are read from."""
+"""Sources of captioned images."""

@@ -2,13 +2,13 @@
 
 One record is, in this order,
 
-    4 bytes         `JDR1`, which tells such a record from any other
+    4 bytes         `JDR1`, the format's signature
     4 bytes         n, the length of the header, an unsigned little-endian integer
     n bytes         the header: JSON in UTF-8, {"name": "...", "captions": ["...", ...]}
     the rest        the image: an encoded file (PNG, JPEG, WebP ...), byte for byte
 
-and every record is a group of its own (`group_size:1`), so that reading one decodes only it. Images
-are compressed as they are, so records are not (`uncompressed`); they have a checksum either way.
+Every record is its own group (`group_size:1`), so that reading one decodes only that one. Image
+files are already compressed, so records are not (`uncompressed`); ArrayRecord adds checksums.
 """
 
 import io
@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,25 +30,25 @@ from PIL import Image
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.files import data_files
-from jaxdiff.data.shards import Manifest, check_shards, read_manifest
+from jaxdiff.data.shards import ShardManifest, check_shards, read_manifest
 from jaxdiff.data.sources.base import Record
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
 
 IMAGES, LATENTS = b"JDR1", b"JDL1"
-"""What a record of images, or of cached latents, starts with."""
+"""Signatures of records of images and of cached latents."""
 _LENGTH = struct.Struct("<I")
 _START = len(IMAGES) + _LENGTH.size
-# What reading and decoding a damaged or foreign record may raise.
+# Exceptions of reading and decoding a damaged or foreign record.
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
-    """The records of the file, glob or folder `path`, as `jaxdiff prepare` writes them.
+    """Records written by `jaxdiff prepare`, from the file, glob or folder `path`.
 
-    In a folder with a manifest its shards count, all of which must be there; in one without, files
-    whose name contains `.array_record` or `.arrayrecord`, in order of name.
+    A folder with a manifest consists of its shards, and all must exist. Any other folder consists
+    of the files with `.array_record` or `.arrayrecord` in their name, sorted.
     """
 
     path: str
@@ -63,11 +63,11 @@ class ArrayRecord:
             raise RecordError(f"{self.path} record {index}: {error}") from error
 
     def check(self) -> None:
-        """Raises `UserError` for missing, empty or foreign files."""
+        """Raise `UserError` for missing, empty or foreign files."""
         manifest = checked_manifest(self.path)
         if manifest is not None and manifest.latents is not None:
             raise UserError(
-                f"{self.path} holds cached latents, not images: read it with CachedLatents as "
+                f"{self.path} contains cached latents, not images: read it with CachedLatents as "
                 "data.source."
             )
         if len(self) == 0:
@@ -76,8 +76,8 @@ class ArrayRecord:
             decode_record(self._reader[0])
         except UNREADABLE as error:
             raise UserError(
-                f"The ArrayRecord files at {self.path} hold no captioned images ({error}): "
-                "expected files written by jaxdiff; a TensorFlow data set is read by TFDS."
+                f"The ArrayRecord files at {self.path} contain no captioned images ({error}): "
+                "expected files written by jaxdiff; read a TensorFlow data set with TFDS."
             ) from error
 
     @cached_property
@@ -86,7 +86,7 @@ class ArrayRecord:
 
 
 class _Instruction(NamedTuple):
-    """A file of which it is known how many records it has, so that it need not be opened yet."""
+    """A file with a known number of records, which need not be opened to count them."""
 
     filename: str
     skip: int
@@ -94,11 +94,11 @@ class _Instruction(NamedTuple):
     examples_in_shard: int
 
 
-def checked_manifest(path: str) -> Manifest | None:
-    """The manifest of a folder of shards, all of which are there; None where there is none.
+def checked_manifest(path: str) -> ShardManifest | None:
+    """Read the manifest of a folder and check its shards; None where there is no manifest.
 
     Raises:
-      UserError: some are missing or cut short, or the manifest cannot be read.
+      UserError: shards are missing or truncated, or the manifest cannot be read.
     """
     folder = epath.Path(path)
     manifest = read_manifest(folder)
@@ -107,11 +107,11 @@ def checked_manifest(path: str) -> Manifest | None:
     return manifest
 
 
-def open_records(path: str, manifest: Manifest | None) -> ArrayRecordDataSource:
-    """The encoded records of a file, a glob or a folder, with its manifest, by index.
+def open_records(path: str, manifest: ShardManifest | None) -> ArrayRecordDataSource:
+    """Open the encoded records of a file, glob or folder, which may have a manifest.
 
     Raises:
-      UserError: there are none, or files of another kind.
+      UserError: there are no files, or files of another kind.
     """
     folder = epath.Path(path)
     if manifest is None:
@@ -127,7 +127,7 @@ def open_records(path: str, manifest: Manifest | None) -> ArrayRecordDataSource:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be read as ArrayRecord ({error}): "
-            "data.source.path must lead to ArrayRecord files alone."
+            "data.source.path must select ArrayRecord files only."
         ) from error
 
 
@@ -136,7 +136,7 @@ def _is_array_record(name: str) -> bool:
 
 
 def encode_record(record: Record) -> bytes:
-    """`record` in the encoding above; pixels uint8 [h, w, 3] are stored losslessly, as PNG."""
+    """Encode a record as the module's docstring says; pixels, uint8 [h, w, 3], become PNG."""
     image = record["image"]
     if isinstance(image, np.ndarray):
         png = io.BytesIO()
@@ -146,7 +146,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """The inverse of `encode_record`, leaving the image encoded.
+    """Decode a record; its image stays an encoded file.
 
     Raises `ValueError`, `KeyError` or `TypeError` for bytes in another encoding.
     """
@@ -155,35 +155,37 @@ def decode_record(data: bytes) -> Record:
 
 
 def pack(magic: bytes, header: dict[str, Any], payload: bytes) -> bytes:
-    """The bytes of one record."""
+    """Encode one record."""
     text = json.dumps(header).encode()
     return magic + _LENGTH.pack(len(text)) + text + payload
 
 
 def unpack(magic: bytes, data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and payload; raises `ValueError` or `TypeError` for bytes in another encoding."""
+    """Decode header and payload; raises `ValueError` or `TypeError` for another encoding."""
     if data[: len(magic)] != magic or len(data) < _START:
-        raise ValueError("its records are in another encoding")
+        raise ValueError("its records have another encoding")
     end = _START + _LENGTH.unpack_from(data, len(magic))[0]
     return json.loads(data[_START:end]), data[end:]
 
 
 def write_array_record(path: str, records: Iterable[Record]) -> int:
-    """Writes `records` to one ArrayRecord file at `path` and returns how many there were.
+    """Write `records` atomically to one ArrayRecord file and return their number.
 
-    The file appears under its name only when it is whole, and nothing of it stays where something
-    stops the writing. Raises `UserError` where it cannot be written.
+    An exception leaves no partial file.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     return write_encoded(path, (encode_record(record) for record in records))
 
 
 def write_encoded(path: str, records: Iterable[bytes]) -> int:
-    """The same of records that are encoded already."""
+    """`write_array_record` for encoded records."""
     target = epath.Path(path)
-    # Two processes may write the same file: one that was orphaned, and the next that was started.
+    # Two processes may write the same file: an orphaned one, and its successor.
     name = f".partial-{os.getpid()}-{target.name}"
-    remote = not is_local(path)  # the writer knows local files alone
-    with tempfile.TemporaryDirectory() if remote else _here(target) as folder:
+    remote = not is_local(path)  # the writer supports local files only
+    with tempfile.TemporaryDirectory() if remote else nullcontext(str(target.parent)) as folder:
         partial = epath.Path(folder) / name
         writer, count = None, 0
         try:
@@ -196,7 +198,7 @@ def write_encoded(path: str, records: Iterable[bytes]) -> int:
             with _writing(target):
                 writer.close()
                 if remote:
-                    partial.copy(target, overwrite=True)  # there once it is whole
+                    partial.copy(target, overwrite=True)  # appears once complete
                 else:
                     partial.replace(target)
         finally:
@@ -209,15 +211,10 @@ def write_encoded(path: str, records: Iterable[bytes]) -> int:
 
 
 @contextmanager
-def _here(target: epath.Path) -> Iterator[str]:
-    yield str(target.parent)
-
-
-@contextmanager
 def _writing(target: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the writer raises RuntimeError on a full disk
         raise UserError(
-            f"{target} cannot be written ({error}): make room there, or write to another folder."
+            f"{target} cannot be written ({error}): free some space, or write to another folder."
         ) from error

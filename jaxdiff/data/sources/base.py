@@ -1,6 +1,7 @@
-"""What every data set is to the pipeline: records by index."""
+"""The interface of a data set: random access to records."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -15,7 +16,7 @@ class Record(TypedDict):
 
 
 class LatentRecord(TypedDict):
-    """One captioned image as an autoencoder has encoded it, in several views.
+    """The latents of one captioned image, in v views.
 
     `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `size_crop` is
     that of each view, as `jaxdiff.data.transforms.Example` has it; `text`, if it was cached, float
@@ -31,16 +32,24 @@ class LatentRecord(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records; constructing one opens nothing."""
+    """Random access to records; constructing one opens no files."""
 
     def __len__(self) -> int:
         """The number of records."""
         ...
 
     def __getitem__(self, index: int, /) -> Record | LatentRecord:
-        """The record at `index`, the same at every call and in every process."""
+        """The record at `index`, the same in every call and process."""
         ...
 
     def check(self) -> None:
-        """Raises `UserError` early where the data are missing or empty."""
+        """Raise `UserError` if the data are missing or empty."""
         ...
+
+
+class PickledFields:
+    """A dataclass that pickles its fields only: each process opens its own files and caches."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        return {field.name: getattr(self, field.name) for field in fields}

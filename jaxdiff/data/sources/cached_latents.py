@@ -25,7 +25,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.shards import EMPTY, LatentSpace, Manifest
+from jaxdiff.data.shards import EMPTY, LatentSpace, ShardManifest
 from jaxdiff.data.sources.array_record import (
     LATENTS,
     UNREADABLE,
@@ -35,7 +35,7 @@ from jaxdiff.data.sources.array_record import (
     unpack,
 )
 from jaxdiff.data.sources.base import LatentRecord
-from jaxdiff.data.sources.prior_preservation import Source, WithPrior
+from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 
@@ -66,7 +66,7 @@ class CachedLatents:
     """
 
     path: str
-    of: Source | WithPrior | None = None
+    of: AnySource | PriorPreservation | None = None
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -108,9 +108,9 @@ class CachedLatents:
                 )
 
     @property
-    def made_of(self) -> Any:
+    def provenance(self) -> Any:
         """The source of the images, as JSON."""
-        return self._manifest and self._manifest.made_of["source"]
+        return self._manifest and self._manifest.provenance["source"]
 
     @property
     def has_text(self) -> bool:
@@ -146,7 +146,7 @@ class CachedLatents:
         return np.load(io.BytesIO((epath.Path(self.path) / EMPTY).read_bytes()), allow_pickle=False)
 
     @cached_property
-    def _manifest(self) -> Manifest | None:
+    def _manifest(self) -> ShardManifest | None:
         return checked_manifest(self.path)
 
     @cached_property

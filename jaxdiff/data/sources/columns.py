@@ -1,4 +1,4 @@
-"""A named column that a data set must have."""
+"""Check that a data set has a named column."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from jaxdiff.errors import UserError
 
 
 def check_column(name: str, available: Iterable[str], *, key: str, where: str) -> None:
-    """Raises `UserError` unless `name`, the value of config key `key`, is a column of `where`."""
+    """Raise `UserError` unless `name`, the value of data.source.`key`, is a column of `where`."""
     names = list(available)
     if name in names:
         return
@@ -15,6 +15,6 @@ def check_column(name: str, available: Iterable[str], *, key: str, where: str) -
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(names) or "none"
     raise UserError(
-        f"{where} has no column {name!r}: {hint}Its columns are {listed}; "
-        f"name one of them with data.source.{key}."
+        f"{where} has no column {name!r}: {hint}its columns are {listed}; "
+        f"set data.source.{key} to one of them."
     )

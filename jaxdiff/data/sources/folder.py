@@ -1,4 +1,4 @@
-"""A folder of images, in the Hugging Face convention or with a text file beside each image."""
+"""A folder of images, in the Hugging Face layout or with a text file per image."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _METADATA = "metadata.jsonl"
 
 
 class _Entry(NamedTuple):
-    """One image of the folder; `captions` is None where a text file beside it holds them."""
+    """One image; `captions` is None where they are in its text file."""
 
     file: str
     captions: list[str] | None
@@ -28,16 +28,14 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Images under the folder `path` (local or `gs://`), in one of two layouts.
+    """Images in the folder `path` (local or `gs://`) and below it.
 
-    With a `metadata.jsonl` in the folder, each line names an image (`file_name`, relative to
-    the folder) and gives its caption, or a list of captions, under the key `caption`. Without,
-    every image in the folder and below it has a `.txt` of the same name beside it, each
-    non-empty line of which is a caption. With a `prompt`, that is the caption of every image in
-    and below the folder, and neither is read.
+    With a `metadata.jsonl`, each line names an image (`file_name`, relative to the folder) and has
+    its caption or list of captions under the key `caption`. Otherwise each image has a `.txt` file
+    of the same name with one caption per non-empty line. With a `prompt`, that is the caption of
+    every image, and neither is read.
 
-    An image or caption that turns out unreadable raises `RecordError`; a folder that cannot
-    be used as a whole raises `UserError`.
+    An unreadable image or caption raises `RecordError`, an unusable folder `UserError`.
     """
 
     path: str
@@ -61,9 +59,9 @@ class ImageFolder:
         return {"image": image, "captions": captions, "name": str(file)}
 
     def check(self) -> None:
-        """Raises `UserError` for a folder that is missing or empty, or that has no captions.
+        """Raise `UserError` if the folder is missing, empty or without captions.
 
-        Text files beside images are looked for, but are read only with their records.
+        Checks that text files exist; they are read with their records.
         """
         _ = self._entries
 
@@ -73,7 +71,7 @@ class ImageFolder:
         if not root.is_dir():
             raise UserError(
                 f"The image folder {self.path} does not exist: "
-                "the path in data.source must be that of a folder of images."
+                "set data.source.path to a folder of images."
             )
         if self.prompt is not None:
             images = sorted(f for f in files_below(root) if is_image(f))
@@ -82,11 +80,11 @@ class ImageFolder:
             entries = self._listed(root / _METADATA)
             self._check_files(root, entries)
         else:
-            entries = self._beside_texts(root)
+            entries = self._with_text_files(root)
         if not entries:
             raise UserError(
-                f"The folder {self.path} holds no images: expected {_METADATA}, "
-                f"or files ending in {', '.join(sorted(_IMAGES))} with a .txt beside each."
+                f"The folder {self.path} contains no images: expected {_METADATA}, "
+                f"or files ending in {', '.join(sorted(_IMAGES))} with a .txt file each."
             )
         return entries
 
@@ -103,7 +101,7 @@ class ImageFolder:
         if rows and not any(text.strip() for entry in entries for text in entry.captions or ()):
             raise UserError(
                 f"All captions in {metadata} under {self.caption!r} are missing or empty: "
-                "write some, or name another key with data.source.caption."
+                "add some, or set data.source.caption to another key."
             )
         return entries
 
@@ -113,7 +111,7 @@ class ImageFolder:
             if not line.strip():
                 continue
             try:
-                # A caption that is not UTF-8 spoils its own record, not the whole file.
+                # A caption that is not UTF-8 invalidates its own record, not the whole file.
                 row = json.loads(line.decode(errors="surrogateescape"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{where} is not JSON ({error}): correct that line.") from error
@@ -130,42 +128,42 @@ class ImageFolder:
             str(PurePosixPath(folder) / file.name)
             for folder in folders
             if (root / folder).is_dir()
-            for file in (root / folder).iterdir()  # one listing is cheaper than many look-ups
+            for file in (root / folder).iterdir()  # one listing is cheaper than many stats
         }
         missing = [entry.file for entry in entries if entry.file not in there]
         if missing:
             raise UserError(
-                f"{_METADATA} in {self.path} names {len(missing)} of {len(entries)} files that "
+                f"{len(missing)} of {len(entries)} files named by {_METADATA} in {self.path} "
                 f"do not exist, among them {', '.join(missing[:3])}: "
                 "add them, or remove their lines."
             )
 
-    def _beside_texts(self, root: epath.Path) -> list[_Entry]:
+    def _with_text_files(self, root: epath.Path) -> list[_Entry]:
         files = set(files_below(root))
         images = sorted(f for f in files if is_image(f))
         if images and not any(str(PurePosixPath(f).with_suffix(".txt")) in files for f in images):
             raise UserError(
                 f"The images in {self.path} have no captions: write a {_METADATA} with the keys "
-                f'"file_name" and "{self.caption}", or a .txt file beside each image.'
+                f'"file_name" and "{self.caption}", or a .txt file for each image.'
             )
         return [_Entry(file, None) for file in images]
 
 
 def is_image(file: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """Whether a file's name has the suffix of an image."""
     return PurePosixPath(file).suffix.lower() in _IMAGES
 
 
 def _texts(value: Any) -> list[str]:
-    """The captions in a metadata value, which is one caption, a list of them, or missing."""
+    """The captions in a metadata value: a string, a list, or None."""
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
 
 
 def _inside(file_name: str, where: str) -> str:
-    """`file_name` in its plainest form; raises `UserError` where it leaves the folder."""
+    """Normalise `file_name`; raise `UserError` if it is outside the folder."""
     path = PurePosixPath(file_name)
-    # A drive or a UNC name is absolute on Windows whatever the machine that reads this.
+    # Windows drives and UNC names count as absolute on every platform.
     absolute = path.is_absolute() or PureWindowsPath(file_name).anchor or "://" in file_name
     if absolute or ".." in path.parts or ".." in PureWindowsPath(file_name).parts:
         raise UserError(

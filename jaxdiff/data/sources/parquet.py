@@ -1,12 +1,10 @@
-"""Captioned images in Parquet files, in the Hugging Face convention."""
+"""Captioned images in Parquet files, in the Hugging Face layout."""
 
 import bisect
-import dataclasses
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,22 +12,21 @@ from etils import epath
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.files import data_files
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parquet:
+class Parquet(PickledFields):
     """The rows of the Parquet file, glob or folder `path` (local or `gs://`).
 
     Column `image` is a struct of `bytes` (an encoded file) and `path`, or plain bytes; column
     `caption` is a string or a list of strings.
 
-    Rows are read by whole row groups, the unit that Parquet decodes. Each process keeps up to
-    `cache_mb` megabytes of them, so shuffled reading is fast where a host's share of the data
-    fits, and re-reads a row group for nearly every image where it does not: for more data,
-    write small row groups, or use ArrayRecord.
+    Rows are read in whole row groups, the unit that Parquet decodes. Each process caches up to
+    `cache_mb` megabytes of them. Shuffled reading is fast if a host's part of the data fits;
+    otherwise nearly every image re-reads a row group: write small ones, or use ArrayRecord.
     """
 
     path: str
@@ -44,24 +41,20 @@ class Parquet:
         group, row = self._row_groups.locate(index)
         name = self._row_groups.name(group, row)
         try:
-            images, captions = self._row_groups.read(group)
-            image, caption = images[row].as_py(), captions[row].as_py()
+            table = self._row_groups.read(group)
+            image, caption = (table.column(c)[row].as_py() for c in (self.image, self.caption))
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise RecordError(f"{name}: {error}") from error
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
-            raise RecordError(f"{name}: its image holds no bytes")
+            raise RecordError(f"{name}: its image has no bytes")
         texts = caption if isinstance(caption, list) else [caption]
         return {"image": data, "captions": [t for t in texts if t is not None], "name": name}
 
     def check(self) -> None:
-        """Raises `UserError` for missing files, missing columns, or no rows at all."""
+        """Raise `UserError` for missing files, missing columns, or no rows."""
         if len(self) == 0:
-            raise UserError(f"The Parquet files at {self.path} hold no rows: expected images.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: each process opens its own files and fills its own cache."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            raise UserError(f"The Parquet files at {self.path} contain no rows: expected images.")
 
     @cached_property
     def _row_groups(self) -> "_RowGroups":
@@ -79,14 +72,14 @@ class Parquet:
             image = image.field("bytes").type
         if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
             raise UserError(
-                f"Column {self.image!r} of {file} holds {image}: "
+                f"Column {self.image!r} of {file} has type {image}: "
                 "data.source.image must name a column of encoded images."
             )
         if pa.types.is_list(caption) or pa.types.is_large_list(caption):
             caption = caption.value_type
         if not (pa.types.is_string(caption) or pa.types.is_large_string(caption)):
             raise UserError(
-                f"Column {self.caption!r} of {file} holds {caption}: "
+                f"Column {self.caption!r} of {file} has type {caption}: "
                 "data.source.caption must name a column of text."
             )
 
@@ -98,12 +91,12 @@ def _metadata(file: epath.Path) -> pq.FileMetaData:
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{file} cannot be read as Parquet ({error}): "
-            "data.source.path must lead to Parquet files alone."
+            "data.source.path must select Parquet files only."
         ) from error
 
 
 class _RowGroups:
-    """The row groups of many files as one list, with a cache of those read last."""
+    """The row groups of all files, with a cache of the most recently read ones."""
 
     def __init__(
         self, files: list[tuple[epath.Path, pq.FileMetaData]], columns: list[str], cache_bytes: int
@@ -113,28 +106,28 @@ class _RowGroups:
         self._columns = columns
         self._cache_bytes = cache_bytes
         self._groups = [(f, g) for f, (_, m) in enumerate(files) for g in range(m.num_row_groups)]
-        self.starts = [0]  # the index of each group's first row; at the end, that of all rows
+        self.starts = [0]  # index of each group's first row; last, the number of rows
         for f, g in self._groups:
             self.starts.append(self.starts[-1] + files[f][1].row_group(g).num_rows)
-        self._cache: OrderedDict[int, tuple[pa.ChunkedArray, pa.ChunkedArray]] = OrderedDict()
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The group of row `index`, and its place in that group."""
+        """The group of row `index`, and the row's index in the group."""
         if not 0 <= index < self.starts[-1]:
             raise IndexError(index)
         group = bisect.bisect_right(self.starts, index) - 1
         return group, index - self.starts[group]
 
     def name(self, group: int, row: int) -> str:
-        """Where a row lies: its file, and its number there from 0."""
+        """A row's file, and its index in the file."""
         f, g = self._groups[group]
         return f"{self._names[f]} row {self.starts[group] - self.starts[group - g] + row}"
 
-    def read(self, group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """The columns of one group."""
-        with self._lock:  # threads that want the same group wait for one read of it
+    def read(self, group: int) -> pa.Table:
+        """Image and caption columns of one group."""
+        with self._lock:  # concurrent requests for a group read it once
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
@@ -143,13 +136,8 @@ class _RowGroups:
             with path.open("rb") as opened:
                 file = pq.ParquetFile(opened, metadata=metadata)
                 table = file.read_row_group(g, columns=self._columns, use_threads=False)
-            columns = (table.column(self._columns[0]), table.column(self._columns[1]))
-            self._cache[group] = columns
-            self._cached_bytes += _nbytes(columns)
+            self._cache[group] = table
+            self._cached_bytes += table.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= _nbytes(self._cache.popitem(last=False)[1])
-            return columns
-
-
-def _nbytes(columns: tuple[pa.ChunkedArray, pa.ChunkedArray]) -> int:
-    return columns[0].nbytes + columns[1].nbytes
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            return table

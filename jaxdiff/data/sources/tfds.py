@@ -1,6 +1,5 @@
-"""Prepared TensorFlow Datasets, read by index and without TensorFlow."""
+"""Prepared TensorFlow Datasets, with random access and without TensorFlow."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,21 +9,21 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TFDS:
+class TFDS(PickledFields):
     """One split of a data set that was prepared with `file_format=array_record`.
 
-    `name` is a TFDS name (`coco_captions`, `oxford_flowers102:2.1.1`), looked up in `data_dir`,
-    or the folder of one prepared version. `split` may be a slice such as `train[:90%]`.
+    `name` is a TFDS name (`coco_captions`, `oxford_flowers102:2.1.1`) in `data_dir`, or the folder
+    of one prepared version. `split` may be a slice such as `train[:90%]`.
 
-    `image` and `caption` are feature keys, `/` between levels (`captions/text`). A caption is a
-    text, a sequence of texts, or a class label; a label's name, underscores read as spaces,
-    takes the place of `{}` in `template`.
+    `image` and `caption` are feature keys, with `/` between levels (`captions/text`). A caption is
+    a text, a sequence of texts, or a class label, whose name, with underscores replaced by spaces,
+    is inserted at `{}` in `template`.
     """
 
     name: str
@@ -47,22 +46,18 @@ class TFDS:
         return {"image": _lookup(example, self.image), "captions": captions, "name": name}
 
     def check(self) -> None:
-        """Raises `UserError` for data that are missing, in another format, or of other keys."""
-        _ = self._examples  # opens the data, which tells an empty split too
+        """Raise `UserError` if the data are missing, in another format, or lack the keys."""
+        _ = self._examples  # opens the data; fails for an empty split
         if self.template.count("{}") != 1:
             raise UserError(
-                f"The caption template {self.template!r} must hold {{}} once, for the label's "
+                f"The caption template {self.template!r} must contain {{}} once, for the label's "
                 'name: set data.source.template to something like "a photo of a {}".'
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: each process opens its own files."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @cached_property
     def _examples(self) -> Any:
         self._check_features()
-        decoders: Any = tfds.decode.SkipDecoding()  # the transforms decode, with their limit
+        decoders: Any = tfds.decode.SkipDecoding()  # the transforms decode, with a size limit
         for key in reversed(self.image.split("/")):
             decoders = {key: decoders}
         try:
@@ -71,7 +66,7 @@ class TFDS:
             raise self._unreadable(error) from error
 
     @cached_property
-    def _builder(self) -> Any:  # its decorators hide its types
+    def _builder(self) -> Any:  # untyped, because of decorators
         try:
             if (epath.Path(self.name) / "dataset_info.json").exists():
                 return tfds.builder_from_directory(self.name)
@@ -84,7 +79,7 @@ class TFDS:
         return UserError(
             f"Split {self.split} of the TensorFlow data set {self.name} cannot be read "
             f"({reason}): prepare it with `tfds build --file_format=array_record`, and set "
-            "data.source.data_dir to where it lies."
+            "data.source.data_dir to its folder."
         )
 
     @cached_property
@@ -96,7 +91,7 @@ class TFDS:
             check_column(value, self._features, key=key, where=self.name)
         if not isinstance(self._features[self.image], tfds.features.Image):
             raise UserError(
-                f"Feature {self.image!r} of {self.name} is no image: "
+                f"Feature {self.image!r} of {self.name} is not an image: "
                 "data.source.image must name a feature of type Image."
             )
         if not isinstance(
@@ -104,7 +99,7 @@ class TFDS:
         ):
             raise UserError(
                 f"Feature {self.caption!r} of {self.name} is neither text nor a class label: "
-                "data.source.caption must name one that is."
+                "data.source.caption must name such a feature."
             )
 
     def _captions(self, value: Any) -> list[str]:
@@ -123,7 +118,7 @@ def _lookup(example: Any, key: str) -> Any:
 
 
 def _flat(feature: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a feature tree by key; a sequence counts as what it is a sequence of."""
+    """The leaves of a feature tree by key; a sequence counts as its element."""
     if isinstance(feature, tfds.features.Sequence):
         yield from _flat(feature.feature, prefix)
     elif isinstance(feature, tfds.features.FeaturesDict):

@@ -1,4 +1,4 @@
-"""Captioned images in tar files, in the convention of WebDataset."""
+"""Captioned images in tar files, in the WebDataset format."""
 
 import json
 import tarfile
@@ -17,8 +17,8 @@ from jaxdiff.data.sources.folder import is_image
 from jaxdiff.errors import UserError
 
 
-class _Part(NamedTuple):
-    """Where a file lies in its archive."""
+class _Member(NamedTuple):
+    """The position of a file in its archive."""
 
     suffix: str
     start: int
@@ -26,22 +26,22 @@ class _Part(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """The files of one key: those whose paths are the same up to the first dot of their name."""
+    """The files of one key: the path up to the first dot of the file's name."""
 
     tar: int
     key: str
-    image: _Part
-    text: _Part | None
+    image: _Member
+    text: _Member | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WebDataset:
     """The samples of the tar file, glob or folder `path` (local or `gs://`).
 
-    A sample is an image with, under the same name up to its first dot, a `.txt`, each non-empty
-    line of which is a caption, or a `.json` whose key `caption` has one or a list of them. The
-    headers are read once, to find where each file lies; records are then read where they are, and
-    nothing is unpacked. For a run on many hosts make ArrayRecord of it first.
+    A sample is an image and, with the same name up to the first dot, a `.txt` file with one caption
+    per non-empty line, or a `.json` file with a caption or a list of captions under the key
+    `caption`. Headers are read once to index the archives; records are read in place, without
+    unpacking. For runs on many hosts, convert to ArrayRecord first.
     """
 
     path: str
@@ -55,7 +55,7 @@ class WebDataset:
         tar = self._tars[sample.tar]
         name = f"{tar}/{sample.key}{sample.image.suffix}"
         if sample.text is None:
-            raise RecordError(f"{name}: there is no .txt or .json of that name with a caption")
+            raise RecordError(f"{name}: it has no .txt or .json file with a caption")
         try:
             with tar.open("rb") as file:
                 file.seek(sample.image.start)
@@ -63,16 +63,16 @@ class WebDataset:
                 file.seek(sample.text.start)
                 text = file.read(sample.text.size)
             captions = self._captions(sample.text.suffix, text)
-        except (OSError, ValueError) as error:  # of UTF-8 or of JSON, too
+        except (OSError, ValueError) as error:  # ValueError: invalid UTF-8 or JSON
             raise RecordError(f"{name}: {error}") from error
         return {"image": image, "captions": captions, "name": name}
 
     def check(self) -> None:
-        """Raises `UserError` for tars that are missing, damaged, without images or captions."""
+        """Raise `UserError` if the tar files are missing, damaged, or without captioned images."""
         if not any(sample.text for sample in self._samples):
             raise UserError(
-                f"The tar files at {self.path} hold no captioned images: expected files such as "
-                "0001.jpg with 0001.txt or 0001.json beside them."
+                f"The tar files at {self.path} contain no captioned images: expected files such as "
+                "0001.jpg together with 0001.txt or 0001.json."
             )
 
     def _captions(self, suffix: str, text: bytes) -> list[str]:
@@ -92,32 +92,33 @@ class WebDataset:
 
 
 def _samples(number: int, tar: epath.Path) -> Iterator[_Sample]:
-    """Those that have an image, in the order of the archive."""
-    parts: dict[str, dict[str, _Part]] = {}
+    """The samples of a tar file that have an image, in archive order."""
+    members: dict[str, dict[str, _Member]] = {}
     try:
         with tar.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
-                if member.isfile():  # no links, which may lead anywhere
+                if member.isfile():  # no links, which may point outside
                     path = _inside(member.name, tar)
                     stem, dot, rest = path.name.partition(".")
-                    part = _Part(dot + rest, member.offset_data, member.size)
-                    parts.setdefault(str(path.parent / stem), {})[part.suffix.lower()] = part
+                    key, suffix = str(path.parent / stem), dot + rest
+                    found = _Member(suffix, member.offset_data, member.size)
+                    members.setdefault(key, {})[suffix.lower()] = found
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{tar} cannot be read as a tar file ({error}): data.source.path must lead to whole "
-            "tar files, not compressed ones, alone."
+            f"{tar} cannot be read as a tar file ({error}): data.source.path must select complete, "
+            "uncompressed tar files only."
         ) from error
-    for key, found in parts.items():
-        images = [p for end, p in found.items() if end.count(".") == 1 and is_image(f"x{end}")]
+    for key, files in members.items():
+        images = [m for end, m in files.items() if end.count(".") == 1 and is_image(f"x{end}")]
         if images:
-            yield _Sample(number, key, images[0], found.get(".txt") or found.get(".json"))
+            yield _Sample(number, key, images[0], files.get(".txt") or files.get(".json"))
 
 
 def _inside(name: str, tar: epath.Path) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(
-            f"{tar} holds {name!r}, a path that leads out of the archive: expected names inside "
-            "it; do not trust that file."
+            f"{tar} contains {name!r}, a path outside the archive: expected relative paths "
+            "without '..'; do not use this file."
         )
     return path

@@ -1,1 +1,1 @@
-"""OpenMoji drawings of people at work."""
+"""OpenMoji emoji with captions; people at work are scored."""

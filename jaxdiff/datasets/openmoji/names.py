@@ -1,7 +1,7 @@
-"""What the drawings of OpenMoji show: names in plain English, and the people at work.
+"""Captions of emoji in plain English, and the attributes of people at work.
 
-The package `emoji` carries the Unicode names ("woman_firefighter_dark_skin_tone"), from which
-the captions are made here by rules.
+Rules turn the Unicode names in the package `emoji` ("woman_firefighter_dark_skin_tone") into
+captions.
 """
 
 import re
@@ -39,12 +39,12 @@ _FEATURE = re.compile(rf"({_PERSON}) ((?:red|curly|white|blond) hair|beard|bald)
 _COUPLE = re.compile(rf"(couple with heart|kiss) ({_PERSON}) ({_PERSON})")
 _FAMILY = re.compile(r"family((?: (?:man|woman|boy|girl|adult|child))+)")
 
-# Names that begin so are of one thing even where they end in s ("man lifting weights"), ...
+# Names with these beginnings are singular even if they end in s ("man lifting weights") ...
 _ONE = ("man ", "woman ", "person ", "face ")
-# ... of several, or have their article already.
+# ... or plural; the latter, and couples, take no article.
 _NOT_ONE = ("men ", "women ", "people ", "hands ", "palms ")
 _COUPLED = re.compile(rf"a ({_PERSON}) and a ")
-# A vowel by its sound, not by its letter, at the beginning of a name.
+# Names that begin with the sound of a vowel.
 _AN = re.compile(r"(?!one|uni|u\.|ewe|euro)[aeiou]|hourglass|x-ray|sos|ng ")
 _AFTER_HEAD = re.compile(r" (?:with|of|in|on|at|and|over|under|behind|facing|showing|without) ")
 _NO_ARTICLE = re.compile(
@@ -66,7 +66,7 @@ _THE_COUNTRY = re.compile(r"u\.s\. |u(nited|\.k\.)|.*(islands|territor(y|ies)|la
 
 
 class Worker(NamedTuple):
-    """A person at work; a drawing without skin tone is yellow, its `tone` None."""
+    """A person at work; an emoji without skin tone is yellow, and its `tone` is None."""
 
     profession: str
     gender: str
@@ -74,11 +74,11 @@ class Worker(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination is kept out of training: a sixth of those with a tone.
+        """Whether this combination is excluded from training: a sixth of those with a tone.
 
-        The rule is a Latin square over the places of the words in the tuples above, so that
-        every pair of profession, gender and tone is still seen in training. Men and persons go
-        together: in nine of the professions they are one and the same drawing.
+        The rule is a Latin square over the indices of the words in the tuples above: training
+        contains every pair of profession, gender and tone. Men and persons are held out together,
+        because their emoji are identical in nine of the professions.
         """
         if self.tone is None:
             return False
@@ -87,7 +87,7 @@ class Worker(NamedTuple):
 
 
 def worker(name: str) -> Worker | None:
-    """Who is at work under an emoji's `name`; None where it names no profession."""
+    """The person at work that an emoji's `name` describes; None without a profession."""
     rest, tones = _without_tones(_plain(name))
     match = _WORKER.fullmatch(rest)
     if match is None:
@@ -96,16 +96,16 @@ def worker(name: str) -> Worker | None:
 
 
 def captions(name: str, *, flag: bool) -> list[str]:
-    """Captions in lower case, without and with an article, for the emoji called `name`.
+    """Captions of the emoji `name` in lower case, without and with an article.
 
-    `flag` says that the drawing is the flag of what `name` names.
+    With `flag`, the emoji is the flag of the country `name`.
     """
     plain = _plain(name)
     if flag:
         country = f"the {plain}" if _THE_COUNTRY.match(plain) else plain
         return [f"flag of {country}", f"the flag of {country}", f"a drawing of a flag, {country}"]
     rest, tones = _without_tones(plain)
-    if not rest:  # a swatch of the tone itself
+    if not rest:  # a swatch of the skin tone
         return [plain, f"a {plain}"]
     phrase = _phrase(rest)
     skin = _skin(tones, phrase)
@@ -139,7 +139,7 @@ def _skin(tones: list[str], phrase: str) -> str:
 
 
 def _phrase(rest: str) -> str:
-    """The name's words in the order in which a person would say them."""
+    """The name's words in the order of spoken English."""
     if match := _FEATURE.fullmatch(rest):
         who, what = match.groups()
         if what == "bald":

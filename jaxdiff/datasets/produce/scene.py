@@ -1,10 +1,10 @@
-"""Scenes of fruit and vegetables: what is in a picture, and which combinations are held out.
+"""Scenes of fruit and vegetables: their contents, and the combinations that are held out.
 
-Held-out rule: kind number k (its place in `KINDS`) in colour number c (its place in `COLOURS`) is
-held out where c = (k + 4) mod 6. That is one colour for each kind, never the colour in which the
-kind ripens, and no training scene contains such a pair: blue bananas, purple tomatoes, red pea
-pods, orange peas, yellow carrots, green aubergines, blue pears, purple peppers, red lemons and
-orange strawberries.
+Held-out rule: the kind with index k in `KINDS` and the colour with index c in `COLOURS` are held
+out if c = (k + 4) mod 6. This is one colour per kind, never the colour of the ripe fruit, and no
+training scene contains such a combination: blue bananas, purple tomatoes, red pea pods, orange
+peas, yellow carrots, green aubergines, blue pears, purple peppers, red lemons and orange
+strawberries.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class Item:
 class Scene:
     """One item, alone at a `position` or `count` times; or two items in a `relation`.
 
-    The relation is that of the first item to the second. `position` is set for a lone object only.
+    The relation is that of the first item to the second. `position` is set for single objects only.
     """
 
     items: tuple[Item, ...]
@@ -77,12 +77,12 @@ class Scene:
 
 
 def held_out(kind: Kind, colour: Colour) -> bool:
-    """Whether this combination is kept out of training (the rule is stated in the module)."""
+    """Whether this combination is excluded from training; see the module's docstring."""
     return COLOURS.index(colour) == (KINDS.index(kind) + 4) % len(COLOURS)
 
 
 def allowed_in_training(scene: Scene) -> bool:
-    """Whether none of the scene's items is held out."""
+    """Whether the scene has no held-out item."""
     return not any(held_out(item.kind, item.colour) for item in scene.items)
 
 
@@ -90,13 +90,13 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def draw_item(
+def sample_item(
     rng: np.random.Generator,
     split: Split,
     sizes: tuple[Size, ...] = SIZES,
     not_kind: Kind | None = None,
 ) -> Item:
-    """A random item whose kind and colour belong to the split."""
+    """Sample an item whose kind and colour belong to the split."""
     kinds: list[Kind] = [k for k in KINDS if k != not_kind]
     kind = _pick(rng, kinds)
     wanted = split == "held_out"
@@ -105,19 +105,19 @@ def draw_item(
     return Item(kind=kind, colour=colour, size=_pick(rng, sizes), stem=bool(rng.integers(2)))
 
 
-def draw_single(rng: np.random.Generator, split: Split) -> Scene:
-    """One object at a random position."""
-    return Scene(items=(draw_item(rng, split),), position=_pick(rng, POSITIONS))
+def sample_single(rng: np.random.Generator, split: Split) -> Scene:
+    """Sample one object at a random position."""
+    return Scene(items=(sample_item(rng, split),), position=_pick(rng, POSITIONS))
 
 
-def draw_group(rng: np.random.Generator, split: Split) -> Scene:
-    """Two or three alike: three are small, two are small or medium, so that all have room."""
+def sample_group(rng: np.random.Generator, split: Split) -> Scene:
+    """Sample two or three equal objects; three are small, two small or medium, so that they fit."""
     count = int(rng.integers(2, 4))
-    return Scene(items=(draw_item(rng, split, SIZES[: 4 - count]),), count=count)
+    return Scene(items=(sample_item(rng, split, SIZES[: 4 - count]),), count=count)
 
 
-def draw_pair(rng: np.random.Generator, split: Split) -> Scene:
-    """Two objects of different kinds in a relation; of a held-out pair, the first is held out."""
-    first = draw_item(rng, split, SIZES[:2])
-    second = draw_item(rng, "train", SIZES[:2], not_kind=first.kind)
+def sample_pair(rng: np.random.Generator, split: Split) -> Scene:
+    """Sample two objects of different kinds in a relation; the first one belongs to `split`."""
+    first = sample_item(rng, split, SIZES[:2])
+    second = sample_item(rng, "train", SIZES[:2], not_kind=first.kind)
     return Scene(items=(first, second), relation=_pick(rng, RELATIONS))

@@ -1,7 +1,7 @@
-"""Scores pictures of drawn scenes by how many of the prompted attributes a reader finds in them.
+"""Score images of scenes by the prompted attributes that a rule-based detector finds in them.
 
-A score says little alone: the ceiling is that of true drawings of the same scenes,
-`chance` what the pictures score against the scenes shifted by half of their number.
+For reference, the ceiling is the score of rendered scenes, and `chance` that of images against
+other prompts.
 """
 
 from collections.abc import Sequence
@@ -10,31 +10,33 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxdiff.datasets.produce.attribute_detector import ATTRIBUTES, check, read
+from jaxdiff.datasets.produce.attribute_detector import ATTRIBUTES, detect, match_attributes
 from jaxdiff.datasets.produce.rendering import render
-from jaxdiff.datasets.produce.scene import Scene, Split, draw_pair, draw_single
+from jaxdiff.datasets.produce.scene import Scene, Split, sample_pair, sample_single
 
-SEED = 20_240_611  # far from any training seed
-SIZE = 64  # pixels: the side of the pictures that `read` knows, and of no others
+SEED = 20_240_611  # differs from all training seeds
+SIZE = 64  # pixels: the only image size that `detect` supports
 
 
 def evaluation_scenes(
     n: int, split: Split, kind: Literal["single", "two"] = "single"
 ) -> list[Scene]:
-    """The same `n` scenes at every call; of "two" held-out scenes, the first item is held out."""
-    draw = draw_single if kind == "single" else draw_pair
+    """The first `n` of a fixed sequence of scenes; in held-out pairs the first item is held out."""
+    sample = sample_single if kind == "single" else sample_pair
     seeds = (SEED, split == "held_out", kind == "two")
-    return [draw(np.random.default_rng((*seeds, i)), split) for i in range(n)]
+    return [sample(np.random.default_rng((*seeds, i)), split) for i in range(n)]
 
 
-def score(
+def score_scenes(
     images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """The share of scenes whose attribute is read back from their image (uint8), and of "joint".
+    """The fraction of images, uint8, that show each attribute of their scene, and all ("joint").
 
-    An attribute that some scenes lack is averaged over those that have it.
+    An attribute is averaged over the scenes that have it.
     """
-    found = [check(scene, read(image)) for image, scene in zip(images, scenes, strict=True)]
+    found = [
+        match_attributes(scene, detect(image)) for image, scene in zip(images, scenes, strict=True)
+    ]
     return {
         name: float(np.mean([one[name] for one in found if name in one]))
         for name in (*ATTRIBUTES, "joint")
@@ -42,8 +44,8 @@ def score(
     }
 
 
-def true_drawings(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n h w 3"]:
-    """A fresh drawing of each scene, whose score is the ceiling."""
+def render_scenes(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Render each scene; the score of these images is the ceiling."""
     rngs = (np.random.default_rng((SEED, index)) for index in range(len(scenes)))
     return np.stack([render(scene, rng, SIZE) for scene, rng in zip(scenes, rngs, strict=True)])
 
@@ -51,9 +53,6 @@ def true_drawings(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n h w 3"]:
 def chance(
     images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """What the images score against the prompts shifted by half of their number.
-
-    So none of two or more meets its own scene.
-    """
+    """The score of images against scenes rolled by half their number, none (of n > 1) its own."""
     order = np.roll(np.arange(len(scenes)), max(1, len(scenes) // 2)).tolist()
-    return score(images, [scenes[i] for i in order])
+    return score_scenes(images, [scenes[i] for i in order])

@@ -1,7 +1,7 @@
-"""The drawn data set: scenes of fruit and vegetables with captions in plain English.
+"""Produce: rendered scenes of fruit and vegetables with captions in plain English.
 
-Everything is drawn on demand from (seed, split, index). Which combinations of kind and colour are
-held out of training is stated in `jaxdiff.datasets.produce.scene`.
+Records are rendered on demand from (seed, split, index). `jaxdiff.datasets.produce.scene` states
+the combinations of kind and colour that are held out of training.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from jaxdiff.datasets.produce.scene import (
     Kind,
     Scene,
     Split,
-    draw_group,
-    draw_pair,
-    draw_single,
+    sample_group,
+    sample_pair,
+    sample_single,
 )
 from jaxdiff.errors import UserError
 
-# The colour that "ripe" stands for, where there is one; "unripe" then stands for green.
+# The colour that "ripe" means; for these kinds "unripe" means green.
 RIPE: dict[Kind, str] = {
     "banana": "yellow",
     "tomato": "red",
@@ -54,21 +54,21 @@ COUNT_WORDS = {2: "two", 3: "three"}
 
 @dataclass(frozen=True, kw_only=True)
 class Produce:
-    """Drawn scenes by index, as {"image": uint8 [size, size, 3], "captions", "name"}.
+    """Rendered scenes, as {"image": uint8 [size, size, 3], "captions", "name"}.
 
-    The training split mixes single objects, two or three alike (`group_share`) and pairs in a
-    relation (`pair_share`); no scene in it holds a held-out combination. The held-out split has
-    single objects in held-out combinations only. Captions leave things out, as people do; a
-    `full_share` of them names every attribute. A record is a function of (seed, split, index).
+    The training split mixes single objects, two or three equal objects (`group_fraction`) and pairs
+    in a relation (`pair_fraction`), without held-out combinations. The held-out split has single
+    objects in held-out combinations only. Captions omit attributes at random, except for a
+    `full_fraction` that names all. A record is a function of (seed, split, index).
     """
 
     split: Split = "train"
     size: int = 64
     length: int = 200_000
     seed: int = 0
-    group_share: float = 0.15
-    pair_share: float = 0.3
-    full_share: float = 0.0
+    group_fraction: float = 0.15
+    pair_fraction: float = 0.3
+    full_fraction: float = 0.0
     captions_per_image: int = 2
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Produce:
     def __getitem__(self, index: int, /) -> Record:
         scene, rng = self._scene(index)
         captions = [
-            caption(scene, rng, full=self.full_share > 0 and rng.random() < self.full_share)
+            caption(scene, rng, full=self.full_fraction > 0 and rng.random() < self.full_fraction)
             for _ in range(self.captions_per_image)
         ]
         return {
@@ -87,37 +87,26 @@ class Produce:
         }
 
     def scene(self, index: int) -> Scene:
-        """What record `index` shows."""
+        """The scene that record `index` shows."""
         return self._scene(index)[0]
 
     def check(self) -> None:
-        """Raises `UserError` for settings that nothing can be drawn by, or an empty split."""
-        if self.size < 32:
+        """Raise `UserError` if a field is out of range."""
+        for name, least in (("size", 32), ("length", 1), ("seed", 0), ("captions_per_image", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"data.source.{name} is {getattr(self, name)}: expected at least {least}."
+                )
+        fractions = (self.group_fraction, self.pair_fraction)
+        if not (min(fractions) >= 0 and sum(fractions) <= 1):
             raise UserError(
-                f"Produce cannot draw at size {self.size}: it needs at least 32 pixels; "
-                "set a size of 64."
+                f"data.source.group_fraction is {self.group_fraction} and pair_fraction "
+                f"{self.pair_fraction}: expected fractions that sum to at most 1."
             )
-        if self.length < 1:
+        if not 0 <= self.full_fraction <= 1:
             raise UserError(
-                f"Produce has length {self.length}, which leaves nothing to train on; "
-                "set a length of at least 1."
-            )
-        if self.seed < 0:
-            raise UserError(f"Produce has seed {self.seed}: set a seed of at least 0.")
-        shares = (self.group_share, self.pair_share)
-        if not (min(shares) >= 0 and sum(shares) <= 1):
-            raise UserError(
-                f"Produce has group_share {self.group_share} and pair_share {self.pair_share}: "
-                "set shares from 0 to 1 that sum to at most 1."
-            )
-        if not 0 <= self.full_share <= 1:
-            raise UserError(
-                f"Produce has full_share {self.full_share}: set a share of captions from 0 to 1."
-            )
-        if self.captions_per_image < 1:
-            raise UserError(
-                f"Produce has captions_per_image {self.captions_per_image}, which leaves images "
-                "without a caption: set at least 1."
+                f"data.source.full_fraction is {self.full_fraction}: expected a fraction from 0 "
+                "to 1."
             )
 
     def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
@@ -125,15 +114,15 @@ class Produce:
             raise IndexError(f"index {index} is outside 0..{self.length - 1}")
         rng = np.random.default_rng((self.seed, self.split == "held_out", index))
         form = rng.random()
-        if self.split == "held_out" or form >= self.group_share + self.pair_share:
-            return draw_single(rng, self.split), rng
-        if form < self.group_share:
-            return draw_group(rng, self.split), rng
-        return draw_pair(rng, self.split), rng
+        if self.split == "held_out" or form >= self.group_fraction + self.pair_fraction:
+            return sample_single(rng, self.split), rng
+        if form < self.group_fraction:
+            return sample_group(rng, self.split), rng
+        return sample_pair(rng, self.split), rng
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
-    """One of the many ways to describe the scene; what it leaves out, unless `full`, is free."""
+    """Sample a description of the scene; unless `full`, it may omit attributes."""
 
     def pick(options) -> str:
         return options[rng.integers(len(options))]
@@ -150,7 +139,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> st
 
 
 def full_caption(scene: Scene) -> str:
-    """The caption that names every attribute, always in the same words."""
+    """The caption that names every attribute, with fixed wording."""
     phrases = [
         _phrase(
             item.kind,
@@ -190,7 +179,7 @@ def _colour_word(item: Item, rng: np.random.Generator) -> str:
 
 
 def _phrase(kind: Kind, words: list[str], stem: str, count: int) -> str:
-    """E.g. ("pea", ["small", "green"], "with", 2) gives "two small green peas with stems"."""
+    """Maps e.g. ("pea", ["small", "green"], "with", 2) to "two small green peas with stems"."""
     noun = kind if count == 1 else _plural(kind)
     text = " ".join([*words, noun])
     if count > 1:

@@ -264,7 +264,7 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     assert "line 3: The mask large.png is 64x64, not 32x32" in told
     assert "line 4: The image a.png is 32x32, not 64x64" in told
     assert "line 5:" in told
-    assert "is no readable image" in told
+    assert "is not a readable image" in told
     out = tmp_path / "out"
     assert [line["row"] for line in manifest(out)] == [0, 1]
     drawn = np.asarray(Image.open(out / "0000-a-small-red-pea.png"))

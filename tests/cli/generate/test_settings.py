@@ -139,7 +139,7 @@ def test_a_picture_is_upright_and_white_where_it_is_transparent(tmp_path):
 
 def test_an_input_is_known_by_its_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="no readable image"):
+    with pytest.raises(UserError, match="not a readable image"):
         open_input(tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot be read"):
         open_input(tmp_path / "missing.png")

@@ -29,7 +29,7 @@ def _write_raw(path, data):
     writer.close()
 
 
-def test_what_is_written_is_read_back_across_shards(tmp_path):
+def test_records_round_trip_across_files(tmp_path):
     assert write_array_record(str(tmp_path / "a.array_record-0"), _records(0, 3)) == 3
     write_array_record(str(tmp_path / "a.array_record-1"), _records(3, 7))
     source = ArrayRecord(path=str(tmp_path))
@@ -43,18 +43,18 @@ def test_pixels_survive_the_encoding():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"]))), pixels)
 
 
-def test_what_stops_a_write_is_raised_and_leaves_no_file(tmp_path):
+def test_an_exception_while_writing_leaves_no_file(tmp_path):
     def broken():
         yield from _records(0, 2)
-        raise OSError("the source is gone")
+        raise OSError("source not found")
 
-    with pytest.raises(OSError, match="the source is gone"):
+    with pytest.raises(OSError, match="source not found"):
         write_array_record(str(tmp_path / "a.array_record"), broken())
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [1000, 10_000_000])  # told at the end, and in the middle
-def test_a_full_disk_is_told_and_leaves_the_file_that_was_there(tmp_path, size):
+@pytest.mark.parametrize("size", [1000, 10_000_000])  # fails on closing, and while writing
+def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path, size):
     path = tmp_path / "a.array_record"
     write_array_record(str(path), _records(0, 2))
     noise = np.random.default_rng(0).bytes(size)
@@ -62,7 +62,7 @@ def test_a_full_disk_is_told_and_leaves_the_file_that_was_there(tmp_path, size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"a\.array_record cannot be written .*make room"):
+        with pytest.raises(UserError, match=r"a\.array_record cannot be written .*free some space"):
             write_array_record(str(path), records)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -70,10 +70,10 @@ def test_a_full_disk_is_told_and_leaves_the_file_that_was_there(tmp_path, size):
     assert len(ArrayRecord(path=str(path))) == 2
 
 
-def test_records_of_another_encoding_are_told(tmp_path):
+def test_records_of_another_encoding_are_refused(tmp_path):
     _write_raw(tmp_path / "x.array_record", b"a record of something else")
     source = ArrayRecord(path=str(tmp_path))
-    with pytest.raises(UserError, match="hold no captioned images"):
+    with pytest.raises(UserError, match="contain no captioned images"):
         source.check()
     with pytest.raises(RecordError, match="record 0"):
         _ = source[0]
@@ -88,13 +88,13 @@ def test_damaged_records_are_bad(tmp_path, damage):
         _ = ArrayRecord(path=str(tmp_path))[0]
 
 
-def test_file_of_another_kind_is_told(tmp_path):
+def test_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "x.array_record").write_bytes(b"short")
     with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
         ArrayRecord(path=str(tmp_path)).check()
 
 
-def test_missing_and_empty_are_told(tmp_path):
+def test_missing_and_empty_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ArrayRecord(path=str(tmp_path / "none")).check()
     write_array_record(str(tmp_path / "x.array_record"), [])

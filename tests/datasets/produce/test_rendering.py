@@ -1,4 +1,4 @@
-"""What is drawn is what the scene says, apart and inside the frame, the same for the same key."""
+"""Rendered images show their scene, with separate objects inside the image, deterministically."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from jaxdiff.datasets.produce.scene import (
     SIZES,
     Item,
     Scene,
-    draw_group,
-    draw_pair,
+    sample_group,
+    sample_pair,
 )
 
 
-def lone(kind="pear", colour="red", size="medium", stem=False, position="centre"):
+def single(kind="pear", colour="red", size="medium", stem=False, position="centre"):
     item = Item(kind=kind, colour=colour, size=size, stem=stem)
     return Scene(items=(item,), position=position)
 
@@ -38,8 +38,8 @@ def longest_extent(mask):
     return np.ptp(along, axis=0).max() + 1
 
 
-def test_same_key_draws_the_same_picture_and_another_key_does_not():
-    first, again, other = (render(lone(), np.random.default_rng(seed)) for seed in (1, 1, 2))
+def test_rendering_is_a_function_of_the_seed():
+    first, again, other = (render(single(), np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
@@ -47,7 +47,7 @@ def test_same_key_draws_the_same_picture_and_another_key_does_not():
 @pytest.mark.parametrize("kind", KINDS)
 def test_longest_extent_follows_the_size_for_every_kind(kind):
     for size in SIZES:
-        scene = lone(kind=kind, size=size)
+        scene = single(kind=kind, size=size)
         extents = [
             longest_extent(body_of(render(scene, np.random.default_rng(seed)))) for seed in range(5)
         ]
@@ -58,16 +58,16 @@ def test_longest_extent_follows_the_size_for_every_kind(kind):
 def test_only_stems_are_dark(colour):
     for kind in KINDS:
         for size in SIZES:
-            bare = render(lone(kind, colour, size), np.random.default_rng(3))
-            stemmed = render(lone(kind, colour, size, stem=True), np.random.default_rng(3))
+            bare = render(single(kind, colour, size), np.random.default_rng(3))
+            stemmed = render(single(kind, colour, size, stem=True), np.random.default_rng(3))
             assert not dark_of(bare).any()
             assert dark_of(stemmed).sum() >= 15
 
 
-def test_a_lone_object_lies_at_its_position():
+def test_a_single_object_is_at_its_position():
     expected = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
     for position in POSITIONS:
-        image = render(lone(position=position), np.random.default_rng(5))
+        image = render(single(position=position), np.random.default_rng(5))
         y, x = ndimage.center_of_mass(body_of(image))
         offset = np.array([x, y]) - 31.5
         np.testing.assert_allclose(
@@ -75,10 +75,10 @@ def test_a_lone_object_lies_at_its_position():
         )
 
 
-def test_objects_stay_apart_and_inside():
+def test_objects_are_separate_and_inside_the_image():
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        scene = (draw_pair, draw_group)[seed % 2](rng, "train")
+        scene = (sample_pair, sample_group)[seed % 2](rng, "train")
         mask = body_of(render(scene, rng))
         parts, count = ndimage.label(mask)
         large = sum((parts == i).sum() >= 15 for i in range(1, count + 1))
@@ -87,9 +87,9 @@ def test_objects_stay_apart_and_inside():
         assert frame.sum() <= 2
 
 
-def test_pictures_scale_with_their_size():
-    small = render(lone(), np.random.default_rng(4), 64)
-    large = render(lone(), np.random.default_rng(4), 128)
+def test_images_scale_with_their_size():
+    small = render(single(), np.random.default_rng(4), 64)
+    large = render(single(), np.random.default_rng(4), 128)
     assert large.shape == (128, 128, 3)
     halved = large.reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert np.abs(halved - small).mean() < 2

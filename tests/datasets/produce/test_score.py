@@ -1,4 +1,4 @@
-"""Scores lie between the chance of shifted prompts and the ceiling of true drawings."""
+"""Scores lie between the chance of rolled prompts and the ceiling of rendered scenes."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from jaxdiff.datasets.produce.scene import allowed_in_training
 from jaxdiff.datasets.produce.score import (
     chance,
     evaluation_scenes,
-    score,
-    true_drawings,
+    render_scenes,
+    score_scenes,
 )
 from jaxdiff.datasets.produce.source import Produce
 
@@ -23,21 +23,21 @@ def test_scenes_are_the_same_at_every_call_and_of_their_split():
     assert evaluation_scenes(20, "held_out") != training
 
 
-def test_true_drawings_score_like_the_ceiling_and_blank_ones_nothing():
+def test_rendered_scenes_reach_the_ceiling_and_blank_images_score_0():
     scenes = evaluation_scenes(40, "held_out")
     images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-    assert score(images, scenes)["joint"] >= 0.95
-    assert score(true_drawings(scenes), scenes)["joint"] >= 0.95
+    assert score_scenes(images, scenes)["joint"] >= 0.95
+    assert score_scenes(render_scenes(scenes), scenes)["joint"] >= 0.95
     by_chance = chance(images, scenes)
     assert by_chance["joint"] < 0.2
     assert by_chance["kind"] < 0.5
-    blank = score(np.full((40, 64, 64, 3), 240, np.uint8), scenes)
+    blank = score_scenes(np.full((40, 64, 64, 3), 240, np.uint8), scenes)
     assert set(blank.values()) == {0.0}
 
 
 def test_only_attributes_of_the_scenes_are_reported():
     single, two = (
-        score(true_drawings(scenes), scenes)
+        score_scenes(render_scenes(scenes), scenes)
         for scenes in (evaluation_scenes(4, "train", kind) for kind in ("single", "two"))
     )
     assert "position" in single
@@ -47,8 +47,8 @@ def test_only_attributes_of_the_scenes_are_reported():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_no_picture_meets_its_own_scene_by_chance(count):
+def test_chance_never_uses_an_images_own_scene(count):
     scenes = evaluation_scenes(count, "train")
     images = [render(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-    assert score(images, scenes)["joint"] == 1.0
+    assert score_scenes(images, scenes)["joint"] == 1.0
     assert chance(images, scenes)["joint"] == 0.0

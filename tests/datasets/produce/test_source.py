@@ -1,4 +1,4 @@
-"""The drawn data set: random access, captions that tell the truth, held-out combinations."""
+"""Produce: random access, correct captions, held-out combinations."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from jaxdiff.datasets.produce.scene import (
     Item,
     Scene,
     allowed_in_training,
-    draw_group,
-    draw_pair,
-    draw_single,
     held_out,
+    sample_group,
+    sample_pair,
+    sample_single,
 )
 from jaxdiff.datasets.produce.source import RIPE, SIZE_WORDS, Produce, caption, full_caption
 from jaxdiff.errors import UserError
@@ -29,7 +29,7 @@ def test_a_record_depends_on_seed_split_and_index_alone():
         assert (other["image"] != first[7]["image"]).any()
 
 
-def test_a_record_has_the_shape_of_a_record():
+def test_records_have_image_captions_and_name():
     source: Source = Produce(length=3)
     record = source[2]
     assert record["image"].shape == (64, 64, 3)
@@ -49,22 +49,22 @@ def test_one_colour_of_each_kind_is_held_out_and_never_its_ripe_one():
     assert held_out("banana", "blue")  # stated in the docstring
 
 
-def test_no_training_scene_holds_a_held_out_combination():
+def test_no_training_scene_has_a_held_out_combination():
     train, rest = Produce(), Produce(split="held_out")
     assert all(allowed_in_training(train.scene(i)) for i in range(600))
     assert not any(allowed_in_training(rest.scene(i)) for i in range(100))
     assert all(len(rest.scene(i).items) == rest.scene(i).count == 1 for i in range(100))
 
 
-def test_the_mix_of_scenes_is_as_asked():
-    source = Produce(group_share=0.2, pair_share=0.5)
+def test_the_mix_of_scenes_follows_the_fractions():
+    source = Produce(group_fraction=0.2, pair_fraction=0.5)
     scenes = [source.scene(i) for i in range(700)]
     assert np.mean([scene.count > 1 for scene in scenes]) == pytest.approx(0.2, abs=0.07)
     assert np.mean([len(scene.items) == 2 for scene in scenes]) == pytest.approx(0.5, abs=0.07)
 
 
 def test_captions_name_the_kind_and_never_a_wrong_attribute():
-    source = Produce(pair_share=0.0, group_share=0.0)
+    source = Produce(pair_fraction=0.0, group_fraction=0.0)
     for i in range(60):
         item = source.scene(i).items[0]
         for text in source[i]["captions"]:
@@ -81,8 +81,8 @@ def test_captions_name_the_kind_and_never_a_wrong_attribute():
             assert item.stem or "with" not in words
 
 
-def test_captions_leave_attributes_out_as_often_as_stated():
-    source = Produce(pair_share=0.0, group_share=0.0)
+def test_captions_omit_attributes_at_the_stated_rates():
+    source = Produce(pair_fraction=0.0, group_fraction=0.0)
     texts = [caption(source.scene(i), np.random.default_rng((2, i))) for i in range(400)]
     said = np.mean(["stem" in text for text in texts])
     coloured = np.mean([bool(set(t.split()) & {*COLOURS, "ripe", "unripe"}) for t in texts])
@@ -90,8 +90,8 @@ def test_captions_leave_attributes_out_as_often_as_stated():
     assert coloured == pytest.approx(0.85, abs=0.06)
 
 
-def test_a_share_of_the_captions_names_all_that_there_is():
-    source = Produce(pair_share=0.0, group_share=0.0, length=200, full_share=0.5)
+def test_a_fraction_of_the_captions_is_full():
+    source = Produce(pair_fraction=0.0, group_fraction=0.0, length=200, full_fraction=0.5)
     texts = [text for i in range(200) for text in source[i]["captions"]]
 
     def is_full(text):
@@ -102,7 +102,7 @@ def test_a_share_of_the_captions_names_all_that_there_is():
 
     by_chance = 0.75 * 0.85 * 0.75 * 0.7
     assert np.mean([is_full(t) for t in texts]) == pytest.approx(0.5 + 0.5 * by_chance, abs=0.08)
-    every = dataclasses.replace(source, full_share=1.0)
+    every = dataclasses.replace(source, full_fraction=1.0)
     assert all(is_full(text) for i in range(50) for text in every[i]["captions"])
 
 
@@ -115,9 +115,9 @@ def test_the_vocabulary_is_small_and_captions_are_short():
     assert not any(" a a" in f" {text}" or " a o" in f" {text}" for text in texts)
 
 
-def test_full_captions_tell_different_scenes_apart():
-    for draw in (draw_single, draw_group, draw_pair):
-        scenes = {draw(np.random.default_rng(i), "train") for i in range(200)}
+def test_full_captions_of_different_scenes_differ():
+    for sample in (sample_single, sample_group, sample_pair):
+        scenes = {sample(np.random.default_rng(i), "train") for i in range(200)}
         assert len({full_caption(scene) for scene in scenes}) == len(scenes)
 
 
@@ -141,19 +141,19 @@ def test_full_captions_read_as_english():
         {"size": 8},
         {"length": 0},
         {"seed": -1},
-        {"group_share": -0.1},
-        {"pair_share": 1.1},
-        {"pair_share": float("nan")},
-        {"group_share": 0.6, "pair_share": 0.6},
+        {"group_fraction": -0.1},
+        {"pair_fraction": 1.1},
+        {"pair_fraction": float("nan")},
+        {"group_fraction": 0.6, "pair_fraction": 0.6},
         {"captions_per_image": 0},
-        {"full_share": 1.5},
+        {"full_fraction": 1.5},
     ],
 )
-def test_settings_that_cannot_work_are_refused_early(settings):
+def test_fields_out_of_range_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         Produce(**settings).check()
 
 
-def test_the_shares_may_leave_no_single_object():
-    Produce(group_share=0.4, pair_share=0.6).check()
-    Produce(group_share=0.0, pair_share=1.0).check()
+def test_the_fractions_may_exclude_single_objects():
+    Produce(group_fraction=0.4, pair_fraction=0.6).check()
+    Produce(group_fraction=0.0, pair_fraction=1.0).check()
