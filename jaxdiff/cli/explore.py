@@ -19,7 +19,7 @@ from jaxdiff.explore.spaces import (
     read_clip,
     read_records,
 )
-from jaxdiff.explore.tsne import neighbour_map
+from jaxdiff.explore.tsne import tsne
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.pretrained.load import make_folder, read_config
@@ -154,7 +154,7 @@ def _axes(
     for i, share in enumerate(shares, 1):
         name = f"principal component {i}, {share:.0%} of the variance"
         axes.append(_learned(f"pc{i}", name, components[:, i - 1], records.captions))
-    for i, values in enumerate(neighbour_map(vectors).T, 1):
+    for i, values in enumerate(tsne(vectors).T, 1):
         axes.append(_learned(f"near{i}", "what is alike lies close", values, records.captions))
     return axes
 
