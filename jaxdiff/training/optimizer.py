@@ -1,8 +1,8 @@
-"""AdamW and Muon, with weight decay and gradient clipping, and the schedules of the learning rate.
+"""AdamW and Muon with weight decay and gradient clipping, and learning-rate schedules.
 
-A schedule gives the factor on the learning rate at each update: it rises linearly over
-`warmup_steps` updates, holds or falls, and is a small frozen dataclass with one method,
-`factor(step, total_steps)`. Steps are counted from 0 and may be traced.
+A schedule is a small frozen dataclass with one method, `factor(step, total_steps)`: the factor on
+the learning rate at update `step`, counted from 0, which may be traced. It is a linear warm-up
+times one of optax's schedules.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdiff.errors import UserError
 
-Step = int | Int[Array, ""]
+StepCount = int | Int[Array, "..."]
 
-_RMS_OF_ADAM = 0.2  # of its updates over the learning rate, from 0.2 to 0.4 in practice
+_RMS_OF_ADAM = 0.2  # RMS of Adam's updates over the learning rate: 0.2 to 0.4 in practice
 
 
-def _check_schedule(name: str, warmup_steps: int, **shares: float) -> None:
+def _check_schedule(name: str, warmup_steps: int, **fractions: float) -> None:
     if warmup_steps < 0:
         raise UserError(f"{name}: warmup_steps must be 0 or more; got {warmup_steps}.")
-    for field, value in shares.items():
+    for field, value in fractions.items():
         if not 0 <= value <= 1:
             raise UserError(f"{name}: {field} must be from 0 to 1; got {value}.")
 
 
-def _warmup(step: Step, warmup_steps: int) -> Float[Array, ""]:
-    """(step + 1) / warmup_steps up to 1, so that the first update already moves."""
+def _warmup(step: StepCount, warmup_steps: int) -> Float[Array, "..."]:
+    """(step + 1) / warmup_steps, at most 1: unlike optax's warm-ups not 0 at first."""
     return jnp.minimum(1.0, (jnp.float32(step) + 1) / max(warmup_steps, 1))
 
 
@@ -43,7 +43,7 @@ class ConstantLR:
     def __post_init__(self):
         _check_schedule("ConstantLR", self.warmup_steps)
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The factor on the learning rate at update `step` of `total_steps`."""
         return _warmup(step, self.warmup_steps)
 
@@ -58,28 +58,28 @@ class CosineLR:
     def __post_init__(self):
         _check_schedule("CosineLR", self.warmup_steps, final=self.final)
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
-        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
-        falling = max(total_steps - self.warmup_steps, 1)
-        done = jnp.clip((jnp.float32(step) - self.warmup_steps) / falling, 0, 1)
-        cosine = (1 + jnp.cos(jnp.pi * done)) / 2
-        return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * cosine)
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
+        """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
+        decay_steps = max(total_steps - self.warmup_steps, 1)
+        decay = optax.cosine_decay_schedule(1.0, decay_steps, alpha=self.final)
+        after_warmup = jnp.maximum(jnp.float32(step) - self.warmup_steps, 0)
+        return _warmup(step, self.warmup_steps) * decay(after_warmup)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Warm-up, then a factor of 1, then a fall to `final` (Hu et al. 2024, section 4).
+    """Warm-up, then a factor of 1, then a decay to `final` (Hu et al. 2024, section 4).
 
     Attributes:
-      warmup_steps: updates of linear rise.
-      decay_share: the share of all updates, at the end, over which the factor falls.
-      decay: the shape of the fall: "linear", or "sqrt" for 1 - sqrt(share done) (Hägele et al.
-        2024, section 3).
-      final: the factor at the end.
+      warmup_steps: updates of linear increase.
+      decay_fraction: fraction of all updates, at the end, over which the factor decays.
+      decay: shape of the decay over its progress p in [0, 1]: "linear" for 1 - p, or "sqrt" for
+        1 - sqrt(p) (Hägele et al. 2024, section 3).
+      final: factor at the end.
     """
 
     warmup_steps: int = 1000
-    decay_share: float = 0.2
+    decay_fraction: float = 0.2
     decay: Literal["linear", "sqrt"] = "sqrt"
     final: float = 0.0
 
@@ -87,15 +87,16 @@ class WarmupStableDecay:
         _check_schedule(
             "WarmupStableDecay",
             self.warmup_steps,
-            decay_share=self.decay_share,
+            decay_fraction=self.decay_fraction,
             final=self.final,
         )
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
-        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
-        falling = max(self.decay_share * total_steps, 1)
-        done = jnp.clip((jnp.float32(step) - (total_steps - falling)) / falling, 0, 1)
-        left = 1 - (jnp.sqrt(done) if self.decay == "sqrt" else done)
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
+        """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
+        steps = max(round(self.decay_fraction * total_steps), 1)
+        left = optax.linear_schedule(1.0, 0.0, steps, total_steps - steps)(jnp.float32(step))
+        if self.decay == "sqrt":
+            left = 1 - jnp.sqrt(1 - left)
         return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * left)
 
 
@@ -150,7 +151,7 @@ class AdamW:
                 f"{self.clip_norm}."
             )
 
-    def learning_rate_at(self, step: Step, total_steps: int) -> Float[Array, ""]:
+    def learning_rate_at(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The learning rate of update `step`, counted from 0, of a run of `total_steps`."""
         return self.learning_rate * self.schedule.factor(step, total_steps)
 

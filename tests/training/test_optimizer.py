@@ -156,11 +156,11 @@ def test_weight_decay_shrinks_kernels_and_nothing_else():
         (CosineLR(warmup_steps=20), {0: 0.05, 19: 1, 20: 1, 60: 0.5, 100: 0, 120: 0}),
         (CosineLR(warmup_steps=0, final=0.1), {0: 1, 50: 0.55, 100: 0.1}),
         (
-            WarmupStableDecay(warmup_steps=10, decay_share=0.4, decay="linear", final=0.2),
+            WarmupStableDecay(warmup_steps=10, decay_fraction=0.4, decay="linear", final=0.2),
             {4: 0.5, 10: 1, 60: 1, 80: 0.6, 100: 0.2},
         ),
         (
-            WarmupStableDecay(warmup_steps=10, decay_share=0.4, decay="sqrt"),
+            WarmupStableDecay(warmup_steps=10, decay_fraction=0.4, decay="sqrt"),
             {4: 0.5, 60: 1, 70: 0.5, 100: 0},
         ),
     ],
@@ -191,7 +191,7 @@ def test_the_update_uses_the_learning_rate_that_is_reported():
         lambda: AdamW(clip_norm=0.0),
         lambda: Muon(momentum=1.0),
         lambda: CosineLR(final=1.5),
-        lambda: WarmupStableDecay(decay_share=2.0),
+        lambda: WarmupStableDecay(decay_fraction=2.0),
         lambda: ConstantLR(warmup_steps=-1),
     ],
 )
