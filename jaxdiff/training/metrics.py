@@ -6,14 +6,14 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import IO, Any
 
 import jax
 import numpy as np
 from etils import epath
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
@@ -258,18 +258,19 @@ class Throughput:
 
 
 class Progress:
-    """Step, loss, images/s and time left: a live line on a terminal, a line now and then in a log.
+    """Step, loss, images/s and time left: a live line on a terminal, occasional lines in a log.
 
-    A context manager. Only process 0 shows anything. An update costs microseconds: a terminal is
-    drawn by another thread, a few times a second.
+    A context manager. Only process 0 shows anything. An update costs microseconds: another thread
+    refreshes the terminal a few times a second. The time left follows from the last 1000 updates,
+    the first excluded, which waited for the compilation.
 
     Args:
       total: steps of the whole run.
       start: steps taken before.
-      unit: what is counted.
+      unit: name of what is counted.
       every: seconds between lines where there is no terminal; the last step always has one.
-      console: where to write; standard output unless given.
-      clock: seconds.
+      console: where to write; standard output by default.
+      clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -282,31 +283,33 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._start, self._every, self._clock = total, start, every, clock
-        self._unit = unit
+        self._every, self._clock = every, clock
         self._console = console or Console()
         self._active = jax.process_index() == 0
-        self._first: tuple[int, float] | None = None
         self._printed_at = -math.inf
         self._shown: dict[str, str] = {}
-        self._bar: Bar | None = None
+        self._bar = rich_progress.Progress(
+            rich_progress.BarColumn(bar_width=20),
+            rich_progress.TextColumn(
+                "{task.description} {task.completed}/{task.total}", markup=False
+            ),
+            rich_progress.TextColumn("{task.fields[shown]}", markup=False),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("left"),
+            console=self._console,
+            get_time=clock,
+            refresh_per_second=4,
+            speed_estimate_period=math.inf,
+        )
+        self._bar.add_task(unit, total=total, completed=start, shown="")
 
     def __enter__(self) -> "Progress":
         if self._active and self._console.is_terminal:
-            bar = Bar(
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}", markup=False),
-                console=self._console,
-                refresh_per_second=4,
-            )
-            line = self._line(self._start, self._clock())
-            self._task = bar.add_task(line, total=self._total, completed=self._start)
-            bar.start()
-            self._bar = bar
+            self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar is not None:
+        if self._bar.live.is_started:
             self._bar.stop()
 
     def update(
@@ -317,38 +320,31 @@ class Progress:
         images_per_s: float | None = None,
         noise: float | None = None,
     ) -> None:
-        """Shows that `step` steps have been taken; what is None stays as it was last shown.
+        """Show that `step` steps have been taken; values that are None stay as last shown.
 
         Args:
           step: of the whole run.
-          loss: of a late step.
+          loss: of a recent step.
           images_per_s: likewise.
-          noise: the highest noise of the curriculum's present level, in [0, 1].
+          noise: the highest noise of the curriculum's current level, in [0, 1].
         """
         if not self._active:
             return
-        now = self._clock()
-        self._first = self._first or (step, now)  # later than the compilation
         if loss is not None:
             self._shown["loss"] = f"loss {loss:.4g}"
         if images_per_s is not None:
             self._shown["rate"] = f"{images_per_s:,.1f} images/s"
         if noise is not None:
             self._shown["noise"] = f"noise <= {noise:.0%}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._line(step, now))
-        elif now - self._printed_at >= self._every or step >= self._total:
-            self._printed_at = now
-            self._console.print(
-                self._line(step, now), highlight=False, markup=False, soft_wrap=True
-            )
-
-    def _line(self, step: int, now: float) -> str:
-        parts = [f"{self._unit} {step}/{self._total}"]
-        parts += [self._shown[part] for part in ("loss", "rate", "noise") if part in self._shown]
-        first_step, first_time = self._first or (step, now)
-        if step > first_step:
-            left = (self._total - step) * (now - first_time) / (step - first_step)
-            hours, minutes = divmod(round(left) // 60, 60)
-            parts.append(f"{hours}:{minutes:02}:{round(left) % 60:02} left")
-        return "  ".join(parts)
+        shown = [self._shown[name] for name in ("loss", "rate", "noise") if name in self._shown]
+        (task,) = self._bar.tasks
+        self._bar.update(task.id, completed=step, shown="  ".join(shown))
+        now = self._clock()
+        due = task.finished or now - self._printed_at >= self._every
+        if self._console.is_terminal or not due:
+            return
+        self._printed_at = now
+        line = [f"{task.description} {task.completed}/{task.total}", *shown]
+        if task.time_remaining is not None:
+            line.append(f"{timedelta(seconds=task.time_remaining)} left")
+        self._console.print("  ".join(line), highlight=False, markup=False, soft_wrap=True)
