@@ -1,21 +1,6 @@
 """Model FLOPs of training, for each thing that can be trained."""
 
-from jaxdiff.benchmark.flops import (
-    clip_text_flops,
-    clip_vision_flops,
-    decode_flops,
-    dit_flops,
-    encode_flops,
-    three_passes,
-    tiny_encode_flops,
-    unet2d_condition_flops,
-    unet_flops,
-)
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.flops import forward_backward_flops
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 from jaxdiff.training.tasks.clip import ClipTask
@@ -42,41 +27,32 @@ def training_flops(
     features of its caption were, so that no text encoder is.
     """
     if isinstance(task, ClipTask):
-        return three_passes(clip_text_flops(task.model.text) + clip_vision_flops(task.model.vision))
+        return forward_backward_flops(task.model.text.flops() + task.model.vision.flops())
     if isinstance(task, AutoencoderTask):
-        sides = {"height": size, "width": size}
-        total = encode_flops(task.model, **sides) + decode_flops(task.model, **sides)
+        total = task.model.encode_flops(size, size) + task.model.decode_flops(size, size)
         # The tower sees the image, and the reconstruction there and back.
-        seen = 3 * clip_vision_flops(task.perceptual.model) if task.perceptual else 0.0
-        return three_passes(total) + seen
+        seen = 3 * task.perceptual.model.flops() if task.perceptual else 0.0
+        return forward_backward_flops(total) + seen
     denoiser = denoiser_flops(task, size)
     # Adapters and a new word need the gradient of what a layer reads, not that of its kernel.
-    total = 2 * denoiser if task.denoiser_is_frozen else three_passes(denoiser)
+    total = 2 * denoiser if task.denoiser_is_frozen else forward_backward_flops(denoiser)
     for tower in () if read else task.towers.values():
-        text = clip_text_flops(tower.model)
-        if tower.trained or task.inversion is not None:
-            total += three_passes(text) if tower.trained and tower.lora is None else 2 * text
+        text = tower.model.flops()
+        if tower.trained and tower.lora is None:
+            total += forward_backward_flops(text)
+        elif tower.trained or task.inversion is not None:
+            total += 2 * text
         else:
             total += text
-    match task.latents and not encoded and task.latents.model:
-        case AutoencoderConfig() as model:
-            total += encode_flops(model, height=size, width=size)
-        case TinyAutoencoderConfig() as model:
-            total += tiny_encode_flops(model, height=size, width=size)
+    if task.latents and not encoded:
+        total += task.latents.model.encode_flops(size, size)
     return total
 
 
 def denoiser_flops(task: DiffusionTask, size: int) -> float:
     """Of one evaluation of a task's denoiser for one image of side `size`, in pixels."""
     height, width, _ = task.shape(size, size)
-    seen = {"height": height, "width": width, "text_length": task.text.model.length}
-    match task.denoiser:
-        case DiTConfig():
-            return dit_flops(task.denoiser, **seen)
-        case UNetConfig():
-            return unet_flops(task.denoiser, **seen)
-        case UNet2DConditionConfig():
-            return unet2d_condition_flops(task.denoiser, **seen)
+    return task.denoiser.flops(height, width, task.text.model.length)
 
 
 def recomputed_flops(task: DiffusionTask | AutoencoderTask | ClipTask, size: int) -> float:

@@ -10,8 +10,13 @@ v4 Jouppi et al. 2023 (arXiv 2304.01433), for the inference chip v4i Jouppi et a
 GPUs NVIDIA's data sheets.
 """
 
+import functools
+import time
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
 
 from jaxdiff.errors import UserError
 
@@ -128,3 +133,33 @@ def chip_of(device: Device) -> Chip:
             f"of {known}; add the maker's figures to jaxdiff/distributed/chips.py."
         )
     return chip
+
+
+def peak_flops(device: Device) -> float | None:
+    """Peak FLOP/s of one device, the denominator of model FLOP utilisation.
+
+    For an accelerator this is the data sheet's dense bfloat16 figure, or None if it is not in the
+    table. A CPU is measured at the first call in a process, which takes about a second: the best of
+    three float32 products of 2048 x 2048 matrices, divided by its number of devices. Other load on
+    the machine at that time lowers it.
+    """
+    if device.platform == "cpu":
+        return _measured_cpu_flops() / jax.local_device_count("cpu")
+    chip = find_chip(device.device_kind)
+    return chip.flops if chip else None
+
+
+@functools.cache
+def _measured_cpu_flops() -> float:
+    size = 2048
+    product = jax.jit(jnp.dot)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        x = jnp.ones((size, size), jnp.float32)
+        product(x, x).block_until_ready()  # compiles
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            return time.perf_counter() - start
+
+        return 2 * size**3 / min(seconds() for _ in range(3))

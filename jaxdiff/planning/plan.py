@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image, recomputed_flops
+from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import MeshConfig, Slice, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError

@@ -15,11 +15,11 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.benchmark.flops import peak_flops
 from jaxdiff.benchmark.task_flops import flops_per_image
 from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import Ballot, by_lead, from_host, is_lead, total
 from jaxdiff.distributed.sharding import replicated, state_shardings

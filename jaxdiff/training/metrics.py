@@ -189,8 +189,8 @@ class Throughput:
 
     Args:
       batch_size: images in a step, over all devices.
-      flops_per_image: model FLOPs of a training step, see `jaxdiff.benchmark.flops`; None reports
-        no utilisation.
+      flops_per_image: model FLOPs of a training step, see `jaxdiff.models.flops`; None reports no
+        utilisation.
       peak_flops: FLOP/s of all devices together; None likewise.
       clock: seconds.
     """

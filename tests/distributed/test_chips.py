@@ -2,9 +2,10 @@
 
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from jaxdiff.distributed.chips import CHIPS, chip_of, find_chip
+from jaxdiff.distributed.chips import CHIPS, chip_of, find_chip, peak_flops
 from jaxdiff.errors import UserError
 
 
@@ -38,3 +39,31 @@ def test_every_figure_has_a_source():
 def test_an_unknown_chip_is_refused():
     with pytest.raises(UserError, match=r"'Tesla T4'.*expected one of TPU v2.*chips\.py"):
         chip_of(SimpleNamespace(platform="gpu", device_kind="Tesla T4"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_an_accelerator_is_its_makers_figure(kind, peak):
+    assert peak_flops(SimpleNamespace(platform="other", device_kind=kind)) == peak
+
+
+def test_the_peak_of_a_cpu_is_measured_once_and_divided_by_its_devices(monkeypatch):
+    first, second = (peak_flops(device) for device in jax.devices("cpu")[:2])
+    assert first == second > 0
+    monkeypatch.setattr(jax, "local_device_count", lambda _: 1)
+    assert peak_flops(jax.devices("cpu")[0]) == pytest.approx(first * len(jax.devices("cpu")))

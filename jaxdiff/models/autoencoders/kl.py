@@ -12,6 +12,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, patchify, unpatchify
 
 NORM_EPSILON = 1e-6
@@ -72,6 +73,41 @@ class AutoencoderConfig:
     def patch_channels(self) -> int:
         """Values in one patch of pixels."""
         return self.patch_size**2 * self.image_channels
+
+    def encode_flops(self, height: int, width: int) -> float:
+        """FLOPs of encoding one image of this size, in pixels, to the moments of z."""
+        widths, moments = self.block_out_channels, 2 * self.latent_channels
+        area = height * width // self.patch_size**2
+        total = conv_flops(3, self.patch_channels, widths[0], area)
+        for i, outputs in enumerate(widths):
+            total += residual_block_flops(widths[max(i - 1, 0)], outputs, area)
+            total += (self.layers_per_block - 1) * residual_block_flops(outputs, outputs, area)
+            if i + 1 < len(widths):
+                area //= 4
+                total += conv_flops(3, outputs, outputs, area)
+        total += self._middle_flops(area) + conv_flops(3, widths[-1], moments, area)
+        return total + (conv_flops(1, moments, moments, area) if self.use_quant_conv else 0.0)
+
+    def decode_flops(self, height: int, width: int) -> float:
+        """FLOPs of decoding z to one image of this size, in pixels."""
+        widths, z = self.block_out_channels[::-1], self.latent_channels
+        area = height * width // self.downsampling**2
+        total = conv_flops(1, z, z, area) if self.use_post_quant_conv else 0.0
+        total += conv_flops(3, z, widths[0], area) + self._middle_flops(area)
+        for i, outputs in enumerate(widths):
+            total += residual_block_flops(widths[max(i - 1, 0)], outputs, area)
+            total += self.layers_per_block * residual_block_flops(outputs, outputs, area)
+            if i + 1 < len(widths):
+                area *= 4
+                total += conv_flops(3, outputs, outputs, area)
+        return total + conv_flops(3, widths[-1], self.patch_channels, area)
+
+    def _middle_flops(self, area: int) -> float:
+        width = self.block_out_channels[-1]
+        total = 2 * residual_block_flops(width, width, area)
+        if self.mid_block_add_attention:
+            total += linear_flops(area, width, 4 * width) + attention_flops(area, area, width)
+        return total
 
 
 class Gaussian(NamedTuple):

@@ -16,6 +16,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Gaussian
 from jaxdiff.models.autoencoders.tiling import Pieces, in_pieces
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.flops import conv_flops
 
 BOUND = 3.0  # latents are squeezed into -BOUND to BOUND before they are decoded
 
@@ -51,6 +52,15 @@ class TinyAutoencoderConfig:
     def downsampling(self) -> int:
         """Pixels to one latent, along each side."""
         return 2 ** (len(self.encoder_blocks) - 1)
+
+    def encode_flops(self, height: int, width: int) -> float:
+        """FLOPs of encoding one image of this size, in pixels."""
+        channels, area, total = self.width, height * width, 0.0
+        for i, count in enumerate(self.encoder_blocks):
+            area = area // 4 if i else area
+            total += conv_flops(3, channels if i else self.image_channels, channels, area)
+            total += 3 * count * conv_flops(3, channels, channels, area)
+        return total + conv_flops(3, channels, self.latent_channels, area)
 
 
 class Block(nnx.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
+from jaxdiff.models.flops import attention_flops, linear_flops
 from jaxdiff.models.layers import (
     Remat,
     TextFeatures,
@@ -76,6 +77,38 @@ class DiTConfig:
     def hidden(self) -> int:
         """Hidden width of the SwiGLU, a multiple of 32 that vector units like."""
         return round(self.width * self.mlp_ratio / 32) * 32
+
+    def flops(self, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
+
+        Args:
+          height: of the image or latents that the denoiser reads.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        d, hidden = self.width, self.hidden
+        patch = self.patch_size**2 * self.channels
+        n = height // self.patch_size * (width // self.patch_size)
+        joint = self.text == "joint"
+        length = n + text_length if joint else n
+
+        block = linear_flops(1, d, 6 * d)  # modulation
+        block += linear_flops(length, d, 4 * d) + attention_flops(length, length, d)
+        block += linear_flops(length, d, 3 * hidden)  # SwiGLU
+        if not joint:  # q and out on the image, k and v on the text
+            block += linear_flops(n, d, 2 * d) + linear_flops(text_length, self.text_width, 2 * d)
+            block += attention_flops(n, text_length, d)
+
+        if self.bottleneck is None:
+            ends = linear_flops(n, patch, d)
+        else:
+            ends = linear_flops(n, patch, self.bottleneck) + linear_flops(n, self.bottleneck, d)
+        ends += linear_flops(1, d, 2 * d)  # time
+        ends += linear_flops(1, self.pooled_width + self.text_width, d)
+        ends += linear_flops(1, d, 2 * d) + linear_flops(n, d, patch)  # final modulation and layer
+        if joint:
+            ends += linear_flops(text_length, self.text_width, d)
+        return self.depth * block + ends
 
 
 def _modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
 
 NORM_EPSILON = 1e-5
@@ -96,6 +97,53 @@ class UNet2DConditionConfig:
     def smallest(self) -> int:
         """Sides of the latents must be multiples of this: any will do."""
         return 1
+
+    def flops(self, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
+
+        Args:
+          height: of the latents; it halves at each level without a remainder.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        widths, time = self.block_out_channels, self.time_width
+        last = len(widths) - 1
+        areas = [height * width // 4**i for i in range(len(widths))]
+
+        def block(inputs: int, level: int) -> float:
+            convolutions = residual_block_flops(inputs, widths[level], areas[level])
+            return convolutions + linear_flops(1, time, widths[level])
+
+        def transformer(level: int, depth: int) -> float:
+            if depth == 0:
+                return 0.0
+            area, d = areas[level], widths[level]
+            attention = linear_flops(area, d, 4 * d) + attention_flops(area, area, d)
+            cross = linear_flops(area, d, 2 * d) + attention_flops(area, text_length, d)
+            cross += linear_flops(text_length, self.cross_attention_dim, 2 * d)
+            mlp = linear_flops(area, d, 8 * d) + linear_flops(area, 4 * d, d)
+            return linear_flops(area, d, 2 * d) + depth * (attention + cross + mlp)
+
+        total = linear_flops(1, widths[0], time) + linear_flops(1, time, time)
+        if self.added_width is not None:
+            total += linear_flops(1, self.added_width, time) + linear_flops(1, time, time)
+        total += conv_flops(3, self.in_channels, widths[0], areas[0])
+        total += conv_flops(3, widths[0], self.out_channels, areas[0])
+        skips, before = [widths[0]], widths[0]
+        for i, d in enumerate(widths):
+            for _ in range(self.layers_per_block):
+                total += block(before, i) + transformer(i, self.transformer_layers[i])
+                skips.append(before := d)
+            if i < last:
+                total += conv_flops(3, d, d, areas[i + 1])
+                skips.append(d)
+        total += 2 * block(before, last) + transformer(last, self.middle_transformer_layers)
+        for i, d in reversed(list(enumerate(widths))):
+            for _ in range(self.layers_per_block + 1):
+                total += block(before + skips.pop(), i) + transformer(i, self.transformer_layers[i])
+                before = d
+            total += conv_flops(3, d, d, areas[i - 1]) if i else 0.0
+        return total
 
 
 class Conditions(NamedTuple):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import (
     Remat,
     TextFeatures,
@@ -73,6 +74,50 @@ class UNetConfig:
     def smallest(self) -> int:
         """Sides of an image must be multiples of this."""
         return self.patch_size * 2 ** (len(self.widths) - 1)
+
+    def flops(self, height: int, width: int, text_length: int) -> float:
+        """FLOPs of one evaluation on one image.
+
+        Args:
+          height: of the image or latents that the denoiser reads.
+          width: likewise.
+          text_length: tokens of the prompt, padding included.
+        """
+        widths, levels, cond = self.widths, len(self.widths), 4 * self.widths[0]
+        areas = [height * width // self.patch_size**2 // 4**i for i in range(levels)]
+        patch = self.patch_size**2 * self.channels
+
+        def block(inputs: int, level: int) -> float:
+            modulation = linear_flops(1, cond, 2 * widths[level])
+            return residual_block_flops(inputs, widths[level], areas[level]) + modulation
+
+        def attention(level: int) -> float:
+            if not self.attention[level]:
+                return 0.0
+            area, d = areas[level], widths[level]
+            projections = linear_flops(area, d, 4 * d) + linear_flops(text_length, d, 2 * d)
+            words = linear_flops(text_length, self.text_width, d)
+            return projections + words + attention_flops(area, area + text_length, d)
+
+        total = 2 * linear_flops(1, cond, cond)
+        total += linear_flops(1, self.pooled_width + self.text_width, cond)
+        total += 2 * linear_flops(areas[0], patch, widths[0])
+        total += linear_flops(areas[0], widths[0], widths[0])
+        skips = [widths[0]]
+        for i, d in enumerate(widths):
+            inputs = [widths[max(i - 1, 0)]] + [d] * (self.blocks - 1)
+            total += sum(block(n, i) for n in inputs) + attention(i)
+            skips += [d] * self.blocks
+            if i + 1 < levels:
+                total += conv_flops(3, d, d, areas[i + 1])
+        total += block(widths[-1], levels - 1) + attention(levels - 1)
+        for i in reversed(range(levels)):
+            before = widths[min(i + 1, levels - 1)]
+            for j in range(self.blocks + (i == 0)):
+                total += block((widths[i] if j else before) + skips.pop(), i)
+            total += attention(i)
+            total += conv_flops(3, widths[i], widths[i], areas[i - 1]) if i else 0.0
+        return total
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):

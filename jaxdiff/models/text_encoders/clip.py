@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops
 from jaxdiff.models.initializers import fan_in_normal, normal
 from jaxdiff.models.layers import Dense, Remat, TextFeatures, scan_blocks, stack_blocks
 
@@ -68,6 +69,10 @@ class ClipTextConfig:
     def __post_init__(self):
         _check_heads("CLIP text tower", self.width, self.heads)
 
+    def flops(self) -> float:
+        """FLOPs of encoding one prompt of `length` tokens, padding included."""
+        return _transformer_flops(self, self.length)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
@@ -102,6 +107,20 @@ class ClipVisionConfig:
                 f"CLIP vision tower: patches of {self.patch_size} do not tile images of "
                 f"{self.image_size}; choose image_size as a multiple of patch_size."
             )
+
+    def flops(self) -> float:
+        """FLOPs of encoding one image of `image_size`."""
+        patches = (self.image_size // self.patch_size) ** 2
+        embedding = conv_flops(self.patch_size, 3, self.width, patches)
+        return embedding + _transformer_flops(self, patches + 1)
+
+
+def _transformer_flops(config: ClipTextConfig | ClipVisionConfig, tokens: int) -> float:
+    """The blocks, and the projection of the pooled token."""
+    d, hidden = config.width, round(config.width * config.mlp_ratio)
+    block = linear_flops(tokens, d, 4 * d) + attention_flops(tokens, tokens, d)
+    block += linear_flops(tokens, d, 2 * hidden)
+    return config.depth * block + linear_flops(1, d, config.projection_dim or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

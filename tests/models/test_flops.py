@@ -1,24 +1,11 @@
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxdiff.benchmark.flops import (
-    clip_text_flops,
-    clip_vision_flops,
-    decode_flops,
-    dit_flops,
-    encode_flops,
-    peak_flops,
-    three_passes,
-    tiny_encode_flops,
-    unet2d_condition_flops,
-    unet_flops,
-)
 from jaxdiff.models import attention
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
@@ -29,6 +16,7 @@ from jaxdiff.models.denoisers.unet_sd import (
     UNet2DConditionModel,
 )
 from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
+from jaxdiff.models.flops import forward_backward_flops
 from jaxdiff.models.layers import TextFeatures, any_rngs
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 
@@ -96,14 +84,14 @@ def counted_denoiser(kind, config, text_length):
 )
 def test_dit_agrees_with_xla(changes):
     config = dataclasses.replace(DIT, **changes)
-    ours = dit_flops(config, height=32, width=48, text_length=64)
+    ours = config.flops(height=32, width=48, text_length=64)
     assert ours == pytest.approx(counted_denoiser(DiT, config, 64), rel=0.03)
 
 
 @pytest.mark.parametrize("changes", [{}, {"blocks": 2, "attention": (True, True)}])
 def test_unet_agrees_with_xla(changes):
     config = dataclasses.replace(UNET, **changes)
-    ours = unet_flops(config, height=32, width=48, text_length=64)
+    ours = config.flops(height=32, width=48, text_length=64)
     assert ours == pytest.approx(counted_denoiser(UNet, config, 64), rel=0.04)
 
 
@@ -120,7 +108,7 @@ def test_stable_diffusions_unet_agrees_with_xla(changes):
         shape(),
         *conditions,
     )
-    ours = unet2d_condition_flops(config, height=16, width=24, text_length=77)
+    ours = config.flops(height=16, width=24, text_length=77)
     assert ours == pytest.approx(xla, rel=0.04)
 
 
@@ -130,7 +118,7 @@ def test_clip_text_agrees_with_xla():
         lambda model, ids: model(ids),
         shape(TEXT.length, dtype=jnp.int32),
     )
-    assert clip_text_flops(TEXT) == pytest.approx(xla, rel=0.03)
+    assert TEXT.flops() == pytest.approx(xla, rel=0.03)
 
 
 def test_clip_vision_agrees_with_xla():
@@ -139,7 +127,7 @@ def test_clip_vision_agrees_with_xla():
         lambda model, images: model(images),
         shape(112, 112, 3),
     )
-    assert clip_vision_flops(VISION) == pytest.approx(xla, rel=0.03)
+    assert VISION.flops() == pytest.approx(xla, rel=0.03)
 
 
 BARE = dict(
@@ -157,7 +145,7 @@ def test_the_tiny_autoencoder_agrees_with_xla():
         lambda model, images: model.encode(images).mean,
         shape(128, 192, 3),
     )
-    assert tiny_encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
+    assert config.encode_flops(height=128, width=192) == pytest.approx(xla, rel=0.04)
 
 
 @pytest.mark.parametrize("changes", [{}, BARE, {"patch_size": 2}], ids=["full", "bare", "patches"])
@@ -165,10 +153,10 @@ def test_autoencoder_agrees_with_xla(changes):
     config = dataclasses.replace(AUTOENCODER, **changes)
     model = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
     xla = counted(model, lambda model, x: model.encode(x).mean, shape(128, 192, 3))
-    assert encode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
+    assert config.encode_flops(height=128, width=192) == pytest.approx(xla, rel=0.04)
     sides = (128 // config.downsampling, 192 // config.downsampling)
     xla = counted(model, lambda model, z: model.decode(z), shape(*sides, 4))
-    assert decode_flops(config, height=128, width=192) == pytest.approx(xla, rel=0.04)
+    assert config.decode_flops(height=128, width=192) == pytest.approx(xla, rel=0.04)
 
 
 def test_a_training_step_costs_three_forward_passes():
@@ -177,40 +165,12 @@ def test_a_training_step_costs_three_forward_passes():
 
     params = [shape(64, 96), shape(96, 32)]
     xla = jax.jit(step).lower(params, shape(512, 64)).cost_analysis()["flops"]
-    assert three_passes(2.0 * 512 * (64 * 96 + 96 * 32)) == pytest.approx(xla, rel=0.03)
+    assert forward_backward_flops(2.0 * 512 * (64 * 96 + 96 * 32)) == pytest.approx(xla, rel=0.03)
 
 
 def test_a_deeper_model_costs_each_block_once_more():
     costs = [
-        dit_flops(dataclasses.replace(DIT, depth=depth), height=32, width=32, text_length=16)
+        dataclasses.replace(DIT, depth=depth).flops(height=32, width=32, text_length=16)
         for depth in (1, 2, 9)
     ]
     assert costs[2] - costs[0] == pytest.approx(8 * (costs[1] - costs[0]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),
-        ("Tesla T4", None),
-    ],
-)
-def test_accelerators_have_their_makers_figure(kind, peak):
-    assert peak_flops(SimpleNamespace(platform="other", device_kind=kind)) == peak
-
-
-def test_a_cpu_is_measured_once_and_shared_by_its_devices(monkeypatch):
-    first, second = (peak_flops(device) for device in jax.devices("cpu")[:2])
-    assert first == second > 0
-    monkeypatch.setattr(jax, "local_device_count", lambda _: 1)
-    assert peak_flops(jax.devices("cpu")[0]) == pytest.approx(first * len(jax.devices("cpu")))
