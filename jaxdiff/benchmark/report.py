@@ -50,7 +50,9 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def report(kind: str, config: Config, options: dict[str, Any], found: Sequence[Measured]) -> dict:
+def make_report(
+    kind: str, config: Config, options: dict[str, Any], found: Sequence[Measured]
+) -> dict:
     """All that is to be known of a benchmark, as JSON takes it."""
     results = {}
     for one in found:
@@ -121,7 +123,7 @@ def _git() -> dict[str, Any]:
         return {}
 
 
-def tell(found: dict) -> str:
+def format_report(found: dict) -> str:
     """A report as text, for people."""
     machine, config = found["hardware"], found["config"]
     devices = f"{machine['devices']} x {machine['device']}"

@@ -6,9 +6,9 @@ import pytest
 from jaxdiff.benchmark.report import (
     Measured,
     compare,
+    format_report,
+    make_report,
     read_report,
-    report,
-    tell,
     write_report,
 )
 from jaxdiff.errors import UserError
@@ -22,7 +22,7 @@ def found(tiny_recipe) -> dict:
         name="jaxdiff", what="step", seconds=times, images=8, figures={"compile_s": 4.0}
     )
     theirs = Measured(name="torch", what="step", seconds=[2 * t for t in times], images=8)
-    return report("train", tiny_recipe(), {"warmup": 1}, [ours, theirs])
+    return make_report("train", tiny_recipe(), {"warmup": 1}, [ours, theirs])
 
 
 def test_a_report_says_what_its_figures_depend_on(found):
@@ -42,7 +42,7 @@ def test_a_report_comes_back_from_its_file(found, tmp_path):
 
 
 def test_the_text_of_a_report_has_the_ratio_to_the_first(found):
-    lines = tell(found).splitlines()
+    lines = format_report(found).splitlines()
     assert any(line.split() == ["ratio", "to", "the", "first", "2.00"] for line in lines)
     assert any(line.startswith("jaxdiff: median 100.00 ms a step") for line in lines)
 

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 import diffusers
 
-from jaxdiff.benchmark import load_against_torch
+from benchmarks import load_against_torch
 from jaxdiff.pretrained import unet
 
 pytestmark = pytest.mark.parity

@@ -6,8 +6,8 @@ torch = pytest.importorskip("torch")
 import jax
 import jax.numpy as jnp
 
+from benchmarks.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.benchmark.synthetic import random_like
-from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs, merge

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.cli.generate.options import file_and_scale
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.generate.options import file_and_scale
 from jaxdiff.io.images import read_text
 from jaxdiff.pipelines.pipeline import load
 

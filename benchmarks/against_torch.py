@@ -1,7 +1,7 @@
 """Times Stable Diffusion 1.5's U-Net beside diffusers', on the same weights, inputs and machine.
 
     pip install torch==2.13.0 && pip install -e '.[parity]'
-    python -m jaxdiff.benchmark.against_torch --batch 2 --size 64
+    python -m benchmarks.against_torch --batch 2 --size 64
 
 The two take turns, so that whatever else the machine does slows both. Prints the median of each,
 their ratio, the compile times, and how far apart the predictions are.

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from jaxdiff.benchmark import torch_peer
+from benchmarks import torch_baseline
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.components import Latents
@@ -28,7 +28,7 @@ def test_both_take_the_same_steps(network, remat, small_unet, tiny_recipe, monke
     task = dataclasses.replace(task, denoiser=denoiser)
     optimizer = AdamW(learning_rate=1e-3, schedule=ConstantLR())
     config = dataclasses.replace(config, task=task, optimizer=optimizer)
-    found = torch_peer.measure(config, warmup=1, repeats=3)
+    found = torch_baseline.measure(config, warmup=1, repeats=3)
     assert [one.name for one in found] == ["jaxdiff", "torch, eager", "torch, compiled"]
     for name, close in (("first_loss", 1e-5), ("last_loss", 1e-3)):
         ours, *theirs = (one.figures[name] for one in found)

@@ -3,7 +3,7 @@
 Both take x_t, times, text features and a target, and make the mean square error, its gradient, its
 clipping, AdamW's update and the moving average of the weights: what a recipe's step does with text
 encoder and autoencoder left out. PyTorch's model is diffusers' for Stable Diffusion's U-Net, and
-`jaxdiff.benchmark.torch_dit` for the DiT; it runs eagerly, and once more under torch.compile.
+`benchmarks.torch_dit` for the DiT; it runs eagerly, and once more under torch.compile.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import PyTree
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from benchmarks.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import in_turn
-from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.denoisers.unet_sd import (

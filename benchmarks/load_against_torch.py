@@ -1,7 +1,7 @@
 """Times how Stable Diffusion 1.5's U-Net is read from a file, beside diffusers doing the same.
 
     pip install torch==2.13.0 && pip install -e '.[parity]'
-    python -m jaxdiff.benchmark.load_against_torch --repeats 5
+    python -m benchmarks.load_against_torch --repeats 5
 
 Each turn is a process of its own, which has imported all that it needs before the clock starts. Two
 times are told: until the call returns, and until every weight has been read once, as diffusers on
