@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.explore.page import nearest
+from jaxdiff.explore.page import nearest_neighbours
 from jaxdiff.explore.tsne import tsne
 
 
@@ -22,7 +22,7 @@ def test_neighbours_in_the_space_are_neighbours_in_the_embedding(clusters):
     embedding = tsne(points)
     assert embedding.shape == (60, 2)
     np.testing.assert_allclose(embedding.mean(0), 0, atol=1e-4)
-    assert np.mean(labels[nearest(embedding, 5)] == labels[:, None]) > 0.95
+    assert np.mean(labels[nearest_neighbours(embedding, 5)] == labels[:, None]) > 0.95
 
 
 def test_the_same_points_give_the_same_bits(clusters):
