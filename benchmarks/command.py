@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.cli.bench import TimingOptions, measure_and_report
 from jaxdiff.cli.parsing import parse, read_recipe
 from jaxdiff.errors import UserError
@@ -11,7 +11,7 @@ from jaxdiff.errors import UserError
 
 def run(
     kind: str,
-    measure: Callable[..., list[Measured]],
+    measure: Callable[..., list[Measurement]],
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Time `[RECIPE] [--key value ...]` and print a report; return the exit status.

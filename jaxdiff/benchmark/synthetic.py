@@ -1,6 +1,6 @@
-"""Weights and batches of the right shapes, drawn at random: speed does not depend on their values.
+"""Random weights and batches of the right shapes: speed does not depend on their values.
 
-So any recipe can be timed with no weights, no data and no network.
+Any recipe can be timed without trained weights, data or network access.
 """
 
 from typing import Any
@@ -25,18 +25,18 @@ _SCALE = 0.02
 
 
 def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
-    """Arrays of the host with the shapes and types of those in a tree, small and normal."""
+    """Small normal NumPy arrays with the shapes and types of those in a tree."""
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: Any) -> np.ndarray:
+    def sample(leaf: Any) -> np.ndarray:
         values = _SCALE * np.asarray(rng.standard_normal(leaf.shape, np.float32))
         return np.asarray(values, leaf.dtype)
 
-    return jax.tree.map(draw, abstract)
+    return jax.tree.map(sample, abstract)
 
 
-def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The train state of a recipe at step 0, all of it as drawn, and its shardings."""
+def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """The randomly initialised train state of a recipe at step 0, and its shardings."""
     shardings = state_shardings(abstract_state(config), mesh)
     optimizer = config.optimizer.build(config.train.steps)
 
@@ -46,36 +46,36 @@ def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
     return jax.jit(init, out_shardings=shardings)(), shardings
 
 
-def frozen_parts(config: Config, mesh: Mesh) -> PyTree:
-    """The frozen parts of a recipe, in the type that it computes in."""
+def random_frozen(config: Config, mesh: Mesh) -> PyTree:
+    """Random weights for the frozen parts of a recipe, in its compute type."""
     abstract = abstract_frozen(config)
     return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
 
 
-def batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """One batch on the devices: pixels and words at random, images taken to be whole."""
+def random_batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
+    """One batch on the devices: random pixels and tokens, images without a crop."""
     rng, size = np.random.default_rng(config.train.seed), config.data.transforms.size
     below = {"image": 256, "tokens": config.tokenizer.vocab_size}
 
-    def draw(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def sample(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if name == "framing":
             return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
         if name in below:
             return rng.integers(0, below[name], leaf.shape, leaf.dtype)
         return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
 
-    host = {name: draw(name, leaf) for name, leaf in abstract_batch(config).items()}
+    host = {name: sample(name, leaf) for name, leaf in abstract_batch(config).items()}
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def tokenizer(config: Config) -> Tokenizer:
-    """One of the recipe's length, trained on next to nothing."""
-    wanted = config.tokenizer
-    return Tokenizer.train(
-        ["a small green pea"], vocab_size=wanted.vocab_size, length=wanted.length
+def small_tokenizer(config: Config) -> Tokenizer:
+    """A tokenizer of the recipe's length, trained on one caption."""
+    size = config.tokenizer
+    return Tokenizer.train(["a small green pea"], vocab_size=size.vocab_size, length=size.length)
+
+
+def random_bundle(config: Config) -> Bundle:
+    """A recipe's model with random weights."""
+    return Bundle(
+        config, **random_like(abstract_weights(config)), tokenizer=small_tokenizer(config)
     )
-
-
-def bundle(config: Config) -> Bundle:
-    """A model of a recipe as if trained."""
-    return Bundle(config, **random_like(abstract_weights(config)), tokenizer=tokenizer(config))

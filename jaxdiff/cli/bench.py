@@ -7,15 +7,18 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from jaxdiff.benchmark import checkpoint, data, sample, train
+from jaxdiff.benchmark.checkpoint import time_checkpoints
+from jaxdiff.benchmark.data import time_batches
 from jaxdiff.benchmark.report import (
-    Measured,
+    Measurement,
     compare,
     format_report,
     make_report,
     read_report,
     write_report,
 )
+from jaxdiff.benchmark.sample import time_sampling
+from jaxdiff.benchmark.train import time_training
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -56,23 +59,23 @@ def run_benchmark(kind: str, options: BenchOptions) -> None:
       UserError: numbers out of range, or what the benchmark itself raises.
     """
 
-    def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
+    def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
         turns = {"warmup": warmup, "repeats": repeats}
         match kind:
             case "train":
                 peak, real = options.peak_tflops, options.real_data
-                return [train.measure(config, real=real, peak_tflops=peak, **turns)]
+                return [time_training(config, real=real, peak_tflops=peak, **turns)]
             case "sample":
-                return [sample.measure(config, batch_size=options.images, **turns)]
+                return [time_sampling(config, batch_size=options.images, **turns)]
             case "data":
-                return [data.measure(config, **turns)]
-        return [checkpoint.measure(config, folder=options.folder, **turns)]
+                return [time_batches(config, **turns)]
+        return [time_checkpoints(config, folder=options.folder, **turns)]
 
     measure_and_report(kind, options, measure)
 
 
 def measure_and_report(
-    kind: str, options: TimingOptions, measure: Callable[..., list[Measured]]
+    kind: str, options: TimingOptions, measure: Callable[..., list[Measurement]]
 ) -> None:
     """Call `measure(config, warmup=, repeats=)`, print the report, and write it to `--json`.
 

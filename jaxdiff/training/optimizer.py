@@ -101,10 +101,10 @@ class WarmupStableDecay:
 
 
 def decayed(params: PyTree) -> PyTree[bool]:
-    """True for what weight decay applies to: kernels of linear layers and of convolutions.
+    """Mask of the parameters that weight decay applies to: kernels of linear layers, convolutions.
 
-    Biases, norms, embeddings, positions and the temperature of CLIP are left alone. The name
-    decides, not the rank: stacked blocks give every bias a leading axis of depth.
+    Biases, norms, embeddings, positions and CLIP's temperature are excluded. The name decides, not
+    the rank, because stacked blocks give every bias a leading axis of depth.
     """
 
     def is_kernel(path, _) -> bool:
@@ -116,16 +116,16 @@ def decayed(params: PyTree) -> PyTree[bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), gradients clipped.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) and clipping.
 
     Attributes:
-      learning_rate: at its highest; the schedule's factor multiplies it.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of their squares.
-      eps: added to the root of the latter.
-      weight_decay: `learning rate x weight_decay` of each kernel is taken off at each update.
-      clip_norm: gradients of a greater global norm are scaled down to it (Pascanu et al. 2013,
-        algorithm 1); None clips nothing.
+      learning_rate: peak value; the schedule's factor multiplies it.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
+      weight_decay: each update subtracts `learning rate x weight_decay` times each kernel.
+      clip_norm: gradients with a larger global norm are scaled down to it (Pascanu et al. 2013,
+        algorithm 1); None disables clipping.
       schedule: of the learning rate.
     """
 
@@ -147,7 +147,7 @@ class AdamW:
             raise UserError(f"optimizer: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(
-                "optimizer: clip_norm must be positive, or None to clip nothing; got "
+                "optimizer: clip_norm must be positive, or None to disable clipping; got "
                 f"{self.clip_norm}."
             )
 
@@ -156,7 +156,7 @@ class AdamW:
         return self.learning_rate * self.schedule.factor(step, total_steps)
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
-        """The transformation for a run of `total_steps` updates; its state is all it remembers."""
+        """Build the gradient transformation for a run of `total_steps` updates."""
         step = self._step(lambda count: self.learning_rate_at(jnp.asarray(count), total_steps))
         if self.clip_norm is None:
             return step
@@ -175,15 +175,15 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
-    """Muon for the kernels, NAdam for all else (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
+    """Muon for the kernels, NAdam for the rest (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
 
-    The momentum of each kernel's gradient is made orthogonal, so that no direction of it is left
-    behind, and scaled to the size of Adam's updates (Liu et al. 2025, eq. 4): the learning rate
-    and the weight decay mean what they do for `AdamW`. A convolution counts as the matrix from
-    all values under its window to its outputs; stacked blocks are taken one by one.
+    The momentum of each kernel's gradient is orthogonalised and scaled to the RMS of Adam's updates
+    (Liu et al. 2025, eq. 4), so the learning rate and weight decay of `AdamW` carry over. A
+    convolution is a matrix from all inputs of its window to its outputs; stacked blocks are updated
+    separately.
 
     Attributes:
-      momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` serve the rest.
+      momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` apply to the rest.
     """
 
     momentum: float = 0.95
@@ -207,7 +207,7 @@ class Muon(AdamW):
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """Which axes of a kernel are a matrix's rows and columns; None for what is none."""
+    """The axes of a kernel that are a matrix's rows and columns; None for other parameters."""
 
     def matrix(kernel: bool, leaf: Array) -> MuonDimensionNumbers | None:
         first = leaf.ndim % 2  # linear layers have two axes, convolutions four, stacked ones more
