@@ -106,7 +106,7 @@ def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.
     return lambda: predict(pipeline.weights, x, jnp.full(n, 0.5), text)
 
 
-def main(options: OverheadOptions) -> None:
+def print_overheads(options: OverheadOptions) -> None:
     """Print a line for each size."""
     pipeline = load(options.model, devices=jax.local_devices()[:1])
     print(f"{pipeline.config.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
@@ -119,4 +119,4 @@ def main(options: OverheadOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OverheadOptions))
+    print_overheads(tyro.cli(OverheadOptions))
