@@ -68,7 +68,7 @@ def get_config() -> Config:
         tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),
         optimizer=AdamW(
             learning_rate=1.5e-3,
-            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
+            schedule=WarmupStableDecay(warmup_steps=50, decay_fraction=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
         train=TrainConfig(steps=4000, batch_size=16, checkpoint_every=500, log_every=50),

@@ -94,7 +94,7 @@ def get_config() -> Config:
         ),
         optimizer=AdamW(
             learning_rate=3e-3,
-            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.3, decay="linear"),
+            schedule=WarmupStableDecay(warmup_steps=50, decay_fraction=0.3, decay="linear"),
         ),
         ema=Ema(decay=0.998),
         train=TrainConfig(steps=9000, batch_size=16, checkpoint_every=2000, log_every=50),

@@ -50,7 +50,7 @@ def get_config() -> Config:
         optimizer=Muon(
             learning_rate=4e-3,
             b2=0.99,
-            schedule=WarmupStableDecay(warmup_steps=50, decay_share=0.4, decay="linear"),
+            schedule=WarmupStableDecay(warmup_steps=50, decay_fraction=0.4, decay="linear"),
         ),
         ema=Ema(decay=0.998),
         train=TrainConfig(steps=7200, batch_size=32, checkpoint_every=300, log_every=50),

@@ -40,7 +40,7 @@ def get_config() -> Config:
             learning_rate=1e-3,
             b2=0.98,
             weight_decay=0.1,
-            schedule=WarmupStableDecay(warmup_steps=100, decay_share=0.25, decay="linear"),
+            schedule=WarmupStableDecay(warmup_steps=100, decay_fraction=0.25, decay="linear"),
         ),
         ema=Ema(decay=0.99),
         train=TrainConfig(steps=1000, batch_size=128, log_every=50, checkpoint_every=500),

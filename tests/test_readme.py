@@ -57,7 +57,7 @@ def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
         "draw",
         "evaluate_folder",
         "explore_data",
-        "measure_and_tell",
+        "run_benchmark",
         "bench_compare",
     ):
         monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))

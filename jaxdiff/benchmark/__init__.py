@@ -1,1 +1,1 @@
-"""Measured speed and memory."""
+"""Measured speed and memory of training, sampling, data loading and checkpoints."""

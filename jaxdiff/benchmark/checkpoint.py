@@ -1,4 +1,4 @@
-"""Times checkpoints: how long a save holds up the training, until it is on disk, and its return."""
+"""Time checkpoints: how long a save blocks training, until it is on disk, and to restore it."""
 
 import shutil
 import tempfile
@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import median, peak_memory
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.training.checkpoint import Checkpoints
@@ -18,66 +18,68 @@ from jaxdiff.training.state import TrainState
 GB = 1e9
 
 
-def measure(config: Config, *, warmup: int, repeats: int, folder: str | None) -> Measured:
-    """Seconds that a recipe's train state takes to be saved, until it is whole on disk.
+def time_checkpoints(
+    config: Config, *, warmup: int, repeats: int, folder: str | None
+) -> Measurement:
+    """Time saving a recipe's train state, until all of it is on disk.
 
     Args:
       config: the recipe.
       warmup: saves before those that count.
       repeats: saves that count.
-      folder: to write into, local or `gs://`, emptied in the end; a temporary one by default.
+      folder: to write to, local or `gs://`, emptied at the end; a temporary one by default.
 
     Raises:
-      UserError: there is no room, or the folder may not be written to.
+      UserError: the disk is full, or the folder is not writable.
     """
-    state = _as_if_trained(*synthetic.fresh_state(config, make_mesh(config.mesh)))
-    place = epath.Path(folder or tempfile.mkdtemp()) / "bench-checkpoints"
-    held, whole = [], []
+    state = _with_noise(*synthetic.initial_state(config, make_mesh(config.mesh)))
+    path = epath.Path(folder or tempfile.mkdtemp()) / "bench-checkpoints"
+    blocked, saved = [], []
     try:
-        with Checkpoints(place, keep=1) as checkpoints:
+        with Checkpoints(path, keep=1) as checkpoints:
             for step in range(warmup + repeats):
                 state = state.replace(step=state.step + 1)
                 jax.block_until_ready(state.step)
                 start = time.perf_counter()
                 checkpoints.save(state)
-                blocked = time.perf_counter() - start
+                returned = time.perf_counter() - start
                 checkpoints.wait()
                 if step >= warmup:
-                    held.append(blocked)
-                    whole.append(time.perf_counter() - start)
-            size = sum(path.stat().length for path in _files(place))
-        restored = _restore(place, state)
+                    blocked.append(returned)
+                    saved.append(time.perf_counter() - start)
+            size = sum(file.stat().length for file in _files(path))
+        restored = _restore(path, state)
     finally:
         if folder is None:
-            shutil.rmtree(place.parent)
-        elif place.exists():
-            place.rmtree()
-    memory, bytes_of_state = peak_memory(), sum(x.nbytes for x in jax.tree.leaves(state.params))
-    return Measured(
+            shutil.rmtree(path.parent)
+        elif path.exists():
+            path.rmtree()
+    memory, parameter_bytes = peak_memory(), sum(x.nbytes for x in jax.tree.leaves(state.params))
+    return Measurement(
         name="jaxdiff",
-        what="save",
-        seconds=whole,
-        figures={
-            "training_held_up_s": median(held),
+        unit="save",
+        seconds=saved,
+        metrics={
+            "training_blocked_s": median(blocked),
             "restore_s": restored,
             "disk_bytes": float(size),
-            "parameter_bytes": float(bytes_of_state),
-            "written_gb_per_s": size / GB / median(whole),
+            "parameter_bytes": float(parameter_bytes),
+            "written_gb_per_s": size / GB / median(saved),
             "restored_gb_per_s": size / GB / restored,
             "peak_memory_bytes": memory.bytes,
         },
         notes=[
-            "A restore reads every file twice, the first time to check it.",
+            "A restore reads every file twice: to verify it, then to load it.",
             f"Peak memory is that of {memory.of}.",
         ],
     )
 
 
-def _as_if_trained(state: TrainState, shardings: TrainState) -> TrainState:
-    """With noise in all arrays: the zeros of a fresh optimizer are compressed to nothing."""
+def _with_noise(state: TrainState, shardings: TrainState) -> TrainState:
+    """Fill all arrays with noise: the zeros of a new optimizer state compress to nothing."""
     arrays = {name: getattr(state, name) for name in ("params", "ema", "opt_state")}
-    places = {name: getattr(shardings, name) for name in arrays}
-    return state.replace(**jax.device_put(synthetic.random_like(arrays), places))
+    targets = {name: getattr(shardings, name) for name in arrays}
+    return state.replace(**jax.device_put(synthetic.random_like(arrays), targets))
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
@@ -87,7 +89,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _restore(folder: epath.Path, state: TrainState) -> float:
-    """Seconds until the arrays are on the devices again."""
+    """Seconds until the arrays are back on the devices."""
 
     def describe(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

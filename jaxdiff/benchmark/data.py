@@ -1,4 +1,4 @@
-"""Times the input pipeline alone: records read, decoded, transformed and made a batch."""
+"""Time the input pipeline alone: reading, decoding, transforming and batching records."""
 
 import itertools
 import time
@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.data.loader import make_dataset
 from jaxdiff.training.recipe import Config
 
 
-def measure(config: Config, *, warmup: int, repeats: int) -> Measured:
-    """Seconds of each batch of one host, on the host, taken as fast as they come.
+def time_batches(config: Config, *, warmup: int, repeats: int) -> Measurement:
+    """Time the batches of one host, as fast as the loader yields them.
 
     Raises:
       UserError: the data are missing or unusable.
@@ -23,7 +23,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> Measured:
     images = config.train.batch_size // jax.process_count()
     dataset = make_dataset(
         config.data,
-        config.task.tokenize(synthetic.tokenizers(config)),
+        config.task.tokenize(synthetic.small_tokenizers(config)),
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         rows=range(images),
@@ -32,32 +32,34 @@ def measure(config: Config, *, warmup: int, repeats: int) -> Measured:
     start = time.perf_counter()
     next(batches)
     first = time.perf_counter() - start
-    seconds, busy = timed(batches, warmup, repeats)
+    seconds, busy = interval_seconds(batches, warmup, repeats)
     memory = peak_memory()
     workers = config.data.workers
-    cores = workers or busy / sum(seconds)  # this process's own, or one for each worker
-    return Measured(
+    cores = workers or busy / sum(seconds)  # those this process used, or one per worker
+    return Measurement(
         name="jaxdiff",
-        what="batch",
+        unit="batch",
         seconds=seconds,
         images=images,
-        figures={
+        metrics={
             "first_batch_s": first,
             "workers": float(workers),
             "images_per_s_per_core": images * len(seconds) / sum(seconds) / max(cores, 1e-9),
             "peak_memory_bytes": memory.bytes,
         },
         notes=[
-            "Cores are the workers, each taken to keep one busy."
+            "Cores: one per worker is assumed."
             if workers
-            else f"Cores are the {cores:.2f} that this process kept busy.",
+            else f"Cores: this process used {cores:.2f}.",
             f"Peak memory is that of {memory.of}.",
         ],
     )
 
 
-def timed(batches: Iterator[Any], warmup: int, repeats: int) -> tuple[list[float], float]:
-    """Seconds from one batch to the next, and those of the processor in this process meanwhile."""
+def interval_seconds(
+    batches: Iterator[Any], warmup: int, repeats: int
+) -> tuple[list[float], float]:
+    """Seconds from one batch to the next, and the CPU seconds of this process in that time."""
     for _ in itertools.islice(batches, warmup):
         pass
     busy, seconds = time.process_time(), []

@@ -1,4 +1,4 @@
-"""What a benchmark found, with all that it depends on: printed, written as JSON, compared."""
+"""Reports of benchmarks: printed, written as JSON with everything they depend on, compared."""
 
 import json
 import math
@@ -24,41 +24,43 @@ from jaxdiff.training.recipe import Config, flatten, to_json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS")
 
-ERRORS = 3.0  # standard errors of a difference that are taken for noise
-LEAST = 0.02  # share of a time that is, however steady it was
-ONCE = 0.1  # share of a figure that was measured only once that is
+NOISE_ERRORS = 3.0  # standard errors of a difference that count as noise
+NOISE_FRACTION = 0.02  # fraction of a median that counts as noise, whatever its standard error
+NOISE_FRACTION_SINGLE = 0.1  # fraction of a metric measured once that counts as noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One contender's figures.
+class Measurement:
+    """The times and metrics of one contender.
 
     Attributes:
       name: of the contender.
-      what: one repeat is, such as "step".
+      unit: what one repeat is, such as "step".
       seconds: of each repeat.
-      images: of one repeat; 0 where there are none.
-      figures: others, each measured once, by a name that ends in its unit.
-      notes: what a reader must know of them.
+      images: in one repeat; 0 if none.
+      metrics: other numbers, each measured once; names end in the unit.
+      notes: remarks on how to read them.
     """
 
     name: str
-    what: str
+    unit: str
     seconds: list[float]
     images: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def report(kind: str, config: Config, options: dict[str, Any], found: Sequence[Measured]) -> dict:
-    """All that is to be known of a benchmark, as JSON takes it."""
+def make_report(
+    kind: str, config: Config, options: dict[str, Any], measurements: Sequence[Measurement]
+) -> dict:
+    """A JSON-compatible report: results, machine, versions, flags, options and recipe."""
     results = {}
-    for one in found:
-        entry = {"what": one.what, "median_s": median(one.seconds), "p90_s": p90(one.seconds)}
+    for one in measurements:
+        entry = {"unit": one.unit, "median_s": median(one.seconds), "p90_s": p90(one.seconds)}
         if one.images:
             rate = one.images / median(one.seconds)
             entry |= {"images_per_s": rate, "images_per_s_per_device": rate / jax.device_count()}
-        results[one.name] = entry | one.figures | {"notes": one.notes, "seconds": one.seconds}
+        results[one.name] = entry | one.metrics | {"notes": one.notes, "seconds": one.seconds}
     return {
         "benchmark": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,7 +76,7 @@ def report(kind: str, config: Config, options: dict[str, Any], found: Sequence[M
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: its devices by JAX's names, and the processor that feeds them."""
+    """The machine: its devices by JAX's names, and its CPU."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -106,31 +108,31 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any]:
-    """The commit of the code, and whether files differ from it; {} where there is no repository."""
+    """The commit of the code, and whether files differ from it; {} outside of a repository."""
     folder = Path(__file__).parent
 
-    def ask(*words: str) -> str:
+    def git(*words: str) -> str:
         done = subprocess.run(
             ["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=30
         )
         return done.stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def tell(found: dict) -> str:
-    """A report as text, for people."""
-    machine, config = found["hardware"], found["config"]
+def format_report(report: dict) -> str:
+    """Format a report as text."""
+    machine, config = report["hardware"], report["config"]
     devices = f"{machine['devices']} x {machine['device']}"
-    lines = [f"{found['benchmark']} of {config['name']} on {devices} ({machine['processor']})"]
-    first = next(iter(found["results"].values()))["median_s"]
-    for name, result in found["results"].items():
+    lines = [f"{report['benchmark']} of {config['name']} on {devices} ({machine['processor']})"]
+    first = next(iter(report["results"].values()))["median_s"]
+    for name, result in report["results"].items():
         middle, repeats = result["median_s"], len(result["seconds"])
         lines.append(
-            f"{name}: median {_seconds(middle)} a {result['what']}, p90 "
+            f"{name}: median {_seconds(middle)} per {result['unit']}, p90 "
             f"{_seconds(result['p90_s'])}, {repeats} repeats"
         )
         if middle != first:
@@ -148,53 +150,59 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.3f} s"
 
 
-def write_report(path: epath.PathLike, found: dict) -> None:
-    """Writes a report, whole."""
-    write_whole(epath.Path(path), (json.dumps(found, indent=2) + "\n").encode())
+def write_report(path: epath.PathLike, report: dict) -> None:
+    """Write a report atomically."""
+    write_whole(epath.Path(path), (json.dumps(report, indent=2) + "\n").encode())
 
 
 def read_report(path: epath.PathLike) -> dict:
-    """What `write_report` wrote.
+    """Read a report that `write_report` wrote.
 
     Raises:
-      UserError: there is no such file, or it is no report.
+      UserError: the file does not exist, or is not a report.
     """
     try:
-        found = json.loads(epath.Path(path).read_text())
+        report = json.loads(epath.Path(path).read_text())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a report.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected a report.") from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): give what --json wrote.") from error
-    if not isinstance(found, dict) or not {"benchmark", "results", "config"} <= set(found):
-        raise UserError(f"{path} is no report of a benchmark: give what --json wrote.")
-    return found
+        raise UserError(
+            f"{path} is not JSON ({error}): expected a file that --json wrote."
+        ) from error
+    if not isinstance(report, dict) or not {"benchmark", "results", "config"} <= set(report):
+        raise UserError(f"{path} is not a benchmark report: expected a file that --json wrote.")
+    return report
 
 
 def compare(before: dict, after: dict) -> str:
-    """What moved beyond noise between two reports, and what else differs between them.
+    """Describe what changed by more than noise between two reports, and how their setups differ.
 
-    A median of repeats has moved if it differs by more than 3 standard errors of the difference and
-    by more than 2 %; a figure that was measured once, by more than 10 %.
+    A median changed if it differs by more than 3 standard errors of the difference and by more than
+    2 %; a metric measured once, by more than 10 %.
 
     Raises:
-      UserError: they are of different benchmarks, or have no contender in common.
+      UserError: the benchmarks differ, or have no contender in common.
     """
     kinds = before["benchmark"], after["benchmark"]
     if kinds[0] != kinds[1]:
-        raise UserError(f"The first report is of bench {kinds[0]}, the second of {kinds[1]}.")
+        raise UserError(
+            f"The first report is of bench {kinds[0]}, the second of bench {kinds[1]}: "
+            "expected two of the same benchmark."
+        )
     shared = [name for name in before["results"] if name in after["results"]]
     if not shared:
-        raise UserError("The two reports have no contender in common: compare others.")
+        raise UserError("The two reports have no contender in common: expected at least one.")
     lines = [
         f"differs: {key} is {a!r} in the first and {b!r} in the second"
         for part in ("git", "versions", "flags", "hardware", "options", "config")
         for key, a, b in _differences(flatten({part: before[part]}), flatten({part: after[part]}))
     ]
     for name in shared:
-        lines += _moved(name, before["results"][name], after["results"][name])
+        lines += _changes(name, before["results"][name], after["results"][name])
     rule = (
-        f"A median moved if by over {ERRORS:g} standard errors and {LEAST:.0%}; a figure measured "
-        f"once, if by over {ONCE:.0%}."
+        f"A median changed if by more than {NOISE_ERRORS:g} standard errors and "
+        f"{NOISE_FRACTION:.0%}; a metric measured once, if by more than "
+        f"{NOISE_FRACTION_SINGLE:.0%}."
     )
     return "\n".join([*lines, rule])
 
@@ -204,19 +212,19 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, A
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
 
 
-def _moved(name: str, before: dict, after: dict) -> list[str]:
+def _changes(name: str, before: dict, after: dict) -> list[str]:
     old, new = before["median_s"], after["median_s"]
     error = math.hypot(standard_error(before["seconds"]), standard_error(after["seconds"]))
-    beyond = abs(new - old) > max(ERRORS * error, LEAST * old)
+    beyond = abs(new - old) > max(NOISE_ERRORS * error, NOISE_FRACTION * old)
     lines = [_line(f"{name}: median", _seconds(old), _seconds(new), new / old, beyond)]
     for key in before:
-        # What follows from the median moves with it.
+        # These follow from the median.
         if key.startswith(("median", "p90", "images_per_s", "mfu")) or key not in after:
             continue
         old, new = before[key], after[key]
         if not isinstance(old, float | int) or not isinstance(new, float | int) or not old:
             continue
-        beyond = abs(new - old) > ONCE * abs(old)
+        beyond = abs(new - old) > NOISE_FRACTION_SINGLE * abs(old)
         lines.append(_line(f"{name}: {key}", f"{old:.4g}", f"{new:.4g}", new / old, beyond))
     return lines
 

@@ -1,4 +1,4 @@
-"""Times drawing: a whole batch of images, and what a step costs beside its network alone."""
+"""Time sampling: a batch of images, and a sampling step compared with the network alone."""
 
 import functools
 import time
@@ -6,9 +6,9 @@ import time
 import jax
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.sampler_overhead import bare_network
-from jaxdiff.benchmark.timing import in_turn, median, peak_memory
+from jaxdiff.benchmark.timing import median, peak_memory, time_in_turns
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -16,40 +16,42 @@ from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
-def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None) -> Measured:
-    """Seconds to draw one batch by the recipe's solver, steps and guidance, weights at random.
+def time_sampling(
+    config: Config, *, warmup: int, repeats: int, batch_size: int | None
+) -> Measurement:
+    """Time one batch with the recipe's solver, steps and guidance, and random weights.
 
-    A step of the loop is the difference of drawing with all steps and with half of them, over the
-    number of steps that they differ by; beside it, and in turn with it, stands the guided network
-    evaluated once by itself. With a solver that evaluates it once a step their ratio is the loop's
-    overhead.
+    The time of a step is the difference between sampling with all steps and with half of them,
+    divided by the number of steps between. One evaluation of the guided network is timed in turns
+    with both. For a solver that evaluates the network once per step, their ratio is the overhead
+    of the sampling loop.
 
     Raises:
-      UserError: the recipe draws nothing, or has too few steps to time one.
+      UserError: the recipe generates no images from prompts, or has fewer than 2 steps.
     """
     task = config.task
     if not isinstance(task, DiffusionTask) or task.model.is_inpainting:
         raise UserError(
-            f"{config.name} draws no images from prompts: give bench sample a recipe of diffusion."
+            f"{config.name} generates no images from prompts: give bench sample a diffusion recipe."
         )
     steps = task.model.sampler.resolve().num_steps
     if steps < 2:
-        raise UserError(f"sampler.num_steps is {steps}: bench sample needs at least 2.")
+        raise UserError(f"task.model.sampler.num_steps is {steps}: expected at least 2.")
     size = config.data.transforms.size
     count = batch_size or default_batch_size(size, size)
-    pipeline = Pipeline(synthetic.bundle(config), devices=jax.local_devices()[:1])
+    pipeline = Pipeline(synthetic.random_bundle(config), devices=jax.local_devices()[:1])
     prompts = ["a small green pea"] * count
     half = steps // 2
-    draw = functools.partial(pipeline, prompts, batch_size=count)
+    generate = functools.partial(pipeline, prompts, batch_size=count)
     start = time.perf_counter()
-    draw(num_steps=half)
+    generate(num_steps=half)
     first = time.perf_counter() - start
     network = bare_network(pipeline, size, count)
     jax.block_until_ready(network())
-    seconds = in_turn(
+    seconds = time_in_turns(
         {
-            "all": draw,
-            "half": lambda: draw(num_steps=half),
+            "all": generate,
+            "half": lambda: generate(num_steps=half),
             "network": lambda: jax.block_until_ready(network()),
         },
         warmup=warmup,
@@ -58,7 +60,7 @@ def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None
     memory = peak_memory()
     step = (median(seconds["all"]) - median(seconds["half"])) / (steps - half)
     alone = median(seconds["network"])
-    figures = {
+    metrics = {
         "compile_s": first - median(seconds["half"]),
         "num_steps": float(steps),
         "step_s": step,
@@ -66,11 +68,11 @@ def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None
         "step_over_network": step / alone,
         "peak_memory_bytes": memory.bytes,
     }
-    return Measured(
+    return Measurement(
         name="jaxdiff",
-        what="batch",
+        unit="batch",
         seconds=seconds["all"],
         images=count,
-        figures=figures,
+        metrics=metrics,
         notes=[f"Peak memory is that of {memory.of}."],
     )

@@ -1,6 +1,6 @@
-"""Weights and batches of the right shapes, drawn at random: speed does not depend on their values.
+"""Random weights and batches of the right shapes: speed does not depend on their values.
 
-So any recipe can be timed with no weights, no data and no network.
+Any recipe can be timed without trained weights, data or network access.
 """
 
 import functools
@@ -25,18 +25,18 @@ _SCALE = 0.02
 
 
 def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
-    """Arrays of the host with the shapes and types of those in a tree, small and normal."""
+    """Small normal NumPy arrays with the shapes and types of those in a tree."""
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: Any) -> np.ndarray:
+    def sample(leaf: Any) -> np.ndarray:
         values = _SCALE * np.asarray(rng.standard_normal(leaf.shape, np.float32))
         return np.asarray(values, leaf.dtype)
 
-    return jax.tree.map(draw, abstract)
+    return jax.tree.map(sample, abstract)
 
 
-def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The train state of a recipe at step 0, all of it as drawn, and its shardings."""
+def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """The randomly initialised train state of a recipe at step 0, and its shardings."""
     shardings = state_shardings(abstract_state(config), mesh)
     optimizer = config.optimizer.build(config.train.steps)
 
@@ -46,17 +46,17 @@ def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
     return jax.jit(init, out_shardings=shardings)(), shardings
 
 
-def frozen_parts(config: Config, mesh: Mesh) -> PyTree:
-    """The frozen parts of a recipe, in the type that it computes in."""
+def random_frozen(config: Config, mesh: Mesh) -> PyTree:
+    """Random weights for the frozen parts of a recipe, in its compute type."""
     abstract = abstract_frozen(config)
     return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
 
 
-def batch(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return one batch on the devices: random pixels and token ids, images taken as uncropped."""
+def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """One batch on the devices: random pixels and token ids, images without a crop."""
     rng, size = np.random.default_rng(config.train.seed), config.data.transforms.size
 
-    def random(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def sample(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if name == "size_crop":
             return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
         if leaf.dtype == bool:
@@ -67,22 +67,22 @@ def batch(config: Config, mesh: Mesh) -> dict[str, Any]:
         return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
 
     host = {
-        name: jax.tree.map(functools.partial(random, name), leaves)
+        name: jax.tree.map(functools.partial(sample, name), leaves)
         for name, leaves in abstract_batch(config).items()
     }
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def tokenizers(config: Config) -> dict[str, Tokenizer]:
-    """Return tokenizers of the recipe's length, trained on next to nothing."""
-    wanted = config.tokenizer
+def small_tokenizers(config: Config) -> dict[str, Tokenizer]:
+    """Tokenizers of the recipe's length, trained on one caption."""
+    size = config.tokenizer
     tokenizer = Tokenizer.train(
-        ["a small green pea"], vocab_size=wanted.vocab_size, length=wanted.length
+        ["a small green pea"], vocab_size=size.vocab_size, length=size.length
     )
     return dict.fromkeys(config.task.text_encoder_names, tokenizer)
 
 
-def bundle(config: Config) -> Bundle:
-    """Return a text-to-image model of a recipe with random weights."""
+def random_bundle(config: Config) -> Bundle:
+    """A recipe's text-to-image model with random weights."""
     model = config.task.model
-    return Bundle(model, random_like(model.abstract_params()), tokenizers(config))
+    return Bundle(model, random_like(model.abstract_params()), small_tokenizers(config))

@@ -1,4 +1,4 @@
-"""Clocks: what is timed in turns, how steady it was, and how much memory it took."""
+"""Timing in turns, robust statistics of the times, and peak memory."""
 
 import resource
 import statistics
@@ -12,14 +12,14 @@ import numpy as np
 
 
 class PeakMemory(NamedTuple):
-    """The most memory in use at a time until now, in bytes, and whose."""
+    """Peak memory so far, in bytes, and what it is the memory of."""
 
     bytes: int
     of: str
 
 
 def peak_memory() -> PeakMemory:
-    """Of the fullest local device, where it counts that; else of this process (resident set)."""
+    """Peak memory of the fullest local device; of this process (resident set) on a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     if peaks:
@@ -28,17 +28,17 @@ def peak_memory() -> PeakMemory:
     return PeakMemory(peak * (1 if sys.platform == "darwin" else 1024), "the process, in RAM")
 
 
-def in_turn(
+def time_in_turns(
     contenders: Mapping[str, Callable[[], Any]],
     *,
     warmup: int,
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, which must return only when their work is done.
+    """Time the calls of each contender, which must block until their work is done.
 
-    They take turns, so that whatever else the machine does slows all of them; the first `warmup`
-    calls of each are not counted.
+    Contenders take turns, so that other load on the machine slows all of them. The first `warmup`
+    calls of each do not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
@@ -51,19 +51,19 @@ def in_turn(
 
 
 def median(seconds: list[float]) -> float:
-    """Of at least one."""
+    """Median of at least one time."""
     return statistics.median(seconds)
 
 
 def p90(seconds: list[float]) -> float:
-    """What nine in ten do not exceed."""
+    """The 90th percentile."""
     return float(np.percentile(seconds, 90))
 
 
 def standard_error(seconds: list[float]) -> float:
-    """Of the median, were the times normal: 1.253 sigma / sqrt(n), sigma = 1.4826 MAD.
+    """Standard error of the median of normal times: 1.253 sigma / sqrt(n), sigma = 1.4826 MAD.
 
-    By the median absolute deviation, as a few slow calls say nothing of the others.
+    The median absolute deviation is robust to a few slow calls.
     """
     middle = median(seconds)
     mad = statistics.median(abs(s - middle) for s in seconds)

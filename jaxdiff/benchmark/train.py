@@ -1,4 +1,4 @@
-"""Times a recipe's training step: the very one of the training loop, fed as there."""
+"""Time a recipe's training step, compiled and fed as in the training loop."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.report import Measured
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import median, peak_memory
 from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
 from jaxdiff.distributed.chips import find_chip
@@ -20,29 +20,29 @@ from jaxdiff.training.recipe import Config
 TERA = 1e12
 
 
-def measure(
+def time_training(
     config: Config, *, warmup: int, repeats: int, real: bool, peak_tflops: float | None
-) -> Measured:
-    """The step's seconds, from the end of one to the end of the next, as in the training loop.
+) -> Measurement:
+    """Time the step, from the end of one to the end of the next.
 
-    There the next step is dispatched before the last one's metrics are read; so it is here.
+    As in the training loop, the next step is dispatched before the last one's metrics are read.
 
     Args:
       config: the recipe.
       warmup: steps before those that count.
       repeats: steps that count.
-      real: feed it from the recipe's data, or with one batch at random over and over.
-      peak_tflops: what one device can do, in TFLOP/s; by default the table's of its kind.
+      real: use the recipe's data; otherwise repeat one random batch.
+      peak_tflops: peak TFLOP/s of one device; by default that of the table of chips.
 
     Raises:
-      UserError: mesh, batch or data do not fit; or the peak is not positive.
+      UserError: mesh, batch or data do not fit, or the peak is not positive.
     """
     flops = flops_per_image(config) * config.train.batch_size
     peak, note = peak_of_device(peak_tflops)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
-    state, shardings = synthetic.fresh_state(config, mesh)
-    frozen = synthetic.frozen_parts(config, mesh)
+    state, shardings = synthetic.initial_state(config, mesh)
+    frozen = synthetic.random_frozen(config, mesh)
     batches = _batches(config, mesh, real)
     first = next(batches)
     jitted: Any = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
@@ -53,7 +53,7 @@ def measure(
 
     seconds, waited = _timed(step, state, frozen, batches, warmup, repeats)
     memory = peak_memory()
-    figures = {
+    metrics = {
         "compile_s": compile_s,
         "peak_memory_bytes": memory.bytes,
         "model_tflops_per_step": flops / TERA,
@@ -61,15 +61,15 @@ def measure(
     }
     notes = [f"Peak memory is that of {memory.of}.", note]
     if real:
-        figures["data_wait"] = waited / sum(seconds)
+        metrics["data_wait"] = waited / sum(seconds)
     if peak is not None:
-        figures["mfu"] = figures["model_tflops_per_s_per_device"] / peak
-    return Measured(
+        metrics["mfu"] = metrics["model_tflops_per_s_per_device"] / peak
+    return Measurement(
         name="jaxdiff",
-        what="step",
+        unit="step",
         seconds=seconds,
         images=config.train.batch_size,
-        figures=figures,
+        metrics=metrics,
         notes=notes,
     )
 
@@ -77,54 +77,52 @@ def measure(
 def _timed(
     step: Any, state: Any, frozen: Any, batches: Iterator[Any], warmup: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds of each step that counts, and those spent on waiting for their batches."""
+    """Seconds of each step after the warm-up, and the seconds that those waited for batches."""
     seconds, waited, pending, last = [], 0.0, None, time.perf_counter()
     for i in range(-1, warmup + repeats):
         start = time.perf_counter()
         batch = next(batches)
         waited += (time.perf_counter() - start) * (i >= warmup)
-        state, metrics = step(state, frozen, batch)
+        state, step_metrics = step(state, frozen, batch)
         if pending is not None:
             jax.block_until_ready(pending)
             now = time.perf_counter()
             if i >= warmup:
                 seconds.append(now - last)
             last = now
-        pending = metrics
+        pending = step_metrics
     jax.block_until_ready(pending)
     return seconds, waited
 
 
 def peak_of_device(given: float | None) -> tuple[float | None, str]:
-    """TFLOP/s to divide by for model FLOP utilisation, if they are known, and a note of whose.
+    """Peak TFLOP/s of one device, None if unknown, and a note on where the number comes from.
 
     Raises:
-      UserError: those that were given are not positive.
+      UserError: the given peak is not positive.
     """
     if given is not None:
         if given <= 0:
             raise UserError(f"--peak-tflops is {given}: expected a positive number.")
-        return given, f"Utilisation is of the {given:g} TFLOP/s that were given."
+        return given, f"Utilisation is relative to --peak-tflops {given:g}."
     kind = jax.devices()[0].device_kind
     chip = find_chip(kind)
     if chip is None:
-        return None, (
-            f"No utilisation: the peak of a {kind!r} is not in the table; give --peak-tflops."
-        )
+        return None, (f"No utilisation: the table of chips has no {kind!r}; give --peak-tflops.")
     peak = chip.flops / TERA
-    return peak, f"Utilisation is of {peak:g} TFLOP/s in bfloat16 ({chip.source})."
+    return peak, f"Utilisation is relative to {peak:g} TFLOP/s in bfloat16 ({chip.source})."
 
 
 def _batches(config: Config, mesh: Any, real: bool) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices without end."""
+    """Yield batches on the devices, without end."""
     if not real:
-        batch = synthetic.batch(config, mesh)
+        batch = synthetic.random_batch(config, mesh)
         while True:
             yield batch
     sharding, size = batch_sharding(mesh), config.train.batch_size
     dataset = make_dataset(
         config.data,
-        config.task.tokenize(synthetic.tokenizers(config)),
+        config.task.tokenize(synthetic.small_tokenizers(config)),
         batch_size=size,
         seed=config.train.seed,
         rows=host_rows(sharding, size),

@@ -1,14 +1,24 @@
 """`jaxdiff bench train|sample|data|checkpoint` and `jaxdiff bench compare`."""
 
 import dataclasses
-from types import ModuleType
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from jaxdiff.benchmark import checkpoint, data, sample, train
-from jaxdiff.benchmark.report import Measured, compare, read_report, report, tell, write_report
+from jaxdiff.benchmark.checkpoint import time_checkpoints
+from jaxdiff.benchmark.data import time_batches
+from jaxdiff.benchmark.report import (
+    Measurement,
+    compare,
+    format_report,
+    make_report,
+    read_report,
+    write_report,
+)
+from jaxdiff.benchmark.sample import time_sampling
+from jaxdiff.benchmark.train import time_training
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -16,8 +26,8 @@ KINDS = ("train", "sample", "data", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Times a recipe: its file first, then keys of it to change, each followed by its value."""
+class TimingOptions:
+    """Time a recipe: its file first, then keys of it to change, each followed by its value."""
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     json: str | None = None
@@ -26,78 +36,75 @@ class BenchOptions:
     """Repeats before those that count."""
     repeats: int = 20
     """Repeats that count."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptions(TimingOptions):
+    """Time a recipe: its file first, then keys of it to change, each followed by its value."""
+
     real_data: bool = False
-    """bench train: feed the step from the recipe's data; by default one random batch serves all."""
+    """bench train: feed the step from the recipe's data; the default repeats one random batch."""
     peak_tflops: float | None = None
-    """bench train: what one device can do, in TFLOP/s, where the table of chips has no figure."""
+    """bench train: peak TFLOP/s of one device, for a chip that the table lacks."""
     images: int | None = None
-    """bench sample: images drawn at a time; chosen for the device by default."""
+    """bench sample: images in a batch; chosen for the device by default."""
     folder: str | None = None
     """bench checkpoint: where to write, local or gs://; a temporary folder by default."""
-    against: Literal["torch"] | None = None
-    """bench train: time the denoiser's step beside the same in PyTorch, in turn. bench data: read
-    JPEGs, and cached latents, beside torch's DataLoader, in batches of the recipe's size."""
 
 
-def measure_and_tell(kind: str, options: BenchOptions) -> None:
-    """Times one thing, prints the figures, and writes them where `--json` says.
+def run_benchmark(kind: str, options: BenchOptions) -> None:
+    """Run one of `KINDS`, print its report, and write it where `--json` says.
 
     Raises:
-      UserError: numbers out of range, or what the thing itself raises.
+      UserError: numbers out of range, or what the benchmark itself raises.
+    """
+
+    def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
+        turns = {"warmup": warmup, "repeats": repeats}
+        match kind:
+            case "train":
+                peak, real = options.peak_tflops, options.real_data
+                return [time_training(config, real=real, peak_tflops=peak, **turns)]
+            case "sample":
+                return [time_sampling(config, batch_size=options.images, **turns)]
+            case "data":
+                return [time_batches(config, **turns)]
+        return [time_checkpoints(config, folder=options.folder, **turns)]
+
+    measure_and_report(kind, options, measure)
+
+
+def measure_and_report(
+    kind: str, options: TimingOptions, measure: Callable[..., list[Measurement]]
+) -> None:
+    """Call `measure(config, warmup=, repeats=)`, print the report, and write it to `--json`.
+
+    Raises:
+      UserError: numbers out of range, or what `measure` raises.
     """
     if options.repeats < 3 or options.warmup < 0:
         raise UserError(
             f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3, "
             "and 0 or more."
         )
-    if options.against and kind not in ("train", "data"):
-        raise UserError(
-            f"--against torch is of bench train and data: bench {kind} has nothing beside it."
-        )
     with Console(stderr=True).status(f"bench {kind}: compiling, then timing"):
-        found = _measure(kind, options)
-    told = {
+        results = measure(options.config, warmup=options.warmup, repeats=options.repeats)
+    given = {
         f.name: getattr(options, f.name)
         for f in dataclasses.fields(options)
         if f.name not in ("config", "json")
     }
-    result = report(kind, options.config, told, found)
-    print(tell(result))
+    report = make_report(kind, options.config, given, results)
+    print(format_report(report))
     if options.json:
-        write_report(options.json, result)
+        write_report(options.json, report)
         print(f"Wrote {options.json}")
 
 
-def _measure(kind: str, options: BenchOptions) -> list[Measured]:
-    config, turns = options.config, {"warmup": options.warmup, "repeats": options.repeats}
-    match kind:
-        case "train" | "data" if options.against:
-            return _beside_torch(kind).measure(config, **turns)
-        case "train":
-            peak = options.peak_tflops
-            return [train.measure(config, real=options.real_data, peak_tflops=peak, **turns)]
-        case "sample":
-            return [sample.measure(config, batch_size=options.images, **turns)]
-        case "data":
-            return [data.measure(config, **turns)]
-    return [checkpoint.measure(config, folder=options.folder, **turns)]
-
-
-def _beside_torch(kind: str) -> ModuleType:
-    """Loaded here alone: PyTorch is an extra that other benchmarks do without."""
-    try:
-        from jaxdiff.benchmark import torch_data, torch_peer
-    except ImportError as error:
-        raise UserError(
-            f"--against torch needs PyTorch, which is not there ({error}): install jaxdiff[parity]."
-        ) from error
-    return torch_peer if kind == "train" else torch_data
-
-
 def bench_compare(before: str, after: str) -> None:
-    """`jaxdiff bench compare A.json B.json`: prints what moved beyond noise.
+    """`jaxdiff bench compare A.json B.json`: print what changed by more than noise.
 
     Raises:
-      UserError: a file is no report, or the two are not of the same benchmark.
+      UserError: a file is not a report, or the two are not of the same benchmark.
     """
     print(compare(read_report(before), read_report(after)))

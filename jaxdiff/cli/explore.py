@@ -1,4 +1,4 @@
-"""`jaxdiff explore`: the maps of a data set, as pictures and as a page to walk about in."""
+"""`jaxdiff explore`: embedding maps of a data set, as figures and as a web page."""
 
 import dataclasses
 from typing import Annotated
@@ -7,9 +7,16 @@ import numpy as np
 import tyro
 
 from jaxdiff.errors import UserError
-from jaxdiff.explore.axes import TRUTHS, Axis, end_words, principal, read_out, text_scores
-from jaxdiff.explore.page import Space, nearest, page
-from jaxdiff.explore.picture import Panel, draw_map
+from jaxdiff.explore.axes import (
+    ATTRIBUTES,
+    Axis,
+    distinctive_words,
+    linear_probe,
+    principal_components,
+    text_scores,
+)
+from jaxdiff.explore.figure import Panel, render_figure
+from jaxdiff.explore.page import Space, nearest_neighbours, render_page
 from jaxdiff.explore.spaces import (
     ClipReader,
     Records,
@@ -19,109 +26,114 @@ from jaxdiff.explore.spaces import (
     read_clip,
     read_records,
 )
-from jaxdiff.explore.tsne import neighbour_map
+from jaxdiff.explore.tsne import tsne
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.workdir import read_config
 
-MOST = 4000  # what compares every image with every other takes seconds to minutes up to here
-NEAREST = 12
-LEARNED = ("pc1", "pc2", "near1", "near2")
+MAX_SAMPLES = 4000  # all pairs of images are compared: seconds to minutes at this size
+NEIGHBOURS = 12
+LEARNED = ("pc1", "pc2", "tsne1", "tsne2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExploreOptions:
-    """Draws the map of a data set in CLIP's and in an autoencoder's space."""
+    """Map the images of a data set in the spaces of CLIP and of an autoencoder."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """A recipe, or the folder of a run or model, or shipped:NAME: its data are drawn."""
+    """A recipe, the folder of a run or model, or shipped:NAME: the data to map."""
     samples: int = 400
-    """Records, drawn at random."""
+    """Number of records, sampled at random."""
     seed: int = 0
-    """Of that."""
+    """Seed of that sample."""
     out: str = "explore"
     """Folder to write."""
     x: str = "small:large"
-    """Axis to the right: LOW:HIGH, two texts that CLIP tells apart; or pc1, pc2, near1, near2, that
-    the spaces have of themselves; or size, hue, stem, which are known of drawn produce."""
+    """Horizontal axis: LOW:HIGH, two texts that CLIP compares with each image; a learned axis, pc1,
+    pc2, tsne1 or tsne2; or size, hue or stem, attributes of synthetic produce."""
     y: str = "green:red"
-    """Axis upwards, likewise."""
+    """Vertical axis, likewise."""
     axes: tuple[str, ...] = ("without a stem:with a stem",)
-    """Further axes LOW:HIGH to choose from on the page."""
+    """More axes LOW:HIGH that the page offers."""
     clip: str | None = None
-    """Folder of a run or model that is a CLIP; shipped:produce_clip by default, or the model whose
-    data are drawn if it is one."""
+    """Folder of a CLIP run or model; by default the model given as data if it is a CLIP, otherwise
+    shipped:produce_clip."""
     autoencoder: str | None = None
-    """Folder of a run or model that is an autoencoder or has one; by default that of the recipe
-    or model whose data are drawn, or, if it has none, shipped:produce_autoencoder."""
+    """Folder of a run or model that is or contains an autoencoder; by default that of the recipe or
+    model given as data, otherwise shipped:produce_autoencoder."""
 
 
 def explore_data(options: ExploreOptions) -> None:
-    """Writes `OUT/clip.png`, `OUT/autoencoder.png` and `OUT/index.html`, and prints where.
+    """Write `OUT/clip.png`, `OUT/autoencoder.png` and `OUT/index.html`, and print their paths.
 
     Raises:
-      UserError: no such recipe, model or axis; too few records, or too many.
+      UserError: no such recipe, model or axis; too few records, or too many; scikit-learn is not
+        installed.
     """
-    if not 10 <= options.samples <= MOST:
-        raise UserError(f"--samples is {options.samples}: expected from 10 to {MOST}.")
+    if not 10 <= options.samples <= MAX_SAMPLES:
+        raise UserError(f"--samples is {options.samples}: expected from 10 to {MAX_SAMPLES}.")
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}: expected 0 or a positive number.")
     is_recipe = options.data.endswith(".py")
     config = load_recipe(options.data) if is_recipe else read_config(options.data)
     specs = list(dict.fromkeys([options.x, options.y, *options.axes]))
-    texts = {spec: _texts(spec) for spec in specs if spec not in {*TRUTHS, *LEARNED}}
+    texts = {spec: _split(spec) for spec in specs if spec not in {*ATTRIBUTES, *LEARNED}}
     own = None if is_recipe else options.data
     clip = read_clip(options.clip or (is_clip(config) and own) or "shipped:produce_clip")
-    autoencode = read_autoencoder(
+    encode = read_autoencoder(
         config, options.autoencoder or (has_autoencoder(config) and own) or None
     )
     folder = make_folder(options.out)
     records = read_records(config, options.samples, options.seed)
-    wanted = [spec for spec in specs if spec in TRUTHS and spec not in records.truths]
-    if wanted:
+    unknown = [spec for spec in specs if spec in ATTRIBUTES and spec not in records.truths]
+    if unknown:
         raise UserError(
-            f"{wanted[0]} is known of drawn produce only, not of {config.name}'s data: give two "
-            "texts instead, such as --x small:large."
+            f"The axis {unknown[0]} is known only for synthetic produce, not for the data of "
+            f"{config.name}: give two texts instead, such as --x small:large."
         )
-    seen, latents = clip.images(records.images), autoencode(records.images)
-    scores = _scores(clip, seen, texts)
+    embeddings, latents = clip.images(records.images), encode(records.images)
+    scores = _scores(clip, embeddings, texts)
     views = {
-        "by hand": (options.x, options.y),
+        "chosen axes": (options.x, options.y),
         "principal components": ("pc1", "pc2"),
-        "neighbours": ("near1", "near2"),
+        "t-SNE": ("tsne1", "tsne2"),
     }
-    count = len(records.images)
+    title = f"{len(records.images)} images of {config.name}"
     spaces = [
-        Space(name, _axes(points, records, scores, points is seen), views, nearest(points, NEAREST))
-        for name, points in (("CLIP", seen), ("the autoencoder", latents))
+        Space(
+            name,
+            _axes(vectors, records, scores, is_clip=vectors is embeddings),
+            views,
+            nearest_neighbours(vectors, NEIGHBOURS),
+        )
+        for name, vectors in (("CLIP", embeddings), ("the autoencoder", latents))
     ]
     for space, file in zip(spaces, ("clip.png", "autoencoder.png"), strict=True):
-        path = folder / file
-        title = f"{count} images of {config.name} in the space of {space.name}"
-        known = {axis.key: axis for axis in space.axes}
+        axes = {axis.key: axis for axis in space.axes}
         panels = [
-            Panel(view, *(known[k] for k in views[view])) for view in ("by hand", "neighbours")
+            Panel(view, *(axes[key] for key in views[view])) for view in ("chosen axes", "t-SNE")
         ]
-        pictures.save_png(path, draw_map(records.images, title, panels))
-        print(path)
-    text = page(f"{count} images of {config.name}", records.images, records.captions, spaces)
-    write_whole(folder / "index.html", text.encode())
+        figure = render_figure(records.images, f"{title} in the space of {space.name}", panels)
+        pictures.save_png(folder / file, figure)
+        print(folder / file)
+    page = render_page(title, records.images, records.captions, spaces)
+    write_whole(folder / "index.html", page.encode())
     print(folder / "index.html")
 
 
-def _texts(spec: str) -> tuple[str, str]:
-    """Both ends of an axis LOW:HIGH.
+def _split(spec: str) -> tuple[str, str]:
+    """Split an axis LOW:HIGH into its two texts.
 
     Raises:
-      UserError: it is none, nor any of the other axes.
+      UserError: it is neither of that form nor the name of another axis.
     """
     low, colon, high = (part.strip() for part in spec.partition(":"))
     if not (colon and low and high) or low == high:
         raise UserError(
             f"There is no axis {spec!r}: give two texts, such as small:large, or one of "
-            f"{', '.join([*TRUTHS, *LEARNED])}."
+            f"{', '.join([*ATTRIBUTES, *LEARNED])}."
         )
     return low, high
 
@@ -129,45 +141,45 @@ def _texts(spec: str) -> tuple[str, str]:
 def _scores(
     clip: ClipReader, images: np.ndarray, texts: dict[str, tuple[str, str]]
 ) -> dict[str, np.ndarray]:
-    """How far each image is from the first of two texts toward the second, by CLIP."""
+    """CLIP's score of each image between the two texts of each axis."""
     return {
         spec: text_scores(images, *clip.texts([low, high])) for spec, (low, high) in texts.items()
     }
 
 
 def _axes(
-    vectors: np.ndarray, records: Records, scores: dict[str, np.ndarray], is_clip: bool
+    vectors: np.ndarray, records: Records, scores: dict[str, np.ndarray], *, is_clip: bool
 ) -> list[Axis]:
-    """All axes of one space; of a hand-made one, how much of it the space tells is in its name."""
+    """All axes of one space. The name of a probed axis states R^2 of the probe."""
     axes = []
     for spec, values in scores.items():
-        low, high = _texts(spec)
-        name = "CLIP's score"
+        low, high = _split(spec)
+        name = "CLIP score"
         if not is_clip:
-            values, told = read_out(vectors, values)
-            name = f"CLIP's score, {_share(told)} of it told by this space"
-        axes.append(_by_hand(spec, name, low, high, values))
+            values, r_squared = linear_probe(vectors, values)
+            name = _probed(name, r_squared)
+        axes.append(_chosen(spec, name, low, high, values))
     for key, target in records.truths.items():
-        values, told = read_out(vectors, target)
-        name = f"{key}, {_share(told)} of it told by this space"
-        axes.append(_by_hand(key, name, TRUTHS[key].low, TRUTHS[key].high, values))
-    components, shares = principal(vectors, 2)
-    for i, share in enumerate(shares, 1):
-        name = f"principal component {i}, {share:.0%} of the variance"
+        values, r_squared = linear_probe(vectors, target)
+        low, high = ATTRIBUTES[key].low, ATTRIBUTES[key].high
+        axes.append(_chosen(key, _probed(key, r_squared), low, high, values))
+    components, fractions = principal_components(vectors, 2)
+    for i, fraction in enumerate(fractions, 1):
+        name = f"principal component {i}, {fraction:.0%} of the variance"
         axes.append(_learned(f"pc{i}", name, components[:, i - 1], records.captions))
-    for i, values in enumerate(neighbour_map(vectors).T, 1):
-        axes.append(_learned(f"near{i}", "what is alike lies close", values, records.captions))
+    for i, values in enumerate(tsne(vectors).T, 1):
+        axes.append(_learned(f"tsne{i}", f"t-SNE {i}", values, records.captions))
     return axes
 
 
-def _share(told: float) -> str:
-    return f"{max(told, 0):.0%}"
+def _probed(name: str, r_squared: float) -> str:
+    return f"{name}, linear probe explains {max(r_squared, 0):.0%}"
 
 
-def _by_hand(key: str, name: str, low: str, high: str, values: np.ndarray) -> Axis:
-    return Axis(key=key, name=name, low=low, high=high, values=values, group="by hand")
+def _chosen(key: str, name: str, low: str, high: str, values: np.ndarray) -> Axis:
+    return Axis(key=key, name=name, low=low, high=high, values=values, group="chosen")
 
 
 def _learned(key: str, name: str, values: np.ndarray, captions: list[str]) -> Axis:
-    low, high = end_words(values, captions)
+    low, high = distinctive_words(values, captions)
     return Axis(key=key, name=name, low=low, high=high, values=values, group="learned")

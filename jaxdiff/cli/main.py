@@ -10,7 +10,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxdiff.cli.bench import KINDS, BenchOptions, bench_compare, measure_and_tell
+from jaxdiff.cli.bench import KINDS, BenchOptions, bench_compare, run_benchmark
 from jaxdiff.cli.explore import ExploreOptions, explore_data
 from jaxdiff.cli.generate.command import SampleOptions, draw
 from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
@@ -202,7 +202,7 @@ def bench(arguments: list[str]) -> None:
     elif kind in KINDS:
         config, rest = read_recipe(rest)
         default = BenchOptions(config=config)
-        measure_and_tell(kind, parse(BenchOptions, rest, prog="jaxdiff bench", default=default))
+        run_benchmark(kind, parse(BenchOptions, rest, prog="jaxdiff bench", default=default))
     else:
         raise UserError(
             f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."

@@ -1,1 +1,1 @@
-"""Maps of a data set: its images as points of a trained model's space, on axes with a meaning."""
+"""Embedding maps of a data set: its images as points in a trained model's space."""

@@ -1,9 +1,9 @@
-"""Axes of a map: coordinates of all images along one direction of a space, and what its ends mean.
+"""Axes of an embedding map: a coordinate for each image, with labels for both ends.
 
-A hand-made axis begins with a question about an image, answered by a number: how much nearer is it
-to one text than to another, or what was drawn. Each space is then asked what it knows of that
-(`read_out`). A learned axis begins with the space: where it varies most (`principal`), or what is
-close to what in it (`jaxdiff.explore.tsne`).
+A *chosen* axis is a number known for each image, such as its similarity to one text rather than
+another, or an attribute of its scene. `linear_probe` reads that number from a space and measures
+how much of it the space represents. A *learned* axis comes from the space alone: its principal
+components, or t-SNE (`jaxdiff.explore.tsne`).
 """
 
 import re
@@ -27,15 +27,15 @@ Values = Float[np.ndarray, " n"]
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Where every image lies along one direction.
+    """The coordinate of every image along one direction.
 
     Attributes:
-      key: what the command line calls it.
-      name: what a reader is told it is.
-      low: what lies at its lower end.
-      high: what lies at its upper end.
+      key: its name on the command line.
+      name: its name on the map.
+      low: label of its lower end.
+      high: label of its upper end.
       values: one for each image.
-      group: how it came about.
+      group: where it comes from.
     """
 
     key: str
@@ -43,42 +43,42 @@ class Axis:
     low: str
     high: str
     values: Values
-    group: Literal["by hand", "learned"]
+    group: Literal["chosen", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
-    """What a drawn scene is known to show: a figure of its first item, and words for both ends."""
+class Attribute:
+    """A number known of a synthetic scene, taken from its first item, with labels for both ends."""
 
     low: str
     high: str
     of: Callable[[Scene], float]
 
 
-TRUTHS = {
-    "size": Truth(low="small", high="large", of=lambda scene: EXTENT[scene.items[0].size]),
-    "hue": Truth(low="red", high="purple", of=lambda scene: HUE[scene.items[0].colour]),
-    "stem": Truth(low="no stem", high="a stem", of=lambda scene: float(scene.items[0].stem)),
+ATTRIBUTES = {
+    "size": Attribute(low="small", high="large", of=lambda scene: EXTENT[scene.items[0].size]),
+    "hue": Attribute(low="red", high="purple", of=lambda scene: HUE[scene.items[0].colour]),
+    "stem": Attribute(low="no stem", high="a stem", of=lambda scene: float(scene.items[0].stem)),
 }
 
 
 def text_scores(images: Vectors, low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]):
-    """How much nearer each image is to one text than to the other, in cosines, float [n].
+    """Cosine similarity of each image to `high` minus that to `low`, float [n].
 
     All are unit vectors of CLIP's joint space: the score is the coordinate along `high - low`.
     """
     return images @ (high - low)
 
 
-def read_out(vectors: Vectors, target: Values) -> tuple[Values, float]:
-    """What the best direction of a space tells of a figure, and the share of it that it tells.
+def linear_probe(vectors: Vectors, target: Values) -> tuple[Values, float]:
+    """Predict a number from a space by ridge regression, cross-validated.
 
-    Ridge regression, each image read by a fit to the others of `FOLDS` parts, so that in a space of
-    more dimensions than images nothing is told that only that image itself says.
+    Each of `FOLDS` folds is predicted by a fit to the others, so that a space with more dimensions
+    than images does not fit noise. The best of `RIDGES` counts.
 
     Returns:
-      The figure as read, and R^2, the share of its variance that is explained: at most 1; 0 or less
-      where the space does not know it.
+      The predictions, and R^2, the fraction of the variance that they explain: at most 1; 0 or less
+      where the space does not represent the number.
     """
     n = len(vectors)
     centred = vectors.astype(np.float64) - vectors.mean(0)
@@ -88,26 +88,26 @@ def read_out(vectors: Vectors, target: Values) -> tuple[Values, float]:
     total = np.sum((target - target.mean()) ** 2)
     best = np.full(n, target.mean()), -np.inf
     for ridge in RIDGES:
-        read = np.empty(n)
+        predicted = np.empty(n)
         for k in range(fold.max() + 1):
             test, train = fold == k, fold != k
-            read[test] = _fitted(gram[:, train], train, test, target[train], ridge * scale)
-        told = 1 - np.sum((read - target) ** 2) / total if total else 0.0
-        if told > best[1]:
-            best = read, float(told)
+            predicted[test] = _ridge(gram[:, train], train, test, target[train], ridge * scale)
+        r_squared = 1 - np.sum((predicted - target) ** 2) / total if total else 0.0
+        if r_squared > best[1]:
+            best = predicted, float(r_squared)
     return best
 
 
-def _fitted(
+def _ridge(
     gram: Float[np.ndarray, "n t"],
     train: Bool[np.ndarray, " n"],
     test: Bool[np.ndarray, " n"],
     target: Float[np.ndarray, " t"],
     ridge: float,
 ) -> Float[np.ndarray, " e"]:
-    """Ridge regression by products of points, those of `test` read by a fit to those of `train`.
+    """Kernel ridge regression: fit to the points `train`, predict the points `test`.
 
-    Products with the centre of `train` are taken off, so that its mean is no part of the fit.
+    The kernel is centred on the mean of `train`, which is therefore not regularised.
     """
     inner = gram[train]
     centred = gram - gram.mean(1, keepdims=True) - inner.mean(0) + inner.mean()
@@ -115,10 +115,12 @@ def _fitted(
     return target.mean() + centred[test] @ np.linalg.solve(kernel, target - target.mean())
 
 
-def principal(vectors: Vectors, count: int) -> tuple[Float[np.ndarray, "n k"], list[float]]:
-    """Coordinates along the directions of the largest variance, and each one's share of it.
+def principal_components(
+    vectors: Vectors, count: int
+) -> tuple[Float[np.ndarray, "n k"], list[float]]:
+    """Coordinates along the directions of largest variance, and each direction's fraction of it.
 
-    The sign of a direction, which is free, is that in which its largest coordinate is positive.
+    Signs are chosen so that the coordinate of largest magnitude is positive.
     """
     centred = vectors.astype(np.float64) - vectors.mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
@@ -128,29 +130,29 @@ def principal(vectors: Vectors, count: int) -> tuple[Float[np.ndarray, "n k"], l
     return along, [float(x**2 / total) for x in s[:count]]
 
 
-def end_words(values: Values, captions: Sequence[str], count: int = 2) -> tuple[str, str]:
-    """The words that tell the captions at one end of an axis from those at the other.
+def distinctive_words(values: Values, captions: Sequence[str], count: int = 2) -> tuple[str, str]:
+    """The words that distinguish the captions at one end of an axis from those at the other.
 
-    Those of the lowest and of the highest fifth, by the difference in how many captions have them.
+    Compares the lowest with the highest fifth by the number of captions that contain each word.
 
     Returns:
-      Words for the lower and the upper end, the most telling first; "" where none tells.
+      Words for the lower and the upper end, the most distinctive first; "" where there is none.
     """
     order: list[int] = np.argsort(values, kind="stable").tolist()
-    part = max(len(order) // 5, 1)
+    fifth = max(len(order) // 5, 1)
     counts = []
-    for end in (order[:part], order[-part:]):
+    for end in (order[:fifth], order[-fifth:]):
         words = (set(re.findall(r"\w+", captions[i].lower())) for i in end)
         counts.append(Counter(word for caption in words for word in caption))
     texts = []
     for here, there in (counts, counts[::-1]):
         excess = {word: n - there[word] for word, n in here.items() if len(word) > 2}
-        telling = [w for w, n in sorted(excess.items(), key=lambda x: (-x[1], x[0])) if n > 1]
-        texts.append(", ".join(telling[:count]))
+        ranked = sorted(excess.items(), key=lambda x: (-x[1], x[0]))
+        texts.append(", ".join([word for word, n in ranked if n > 1][:count]))
     return texts[0], texts[1]
 
 
-def spread(values: Values) -> Values:
-    """Onto [0, 1], what lies outside all but the outermost hundredths at the very ends."""
+def rescale(values: Values) -> Values:
+    """Scale to [0, 1] by the 1st and 99th percentiles, and clip."""
     low, high = np.percentile(values, [1, 99])
     return np.clip((values - low) / ((high - low) or 1.0), 0, 1)

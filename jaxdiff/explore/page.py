@@ -1,4 +1,4 @@
-"""A map as one HTML file that needs nothing else: to pan, to zoom, to ask for what is near."""
+"""An embedding map as one self-contained HTML file, with panning, zooming and neighbours."""
 
 import base64
 import html
@@ -12,34 +12,34 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from jaxdiff.explore.axes import Axis, spread
+from jaxdiff.explore.axes import Axis, rescale
 
 TEMPLATE = Path(__file__).with_name("page.html")
-THUMB = 64  # pixels at most
+THUMBNAIL = 64  # largest side, in pixels
 
 
 class Space(NamedTuple):
-    """The images in one model's eyes."""
+    """The images as one model represents them."""
 
     name: str
     axes: list[Axis]
-    views: dict[str, tuple[str, str]]  # name to the keys of its two axes
-    near: Int[np.ndarray, "n k"]  # the nearest others of each, the nearest first
+    views: dict[str, tuple[str, str]]  # name to the keys of its two axes; the first one is shown
+    near: Int[np.ndarray, "n k"]  # indices of the neighbours, nearest first
 
 
-def nearest(vectors: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, "n k"]:
-    """Of each point the nearest others by Euclidean distance, the nearest first."""
+def nearest_neighbours(vectors: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, "n k"]:
+    """Indices of the nearest other points by Euclidean distance, nearest first."""
     square = np.sum(vectors**2, axis=1)
     distance = square[:, None] + square - 2 * vectors @ vectors.T
     np.fill_diagonal(distance, np.inf)
     return np.argsort(distance, axis=1, kind="stable")[:, : min(count, len(vectors) - 1)]
 
 
-def page(
+def render_page(
     title: str, images: UInt8[np.ndarray, "n h w 3"], captions: list[str], spaces: list[Space]
 ) -> str:
-    """The text of the page: thumbnails, captions and coordinates are in it."""
-    thumb = min(THUMB, images.shape[1])
+    """Render the page as HTML text that contains thumbnails, captions and coordinates."""
+    thumb = min(THUMBNAIL, images.shape[1])
     columns = math.ceil(math.sqrt(len(images)))
     sheet = Image.new("RGB", (columns * thumb, math.ceil(len(images) / columns) * thumb))
     for i, image in enumerate(images):
@@ -51,7 +51,7 @@ def page(
         "captions": captions,
         "spaces": [_space(space) for space in spaces],
     }
-    # Inside a script element only "<" could end it; JSON has another way to write it.
+    # Only "<" could end the script element; JSON can escape it.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(title), "SHEET": _data_url(sheet), "DATA": text}
     before, *rest = TEMPLATE.read_text(encoding="utf-8").split("{{")
@@ -68,7 +68,7 @@ def _space(space: Space) -> dict:
             "low": axis.low,
             "high": axis.high,
             "group": axis.group,
-            "values": [round(value, 4) for value in spread(axis.values).tolist()],
+            "values": [round(value, 4) for value in rescale(axis.values).tolist()],
         }
         for axis in space.axes
     ]

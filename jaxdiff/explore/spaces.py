@@ -18,7 +18,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.explore.axes import TRUTHS
+from jaxdiff.explore.axes import ATTRIBUTES
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
@@ -92,7 +92,8 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
     if isinstance(source, Produce):
         scenes = [source.scene(index) for index in kept]
         truths = {
-            name: np.array([truth.of(scene) for scene in scenes]) for name, truth in TRUTHS.items()
+            name: np.array([attribute.of(scene) for scene in scenes])
+            for name, attribute in ATTRIBUTES.items()
         }
     return Records(np.stack(images), captions, names, truths)
 

@@ -1,4 +1,4 @@
-"""The moving average of the weights, which is what samples are drawn with."""
+"""The exponential moving average (EMA) of the weights, which sampling uses."""
 
 from dataclasses import dataclass
 
@@ -13,26 +13,28 @@ from jaxdiff.errors import UserError
 class Ema:
     """ema <- d ema + (1 - d) params, with d = min(decay, (1 + step) / (10 + step)), in float32.
 
-    The second term lets the average forget the initial weights early in a run. Half of what it
-    holds is younger than about 0.69 / (1 - decay) steps: 6,900 at the default.
+    The second term gives the initial weights less influence early in a run. The half-life is about
+    0.69 / (1 - decay) steps: 6,900 at the default.
 
-    Each leaf is computed from the leaf of the same place alone, so that under jit the average is
-    sharded as the parameters are.
+    Each leaf depends on the corresponding parameter alone: under jit the EMA is sharded like the
+    parameters.
     """
 
     decay: float = 0.9999
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
-            raise UserError(f"Ema: decay must be in [0, 1), 0 for no averaging; got {self.decay}.")
+            raise UserError(
+                f"Ema: decay must be in [0, 1), where 0 disables averaging; got {self.decay}."
+            )
 
     def init(self, params: PyTree) -> PyTree:
-        """The average at step 0: a float32 copy, safe beside parameters that are donated."""
+        """Initialise the EMA: a float32 copy, which survives the donation of the parameters."""
         return jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
 
     def update(self, ema: PyTree, params: PyTree, step: int | Int[Array, ""]) -> PyTree:
-        """The average after `params` became those of update `step`, counted from 0."""
+        """Update the EMA with the parameters after update `step`, counted from 0."""
         step = jnp.float32(step)
         keep = jnp.minimum(self.decay, (1 + step) / (10 + step))
-        # As a step towards the parameters: equal weights then stay equal to the last bit.
+        # Written as a step towards the parameters, equal weights stay bit-equal.
         return jax.tree.map(lambda e, p: e + (1 - keep) * (p.astype(jnp.float32) - e), ema, params)

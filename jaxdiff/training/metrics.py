@@ -1,4 +1,4 @@
-"""What a run reports: records on disk, a line of progress, and how fast it goes."""
+"""Metrics of a run: records on disk, a progress line, and throughput."""
 
 import json
 import math
@@ -6,14 +6,14 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import IO, Any
 
 import jax
 import numpy as np
 from etils import epath
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
@@ -23,29 +23,28 @@ RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id.txt"
 
-UPLOAD_SECONDS = 60.0  # between copies of the records to a cloud's storage, which cannot append
+UPLOAD_SECONDS = 60.0  # between uploads of the records to cloud storage, which cannot append
 
 Metrics = Mapping[str, Any]
-"""Name to a number, or to a list of numbers; those of NumPy and JAX, on the host, will do."""
+"""Name to a number or a list of numbers: Python's, NumPy's or JAX's on the host."""
 
 
 class MetricsWriter:
-    """Writes metrics to `metrics.jsonl`, TensorBoard and, if asked to, Weights & Biases.
+    """Write metrics to `metrics.jsonl`, TensorBoard and optionally Weights & Biases.
 
     A line of `metrics.jsonl` is one JSON object with `step` and the metrics of that step. Only
-    process 0 of a multi-host run writes; in the others every method does nothing.
+    process 0 of a multi-host run writes; in other processes every method does nothing.
 
     Args:
-      folder: of the run, local or on a cloud's storage; made if there is none.
-      resume_from: steps taken so far. Records of later steps, which a run wrote between its last
-        checkpoint and its end, are dropped, as is a last line that was cut short.
-      wandb: also log to Weights & Biases, whose own settings (project, key, mode) it takes from the
-        environment. A resumed run goes on under the same id, kept in the folder.
-      config: of the run, shown there.
+      folder: of the run, local or in cloud storage; created if missing.
+      resume_from: steps taken so far. Records of later steps, written between the last checkpoint
+        and the interruption, are dropped, and so is a truncated last line.
+      wandb: also log to Weights & Biases, which reads its settings (project, key, mode) from the
+        environment. A resumed run continues under the id stored in the folder.
+      config: of the run, shown by Weights & Biases.
 
     Raises:
-      UserError: the package `wandb` is wanted and missing, or the one that TensorBoard's records
-        need on this storage.
+      UserError: the package `wandb`, or one that TensorBoard needs for this storage, is missing.
     """
 
     def __init__(
@@ -67,8 +66,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=resume_from + 1)
         except ImportError as error:
             raise UserError(
-                f"TensorBoard's records cannot be written to {folder}: {error}; install the "
-                "package, or give a local folder."
+                f"TensorBoard cannot write to {folder}: {error}; install the package, or give a "
+                "local folder."
             ) from error
         self._lines = _records_until(resume_from, self._folder / RECORDS)
         self._upload()
@@ -83,7 +82,7 @@ class MetricsWriter:
             import wandb
         except ImportError:
             raise UserError(
-                "Weights & Biases was asked for and its package is not installed; "
+                "Weights & Biases needs the package wandb, which is not installed; "
                 "run: pip install 'jaxdiff[wandb]'"
             ) from None
         known = self._folder / WANDB_ID
@@ -101,16 +100,17 @@ class MetricsWriter:
         return run
 
     def _upload(self) -> None:
-        """Replaces the records on disk, whole, by those in memory."""
+        """Atomically replace the records on disk by those in memory."""
         text = "".join(f"{line}\n" for line in self._lines)
         write_whole(self._folder / RECORDS, text.encode())
         self._uploaded_at = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Appends one record; what is not finite becomes null there and is left out elsewhere.
+        """Append one record.
 
-        A list, such as the loss by noise level, is kept as such in `metrics.jsonl`, and elsewhere
-        becomes one scalar for each element: `name/0`, `name/1` and so on.
+        A value that is not finite is null in `metrics.jsonl` and omitted elsewhere. A list, such as
+        the loss by noise level, stays a list in `metrics.jsonl`; elsewhere each element is a scalar
+        `name/0`, `name/1` and so on.
         """
         if not self._active:
             return
@@ -129,7 +129,7 @@ class MetricsWriter:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
-        """Writes what is still in memory."""
+        """Write what is still in memory, and close the files."""
         if not self._active:
             return
         if self._file is not None:
@@ -148,7 +148,7 @@ class MetricsWriter:
 
 
 def _records_until(step: int, path: epath.Path) -> list[str]:
-    """The lines of `metrics.jsonl` up to a step, without one that a killed process cut short."""
+    """The lines of `metrics.jsonl` up to a step, without a truncated one."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -161,7 +161,7 @@ def _records_until(step: int, path: epath.Path) -> list[str]:
 
 
 def _jsonable(value: Any) -> Any:
-    """Python's numbers for a number or a list of them; None for what is not finite."""
+    """Convert to a Python number or a list of them, with None for values that are not finite."""
     plain = np.asarray(value).tolist()
     if isinstance(plain, list):
         return [v if math.isfinite(v) else None for v in plain]
@@ -178,21 +178,21 @@ def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
 
 
 class Throughput:
-    """Images per second, the share of time spent waiting for data, and model FLOP utilisation.
+    """Images per second, the fraction of time spent waiting for data, and model FLOP utilisation.
 
-    The loop tells it what goes on; time in `compiling` and `paused` counts for nothing else:
+    The loop marks its phases; the time of `compiling` and `paused` is excluded from the rates:
 
         with throughput.compiling():  # around the first call of the step, or its compilation
         with throughput.waiting():    # around the fetch of a batch
-        with throughput.paused():     # around what is no training, such as drawing samples
+        with throughput.paused():     # around anything but training, such as sampling images
         throughput.step()             # when the results of a step have arrived
 
     Args:
       batch_size: images in a step, over all devices.
       flops_per_image: model FLOPs of a training step, see `jaxdiff.models.flops`; None reports no
         utilisation.
-      peak_flops: FLOP/s of all devices together; None likewise.
-      clock: seconds.
+      peak_flops: FLOP/s of all devices together; None reports no utilisation.
+      clock: time in seconds.
     """
 
     def __init__(
@@ -214,62 +214,63 @@ class Throughput:
         self._spent = {"compile": 0.0, "wait": 0.0, "pause": 0.0}
 
     @contextmanager
-    def _spending(self, on: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
         start = self._clock()
         try:
             yield
         finally:
-            self._spent[on] += self._clock() - start
+            self._spent[phase] += self._clock() - start
 
     def compiling(self):
-        """A context: its time is `compile_s`."""
-        return self._spending("compile")
+        """A context whose time is `compile_s`."""
+        return self._timed("compile")
 
     def waiting(self):
-        """A context: its time is the numerator of `data_wait`."""
-        return self._spending("wait")
+        """A context whose time is the numerator of `data_wait`."""
+        return self._timed("wait")
 
     def paused(self):
-        """A context: its time is left out."""
-        return self._spending("pause")
+        """A context whose time is excluded."""
+        return self._timed("pause")
 
     def step(self) -> None:
-        """One more step has finished."""
+        """Count one finished step."""
         self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """The figures since the last call, or since the start; begins a new window.
+        """The rates since the last call, or since the start; starts a new window.
 
         Returns:
-          `images_per_s`; `data_wait`, in [0, 1]; `mfu`, in [0, 1], where it can be known; and
-          `compile_s`, in seconds, where something was compiled.
+          `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are known; and
+          `compile_s` in seconds, if anything was compiled.
         """
         spent = self._spent
         seconds = self._clock() - self._start - spent["compile"] - spent["pause"]
-        seconds = max(seconds, 1e-9)  # a window of no length has no steps either
+        seconds = max(seconds, 1e-9)  # an empty window has no steps
         rate = self._steps * self._batch_size / seconds
-        figures = {"images_per_s": rate, "data_wait": min(spent["wait"] / seconds, 1.0)}
+        rates = {"images_per_s": rate, "data_wait": min(spent["wait"] / seconds, 1.0)}
         if self._utilisation is not None:
-            figures["mfu"] = rate * self._utilisation
+            rates["mfu"] = rate * self._utilisation
         if spent["compile"]:
-            figures["compile_s"] = spent["compile"]
+            rates["compile_s"] = spent["compile"]
         self._reset()
-        return figures
+        return rates
 
 
 class Progress:
-    """Step, loss, images/s and time left: a live line on a terminal, a line now and then in a log.
+    """Step, loss, images/s and time left: a live line on a terminal, occasional lines in a log.
 
-    A context manager. Only process 0 shows anything. An update costs microseconds: a terminal is
-    drawn by another thread, a few times a second.
+    A context manager. Only process 0 shows anything. An update costs microseconds: another thread
+    refreshes the terminal a few times a second. The time left follows from the last 1000 updates,
+    the first excluded, which waited for the compilation.
 
     Args:
       total: steps of the whole run.
       start: steps taken before.
-      unit: what is counted.
+      unit: name of what is counted.
       every: seconds between lines where there is no terminal; the last step always has one.
-      console: where to write; standard output unless given.
-      clock: seconds.
+      console: where to write; standard output by default.
+      clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -282,31 +283,33 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._start, self._every, self._clock = total, start, every, clock
-        self._unit = unit
+        self._every, self._clock = every, clock
         self._console = console or Console()
         self._active = jax.process_index() == 0
-        self._first: tuple[int, float] | None = None
         self._printed_at = -math.inf
         self._shown: dict[str, str] = {}
-        self._bar: Bar | None = None
+        self._bar = rich_progress.Progress(
+            rich_progress.BarColumn(bar_width=20),
+            rich_progress.TextColumn(
+                "{task.description} {task.completed}/{task.total}", markup=False
+            ),
+            rich_progress.TextColumn("{task.fields[shown]}", markup=False),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("left"),
+            console=self._console,
+            get_time=clock,
+            refresh_per_second=4,
+            speed_estimate_period=math.inf,
+        )
+        self._bar.add_task(unit, total=total, completed=start, shown="")
 
     def __enter__(self) -> "Progress":
         if self._active and self._console.is_terminal:
-            bar = Bar(
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}", markup=False),
-                console=self._console,
-                refresh_per_second=4,
-            )
-            line = self._line(self._start, self._clock())
-            self._task = bar.add_task(line, total=self._total, completed=self._start)
-            bar.start()
-            self._bar = bar
+            self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar is not None:
+        if self._bar.live.is_started:
             self._bar.stop()
 
     def update(
@@ -317,38 +320,31 @@ class Progress:
         images_per_s: float | None = None,
         noise: float | None = None,
     ) -> None:
-        """Shows that `step` steps have been taken; what is None stays as it was last shown.
+        """Show that `step` steps have been taken; values that are None stay as last shown.
 
         Args:
           step: of the whole run.
-          loss: of a late step.
+          loss: of a recent step.
           images_per_s: likewise.
-          noise: the highest noise of the curriculum's present level, in [0, 1].
+          noise: the highest noise of the curriculum's current level, in [0, 1].
         """
         if not self._active:
             return
-        now = self._clock()
-        self._first = self._first or (step, now)  # later than the compilation
         if loss is not None:
             self._shown["loss"] = f"loss {loss:.4g}"
         if images_per_s is not None:
             self._shown["rate"] = f"{images_per_s:,.1f} images/s"
         if noise is not None:
             self._shown["noise"] = f"noise <= {noise:.0%}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._line(step, now))
-        elif now - self._printed_at >= self._every or step >= self._total:
-            self._printed_at = now
-            self._console.print(
-                self._line(step, now), highlight=False, markup=False, soft_wrap=True
-            )
-
-    def _line(self, step: int, now: float) -> str:
-        parts = [f"{self._unit} {step}/{self._total}"]
-        parts += [self._shown[part] for part in ("loss", "rate", "noise") if part in self._shown]
-        first_step, first_time = self._first or (step, now)
-        if step > first_step:
-            left = (self._total - step) * (now - first_time) / (step - first_step)
-            hours, minutes = divmod(round(left) // 60, 60)
-            parts.append(f"{hours}:{minutes:02}:{round(left) % 60:02} left")
-        return "  ".join(parts)
+        shown = [self._shown[name] for name in ("loss", "rate", "noise") if name in self._shown]
+        (task,) = self._bar.tasks
+        self._bar.update(task.id, completed=step, shown="  ".join(shown))
+        now = self._clock()
+        due = task.finished or now - self._printed_at >= self._every
+        if self._console.is_terminal or not due:
+            return
+        self._printed_at = now
+        line = [f"{task.description} {task.completed}/{task.total}", *shown]
+        if task.time_remaining is not None:
+            line.append(f"{timedelta(seconds=task.time_remaining)} left")
+        self._console.print("  ".join(line), highlight=False, markup=False, soft_wrap=True)

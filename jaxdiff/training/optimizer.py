@@ -1,8 +1,8 @@
-"""AdamW and Muon, with weight decay and gradient clipping, and the schedules of the learning rate.
+"""AdamW and Muon with weight decay and gradient clipping, and learning-rate schedules.
 
-A schedule gives the factor on the learning rate at each update: it rises linearly over
-`warmup_steps` updates, holds or falls, and is a small frozen dataclass with one method,
-`factor(step, total_steps)`. Steps are counted from 0 and may be traced.
+A schedule is a small frozen dataclass with one method, `factor(step, total_steps)`: the factor on
+the learning rate at update `step`, counted from 0, which may be traced. It is a linear warm-up
+times one of optax's schedules.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdiff.errors import UserError
 
-Step = int | Int[Array, ""]
+StepCount = int | Int[Array, "..."]
 
-_RMS_OF_ADAM = 0.2  # of its updates over the learning rate, from 0.2 to 0.4 in practice
+_RMS_OF_ADAM = 0.2  # RMS of Adam's updates over the learning rate: 0.2 to 0.4 in practice
 
 
-def _check_schedule(name: str, warmup_steps: int, **shares: float) -> None:
+def _check_schedule(name: str, warmup_steps: int, **fractions: float) -> None:
     if warmup_steps < 0:
         raise UserError(f"{name}: warmup_steps must be 0 or more; got {warmup_steps}.")
-    for field, value in shares.items():
+    for field, value in fractions.items():
         if not 0 <= value <= 1:
             raise UserError(f"{name}: {field} must be from 0 to 1; got {value}.")
 
 
-def _warmup(step: Step, warmup_steps: int) -> Float[Array, ""]:
-    """(step + 1) / warmup_steps up to 1, so that the first update already moves."""
+def _warmup(step: StepCount, warmup_steps: int) -> Float[Array, "..."]:
+    """(step + 1) / warmup_steps, at most 1: unlike optax's warm-ups not 0 at first."""
     return jnp.minimum(1.0, (jnp.float32(step) + 1) / max(warmup_steps, 1))
 
 
@@ -43,7 +43,7 @@ class ConstantLR:
     def __post_init__(self):
         _check_schedule("ConstantLR", self.warmup_steps)
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The factor on the learning rate at update `step` of `total_steps`."""
         return _warmup(step, self.warmup_steps)
 
@@ -58,28 +58,28 @@ class CosineLR:
     def __post_init__(self):
         _check_schedule("CosineLR", self.warmup_steps, final=self.final)
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
-        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
-        falling = max(total_steps - self.warmup_steps, 1)
-        done = jnp.clip((jnp.float32(step) - self.warmup_steps) / falling, 0, 1)
-        cosine = (1 + jnp.cos(jnp.pi * done)) / 2
-        return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * cosine)
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
+        """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
+        decay_steps = max(total_steps - self.warmup_steps, 1)
+        decay = optax.cosine_decay_schedule(1.0, decay_steps, alpha=self.final)
+        after_warmup = jnp.maximum(jnp.float32(step) - self.warmup_steps, 0)
+        return _warmup(step, self.warmup_steps) * decay(after_warmup)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Warm-up, then a factor of 1, then a fall to `final` (Hu et al. 2024, section 4).
+    """Warm-up, then a factor of 1, then a decay to `final` (Hu et al. 2024, section 4).
 
     Attributes:
-      warmup_steps: updates of linear rise.
-      decay_share: the share of all updates, at the end, over which the factor falls.
-      decay: the shape of the fall: "linear", or "sqrt" for 1 - sqrt(share done) (Hägele et al.
-        2024, section 3).
-      final: the factor at the end.
+      warmup_steps: updates of linear increase.
+      decay_fraction: fraction of all updates, at the end, over which the factor decays.
+      decay: shape of the decay over its progress p in [0, 1]: "linear" for 1 - p, or "sqrt" for
+        1 - sqrt(p) (Hägele et al. 2024, section 3).
+      final: factor at the end.
     """
 
     warmup_steps: int = 1000
-    decay_share: float = 0.2
+    decay_fraction: float = 0.2
     decay: Literal["linear", "sqrt"] = "sqrt"
     final: float = 0.0
 
@@ -87,23 +87,24 @@ class WarmupStableDecay:
         _check_schedule(
             "WarmupStableDecay",
             self.warmup_steps,
-            decay_share=self.decay_share,
+            decay_fraction=self.decay_fraction,
             final=self.final,
         )
 
-    def factor(self, step: Step, total_steps: int) -> Float[Array, ""]:
-        """The factor on the learning rate at update `step`; `final` is reached at `total_steps`."""
-        falling = max(self.decay_share * total_steps, 1)
-        done = jnp.clip((jnp.float32(step) - (total_steps - falling)) / falling, 0, 1)
-        left = 1 - (jnp.sqrt(done) if self.decay == "sqrt" else done)
+    def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
+        """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
+        steps = max(round(self.decay_fraction * total_steps), 1)
+        left = optax.linear_schedule(1.0, 0.0, steps, total_steps - steps)(jnp.float32(step))
+        if self.decay == "sqrt":
+            left = 1 - jnp.sqrt(1 - left)
         return _warmup(step, self.warmup_steps) * (self.final + (1 - self.final) * left)
 
 
 def decayed(params: PyTree) -> PyTree[bool]:
-    """True for what weight decay applies to: kernels of linear layers and of convolutions.
+    """Mask of the parameters that weight decay applies to: kernels of linear layers, convolutions.
 
-    Biases, norms, embeddings, positions and the temperature of CLIP are left alone. The name
-    decides, not the rank: stacked blocks give every bias a leading axis of depth.
+    Biases, norms, embeddings, positions and CLIP's temperature are excluded. The name decides, not
+    the rank, because stacked blocks give every bias a leading axis of depth.
     """
 
     def is_kernel(path, _) -> bool:
@@ -115,16 +116,16 @@ def decayed(params: PyTree) -> PyTree[bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), gradients clipped.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) and clipping.
 
     Attributes:
-      learning_rate: at its highest; the schedule's factor multiplies it.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of their squares.
-      eps: added to the root of the latter.
-      weight_decay: `learning rate x weight_decay` of each kernel is taken off at each update.
-      clip_norm: gradients of a greater global norm are scaled down to it (Pascanu et al. 2013,
-        algorithm 1); None clips nothing.
+      learning_rate: peak value; the schedule's factor multiplies it.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
+      weight_decay: each update subtracts `learning rate x weight_decay` times each kernel.
+      clip_norm: gradients with a larger global norm are scaled down to it (Pascanu et al. 2013,
+        algorithm 1); None disables clipping.
       schedule: of the learning rate.
     """
 
@@ -146,16 +147,16 @@ class AdamW:
             raise UserError(f"optimizer: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(
-                "optimizer: clip_norm must be positive, or None to clip nothing; got "
+                "optimizer: clip_norm must be positive, or None to disable clipping; got "
                 f"{self.clip_norm}."
             )
 
-    def learning_rate_at(self, step: Step, total_steps: int) -> Float[Array, ""]:
+    def learning_rate_at(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The learning rate of update `step`, counted from 0, of a run of `total_steps`."""
         return self.learning_rate * self.schedule.factor(step, total_steps)
 
     def build(self, total_steps: int) -> optax.GradientTransformation:
-        """The transformation for a run of `total_steps` updates; its state is all it remembers."""
+        """Build the gradient transformation for a run of `total_steps` updates."""
         step = self._step(lambda count: self.learning_rate_at(jnp.asarray(count), total_steps))
         if self.clip_norm is None:
             return step
@@ -174,15 +175,15 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
-    """Muon for the kernels, NAdam for all else (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
+    """Muon for the kernels, NAdam for the rest (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
 
-    The momentum of each kernel's gradient is made orthogonal, so that no direction of it is left
-    behind, and scaled to the size of Adam's updates (Liu et al. 2025, eq. 4): the learning rate
-    and the weight decay mean what they do for `AdamW`. A convolution counts as the matrix from
-    all values under its window to its outputs; stacked blocks are taken one by one.
+    The momentum of each kernel's gradient is orthogonalised and scaled to the RMS of Adam's updates
+    (Liu et al. 2025, eq. 4), so the learning rate and weight decay of `AdamW` carry over. A
+    convolution is a matrix from all inputs of its window to its outputs; stacked blocks are updated
+    separately.
 
     Attributes:
-      momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` serve the rest.
+      momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` apply to the rest.
     """
 
     momentum: float = 0.95
@@ -206,7 +207,7 @@ class Muon(AdamW):
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """Which axes of a kernel are a matrix's rows and columns; None for what is none."""
+    """The axes of a kernel that are a matrix's rows and columns; None for other parameters."""
 
     def matrix(kernel: bool, leaf: Array) -> MuonDimensionNumbers | None:
         first = leaf.ndim % 2  # linear layers have two axes, convolutions four, stacked ones more

@@ -1,12 +1,12 @@
 import pytest
 
-from jaxdiff.benchmark.timing import in_turn, median, p90, peak_memory, standard_error
+from jaxdiff.benchmark.timing import median, p90, peak_memory, standard_error, time_in_turns
 
 
-def test_contenders_take_turns_and_warm_up_uncounted():
+def test_contenders_take_turns_and_the_warm_up_does_not_count():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = in_turn(contenders, warmup=2, repeats=3)
+    seconds = time_in_turns(contenders, warmup=2, repeats=3)
     assert calls == ["a", "b"] * 5
     assert [len(seconds[name]) for name in "ab"] == [3, 3]
 
@@ -18,11 +18,11 @@ def test_one_slow_call_changes_neither_the_median_nor_its_error():
     assert standard_error([2.0] * 4) == 0
 
 
-def test_nine_in_ten_do_not_exceed_p90():
+def test_p90_is_the_90th_percentile():
     assert p90([float(i) for i in range(11)]) == pytest.approx(9)
 
 
-def test_peak_memory_says_whose_it_is():
+def test_peak_memory_states_what_it_measures():
     peak = peak_memory()
     assert peak.bytes > 10_000_000
-    assert peak.of == "the process, in RAM"  # of a CPU JAX counts none
+    assert peak.of == "the process, in RAM"  # JAX reports none on a CPU

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.cli import explore as command
 from jaxdiff.cli import main as cli
-from jaxdiff.cli.main import explore as command
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.explore.spaces import read_clip
 
@@ -31,7 +31,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of drawings, one of which is no image, and the recipe that names it."""
+    """A folder of rendered scenes and one invalid file, and the recipe that names it."""
     root = tmp_path_factory.mktemp("data")
     drawings = Produce(length=40)
     for i in range(24):
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused("--x", "pea")`: the one sentence that the command ends in, with status 2."""
+    """`refused("--x", "pea")`: the one-sentence error of the command, with exit status 2."""
 
     def run(*words: str) -> str:
         assert cli.main(["explore", *words, "--out", str(tmp_path / "map")]) == 2
@@ -58,7 +58,7 @@ def refused(tmp_path, capsys):
     return run
 
 
-def test_a_folder_of_images_becomes_pictures_and_a_page(folder, tmp_path, capsys):
+def test_a_folder_of_images_becomes_figures_and_a_page(folder, tmp_path, capsys):
     out = tmp_path / "map"
     words = ["explore", folder, "--out", str(out), "--x", "a pea:a tomato", "--y", "pc1"]
     assert cli.main(words) == 0
@@ -88,8 +88,8 @@ def test_a_folder_of_images_becomes_pictures_and_a_page(folder, tmp_path, capsys
         assert all(len(axis["values"]) == 23 for axis in space["axes"])
 
 
-def test_the_direction_between_two_colours_parts_things_of_these_colours():
-    clip, drawings = read_clip("shipped:produce_clip"), Produce(length=10_000, pair_fraction=0.0)
+def test_the_axis_between_two_colours_separates_objects_of_these_colours():
+    clip, drawings = read_clip("shipped:produce_clip"), Produce(length=10_000, pair_share=0.0)
     chosen = [(i, drawings.scene(i).items[0].colour) for i in range(200)]
     chosen = [(i, colour) for i, colour in chosen if colour in ("red", "green")][:32]
     images = np.stack([drawings[i]["image"] for i, _ in chosen])
@@ -100,12 +100,12 @@ def test_the_direction_between_two_colours_parts_things_of_these_colours():
 
 
 @pytest.mark.parametrize("spec", ["pea", "small:", ":large", "same:same", "pc3"])
-def test_an_axis_that_is_none_is_refused(spec, refused):
+def test_an_invalid_axis_is_refused(spec, refused):
     assert "There is no axis" in refused("configs/produce.py", "--x", spec)
 
 
-def test_what_is_known_of_drawings_only_is_refused_for_other_data(folder, refused):
-    assert "size is known of drawn produce only" in refused(folder, "--x", "size")
+def test_attributes_of_scenes_are_refused_for_other_data(folder, refused):
+    assert "The axis size is known only for synthetic produce" in refused(folder, "--x", "size")
 
 
 @pytest.mark.parametrize("words", [("--samples", "9"), ("--samples", "100000"), ("--seed", "-1")])
@@ -113,7 +113,7 @@ def test_numbers_out_of_range_are_refused(words, refused):
     assert f"{words[0]} is {words[1]}" in refused("configs/produce.py", *words)
 
 
-def test_models_of_another_kind_are_refused(refused):
+def test_models_of_the_wrong_kind_are_refused(refused):
     message = refused("configs/produce.py", "--clip", "shipped:produce_autoencoder")
     assert "is no CLIP" in message
     message = refused("configs/produce.py", "--autoencoder", "shipped:produce_clip")

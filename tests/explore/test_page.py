@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.explore.axes import Axis
-from jaxdiff.explore.page import Space, nearest, page
+from jaxdiff.explore.page import Space, nearest_neighbours, render_page
 
 CAPTIONS = [
     "a pea",
@@ -46,9 +46,9 @@ def text() -> str:
     axes = [
         Axis(key=k, name="n<ame", low="l", high="h", values=values, group="learned") for k in "ab"
     ]
-    space = Space("CLIP", axes, {"by hand": ("a", "b")}, nearest(values[:, None], 2))
+    space = Space("CLIP", axes, {"chosen axes": ("a", "b")}, nearest_neighbours(values[:, None], 2))
     images = np.stack([image(level) for level in (0, 80, 160, 240)])
-    return page("4 images <of> a & b", images, CAPTIONS, [space])
+    return render_page("4 images <of> a & b", images, CAPTIONS, [space])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def elements(text) -> Elements:
     return parser
 
 
-def test_nothing_is_fetched_from_elsewhere(text, elements):
+def test_the_page_loads_nothing_from_elsewhere(text, elements):
     for tag, attributes in elements.found:
         assert tag not in ("link", "iframe", "img", "object", "embed", "base")
         assert not {"src", "href", "srcset", "action"} & set(attributes)
@@ -67,19 +67,19 @@ def test_nothing_is_fetched_from_elsewhere(text, elements):
     assert "default-src 'none'" in policy
 
 
-def test_no_place_of_the_template_is_left_empty(text):
+def test_every_placeholder_of_the_template_is_filled(text):
     assert "{{" not in text
     assert "<title>4 images &lt;of&gt; a &amp; b</title>" in text
 
 
-def test_captions_arrive_as_they_are_and_end_no_script(elements):
+def test_captions_are_escaped(elements):
     assert len(elements.scripts) == 2
     data = json.loads(elements.scripts[0])
     assert data["captions"] == CAPTIONS
     (space,) = data["spaces"]
     assert space["near"] == [[1, 2], [0, 2], [1, 3], [2, 1]]
     assert space["axes"][0]["values"] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.02)
-    assert {axis["key"] for axis in space["axes"]} >= set(space["views"]["by hand"])
+    assert {axis["key"] for axis in space["axes"]} >= set(space["views"]["chosen axes"])
 
 
 def test_the_thumbnails_are_in_the_page(text, elements):
@@ -94,7 +94,7 @@ def test_the_thumbnails_are_in_the_page(text, elements):
         assert abs(tile - level).max() <= 8
 
 
-def test_the_nearest_come_first_and_never_the_point_itself():
+def test_neighbours_are_sorted_and_exclude_the_point_itself():
     points = np.array([[0.0], [1.0], [3.0], [7.0]])
-    np.testing.assert_array_equal(nearest(points, 2), [[1, 2], [0, 2], [1, 0], [2, 1]])
-    assert nearest(points, 9).shape == (4, 3)
+    np.testing.assert_array_equal(nearest_neighbours(points, 2), [[1, 2], [0, 2], [1, 0], [2, 1]])
+    assert nearest_neighbours(points, 9).shape == (4, 3)

@@ -1,4 +1,4 @@
-"""What is timed beside diffusers reads the same weights, once, on both sides."""
+"""Both loaders that are timed read the same weights."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ torch = pytest.importorskip("torch")
 
 import diffusers
 
-from jaxdiff.benchmark import load_against_torch
+from benchmarks import load_against_torch
 from jaxdiff.pretrained import unet
 
 pytestmark = pytest.mark.parity
 
 
-def test_both_sides_read_the_same_weights(small_unet, tmp_path, monkeypatch):
+def test_both_loaders_read_the_same_weights(small_unet, tmp_path, monkeypatch):
     monkeypatch.setattr(load_against_torch, "SD1", small_unet)
     config = {k: v for k, v in unet.write_config(small_unet).items() if k != "_class_name"}
     diffusers.UNet2DConditionModel(**config).save_pretrained(tmp_path)
@@ -26,5 +26,5 @@ def test_both_sides_read_the_same_weights(small_unet, tmp_path, monkeypatch):
         numbers.append(np.sort(np.concatenate(flat)))
     np.testing.assert_array_equal(*numbers)
     for name in load_against_torch.LOADERS:
-        found = load_against_torch.read(name, str(tmp_path), warm_memory=True)
+        found = load_against_torch.time_loading(name, str(tmp_path), warm_memory=True)
         assert 0 < found.returned <= found.read

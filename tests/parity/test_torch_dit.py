@@ -6,8 +6,8 @@ torch = pytest.importorskip("torch")
 import jax
 import jax.numpy as jnp
 
+from benchmarks.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.benchmark.synthetic import random_like
-from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs, merge
@@ -18,14 +18,14 @@ CONFIG = DiTConfig(
 )
 
 
-def test_the_same_weights_predict_the_same():
+def test_the_same_weights_give_the_same_prediction():
     def build() -> DiT:
         return DiT(CONFIG, rngs=any_rngs())
 
     params = jax.tree.map(lambda x: 8 * x, random_like(abstract_params(build)))
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     x, tokens, pooled = (
-        draw.standard_normal(shape, np.float32) for shape in ((2, 8, 12, 4), (2, 7, 24), (2, 16))
+        rng.standard_normal(shape, np.float32) for shape in ((2, 8, 12, 4), (2, 7, 24), (2, 16))
     )
     t, mask = np.array([0.2, 0.9], np.float32), np.arange(7) < np.array([[4], [7]])
     text = TextFeatures(jnp.asarray(tokens), jnp.asarray(pooled), jnp.asarray(mask))
@@ -38,6 +38,6 @@ def test_the_same_weights_predict_the_same():
     np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-3, atol=1e-4)
 
 
-def test_what_it_does_not_have_is_refused():
-    with pytest.raises(UserError, match="text by cross-attention and no bottleneck"):
+def test_unsupported_configs_are_refused():
+    with pytest.raises(UserError, match="cross-attention and no bottleneck only"):
         TorchDiT(DiTConfig(text="joint"))

@@ -18,14 +18,14 @@ def test_late_updates_average_with_the_decay():
     np.testing.assert_allclose(average["w"], value, rtol=1e-5)
 
 
-def test_early_updates_forget_the_initial_weights():
+def test_early_updates_reduce_the_influence_of_the_initial_weights():
     first = Ema(decay=0.9999).update({"w": jnp.float32(1)}, {"w": jnp.float32(0)}, 0)
     np.testing.assert_allclose(first["w"], 0.1, rtol=1e-6)
     tenth = Ema(decay=0.9999).update({"w": jnp.float32(1)}, {"w": jnp.float32(0)}, jnp.int32(8))
     np.testing.assert_allclose(tenth["w"], 0.5, rtol=1e-6)
 
 
-def test_half_of_the_average_is_younger_than_the_documented_half_life():
+def test_the_half_life_is_the_documented_one():
     ema, decay = Ema(decay=0.99), 0.99
     average = jnp.float32(0)
     for _ in range(round(0.69 / (1 - decay))):

@@ -41,8 +41,8 @@ def test_two_updates_agree_with_the_closed_form():
     np.testing.assert_allclose(ended["kernel"], p, rtol=1e-6)
 
 
-def test_gradients_longer_than_clip_norm_are_scaled_and_others_left():
-    # Adam alone hardly sees the scale of a gradient; through a large eps it does.
+def test_only_gradients_with_a_larger_norm_are_clipped():
+    # Adam is almost invariant to the scale of a gradient, except with a large eps.
     optimizer = AdamW(learning_rate=1.0, b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0, clip_norm=1.0)
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
 
@@ -54,9 +54,9 @@ def test_gradients_longer_than_clip_norm_are_scaled_and_others_left():
     np.testing.assert_allclose(moved(0.3, 0.4), [0.3, 0.4], rtol=1e-4)
 
 
-def test_muon_moves_each_kernel_alike_in_all_directions_and_as_far_as_adam():
+def test_muon_orthogonalises_updates_and_scales_them_to_adams_rms():
     key, other = jax.random.split(jax.random.key(0))
-    # Singular values from 1 to 100, of which a plain gradient would follow the greatest alone.
+    # Singular values from 1 to 100: a plain gradient step follows mostly the largest.
     u, v = (
         jnp.linalg.qr(jax.random.normal(key, (2, 12, 4)))[0],
         jnp.linalg.qr(jax.random.normal(other, (2, 4, 4)))[0],
@@ -95,7 +95,7 @@ def test_muon_leaves_all_but_kernels_to_nadam_and_decays_kernels_as_adamw_does()
 
 
 def names(tree, wanted: bool) -> set[str]:
-    """Last names in the paths of the leaves that are `wanted`."""
+    """Last names in the paths of the leaves that equal `wanted`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")[-1]
@@ -131,7 +131,7 @@ def dit():
     ],
     ids=["dit", "clip"],
 )
-def test_only_kernels_decay_also_in_stacked_blocks(make, spared, pure):
+def test_only_kernels_decay_even_in_stacked_blocks(make, spared, pure):
     state = nnx.state(nnx.eval_shape(make), nnx.Param)
     mask = decayed(nnx.to_pure_dict(state) if pure else state)
     assert names(mask, True) == {"kernel"}
@@ -141,8 +141,8 @@ def test_only_kernels_decay_also_in_stacked_blocks(make, spared, pure):
 
 def test_weight_decay_shrinks_kernels_and_nothing_else():
     params = {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3)), "scale": jnp.ones(3)}
-    still = jax.tree.map(jnp.zeros_like, params)
-    ended = run(AdamW(learning_rate=0.1, weight_decay=0.5), params, [still])
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ended = run(AdamW(learning_rate=0.1, weight_decay=0.5), params, [zeros])
     np.testing.assert_allclose(ended["kernel"], 0.95, rtol=1e-6)
     np.testing.assert_array_equal(ended["bias"], 1)
     np.testing.assert_array_equal(ended["scale"], 1)
@@ -156,11 +156,11 @@ def test_weight_decay_shrinks_kernels_and_nothing_else():
         (CosineLR(warmup_steps=20), {0: 0.05, 19: 1, 20: 1, 60: 0.5, 100: 0, 120: 0}),
         (CosineLR(warmup_steps=0, final=0.1), {0: 1, 50: 0.55, 100: 0.1}),
         (
-            WarmupStableDecay(warmup_steps=10, decay_share=0.4, decay="linear", final=0.2),
+            WarmupStableDecay(warmup_steps=10, decay_fraction=0.4, decay="linear", final=0.2),
             {4: 0.5, 10: 1, 60: 1, 80: 0.6, 100: 0.2},
         ),
         (
-            WarmupStableDecay(warmup_steps=10, decay_share=0.4, decay="sqrt"),
+            WarmupStableDecay(warmup_steps=10, decay_fraction=0.4, decay="sqrt"),
             {4: 0.5, 60: 1, 70: 0.5, 100: 0},
         ),
     ],
@@ -179,7 +179,7 @@ def test_the_update_uses_the_learning_rate_that_is_reported():
     )
     ended = run(optimizer, {"kernel": jnp.zeros(())}, [{"kernel": jnp.float32(0.5)}] * 3)
     rates = [float(optimizer.learning_rate_at(step, 3)) for step in range(3)]
-    # Without means, Adam moves by the learning rate in the direction of the sign.
+    # Without moving averages, Adam's step is the learning rate times the sign.
     np.testing.assert_allclose(ended["kernel"], -sum(rates), rtol=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_the_update_uses_the_learning_rate_that_is_reported():
         lambda: AdamW(clip_norm=0.0),
         lambda: Muon(momentum=1.0),
         lambda: CosineLR(final=1.5),
-        lambda: WarmupStableDecay(decay_share=2.0),
+        lambda: WarmupStableDecay(decay_fraction=2.0),
         lambda: ConstantLR(warmup_steps=-1),
     ],
 )

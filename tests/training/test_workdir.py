@@ -106,7 +106,7 @@ def test_what_only_says_how_a_run_is_carried_out_may_change(open_in, tmp_path, t
     assert read_config(tmp_path).train.log_every == 3
 
 
-STABLE = WarmupStableDecay(warmup_steps=10, decay_share=0.25)  # falls from step 75 of 100
+STABLE = WarmupStableDecay(warmup_steps=10, decay_fraction=0.25)  # falls from step 75 of 100
 FALLING = CosineLR(warmup_steps=10)
 
 

@@ -1,4 +1,4 @@
-"""The step that is timed beside PyTorch's is the same step, by its first loss and by the next."""
+"""The timed steps of jaxdiff and PyTorch are the same: first and last losses agree."""
 
 import dataclasses
 
@@ -6,10 +6,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from jaxdiff.benchmark import torch_peer
+from jaxdiff.models.components import Latents
+
+from benchmarks import torch_baseline
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.components import Latents
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
@@ -28,9 +29,9 @@ def test_both_take_the_same_steps(network, remat, small_unet, tiny_recipe, monke
     task = dataclasses.replace(task, denoiser=denoiser)
     optimizer = AdamW(learning_rate=1e-3, schedule=ConstantLR())
     config = dataclasses.replace(config, task=task, optimizer=optimizer)
-    found = torch_peer.measure(config, warmup=1, repeats=3)
+    found = torch_baseline.measure(config, warmup=1, repeats=3)
     assert [one.name for one in found] == ["jaxdiff", "torch, eager", "torch, compiled"]
     for name, close in (("first_loss", 1e-5), ("last_loss", 1e-3)):
-        ours, *theirs = (one.figures[name] for one in found)
+        ours, *theirs = (one.metrics[name] for one in found)
         assert theirs == pytest.approx([ours] * 2, rel=close)
-    assert found[0].figures["last_loss"] < found[0].figures["first_loss"]
+    assert found[0].metrics["last_loss"] < found[0].metrics["first_loss"]

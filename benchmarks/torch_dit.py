@@ -1,7 +1,7 @@
-"""jaxdiff's DiT in plain PyTorch, with the same weights, to be timed beside it.
+"""jaxdiff's DiT in plain PyTorch, with the same weights, as a baseline for timing.
 
-Only what the recipes use most: text by cross-attention, no bottleneck. See
-`jaxdiff.models.denoisers.dit` for what the parts are; PyTorch's kernels are the transposes of ours.
+Supports what most recipes use: text by cross-attention, no bottleneck. Its modules correspond to
+those of `jaxdiff.models.denoisers.dit`; PyTorch's kernels are their transposes.
 """
 
 import math
@@ -32,24 +32,24 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads, eps=EPSILON)
 
     def forward(
-        self, x: Tensor, source: Tensor, *, turn: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, source: Tensor, *, rope: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x [b, n, d] reads the source [b, m, e] where the mask [b, m] is true."""
+        """Attend from x [b, n, d] to the source [b, m, e] where the mask [b, m] is true."""
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(source), self.v(source))
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = _rotate(q, turn), _rotate(k, turn)
+        if rope is not None:
+            q, k = _apply_rope(q, rope), _apply_rope(k, rope)
         allowed = None if mask is None else mask[:, None, None, :]
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + k/2]) by the angles whose cosines and sines are `turn`."""
-    cos, sin = turn[0][:, None], turn[1][:, None]
+def _apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + k/2]) by the angles whose cosines and sines are `rope`."""
+    cos, sin = rope[0][:, None], rope[1][:, None]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
@@ -64,12 +64,12 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Return the same shape."""
         return self.down(functional.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the text, SwiGLU; the first and the last modulated and gated."""
+    """Self-attention, cross-attention, SwiGLU; the first and last are modulated and gated."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -81,12 +81,12 @@ class Block(nn.Module):
         self.cross = Attention(width, config.heads, config.text_width)
         self.mlp = SwiGLU(width, config.hidden)
 
-    def forward(self, x: Tensor, cond: Tensor, text: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
-        """The same shape as x."""
+    def forward(self, x: Tensor, cond: Tensor, text: Tensor, mask: Tensor, rope: Tensor) -> Tensor:
+        """Return the same shape as x."""
         parts = self.modulation(cond)[:, None].chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = self.norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attention(h, h, turn=turn)
+        x = x + gate1 * self.attention(h, h, rope=rope)
         x = x + self.cross(self.cross_norm(x), text, mask=mask)
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
@@ -95,14 +95,14 @@ class TorchDiT(nn.Module):
     """The same network as `DiT(config)`.
 
     Raises:
-      UserError: the config has text in the sequence, or a bottleneck.
+      UserError: the config has joint attention to the text, or a bottleneck.
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         if config.text != "cross" or config.bottleneck is not None:
             raise UserError(
-                "The DiT to compare with in PyTorch has text by cross-attention and no bottleneck: "
+                "The PyTorch DiT supports text by cross-attention and no bottleneck only: "
                 "set task.denoiser.text to cross and task.denoiser.bottleneck to None."
             )
         self.config = config
@@ -118,13 +118,13 @@ class TorchDiT(nn.Module):
         self.final = nn.Linear(width, patch)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, mask: Tensor) -> Tensor:
-        """x [b, h, w, c] and t [b] in [0, 1], and text features, to the prediction [b, h, w, c]."""
+        """Predict [b, h, w, c] from x [b, h, w, c], t [b] in [0, 1] and text features."""
         config, p = self.config, self.config.patch_size
         rows, columns = x.shape[1] // p, x.shape[2] // p
         h = x.unflatten(1, (rows, p)).unflatten(3, (columns, p)).transpose(2, 3).flatten(1, 2)
-        places = _places(rows, columns, config.width, x.device)
-        h = self.patch(h.flatten(2)) + places
-        turn = _turn(rows, columns, config.width // config.heads, x.device)
+        positions = _positions(rows, columns, config.width, x.device)
+        h = self.patch(h.flatten(2)) + positions
+        rope = _rope(rows, columns, config.width // config.heads, x.device)
 
         cond = self.time2(functional.silu(self.time1(_fourier(t, config.width, 1000.0))))
         words = self.text_norm(tokens)
@@ -132,7 +132,7 @@ class TorchDiT(nn.Module):
         total = 2 * (words * mask[..., None]).sum(1) / number.sqrt()
         cond = functional.silu(cond + self.pooled(pooled) + self.words(total))
         for block in self.blocks:
-            h = block(h, cond, words, mask, turn)
+            h = block(h, cond, words, mask, rope)
         shift, scale = self.final_modulation(cond)[:, None].chunk(2, dim=-1)
         out = self.final(self.final_norm(h) * (1 + scale) + shift).float()
         out = out.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
@@ -150,12 +150,12 @@ def _grid(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor
     return row, torch.arange(columns, device=device).repeat(rows)
 
 
-def _places(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+def _positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
     axes = _grid(rows, columns, device)
     return torch.cat([_fourier(axis, width // 2, 1.0) for axis in axes], dim=-1)
 
 
-def _turn(rows: int, columns: int, head: int, device: torch.device) -> Tensor:
+def _rope(rows: int, columns: int, head: int, device: torch.device) -> Tensor:
     """Cosines and sines of the axial rotary angles, [2, n, head / 2]."""
     each = head // 4
     frequencies = 100.0 ** (-torch.arange(each, device=device) / each)
@@ -165,7 +165,7 @@ def _turn(rows: int, columns: int, head: int, device: torch.device) -> Tensor:
 
 
 def to_torch_names(params: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `TorchDiT` from the parameters of `DiT`, a nested dict of arrays."""
+    """Convert the parameters of `DiT`, a nested dict of arrays, to those of `TorchDiT`."""
     tensors: dict[str, Tensor] = {}
 
     def walk(tree: dict[str, Any], path: tuple[str, ...]) -> None:

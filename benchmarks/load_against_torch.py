@@ -1,11 +1,11 @@
-"""Times how Stable Diffusion 1.5's U-Net is read from a file, beside diffusers doing the same.
+"""Time loading Stable Diffusion 1.5's U-Net from a file, beside diffusers.
 
     pip install torch==2.13.0 && pip install -e '.[parity]'
-    python -m jaxdiff.benchmark.load_against_torch --repeats 5
+    python -m benchmarks.load_against_torch --repeats 5
 
-Each turn is a process of its own, which has imported all that it needs before the clock starts. Two
-times are told: until the call returns, and until every weight has been read once, as diffusers on
-a CPU maps the file and reads it no sooner than a weight is used. (Linux only.)
+Each turn runs in a process of its own, which imports everything before the clock starts. Two times
+are printed: until the call returns, and until every weight has been read once, because diffusers on
+a CPU maps the file and reads a weight only when it is used. Linux only.
 """
 
 import dataclasses
@@ -18,13 +18,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import jax
 import numpy as np
 import tyro
+from diffusers.models.unets.unet_2d_condition import (
+    UNet2DConditionModel as DiffusersUNet,
+)
 from etils import epath
 
-from jaxdiff.benchmark.timing import in_turn, median
+from jaxdiff.benchmark.timing import median, time_in_turns
 from jaxdiff.pretrained import unet
 from jaxdiff.pretrained.diffusers import DIFFUSION_MODEL
 from jaxdiff.pretrained.presets import SD1
@@ -33,66 +35,66 @@ from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How often it is timed."""
+    """Time loading the U-Net."""
 
     repeats: int = 5
-    """Turns that each takes."""
+    """Timed turns of each."""
     warm_memory: bool = False
-    """Take as much memory and give it back before the clock starts: what a virtual machine waits
-    for when it is handed new memory is then left out."""
+    """Allocate and free as much memory before the clock starts, to exclude the time that a virtual
+    machine takes to provide new memory."""
 
 
-class Reading(NamedTuple):
-    """What one process took."""
+class LoadTimes(NamedTuple):
+    """Times and memory of one process."""
 
-    returned: float  # seconds until the call was back
-    read: float  # seconds until every weight had been read
-    peak: float  # the most memory in use, beyond that before, of the file's size
+    returned: float  # seconds until the call returned
+    read: float  # seconds until every weight was read
+    peak: float  # additional peak memory, relative to the file's size
 
 
 def main(options: Options) -> None:
-    """Prints a line for each contender."""
+    """Print a line for each contender."""
     config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
     with tempfile.TemporaryDirectory() as folder:
-        diffusers.UNet2DConditionModel(**config).save_pretrained(folder)
-        readings: dict[str, list[Reading]] = {name: [] for name in LOADERS}
+        DiffusersUNet(**config).save_pretrained(folder)
+        times: dict[str, list[LoadTimes]] = {name: [] for name in LOADERS}
         turns = {
             name: functools.partial(_turn, name, folder, options.warm_memory, found)
-            for name, found in readings.items()
+            for name, found in times.items()
         }
-        in_turn(turns, warmup=0, repeats=options.repeats)
-    for name, found in readings.items():
+        time_in_turns(turns, warmup=0, repeats=options.repeats)
+    for name, found in times.items():
         returned, read = median([r.returned for r in found]), median([r.read for r in found])
         peak = max(r.peak for r in found)
-        held = "" if options.warm_memory else f"; at most {peak:.2f} of the file's size in memory"
+        memory = "" if options.warm_memory else f"; peak memory {peak:.2f} of the file's size"
         print(
             f"{name}: returned after {returned:.2f} s, every weight read after {read:.2f} s "
-            f"({min(r.read for r in found):.2f} to {max(r.read for r in found):.2f}){held}"
+            f"({min(r.read for r in found):.2f} to {max(r.read for r in found):.2f}){memory}"
         )
 
 
-def _ours(folder: str) -> Any:
+def _load(folder: str) -> Any:
     tensors = open_weights(epath.Path(folder), DIFFUSION_MODEL)
     return jax.block_until_ready(unet.from_torch_names(tensors, SD1, place=to_device))
 
 
 LOADERS: dict[str, tuple[Callable[[str], Any], Callable[[Any], list[Any]]]] = {
-    "jaxdiff": (_ours, lambda params: [np.asarray(leaf) for leaf in jax.tree.leaves(params)]),
+    "jaxdiff": (_load, lambda params: [np.asarray(leaf) for leaf in jax.tree.leaves(params)]),
     "diffusers": (
-        diffusers.UNet2DConditionModel.from_pretrained,
+        DiffusersUNet.from_pretrained,
         lambda model: list(model.parameters()),
     ),
 }
-"""How each reads a folder, and what its weights are."""
+"""For each contender, how it loads a folder, and how its weights are listed."""
 
 
-def _turn(name: str, folder: str, warm_memory: bool, found: list[Reading]) -> None:
+def _turn(name: str, folder: str, warm_memory: bool, found: list[LoadTimes]) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        found.append(process.submit(read, name, folder, warm_memory).result())
+        found.append(process.submit(time_loading, name, folder, warm_memory).result())
 
 
-def read(name: str, folder: str, warm_memory: bool) -> Reading:
-    """Reads a folder by one of the `LOADERS`; a process that has read before says little."""
+def time_loading(name: str, folder: str, warm_memory: bool) -> LoadTimes:
+    """Load a folder with one of the `LOADERS`, in a process that has loaded nothing before."""
     size = (Path(folder) / f"{DIFFUSION_MODEL}.safetensors").stat().st_size
     load, weights = LOADERS[name]
     jax.devices()  # starts the backend
@@ -104,11 +106,11 @@ def read(name: str, folder: str, warm_memory: bool) -> Reading:
     for weight in weights(loaded):
         weight.sum()
     all_read = time.perf_counter() - start
-    return Reading(returned, all_read, (_peak() - before) / size)
+    return LoadTimes(returned, all_read, (_peak() - before) / size)
 
 
 def _peak() -> int:
-    """Of this program alone: what `getrusage` tells was inherited from the one that started it."""
+    """Peak memory of this process in bytes; `getrusage` would include the parent's."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 

@@ -1,8 +1,8 @@
-"""Times the input pipeline beside torch's DataLoader: the same files, the same work, in turn.
+"""The input pipeline and torch's DataLoader on the same files, timed in turns.
 
-JPEGs of 500 x 375 pixels are decoded, cropped and resized to 256; latents of 512 pixels, mean and
-variance in float16, are read; captions are tokenized. All of it in this process alone and by its
-processor time, so that whatever else the machine does slows neither.
+JPEGs of 500 x 375 pixels are decoded, cropped and resized to 256. Latents of 512 pixels, mean and
+variance in float16, are read. Captions are tokenized. Both run in this process alone and are
+measured in CPU time, which other load on the machine does not affect.
 """
 
 import functools
@@ -18,8 +18,8 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.benchmark import synthetic
-from jaxdiff.benchmark.report import Measured
-from jaxdiff.benchmark.timing import in_turn, median
+from jaxdiff.benchmark.report import Measurement
+from jaxdiff.benchmark.timing import median, time_in_turns
 from jaxdiff.data.loader import DataConfig, make_dataset
 from jaxdiff.data.shards import LatentSpace, Shard, ShardManifest
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record, write_encoded
@@ -33,36 +33,36 @@ RECORDS, CAPTION = 256, "a photograph of something in front of something else"
 WIDTH, HEIGHT, SIZE, LATENT = 500, 375, 256, 64
 
 
-def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
-    """Processor seconds of batches as large, and of captions as long, as the recipe has them."""
-    images, tokenizer = config.train.batch_size, synthetic.tokenizer(config)
+def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
+    """CPU seconds of batches with the recipe's batch size and caption length."""
+    images, tokenizer = config.train.batch_size, synthetic.small_tokenizer(config)
     with tempfile.TemporaryDirectory() as folder:
         work = {
             "JPEG at 256": (_photographs(epath.Path(folder)), SIZE, _cropped),
             "latents of 512": (_latents(epath.Path(folder)), 8 * LATENT, _first_view),
         }
         batches: dict[str, Iterator[Any]] = {}
-        for name, (source, size, ready) in work.items():
+        for name, (source, size, prepare) in work.items():
             data = DataConfig(source=source, transforms=Transforms(size=size), shuffle=False)
-            ours = make_dataset(data, tokenizer, batch_size=images, seed=0)
-            batches[f"{name}, jaxdiff"] = iter(ours)
-            batches[f"{name}, torch"] = _batches(_Torch(source, ready), tokenizer, images)
+            dataset = make_dataset(data, tokenizer, batch_size=images, seed=0)
+            batches[f"{name}, jaxdiff"] = iter(dataset)
+            batches[f"{name}, torch"] = _batches(_TorchDataset(source, prepare), tokenizer, images)
         turns = {name: functools.partial(next, one) for name, one in batches.items()}
-        found = in_turn(turns, warmup=warmup, repeats=repeats, clock=time.process_time)
+        found = time_in_turns(turns, warmup=warmup, repeats=repeats, clock=time.process_time)
     return [
-        Measured(
+        Measurement(
             name=name,
-            what="batch",
+            unit="batch",
             seconds=seconds,
-            figures={"images_per_s_per_core": images / median(seconds)},
-            notes=["Seconds are the processor's."],
+            metrics={"images_per_s_per_core": images / median(seconds)},
+            notes=["Seconds are CPU time."],
         )
         for name, seconds in found.items()
     ]
 
 
 def _photographs(folder: epath.Path) -> ArrayRecord:
-    """JPEGs, in size and detail about like photographs."""
+    """JPEGs with the size and the spectrum of photographs."""
     rng = np.random.default_rng(0)
 
     def photograph(i: int) -> Record:
@@ -112,21 +112,21 @@ def _latents(folder: epath.Path) -> CachedLatents:
     return CachedLatents(path=str(folder))
 
 
-class _Torch(torch.utils.data.Dataset):
-    """The usual data set: one record made ready at a time."""
+class _TorchDataset(torch.utils.data.Dataset):
+    """A map-style data set that prepares one record at a time."""
 
-    def __init__(self, source: ArrayRecord | CachedLatents, ready: Callable[[Any], np.ndarray]):
-        self._source, self._ready = source, ready
+    def __init__(self, source: ArrayRecord | CachedLatents, prepare: Callable[[Any], np.ndarray]):
+        self._source, self._prepare = source, prepare
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         record = self._source[index]
-        return torch.from_numpy(self._ready(record)), record["captions"][0]
+        return torch.from_numpy(self._prepare(record)), record["captions"][0]
 
 
-def _batches(dataset: _Torch, tokenizer: Tokenizer, batch_size: int) -> Iterator[Any]:
+def _batches(dataset: _TorchDataset, tokenizer: Tokenizer, batch_size: int) -> Iterator[Any]:
     def collate(records: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         images, captions = zip(*records, strict=True)
         return torch.stack(images), torch.from_numpy(tokenizer(list(captions)))
@@ -137,7 +137,7 @@ def _batches(dataset: _Torch, tokenizer: Tokenizer, batch_size: int) -> Iterator
 
 
 def _cropped(record: Any) -> np.ndarray:
-    """The shorter side to 256, then the middle, as torchvision's transforms do it with Pillow."""
+    """Resize the shorter side to 256 and crop the centre, as torchvision does with Pillow."""
     image = Image.open(io.BytesIO(record["image"])).convert("RGB")
     scale = SIZE / min(image.size)
     width, height = (round(side * scale) for side in image.size)

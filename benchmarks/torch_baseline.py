@@ -1,9 +1,9 @@
-"""Times the denoiser's training step beside the same step in PyTorch, on the same weights.
+"""The denoiser's training step in jaxdiff and in PyTorch on the same weights, timed in turns.
 
-Both take x_t, times, text features and a target, and make the mean square error, its gradient, its
-clipping, AdamW's update and the moving average of the weights: what a recipe's step does with text
-encoder and autoencoder left out. PyTorch's model is diffusers' for Stable Diffusion's U-Net, and
-`jaxdiff.benchmark.torch_dit` for the DiT; it runs eagerly, and once more under torch.compile.
+Both read x_t, times, text features and a target, and compute the mean squared error, its gradient,
+gradient clipping, AdamW's update and the EMA of the weights: a recipe's step without text encoder
+and autoencoder. PyTorch's model is diffusers' for Stable Diffusion's U-Net and
+`benchmarks.torch_dit` for the DiT. It runs eagerly, and again under torch.compile.
 """
 
 import dataclasses
@@ -11,19 +11,21 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d_condition import (
+    UNet2DConditionModel as DiffusersUNet,
+)
 from flax import nnx
 from jaxtyping import PyTree
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from jaxdiff.benchmark.report import Measured
+from benchmarks.torch_dit import TorchDiT, to_torch_names
+from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.synthetic import random_like
-from jaxdiff.benchmark.timing import in_turn
-from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
+from jaxdiff.benchmark.timing import time_in_turns
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.denoisers.unet_sd import (
@@ -31,7 +33,7 @@ from jaxdiff.models.denoisers.unet_sd import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
-from jaxdiff.models.layers import TextFeatures, abstract_params, bind_init
+from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
 from jaxdiff.pretrained import unet
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
@@ -41,23 +43,23 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 Denoiser = DiTConfig | UNet2DConditionConfig
 
-LEAST = 1e-4  # relative difference of the first losses above which the two are not the same step
+TOLERANCE = 1e-4  # relative difference of the first losses in float32; more is an error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoiserTask(Task):
-    """The training of a denoiser alone, on noisy images and targets that are given."""
+    """Train a denoiser alone, on given noisy images and targets."""
 
     denoiser: Denoiser
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The denoiser."""
+        """Build the denoiser."""
         if isinstance(self.denoiser, DiTConfig):
             return DiT(self.denoiser, rngs=rngs)
         return UNet2DConditionModel(self.denoiser, rngs=rngs)
 
     def loss(self, model: Any, frozen: PyTree, batch: Any, key: Any, task_state: tuple[()]) -> Any:
-        """The mean square error."""
+        """The mean squared error."""
         text: Any = TextFeatures(batch["text"], batch["pooled"], batch["mask"])
         if isinstance(self.denoiser, UNet2DConditionConfig):
             text = Conditions(batch["text"])
@@ -67,59 +69,60 @@ class DenoiserTask(Task):
 
 
 class Contender(NamedTuple):
-    """One of those that are timed: its step, which returns the loss, and its first call's."""
+    """A timed training step, which returns the loss, with the time and loss of its first call."""
 
     step: Callable[[], float]
     compile_s: float
     first_loss: float
 
 
-def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
-    """The seconds of jaxdiff's step and of PyTorch's, in turn.
+def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
+    """Time jaxdiff's step and PyTorch's in turns.
 
     Raises:
-      UserError: the recipe has no denoiser that both can build, or another optimizer than AdamW.
+      UserError: PyTorch's side does not support the recipe's denoiser or optimizer, or the two
+        compute different losses.
     """
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
     alone = DenoiserTask(denoiser=denoiser)
-    params = random_like(abstract_params(bind_init(DenoiserTask.build, alone)))
-    contenders = {"jaxdiff": _ours(config, denoiser, params, batch)}
+    params = random_like(abstract_params(blueprint(DenoiserTask.build, alone)))
+    contenders = {"jaxdiff": _jaxdiff_step(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
-        contenders[name] = _theirs(config, denoiser, params, batch, compiled=compiled)
+        contenders[name] = _torch_step(config, denoiser, params, batch, compiled=compiled)
     expected = contenders["jaxdiff"].first_loss
     for name, one in contenders.items():
         if abs(one.first_loss - expected) > _tolerance(config) * abs(expected):
             raise UserError(
-                f"The first loss of {name} is {one.first_loss} and jaxdiff's {expected}: they do "
-                "not compute the same, so their times say nothing of each other."
+                f"The first loss of {name} is {one.first_loss} and that of jaxdiff {expected}: "
+                "expected equal losses; the times are not comparable."
             )
     steps = {name: one.step for name, one in contenders.items()}
-    seconds = in_turn(steps, warmup=warmup, repeats=repeats)
+    seconds = time_in_turns(steps, warmup=warmup, repeats=repeats)
     return [
-        Measured(
+        Measurement(
             name=name,
-            what="step",
+            unit="step",
             seconds=seconds[name],
             images=config.train.batch_size,
-            figures={
+            metrics={
                 "first_call_s": one.compile_s,
                 "first_loss": one.first_loss,
                 "last_loss": one.step(),
             },
-            notes=["The denoiser's step alone: text encoder and autoencoder are left out."],
+            notes=["The denoiser alone, without text encoder and autoencoder."],
         )
         for name, one in contenders.items()
     ]
 
 
 def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
-    """The recipe's task and its denoiser, if both can build it and take the same steps."""
+    """The recipe's task and denoiser, checked to be supported on both sides."""
     task = config.task
     denoiser = task.denoiser if isinstance(task, DiffusionTask) else None
     if not isinstance(denoiser, Denoiser) or type(config.optimizer) is not AdamW:
         raise UserError(
-            f"{config.name} cannot be timed against PyTorch: expected a recipe of diffusion whose "
+            f"{config.name} cannot be timed against PyTorch: expected a diffusion recipe whose "
             "denoiser is a DiT or Stable Diffusion's U-Net and whose optimizer is AdamW."
         )
     if isinstance(denoiser, UNet2DConditionConfig) and denoiser.added_width is not None:
@@ -127,17 +130,17 @@ def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
             f"{config.name} cannot be timed against PyTorch: Stable Diffusion XL's U-Net reads "
             "more than x_t, t and tokens; give a recipe of Stable Diffusion 1 or 2."
         )
-    assert isinstance(task, DiffusionTask)  # or there were no denoiser
+    assert isinstance(task, DiffusionTask)  # follows from the denoiser's type
     return task, denoiser
 
 
 def _tolerance(config: Config) -> float:
-    return LEAST if config.train.compute == "float32" else 0.05
+    return TOLERANCE if config.train.compute == "float32" else 0.05
 
 
 def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str, np.ndarray]:
     size, count = config.data.transforms.size, config.train.batch_size
-    shape, draw = (count, *task.shape(size, size)), np.random.default_rng(0)
+    shape, rng = (count, *task.shape(size, size)), np.random.default_rng(0)
     text = task.text.model
     pooled = denoiser.pooled_width if isinstance(denoiser, DiTConfig) else 1
     normal = {
@@ -146,14 +149,14 @@ def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str,
         "text": (count, text.length, denoiser.text_width),
         "pooled": (count, pooled),
     }
-    batch = {name: draw.standard_normal(s, np.float32) for name, s in normal.items()}
-    # Whole steps of the thousand that Stable Diffusion counts: diffusers takes no others.
-    batch["t"] = (draw.integers(0, 1000, count) + 1).astype(np.float32) / 1000
-    batch["mask"] = np.arange(text.length) < draw.integers(3, text.length, (count, 1))
+    batch = {name: rng.standard_normal(s, np.float32) for name, s in normal.items()}
+    # diffusers accepts only integer steps out of 1000.
+    batch["t"] = (rng.integers(0, 1000, count) + 1).astype(np.float32) / 1000
+    batch["mask"] = np.arange(text.length) < rng.integers(3, text.length, (count, 1))
     return batch
 
 
-def _ours(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
+def _jaxdiff_step(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
     alone = DenoiserTask(denoiser=denoiser)
     optimizer = config.optimizer.build(config.train.steps)
     make = make_train_step(
@@ -177,7 +180,7 @@ def _first(step: Callable[[], float]) -> Contender:
     return Contender(step, time.perf_counter() - start, loss)
 
 
-def _theirs(
+def _torch_step(
     config: Config, denoiser: Denoiser, params: PyTree, batch: dict, *, compiled: bool
 ) -> Contender:
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() != "cpu" else "cpu"
@@ -215,7 +218,7 @@ def _theirs(
         with torch.no_grad():
             average(ema, list(model.parameters()), 0)
         if device == "cuda":
-            torch.cuda.synchronize()  # the update, too, belongs to this turn
+            torch.cuda.synchronize()  # wait for the update
         return loss.item()
 
     return _first(step)
@@ -224,13 +227,13 @@ def _theirs(
 def _torch_model(
     denoiser: Any, params: PyTree
 ) -> tuple[torch.nn.Module, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
-    """The same network with the same weights, and how it predicts from a batch."""
+    """The same network with the same weights, and a function that predicts from a batch."""
     if isinstance(denoiser, DiTConfig):
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
     settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
-    model = diffusers.UNet2DConditionModel(**settings)
+    model = DiffusersUNet(**settings)
     tensors = unet.to_torch_names(params)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
 

@@ -1,0 +1,34 @@
+"""The comparisons with PyTorch take the flags of `jaxdiff bench` and write the same reports."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from benchmarks import command, torch_data
+
+pytestmark = pytest.mark.parity
+
+
+def test_the_loaders_are_timed_on_the_same_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch_data, "RECORDS", 8)
+    words = ["--train.batch-size", "4", "--warmup", "0", "--repeats", "3"]
+    out = tmp_path / "report.json"
+    assert command.run("data", torch_data.measure, [*words, "--json", str(out)]) == 0
+    assert "latents of 512, torch: median" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["options"] == {"warmup": 0, "repeats": 3}
+    assert len(report["results"]) == 4
+    assert all(len(result["seconds"]) == 3 for result in report["results"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--repeats", "2"), "data: --repeats is 2"), (("--warmpu", "2"), "did you mean --warmup?")],
+)
+def test_a_user_error_is_one_sentence(words, message, capsys):
+    assert command.run("data", torch_data.measure, words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
