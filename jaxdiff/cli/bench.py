@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jaxdiff.benchmark import checkpoint, data, sample, train
 from jaxdiff.benchmark.report import Measured, compare, read_report, report, tell, write_report
+from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -17,9 +18,9 @@ KINDS = ("train", "sample", "data", "checkpoint")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Times a recipe: its file first, then keys of it to change, each followed by its value."""
+    """Measure a recipe. The recipe comes first, then keys of it to change, each with its value."""
 
-    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     json: str | None = None
     """File to write the report to."""
     warmup: int = 3
@@ -27,41 +28,41 @@ class BenchOptions:
     repeats: int = 20
     """Repeats that count."""
     real_data: bool = False
-    """bench train: feed the step from the recipe's data; by default one random batch serves all."""
+    """bench train: feed the step from the recipe's data instead of one random batch."""
     peak_tflops: float | None = None
-    """bench train: what one device can do, in TFLOP/s, where the table of chips has no figure."""
+    """bench train: peak TFLOP/s of one device, where the table of chips has no figure."""
     images: int | None = None
-    """bench sample: images drawn at a time; chosen for the device by default."""
+    """bench sample: images generated at a time; chosen for the device by default."""
     folder: str | None = None
     """bench checkpoint: where to write, local or gs://; a temporary folder by default."""
     against: Literal["torch"] | None = None
-    """bench train: time the denoiser's step beside the same in PyTorch, in turn. bench data: read
-    JPEGs, and cached latents, beside torch's DataLoader, in batches of the recipe's size."""
+    """bench train: alternate the denoiser's step with the same step in PyTorch. bench data:
+    alternate reading of JPEGs and of cached latents with torch's DataLoader."""
 
 
-def measure_and_tell(kind: str, options: BenchOptions) -> None:
-    """Times one thing, prints the figures, and writes them where `--json` says.
+def measure_and_print(kind: str, options: BenchOptions) -> None:
+    """Run one benchmark, print its figures, and write them to `--json`.
 
     Raises:
-      UserError: numbers out of range, or what the thing itself raises.
+      UserError: numbers are out of range, or the benchmark refuses the recipe.
     """
     if options.repeats < 3 or options.warmup < 0:
         raise UserError(
-            f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3, "
-            "and 0 or more."
+            f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3 "
+            "and at least 0."
         )
     if options.against and kind not in ("train", "data"):
         raise UserError(
-            f"--against torch is of bench train and data: bench {kind} has nothing beside it."
+            f"--against torch does not apply to bench {kind}: expected bench train or bench data."
         )
     with Console(stderr=True).status(f"bench {kind}: compiling, then timing"):
         found = _measure(kind, options)
-    told = {
+    given = {
         f.name: getattr(options, f.name)
         for f in dataclasses.fields(options)
         if f.name not in ("config", "json")
     }
-    result = report(kind, options.config, told, found)
+    result = report(kind, options.config, given, found)
     print(tell(result))
     if options.json:
         write_report(options.json, result)
@@ -84,20 +85,41 @@ def _measure(kind: str, options: BenchOptions) -> list[Measured]:
 
 
 def _beside_torch(kind: str) -> ModuleType:
-    """Loaded here alone: PyTorch is an extra that other benchmarks do without."""
+    """Import the comparison only when it is asked for: PyTorch is an extra."""
     try:
         from jaxdiff.benchmark import torch_data, torch_peer
     except ImportError as error:
         raise UserError(
-            f"--against torch needs PyTorch, which is not there ({error}): install jaxdiff[parity]."
+            f"--against torch needs PyTorch, which is missing ({error}): "
+            "pip install 'jaxdiff[parity]'."
         ) from error
     return torch_peer if kind == "train" else torch_data
 
 
 def bench_compare(before: str, after: str) -> None:
-    """`jaxdiff bench compare A.json B.json`: prints what moved beyond noise.
+    """Run `jaxdiff bench compare A.json B.json`: print the differences larger than noise.
 
     Raises:
-      UserError: a file is no report, or the two are not of the same benchmark.
+      UserError: a file is not a report, or the two are of different benchmarks.
     """
     print(compare(read_report(before), read_report(after)))
+
+
+def bench_command(arguments: list[str]) -> None:
+    """Run `jaxdiff bench train|sample|data|checkpoint [RECIPE] ...`, or `bench compare A B`."""
+    kind, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if kind in ("-h", "--help"):
+        print(f"usage: jaxdiff bench {{{','.join(KINDS)}}} [RECIPE] ...  (--help after each)")
+        print("       jaxdiff bench compare BEFORE.json AFTER.json")
+    elif kind == "compare":
+        if len(rest) != 2:
+            raise UserError(f"jaxdiff bench compare takes two reports: got {len(rest)} words.")
+        bench_compare(*rest)
+    elif kind in KINDS:
+        config, rest = read_recipe(rest)
+        default = BenchOptions(config=config)
+        measure_and_print(kind, parse(BenchOptions, rest, prog="jaxdiff bench", default=default))
+    else:
+        raise UserError(
+            f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."
+        )

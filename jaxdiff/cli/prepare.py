@@ -49,7 +49,7 @@ class PreparePathOptions(Sharing):
     """Folder to write, local or gs://."""
 
 
-def prepare(arguments: list[str]) -> None:
+def prepare_command(arguments: list[str]) -> None:
     """`jaxdiff prepare RECIPE_OR_SOURCE OUT [--shards N] [--latents.views N] [--data.KEY V]`."""
     words = {"prog": "jaxdiff prepare"}
     if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".py"):

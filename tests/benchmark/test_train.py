@@ -6,7 +6,7 @@ import pytest
 
 from jaxdiff.benchmark import synthetic, train
 from jaxdiff.benchmark.task_flops import training_flops
-from jaxdiff.cli.bench import BenchOptions, measure_and_tell
+from jaxdiff.cli.bench import BenchOptions, measure_and_print
 from jaxdiff.cli import main as cli
 from jaxdiff.distributed import chips
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
@@ -20,7 +20,7 @@ def found(tiny_recipe, tmp_path_factory) -> dict:
     options = BenchOptions(
         config=tiny_recipe(), json=str(path), warmup=1, repeats=4, real_data=True, peak_tflops=0.5
     )
-    measure_and_tell("train", options)
+    measure_and_print("train", options)
     return json.loads(path.read_text())
 
 
@@ -75,7 +75,7 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
         (("compare", "a.json", "b.json"), "a.json cannot be read"),
         (("train", "--repeats", "2"), "--repeats is 2"),
         (("train", "--peak-tflops", "-1", "--repeats", "3"), "--peak-tflops is -1"),
-        (("sample", "--against", "torch"), "bench sample has nothing beside it"),
+        (("sample", "--against", "torch"), "does not apply to bench sample"),
         (("sample", "configs/produce_clip.py"), "draws no images from prompts"),
         (("train", "--warmpu", "2"), "did you mean --warmup?"),
     ],

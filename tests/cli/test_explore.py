@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.cli.main import explore as command
+from jaxdiff.cli import explore as command
 from jaxdiff.cli import main as cli
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.explore.spaces import read_clip

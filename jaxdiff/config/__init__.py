@@ -1,0 +1,1 @@
+"""Configuration files: where recipes are, and which one a name means."""
