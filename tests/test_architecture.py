@@ -51,12 +51,11 @@ def levels() -> dict[str, int]:
     }
 
 
-def public_definitions() -> Iterator[tuple[str, str, ast.AST]]:
+def public_definitions() -> Iterator[tuple[str, str, ast.ClassDef | Function]]:
     """(module, name, node) of each public class and function at the top of a module."""
     for module, tree in SOURCES.items():
         for node in tree.body:
-            kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            if isinstance(node, kinds) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
                 yield module, node.name, node
 
 

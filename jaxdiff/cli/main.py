@@ -74,7 +74,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "jaxdiff COMMAND --help describes its options; jaxdiff --version prints the version.",
+            "See jaxdiff COMMAND --help for its options and jaxdiff --version for the version.",
         ]
     )
 
