@@ -90,8 +90,7 @@ def _beside_torch(kind: str) -> ModuleType:
         from jaxdiff.benchmark import torch_data, torch_peer
     except ImportError as error:
         raise UserError(
-            f"--against torch needs PyTorch, which is missing ({error}): "
-            "pip install 'jaxdiff[parity]'."
+            f"--against torch needs PyTorch, which is not installed ({error}): pip install torch."
         ) from error
     return torch_peer if kind == "train" else torch_data
 

@@ -74,7 +74,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "See jaxdiff COMMAND --help for its options and jaxdiff --version for the version.",
+            "jaxdiff COMMAND --help lists its options, jaxdiff --version the version.",
         ]
     )
 
