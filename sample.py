@@ -1,4 +1,4 @@
-"""Draws prompts: `python sample.py "a small green pea" ["another prompt" ...] [--out DIR] ...`."""
+"""Generate images from prompts: `python sample.py "a small green pea" [--out DIR] ...`."""
 
 import sys
 

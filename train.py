@@ -1,4 +1,4 @@
-"""Trains a recipe: `python train.py [configs/NAME.py] [--path.to.key VALUE ...] [--out DIR]`."""
+"""Train a recipe: `python train.py [configs/NAME.py] [--path.to.key VALUE ...] [--out DIR]`."""
 
 import sys
 

@@ -1,6 +1,8 @@
-"""`python -m jaxdiff` runs the command line."""
+"""Run the command line: `python -m jaxdiff`."""
+
+import sys
 
 from jaxdiff.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

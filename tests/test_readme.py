@@ -14,6 +14,7 @@ from jaxdiff.pretrained.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CLI = "jaxdiff.cli"
 START = re.compile(r"^(python (train|sample)\.py|jaxdiff)\b")
 
 
@@ -53,25 +54,26 @@ def adapted(tiny_recipe) -> Bundle:
 def test_its_commands_are_understood(command, adapted, monkeypatch, capsys):
     ran, prepared = [], {"write_records": None, "source_at": Produce()}
     for name in (
-        "run_recipe",
-        "draw",
-        "evaluate_folder",
-        "explore_data",
-        "run_benchmark",
-        "bench_compare",
+        "train.run_recipe",
+        "sample.draw",
+        "evaluate.evaluate_folder",
+        "explore.explore_data",
+        "bench.run_benchmark",
+        "bench.bench_compare",
     ):
-        monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: ran.append(name))
+        monkeypatch.setattr(f"{CLI}.{name}", lambda *args, name=name, **kwargs: ran.append(name))
     for name in ("write_records", "source_at"):
-        monkeypatch.setattr(f"jaxdiff.cli.prepare.{name}", lambda *_, name=name: prepared[name])
+        monkeypatch.setattr(f"{CLI}.prepare.{name}", lambda *_, name=name: prepared[name])
     for name in ("_topology", "make_plan", "_print"):
-        monkeypatch.setattr(f"jaxdiff.cli.plan.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"{CLI}.plan.{name}", lambda *_, **__: None)
     writers = ("bundle", "diffusers", "lora", "embedding")
     writers = ("make_folder", *(f"write_{name}" for name in writers))
     for name in writers:
-        monkeypatch.setattr(cli, name, lambda *args, name=name, **kwargs: Path(name))
-    monkeypatch.setattr(cli, "read_bundle", lambda _: adapted)
-    monkeypatch.setattr(cli.textual_inversion, "word_of", lambda _: Word("<my-thing>", {}))
-    monkeypatch.setattr(cli.textual_inversion, "settled", lambda bundle: bundle)
+        monkeypatch.setattr(f"{CLI}.export.{name}", lambda *_, name=name, **__: Path(name))
+    monkeypatch.setattr(f"{CLI}.export.read_bundle", lambda _: adapted)
+    inversion = "jaxdiff.pipelines.textual_inversion"
+    monkeypatch.setattr(f"{inversion}.word_of", lambda _: Word("<my-thing>", {}))
+    monkeypatch.setattr(f"{inversion}.settled", lambda bundle: bundle)
     assert cli.main(arguments(command)) == 0, capsys.readouterr().err
     if arguments(command)[0] in ("train", "sample", "evaluate", "explore", "bench"):
         assert len(ran) == 1

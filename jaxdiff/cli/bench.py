@@ -19,6 +19,7 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
+from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -29,7 +30,7 @@ KINDS = ("train", "sample", "data", "checkpoint")
 class TimingOptions:
     """Time a recipe: its file first, then keys of it to change, each followed by its value."""
 
-    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     json: str | None = None
     """File to write the report to."""
     warmup: int = 3
@@ -84,8 +85,8 @@ def measure_and_report(
     """
     if options.repeats < 3 or options.warmup < 0:
         raise UserError(
-            f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3, "
-            "and 0 or more."
+            f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3 "
+            "and at least 0."
         )
     with Console(stderr=True).status(f"bench {kind}: compiling, then timing"):
         results = measure(options.config, warmup=options.warmup, repeats=options.repeats)
@@ -108,3 +109,23 @@ def bench_compare(before: str, after: str) -> None:
       UserError: a file is not a report, or the two are not of the same benchmark.
     """
     print(compare(read_report(before), read_report(after)))
+
+
+def bench_command(arguments: list[str]) -> None:
+    """Run `jaxdiff bench train|sample|data|checkpoint [RECIPE] ...`, or `bench compare A B`."""
+    kind, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if kind in ("-h", "--help"):
+        print(f"usage: jaxdiff bench {{{','.join(KINDS)}}} [RECIPE] ...  (--help after each)")
+        print("       jaxdiff bench compare BEFORE.json AFTER.json")
+    elif kind == "compare":
+        if len(rest) != 2:
+            raise UserError(f"jaxdiff bench compare takes two reports: got {len(rest)} words.")
+        bench_compare(*rest)
+    elif kind in KINDS:
+        config, rest = read_recipe(rest)
+        default = BenchOptions(config=config)
+        run_benchmark(kind, parse(BenchOptions, rest, prog="jaxdiff bench", default=default))
+    else:
+        raise UserError(
+            f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."
+        )

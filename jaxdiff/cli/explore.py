@@ -6,6 +6,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from jaxdiff.cli.parsing import parse
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import (
     ATTRIBUTES,
@@ -183,3 +184,8 @@ def _chosen(key: str, name: str, low: str, high: str, values: np.ndarray) -> Axi
 def _learned(key: str, name: str, values: np.ndarray, captions: list[str]) -> Axis:
     low, high = distinctive_words(values, captions)
     return Axis(key=key, name=name, low=low, high=high, values=values, group="learned")
+
+
+def explore_command(arguments: list[str]) -> None:
+    """Run `jaxdiff explore RECIPE_OR_MODEL [--x LOW:HIGH] [--y LOW:HIGH] ...`."""
+    explore_data(parse(ExploreOptions, arguments, prog="jaxdiff explore"))

@@ -1,4 +1,4 @@
-"""Words of the command line as dataclasses: flags, recipes, and mistakes told in one sentence."""
+"""Parse command lines into dataclasses, and report mistakes in one sentence."""
 
 import contextlib
 import dataclasses
@@ -6,25 +6,31 @@ import difflib
 import io
 import itertools
 import typing
-from pathlib import Path
 from typing import Any
 
 import tyro
 
+from jaxdiff.cli.peer_flags import peer_flag
+from jaxdiff.config.recipe_files import DEFAULT_RECIPE
 from jaxdiff.config.serialization import members
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config, load_recipe
 
-DEFAULT_RECIPE = Path(__file__).parent.parent.parent / "configs" / "produce.py"
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
 
 def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:
-    """Parses flags into a dataclass or the arguments of a function, through tyro.
+    """Parse flags into a dataclass or the arguments of a function, with tyro.
+
+    Args:
+      target: the dataclass or function.
+      arguments: the words after the command.
+      prog: the command, such as `jaxdiff train`, for help and messages.
+      default: an instance that flags change; none by default.
 
     Raises:
-      UserError: for a value that cannot be read or is missing; for a flag that there is not, with
-        the nearest that there is.
+      UserError: a value is missing or invalid, or a flag is unknown; the message names the flag
+        that was probably meant.
     """
     options = {} if default is None else {"default": default}
     with contextlib.redirect_stderr(io.StringIO()) as box:
@@ -45,31 +51,38 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) 
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"{prog} has no place for {flag!r}: see {prog} --help.")
-        known = sorted(_flags(target if default is None else default))
-        nearest = _nearest(flag.replace("_", "-"), known)
-        hint = f"did you mean {nearest}?" if nearest else f"see {prog} --help."
-        raise UserError(f"{prog} does not know {flag}: {hint}")
+        raise UserError(f"{prog} does not know {flag}: {_hint(flag, target, default, prog)}")
     return value
 
 
+def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
+    """What to type instead of an unknown flag."""
+    peer = peer_flag(prog, flag)
+    if peer is not None:
+        return f"it is {peer} here."
+    known = sorted(_flags(target if default is None else default))
+    nearest = _nearest(flag.replace("_", "-"), known)
+    return f"did you mean {nearest}?" if nearest else f"see {prog} --help."
+
+
 def _nearest(flag: str, known: list[str]) -> str | None:
-    """The flag that is meant: one with a slip, one that ends so, or one that is at all like it."""
-    slip = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+    """The most similar flag: one with a typo, else one with this ending, else a distant one."""
+    typo = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
     ending = [name for name in known if name.endswith(flag.removeprefix("-"))]
     like = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-    return next(iter(slip + ending + like), None)
+    return next(iter(typo + ending + like), None)
 
 
 def _sentence(box: str) -> str:
-    """A framed message of tyro's, what stands between its title and its next rule, as one line."""
+    """The text of tyro's framed message, between its title and the next rule, as one line."""
     lines = (line.strip("│| ") for line in box.splitlines()[1:])
     parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯+ ")))
-    told = next((" ".join(part) for is_text, part in parts if is_text), box)
-    return f"{told[:1].upper()}{told[1:].rstrip('.')}."
+    text = next((" ".join(part) for is_text, part in parts if is_text), box)
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _flags(options: Any, prefix: str = "") -> list[str]:
-    """All flags, as `--train.batch-size`, of a dataclass, and of a nested one by its default."""
+    """All flags of a dataclass, as `--train.batch-size`; of nested ones, those of their values."""
     hints = typing.get_type_hints(
         options if isinstance(options, type) else type(options), include_extras=True
     )
@@ -86,12 +99,12 @@ def _flags(options: Any, prefix: str = "") -> list[str]:
 
 
 def _is_part(hint: Any) -> bool:
-    """Whether a field holds a dataclass, whose keys are flags, while it has none of its own."""
+    """Whether a field holds a dataclass: its keys are flags, and the field itself is none."""
     return any(dataclasses.is_dataclass(c) for c in members(hint))
 
 
 def read_recipe(arguments: list[str]) -> tuple[Config, list[str]]:
-    """The recipe whose file comes first, or the default one, and the arguments after it."""
+    """Load the recipe that comes first, or the default one; return it and the other arguments."""
     if arguments and not arguments[0].startswith("-"):
         return load_recipe(arguments[0]), arguments[1:]
     return load_recipe(DEFAULT_RECIPE), arguments

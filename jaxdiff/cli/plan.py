@@ -1,4 +1,4 @@
-"""`jaxdiff plan`: what a recipe needs on a slice of chips, before any of them is rented."""
+"""`jaxdiff plan`: memory and time of a recipe on a TPU slice or GPUs, compiled ahead of time."""
 
 import dataclasses
 import json
@@ -22,30 +22,31 @@ from jaxdiff.training.recipe import Config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Compiles a recipe's training step for devices that need not be there; tells what it takes.
+    """Compile a recipe's training step for any devices, attached or not; print memory and time.
 
-    The recipe's file comes first, then keys of it to change. Without --topology the recipe is
-    planned for each slice that it names.
+    The recipe comes first, then keys of it to change. Without --topology the recipe is planned for
+    each slice that it names.
     """
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     topology: str | None = None
-    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; h100:8; cpu:8, simulated; local: here."""
+    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; h100:8; cpu:8, simulated; or local, the
+    devices of this machine."""
     shape: Annotated[str | None, tyro.conf.arg(name="mesh")] = None
-    """The mesh, such as data=16,fsdp=16; by default what the recipe names for the topology."""
+    """The mesh, such as data=16,fsdp=16; by default the recipe's mesh for the topology."""
     json: bool = False
-    """Print JSON: all figures, in bytes, seconds and FLOPs, and the origin of each."""
+    """Print all figures as JSON, in bytes, seconds and FLOPs, with the origin of each."""
     quick: bool = False
-    """Have XLA optimize as little as it can: minutes for a U-Net, memory a little too high, and
-    nothing of the memory's traffic, so that a search ranks without it."""
+    """Compile with XLA's least effort: minutes for a U-Net, with memory slightly overestimated and
+    no memory traffic, which a search then ranks without."""
     search: bool = False
-    """Try meshes, batch sizes and remat policies, and rank what fits."""
+    """Try meshes, batch sizes and remat policies, and rank those that fit."""
     most: int = 12
-    """Plans that a search makes."""
+    """Plans that a search makes at most."""
 
 
-def plan(arguments: list[str]) -> None:
-    """`jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
+def plan_command(arguments: list[str]) -> None:
+    """Run `jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
     config, arguments = read_recipe(arguments)
     options = parse(PlanOptions, arguments, prog="jaxdiff plan", default=PlanOptions(config=config))
     config = options.config
@@ -76,8 +77,8 @@ def plan(arguments: list[str]) -> None:
 
 def _print(plans: list[Plan], options: PlanOptions) -> None:
     if options.json:
-        told = [plan.to_json() for plan in plans]
-        print(json.dumps(told[0] if len(told) == 1 else told, indent=2))
+        found = [plan.to_json() for plan in plans]
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return
     console = Console(file=sys.stdout)
     for plan in plans if not options.search else plans[:1]:
@@ -93,24 +94,24 @@ def _line(plan: Plan) -> str:
 
 
 def _topology(name: str) -> Topology:
-    """Found while nothing but the processor need be started, where the chips are not those here."""
+    """Find the devices; start only JAX's CPU backend unless the devices are this machine's."""
     if name not in ("local", "gpu") and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
     return find_topology(name)
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """`data=16,fsdp=16` as a mesh; axes that are not named have one device.
+    """Parse a mesh such as `data=16,fsdp=16`; axes that are not named have one device.
 
     Raises:
-      UserError: for another axis, or what is no number.
+      UserError: an axis is unknown, or a size is not an integer.
     """
     sizes: dict[str, int] = {"data": 1}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES or not size.lstrip("-").isdigit():
             raise UserError(
-                f"--mesh {text}: {part.strip()!r} is no axis and its size: expected some of "
+                f"--mesh {text}: {part.strip()!r} is not an axis and its size: expected some of "
                 f"{', '.join(AXES)}, such as data=16,fsdp=16."
             )
         sizes[axis] = int(size)

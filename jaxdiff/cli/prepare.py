@@ -48,7 +48,7 @@ class PreparePathOptions(Sharing):
     """Output folder, local or gs://."""
 
 
-def prepare(arguments: list[str]) -> None:
+def prepare_command(arguments: list[str]) -> None:
     """`jaxdiff prepare RECIPE_OR_SOURCE OUT [--shards N] [--latents.views N] [--data.KEY V]`."""
     words = {"prog": "jaxdiff prepare"}
     if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".py"):

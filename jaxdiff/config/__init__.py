@@ -1,1 +1,1 @@
-"""Typed dataclasses to JSON and back, and recipes from files."""
+"""Typed dataclasses to JSON and back, and recipe files."""

@@ -67,7 +67,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     return PartitionSpec(*spec)
 
 
-def state_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:
+def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """A sharding for each leaf of an abstract train state (from `jax.eval_shape`)."""
 
     def place(path, leaf):

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, check_batch, make_mesh
@@ -221,7 +221,7 @@ def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def held(config: Config, mesh: Mesh) -> int:
+def held(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes that each device holds of train state and frozen weights."""
     trees = abstract_state(config), abstract_frozen(config)
     shardings = [state_shardings(tree, mesh) for tree in trees]

@@ -1,12 +1,11 @@
 """The recipe of a run: what is trained, on what and how."""
 
-import difflib
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
@@ -20,8 +19,6 @@ from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 from jaxdiff.training.tasks.base import Task
 from jaxdiff.training.tasks.clip import ClipTask
 from jaxdiff.training.tasks.diffusion import DiffusionTask
-
-RECIPES = Path(__file__).parent.parent.parent / "configs"
 
 AnyTask = DiffusionTask | AutoencoderTask | ClipTask | Task
 
@@ -134,15 +131,13 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 def load_recipe(path: str | os.PathLike[str]) -> Config:
     """Return the `Config` that a recipe's `get_config()` returns.
 
+    Args:
+      path: of a Python file, or the name of a shipped recipe (`find_recipe`).
+
     Raises:
-      UserError: no such file, or no `get_config` in it.
+      UserError: no such recipe, or no `get_config` in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.name for p in RECIPES.glob("*.py"))
-        nearest = difflib.get_close_matches(f"{path.stem}.py", there, n=1)
-        hint = f"did you mean configs/{nearest[0]}?" if nearest else "see those in configs/."
-        raise UserError(f"There is no recipe {path}: {hint}")
+    path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no recipe: expected a Python file; see configs/.")

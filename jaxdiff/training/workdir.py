@@ -110,6 +110,14 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     return from_json(Config, data, types=types)
 
 
+def find_recipe_of(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config | None:
+    """Return the recipe that a model was trained by; None where its folder has none."""
+    root = model_folder(folder)
+    names = (RECIPE, CONFIG) if root.is_dir() else ()
+    has_one = any((root / name).exists() and is_recipe(read_json(root / name)) for name in names)
+    return read_config(folder, types) if has_one else None
+
+
 def write_config(folder: epath.PathLike, config: Config) -> None:
     """Write the recipe into a run's folder."""
     write_json(epath.Path(folder) / CONFIG, to_json(config))

@@ -1,39 +1,85 @@
 import dataclasses
+import importlib.metadata
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+import jaxdiff
 from jaxdiff.cli import main as cli
+from jaxdiff.cli import train
 from jaxdiff.errors import UserError
 from jaxdiff.io import files
 from jaxdiff.pretrained.load import read_bundle, write_bundle
 from jaxdiff.training.recipe import load_recipe
 
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "explore", "plan", "bench")
+COMMANDS = tuple(cli.COMMANDS)
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """What `train` would have run: recipe, folder, and whether afresh."""
+    """The runs that `train` would have started: recipe, folder and `fresh`."""
     runs = []
     monkeypatch.setattr(
-        cli, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
+        train, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
     )
     return runs
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), *((c, "--help") for c in COMMANDS)])
-def test_help_is_given(words, capsys):
+def test_help_is_printed(words, capsys):
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     for command in COMMANDS if len(words) < 2 else words[:1]:
         assert command in text
 
 
-def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys):
+def test_help_describes_each_command_in_a_line_of_80_columns(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    for command, summary in cli.COMMANDS.items():
+        assert any(line.split() == [command, *summary.split()] for line in lines)
+
+
+def test_the_version_is_that_of_the_metadata(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxdiff {jaxdiff.__version__}\n"
+    assert jaxdiff.__version__ == importlib.metadata.version("jaxdiff")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"], ["sampel"]])
+def test_what_needs_no_model_starts_without_jax(words):
+    code = (
+        "import sys; from jaxdiff.cli.main import main; main(sys.argv[1:]); "
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    words = [sys.executable, "-c", code, *words]
+    modules = subprocess.run(words, capture_output=True, text=True, check=True).stderr.split()
+    assert "jaxdiff.cli.main" in modules
+    assert not {"jax", "flax", "tyro", "numpy"} & set(modules)
+
+
+def test_python_m_jaxdiff_has_the_exit_status_of_the_command():
+    words = [sys.executable, "-m", "jaxdiff", "sampel"]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "jaxdiff: There is no command 'sampel': did you mean sample?\n"
+
+
+def test_every_public_name_is_there():
+    for name in jaxdiff.__all__:
+        assert getattr(jaxdiff, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = jaxdiff.lode
+
+
+def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for flag in ("--out", "--resume", "--fresh", "--train.steps", "--data.source.length"):
@@ -41,21 +87,24 @@ def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("trian",), "did you mean train?"),
         (
             ("bogus-word",),
-            "there are train, sample, evaluate, export, prepare, explore, plan, bench.",
+            f"there are {', '.join(COMMANDS)}.",
         ),
         (("train", "--train.stps", "5"), "--train.stps: did you mean --train.steps?"),
         (("train", "--train.btach_size=5"), "--train.btach_size: did you mean --train.batch-size?"),
         (("train", "--data.source.lenght", "5"), "did you mean --data.source.length?"),
         (("train", "--ou", "x"), "did you mean --out?"),
         (("train", "--fersh"), "did you mean --fresh?"),
-        (("train", "--zzzzzzzzzzzz"), "see train --help"),
+        (("train", "--zzzzzzzzzzzz"), "see jaxdiff train --help"),
         (("train", "--out", "x", "configs/produce.py"), "no place for 'configs/produce.py'"),
         (("train", "configs/prodce.py"), "did you mean configs/produce.py?"),
+        (("train", "prodce"), "did you mean produce?"),
+        (("train", "qqqq"), "expected a Python file or one of dit_3b_512, "),
+        (("train", "--quiet", "--verbose"), "exclude each other"),
         (("train", "--train.steps", "0"), "train.steps is 0"),
         (("train", "--resume", "--fresh"), "exclude each other"),
         (("sample", "a pea", "--num-step", "3"), "did you mean --num-steps?"),
@@ -67,16 +116,16 @@ def test_the_help_of_train_tells_keys_of_the_recipe_and_flags_of_its_own(capsys)
         (("export", "shipped:produce", "b", "--format", "diffusers"), "no Stable Diffusion model"),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(refused, started, words, told, monkeypatch, tmp_path):
+def test_a_user_error_is_one_line(refused, started, words, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    message = refused(*words)
-    assert told in message
-    assert message.count("\n") == 1
+    error = refused(*words)
+    assert message in error
+    assert error.count("\n") == 1
     assert not started
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("train", "--train.steps", "many"), "--train.steps"),
         (("train", "--train.compute", "float8"), "bfloat16"),
@@ -85,14 +134,14 @@ def test_a_users_mistake_is_told_in_one_line(refused, started, words, told, monk
         (("evaluate",), "Folder of a run"),
     ],
 )
-def test_a_value_that_cannot_be_read_is_told_in_one_line(refused, started, words, told):
-    message = refused(*words)
-    assert told in message
-    assert message.count("\n") == 1
+def test_an_invalid_value_is_one_line(refused, started, words, message):
+    error = refused(*words)
+    assert message in error
+    assert error.count("\n") == 1
     assert not started
 
 
-def test_a_flag_is_never_said_to_be_meant_when_it_was_given(refused):
+def test_a_flag_is_never_suggested_in_place_of_itself(refused):
     for flag in ("--prompts", "--task.curriculum", "--data.no-shuffle", "--config.name"):
         command = ("sample", "a pea") if flag == "--prompts" else ("train",)
         assert f"did you mean {flag}?" not in refused(*command, flag, "1")
@@ -101,7 +150,7 @@ def test_a_flag_is_never_said_to_be_meant_when_it_was_given(refused):
 def test_train_alone_runs_the_default_recipe(started):
     assert cli.main(["train"]) == 0
     [(config, out, fresh)] = started
-    assert config == load_recipe("configs/produce.py")
+    assert config == load_recipe("produce")
     assert (out, fresh) == ("runs/produce", False)
 
 
@@ -143,7 +192,7 @@ def test_flags_of_train_itself_stand_anywhere(recipe, started):
         assert (config.train.steps, out, fresh) == (3, "x", "--fresh" in words)
 
 
-def test_a_file_that_is_no_recipe_is_told(tmp_path, refused):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, refused):
     (tmp_path / "empty.py").write_text("")
     assert "defines no get_config()" in refused("train", str(tmp_path / "empty.py"))
     (tmp_path / "notes.txt").write_text("")
@@ -172,16 +221,16 @@ def test_export_writes_what_load_takes(tiny_bundle, tmp_path, capsys, dtype):
     jax.tree.map(np.testing.assert_array_equal, exported.params, rounded)
 
 
-def test_what_a_command_raises_is_told_in_one_line(refused, monkeypatch):
+def test_a_user_error_of_a_command_is_one_line(refused, monkeypatch):
     def fail(*_, **__):
         raise UserError("It is full: empty it.")
 
-    monkeypatch.setattr(cli, "run_recipe", fail)
+    monkeypatch.setattr(train, "run_recipe", fail)
     assert refused("train") == "jaxdiff: It is full: empty it.\n"
 
 
-def test_what_a_clouds_storage_lacks_is_told(refused, monkeypatch):
-    words = ("sample", "a pea", "--out", "gs://bucket/drawn")
+def test_an_unreachable_bucket_is_reported(refused, monkeypatch):
+    words = ("sample", "a pea", "--out", "gs://bucket/images")
     monkeypatch.setattr(files, "find_spec", lambda _: None)
     assert "pip install 'jaxdiff[gcs]'" in refused(*words)
 
@@ -190,5 +239,19 @@ def test_what_a_clouds_storage_lacks_is_told(refused, monkeypatch):
 
     monkeypatch.setattr(files, "find_spec", lambda name: name)
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", forbid)
-    told = refused(*words[:2], "--out=gs://bucket/drawn")
-    assert "gs://bucket/drawn cannot be reached (Anonymous caller does not have access)" in told
+    error = refused(*words[:2], "--out=gs://bucket/images")
+    assert "gs://bucket/images cannot be reached (Anonymous caller does not have access)" in error
+
+
+def test_quiet_prints_nothing_and_verbose_logs_compilation(monkeypatch, recipe, capsys):
+    monkeypatch.setattr(train, "run_recipe", lambda *_, **__: print("step 1"))
+    before = jax.config.jax_log_compiles
+    try:
+        assert cli.main(["train", recipe, "-q"]) == 0
+        assert capsys.readouterr().out == ""
+        assert cli.main(["train", recipe]) == 0
+        assert capsys.readouterr().out == "step 1\n"
+        assert cli.main(["train", recipe, "-v"]) == 0
+        assert jax.config.jax_log_compiles
+    finally:
+        jax.config.update("jax_log_compiles", before)

@@ -5,20 +5,22 @@ import json
 import pytest
 
 from jaxdiff.cli import main as cli
-from jaxdiff.cli.main import plan as command
+from jaxdiff.cli import plan as command
 from jaxdiff.cli.plan import parse_mesh
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
 
 
-def test_a_mesh_is_told_by_its_axes():
+def test_a_mesh_is_parsed_from_its_axes():
     assert parse_mesh("data=16,fsdp=16") == MeshConfig(data=16, fsdp=16)
     assert parse_mesh("fsdp=-1, context=2") == MeshConfig(data=1, fsdp=-1, context=2)
 
 
 @pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two"])
-def test_what_is_no_mesh_is_refused(text):
-    with pytest.raises(UserError, match=r"is no axis and its size: expected some of data, fsdp"):
+def test_an_invalid_mesh_is_refused(text):
+    with pytest.raises(
+        UserError, match=r"is not an axis and its size: expected some of data, fsdp"
+    ):
         parse_mesh(text)
 
 
@@ -28,20 +30,20 @@ def test_what_is_no_mesh_is_refused(text):
         (["--topology", "v9:2x2"], "no topology 'v9:2x2'"),
         ([], "names no slices: give --topology"),
         (["--topology", "cpu:8", "--mesh", "data=3"], "does not fit the 8 devices"),
-        (["--topology", "cpu:8", "--mesh", "rows=8"], "is no axis"),
+        (["--topology", "cpu:8", "--mesh", "rows=8"], "is not an axis"),
         (["--topology", "cpu:8", "--mesh", "data=8", "--train.batch-size", "12"], "multiple of 8"),
         (["--topologie", "cpu:8"], "did you mean --topology"),
     ],
 )
-def test_mistakes_end_in_one_sentence(arguments, message, capsys):
+def test_user_errors_are_one_sentence(arguments, message, capsys):
     assert cli.main(["plan", "configs/produce.py", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
 
 
-def test_json_is_all_that_is_printed(some_plan, monkeypatch, capsys):
+def test_json_alone_is_printed(some_plan, monkeypatch, capsys):
     monkeypatch.setattr(command, "make_plan", lambda *_, **__: some_plan)
     assert cli.main(["plan", "configs/produce.py", "--topology", "cpu:8", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["recipe"], told["memory_needed"], told["fits"]) == ("tiny", 2.0, True)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["recipe"], printed["memory_needed"], printed["fits"]) == ("tiny", 2.0, True)

@@ -1,0 +1,131 @@
+"""`jaxdiff evaluate`: run the evaluators of a recipe on a trained model."""
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import tyro
+from etils import epath
+
+from jaxdiff.cli.parsing import parse
+from jaxdiff.config.plugins import import_plugins
+from jaxdiff.distributed.distributed_init import Hosts, join_hosts
+from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
+from jaxdiff.io.files import write_whole
+from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.run import run_evaluators
+from jaxdiff.training.workdir import read_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Evaluate a trained model; print the figures and save them in its folder."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a run or of an exported model, or `shipped:NAME`."""
+    recipe: str | None = None
+    """Recipe whose evaluators and data are used; by default the one that trained the model."""
+    samples: int = 500
+    """Prompts of each evaluator that counts samples."""
+    batch_size: int | None = None
+    """Images generated at a time; chosen for the device by default."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale; 1 is unguided; the model's own by default."""
+    best_of: int = 1
+    """Images generated for each prompt; the one that CLIP ranks closest to it is scored."""
+    clip_scale: float = 0.0
+    """Strength of CLIP guidance; 0 is without."""
+    clip_model: str = ClipGuidance.model
+    """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
+    `shipped:NAME` or OWNER/NAME."""
+    plugin: tuple[str, ...] = ()
+    """Python modules of yours whose types the model or the recipe names."""
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    """Run `jaxdiff evaluate RUN [--samples N] ...`."""
+    options = parse(EvaluateOptions, arguments, prog="jaxdiff evaluate")
+    _check(options)
+    with join_hosts(options.hosts):
+        evaluate_model(options)
+
+
+def evaluate_model(options: EvaluateOptions) -> None:
+    """Run the evaluators, print their tables, and write `evaluation.json`.
+
+    The figures of a model that comes with jaxdiff are only printed.
+
+    Raises:
+      UserError: there is no model, no recipe, or nothing to evaluate.
+    """
+    types = import_plugins(options.plugin)
+    config = _recipe(options, types)
+    evaluators = _evaluators(config, options.samples)
+    spec, params, tokenizers = load_bundle(options.run, types=types)
+    for evaluator in evaluators:
+        evaluator.check(spec, config.data)
+    generation = _generation(options)
+    context = EvalContext(0, spec, params, tokenizers, config.data, generation)
+    scalars = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
+    if not is_host0() or options.run.startswith("shipped:"):
+        return
+    settings = {name: getattr(options, name) for name in ("samples", "guidance_scale", "best_of")}
+    if options.clip_scale or options.best_of > 1:
+        settings |= {"clip_scale": options.clip_scale, "clip_model": options.clip_model}
+    path = epath.Path(options.run) / "evaluation.json"
+    text = json.dumps({**settings, "figures": scalars}, indent=2) + "\n"
+    write_whole(path, text.encode())
+    print(f"Saved {path}")
+
+
+def _recipe(options: EvaluateOptions, types: tuple[type, ...]) -> Config:
+    if options.recipe is not None:
+        return load_recipe(options.recipe)
+    return read_config(options.run, types)
+
+
+def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:
+    """Return the evaluators that report figures, with the number of samples asked for."""
+    found = [e for e in config.evaluators if hasattr(e, "samples")]
+    if not found:
+        raise UserError(
+            f"{config.name} has no evaluators with figures: name a recipe that has some in "
+            "--recipe, such as one with evaluators=(ClipScore(),)."
+        )
+    changes: dict[str, Any] = {"samples": samples}
+    return tuple(dataclasses.replace(e, **changes) for e in found)  # type: ignore[type-var]
+
+
+def _generation(options: EvaluateOptions) -> Generation:
+    arguments: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "guidance_scale": options.guidance_scale,
+    }
+    if options.clip_scale:
+        clip = ClipGuidance(scale=options.clip_scale, model=options.clip_model)
+        arguments["guidance"] = Guidance(clip=clip)
+    return Generation(best_of=options.best_of, clip_model=options.clip_model, arguments=arguments)
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.samples < 2:
+        raise UserError(
+            f"--samples is {options.samples}: expected at least 2, and 500 for firm figures."
+        )
+    if options.best_of < 1:
+        raise UserError(f"--best-of is {options.best_of}: expected 1 or more.")
+    if options.clip_scale and options.best_of > 1:
+        raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
+    with_clip = options.clip_scale != 0 or options.best_of > 1
+    if options.clip_model != ClipGuidance.model and not with_clip:
+        raise UserError("--clip-model has no effect alone: give --clip-scale or --best-of as well.")
+
+
+def _silent(_text: str) -> None:
+    """Print nothing: every host but the first."""

@@ -1,0 +1,102 @@
+"""`jaxdiff export`: write a trained model as one folder."""
+
+import dataclasses
+import functools
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxdiff.cli.parsing import parse
+from jaxdiff.config.plugins import import_plugins
+from jaxdiff.config.serialization import to_json
+from jaxdiff.errors import UserError
+from jaxdiff.pipelines.lora import adapters_of, detach, merge
+from jaxdiff.pretrained.bundle import Bundle, write_bundle
+from jaxdiff.pretrained.diffusers import write_diffusers
+from jaxdiff.pretrained.embeddings import write_embedding
+from jaxdiff.pretrained.load import load_bundle, make_folder, model_folder
+from jaxdiff.pretrained.lora import write_lora
+from jaxdiff.pretrained.run_folder import read_word
+from jaxdiff.training.workdir import find_recipe_of
+
+FORMATS = ("jaxdiff", "diffusers", "lora", "embedding")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a trained model as one small folder that `jaxdiff.load` and `--model` read."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a run or of a model."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write."""
+    format: str = "jaxdiff"
+    """jaxdiff; diffusers: a folder for StableDiffusionPipeline.from_pretrained or its XL variant,
+    with adapters and added tokens merged into the weights; lora: the adapters alone, for
+    load_lora_weights; embedding: the added token alone, for load_textual_inversion."""
+    dtype: str | None = None
+    """Type of the weights: bfloat16, float16 or float32. By default bfloat16, and with --format
+    diffusers the type that they have."""
+    plugin: tuple[str, ...] = ()
+    """Python modules of yours whose types the model names."""
+
+
+def export_command(arguments: list[str]) -> None:
+    """Run `jaxdiff export RUN_OR_MODEL OUT [--format FORMAT] [--dtype TYPE]`."""
+    options = parse(ExportOptions, arguments, prog="jaxdiff export")
+    if options.dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
+    if options.format not in FORMATS:
+        raise UserError(
+            f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
+        )
+    export_model(options)
+    print(f"Wrote {options.out}")
+
+
+def export_model(options: ExportOptions) -> None:
+    """Write the folder.
+
+    Raises:
+      UserError: there is no such model, or it has no form in the format.
+    """
+    if options.format == "embedding":
+        _export_embedding(options)
+        return
+    types = import_plugins(options.plugin)
+    bundle = load_bundle(options.run, types=types)
+    if options.format == "jaxdiff":
+        config = find_recipe_of(options.run, types)
+        recipe = None if config is None else to_json(config)
+        dtype = options.dtype or "bfloat16"
+        write_bundle(make_folder(options.out), bundle, dtype, recipe=recipe)
+        return
+    if options.dtype:
+        cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
+        bundle = bundle._replace(params=cast(bundle.params))
+    if options.format == "diffusers":
+        write_diffusers(make_folder(options.out), merge(detach(bundle), adapters_of(bundle)))
+    else:
+        _export_lora(options, bundle)
+
+
+def _export_embedding(options: ExportOptions) -> None:
+    word = read_word(model_folder(options.run))
+    if word is None:
+        raise UserError(
+            f"{options.run} has no added token: expected a run of a recipe with "
+            "task.trainable.inversion, such as configs/sd15_inversion.py."
+        )
+    write_embedding(make_folder(options.out), word)
+
+
+def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
+    adapters = adapters_of(bundle)
+    if not adapters:
+        raise UserError(
+            f"{options.run} has no adapters: expected a run of a recipe with task.trainable.lora, "
+            "such as configs/sd15_lora.py."
+        )
+    write_lora(make_folder(options.out), adapters, bundle.spec)

@@ -1,0 +1,87 @@
+"""Flags of other projects and what they are called here, for the hints of unknown flags.
+
+The names are those of diffusers' example scripts, A1111, Stable Diffusion's own scripts, ComfyUI
+and MaxDiffusion.
+"""
+
+_SAMPLE = {
+    "--num-steps": ("num-inference-steps", "steps", "ddim-steps", "sampling-steps", "n-steps"),
+    "--guidance-scale": ("cfg-scale", "cfg", "guidance", "scale", "text-guidance-scale"),
+    "--size WIDTHxHEIGHT": ("height", "width", "h", "w", "resolution", "image-size"),
+    "--num-images": (
+        "batch-count",
+        "batch-size",
+        "n-iter",
+        "n-samples",
+        "num-images-per-prompt",
+        "num-samples",
+    ),
+    "--negative-prompt": ("negative", "neg-prompt", "uncond"),
+    "--solver": ("sampler", "sampler-name", "scheduler", "sampling-method"),
+    "--prompts": ("from-file", "prompt-file", "prompts-file"),
+    "the prompt itself, without a flag": ("prompt",),
+    "--model": (
+        "ckpt",
+        "checkpoint",
+        "model-id",
+        "model-path",
+        "pretrained-model-name-or-path",
+    ),
+    "--out": ("outdir", "output-dir", "output", "save-dir"),
+    "--init-image": ("init-img", "image", "input-image"),
+    "--mask": ("mask-image", "mask-img"),
+    "--strength": ("denoising-strength", "denoise", "image-strength"),
+    "--guidance-rescale": ("cfg-rescale", "rescale-cfg"),
+    "--lora": ("lora-path", "lora-weights"),
+    "--embedding": ("textual-inversion", "embeddings"),
+    "--dtype": ("precision", "torch-dtype", "mixed-precision", "half"),
+    "--seamless": ("tiling", "tile"),
+}
+_TRAIN = {
+    "--train.steps": (
+        "steps",
+        "max-train-steps",
+        "num-train-steps",
+        "num-train-epochs",
+        "max-steps",
+        "epochs",
+    ),
+    "--train.batch-size": ("train-batch-size", "per-device-batch-size", "batch-size", "batch"),
+    "--train.accumulate": ("gradient-accumulation-steps", "accumulate-grad-batches"),
+    "--train.checkpoint-every": ("checkpointing-steps", "save-every", "checkpoint-period"),
+    "--train.keep": ("checkpoints-total-limit",),
+    "--train.compute": ("mixed-precision", "precision", "weights-dtype", "activations-dtype"),
+    "--train.seed": ("seed",),
+    "--train.wandb True": ("report-to", "use-wandb"),
+    "--train.sample-every": ("validation-steps", "validation-epochs"),
+    "--sampling.prompts": ("validation-prompt", "validation-prompts"),
+    "--optimizer.learning-rate": ("lr", "learning-rate"),
+    "--optimizer.weight-decay": ("adam-weight-decay",),
+    "--optimizer.clip-norm": ("max-grad-norm", "gradient-clip-val"),
+    "--optimizer.schedule.warmup-steps": ("lr-warmup-steps", "warmup-steps"),
+    "--ema.decay": ("ema-decay", "use-ema"),
+    "--task.pretrained": ("pretrained-model-name-or-path", "model", "ckpt"),
+    "--task.lora.rank": ("rank", "lora-rank"),
+    "--task.denoiser.remat": ("gradient-checkpointing", "remat-policy"),
+    "--data.transforms.size": ("resolution", "image-size", "height", "width"),
+    "--data.transforms.crop": ("center-crop", "random-crop"),
+    "--data.transforms.flip": ("random-flip",),
+    "--data.transforms.caption-dropout": ("proportion-empty-prompts", "uncond-prob"),
+    "--data.workers": ("dataloader-num-workers", "num-workers"),
+    "--data.source.path": ("train-data-dir", "instance-data-dir", "dataset-name", "data-dir"),
+    "--mesh.data": ("dcn-data-parallelism", "ici-data-parallelism"),
+    "--mesh.fsdp": ("dcn-fsdp-parallelism", "ici-fsdp-parallelism"),
+    "--mesh.tensor": ("ici-tensor-parallelism",),
+    "--out": ("output-dir", "outdir", "logging-dir", "base-output-directory"),
+    "--resume": ("resume-from-checkpoint",),
+}
+PEER_FLAGS = {
+    f"jaxdiff {command}": {f"--{flag}": ours for ours, flags in table.items() for flag in flags}
+    for command, table in (("sample", _SAMPLE), ("train", _TRAIN))
+}
+"""For each command, the flag here (with a value, if one is needed) of each flag elsewhere."""
+
+
+def peer_flag(prog: str, flag: str) -> str | None:
+    """Return what another project's `--flag` is called by the command `prog`, if that is known."""
+    return PEER_FLAGS.get(prog, {}).get(flag.lower().replace("_", "-"))

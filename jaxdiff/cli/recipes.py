@@ -1,0 +1,78 @@
+"""`jaxdiff recipes`: list the recipes, or print what one of them says of itself.
+
+Recipes are parsed, not run: nothing of JAX is imported.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxdiff.config.recipe_files import RECIPES, find_recipe, recipe_names
+from jaxdiff.errors import UserError
+
+
+class RecipeSummary(NamedTuple):
+    """What a recipe's docstring states; empty where it states nothing."""
+
+    name: str
+    purpose: str
+    hardware: str
+    cost: str
+
+
+def recipes_command(arguments: list[str]) -> None:
+    """Run `jaxdiff recipes [RECIPE]`.
+
+    Raises:
+      UserError: there is no such recipe, or there are more words.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: jaxdiff recipes [RECIPE]\n")
+        print("List the recipes that ship with jaxdiff, or print the description of one.")
+    elif not arguments:
+        Console().print(_table([summarize_recipe(RECIPES / f"{n}.py") for n in recipe_names()]))
+    elif len(arguments) == 1 and not arguments[0].startswith("-"):
+        path = find_recipe(arguments[0])
+        print(f"{path}\n\n{_docstring(path)}")
+    else:
+        raise UserError(
+            f"jaxdiff recipes takes at most one recipe, got {' '.join(arguments)}: see "
+            "jaxdiff recipes --help."
+        )
+
+
+def summarize_recipe(path: Path) -> RecipeSummary:
+    """Read a recipe's purpose, hardware and cost from its docstring.
+
+    The purpose is the first line. Hardware and cost are paragraphs or lines that start with
+    `Hardware:` and `Cost:`.
+    """
+    text = _docstring(path)
+    purpose = text.partition("\n\n")[0].replace("\n", " ").rstrip(".")
+    return RecipeSummary(path.stem, purpose, _field("Hardware", text), _field("Cost", text))
+
+
+def _field(name: str, text: str) -> str:
+    """Return the text after `NAME:`, up to the next field or blank line."""
+    found = re.search(rf"^{name}:(.*?)(?=^[A-Z]\w+:|^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()).rstrip(".") if found else ""
+
+
+def _docstring(path: Path) -> str:
+    try:
+        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a recipe: expected a Python file ({error}).") from error
+
+
+def _table(summaries: list[RecipeSummary]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for field in ("name", "purpose", "hardware", "cost"):
+        table.add_column(field, no_wrap=field == "name", overflow="fold")
+    for summary in summaries:
+        table.add_row(*summary)
+    return table

@@ -1,0 +1,12 @@
+"""`jaxdiff sample`: generate images from prompts."""
+
+from jaxdiff.cli.generate.command import SampleOptions, draw
+from jaxdiff.cli.parsing import parse
+from jaxdiff.distributed.distributed_init import joined
+
+
+def sample_command(arguments: list[str]) -> None:
+    """Run `jaxdiff sample PROMPT ... [--model DIR] [--out DIR] ...`."""
+    options = parse(SampleOptions, arguments, prog="jaxdiff sample")
+    with joined(options.hosts):
+        draw(options)

@@ -1,0 +1,114 @@
+"""`jaxdiff train`: train a recipe, or show what it resolves to."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Annotated
+
+import jax
+import tyro
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
+from jaxdiff.distributed.distributed_init import Hosts, joined
+from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
+from jaxdiff.errors import UserError
+from jaxdiff.planning.plan import held
+from jaxdiff.training.loop import abstract_frozen, abstract_state
+from jaxdiff.training.recipe import Config, flatten, to_json
+from jaxdiff.training.run import run_recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a recipe.
+
+    The recipe comes first: its name (`jaxdiff recipes` lists them) or a Python file; `produce` by
+    default. Every key of it is a flag. The same command resumes an interrupted run.
+    """
+
+    config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
+    out: str | None = None
+    """Folder of the run, local or gs://; runs/NAME by default."""
+    resume: bool = False
+    """Resume from the newest checkpoint in the folder, which is the default."""
+    fresh: bool = False
+    """Remove the run in the folder and start from step 0."""
+    show: bool = False
+    """Print the resolved recipe, its parameters and the bytes of state per device, then exit."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Print errors and warnings only."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """Also log what JAX compiles."""
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+
+
+def train_command(arguments: list[str]) -> None:
+    """Run `jaxdiff train [RECIPE] [--path.to.key VALUE ...] [--out DIR] [--resume | --fresh]`."""
+    config, arguments = read_recipe(arguments)
+    options = parse(
+        TrainOptions, arguments, prog="jaxdiff train", default=TrainOptions(config=config)
+    )
+    for one, other in (("resume", "fresh"), ("quiet", "verbose")):
+        if getattr(options, one) and getattr(options, other):
+            raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
+    if options.show:
+        print(describe_recipe(options.config))
+        return
+    if options.verbose:
+        jax.config.update("jax_log_compiles", True)
+    out = options.out or f"runs/{options.config.name}"
+    with _silenced(options.quiet), joined(options.hosts):
+        run_recipe(options.config, out, fresh=options.fresh)
+
+
+@contextlib.contextmanager
+def _silenced(quiet: bool) -> Iterator[None]:
+    """Discard standard output if `quiet`; errors and warnings go to standard error."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def describe_recipe(config: Config) -> str:
+    """Return every key of a recipe with its value, then parameter counts and state sizes.
+
+    Nothing is allocated, read or downloaded. The state is that of one device: parameters, their
+    average, optimizer state and frozen weights, sharded as the recipe's mesh says.
+
+    Raises:
+      UserError: the recipe's mesh does not fit the devices.
+    """
+    lines = []
+    for key, value in flatten(to_json(config)).items():
+        name = key.removesuffix("type").removesuffix(".")
+        if key.endswith(".type"):
+            lines.append(f"{name} = {value}")
+        elif key != "type":
+            lines.append(f"{key} = {json.dumps(value)}")
+    mesh = _mesh_of(config.mesh)
+    state, frozen = abstract_state(config), abstract_frozen(config)
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    lines += [
+        "",
+        f"trained parameters: {_count(state.params):,}",
+        f"frozen parameters: {_count(frozen):,}",
+        f"state per device: {held(config, mesh) / 2**20:,.1f} MiB ({axes or 'one device'})",
+    ]
+    return "\n".join(lines)
+
+
+def _mesh_of(config: MeshConfig) -> Mesh | AbstractMesh:
+    """Return the recipe's mesh: abstract if its size is given, else over the devices here."""
+    sizes = [getattr(config, axis) for axis in AXES]
+    if min(sizes) < 1:
+        return make_mesh(config)
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
