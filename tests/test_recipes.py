@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from jaxdiff.distributed.mesh import check_batch, make_mesh
-from jaxdiff.training.loop import abstract_state
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.recipe import Config, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,8 @@ from jaxtyping import PyTree
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
-from jaxdiff.planning.plan import abstract_batch
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.training.loop import abstract_frozen, abstract_state
+from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.step import init_state

@@ -14,7 +14,8 @@ from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
-from jaxdiff.training.loop import compile_step, flops_per_image
+from jaxdiff.training.abstract import flops_per_image
+from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import Config
 
 TERA = 1e12

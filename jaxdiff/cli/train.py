@@ -12,12 +12,13 @@ import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
-from jaxdiff.distributed.distributed_init import Hosts, joined
+from jaxdiff.config.serialization import flatten, to_json
+from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.planning.plan import held
-from jaxdiff.training.loop import abstract_frozen, abstract_state
-from jaxdiff.training.recipe import Config, flatten, to_json
+from jaxdiff.training.abstract import abstract_frozen, abstract_state
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe
 
 
@@ -60,7 +61,7 @@ def train_command(arguments: list[str]) -> None:
     if options.verbose:
         jax.config.update("jax_log_compiles", True)
     out = options.out or f"runs/{options.config.name}"
-    with _silenced(options.quiet), joined(options.hosts):
+    with _silenced(options.quiet), join_hosts(options.hosts):
         run_recipe(options.config, out, fresh=options.fresh)
 
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.chips import peak_flops
@@ -35,7 +34,13 @@ from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.planning.hlo import Exchange, read_program
 from jaxdiff.planning.topology import Topology
-from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step, flops_per_image
+from jaxdiff.training.abstract import (
+    abstract_batch,
+    abstract_frozen,
+    abstract_state,
+    flops_per_image,
+)
+from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -241,23 +246,6 @@ def remat_of(config: Config) -> str | None:
     """Return what the denoiser's blocks keep for the backward pass; None where there is none."""
     task = config.task
     return task.model.denoiser.remat if isinstance(task, DiffusionTask) else None
-
-
-def abstract_batch(config: Config) -> dict[str, Any]:
-    """Return shapes and types of a batch, of square images where there are several shapes."""
-    count, size, task = config.train.batch_size, config.data.transforms.size, config.task
-    batch: dict[str, Any] = {"size_crop": jax.ShapeDtypeStruct((count, 6), jnp.int32)}
-    text = task.abstract_text(count)
-    if text is not None:
-        batch["text"] = text
-    if config.data.gives_latents and isinstance(task, DiffusionTask):
-        height, width, channels = task.model.latent_shape(size, size)
-        latents = (count, height, width, 2 * channels)
-        if config.data.gives_text:
-            packed = task.model.conditioner.packed_size
-            batch["text_features"] = jax.ShapeDtypeStruct((count, packed), jnp.float16)
-        return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
-    return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}
 
 
 def _compile(

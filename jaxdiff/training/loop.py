@@ -28,17 +28,16 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
+from jaxdiff.training.abstract import abstract_state, flops_per_image, state_initializer
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.ema import Ema
-from jaxdiff.training.initial_weights import abstract_frozen_params, load_frozen, load_parts
+from jaxdiff.training.initial_weights import load_frozen, load_parts
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
-from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.prepare_shards import with_cache
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState, fingerprint
-from jaxdiff.training.step import TrainStep, init_state, make_train_step
-from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Task
+from jaxdiff.training.step import TrainStep, make_train_step
+from jaxdiff.training.tasks.base import COUNT, SUM, Batch
 from jaxdiff.training.workdir import CACHE, open_run
 
 Tokenizers = Mapping[str, Tokenizer]
@@ -145,25 +144,6 @@ def _due(config: Config, step: int) -> tuple[Evaluator, ...]:
     return tuple(e for e in config.evaluators if e.every and step % e.every == 0)
 
 
-def abstract_state(config: Config) -> TrainState:
-    """Shapes and types of a recipe's train state, with nothing allocated."""
-    return jax.eval_shape(_initializer(config), {})
-
-
-def _initializer(config: Config) -> Callable[[Mapping[str, PyTree]], TrainState]:
-    """Return `init_state` of a recipe, a function of its initial parts, traced once."""
-    train = config.train
-    return _traced_once(config.task, config.optimizer, train.steps, config.ema, train.seed)
-
-
-@functools.lru_cache(maxsize=8)
-def _traced_once(
-    task: Task, optimizer: AdamW, steps: int, ema: Ema, seed: int
-) -> Callable[[Mapping[str, PyTree]], TrainState]:
-    updates = optimizer.build(steps)
-    return jax.jit(lambda parts: init_state(task, updates, ema, seed, parts))
-
-
 def compile_step(
     config: Config, mesh: Mesh, shardings: TrainState, frozen_shardings: PyTree
 ) -> TrainStep:
@@ -192,20 +172,6 @@ def compile_step(
     )
 
 
-def flops_per_image(config: Config) -> float:
-    """FLOPs of one image in a training step of a recipe, less what its data have cached."""
-    data = config.data
-    return config.task.flops_per_image(
-        data.transforms.size, latents=data.gives_latents, text=data.gives_text
-    )
-
-
-def abstract_frozen(config: Config) -> PyTree:
-    """Return shapes and types of the frozen parts as a step takes them, with nothing read."""
-    stored = abstract_frozen_params(config.task) | config.task.constants(None)
-    return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
-
-
 def _start(
     config: Config,
     mesh: Mesh,
@@ -226,7 +192,7 @@ def _start(
     if state is not None:
         log(f"Resuming at step {int(state.step)} of {config.train.steps}.")
         return state, shardings
-    init = jax.jit(_initializer(config), out_shardings=shardings)
+    init = jax.jit(state_initializer(config), out_shardings=shardings)
     task = config.task
     parts = load_parts(task.initial_parts()) | task.init_from_frozen(frozen, tokenizers)
     # From the host: an array on one device cannot go to a mesh of several.

@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxdiff.config.recipe_files import find_recipe
-from jaxdiff.config.serialization import flatten, to_json
+from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
@@ -114,6 +117,23 @@ class Config:
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     evaluators: tuple[AnyEvaluator, ...] = ()
     slices: tuple[PlannedTopology, ...] = ()
+
+
+DATASETS = (Produce, OpenMoji)
+"""Sources that come with jaxdiff, which a recipe may name beside those of `jaxdiff.data`."""
+
+
+def config_from_json(data: Any, types: Sequence[type] = ()) -> Config:
+    """Return the recipe that `to_json` wrote.
+
+    Args:
+      data: what `json.loads` returned.
+      types: dataclasses that are accepted beside those of this package.
+
+    Raises:
+      UserError: it is no recipe of this version.
+    """
+    return from_json(Config, data, types=(*DATASETS, *types))
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:

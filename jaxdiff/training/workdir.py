@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from jaxdiff.config.serialization import from_json, to_json, types_in
+from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import Source
 from jaxdiff.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.load import make_folder, model_folder, read_tokenizers
 from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
-from jaxdiff.training.recipe import Config, differences
+from jaxdiff.training.recipe import Config, config_from_json, differences
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 CACHE = "latents"
@@ -107,7 +107,7 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
             f"exported with its {RECIPE}; check the path."
         )
     read_run_spec(root, data, types)  # refuses what another version wrote
-    return from_json(Config, data, types=types)
+    return config_from_json(data, types)
 
 
 def find_recipe_of(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config | None:

@@ -17,8 +17,9 @@ from jaxdiff.distributed.sharding import (
     state_shardings,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.ema import Ema
-from jaxdiff.training.loop import abstract_state, compile_step
+from jaxdiff.training.loop import compile_step
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state
 

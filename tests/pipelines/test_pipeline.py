@@ -9,8 +9,8 @@ from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import write_bundle, write_config
 from jaxdiff.sampling.loop import noise_from_seeds
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.loop import abstract_state
 
 pytestmark = pytest.mark.optimized  # what is said of the last bit is said of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"

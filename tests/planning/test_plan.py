@@ -10,10 +10,11 @@ from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention
-from jaxdiff.planning.plan import ORIGINS, Plan, abstract_batch, held, make_plan, on_slice
+from jaxdiff.planning.plan import ORIGINS, Plan, held, make_plan, on_slice
 from jaxdiff.planning.table import plan_table, summary_table
 from jaxdiff.planning.topology import find_topology
-from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
+from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
+from jaxdiff.training.loop import compile_step
 
 
 @pytest.fixture(scope="module")

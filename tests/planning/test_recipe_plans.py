@@ -13,9 +13,10 @@ import pytest
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.planning.plan import abstract_batch, make_plan, on_slice
+from jaxdiff.planning.plan import make_plan, on_slice
 from jaxdiff.planning.topology import find_topology
-from jaxdiff.training.loop import abstract_frozen, abstract_state, compile_step
+from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
+from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import load_recipe
 
 RECIPES = {

@@ -19,7 +19,7 @@ from jaxdiff.training.recipe import Config
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
 import json, pathlib
-from jaxdiff.config.serialization import from_json
+import jaxdiff.training.recipe
 from jaxdiff.training.recipe import Config
 
 def get_config():

@@ -24,10 +24,10 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, any_rngs, bind_init
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.planning.plan import abstract_batch
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import CACHE, read_pretrained, write_bundle
 from jaxdiff.training import loop
+from jaxdiff.training.abstract import abstract_batch
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.prepare_shards import Sharing, write_records

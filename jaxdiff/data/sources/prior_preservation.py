@@ -4,16 +4,15 @@ import math
 from dataclasses import dataclass
 
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import Record, Source
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
-from jaxdiff.datasets.openmoji.source import OpenMoji
-from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
 
-AnySource = Produce | OpenMoji | ImageFolder | Parquet | WebDataset | ArrayRecord | TFDS
+AnySource = ImageFolder | Parquet | WebDataset | ArrayRecord | TFDS | Source
+"""The sources of this package, and any other; data sets that come with jaxdiff are others."""
 
 
 @dataclass(frozen=True, kw_only=True)

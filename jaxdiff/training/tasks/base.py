@@ -31,12 +31,12 @@ class Task(Protocol):
 
     Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.
+
+    Attributes:
+      model: the specification of the model that is trained.
     """
 
-    @property
-    def model(self) -> Any:
-        """The specification of the model that is trained."""
-        ...
+    model: Any
 
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""

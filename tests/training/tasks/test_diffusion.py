@@ -9,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jaxdiff.models.components import Latents, TextTower, TextualInversion
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.components import Latents, TextTower, TextualInversion
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import any_rngs, merge
 from jaxdiff.models.lora import LoraConfig, factors
 from jaxdiff.pretrained.load import read_pretrained
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.ema import Ema
-from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.step import init_state, structure
 from jaxdiff.training.tasks.base import from_uint8
 from jaxdiff.training.tasks.diffusion import NEGATIVE_BEAUTY, DiffusionTask, whole

@@ -1,0 +1,69 @@
+"""Shapes of a recipe's state, frozen parameters and batches, and its FLOPs, without arrays."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxdiff.models.layers import cast
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.initial_weights import abstract_frozen_params
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.recipe import Config
+from jaxdiff.training.state import TrainState
+from jaxdiff.training.step import init_state
+from jaxdiff.training.tasks.base import Task
+from jaxdiff.training.tasks.diffusion import DiffusionTask
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and types of a recipe's train state, with nothing allocated."""
+    return jax.eval_shape(state_initializer(config), {})
+
+
+def state_initializer(config: Config) -> Callable[[Mapping[str, PyTree]], TrainState]:
+    """Return `init_state` of a recipe, a function of its initial parts, traced once."""
+    train = config.train
+    return _traced_once(config.task, config.optimizer, train.steps, config.ema, train.seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_once(
+    task: Task, optimizer: AdamW, steps: int, ema: Ema, seed: int
+) -> Callable[[Mapping[str, PyTree]], TrainState]:
+    updates = optimizer.build(steps)
+    return jax.jit(lambda parts: init_state(task, updates, ema, seed, parts))
+
+
+def abstract_frozen(config: Config) -> PyTree:
+    """Return shapes and types of the frozen parts as a step takes them, with nothing read."""
+    stored = abstract_frozen_params(config.task) | config.task.constants(None)
+    return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
+
+
+def abstract_batch(config: Config) -> dict[str, Any]:
+    """Return shapes and types of a batch, of square images where there are several shapes."""
+    count, size, task = config.train.batch_size, config.data.transforms.size, config.task
+    batch: dict[str, Any] = {"size_crop": jax.ShapeDtypeStruct((count, 6), jnp.int32)}
+    text = task.abstract_text(count)
+    if text is not None:
+        batch["text"] = text
+    if config.data.gives_latents and isinstance(task, DiffusionTask):
+        height, width, channels = task.model.latent_shape(size, size)
+        latents = (count, height, width, 2 * channels)
+        if config.data.gives_text:
+            packed = task.model.conditioner.packed_size
+            batch["text_features"] = jax.ShapeDtypeStruct((count, packed), jnp.float16)
+        return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
+    return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}
+
+
+def flops_per_image(config: Config) -> float:
+    """FLOPs of one image in a training step of a recipe, less what its data have cached."""
+    data = config.data
+    return config.task.flops_per_image(
+        data.transforms.size, latents=data.gives_latents, text=data.gives_text
+    )
