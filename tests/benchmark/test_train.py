@@ -6,8 +6,8 @@ import pytest
 
 from jaxdiff.benchmark import synthetic, train
 from jaxdiff.benchmark.task_flops import training_flops
-from jaxdiff.cli.bench import BenchOptions, measure_and_print
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.bench import BenchOptions, measure_and_print
 from jaxdiff.distributed import chips
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
