@@ -1,5 +1,8 @@
 """A DiT of three billion parameters at 512 pixels, in the latents of SDXL's autoencoder.
 
+Hardware: TPU v5e:16x16, v6e:16x16 or v5p:4x4x4, or 8 H100.
+Cost: planned: 4.7, 1.0, 8.1 or 30 days at 40 % utilisation; not trained yet.
+
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/dit_3b_512.py latents_512 --latents.views 1
     python train.py configs/dit_3b_512.py --mesh.data 16 --mesh.fsdp 16

@@ -1,5 +1,8 @@
 """DiT-XL/2 on captioned ImageNet at 256 pixels, in the latents of Stable Diffusion's autoencoder.
 
+Hardware: TPU v5e:16x16, v6e:16x16 or v5p:4x4x4, or 8 H100.
+Cost: planned: 0.20, 0.04, 0.35 or 1.3 days at 40 % utilisation; not trained yet.
+
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/dit_xl2_imagenet256.py imagenet256_latents --latents.views 2
     python train.py configs/dit_xl2_imagenet256.py --mesh.data 16 --mesh.fsdp 16

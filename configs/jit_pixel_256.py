@@ -1,5 +1,8 @@
 """JiT-L/16: a plain transformer on the pixels of captioned ImageNet at 256, without an autoencoder.
 
+Hardware: TPU v5e:16x16, v6e:16x16 or v5p:4x4x4, or 8 H100.
+Cost: planned: 0.26, 0.06, 0.45 or 1.7 days at 40 % utilisation; not trained yet.
+
     jaxdiff prepare IMAGENET images
     python train.py configs/jit_pixel_256.py --mesh.data 16 --mesh.fsdp 16
 

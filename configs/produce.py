@@ -1,5 +1,8 @@
 """Text to images of fruit and vegetables: the default recipe.
 
+Hardware: two CPU cores.
+Cost: 7 minutes, 1.3 GB.
+
     python train.py
 
 Made for two CPU cores without an accelerator, where it takes 6 minutes and 39 seconds, the cache of

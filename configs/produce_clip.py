@@ -1,5 +1,8 @@
 """A small CLIP of the drawn produce and their captions, on 64x64 pixels.
 
+Hardware: two CPU cores.
+Cost: 16 minutes.
+
     python train.py configs/produce_clip.py
 
 On two CPU cores without an accelerator it takes 16 minutes, at 133 images/s. Over its last 50 steps

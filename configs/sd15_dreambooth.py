@@ -1,5 +1,8 @@
 """Stable Diffusion 1.5 taught one thing from a few photographs, without forgetting its kind.
 
+Hardware: one GPU.
+Cost: not measured yet.
+
     python sample.py "a photo of a dog" --num-images 200 --out prior \\
         --model stable-diffusion-v1-5/stable-diffusion-v1-5 && rm prior/grid.png
     python train.py configs/sd15_dreambooth.py --data.source.own.path photos

@@ -1,5 +1,8 @@
 """A new word for Stable Diffusion 1.5, from a few photographs: textual inversion.
 
+Hardware: one GPU.
+Cost: not measured yet.
+
     python train.py configs/sd15_inversion.py --data.source.path photos
     jaxdiff export runs/sd15_inversion words --format embedding
     python sample.py "<my-thing> on a beach" --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.5 with low-rank adapters, trained on your own images.
 
+Hardware: one GPU.
+Cost: not measured yet.
+
     python train.py configs/sd15_lora.py --data.source.path photos
     jaxdiff export runs/sd15_lora style --format lora
 

@@ -1,5 +1,8 @@
 """Stable Diffusion XL, fine-tuned on your own images.
 
+Hardware: GPU of 80 GB or a TPU slice.
+Cost: not measured yet.
+
     python train.py configs/sdxl.py --data.source.path photos
 
 The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the

@@ -1,5 +1,8 @@
 """Stable Diffusion XL with low-rank adapters, trained on your own images.
 
+Hardware: one GPU.
+Cost: not measured yet.
+
     python train.py configs/sdxl_lora.py --data.source.path photos
     jaxdiff export runs/sdxl_lora style --format lora
 

@@ -63,9 +63,10 @@ def completion_script(shell: str) -> str:
     for name, (options, default) in commands.items():
         given = {} if default is None else {"default": default}
         subcommands.append(Annotated[options, tyro.conf.subcommand(name, **given)])
+    union: Any = Union[tuple(subcommands)]  # noqa: UP007  # built at run time
     with contextlib.redirect_stdout(io.StringIO()) as script, contextlib.suppress(SystemExit):
         tyro.cli(
-            Union[tuple(subcommands)],  # noqa: UP007  # built at run time
+            union,
             prog="jaxdiff",
             args=["--tyro-print-completion", shell],
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),

@@ -28,7 +28,7 @@ _SAMPLE = {
         "pretrained-model-name-or-path",
     ),
     "--out": ("outdir", "output-dir", "output", "save-dir"),
-    "--init-image": ("init-img", "image", "input-image"),
+    "--init-image": ("init-img", "input-image"),
     "--mask": ("mask-image", "mask-img"),
     "--strength": ("denoising-strength", "denoise", "image-strength"),
     "--guidance-rescale": ("cfg-rescale", "rescale-cfg"),

@@ -3,6 +3,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -51,6 +52,7 @@ def test_the_version_is_that_of_the_metadata(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxdiff {jaxdiff.__version__}\n"
     assert jaxdiff.__version__ == importlib.metadata.version("jaxdiff")
+    assert f"\nversion: {jaxdiff.__version__}\n" in Path("CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"], ["sampel"]])
