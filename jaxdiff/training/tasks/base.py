@@ -1,7 +1,8 @@
 """The interface between the training loop and what it trains."""
 
+import abc
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -22,25 +23,24 @@ class PretrainedPart(NamedTuple):
     build: Callable[[], nnx.Module]
 
 
-@runtime_checkable
-class Task(Protocol):
+class Task(abc.ABC):
     """A model, its loss, and what it carries from step to step.
 
-    A task inherits from this and overrides what it needs: by default every part is initialised and
-    trained, and nothing is carried along.
+    A task is a frozen dataclass that inherits from this and overrides what it needs: by default
+    every part is initialised and trained, and nothing is carried along.
 
     Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.
+
+    Attributes:
+      model: the specification of the model that is trained.
     """
 
-    @property
-    def model(self) -> Any:
-        """The specification of the model that is trained."""
-        ...
+    model: Any
 
+    @abc.abstractmethod
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""
-        ...
 
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts that stay as they are, by their path in the tree of parameters."""
@@ -66,6 +66,7 @@ class Task(Protocol):
         """Return what is carried along at the first step, a tree of arrays; () for nothing."""
         return ()
 
+    @abc.abstractmethod
     def loss(
         self,
         params: PyTree,
@@ -85,7 +86,6 @@ class Task(Protocol):
           task_state: what is carried along.
           ema: the moving average of `params`, float32.
         """
-        ...
 
     def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any] | None:
         """Return the function from captions to arrays that batches hold; None for no text."""
@@ -103,6 +103,7 @@ class Task(Protocol):
     def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
         """Raise `UserError` for tokenizers that the model does not take."""
 
+    @abc.abstractmethod
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
         """FLOPs of one image of side `size` in a training step.
 
@@ -111,7 +112,6 @@ class Task(Protocol):
           latents: whether its latents are cached, so that no autoencoder runs.
           text: whether its caption's features are cached, so that no text encoder runs.
         """
-        ...
 
     def recomputed_flops(self, size: int) -> float:
         """FLOPs that the backward pass repeats for one image; no part of `flops_per_image`."""
