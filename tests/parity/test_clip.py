@@ -154,7 +154,7 @@ def test_vision_encoder(theirs, ours, tmp_path):
     assert_close(features.pooled, expected.image_embeds if projects else expected.pooler_output)
     assert len(expected.hidden_states) == 4
     for layer, state in enumerate(expected.hidden_states):
-        assert_close(encoder(jnp.asarray(images()), hidden_layer=layer).tokens, state)
+        assert_close(encoder(jnp.asarray(images()), layer=layer).tokens, state)
 
 
 @pytest.mark.parametrize("variant", [0, 1], ids=["openai", "openclip"])

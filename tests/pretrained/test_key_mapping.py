@@ -115,12 +115,12 @@ def test_a_checkpoint_of_another_depth_is_refused():
         clip_names.from_torch_names(tensors, TEXT)
 
 
-def test_the_position_rows_of_old_checkpoints_are_passed_over():
+def test_the_position_rows_of_old_checkpoints_are_ignored():
     tensors = text_tensors() | {"text_model.embeddings.position_ids": np.arange(4)[None]}
     assert clip_names.from_torch_names(tensors, TEXT)["token_embedding"].shape == (6, 8)
 
 
-def test_a_tower_saved_without_its_name_is_found():
+def test_an_encoder_saved_without_its_name_is_found():
     tensors = text_tensors()
     bare = {name.removeprefix("text_model."): value for name, value in tensors.items()}
     assert "encoder.layers.0.layer_norm1.bias" in bare
