@@ -22,7 +22,7 @@ import tyro
 from jaxdiff.benchmark.timing import in_turn, median
 from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
 from jaxdiff.models.layers import bind_init, merge
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
 
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=shape).astype(np.float32)
     tokens = draw.normal(size=(options.batch, TOKENS, SD1.cross_attention_dim)).astype(np.float32)
-    config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
+    config = {k: v for k, v in unet_keys.write_unet_config(SD1).items() if k != "_class_name"}
     theirs = diffusers.UNet2DConditionModel(**config).eval()
     contenders = {
         "jaxdiff": _ours(theirs, x, tokens),
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
 
 def _ours(theirs: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.ndarray]:
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    params = unet.from_torch_names(tensors, SD1, place=to_device)
+    params = unet_keys.unet_from_torch(tensors, SD1, place=to_device)
     inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), Conditions(jnp.asarray(tokens))
 
     @jax.jit

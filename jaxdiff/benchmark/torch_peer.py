@@ -32,7 +32,7 @@ from jaxdiff.models.denoisers.unet_sd import (
     UNet2DConditionModel,
 )
 from jaxdiff.models.layers import TextFeatures, abstract_params, bind_init
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.step import init_state, make_train_step, structure
@@ -229,9 +229,11 @@ def _torch_model(
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
-    settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
+    settings = {
+        k: v for k, v in unet_keys.write_unet_config(denoiser).items() if k != "_class_name"
+    }
     model = diffusers.UNet2DConditionModel(**settings)
-    tensors = unet.to_torch_names(params)
+    tensors = unet_keys.unet_to_torch(params)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
 
     def predict(b: dict[str, torch.Tensor]) -> torch.Tensor:
