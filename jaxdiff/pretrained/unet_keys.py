@@ -48,6 +48,23 @@ UNET_NAMES = {
     "conv_out": "conv_out",
 }
 
+_READ = {
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "upcast_attention",
+    "norm_num_groups",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+}
+
 # Keys of diffusers' config that this network supports with these values only.
 FIXED: Fixed = {
     "act_fn": ("silu", "swish"),
@@ -100,23 +117,7 @@ def read_unet_config(
     """
     widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     levels = len(widths)
-    read = {
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "down_block_types",
-        "up_block_types",
-        "layers_per_block",
-        "transformer_layers_per_block",
-        "attention_head_dim",
-        "cross_attention_dim",
-        "use_linear_projection",
-        "upcast_attention",
-        "norm_num_groups",
-        "addition_time_embed_dim",
-        "projection_class_embeddings_input_dim",
-    }
-    check_config(what, config, read, FIXED)
+    check_config(what, config, _READ, FIXED)
     down = tuple(config.get("down_block_types", (_DOWN[1],) * (levels - 1) + (_DOWN[0],)))
     attends = [kind == _DOWN[1] for kind in down]
     up = tuple(config.get("up_block_types", [_UP[attend] for attend in reversed(attends)]))
