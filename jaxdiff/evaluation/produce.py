@@ -69,7 +69,7 @@ class ProduceAccuracy(Evaluator):
                 "ceiling": scoring.score(true, scenes),
                 "chance": scoring.chance(images, scenes),
             }
-            if context.pipeline.spec.autoencoder is not None:
+            if context.spec.autoencoder is not None:
                 columns["latents"] = scoring.score(context.pipeline.autoencode(true), scenes)
             results[name] = columns
         return table(results)
