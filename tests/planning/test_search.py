@@ -19,7 +19,7 @@ def test_all_meshes_policies_and_batches_are_tried(tiny_recipe):
     tried = list(candidates(tiny_recipe(batch_size=16), 8))
     meshes = {(c.mesh.data, c.mesh.fsdp) for c in tried}
     assert meshes == {(8, 1), (2, 4), (1, 8)}
-    assert {c.task.denoiser.remat for c in tried} == {"none", "dots", "full"}
+    assert {c.task.model.denoiser.remat for c in tried} == {"none", "dots", "full"}
     assert {c.train.batch_size for c in tried} == {8, 16, 32}
     assert len(tried) == 3 * 3 * 3
 
@@ -29,7 +29,7 @@ def quick(some_plan, monkeypatch):
     """As if gathering took time, keeping more took memory, and recomputing took time."""
 
     def planned(candidate, _topology, **_):
-        fsdp, remat = candidate.mesh.fsdp, candidate.task.denoiser.remat
+        fsdp, remat = candidate.mesh.fsdp, candidate.task.model.denoiser.remat
         batch_size = candidate.train.batch_size
         needed = {"none": 40.0, "dots": 20.0, "full": 10.0}[remat] * batch_size / 16 + 16 / fsdp
         seconds = {"none": 1.0, "dots": 1.1, "full": 1.4}[remat] * batch_size + fsdp
@@ -65,8 +65,9 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(tiny_recipe):
 
 def test_what_each_device_holds_falls_with_the_devices_that_share(tiny_recipe):
     wide = tiny_recipe()
-    denoiser = dataclasses.replace(wide.task.denoiser, width=256)
-    wide = dataclasses.replace(wide, task=dataclasses.replace(wide.task, denoiser=denoiser))
+    denoiser = dataclasses.replace(wide.task.model.denoiser, width=256)
+    model = dataclasses.replace(wide.task.model, denoiser=denoiser)
+    wide = dataclasses.replace(wide, task=dataclasses.replace(wide.task, model=model))
     sizes = [
         held(wide, make_mesh(MeshConfig(data=8 // n, fsdp=n), EIGHT.devices)) for n in (1, 4, 8)
     ]
