@@ -183,8 +183,8 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
     if config.train.steps < taken:
         raise UserError(
             f"{out} holds a run that has taken {taken} steps, but train.steps is "
-            f"{config.train.steps}: give {taken} or more, choose another --out, or start again with "
-            "--fresh, which removes that run."
+            f"{config.train.steps}: give {taken} or more, choose another --out, or start again "
+            "with --fresh, which removes that run."
         )
     # A run of another length goes through the same states as long as its learning rates are equal.
     free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE

@@ -100,7 +100,7 @@ class Task(abc.ABC):
         """Names of the tokenizers that the task needs."""
         return ()
 
-    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `UserError` for tokenizers that the model does not take."""
 
     @abc.abstractmethod
