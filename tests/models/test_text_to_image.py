@@ -152,9 +152,9 @@ def test_a_unet_that_reads_no_pooled_text_takes_any(xl):
     wider = dataclasses.replace(xl.conditioner.text_2.model, projection_dim=24)
     conditioner = dataclasses.replace(xl.conditioner, text_2=ClipTextEncoder(model=wider))
     dataclasses.replace(xl, conditioner=conditioner)
+    wide = dataclasses.replace(xl.conditioner.text_2.model, width=12)
+    conditioner = dataclasses.replace(xl.conditioner, text_2=ClipTextEncoder(model=wide))
     with pytest.raises(UserError, match="widths 16 but the text encoder gives 20"):
-        wide = dataclasses.replace(xl.conditioner.text_2.model, width=12)
-        conditioner = dataclasses.replace(xl.conditioner, text_2=ClipTextEncoder(model=wide))
         dataclasses.replace(xl, conditioner=conditioner)
 
 
