@@ -69,7 +69,7 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("speed",), "There is no benchmark 'speed': there are train, sample, data, checkpoint"),
         (("compare", "a.json"), "takes two reports: got 1 words"),
@@ -81,9 +81,9 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
         (("train", "--warmpu", "2"), "did you mean --warmup?"),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(words, told, capsys):
+def test_a_user_error_is_one_line(words, message, capsys):
     assert cli.main(["bench", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_is_given(capsys):

@@ -42,10 +42,10 @@ def quick(some_plan, monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_the_fastest_that_fits_comes_first(tiny_recipe):
-    said = []
-    plans = search(tiny_recipe(batch_size=16), EIGHT, most=99, say=said.append)
-    assert said[0].fits is False  # 40 and 2 of 30, with all devices sharing
-    assert len(said) == len(plans) == 21
+    planned_so_far = []
+    plans = search(tiny_recipe(batch_size=16), EIGHT, most=99, say=planned_so_far.append)
+    assert planned_so_far[0].fits is False  # 40 and 2 of 30, with all devices sharing
+    assert len(planned_so_far) == len(plans) == 21
     fitting = [plan for plan in plans if plan.fits]
     assert plans[: len(fitting)] == fitting
     times = [plan.roofline_s / plan.batch_size for plan in fitting]

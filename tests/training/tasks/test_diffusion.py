@@ -1,4 +1,4 @@
-"""The task of training a denoiser: noise by the curriculum's level, text, frozen parts, adapters."""
+"""Training a denoiser: noise by the curriculum's level, text, frozen parts, adapters."""
 
 import dataclasses
 import functools
