@@ -1,12 +1,14 @@
 """Looking for a mesh: what is tried, and how it is ranked."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import jax
 import pytest
 
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.planning import search as plan_search
 from jaxdiff.planning.plan import held
 from jaxdiff.planning.search import candidates, search
@@ -22,6 +24,28 @@ def test_all_meshes_policies_and_batches_are_tried(tiny_recipe):
     assert {c.task.model.denoiser.remat for c in tried} == {"none", "dots", "full"}
     assert {c.train.batch_size for c in tried} == {8, 16, 32}
     assert len(tried) == 3 * 3 * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Denoiser):
+    """A denoiser without remat policies."""
+
+    channels: int = 3
+
+    def build(self, *, rngs):
+        raise NotImplementedError
+
+    def flops(self, *, height, width, text_length):
+        return 1.0
+
+
+def test_a_denoiser_without_policies_is_tried_as_it_is(tiny_recipe):
+    config = tiny_recipe(batch_size=16)
+    model = dataclasses.replace(config.task.model, denoiser=Plain())
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
+    tried = list(candidates(config, 8))
+    assert len(tried) == 3 * 3
+    assert {c.task for c in tried} == {config.task}
 
 
 @pytest.fixture
