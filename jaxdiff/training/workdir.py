@@ -101,7 +101,7 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     root = model_folder(folder)
     path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
     data = read_json(path) if path.exists() else None
-    if not is_recipe(data):
+    if data is None or not is_recipe(data):
         raise UserError(
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
