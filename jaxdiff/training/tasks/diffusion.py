@@ -253,7 +253,8 @@ class DiffusionTask(Task):
         full = self.model_params(params, frozen)
         cond = self._cond(full, batch)
         max_t = self.curriculum.max_t(curriculum) if self.curriculum else 1.0
-        outputs = self.objective.loss(
+        objective = self.objective
+        outputs = objective.loss(
             LossInputs(
                 model=self._predictor(full),
                 prediction=self.model.prediction,
@@ -262,9 +263,9 @@ class DiffusionTask(Task):
                 cond=cond,
                 key=loss_key,
                 max_t=max_t,
-                uncond=self._uncond(full, frozen, batch) if self.objective.uses_uncond else None,
-                teacher=self._predictor(frozen["teacher"]) if self.objective.uses_teacher else None,
-                ema=self._ema(ema, params, frozen) if self.objective.uses_ema else None,
+                uncond=self._uncond(full, frozen, batch) if objective.uses_uncond else None,
+                teacher=self._predictor(frozen["teacher"]) if objective.uses_teacher else None,
+                ema=self._ema(ema, params, frozen) if objective.uses_ema else None,
                 state=state,
                 row_weights=batch.get("row_weights"),
             )
