@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
+from jaxdiff.config.serialization import types_in
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
@@ -96,7 +97,8 @@ def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -
     Raises:
       UserError: there is no such model, or it does not fit.
     """
-    bundle, spec = load_bundle(model), own.spec
+    spec = own.spec
+    bundle = load_bundle(model, types=types_in(spec))
     assert isinstance(spec, TextToImage)
     if not isinstance(bundle.spec, TextToImage):
         raise UserError(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import TextInputs
 from jaxdiff.models.text_to_image import TextToImage
@@ -153,7 +153,7 @@ class TokenizedPrompts(NamedTuple):
 
 def tokenize(
     spec: TextToImage,
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TextTokenizer],
     prompts: Sequence[str | None],
     *,
     composed: bool = False,
