@@ -137,7 +137,7 @@ def read_exported(
     root, spec = epath.Path(folder), spec_from_json(data, types)
     params = read_weights(root / MODEL)
     check_params(params, spec, str(folder))
-    return Bundle(spec, jax.tree.map(place, params), read_tokenizers(root, spec))
+    return Bundle(spec, jax.tree.map(place, params), read_exported_tokenizers(root, spec))
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -151,7 +151,7 @@ def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, TextTokeni
         tokenizer.save(str(epath.Path(folder) / TOKENIZERS / name))
 
 
-def read_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, TextTokenizer]:
+def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, TextTokenizer]:
     """Read the tokenizers of a model's text encoders; {} where its folder has none."""
     root = epath.Path(folder) / TOKENIZERS
     if not root.exists():
