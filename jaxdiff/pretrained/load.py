@@ -119,7 +119,9 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     return read_run_spec(root, data, types) if is_recipe(data) else spec_from_json(data, types)
 
 
-def read_tokenizers(folder: epath.PathLike, types: Sequence[type] = ()) -> dict[str, TextTokenizer]:
+def read_tokenizers(
+    folder: epath.PathLike, types: Sequence[type] = ()
+) -> Mapping[str, TextTokenizer]:
     """Read a model's tokenizers, of whatever `load_bundle` takes, without its weights.
 
     Raises:

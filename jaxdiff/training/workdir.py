@@ -238,7 +238,7 @@ def _tokenizers(
     if all((out / TOKENIZERS / name).exists() for name in names):
         return _load_tokenizers(config, out)
     if isinstance(task, DiffusionTask) and task.pretrained.text_encoders is not None:
-        tokenizers: dict[str, Any] = read_tokenizers(
+        tokenizers: Mapping[str, Any] = read_tokenizers(
             task.pretrained.text_encoders, types_in(config)
         )
         new = task.trainable.inversion
