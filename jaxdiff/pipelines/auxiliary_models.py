@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
-from jaxdiff.config.serialization import types_in
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
@@ -85,7 +84,13 @@ class LoadedGuide(NamedTuple):
     params: PyTree
 
 
-def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -> LoadedGuide:
+def load_guide(
+    model: str,
+    own: Bundle,
+    dtype: ComputeType | None,
+    mesh: Mesh,
+    types: Sequence[type] = (),
+) -> LoadedGuide:
     """Load a model for autoguidance of another one.
 
     Args:
@@ -93,12 +98,12 @@ def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -
       own: the model that it guides.
       dtype: to compute in; None is that of the weights.
       mesh: of the devices.
+      types: dataclasses that its description may name.
 
     Raises:
       UserError: there is no such model, or it does not fit.
     """
-    spec = own.spec
-    bundle = load_bundle(model, types=types_in(spec))
+    bundle, spec = load_bundle(model, types=types), own.spec
     assert isinstance(spec, TextToImage)
     if not isinstance(bundle.spec, TextToImage):
         raise UserError(

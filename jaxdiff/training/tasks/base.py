@@ -1,8 +1,9 @@
 """The interface between the training loop and what it trains."""
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -38,6 +39,8 @@ class Task(abc.ABC):
     Attributes:
       model: the specification of the model that is trained.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     model: Any
 
