@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def model(tiny_bundle, tmp_path_factory) -> pathlib.Path:
     """The folder of the tiny model."""
-    from jaxdiff.pretrained.load import write_bundle
+    from jaxdiff.pretrained.bundle import write_bundle
 
     folder = tmp_path_factory.mktemp("model")
     write_bundle(folder, tiny_bundle, dtype="float32")

@@ -9,7 +9,7 @@ from PIL import Image
 from jaxdiff.cli.generate import batch_generate as draw_file
 from jaxdiff.io.images import read_text
 from jaxdiff.pipelines.pipeline import Pipeline, load
-from jaxdiff.pretrained.load import write_bundle
+from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.solvers_ode import Euler
 
@@ -264,7 +264,7 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     assert "line 3: The mask large.png is 64x64, not 32x32" in told
     assert "line 4: The image a.png is 32x32, not 64x64" in told
     assert "line 5:" in told
-    assert "is not a readable image" in told
+    assert "is no readable image" in told
     out = tmp_path / "out"
     assert [line["row"] for line in manifest(out)] == [0, 1]
     drawn = np.asarray(Image.open(out / "0000-a-small-red-pea.png"))
@@ -377,8 +377,8 @@ def test_rows_are_steered_away_from_the_weaker_model_as_far_as_they_say(
     params = jax.tree.map(lambda x: 0.8 * x, tiny_bundle.params)
     weak = str(tmp_path / "weak")
     write_bundle(weak, tiny_bundle._replace(params=params), "float32")
-    rows = [{"prompt": PEA, "weak_scale": scale} for scale in (1, 2, 3)] + [{"prompt": PEA}]
-    assert sample("--prompts", prompts(*rows), "--weak-model", weak) == 0
+    rows = [{"prompt": PEA, "guide_scale": scale} for scale in (1, 2, 3)] + [{"prompt": PEA}]
+    assert sample("--prompts", prompts(*rows), "--guide-model", weak) == 0
     pipeline = load(model)
     for i, scale in enumerate((1.0, 2.0, 3.0, 1.5)):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
@@ -413,8 +413,8 @@ def test_a_grid_of_each_size_is_written_if_asked_for(sample, prompts, tmp_path):
 
 
 def test_rows_may_lie_between_two_prompts(sample, prompts, model, tmp_path):
-    row = {"prompt": PEA, "seed": 3, "toward": TOMATO, "toward_seed": 8}
-    rows = [row | {"share": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    row = {"prompt": PEA, "seed": 3, "mix_prompt": TOMATO, "mix_seed": 8}
+    rows = [row | {"mix": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert sample("--prompts", prompts(*rows)) == 0
     frames = load(model).between((PEA, TOMATO), 5, seeds=(3, 8))
     for i, frame in enumerate(frames):
@@ -430,7 +430,7 @@ def test_rows_may_lie_between_two_prompts(sample, prompts, model, tmp_path):
         (("--prompts", "a.yaml"), "of no known kind"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
-        (("--prompts", "a.jsonl", "--between", "3"), "--between and --prompts exclude each other"),
+        (("--prompts", "a.jsonl", "--interpolate", "3"), "--interpolate and --prompts exclude each other"),
         (("--prompts", "a.jsonl", "--size", "3"), "--size is '3'"),
         (("--prompts", "a.jsonl", "--init-image", "missing.png"), "missing.png cannot be read"),
     ],

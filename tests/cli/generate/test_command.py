@@ -91,7 +91,7 @@ def test_a_strip_is_written_if_asked_for(sample, tmp_path):
 
 
 def test_between_two_prompts_there_are_frames_a_strip_and_a_film(sample, model, tmp_path):
-    assert sample(PEA, TOMATO, "--between", "4", "--seed", "3", "--toward-seed", "8") == 0
+    assert sample(PEA, TOMATO, "--interpolate", "4", "--seed", "3", "--mix-seed", "8") == 0
     out = tmp_path / "out"
     frames = load(model).between((PEA, TOMATO), 4, seeds=(3, 8))
     for i, frame in enumerate(frames):
@@ -99,8 +99,8 @@ def test_between_two_prompts_there_are_frames_a_strip_and_a_film(sample, model, 
         # Noise of two seeds at a time is rounded otherwise than that of one.
         np.testing.assert_allclose(drawn.astype(int), frame, atol=1)
     drawn = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
-    assert Image.open(out / "between.png").width > 4 * 32
-    film = Image.open(out / "between.webp")
+    assert Image.open(out / "interpolation.png").width > 4 * 32
+    film = Image.open(out / "interpolation.webp")
     assert film.n_frames == 6  # there and back
     for i, frame in enumerate(drawn):
         film.seek(i)
@@ -147,18 +147,18 @@ def test_a_prompt_that_is_too_long_is_told(sample, capsys):
         ((PEA, "--preview", "-1"), "--preview is -1"),
         ((PEA, "--preview-decoder", "x"), "--preview-decoder is about --preview"),
         ((PEA, "--preview", "2", "--preview-decoder", "missing"), "missing"),
-        ((PEA, "--between", "4"), "--between 4 with 1 prompts"),
-        ((PEA, TOMATO, "--between", "1"), "at least 2 images"),
-        ((PEA, TOMATO, "--between", "3", "--share", "0.5"), "exclude each other"),
-        ((PEA, TOMATO, "--between", "3", "--best-of", "2"), "--between and --best-of exclude"),
+        ((PEA, "--interpolate", "4"), "--interpolate 4 with 1 prompts"),
+        ((PEA, TOMATO, "--interpolate", "1"), "at least 2 images"),
+        ((PEA, TOMATO, "--interpolate", "3", "--mix", "0.5"), "exclude each other"),
+        ((PEA, TOMATO, "--interpolate", "3", "--best-of", "2"), "--interpolate and --best-of exclude"),
         ((PEA, "--strip", "3", "--variation", "0.5"), "--strip and --variation exclude"),
-        ((PEA, "--seamless", "--decode-by", "tiles"), "--seamless and --decode-by exclude"),
-        ((PEA, "--weak-model", "missing"), "missing"),
-        ((PEA, "--weak-scale", "2"), "give --weak-model"),
+        ((PEA, "--seamless", "--vae-mode", "tiles"), "--seamless and --vae-mode exclude"),
+        ((PEA, "--guide-model", "missing"), "missing"),
+        ((PEA, "--guide-scale", "2"), "give --guide-model"),
         ((PEA, "--clip-cutouts", "2"), "--clip-cutouts is about CLIP: give --clip-scale"),
         ((PEA, "--guidance-interval", "0.9-0.1"), "--guidance-interval is '0.9-0.1': expected LOW"),
         ((PEA, "--apg", "2"), "--apg is 2.0: expected a number from 0 to 1"),
-        ((PEA, "--zero-star", "-1"), "--zero-star is -1: expected a whole number"),
+        ((PEA, "--cfg-zero-star", "-1"), "--cfg-zero-star is -1: expected a whole number"),
         ((PEA, "--best-of", "0"), "--best-of is 0: expected a whole number"),
         ((PEA, "--best-of", "2", "--clip-model", "missing"), "missing"),
         ((PEA, "--size", "1:100"), "give one nearer to 1:1"),

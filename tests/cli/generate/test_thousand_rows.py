@@ -26,7 +26,7 @@ SPOILT = {
     '{"prompt": "a pea", "size": "63x64"}': "multiples of",
     '{"prompt": "a pea", "seed": 4294967296}': "seed is 4294967296: expected a whole number",
     '{"prompt": "a pea", "init_image": "missing.png"}': "missing.png cannot be read",
-    '{"prompt": "a pea", "init_image": "broken.png"}': "broken.png is not a readable image",
+    '{"prompt": "a pea", "init_image": "broken.png"}': "broken.png is no readable image",
     '{"prompt": "a pea", "init_image": "a.png", "mask": "large.png"}': "The mask large.png is",
     '{"prompt": "a pea", "init_image": "../a.png"}': "leaves the folder",
 }

@@ -61,8 +61,8 @@ def test_guidance_is_the_recipes_where_nothing_is_said(tiny_bundle):
 
 
 def test_what_does_nothing_is_as_if_it_were_not_there(pipeline):
-    given = Row(prompt="", clip_scale=2.0, repeats=3, weak_scale=2.0, upscale=2, best_of=4)
-    off = Row(prompt="x", clip_scale=0.0, repeats=1, weak_scale=1.0, upscale=1, best_of=1)
+    given = Row(prompt="", clip_scale=2.0, repeats=3, guide_scale=2.0, upscale=2, best_of=4)
+    off = Row(prompt="x", clip_scale=0.0, repeats=1, guide_scale=1.0, upscale=1, best_of=1)
     fixed = Fixed(weak_model="any")
     nothing = settle(Row(prompt="x"), Row(prompt=""), pipeline)
     assert settle(off, given, pipeline, fixed) == nothing
@@ -84,13 +84,13 @@ def test_a_ratio_is_the_size_that_the_model_draws_best(pipeline):
     [
         ({"variation": 0.5}, "variation is about an image: give init_image as well"),
         ({"upscale_strength": 0.5}, "upscale_strength is about enlarging: give upscale as well"),
-        ({"weak_scale": 2.0}, "weak_scale is about a weaker model: give --weak-model"),
-        ({"zero_star": 3}, "zero_steps is 3 of 3 steps"),
+        ({"guide_scale": 2.0}, "guide_scale is about a weaker model: give --guide-model"),
+        ({"cfg_zero_star": 3}, "zero_steps is 3 of 3 steps"),
         ({"size": (4096, 4096), "upscale": 4}, "would be 16384x16384: expected at most 8192"),
         ({"init_image": FILE, "mask": FILE, "upscale": 2}, "upscale and mask exclude"),
         ({"init_image": FILE, "variation": 0.5, "strength": 0.5}, "variation and strength excl"),
         ({"init_image": FILE, "variation": 0.5, "solver": "heun"}, "variation and solver excl"),
-        ({"init_image": FILE, "variation": 0.5, "toward": "y"}, "variation and toward exclude"),
+        ({"init_image": FILE, "variation": 0.5, "mix_prompt": "y"}, "variation and toward exclude"),
     ],
 )
 def test_what_makes_no_sense_is_told_by_the_names_of_the_file(pipeline, row, told):
@@ -139,7 +139,7 @@ def test_a_picture_is_upright_and_white_where_it_is_transparent(tmp_path):
 
 def test_an_input_is_known_by_its_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match="no readable image"):
         open_input(tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot be read"):
         open_input(tmp_path / "missing.png")
