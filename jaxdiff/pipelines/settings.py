@@ -285,8 +285,8 @@ class GenerationSettings:
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        pairs = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {f.name: value for f, value in pairs if value != f.default}
 
     def inherit(self, other: "GenerationSettings") -> "GenerationSettings":
         """Return these settings, with another's in the place of those that are not set."""

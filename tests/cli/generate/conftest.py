@@ -1,4 +1,4 @@
-"""What the tests of `sample.py` share: a tiny model on disk, and the command that draws with it."""
+"""Fixtures of `jaxdiff sample`: a tiny model on disk, and the command with it."""
 
 import pathlib
 from collections.abc import Callable

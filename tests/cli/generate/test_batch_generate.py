@@ -61,9 +61,7 @@ def numbered(n, **more):
     return [{"prompt": f"{PEA} {i}", "seed": i, **more} for i in range(n)]
 
 
-def test_every_row_has_its_settings_and_inherits_the_flags(
-    sample, prompts, model, tmp_path
-):
+def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, model, tmp_path):
     rows = [
         {"prompt": PEA, "seed": 3, "num_steps": 2},
         {"prompt": TOMATO, "name": "../My Tomato!", "guidance_scale": 4, "negative_prompt": "red"},
@@ -268,7 +266,7 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     assert "line 3: The mask large.png is 64x64, not 32x32" in errors
     assert "line 4: The image a.png is 32x32, not 64x64" in errors
     assert "line 5:" in errors
-    assert "is no readable image" in errors
+    assert "a.jsonl is not a readable image" in errors
     out = tmp_path / "out"
     assert [line["row"] for line in manifest(out)] == [0, 1]
     image = np.asarray(Image.open(out / "0000-a-small-red-pea.png"))
@@ -341,9 +339,7 @@ def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilation
     assert not compilations
 
 
-def test_rows_of_several_kinds_compile_once_for_each_kind(
-    sample, prompts, tmp_path, compilations
-):
+def test_rows_of_several_kinds_compile_once_for_each_kind(sample, prompts, tmp_path, compilations):
     picture(tmp_path / "a.png", seed=0)
     rng = np.random.default_rng(0)
     ways = [
@@ -375,9 +371,7 @@ def test_rows_of_several_kinds_compile_once_for_each_kind(
 
 
 @pytest.mark.nightly
-def test_each_row_has_its_scale_of_autoguidance(
-    sample, prompts, model, tiny_bundle, tmp_path
-):
+def test_each_row_has_its_scale_of_autoguidance(sample, prompts, model, tiny_bundle, tmp_path):
     params = jax.tree.map(lambda x: 0.8 * x, tiny_bundle.params)
     guide = str(tmp_path / "guide")
     write_bundle(guide, tiny_bundle._replace(params=params), "float32")
@@ -434,7 +428,10 @@ def test_rows_may_mix_two_prompts(sample, prompts, model, tmp_path):
         (("--prompts", "a.yaml"), "of no known kind"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
-        (("--prompts", "a.jsonl", "--interpolate", "3"), "--interpolate and --prompts exclude each other"),
+        (
+            ("--prompts", "a.jsonl", "--interpolate", "3"),
+            "--interpolate and --prompts exclude each other",
+        ),
         (("--prompts", "a.jsonl", "--size", "3"), "--size is '3'"),
         (("--prompts", "a.jsonl", "--init-image", "missing.png"), "missing.png cannot be read"),
     ],

@@ -150,7 +150,10 @@ def test_a_byte_that_is_no_utf_8_invalidates_one_row(tmp_path):
 def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
     row = {"prompt": "x", "init_image": "in/../a.png", "mask": "b.png"}
     (read,), _ = read_prompts(write(tmp_path, "a.jsonl", row))
-    assert (read.settings.init_image, read.settings.mask) == (tmp_path / "in/../a.png", tmp_path / "b.png")
+    assert (read.settings.init_image, read.settings.mask) == (
+        tmp_path / "in/../a.png",
+        tmp_path / "b.png",
+    )
 
 
 @pytest.mark.parametrize("name", ["init_image", "mask"])
