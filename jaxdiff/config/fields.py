@@ -126,11 +126,10 @@ class Switch:
     """True or false."""
 
     def check(self, name: str, value: Any, kind: Any) -> bool:
-        """Raise `UserError` for anything else; a cell of a table spells it."""
-        spelled = {"true": True, "false": False}.get(value.lower()) if type(value) is str else value
-        if type(spelled) is not bool:
+        """Raise `UserError` for anything else."""
+        if type(value) is not bool:
             raise _unexpected(name, value, "true or false")
-        return spelled
+        return value
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class Size:
         return width, height
 
 
-_METAVARS = {Text: "TEXT", File: "FILE", Interval: "LOW-HIGH", Size: "SIZE", Switch: ""}
+_METAVARS = {Choices: "NAME", File: "FILE", Interval: "LOW-HIGH", Size: "SIZE"}
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,8 @@ class Field:
         """Placeholder of its value; "" where a flag takes none."""
         if self.doc.metavar is not None:
             return self.doc.metavar
-        number = {int: "INT", float: "FLOAT", bool: ""}.get(self.kind, "TEXT")
-        return _METAVARS.get(type(self.constraint), "NAME" if self._named else number)
-
-    @property
-    def _named(self) -> bool:
-        return isinstance(self.constraint, Choices)
+        simple = {int: "INT", float: "FLOAT", bool: ""}.get(self.kind, "TEXT")
+        return _METAVARS.get(type(self.constraint), simple)
 
     def check(self, value: Any, called: str | None = None) -> Any:
         """Return what the field holds of a value of JSON.
@@ -231,7 +226,9 @@ class Field:
         return constraint.check(called or self.name, value, self.kind)
 
     def from_cell(self, cell: str) -> Any:
-        """Return a cell of a table as JSON would have it; text that is no number stays as it is."""
+        """Return a cell of a table as JSON would have it, or as it is, for `check` to refuse."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(cell.lower(), cell)
         if self.kind in (int, float):
             try:
                 return self.kind(cell)

@@ -58,7 +58,7 @@ def _exif(text: dict[str, str]) -> Image.Exif:
     return exif
 
 
-def read_text(path: epath.PathLike) -> dict[str, str]:
+def read_image_text(path: epath.PathLike) -> dict[str, str]:
     """Return the texts of a lossless file, PNG or WebP.
 
     Raises:

@@ -31,7 +31,7 @@ from jaxdiff.pipelines.resolve import (
     ResolvedSettings,
     open_input,
     recorded,
-    resolve,
+    resolve_settings,
 )
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.pretrained.bundle import weights_fingerprint
@@ -216,7 +216,7 @@ class ImageMetadata:
             asked = GenerationSettings(**{k: fields[k].check(v) for k, v in named.items()})
         except (ValueError, KeyError, TypeError, UserError) as error:
             raise _changed(self.path) from error
-        resolved = resolve(asked.inherit(files), pipe, command, called=flag)
+        resolved = resolve_settings(asked.inherit(files), pipe, command, called=flag)
         found = details(resolved, pipe)
         for name, what in (("clip", "CLIP"), ("guide", "guide model")):
             if found.get(name) != self.details.get(name):

@@ -30,6 +30,7 @@ from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers import SOLVERS
+from jaxdiff.sampling.solvers_ode import DDIM
 
 FILES = ("init_image", "mask")
 """Fields that name files."""
@@ -156,7 +157,7 @@ class ResolvedSettings:
         return [self.replace(seed=self.seed + i * tried) for i in range(count)]
 
 
-def resolve(
+def resolve_settings(
     own: GenerationSettings,
     pipe: Pipeline,
     command: CommandDefaults = _NO_MODELS,
@@ -270,12 +271,16 @@ def _sampler(
     asked: GenerationSettings, model: ResolvedSampler, command: CommandDefaults
 ) -> Sampler:
     """Return a sampler with what is asked; all else is None, and inherits."""
-    own, apg, zero = model.guidance, None, None
+    own, apg, zero, solver = model.guidance, None, None, None
     if asked.apg is not None:
         apg = dataclasses.replace(own.apg or APG(), eta=asked.apg)
     if asked.cfg_zero_star is not None:
         zero = own.cfg_zero_star or CFGZeroStar()
         zero = dataclasses.replace(zero, zero_steps=asked.cfg_zero_star)
+    if asked.variation is not None:
+        solver = DDIM()
+    elif asked.solver is not None:
+        solver = SOLVERS[asked.solver]()
     guidance = Guidance(
         interval=asked.guidance_interval,
         rescale=asked.guidance_rescale,
@@ -285,7 +290,7 @@ def _sampler(
         guide=_guide(asked, own, command),
     )
     return Sampler(
-        solver=None if asked.solver is None else SOLVERS[asked.solver](),
+        solver=solver,
         resample_steps=asked.resample_steps,
         vae_mode=asked.vae_mode,  # type: ignore[arg-type]  # checked by its field
         wrap=None if asked.seamless is None else (asked.seamless, asked.seamless),

@@ -17,13 +17,13 @@ from jaxdiff.pipelines.resolve import (
     ResolvedSettings,
     open_input,
     recorded,
-    resolve,
+    resolve_settings,
 )
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.sampling.guidance.apg import APG
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.guidance import Guidance
-from jaxdiff.sampling.solvers_ode import Heun
+from jaxdiff.sampling.solvers_ode import DDIM, Heun
 
 FILE = epath.Path("a.png")
 X = GenerationSettings(prompt="x")
@@ -47,13 +47,15 @@ def pipeline_of(tiny_bundle):
 
 def test_a_row_comes_before_the_command_line_and_that_before_the_model(pipeline):
     shared = GenerationSettings(seed=5, num_steps=7, solver="heun", negative_prompt="red")
-    resolved = resolve(settings(num_steps=9, negative_prompt=""), pipeline, defaults=shared)
+    resolved = resolve_settings(
+        settings(num_steps=9, negative_prompt=""), pipeline, defaults=shared
+    )
     asked = resolved.settings
     assert (asked.num_steps, asked.seed, asked.negative_prompt) == (9, 5, "")
     assert resolved.sampler.solver == Heun()
     assert asked.guidance_scale == pipeline.spec.sampler.resolve().guidance_scale
     assert asked.size == (pipeline.image_size, pipeline.image_size)
-    assert resolve(X, pipeline).settings.negative_prompt is None
+    assert resolve_settings(X, pipeline).settings.negative_prompt is None
 
 
 def test_what_is_resolved_resolves_to_itself(pipeline, tmp_path):
@@ -67,8 +69,8 @@ def test_what_is_resolved_resolves_to_itself(pipeline, tmp_path):
         {"mix_prompt": "y", "seed": 4, "upscale": 2, "apg": 0.5, "guidance_rescale": 0.5},
     ]
     for values in kinds:
-        resolved = resolve(settings(**values), pipeline)
-        assert resolve(resolved.settings, pipeline) == resolved
+        resolved = resolve_settings(settings(**values), pipeline)
+        assert resolve_settings(resolved.settings, pipeline) == resolved
         assert all(getattr(resolved.settings, name) is not None for name in values)
 
 
@@ -76,12 +78,12 @@ def test_an_image_sets_the_size_and_takes_the_defaults_that_are_for_images(pipel
     Image.new("RGB", (40, 24)).save(tmp_path / "a.png")
     path = open_input(tmp_path / "a.png").path
     shared = GenerationSettings(mask=path, strength=0.3)
-    assert resolve(X, pipeline, defaults=shared) == resolve(X, pipeline)
-    resolved = resolve(settings(init_image=path), pipeline, defaults=shared)
+    assert resolve_settings(X, pipeline, defaults=shared) == resolve_settings(X, pipeline)
+    resolved = resolve_settings(settings(init_image=path), pipeline, defaults=shared)
     assert resolved.size == (40, 24)
     assert resolved.settings.strength == 0.3
     for mask, strength in ((None, IMAGE_STRENGTH), (path, 1.0)):
-        resolved = resolve(settings(init_image=path, mask=mask), pipeline)
+        resolved = resolve_settings(settings(init_image=path, mask=mask), pipeline)
         assert resolved.settings.strength == strength
 
 
@@ -93,12 +95,12 @@ def test_guidance_is_the_models_unless_set(pipeline_of):
         return resolved.sampler.inherit(pipe.spec.sampler).resolve().guidance
 
     shared = GenerationSettings(guidance_rescale=0.3, apg=1.0)
-    resolved = resolve(X, pipe, defaults=shared)
+    resolved = resolve_settings(X, pipe, defaults=shared)
     full = APG(eta=1.0, momentum=-0.5)
     assert guidance(resolved) == Guidance(interval=(0.1, 1.0), rescale=0.3, apg=full)
     assert recorded(resolved).items() >= {"guidance_rescale": 0.3, "apg": 1.0}.items()
     own = settings(guidance_interval=(0.0, 1.0), guidance_rescale=0.0, apg=0.5)
-    resolved = resolve(own, pipe, defaults=shared)
+    resolved = resolve_settings(own, pipe, defaults=shared)
     assert guidance(resolved).interval == (0.0, 1.0)
     assert guidance(resolved).apg == apg
     assert recorded(resolved)["guidance_interval"] == "0-1"
@@ -113,26 +115,37 @@ def test_values_without_effect_are_as_if_they_were_not_set(pipeline, pipeline_of
         clip_scale=0.0, resample_steps=1, guide_scale=1.0, upscale=1, best_of=1, seamless=False
     )
     command = CommandDefaults(guide_model="any")
-    assert resolve(off, pipeline, command, defaults=shared) == resolve(X, pipeline)
+    assert resolve_settings(off, pipeline, command, defaults=shared) == resolve_settings(
+        X, pipeline
+    )
     for defaults, scale in ((shared, 2.0), (GenerationSettings(), 1.5)):
-        guidance = resolve(X, pipeline, command, defaults=defaults).sampler.guidance
+        guidance = resolve_settings(X, pipeline, command, defaults=defaults).sampler.guidance
         assert guidance.guide == Autoguidance(model="any", scale=scale)
     # But where the model has its own, they switch it off.
     pipe = pipeline_of(resample_steps=3, guidance=Guidance(guide=Autoguidance(model="own")))
-    sampler = resolve(settings(resample_steps=1, guide_scale=1.0), pipe).sampler
+    sampler = resolve_settings(settings(resample_steps=1, guide_scale=1.0), pipe).sampler
     assert sampler.resample_steps == 1
     assert sampler.guidance.guide == Autoguidance(model="own", scale=1.0)
 
 
+def test_a_variation_is_unguided_and_of_ddim(pipeline_of, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    asked = settings(init_image=epath.Path(tmp_path / "a.png"), variation=0.5)
+    resolved = resolve_settings(asked, pipeline_of(solver=Heun()))
+    assert resolved.sampler.solver == DDIM()
+    assert resolved.settings.guidance_scale == 1.0
+    assert (resolved.settings.solver, resolved.settings.strength) == (None, None)
+
+
 def test_a_ratio_is_a_size_of_about_the_training_area(pipeline):
-    assert resolve(settings(size="16:9"), pipeline).size == (40, 24)
+    assert resolve_settings(settings(size="16:9"), pipeline).size == (40, 24)
     for wrong, message in (
         ("16:9:1", "expected WIDTH:HEIGHT"),
         ("1e-320:1", "WIDTH:HEIGHT|nearer to 1:1"),
         ("x:y", "expected WIDTH:HEIGHT"),
     ):
         with pytest.raises(UserError, match=message):
-            resolve(settings(size=wrong), pipeline)
+            resolve_settings(settings(size=wrong), pipeline)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +168,13 @@ def test_settings_that_exclude_each_other_are_refused_by_the_names_of_the_file(
     pipeline, row, message
 ):
     with pytest.raises(UserError, match=message):
-        resolve(settings(**row), pipeline)
+        resolve_settings(settings(**row), pipeline)
     with pytest.raises(UserError, match="--variation has no effect without --init-image"):
-        resolve(settings(variation=0.5), pipeline, called=flag)
+        resolve_settings(settings(variation=0.5), pipeline, called=flag)
 
 
 def test_copies_use_no_seed_twice(pipeline):
-    resolved = resolve(settings(seed=5, best_of=3), pipeline)
+    resolved = resolve_settings(settings(seed=5, best_of=3), pipeline)
     assert [copy.seed for copy in resolved.copies(3)] == [5, 8, 11]
     last = resolved.replace(seed=2**32 - 6)
     assert last.copies(2)[-1].seed == 2**32 - 3

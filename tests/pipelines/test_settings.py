@@ -12,7 +12,7 @@ from jaxdiff.cli.generate.options import GROUPS, SampleFlags, flags_class, from_
 from jaxdiff.cli.generate.prompt_file import COLUMNS, read_prompts
 from jaxdiff.cli.parsing import _flags, parse
 from jaxdiff.config.fields import Doc, Range, fields_of
-from jaxdiff.pipelines.resolve import FILES, resolve
+from jaxdiff.pipelines.resolve import FILES, resolve_settings
 from jaxdiff.pipelines.settings import CONFLICTS, GenerationSettings, Requires, Varies
 
 FIELDS = fields_of(GenerationSettings)
@@ -92,9 +92,9 @@ def test_a_field_is_a_column(tmp_path, name):
 
 
 def test_images_that_differ_per_image_share_a_program(pipeline):
-    one = resolve(GenerationSettings(prompt="x"), pipeline)
+    one = resolve_settings(GenerationSettings(prompt="x"), pipeline)
     other = GenerationSettings(prompt="y", negative_prompt="z", seed=3, guidance_scale=9.0)
-    same = resolve(other, pipeline)
+    same = resolve_settings(other, pipeline)
     assert same.group(Varies.BATCH) == one.group(Varies.BATCH)
     steps = one.replace(num_steps=9)
     assert steps.group(Varies.CALL) == one.group(Varies.CALL)
@@ -119,7 +119,7 @@ def test_an_option_costs_one_field(pipeline):
     assert asked == WithSharpness(sharpness=0.5)
     assert WithSharpness.read(asked.to_json()) == asked
     row = WithSharpness.read({"prompt": "x"})
-    resolved = resolve(row, pipeline, defaults=asked)
+    resolved = resolve_settings(row, pipeline, defaults=asked)
     assert resolved.settings.to_json().items() >= {"prompt": "x", "sharpness": 0.5}.items()
     assert resolved.group(Varies.BATCH) == resolved.replace(sharpness=0.7).group(Varies.BATCH)
     assert resolved.group(Varies.BATCH) != resolved.replace(sharpness=None).group(Varies.BATCH)

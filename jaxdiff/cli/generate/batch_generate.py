@@ -19,7 +19,7 @@ from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
     open_pipeline,
-    warn_if_truncated,
+    truncation_warning,
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
 from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
@@ -30,7 +30,7 @@ from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.resolve import FILES, ResolvedSettings, open_input, resolve
+from jaxdiff.pipelines.resolve import FILES, ResolvedSettings, open_input, resolve_settings
 from jaxdiff.pipelines.settings import Varies
 from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.metrics import Progress
@@ -181,7 +181,7 @@ def _plan(
             opened(path)  # an error of the command line, not of a row
     for row in rows:
         try:
-            settings = resolve(
+            settings = resolve_settings(
                 row.settings, pipe, options.command_defaults, defaults=shared, opened=opened
             )
             copies = settings.copies(options.num_images)
@@ -196,7 +196,7 @@ def _plan(
             continue
         jobs |= {job.file: job for job in new}
         where = f"{source}, line {row.line}: the prompt"
-        warning = warn_if_truncated(pipe, row.settings.prompt, where)
+        warning = truncation_warning(pipe, row.settings.prompt, where)
         if warning and is_host0():
             print(warning, file=sys.stderr)
     return list(jobs.values())

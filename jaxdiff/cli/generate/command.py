@@ -12,7 +12,7 @@ from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
     open_pipeline,
-    warn_if_truncated,
+    truncation_warning,
 )
 from jaxdiff.cli.generate.prompt_file import slug
 from jaxdiff.config.fields import flag
@@ -20,11 +20,11 @@ from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
-from jaxdiff.io.image_files import Format, image_bytes, read_text
+from jaxdiff.io.image_files import Format, image_bytes, read_image_text
 from jaxdiff.pipelines.generate import generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.resolve import ResolvedSettings, resolve
+from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.pretrained.load import make_folder
 
@@ -62,12 +62,12 @@ def generate_prompts(options: SampleOptions) -> None:
     folder = make_folder(options.out)
     pipe = open_pipeline(options)
     for prompt in options.prompt:
-        if warning := warn_if_truncated(pipe, prompt, f"The prompt {prompt!r}"):
+        if warning := truncation_warning(pipe, prompt, f"The prompt {prompt!r}"):
             print(warning)
     settings = [
         copy
         for one in _settings(options)
-        for copy in resolve(one, pipe, options.command_defaults, called=flag).copies(
+        for copy in resolve_settings(one, pipe, options.command_defaults, called=flag).copies(
             options.num_images
         )
     ]
@@ -126,7 +126,7 @@ def reproduce(options: SampleOptions) -> bool:
       UserError: the file does not say how it was made, or another model or image made it.
     """
     file = epath.Path(str(options.again))
-    metadata = ImageMetadata.parse(file, read_text(file))
+    metadata = ImageMetadata.parse(file, read_image_text(file))
     before = pictures.read_picture(file)
     folder = make_folder(options.out)
     pipe = open_pipeline(options, dtype=metadata.details["dtype"])

@@ -157,8 +157,7 @@ def flags_class(settings: type = GenerationSettings) -> type:
     hints = fields_of(SampleOptions)
     for f in dataclasses.fields(SampleOptions):
         if f.name in hints:
-            marks = (tyro.conf.arg(help=hints[f.name].doc.text), *hints[f.name].marks)
-            kind = Annotated[(f.type, *marks)]  # type: ignore[valid-type]
+            kind = Annotated[f.type, tyro.conf.arg(help=hints[f.name].doc.text)]  # type: ignore[valid-type]
             default = dataclasses.field(default=f.default, default_factory=f.default_factory)  # type: ignore[call-overload]
             own.append((f.name, kind, default))
     for f in setting_flags(settings):
@@ -275,7 +274,7 @@ def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> 
     return Preview(every=options.preview, show=show, decoder=decoder or None)
 
 
-def warn_if_truncated(pipe: Pipeline, prompt: str, where: str) -> str | None:
+def truncation_warning(pipe: Pipeline, prompt: str, where: str) -> str | None:
     """Return a warning that the end of a prompt has no effect, if it is so long.
 
     Args:

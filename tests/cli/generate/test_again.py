@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.io.image_files import read_text
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.io.images import save_png
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
@@ -29,7 +29,7 @@ def generated(sample, tmp_path):
 
 
 def test_the_parameters_are_as_web_uis_write_them(generated, model):
-    text = read_text(generated)
+    text = read_image_text(generated)
     *lines, last = text["parameters"].split("\n")
     assert lines == [PEA, "Negative prompt: green, or: red"]
     assert last == (
@@ -49,10 +49,10 @@ def test_the_same_pixels_are_reproduced(sample, generated, tmp_path, capsys):
 def test_other_pixels_are_reported(sample, generated, tmp_path, capsys):
     other = pixels(generated).copy()
     other[3, 4, 1] ^= 8
-    save_png(tmp_path / "other.png", other, read_text(generated))
+    save_png(tmp_path / "other.png", other, read_image_text(generated))
     assert sample("--again", tmp_path / "other.png") == 1
     assert "they differ by up to 8 of 255" in capsys.readouterr().out
-    save_png(tmp_path / "other.png", other[:8], read_text(generated))
+    save_png(tmp_path / "other.png", other[:8], read_image_text(generated))
     assert sample("--again", tmp_path / "other.png") == 1
     assert "was resized" in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_an_image_of_an_image_is_reproduced_from_that_one(sample, tmp_path, caps
         save_png(tmp_path / name, rng.integers(0, 256, (32, 32, 3), np.uint8))
     assert sample(PEA, "--init-image", tmp_path / "a.png", "--strength", "0.5") == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    assert "Denoising strength: 0.5" in read_text(file)["parameters"]
+    assert "Denoising strength: 0.5" in read_image_text(file)["parameters"]
     assert sample("--again", file, "--init-image", tmp_path / "a.png") == 0
     for words in ((), ("--init-image", tmp_path / "b.png")):
         assert sample("--again", file, *words) == 2
@@ -77,13 +77,13 @@ def test_the_same_pixels_are_reproduced_from_webp_but_not_from_jpeg(sample, tmp_
     np.testing.assert_array_equal(
         pixels(stem.with_suffix(".webp")), pixels(stem.with_suffix(".png"))
     )
-    assert read_text(stem.with_suffix(".webp")) == read_text(stem.with_suffix(".png"))
+    assert read_image_text(stem.with_suffix(".webp")) == read_image_text(stem.with_suffix(".png"))
     assert sample("--again", stem.with_suffix(".webp")) == 0
     assert (tmp_path / "out" / "0000-a-small-red-pea-again.webp").exists()
     assert sample("--again", stem.with_suffix(".jpg")) == 2
     assert "whose compression changes pixels" in capsys.readouterr().err
     comment = Image.open(stem.with_suffix(".jpg")).getexif().get_ifd(0x8769)[0x9286]
-    text = read_text(stem.with_suffix(".png"))["parameters"]
+    text = read_image_text(stem.with_suffix(".png"))["parameters"]
     assert comment == b"UNICODE\0" + text.encode("utf-16-be")
 
 
@@ -91,7 +91,7 @@ def test_a_mixture_of_two_prompts_is_reproduced(sample, tmp_path):
     words = ("--mix-prompt", "a green tomato", "--mix-seed", 5, "--mix", 0.3, "--resample-steps", 2)
     assert sample(PEA, "--num-steps", 2, *words) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    settings = json.loads(read_text(file)["settings"])
+    settings = json.loads(read_image_text(file)["settings"])
     assert [settings[k] for k in ("mix_prompt", "mix_seed", "mix", "resample_steps")] == [
         "a green tomato",
         5,
@@ -125,9 +125,9 @@ def test_an_image_of_clip_guidance_is_reproduced_with_that_clip(sample, clips, t
     words = ("--clip-model", clips[0])
     assert sample(PEA, "--num-steps", 2, "--clip-scale", 3, "--clip-interval", "0.2-1", *words) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    settings = json.loads(read_text(file)["settings"])
+    settings = json.loads(read_image_text(file)["settings"])
     assert (settings["clip_scale"], settings["clip_interval"]) == (3.0, "0.2-1")
-    assert "CLIP guidance: 3" in read_text(file)["parameters"]
+    assert "CLIP guidance: 3" in read_image_text(file)["parameters"]
     assert sample("--again", file, *words) == 0
     assert sample("--again", file, "--clip-model", clips[1]) == 2
     assert "was guided by another CLIP" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_guidance_of_all_kinds_is_reproduced(sample, guides, tmp_path, capsys):
     words += ("--cfg-zero-star", 1, "--guide-scale", 2.5, "--guidance-scale", 3)
     assert sample(PEA, *words, "--guide-model", guides[0]) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    settings = json.loads(read_text(file)["settings"])
+    settings = json.loads(read_image_text(file)["settings"])
     assert (
         settings.items()
         >= {
@@ -172,7 +172,7 @@ def test_the_best_of_several_has_the_file_of_its_seed_alone(sample, clips, tmp_p
     words = (PEA, "--size", "16:9", "--seamless", "--num-steps", 1, "--seed", 4)
     assert sample(*words, "--best-of", 3, "--clip-model", clips[0]) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    text = read_text(file)
+    text = read_image_text(file)
     assert json.loads(text["settings"])["size"] == "40x24"
     assert json.loads(text["settings"])["seamless"] is True
     assert json.loads(text["details"])["sampler"]["wrap"] == [True, True]
@@ -197,11 +197,11 @@ def test_variations_and_upscaled_images_are_reproduced(sample, tmp_path, capsys)
     ):
         assert sample(PEA, *words) == 0
         file = tmp_path / "out" / "0000-a-small-red-pea.png"
-        assert json.loads(read_text(file)["settings"]).items() >= expected.items()
+        assert json.loads(read_image_text(file)["settings"]).items() >= expected.items()
         assert sample("--again", file, *again) == 0
         assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
     assert pixels(file).shape == (64, 64, 3)
-    assert "Size: 64x64" in read_text(file)["parameters"]
+    assert "Size: 64x64" in read_image_text(file)["parameters"]
 
 
 def test_another_model_is_refused(sample, generated, tiny_bundle, tmp_path, capsys):
@@ -209,7 +209,7 @@ def test_another_model_is_refused(sample, generated, tiny_bundle, tmp_path, caps
     write_bundle(tmp_path / "other", other, dtype="float32")
     assert sample("--again", generated, "--model", tmp_path / "other") == 2
     message = capsys.readouterr().err
-    assert f"fingerprint {read_text(generated)['model_fingerprint'][:10]}" in message
+    assert f"fingerprint {read_image_text(generated)['model_fingerprint'][:10]}" in message
     assert "give the one that made it with --model" in message
 
 
@@ -220,7 +220,7 @@ def test_a_model_with_another_sampler_is_refused(sample, generated, model, tmp_p
         if path.is_file():
             (other / path.name).write_bytes(path.read_bytes())
     shutil.copytree(model / "tokenizers", other / "tokenizers")
-    recipe = json.loads((other / "config.json").read_text())
+    recipe = json.loads((other / "config.json").read_image_text())
     recipe["sampler"]["guidance"] = {"type": "Guidance", "rescale": 0.5}
     (other / "config.json").write_text(json.dumps(recipe))
     assert sample("--again", generated, "--model", other) == 2
@@ -252,7 +252,7 @@ def test_a_file_without_the_text_is_refused(sample, generated, tmp_path, capsys)
     ],
 )
 def test_a_text_that_was_changed_is_refused(sample, generated, tmp_path, capsys, name, value):
-    save_png(tmp_path / "a.png", pixels(generated), read_text(generated) | {name: value})
+    save_png(tmp_path / "a.png", pixels(generated), read_image_text(generated) | {name: value})
     assert sample("--again", tmp_path / "a.png") == 2
     assert "is not as jaxdiff wrote it" in capsys.readouterr().err
 
