@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
@@ -84,4 +85,5 @@ def small_tokenizers(config: Config) -> dict[str, Tokenizer]:
 def random_bundle(config: Config) -> Bundle:
     """A recipe's text-to-image model with random weights."""
     model = config.task.model
+    assert isinstance(model, TextToImage)
     return Bundle(model, random_like(model.abstract_params()), small_tokenizers(config))

@@ -63,13 +63,13 @@ class ProduceAccuracy(Evaluator):
         results = {}
         for name, scenes in sets.items():
             images = context.generate([full_caption(scene) for scene in scenes])
-            true = scoring.true_drawings(scenes)
+            true = scoring.render_scenes(scenes)
             columns = {
-                "score": scoring.score(images, scenes),
-                "ceiling": scoring.score(true, scenes),
+                "score": scoring.score_scenes(images, scenes),
+                "ceiling": scoring.score_scenes(true, scenes),
                 "chance": scoring.chance(images, scenes),
             }
             if context.pipeline.spec.autoencoder is not None:
-                columns["latents"] = scoring.score(context.pipeline.autoencode(true), scenes)
+                columns["latents"] = scoring.score_scenes(context.pipeline.autoencode(true), scenes)
             results[name] = columns
         return table(results)

@@ -7,11 +7,12 @@ which hidden layers, joined how, padded how, and what an empty or absent prompt 
 """
 
 import abc
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,8 @@ class TextInputs(NamedTuple):
 
 class Conditioner(abc.ABC):
     """Interface of conditioners; a family's own is a frozen dataclass that inherits it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     @property
     @abc.abstractmethod

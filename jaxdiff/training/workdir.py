@@ -5,6 +5,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from etils import epath
 
 from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.sources.base import Source
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
@@ -101,7 +101,7 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     root = model_folder(folder)
     path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
     data = read_json(path) if path.exists() else None
-    if not is_recipe(data):
+    if data is None or not is_recipe(data):
         raise UserError(
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
@@ -258,8 +258,8 @@ def _tokenizers(
     return dict.fromkeys(names, Tokenizer.train(captions, **size))
 
 
-def _captions(source: Source, indices: Iterable[int]) -> Iterator[str]:
-    """The captions of these records; records and captions that cannot be used are passed over.
+def _captions(source: Any, indices: Iterable[int]) -> Iterator[str]:
+    """Yield the captions of records of images or latents, without unusable ones.
 
     Raises:
       UserError: nothing is left.

@@ -1,8 +1,9 @@
 """The interface between the training loop and what it trains."""
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -26,8 +27,8 @@ class PretrainedPart(NamedTuple):
 class Task(abc.ABC):
     """A model, its loss, and what it carries from step to step.
 
-    A task inherits from this and overrides what it needs: by default every part is initialised and
-    trained, and nothing is carried along.
+    A task is a frozen dataclass that inherits from this and overrides what it needs: by default
+    every part is initialised and trained, and nothing is carried along.
 
     Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.
@@ -35,6 +36,8 @@ class Task(abc.ABC):
     Attributes:
       model: the specification of the model that is trained.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     model: Any
 

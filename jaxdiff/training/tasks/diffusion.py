@@ -264,7 +264,7 @@ class DiffusionTask(Task):
                 max_t=max_t,
                 uncond=self._uncond(full, frozen, batch) if self.objective.uses_uncond else None,
                 teacher=self._predictor(frozen["teacher"]) if self.objective.uses_teacher else None,
-                ema=self._predictor(self._ema(ema, params, frozen)),
+                ema=self._ema(ema, params, frozen) if self.objective.uses_ema else None,
                 state=state,
                 row_weights=batch.get("row_weights"),
             )
@@ -283,16 +283,12 @@ class DiffusionTask(Task):
             curriculum = self.curriculum.update(curriculum, metrics["loss"])
         return curriculum, state
 
-    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> dict[str, Any] | None:
+    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> Predictor:
         """Return the averaged model in the compute type, without gradients."""
-        if not self.objective.uses_ema:
-            return None
-        cast = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
-        return self.model_params(jax.lax.stop_gradient(cast), frozen)
+        average = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
+        return self._predictor(self.model_params(jax.lax.stop_gradient(average), frozen))
 
-    def _predictor(self, params: PyTree | None) -> Predictor | None:
-        if params is None:
-            return None
+    def _predictor(self, params: PyTree) -> Predictor:
         network: Any = self.model.network(params)
 
         def predict(x_t, t, cond, next_t=None):
