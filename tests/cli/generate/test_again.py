@@ -220,7 +220,7 @@ def test_a_model_with_another_sampler_is_refused(sample, generated, model, tmp_p
         if path.is_file():
             (other / path.name).write_bytes(path.read_bytes())
     shutil.copytree(model / "tokenizers", other / "tokenizers")
-    recipe = json.loads((other / "config.json").read_image_text())
+    recipe = json.loads((other / "config.json").read_text())
     recipe["sampler"]["guidance"] = {"type": "Guidance", "rescale": 0.5}
     (other / "config.json").write_text(json.dumps(recipe))
     assert sample("--again", generated, "--model", other) == 2
