@@ -4,6 +4,7 @@ Any recipe can be timed without trained weights, data or network access.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.models.text_to_image import TextToImage
@@ -73,13 +74,14 @@ def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def small_tokenizers(config: Config) -> dict[str, Tokenizer]:
+def small_tokenizers(config: Config) -> Mapping[str, TextTokenizer]:
     """Tokenizers of the recipe's length, trained on one caption."""
-    size = config.tokenizer
-    tokenizer = Tokenizer.train(
+    conditioner, size = config.task.conditioner, config.tokenizer
+    if conditioner is None:
+        return {}
+    return conditioner.train_tokenizers(
         ["a small green pea"], vocab_size=size.vocab_size, length=size.length
     )
-    return dict.fromkeys(config.task.text_encoder_names, tokenizer)
 
 
 def random_bundle(config: Config) -> Bundle:

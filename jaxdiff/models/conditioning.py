@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.serialization import to_json
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import bind_init, bind_params
@@ -172,12 +173,12 @@ class Conditioner(abc.ABC):
 
     def train_tokenizers(
         self, captions: Iterable[str], *, vocab_size: int, length: int
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, TextTokenizer]:
         """Train one tokenizer on captions, for all text encoders; CLIP's kind by default."""
         tokenizer = Tokenizer.train(captions, vocab_size=vocab_size, length=length)
         return dict.fromkeys(self.encoders, tokenizer)
 
-    def load_tokenizers(self, folder: str) -> Mapping[str, Any]:
+    def load_tokenizers(self, folder: str) -> Mapping[str, TextTokenizer]:
         """Load the tokenizers that `tokenizer.save` wrote into `folder`/NAME."""
         return {name: Tokenizer.load(f"{folder}/{name}") for name in self.encoders}
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
@@ -333,7 +333,7 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
 def sample_inputs(
     request: SampleRequest,
     spec: TextToImage,
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TextTokenizer],
     guidance_scale: float,
     images: np.ndarray | None,
     shape: tuple[int, int, int],

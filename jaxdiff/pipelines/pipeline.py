@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -109,7 +109,7 @@ class Pipeline:
 
     spec: TextToImage
     params: PyTree
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
     types: tuple[type, ...]
 

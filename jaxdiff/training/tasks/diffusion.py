@@ -1,6 +1,6 @@
 """Training a denoiser, or adapters or new tokens of one, on pixels or an autoencoder's latents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,10 @@ from jaxdiff.diffusion.losses import loss_by_level
 from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import Conditioning, TextInputs
+from jaxdiff.models.conditioning import Conditioner, Conditioning, TextInputs
 from jaxdiff.models.lora import LoraConfig, init_adapters, scale_adapters
 from jaxdiff.models.text_to_image import Part, TextToImage, from_uint8, merge_params
 from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
-from jaxdiff.training.tasks.captions import CaptionTokenizer
 
 DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
@@ -327,18 +326,10 @@ class DiffusionTask(Task):
             return {"absent_text": conditioner.abstract_inputs(1)}
         return {"absent_text": conditioner.tokenize(tokenizers, [None])}
 
-    def abstract_text(self, batch_size: int) -> Any:
-        """Return shapes and types of the text of a batch."""
-        return self.model.conditioner.abstract_inputs(batch_size)
-
     @property
-    def text_encoder_names(self) -> tuple[str, ...]:
-        """Names of the text encoders."""
-        return tuple(self.model.conditioner.encoders)
-
-    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any]:
-        """Return the function from captions to `TextInputs`."""
-        return CaptionTokenizer(self.model.conditioner, tokenizers)
+    def conditioner(self) -> Conditioner:
+        """That of the model."""
+        return self.model.conditioner
 
     def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
         """Raise `UserError` for tokenizers that the text encoders do not take."""
