@@ -33,10 +33,8 @@ class Task(Protocol):
     trained nor saved with each checkpoint.
     """
 
-    @property
-    def model(self) -> Any:
-        """The specification of the model that is trained."""
-        ...
+    model: Any
+    """The specification of the model that is trained."""
 
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""
