@@ -37,7 +37,7 @@ def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
 
 def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """The train state of a recipe at step 0, all of it as drawn, and its shardings."""
-    shardings = state_shardings(abstract_state(config), mesh)
+    shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     optimizer = config.optimizer.build(config.train.steps)
 
     def init() -> TrainState:
@@ -49,7 +49,8 @@ def fresh_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
 def frozen_parts(config: Config, mesh: Mesh) -> PyTree:
     """The frozen parts of a recipe, in the type that it computes in."""
     abstract = abstract_frozen(config)
-    return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
+    shardings = state_shardings(abstract, mesh, config.task.param_axes())
+    return jax.device_put(random_like(abstract), shardings)
 
 
 def batch(config: Config, mesh: Mesh) -> dict[str, Any]:

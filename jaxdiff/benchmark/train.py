@@ -13,7 +13,7 @@ from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.training.loop import compile_step, flops_per_image
+from jaxdiff.training.loop import check_axes, compile_step, flops_per_image
 from jaxdiff.training.recipe import Config
 
 TERA = 1e12
@@ -40,6 +40,7 @@ def measure(
     peak, note = peak_of_device(peak_tflops)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_axes(config, mesh)
     state, shardings = synthetic.fresh_state(config, mesh)
     frozen = synthetic.frozen_parts(config, mesh)
     batches = _batches(config, mesh, real)

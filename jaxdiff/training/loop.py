@@ -22,7 +22,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import Ballot, from_host, is_lead, total
-from jaxdiff.distributed.sharding import replicated, state_shardings
+from jaxdiff.distributed.sharding import check_mesh, replicated, state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.models.layers import cast
@@ -83,6 +83,7 @@ def train(
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_axes(config, mesh)
     check_cache(config)
     config.data.source.check()  # before an earlier run is removed because of a typo
     tokenizers = open_run(config, out, fresh=fresh, log=log)
@@ -91,13 +92,14 @@ def train(
     check_encoders(config, host, tokenizers)
     # In the type that a step would cast them to, and sharded like what is trained.
     constants = host | config.task.constants(tokenizers)
-    frozen = from_host(cast(constants, config.train.compute), state_shardings(constants, mesh))
+    placed = state_shardings(constants, mesh, config.task.param_axes())
+    frozen = from_host(cast(constants, config.train.compute), placed)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
         state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
-        del host, constants
+        del host, constants, placed
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
         batches = _batches(config, tokenizers, mesh, rows, int(state.step))
         stack.callback(batches.close)
@@ -204,6 +206,15 @@ def abstract_frozen(config: Config) -> PyTree:
     return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
 
 
+def check_axes(config: Config, mesh: Mesh) -> None:
+    """Raise `UserError` for an axis of the mesh that splits nothing of a recipe's model."""
+    task, shape = config.task, mesh.shape
+    if shape["fsdp"] == shape["tensor"] == shape["context"] == 1:
+        return
+    params = {"trained": abstract_state(config).params, "frozen": abstract_frozen(config)}
+    check_mesh(params, task.param_axes(), mesh, splits_tokens=task.splits_tokens)
+
+
 def _start(
     config: Config,
     mesh: Mesh,
@@ -214,7 +225,7 @@ def _start(
 ) -> tuple[TrainState, TrainState]:
     """Return the newest checkpoint's state, or a fresh one, and its shardings."""
     abstract = abstract_state(config)
-    shardings = state_shardings(abstract, mesh)
+    shardings = state_shardings(abstract, mesh, config.task.param_axes())
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

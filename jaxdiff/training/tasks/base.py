@@ -40,6 +40,18 @@ class Task(Protocol):
         """Initialise the parameters that are trained."""
         ...
 
+    def param_axes(self) -> dict[str, Any]:
+        """Return the axes of trained and frozen parameters, a nested dict; what lacks is unnamed.
+
+        See `jaxdiff.distributed.sharding.Axes`.
+        """
+        return {}
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether `loss` splits images over `mesh.context`, by `split_tokens`."""
+        return False
+
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts that stay as they are, by their path in the tree of parameters."""
         return {}
