@@ -135,10 +135,8 @@ def has_autoencoder(config: Config) -> bool:
 
 def _autoencoder_of(spec: AnySpec) -> AutoencoderSpec | None:
     """Return the autoencoder of a model, or that is the model."""
-    return (
-        spec.autoencoder
-        if isinstance(spec, TextToImage)
-        else (spec if isinstance(spec, AutoencoderSpec) else None)
+    return spec.autoencoder if isinstance(spec, TextToImage) else (
+        spec if isinstance(spec, AutoencoderSpec) else None
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.distributed.sharding import Axes, gather_weights, traced_mesh
+from jaxdiff.distributed.sharding import Axes, gather_weights, tensor_spec, traced_mesh
 from jaxdiff.errors import UserError
 
 Remat = Literal["none", "dots", "full"]
@@ -143,6 +143,33 @@ class Dense(nnx.Linear):
         if hasattr(self, "lora"):
             out = out + flat @ self.lora.down @ self.lora.up
         return out.reshape(*inputs.shape[:-1], -1)
+
+
+class PairedDense(Dense):
+    """A linear layer whose outputs are two halves that are multiplied with each other."""
+
+    def halves(self, inputs: Float[Array, "... d"]) -> tuple[Array, Array]:
+        """Return both halves of `inputs @ kernel + bias`.
+
+        Where `tensor` splits the outputs, a device has columns of one half only. The weights are
+        exchanged, so that it has the same columns of both; the products would be larger.
+        """
+        mesh = traced_mesh()
+        if mesh is None or mesh.shape["tensor"] == 1:
+            first, second = jnp.split(self(inputs), 2, axis=-1)
+            return first, second
+
+        def pair(weight: Array) -> Float[Array, "... 2 h"]:
+            weight = weight.reshape(*weight.shape[:-1], 2, -1)
+            spec = tensor_spec((None,) * (weight.ndim - 1) + ("mlp",), weight.shape, mesh)
+            return jax.lax.with_sharding_constraint(weight, spec)
+
+        out = jnp.tensordot(inputs, pair(self.kernel[...]), 1)
+        if self.bias is not None:
+            out = out + pair(self.bias[...])
+        if hasattr(self, "lora"):
+            out = out + jnp.tensordot(inputs @ self.lora.down, pair(self.lora.up[...]), 1)
+        return out[..., 0, :], out[..., 1, :]
 
 
 def fourier_features(
