@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import any_rngs, merge
+from jaxdiff.models.layers import any_rngs, bind_params
 from jaxdiff.pretrained import autoencoder as autoencoder_names
 from jaxdiff.pretrained import autoencoder_tiny
-from jaxdiff.pretrained.diffusers import read_autoencoder
+from jaxdiff.pretrained.autoencoder_folder import read_autoencoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -110,16 +110,18 @@ def test_tiles(height, width, tmp_path):
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     config = autoencoder_names.read_config(dict(theirs.config))
     params = autoencoder_names.from_torch_names(tensors, config)
-    ours = merge(lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params))
+    ours = bind_params(
+        lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params)
+    )
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     z = draw.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mean
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
-    found = jax.jit(lambda x: ours.encode(x, "tiles").mean)(images)
+    found = jax.jit(lambda x: ours.encode(x, "tiling").mean)(images)
     np.testing.assert_allclose(found, as_nhwc(mean), rtol=0, atol=1e-5)
-    found = jax.jit(lambda z: ours.decode(z, "tiles"))(z)
+    found = jax.jit(lambda z: ours.decode(z, "tiling"))(z)
     np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)
     assert np.abs(found - ours.decode(jnp.asarray(z))).max() > 1e-3
 
@@ -148,7 +150,7 @@ def test_tiny(tmp_path):
     )
     assert ours == expected
 
-    ours = merge(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
+    ours = bind_params(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     z = 3 * draw.normal(size=(2, 4, 6, 4)).astype(np.float32)
