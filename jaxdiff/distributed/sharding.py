@@ -162,7 +162,7 @@ def check_mesh(params: PyTree, axes: ParamAxes, mesh: Mesh, *, splits_tokens: bo
     if mesh.shape["context"] > 1 and not splits_tokens:
         raise UserError(
             f"mesh.context {mesh.shape['context']} splits no activation of this task: expected 1, "
-            "for only the images of a denoiser are split; set mesh.context to 1 and raise mesh.data."
+            "since only a denoiser's images are split; set mesh.context to 1 and raise mesh.data."
         )
 
 
