@@ -198,12 +198,24 @@ def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
+def gather_kernel(kernel: Array) -> Array:
+    """Return a convolution's kernel, whole where `context` splits the images that it is applied to.
+
+    Of images whose rows are split, and a kernel whose channels are, XLA's partitioner computes
+    wrong convolutions and gradients (jax 0.10.2; jax-ml/jax#16894 reports another such case).
+    """
+    mesh = traced_mesh()
+    if mesh is None or mesh.shape["context"] == 1:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+
+
 def split_tokens(x: Array) -> Array:
     """Split images or latents [b, h, w, c] over the mesh: images, and rows over `context`.
 
     What a denoiser computes from them is split likewise: a transformer's tokens, and the rows of a
-    U-Net's feature maps, whose convolutions exchange the rows at the borders. Under the mesh of the
-    program that is traced; without one, x.
+    U-Net's feature maps, whose convolutions exchange the rows at the borders and take their kernels
+    through `gather_kernel`. Under the mesh of the program that is traced; without one, x.
 
     Raises:
       UserError: the rows do not divide.

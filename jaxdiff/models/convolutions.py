@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxdiff.distributed.sharding import Axes
+from jaxdiff.distributed.sharding import Axes, gather_kernel
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import EMBED, Dense, Remat, checkpoint
 
@@ -18,6 +18,10 @@ WINDOW_AXES: Axes = ("window", "window", "channels", "channels")
 """Names of a convolution kernel's axes."""
 
 Sides = tuple[tuple[int, int], tuple[int, int]]  # positions added above and below, left and right
+
+
+def _convolve(inputs: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    return jax.lax.conv_general_dilated(inputs, gather_kernel(kernel), *args, **options)
 
 
 class Conv(nnx.Conv):
@@ -53,6 +57,7 @@ class Conv(nnx.Conv):
             use_bias=bias,
             kernel_init=init,
             kernel_metadata={"axes": WINDOW_AXES},
+            conv_general_dilated=_convolve,
             rngs=rngs,
         )
 
@@ -66,7 +71,7 @@ class Conv(nnx.Conv):
         if hasattr(self, "lora"):
             layout = ("NHWC", "HWIO", "NHWC")
             strides = (self.stride, self.stride)
-            down = jax.lax.conv_general_dilated(
+            down = _convolve(
                 inputs, self.lora.down[...], strides, self.padding, dimension_numbers=layout
             )
             out = out + down @ self.lora.up[0, 0]

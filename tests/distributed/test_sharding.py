@@ -22,6 +22,7 @@ from jaxdiff.distributed.sharding import (
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
@@ -339,6 +340,32 @@ def test_a_geglu_exchanges_weights_rather_than_activations():
     )
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
     assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+@pytest.mark.parametrize("spec", [(None, None, "fsdp", None), (None, None, None, "fsdp")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_split_rows_is_that_of_one_device(spec, stride):
+    def build() -> Conv:
+        return Conv(64, 64, 3, stride, any_rngs())
+
+    mesh = make_mesh(CONTEXT)
+    params = init_params(lambda rngs: Conv(64, 64, 3, stride, rngs), nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 64)), jnp.float32)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(bind_params(build, params)(split_tokens(x))))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    kernel = NamedSharding(mesh, PartitionSpec(*spec))
+    placed = {"kernel": kernel, "bias": NamedSharding(mesh, PartitionSpec())}
+    split = jax.jit(on_mesh, out_shardings=(None, (placed, batch_sharding(mesh))))(
+        jax.device_put(params, placed), jax.device_put(x, batch_sharding(mesh))
+    )
+    whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), split, whole)
 
 
 def test_rows_of_an_image_are_split_over_context():
