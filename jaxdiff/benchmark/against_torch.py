@@ -20,9 +20,10 @@ import torch
 import tyro
 
 from jaxdiff.benchmark.timing import in_turn, median
-from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
-from jaxdiff.models.layers import bind_init, merge
-from jaxdiff.pretrained import unet
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import bind_init, bind_params
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
 
@@ -47,10 +48,10 @@ def main(options: Options) -> None:
     """Prints a line for each contender."""
     torch.manual_seed(0)
     shape = (options.batch, options.size, options.size, SD1.in_channels)
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=shape).astype(np.float32)
-    tokens = draw.normal(size=(options.batch, TOKENS, SD1.cross_attention_dim)).astype(np.float32)
-    config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    tokens = rng.normal(size=(options.batch, TOKENS, SD1.cross_attention_dim)).astype(np.float32)
+    config = {k: v for k, v in unet_keys.write_unet_config(SD1).items() if k != "_class_name"}
     theirs = diffusers.UNet2DConditionModel(**config).eval()
     contenders = {
         "jaxdiff": _ours(theirs, x, tokens),
@@ -77,13 +78,14 @@ def main(options: Options) -> None:
 
 def _ours(theirs: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.ndarray]:
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    params = unet.from_torch_names(tensors, SD1, place=to_device)
-    inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), Conditions(jnp.asarray(tokens))
+    params = unet_keys.unet_from_torch(tensors, SD1, place=to_device)
+    cond = Conditioning(jnp.asarray(tokens))
+    inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), cond
 
     @jax.jit
     def predict(params, inputs):
-        model = merge(bind_init(UNet2DConditionModel, SD1), params)
-        return model(*inputs)
+        network = bind_params(bind_init(UNet2DConditionConfig.build, SD1), params)
+        return network(*inputs)
 
     return lambda: np.asarray(predict(params, inputs))
 

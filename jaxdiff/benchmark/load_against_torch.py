@@ -25,7 +25,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.benchmark.timing import in_turn, median
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.diffusers import DIFFUSION_MODEL
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
 
 def main(options: Options) -> None:
     """Prints a line for each contender."""
-    config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
+    config = {k: v for k, v in unet_keys.write_unet_config(SD1).items() if k != "_class_name"}
     with tempfile.TemporaryDirectory() as folder:
         diffusers.UNet2DConditionModel(**config).save_pretrained(folder)
         readings: dict[str, list[Reading]] = {name: [] for name in LOADERS}
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
 
 def _ours(folder: str) -> Any:
     tensors = open_weights(epath.Path(folder), DIFFUSION_MODEL)
-    return jax.block_until_ready(unet.from_torch_names(tensors, SD1, place=to_device))
+    return jax.block_until_ready(unet_keys.unet_from_torch(tensors, SD1, place=to_device))
 
 
 LOADERS: dict[str, tuple[Callable[[str], Any], Callable[[Any], list[Any]]]] = {

@@ -10,8 +10,8 @@ from jaxdiff.benchmark.report import Measured
 from jaxdiff.benchmark.sampler_overhead import bare_network
 from jaxdiff.benchmark.timing import in_turn, median, peak_memory
 from jaxdiff.errors import UserError
+from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.sizes import images_at_a_time
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -36,7 +36,7 @@ def measure(config: Config, *, warmup: int, repeats: int, batch_size: int | None
     if steps < 2:
         raise UserError(f"sampler.num_steps is {steps}: bench sample needs at least 2.")
     size = config.data.transforms.size
-    count = batch_size or images_at_a_time(size, size)
+    count = batch_size or default_batch_size(size, size)
     pipeline = Pipeline(synthetic.bundle(config), devices=jax.local_devices()[:1])
     prompts = ["a small green pea"] * count
     half = steps // 2

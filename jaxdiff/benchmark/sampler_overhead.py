@@ -18,8 +18,8 @@ import tyro
 
 from jaxdiff.benchmark.timing import in_turn
 from jaxdiff.models.conditioning import full_size_crop
+from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
-from jaxdiff.pipelines.sizes import images_at_a_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def measure(pipeline: Pipeline, size: int, *, steps: tuple[int, int], repeats: i
       steps: few, and many.
       repeats: turns that each takes.
     """
-    batch = images_at_a_time(size, size)
+    batch = default_batch_size(size, size)
     few, many = steps
     call = bare_network(pipeline, size, batch)
 

@@ -15,7 +15,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.planning.plan import abstract_batch
-from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.bundle import Bundle, abstract_of
 from jaxdiff.training.loop import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -74,16 +74,20 @@ def batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def tokenizers(config: Config) -> dict[str, Tokenizer]:
-    """Return tokenizers of the recipe's length, trained on next to nothing."""
+def tokenizer_of(config: Config) -> Tokenizer:
+    """Return a tokenizer of the recipe's length, trained on next to nothing."""
     wanted = config.tokenizer
-    tokenizer = Tokenizer.train(
+    return Tokenizer.train(
         ["a small green pea"], vocab_size=wanted.vocab_size, length=wanted.length
     )
-    return dict.fromkeys(config.task.text_encoder_names, tokenizer)
+
+
+def tokenizers(config: Config) -> dict[str, Tokenizer]:
+    """Return such a tokenizer for each text encoder."""
+    return dict.fromkeys(config.task.text_encoder_names, tokenizer_of(config))
 
 
 def bundle(config: Config) -> Bundle:
-    """Return a text-to-image model of a recipe with random weights."""
+    """Return the model of a recipe with random weights."""
     model = config.task.model
-    return Bundle(model, random_like(model.abstract_params()), tokenizers(config))
+    return Bundle(model, random_like(abstract_of(model)), tokenizers(config))

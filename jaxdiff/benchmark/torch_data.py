@@ -35,7 +35,7 @@ WIDTH, HEIGHT, SIZE, LATENT = 500, 375, 256, 64
 
 def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
     """Processor seconds of batches as large, and of captions as long, as the recipe has them."""
-    images, tokenizer = config.train.batch_size, synthetic.tokenizer(config)
+    images, tokenizer = config.train.batch_size, synthetic.tokenizer_of(config)
     with tempfile.TemporaryDirectory() as folder:
         work = {
             "JPEG at 256": (_photographs(epath.Path(folder)), SIZE, _cropped),
@@ -85,12 +85,12 @@ def _latents(folder: epath.Path) -> CachedLatents:
 
     def record(i: int) -> bytes:
         moments = rng.normal(size=(1, LATENT, LATENT, 8)).astype(np.float16)
-        framing = np.array([[size, size, 0, 0, size, size]], np.int32)
+        size_crop = np.array([[size, size, 0, 0, size, size]], np.int32)
         return encode_latents(
             {
                 "moments": moments,
                 "text": None,
-                "framing": framing,
+                "size_crop": size_crop,
                 "captions": [CAPTION],
                 "name": str(i),
             }

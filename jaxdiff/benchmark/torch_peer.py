@@ -25,17 +25,14 @@ from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import in_turn
 from jaxdiff.benchmark.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.errors import UserError
-from jaxdiff.models.denoisers.dit import DiT, DiTConfig
-from jaxdiff.models.denoisers.unet_sd import (
-    Conditions,
-    UNet2DConditionConfig,
-    UNet2DConditionModel,
-)
-from jaxdiff.models.layers import TextFeatures, abstract_params, bind_init
-from jaxdiff.pretrained import unet
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.step import init_state, make_train_step, structure
+from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks.base import Task
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -46,24 +43,41 @@ LEAST = 1e-4  # relative difference of the first losses above which the two are 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoiserTask(Task):
-    """The training of a denoiser alone, on noisy images and targets that are given."""
+    """Train a denoiser alone, on given noisy images and targets.
 
-    denoiser: Denoiser
+    Attributes:
+      model: the denoiser.
+    """
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The denoiser."""
-        if isinstance(self.denoiser, DiTConfig):
-            return DiT(self.denoiser, rngs=rngs)
-        return UNet2DConditionModel(self.denoiser, rngs=rngs)
+    model: Denoiser
 
-    def loss(self, model: Any, frozen: PyTree, batch: Any, key: Any, task_state: tuple[()]) -> Any:
-        """The mean square error."""
-        text: Any = TextFeatures(batch["text"], batch["pooled"], batch["mask"])
-        if isinstance(self.denoiser, UNet2DConditionConfig):
-            text = Conditions(batch["text"])
-        error = model(batch["x"], batch["t"], text) - batch["target"]
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the denoiser."""
+        return init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
+
+    def loss(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        batch: Any,
+        key: Any,
+        task_state: tuple[()],
+        ema: PyTree,
+    ) -> Any:
+        """Return the mean squared error."""
+        network = bind_params(_build(self.model), params)
+        cond = Conditioning(batch["text"], batch["mask"], batch["pooled"])
+        error = network(batch["x"], batch["t"], cond) - batch["target"]
         loss = jnp.mean(error**2)
-        return loss, {"loss": loss}
+        return loss, {"loss": loss}, task_state
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image, which nothing asks for here."""
+        raise NotImplementedError
+
+
+def _build(denoiser: Denoiser) -> Callable[[], nnx.Module]:
+    return bind_init(type(denoiser).build, denoiser)
 
 
 class Contender(NamedTuple):
@@ -82,8 +96,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
     """
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
-    alone = DenoiserTask(denoiser=denoiser)
-    params = random_like(abstract_params(bind_init(DenoiserTask.build, alone)))
+    params = random_like(abstract_params(_build(denoiser)))
     contenders = {"jaxdiff": _ours(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
         contenders[name] = _theirs(config, denoiser, params, batch, compiled=compiled)
@@ -116,7 +129,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measured]:
 def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
     """The recipe's task and its denoiser, if both can build it and take the same steps."""
     task = config.task
-    denoiser = task.denoiser if isinstance(task, DiffusionTask) else None
+    denoiser = task.model.denoiser if isinstance(task, DiffusionTask) else None
     if not isinstance(denoiser, Denoiser) or type(config.optimizer) is not AdamW:
         raise UserError(
             f"{config.name} cannot be timed against PyTorch: expected a recipe of diffusion whose "
@@ -137,28 +150,26 @@ def _tolerance(config: Config) -> float:
 
 def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str, np.ndarray]:
     size, count = config.data.transforms.size, config.train.batch_size
-    shape, draw = (count, *task.shape(size, size)), np.random.default_rng(0)
-    text = task.text.model
+    shape, rng = (count, *task.model.latent_shape(size, size)), np.random.default_rng(0)
+    length = task.model.conditioner.text_length
     pooled = denoiser.pooled_width if isinstance(denoiser, DiTConfig) else 1
     normal = {
         "x": shape,
         "target": shape,
-        "text": (count, text.length, denoiser.text_width),
+        "text": (count, length, denoiser.text_width),
         "pooled": (count, pooled),
     }
-    batch = {name: draw.standard_normal(s, np.float32) for name, s in normal.items()}
+    batch = {name: rng.standard_normal(s, np.float32) for name, s in normal.items()}
     # Whole steps of the thousand that Stable Diffusion counts: diffusers takes no others.
-    batch["t"] = (draw.integers(0, 1000, count) + 1).astype(np.float32) / 1000
-    batch["mask"] = np.arange(text.length) < draw.integers(3, text.length, (count, 1))
+    batch["t"] = (rng.integers(0, 1000, count) + 1).astype(np.float32) / 1000
+    batch["mask"] = np.arange(length) < rng.integers(3, length, (count, 1))
     return batch
 
 
 def _ours(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
-    alone = DenoiserTask(denoiser=denoiser)
+    alone = DenoiserTask(model=denoiser)
     optimizer = config.optimizer.build(config.train.steps)
-    make = make_train_step(
-        alone, structure(alone), optimizer, config.ema, compute=config.train.compute
-    )
+    make = make_train_step(alone, optimizer, config.ema, compute=config.train.compute)
     jitted = jax.jit(make, donate_argnums=0)
     state = jax.jit(lambda p: init_state(alone, optimizer, config.ema, 0, p))(params)
     on_device = jax.device_put(batch)
@@ -229,9 +240,11 @@ def _torch_model(
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
-    settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
+    settings = {
+        k: v for k, v in unet_keys.write_unet_config(denoiser).items() if k != "_class_name"
+    }
     model = diffusers.UNet2DConditionModel(**settings)
-    tensors = unet.to_torch_names(params)
+    tensors = unet_keys.unet_to_torch(params)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
 
     def predict(b: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -75,8 +75,8 @@ def _object_from_json(
     if data.get("type") not in classes:
         raise UserError(
             f"{path} is of type {data.get('type')}: expected "
-            f"{' or '.join(classes) or 'a value'}; name the type, if it is your own, in types=[...] "
-            f"or with --plugin, or else {_FOREIGN}"
+            f"{' or '.join(classes) or 'a value'}; name the type, if it is your own, in "
+            f"types=[...] or with --plugin, or else {_FOREIGN}"
         )
     cls = classes[data["type"]]
     hints = typing.get_type_hints(cls)

@@ -72,7 +72,7 @@ class DataConfig:
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(
-                f"data.max_bad_fraction is {self.max_bad_fraction}: expected a fraction from 0 to 1."
+                f"data.max_bad_fraction is {self.max_bad_fraction}: expected from 0 to 1."
             )
 
     @property

@@ -37,7 +37,9 @@ class Predictor(Protocol):
         t: Float[Array, " b"],
         cond: Conditioning,
         next_t: Float[Array, " b"] | None = None,
-    ) -> Images: ...
+    ) -> Images:
+        """Evaluate the model."""
+        ...
 
 
 class LossInputs(NamedTuple):

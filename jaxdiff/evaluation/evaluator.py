@@ -115,7 +115,7 @@ class Evaluator(abc.ABC):
     def evaluate(self, context: EvalContext) -> Report:
         """Evaluate a model."""
 
-    def check(self, spec: AnySpec, data: DataConfig) -> None:
+    def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
 
 

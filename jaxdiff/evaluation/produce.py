@@ -54,6 +54,7 @@ class ProduceAccuracy(Evaluator):
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images for all sets."""
         self.check(context.spec, context.data)
+        spec = check_text_to_image(context.spec, self)
         scenes_of = functools.partial(scoring.evaluation_scenes, self.samples)
         sets = {
             "single objects, held-out combinations": scenes_of("held_out", "single"),
@@ -69,7 +70,7 @@ class ProduceAccuracy(Evaluator):
                 "ceiling": scoring.score(true, scenes),
                 "chance": scoring.chance(images, scenes),
             }
-            if context.pipeline.spec.autoencoder is not None:
+            if spec.autoencoder is not None:
                 columns["latents"] = scoring.score(context.pipeline.autoencode(true), scenes)
             results[name] = columns
         return table(results)

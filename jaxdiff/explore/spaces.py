@@ -103,7 +103,7 @@ def read_clip(model: str) -> ClipReader:
     Raises:
       UserError: there is no such model, or it is no CLIP.
     """
-    config, params, tokenizer = auxiliary_models.read_clip(
+    config, params, tokenizer = auxiliary_models.load_clip(
         model, drawing_mesh(jax.local_devices()[:1])
     )
     build, size = bind_init(Clip, config), config.vision.image_size
@@ -135,8 +135,10 @@ def has_autoencoder(config: Config) -> bool:
 
 def _autoencoder_of(spec: AnySpec) -> AutoencoderSpec | None:
     """Return the autoencoder of a model, or that is the model."""
-    return spec.autoencoder if isinstance(spec, TextToImage) else (
-        spec if isinstance(spec, AutoencoderSpec) else None
+    return (
+        spec.autoencoder
+        if isinstance(spec, TextToImage)
+        else (spec if isinstance(spec, AutoencoderSpec) else None)
     )
 
 

@@ -213,7 +213,7 @@ class Conditioner(abc.ABC):
         return cond
 
     def fingerprint(self, tokenizers: Mapping[str, Any]) -> str:
-        """SHA-256, in hex, of all but the weights that shapes encoded text: settings, tokenizers."""
+        """SHA-256, in hex, of what shapes encoded text beside weights: settings, tokenizers."""
         words = {name: tokenizers[name].fingerprint for name in self.encoders}
         return hashlib.sha256(json.dumps([to_json(self), words]).encode()).hexdigest()
 
@@ -252,7 +252,7 @@ class TextEncoder(abc.ABC):
     def flops(self) -> float:
         """FLOPs of one prompt."""
 
-    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:
+    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:  # noqa: B027
         """Check that the network takes a tokenizer's ids; by default any."""
 
     def module(self, params: Mapping[str, Any], name: str) -> Any:

@@ -101,7 +101,7 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     root = model_folder(folder)
     path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
     data = read_json(path) if path.exists() else None
-    if not is_recipe(data):
+    if data is None or not is_recipe(data):
         raise UserError(
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
@@ -183,8 +183,8 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
     if config.train.steps < taken:
         raise UserError(
             f"{out} holds a run that has taken {taken} steps, but train.steps is "
-            f"{config.train.steps}: give {taken} or more, choose another --out, or start again with "
-            "--fresh, which removes that run."
+            f"{config.train.steps}: give {taken} or more, choose another --out, or start again "
+            "with --fresh, which removes that run."
         )
     # A run of another length goes through the same states as long as its learning rates are equal.
     free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE

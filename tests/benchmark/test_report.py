@@ -80,7 +80,7 @@ def test_a_figure_measured_once_moves_by_a_tenth(found):
         assert line.endswith(verdict)
 
 
-def test_what_else_differs_is_told(found):
+def test_what_else_differs_is_reported(found):
     after = copy.deepcopy(found)
     after["hardware"]["device"] = "another"
     after["config"]["train"]["batch_size"] = 99

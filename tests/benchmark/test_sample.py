@@ -6,9 +6,8 @@ from jaxdiff.benchmark import sample
 from jaxdiff.errors import UserError
 
 
-def test_drawing_is_timed_beside_its_network(tiny_recipe, tiny_bundle):
-    config = dataclasses.replace(tiny_recipe(), sampling=tiny_bundle.config.sampling)
-    found = sample.measure(config, warmup=0, repeats=3, batch_size=2)
+def test_sampling_is_timed_beside_its_network(tiny_recipe):
+    found = sample.measure(tiny_recipe(), warmup=0, repeats=3, batch_size=2)
     assert len(found.seconds) == 3
     assert found.images == 2
     figures = found.figures
@@ -18,8 +17,11 @@ def test_drawing_is_timed_beside_its_network(tiny_recipe, tiny_bundle):
     assert figures["step_over_network"] == figures["step_s"] / figures["network_alone_s"]
 
 
-def test_one_step_cannot_be_told_from_what_surrounds_it(tiny_recipe):
-    settings = dataclasses.replace(tiny_recipe().sampling, num_steps=1)
-    config = dataclasses.replace(tiny_recipe(), sampling=settings)
+def test_one_step_cannot_be_timed_apart_from_what_surrounds_it(tiny_recipe):
+    config = tiny_recipe()
+    model = config.task.model
+    sampler = dataclasses.replace(model.sampler, num_steps=1)
+    task = dataclasses.replace(config.task, model=dataclasses.replace(model, sampler=sampler))
+    config = dataclasses.replace(config, task=task)
     with pytest.raises(UserError, match="needs at least 2"):
         sample.measure(config, warmup=0, repeats=3, batch_size=1)

@@ -5,9 +5,8 @@ import jax
 import pytest
 
 from jaxdiff.benchmark import synthetic, train
-from jaxdiff.benchmark.task_flops import training_flops
-from jaxdiff.cli.bench import BenchOptions, measure_and_tell
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.bench import BenchOptions, measure_and_tell
 from jaxdiff.distributed import chips
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
@@ -31,7 +30,7 @@ def test_a_step_is_timed_and_its_figures_agree_with_each_other(found, tiny_recip
     assert 0 <= ours["data_wait"] < 1
     assert ours["p90_s"] >= ours["median_s"]
     config = tiny_recipe()
-    flops = training_flops(config.task, 32) * config.train.batch_size
+    flops = config.task.flops_per_image(32) * config.train.batch_size
     rate = flops / ours["median_s"] / 1e12 / found["hardware"]["devices"]
     assert ours["model_tflops_per_s_per_device"] == pytest.approx(rate)
     assert ours["mfu"] == pytest.approx(rate / 0.5)
@@ -61,14 +60,16 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
     config = dataclasses.replace(tiny_recipe(), mesh=MeshConfig(data=8))
     batch = synthetic.batch(config, make_mesh(config.mesh))
     assert batch["image"].shape == (8, 32, 32, 3)
-    assert batch["tokens"].shape == (8, 16)
-    assert batch["framing"].tolist()[0] == [32, 32, 0, 0, 32, 32]
-    assert int(batch["tokens"].max()) < 600
+    ids = batch["text"].ids["text"]
+    assert ids.shape == (8, 16)
+    assert not batch["text"].absent.any()
+    assert batch["size_crop"].tolist()[0] == [32, 32, 0, 0, 32, 32]
+    assert int(ids.max()) < 600
     assert len(batch["image"].addressable_shards) == 8
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("speed",), "There is no benchmark 'speed': there are train, sample, data, checkpoint"),
         (("compare", "a.json"), "takes two reports: got 1 words"),
@@ -80,9 +81,9 @@ def test_a_random_batch_has_the_shapes_of_the_recipes(tiny_recipe):
         (("train", "--warmpu", "2"), "did you mean --warmup?"),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(words, told, capsys):
+def test_a_user_error_is_one_line(words, message, capsys):
     assert cli.main(["bench", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_is_given(capsys):

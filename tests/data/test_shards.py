@@ -48,7 +48,7 @@ def test_the_shards_of_the_manifest_are_the_records(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_shard_that_is_lost_or_cut_short_is_told(tmp_path, damage):
+def test_a_shard_that_is_lost_or_cut_short_is_refused(tmp_path, damage):
     source, file = _folder(tmp_path), tmp_path / "records-1.array_record"
     if damage == "lost":
         file.unlink()
@@ -58,14 +58,16 @@ def test_a_shard_that_is_lost_or_cut_short_is_told(tmp_path, damage):
         source.check()
 
 
-@pytest.mark.parametrize(("text", "told"), [("{", "not valid JSON"), ("{}", "no manifest of this")])
-def test_a_manifest_that_cannot_be_read_is_told(tmp_path, text, told):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("{}", "no manifest of this")]
+)
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         ArrayRecord(path=str(tmp_path)).check()
 
 
-def test_images_and_latents_are_told_apart(tmp_path):
+def test_images_and_latents_are_distinguished(tmp_path):
     images = _folder(tmp_path)
     with pytest.raises(UserError, match="holds no cached latents: images are read with"):
         CachedLatents(path=str(tmp_path)).check()
@@ -79,8 +81,8 @@ def test_images_and_latents_are_told_apart(tmp_path):
 def test_rejected_records_are_counted(tmp_path):
     shard = Shard(file="x", records=1, bytes=1, sha256="", rejects=["a: broken", "b: empty"])
     Manifest(made_of={}, latents=None, shards=[shard]).write(epath.Path(tmp_path))
-    told = json.loads((tmp_path / "manifest.json").read_text())
-    assert (told["records"], told["rejected"]) == (1, 2)
+    stated = json.loads((tmp_path / "manifest.json").read_text())
+    assert (stated["records"], stated["rejected"]) == (1, 2)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -101,7 +103,7 @@ def test_latents_come_back_exactly(dtype, text):
     assert (back["captions"], back["name"]) == (["größe", "b"], "n")
 
 
-def test_latents_of_an_unknown_type_are_told():
+def test_latents_of_an_unknown_type_are_refused():
     record = {
         "moments": np.zeros((1, 1, 1, 2)),
         "text": None,

@@ -1,4 +1,4 @@
-"""The curriculum moves on when, and only when, its rule says so."""
+"""The level rises by the curriculum's rule alone."""
 
 import jax
 import jax.numpy as jnp

@@ -48,7 +48,7 @@ def test_conversions_form_a_cycle(schedule, prediction, pair):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_any_output_explains_x_t(schedule, prediction, pair):
-    """Whatever a network says, right or wrong, alpha x0 + sigma eps is the x_t it was shown."""
+    """Whatever a network predicts, alpha x0 + sigma eps is the x_t that it was given."""
     x_t, output = pair
     t = jnp.asarray(0.4)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

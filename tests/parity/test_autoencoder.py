@@ -12,9 +12,8 @@ from safetensors.numpy import load_file
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.layers import any_rngs, bind_params
-from jaxdiff.pretrained import autoencoder as autoencoder_names
-from jaxdiff.pretrained import autoencoder_tiny
-from jaxdiff.pretrained.autoencoder_folder import read_autoencoder
+from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
+from jaxdiff.pretrained.autoencoder_folder import read_autoencoder_folder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -67,7 +66,7 @@ def test_moments_and_images(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
-    params = autoencoder_names.from_torch_names(tensors, config)
+    params = autoencoder_keys.autoencoder_from_torch(tensors, config)
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
 
     draw = np.random.default_rng(0)
@@ -92,7 +91,7 @@ def test_our_tensors_load_into_diffusers():
     shapes = nnx.to_pure_dict(nnx.state(ours))
     params = jax.tree.map(lambda p: jnp.asarray(0.1 * draw.normal(size=p.shape), p.dtype), shapes)
     nnx.update(ours, params)
-    tensors = autoencoder_names.to_torch_names(params)
+    tensors = autoencoder_keys.autoencoder_to_torch(params)
     theirs = torch_autoencoder(VARIANTS["sd"])
     theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     z = draw.normal(size=(1, 4, 4, 4)).astype(np.float32)
@@ -108,8 +107,8 @@ def test_tiles(height, width, tmp_path):
     theirs.enable_tiling()
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    config = autoencoder_names.read_config(dict(theirs.config))
-    params = autoencoder_names.from_torch_names(tensors, config)
+    config = autoencoder_keys.read_autoencoder_config(dict(theirs.config))
+    params = autoencoder_keys.autoencoder_from_torch(tensors, config)
     ours = bind_params(
         lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params)
     )
@@ -136,14 +135,16 @@ def test_tiny(tmp_path):
         num_decoder_blocks=(2, 1, 1),
     ).eval()
     theirs.save_pretrained(tmp_path)
-    config, params = read_autoencoder(tmp_path, place=np.asarray)
+    config, params = read_autoencoder_folder(tmp_path, place=np.asarray)
     assert isinstance(config, TinyAutoencoderConfig)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    back = autoencoder_tiny.to_torch_names(params)
+    back = tiny_autoencoder_keys.tiny_autoencoder_to_torch(params)
     assert set(back) == set(tensors)
     for name, value in tensors.items():
         np.testing.assert_array_equal(back[name], value)
-    again = diffusers.AutoencoderTiny.from_config(autoencoder_tiny.write_config(config))
+    again = diffusers.AutoencoderTiny.from_config(
+        tiny_autoencoder_keys.write_tiny_autoencoder_config(config)
+    )
     ours, expected = (
         json.loads(json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}))
         for model in (again, theirs)

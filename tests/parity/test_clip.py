@@ -19,7 +19,7 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
-from jaxdiff.pretrained import clip as clip_names
+from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.load import load_bundle
 
 torch = pytest.importorskip("torch")
@@ -90,7 +90,7 @@ def randomize(model):
 def load(network, config, model, folder):
     """Our network with the weights of theirs, by way of the file that transformers writes."""
     model.save_pretrained(folder)
-    params = clip_names.from_torch_names(load_file(folder / "model.safetensors"), config)
+    params = clip_keys.clip_from_torch(load_file(folder / "model.safetensors"), config)
     ours = nnx.eval_shape(lambda: network(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
     return ours
@@ -154,7 +154,7 @@ def test_vision_encoder(theirs, ours, tmp_path):
     assert_close(features.pooled, expected.image_embeds if projects else expected.pooler_output)
     assert len(expected.hidden_states) == 4
     for layer, state in enumerate(expected.hidden_states):
-        assert_close(encoder(jnp.asarray(images()), hidden_layer=layer).tokens, state)
+        assert_close(encoder(jnp.asarray(images()), layer=layer).tokens, state)
 
 
 @pytest.mark.parametrize("variant", [0, 1], ids=["openai", "openclip"])
@@ -183,7 +183,7 @@ def test_our_tensors_load_into_transformers(tmp_path):
     theirs, ours = TEXT_VARIANTS[1]
     encoder = ClipText(text_config(**ours), rngs=nnx.Rngs(3))
     params = nnx.to_pure_dict(nnx.state(encoder))
-    tensors = clip_names.to_torch_names(params, text_config(**ours))
+    tensors = clip_keys.clip_to_torch(params, text_config(**ours))
     model = transformers.CLIPTextModelWithProjection(torch_text_config(**theirs)).eval()
     model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     with torch.no_grad():

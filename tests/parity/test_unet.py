@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
 from jaxdiff.models.layers import any_rngs, bind_params
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -123,8 +123,8 @@ def test_prediction(name, tmp_path):
     model = torch_unet(name)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    config = unet.read_config(dict(model.config))
-    params = unet.from_torch_names(tensors, config)
+    config = unet_keys.read_unet_config(dict(model.config))
+    params = unet_keys.unet_from_torch(tensors, config)
     ours = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
     x, cond = inputs(VARIANTS[name], config)
@@ -134,7 +134,7 @@ def test_prediction(name, tmp_path):
         expected = theirs(model, x, step, cond).numpy().transpose(0, 2, 3, 1)
     assert relative(predicted, expected) <= 1e-5
 
-    back = unet.to_torch_names(params)
+    back = unet_keys.unet_to_torch(params)
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
@@ -144,9 +144,9 @@ def test_prediction(name, tmp_path):
 def test_gradients_of_the_fine_tuning_loss(name):
     """Of the mean squared error, with respect to every parameter of the U-Net."""
     model = torch_unet(name)
-    config = unet.read_config(dict(model.config))
+    config = unet_keys.read_unet_config(dict(model.config))
     tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    params = unet.from_torch_names(tensors, config)
+    params = unet_keys.unet_from_torch(tensors, config)
     x, cond = inputs(VARIANTS[name], config, height=8, width=8)
     target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     step = np.array([500, 20])
@@ -156,7 +156,7 @@ def test_gradients_of_the_fine_tuning_loss(name):
         arguments = jax.tree.map(jnp.asarray, (x, (step + 1) / 1000, cond))
         return jnp.mean((ours(*arguments) - target) ** 2)
 
-    found = unet.to_torch_names(jax.jit(jax.grad(loss))(params))
+    found = unet_keys.unet_to_torch(jax.jit(jax.grad(loss))(params))
     predicted = theirs(model, x, step, cond)
     nchw = torch.from_numpy(target.transpose(0, 3, 1, 2).copy())
     torch.nn.functional.mse_loss(predicted, nchw).backward()

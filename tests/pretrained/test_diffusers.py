@@ -36,9 +36,9 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.lora import adapters_of
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.diffusers import INDEX, read_diffusers, read_spec, write_diffusers
+from jaxdiff.pretrained.diffusers import INDEX, read_diffusers, write_diffusers
 from jaxdiff.pretrained.embeddings import Word, write_embedding
-from jaxdiff.pretrained.load import load_bundle, read_tokenizers
+from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import DDIM, Heun
 from jaxdiff.training.loop import train

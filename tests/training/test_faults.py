@@ -1,4 +1,4 @@
-"""What may happen to a run: nothing is lost but the steps since the last save, and it is told."""
+"""Faults of a run: nothing is lost but the steps since the last save."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def recipe_of(tiny_recipe, *, steps=STEPS, workers=0, every=2) -> Config:
 
 @pytest.fixture(scope="module")
 def straight(launch, tiny_recipe, tmp_path_factory):
-    """The run that nothing happens to."""
+    """The run without a fault."""
     run = launch(tmp_path_factory.mktemp("straight"), recipe_of(tiny_recipe))
     assert run.wait() == [0], run.said()
     return run

@@ -11,7 +11,10 @@ from PIL import Image
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.diffusion import Trainable
 
 pytestmark = pytest.mark.nightly
 
@@ -19,21 +22,24 @@ STEPS = 40
 BOUND = 60  # seconds in which the others end; when the machine is idle it takes few
 
 
-def recipe_of(tiny_recipe, *, looks: bool = False) -> Config:
-    """Sharded parameters and a frozen text encoder; `looks` draws samples and scores the end."""
-    recipe = tiny_recipe(steps=STEPS, checkpoint_every=5, sample_every=20 if looks else 0)
-    text = dataclasses.replace(recipe.task.text, trained=False)
-    prompts = ("a small red pea", "a blue pear", "a green tomato") if looks else ()
+def recipe_of(tiny_recipe, *, evaluates: bool = False) -> Config:
+    """Sharded parameters and a frozen text encoder, with evaluators or without."""
+    recipe = tiny_recipe(steps=STEPS, checkpoint_every=5)
+    model = recipe.task.model
+    model = dataclasses.replace(
+        model, image_size=64, sampler=dataclasses.replace(model.sampler, num_steps=2)
+    )
+    prompts = ("a small red pea", "a blue pear", "a green tomato")
+    evaluators = (SampleGrid(prompts=prompts, every=20), ProduceAccuracy(samples=2))
     return dataclasses.replace(
         recipe,
-        task=dataclasses.replace(recipe.task, text=text),
+        task=dataclasses.replace(recipe.task, model=model, trainable=Trainable()),
         data=dataclasses.replace(
             recipe.data, source=Produce(size=64, length=50), transforms=Transforms(size=64)
         ),
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=3e-4),
         mesh=MeshConfig(data=-1, fsdp=2),
-        sampling=dataclasses.replace(recipe.sampling, prompts=prompts, num_steps=2),
-        eval_samples=2 if looks else 0,
+        evaluators=evaluators if evaluates else (),
     )
 
 
@@ -41,7 +47,7 @@ def recipe_of(tiny_recipe, *, looks: bool = False) -> Config:
 def alone(launch, tiny_recipe, tmp_path_factory):
     """The run of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
-    run = launch(folder, recipe_of(tiny_recipe, looks=True), devices=4)
+    run = launch(folder, recipe_of(tiny_recipe, evaluates=True), devices=4)
     assert run.wait() == [0], run.said()
     return run
 
@@ -50,7 +56,7 @@ def alone(launch, tiny_recipe, tmp_path_factory):
 def pair(launch, tiny_recipe, tmp_path_factory):
     """The same of two processes with two devices each."""
     folder = tmp_path_factory.mktemp("pair")
-    run = launch(folder, recipe_of(tiny_recipe, looks=True), hosts=2, devices=2)
+    run = launch(folder, recipe_of(tiny_recipe, evaluates=True), hosts=2, devices=2)
     assert run.wait() == [0, 0], run.said() + run.said(1)
     return run
 
@@ -64,7 +70,7 @@ def assert_same_curve(run, alone) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
-def test_two_processes_train_draw_and_score_as_one_does(pair, alone):
+def test_two_processes_train_sample_and_evaluate_as_one_does(pair, alone):
     assert_same_curve(pair, alone)
     for step in (20, 40):
         a, b = (
@@ -72,12 +78,12 @@ def test_two_processes_train_draw_and_score_as_one_does(pair, alone):
             for run in (pair, alone)
         )
         assert np.abs(a - b).max() <= 2
-    assert pair.summary()["scores"].keys() == alone.summary()["scores"].keys()
+    assert pair.summary()["evaluation"].keys() == alone.summary()["evaluation"].keys()
     left = [sorted(path.name for path in run.out.iterdir()) for run in (pair, alone)]
     assert left[0] == left[1]
 
 
-def test_one_of_the_processes_speaks_for_all(pair):
+def test_only_the_first_process_logs(pair):
     assert "Finished at step 40" in pair.said(0)
     lines = [line for line in pair.said(1).splitlines() if not line.startswith("[Gloo]")]
     assert not any("step" in line for line in lines), lines
@@ -101,8 +107,8 @@ def test_a_killed_process_ends_the_other_and_all_resume_exactly(
         print(f"host {victim} killed, the other ended after {time.monotonic() - start:.1f} s")
         assert statuses[victim] == -signal.SIGKILL
         assert statuses[1 - victim] not in (0, -signal.SIGKILL)
-        told = run.said(1 - victim)
-        assert "another host has died" in told or "another task died" in told
+        log = run.said(1 - victim)
+        assert "another host has died" in log or "another task died" in log
     run = launch(tmp_path, recipe_of(tiny_recipe), hosts=2, devices=2)
     assert run.wait() == [0, 0], run.said() + run.said(1)
     assert run.summary()["fingerprint"] == pair.summary()["fingerprint"]

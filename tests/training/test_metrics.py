@@ -36,7 +36,7 @@ def scalars(folder):
 
 
 class Clock:
-    """Time that passes when told to."""
+    """Time that passes on request."""
 
     def __init__(self):
         self.now = 100.0

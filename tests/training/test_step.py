@@ -1,4 +1,4 @@
-"""One training step, on a task whose loss has no chance in it."""
+"""One training step, on a task whose loss is deterministic."""
 
 import functools
 
@@ -11,10 +11,22 @@ from jax.sharding import PartitionSpec
 
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
-from jaxdiff.models.layers import scan_blocks, stack_blocks
+from jaxdiff.models.layers import (
+    FROM_MLP,
+    TO_MLP,
+    Dense,
+    bind_init,
+    bind_params,
+    cast,
+    init_params,
+    param_axes,
+    scan_blocks,
+    stack_blocks,
+)
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.step import cast, init_state, make_train_step, structure
+from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.tasks.base import Task
 
 WIDTH, BATCH = 64, 32
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4).build(100)
@@ -23,8 +35,8 @@ EMA = Ema(decay=0.5)
 
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+        self.up = Dense(WIDTH, 2 * WIDTH, axes=TO_MLP, rngs=rngs)
+        self.down = Dense(2 * WIDTH, WIDTH, axes=FROM_MLP, rngs=rngs)
 
     def __call__(self, x):
         return x + self.down(jnp.tanh(self.up(x)))
@@ -40,37 +52,37 @@ class Network(nnx.Module):
         return self.scale[...] * x[:, 0]
 
 
-class Regression:
+def build(*, rngs) -> Network:
+    return Network(rngs)
+
+
+class Regression(Task):
     """Mean squared error; carries the number of its steps along.
 
     A batch whose `root` is 0 has a finite loss whose gradient is not.
     """
 
     def __init__(self, seen: list | None = None):
+        self.model = None
         self.seen = seen if seen is not None else []
 
-    def build(self, rngs):
-        return Network(rngs)
+    def init_params(self, rngs):
+        return init_params(Network, rngs)
 
-    def frozen(self):
-        return {}
-
-    def derive(self, frozen, tokenizer):
-        return {}
-
-    def start(self):
-        return {}
+    def flops_per_image(self, size, *, latents=False, text=False):
+        return 0.0
 
     def init_state(self):
         return {"steps": jnp.zeros((), jnp.int32)}
 
-    def loss(self, model, frozen, batch, key, task_state):
-        self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))})
+    def loss(self, params, frozen, batch, key, task_state, ema):
+        self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+        model = bind_params(bind_init(build), params)
         x = batch["image"].astype(model.scale[...].dtype)
         error = (model(x) - batch["target"]).astype(jnp.float32)
         root = jnp.sqrt(jnp.abs(model.scale[...] * batch["root"])).astype(jnp.float32)
         loss = jnp.mean(error**2) + 0 * jnp.mean(root)
-        return loss, {"loss": loss, "root": jnp.mean(root)}
+        return loss, {"loss": loss, "root": jnp.mean(root)}, task_state
 
     def next_state(self, task_state, metrics):
         return {"steps": task_state["steps"] + 1}
@@ -93,9 +105,9 @@ def make_batch(**changes):
 def compiled(mesh_config: MeshConfig | None = None, **options):
     """The jitted step on a mesh, None for a single device, and how to place a state and a batch."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
-    placed = state_shardings(initial(), mesh)
+    placed = state_shardings(initial(), mesh, param_axes(bind_init(build)))
     task = Regression()
-    step = make_train_step(task, structure(task), OPTIMIZER, EMA, **options)
+    step = make_train_step(task, OPTIMIZER, EMA, **options)
     step = jax.jit(
         step,
         in_shardings=(placed, replicated(mesh), batch_sharding(mesh)),
@@ -145,21 +157,21 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "up", "share"),
+    ("mesh", "up", "parts"),
     [
         (MESHES[1], (None, None, "fsdp"), 4),
         (MESHES[3], (None, "fsdp", "tensor"), 4),
         (MESHES[4], (None, None, "tensor"), 8),
     ],
 )
-def test_parameters_moments_and_average_are_really_split(mesh, up, share):
+def test_parameters_moments_and_average_are_really_split(mesh, up, parts):
     state, _ = compiled(mesh, accumulate=1)(initial(), make_batch())
     adam = state.opt_state[1][0]
     for tree in (state.params, state.ema, adam.mu, adam.nu):
         kernel = tree["blocks"]["up"]["kernel"]
         assert kernel.sharding.spec == PartitionSpec(*up)
         held = {shard.data.nbytes for shard in kernel.addressable_shards}
-        assert held == {kernel.nbytes // share}
+        assert held == {kernel.nbytes // parts}
 
 
 def same_bits(a, b) -> bool:
@@ -208,7 +220,7 @@ def in_bfloat16():
     optimizer = AdamW(learning_rate=1e-5, weight_decay=0.0).build(100)
     task = Regression(seen=[])
     start = initial().replace(opt_state=optimizer.init(initial().params))
-    step = make_train_step(task, structure(task), optimizer, EMA, compute="bfloat16")
+    step = make_train_step(task, optimizer, EMA, compute="bfloat16")
     return *jax.jit(step)(start, {}, make_batch()), task.seen
 
 

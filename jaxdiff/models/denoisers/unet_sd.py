@@ -409,7 +409,7 @@ class UNet2DConditionModel(nnx.Module):
         return time + self.added2(jax.nn.silu(self.added1(added.astype(dtype))))
 
     def _time_ids(self, cond: Conditioning) -> Float[Array, "b k"]:
-        """Size, crop and target size (base), or an aesthetic score in the last's place (refiner)."""
+        """Size, crop and target size (base), or an aesthetic score instead of it (refiner)."""
         assert cond.pooled is not None
         assert cond.size_crop is not None
         numbers = cond.size_crop.astype(jnp.float32)

@@ -1,7 +1,8 @@
 """The interface between the training loop and what it trains."""
 
+import abc
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -22,23 +23,24 @@ class PretrainedPart(NamedTuple):
     build: Callable[[], nnx.Module]
 
 
-@runtime_checkable
-class Task(Protocol):
+class Task(abc.ABC):
     """A model, its loss, and what it carries from step to step.
 
-    A task inherits from this and overrides what it needs: by default every part is initialised and
-    trained, and nothing is carried along.
+    A task is a frozen dataclass that inherits from this and overrides what it needs: by default
+    every part is initialised and trained, and nothing is carried along.
 
     Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.
+
+    Attributes:
+      model: the specification of the model that is trained.
     """
 
     model: Any
-    """The specification of the model that is trained."""
 
+    @abc.abstractmethod
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""
-        ...
 
     def param_axes(self) -> dict[str, Any]:
         """Return the axes of trained and frozen parameters, a nested dict; what lacks is unnamed.
@@ -76,6 +78,7 @@ class Task(Protocol):
         """Return what is carried along at the first step, a tree of arrays; () for nothing."""
         return ()
 
+    @abc.abstractmethod
     def loss(
         self,
         params: PyTree,
@@ -95,7 +98,6 @@ class Task(Protocol):
           task_state: what is carried along.
           ema: the moving average of `params`, float32.
         """
-        ...
 
     def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any] | None:
         """Return the function from captions to arrays that batches hold; None for no text."""
@@ -110,9 +112,10 @@ class Task(Protocol):
         """Names of the tokenizers that the task needs."""
         return ()
 
-    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `UserError` for tokenizers that the model does not take."""
 
+    @abc.abstractmethod
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
         """FLOPs of one image of side `size` in a training step.
 
@@ -121,7 +124,6 @@ class Task(Protocol):
           latents: whether its latents are cached, so that no autoencoder runs.
           text: whether its caption's features are cached, so that no text encoder runs.
         """
-        ...
 
     def recomputed_flops(self, size: int) -> float:
         """FLOPs that the backward pass repeats for one image; no part of `flops_per_image`."""

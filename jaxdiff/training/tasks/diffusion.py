@@ -262,7 +262,9 @@ class DiffusionTask(Task):
         full = self.model_params(params, frozen)
         cond = self._cond(full, batch)
         max_t = self.curriculum.max_t(curriculum) if self.curriculum else 1.0
-        outputs = self.objective.loss(
+        objective = self.objective
+        average = self._ema(ema, params, frozen) if objective.uses_ema else None
+        outputs = objective.loss(
             LossInputs(
                 model=self._predictor(full),
                 prediction=self.model.prediction,
@@ -271,9 +273,9 @@ class DiffusionTask(Task):
                 cond=cond,
                 key=loss_key,
                 max_t=max_t,
-                uncond=self._uncond(full, frozen, batch) if self.objective.uses_uncond else None,
-                teacher=self._predictor(frozen["teacher"]) if self.objective.uses_teacher else None,
-                ema=self._predictor(self._ema(ema, params, frozen)),
+                uncond=self._uncond(full, frozen, batch) if objective.uses_uncond else None,
+                teacher=self._predictor(frozen["teacher"]) if objective.uses_teacher else None,
+                ema=self._predictor(average) if objective.uses_ema else None,
                 state=state,
                 row_weights=batch.get("row_weights"),
             )
@@ -292,16 +294,12 @@ class DiffusionTask(Task):
             curriculum = self.curriculum.update(curriculum, metrics["loss"])
         return curriculum, state
 
-    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> dict[str, Any] | None:
+    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> dict[str, Any]:
         """Return the averaged model in the compute type, without gradients."""
-        if not self.objective.uses_ema:
-            return None
         cast = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
         return self.model_params(jax.lax.stop_gradient(cast), frozen)
 
-    def _predictor(self, params: PyTree | None) -> Predictor | None:
-        if params is None:
-            return None
+    def _predictor(self, params: PyTree) -> Predictor:
         network: Any = self.model.network(params)
 
         def predict(x_t, t, cond, next_t=None):
