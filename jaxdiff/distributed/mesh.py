@@ -25,9 +25,11 @@ class MeshConfig:
       data: copies of the model, each on its share of the batch.
       fsdp: devices that share the batch and the parameters, which are gathered layer by layer
         (Zhao et al. 2023).
-      tensor: devices that share each matrix product (Shoeybi et al. 2019).
-      context: devices that share the tokens of each image, rows of the picture in turn; of the
-        attention each takes its queries, for which keys and values are gathered.
+      tensor: devices that share the heads of attention and the hidden units of MLPs (Shoeybi et al.
+        2019); convolutions are not shared.
+      context: devices that share each image of a denoiser, some rows each. In attention a device
+        computes its queries, for which keys and values are gathered; the convolutions of a U-Net
+        exchange the rows at the borders.
     """
 
     data: int = -1

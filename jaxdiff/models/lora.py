@@ -104,7 +104,7 @@ def _axes(kernel: nnx.Param) -> Factors:
 
 def adapter_axes(module: nnx.Module) -> dict[str, Any]:
     """Return the axes of adapters of all layers of a module that can have one, a nested dict."""
-    layers = nnx.iter_modules(module)
+    layers: Any = nnx.iter_modules(module)
     return tree({p: _axes(x.kernel) for p, x in layers if isinstance(x, Dense | Conv)})
 
 

@@ -140,11 +140,11 @@ class TextToImage:
         return tree_of({part.path: abstract_params(part.build) for part in self.parts})
 
     def param_axes(self) -> dict[str, Any]:
-        """Return the axes of all parameters that there may be, adapters and added tokens included.
+        """Return the names of the axes of all parameters, by which they are sharded.
 
-        See `jaxdiff.distributed.sharding.Axes`.
+        Adapters of all layers and added tokens are included. See `jaxdiff.distributed.sharding`.
         """
-        axes = {part.path: param_axes(part.build) for part in self.parts}
+        axes: dict[tuple[str, ...], Any] = {p.path: param_axes(p.build) for p in self.parts}
         for part in self.parts:
             if part.path[0] != "autoencoder":
                 axes["adapters", *part.path] = adapter_axes(abstract_module(part.build))

@@ -43,9 +43,10 @@ class Task(abc.ABC):
         """Initialise the parameters that are trained."""
 
     def param_axes(self) -> dict[str, Any]:
-        """Return the axes of trained and frozen parameters, a nested dict; what lacks is unnamed.
+        """Return the names of the axes of trained and frozen parameters, by which they are sharded.
 
-        See `jaxdiff.distributed.sharding.Axes`.
+        A nested dict of `jaxdiff.distributed.sharding.Axes`, as `models.layers.param_axes` returns
+        it. Parameters without an entry are sharded by size, over `mesh.fsdp` alone.
         """
         return {}
 
