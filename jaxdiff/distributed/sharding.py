@@ -124,7 +124,7 @@ def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes
 
 
 def _flat(axes: ParamAxes) -> dict[_Path, Axes]:
-    flat: Mapping[Any, Any] = traverse_util.flatten_dict(dict(axes))
+    flat: Any = traverse_util.flatten_dict(dict(axes))
     return {tuple(map(str, path)): names for path, names in flat.items()}
 
 
