@@ -284,7 +284,7 @@ def truncation_warning(pipe: Pipeline, prompt: str, where: str) -> str | None:
     """
     if not pipe.truncated(prompt):
         return None
-    length = min(tokenizer.length for tokenizer in pipe.tokenizers.values())
+    length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
     return (
         f"{where} is longer than the {length} tokens that the text encoder takes: its end is cut "
         "off."
