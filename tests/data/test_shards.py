@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxdiff.data.shards import LatentSpace, Manifest, Shard, read_manifest
+from jaxdiff.data.shards import LatentSpace, Shard, ShardManifest, read_manifest
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record
 from jaxdiff.data.sources.cached_latents import CachedLatents, decode_latents, encode_latents
 from jaxdiff.errors import UserError
@@ -25,13 +25,13 @@ def _folder(path, latents=None):
         write_array_record(str(file), records)
         size = file.stat().st_size
         shards.append(Shard(file=file.name, records=count, bytes=size, sha256="0"))
-    manifest = Manifest(provenance={"source": 1}, latents=latents, shards=shards)
+    manifest = ShardManifest(provenance={"source": 1}, latents=latents, shards=shards)
     manifest.write(epath.Path(path))
     return ArrayRecord(path=str(path))
 
 
 @pytest.mark.parametrize("latents", [None, SPACE])
-def test_a_manifest_is_read_as_it_was_written(tmp_path, latents):
+def test_a_manifest_round_trips(tmp_path, latents):
     _folder(tmp_path, latents)
     manifest = read_manifest(epath.Path(tmp_path))
     assert manifest.latents == latents
@@ -40,7 +40,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path, latents):
     assert read_manifest(epath.Path(tmp_path / "none")) is None
 
 
-def test_the_shards_of_the_manifest_are_the_records(tmp_path):
+def test_records_are_those_of_the_manifest(tmp_path):
     source = _folder(tmp_path)
     write_array_record(str(tmp_path / "another.array_record"), [])
     source.check()
@@ -48,20 +48,18 @@ def test_the_shards_of_the_manifest_are_the_records(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_shard_that_is_lost_or_cut_short_is_refused(tmp_path, damage):
+def test_missing_and_truncated_shards_are_refused(tmp_path, damage):
     source, file = _folder(tmp_path), tmp_path / "records-1.array_record"
     if damage == "lost":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"2 shards .* 1 are missing .* records-1\.array_record"):
+    with pytest.raises(UserError, match=r"1 of the 2 shards .* missing .* records-1\.array_record"):
         source.check()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ("{}", "no manifest of this")]
-)
-def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, text, message):
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("{}", "not a manifest")])
+def test_an_unreadable_manifest_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=message):
         ArrayRecord(path=str(tmp_path)).check()
@@ -72,7 +70,7 @@ def test_images_and_latents_are_distinguished(tmp_path):
     with pytest.raises(UserError, match="holds no cached latents: images are read with"):
         CachedLatents(path=str(tmp_path)).check()
     _folder(tmp_path, SPACE)
-    with pytest.raises(UserError, match="holds cached latents, not images"):
+    with pytest.raises(UserError, match="contains cached latents, not images"):
         images.check()
     with pytest.raises(UserError, match="There are no cached latents in"):
         CachedLatents(path=str(tmp_path / "none")).check()
@@ -80,14 +78,14 @@ def test_images_and_latents_are_distinguished(tmp_path):
 
 def test_rejected_records_are_counted(tmp_path):
     shard = Shard(file="x", records=1, bytes=1, sha256="", rejects=["a: broken", "b: empty"])
-    Manifest(provenance={}, latents=None, shards=[shard]).write(epath.Path(tmp_path))
-    stated = json.loads((tmp_path / "manifest.json").read_text())
-    assert (stated["records"], stated["rejected"]) == (1, 2)
+    ShardManifest(provenance={}, latents=None, shards=[shard]).write(epath.Path(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["records"], manifest["rejected"]) == (1, 2)
 
 
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_latents_come_back_exactly(dtype, text):
+def test_latents_round_trip_exactly(dtype, text):
     record = {
         "moments": np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(dtype),
         "text": np.arange(10, dtype=dtype).reshape(2, 5) if text else None,

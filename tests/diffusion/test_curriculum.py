@@ -1,4 +1,4 @@
-"""The level rises by the curriculum's rule alone."""
+"""The curriculum raises its level exactly when a rule applies."""
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,12 @@ def test_moves_on_once_the_smoothed_loss_is_below_the_threshold():
     assert levels[56] == 2
 
 
-def test_each_level_must_earn_its_own_proficiency():
+def test_each_level_starts_a_new_average():
     levels = _levels(NoiseCurriculum(threshold=0.5, smoothing=0.75), jnp.zeros(20))
     np.testing.assert_array_equal(levels, 1 + np.arange(1, 21) // 4)
 
 
-def test_a_lucky_first_loss_is_not_trusted():
+def test_a_low_first_loss_does_not_raise_the_level():
     losses = jnp.array([0.0] + [1.0] * 50)
     assert np.all(_levels(NoiseCurriculum(threshold=0.5, smoothing=0.9), losses) == 1)
 

@@ -47,8 +47,8 @@ def test_conversions_form_a_cycle(schedule, prediction, pair):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_any_output_explains_x_t(schedule, prediction, pair):
-    """Whatever a network predicts, alpha x0 + sigma eps is the x_t that it was given."""
+def test_any_output_reconstructs_x_t(schedule, prediction, pair):
+    """alpha x0 + sigma eps = x_t for any output, right or wrong."""
     x_t, output = pair
     t = jnp.asarray(0.4)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -80,7 +80,7 @@ def test_v_is_the_derivative_by_the_angle_where_variance_is_preserved(pair):
     np.testing.assert_allclose(v, derivative, atol=1e-5)
 
 
-def test_v_keeps_unit_size_on_every_schedule():
+def test_v_has_unit_variance_on_every_schedule():
     keys = jax.random.split(jax.random.key(1))
     x0, eps = (jax.random.normal(key, (3, 64, 64, 1)) for key in keys)
     for schedule in SCHEDULES:

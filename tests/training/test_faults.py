@@ -1,4 +1,4 @@
-"""Faults of a run: nothing is lost but the steps since the last save."""
+"""Killed runs lose only the steps since the last checkpoint and resume bit-exactly."""
 
 import dataclasses
 import json
@@ -25,18 +25,18 @@ def recipe_of(tiny_recipe, *, steps=STEPS, workers=0, every=2) -> Config:
 
 
 @pytest.fixture(scope="module")
-def straight(launch, tiny_recipe, tmp_path_factory):
-    """The run without a fault."""
-    run = launch(tmp_path_factory.mktemp("straight"), recipe_of(tiny_recipe))
+def uninterrupted(launch, tiny_recipe, tmp_path_factory):
+    """A run without interruption."""
+    run = launch(tmp_path_factory.mktemp("uninterrupted"), recipe_of(tiny_recipe))
     assert run.wait() == [0], run.said()
     return run
 
 
 @pytest.mark.parametrize(("kills", "workers"), [(20, 0), (6, 2)])
-def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
-    straight, launch, tiny_recipe, tmp_path, kills, workers
+def test_a_run_killed_at_random_moments_ends_in_the_same_state(
+    uninterrupted, launch, tiny_recipe, tmp_path, kills, workers
 ):
-    """While it starts, steps and saves; the number of data workers makes no difference either."""
+    """Killed during start-up, steps and saves; with data workers and without."""
     moments = random.Random(kills)
     config, step, cut_short = recipe_of(tiny_recipe, workers=workers), 0, 0
     for kill in range(kills):
@@ -54,18 +54,20 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
             cut_short += any(not path.name.isdecimal() for path in checkpoints.iterdir())
     run = launch(tmp_path, config)
     assert run.wait() == [0], run.said()
-    print(f"{kills} kills, of which {cut_short} cut a save short, until step {step}")
-    assert run.summary()["fingerprint"] == straight.summary()["fingerprint"]
+    print(f"{kills} kills until step {step}, {cut_short} of them during a save")
+    assert run.summary()["fingerprint"] == uninterrupted.summary()["fingerprint"]
     figures = ("step", "loss", "grad_norm", "learning_rate")
-    ours, theirs = ([[r[f] for f in figures] for r in x.records()] for x in (run, straight))
-    assert ours == theirs
+    actual, expected = (
+        [[r[f] for f in figures] for r in x.records()] for x in (run, uninterrupted)
+    )
+    assert actual == expected
 
 
 @pytest.fixture
 def bucket(free_port, tmp_path, monkeypatch):
-    """A bucket of an emulated cloud storage: `pip install -e '.[nightly]'`."""
+    """A bucket of an emulated cloud storage, from the extra `nightly`."""
     port = free_port()
-    for name in (  # of fsspec, ArrayRecord and TensorStore
+    for name in (  # read by fsspec, ArrayRecord and TensorStore
         "STORAGE_EMULATOR_HOST",
         "CLOUD_STORAGE_EMULATOR_ENDPOINT",
         "TENSORSTORE_GCS_HTTP_URL",
@@ -95,8 +97,8 @@ def bucket(free_port, tmp_path, monkeypatch):
             emulator.kill()
 
 
-def test_a_run_in_a_clouds_storage_goes_on_after_a_kill(
-    straight, launch, tiny_recipe, tmp_path, bucket
+def test_a_run_on_cloud_storage_resumes_after_a_kill(
+    uninterrupted, launch, tiny_recipe, tmp_path, bucket
 ):
     config, out = recipe_of(tiny_recipe, every=20), epath.Path(bucket) / "run"
     run = launch(tmp_path, config, "--out", str(out))
@@ -107,4 +109,4 @@ def test_a_run_in_a_clouds_storage_goes_on_after_a_kill(
     assert run.wait() == [0], run.said()
     assert "Resuming at step" in run.said()
     found = json.loads((out / "summary.json").read_text())
-    assert found["fingerprint"] == straight.summary()["fingerprint"]
+    assert found["fingerprint"] == uninterrupted.summary()["fingerprint"]

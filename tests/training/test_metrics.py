@@ -36,7 +36,7 @@ def scalars(folder):
 
 
 class Clock:
-    """Time that passes on request."""
+    """A clock that advances only by `wait`."""
 
     def __init__(self):
         self.now = 100.0
@@ -48,7 +48,7 @@ class Clock:
         self.now += seconds
 
 
-def test_records_reach_the_file_at_once_and_tensorboard_at_the_end(tmp_path):
+def test_records_are_in_the_file_at_once_and_in_tensorboard_at_the_end(tmp_path):
     with MetricsWriter(tmp_path / "run") as writer:
         writer.write(10, {"loss": 0.5, "loss_by_noise": np.array([0.25, 0.75])})
         assert records(tmp_path / "run") == [
@@ -65,13 +65,13 @@ def test_records_reach_the_file_at_once_and_tensorboard_at_the_end(tmp_path):
     }
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_values_that_are_not_finite_become_null(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": math.nan, "loss_by_noise": [math.inf, 1.0]})
     assert records(tmp_path) == [{"step": 1, "loss": None, "loss_by_noise": [None, 1.0]}]
 
 
-def test_resuming_drops_later_records_and_a_torn_line(tmp_path):
+def test_resuming_drops_later_records_and_a_truncated_line(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in (10, 20, 30):
             writer.write(step, {"loss": float(step)})
@@ -92,7 +92,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_storage_that_cannot_append_gets_whole_files(tmp_path, monkeypatch):
+def test_storage_that_cannot_append_receives_whole_files(tmp_path, monkeypatch):
     class Bucket(type(epath.Path(tmp_path))):
         def __str__(self):
             return f"test://{super().__str__()}"
@@ -113,7 +113,7 @@ def test_storage_that_cannot_append_gets_whole_files(tmp_path, monkeypatch):
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 4]
 
 
-def test_wandb_goes_on_under_its_id_only_when_resumed(tmp_path, monkeypatch):
+def test_wandb_keeps_its_id_only_when_resumed(tmp_path, monkeypatch):
     runs = []
 
     def init(**settings):
@@ -134,14 +134,14 @@ def test_wandb_goes_on_under_its_id_only_when_resumed(tmp_path, monkeypatch):
     assert runs[0].settings["config"] == {"lr": 1}
 
 
-def test_missing_wandb_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'jaxdiff\[wandb\]'"):
         MetricsWriter(tmp_path / "run", wandb=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_rates_leave_out_compilation_and_pauses():
+def test_rates_exclude_compilation_and_pauses():
     clock = Clock()
     throughput = Throughput(8, flops_per_image=1e9, peak_flops=1e11, clock=clock)
     with throughput.compiling():
@@ -158,7 +158,7 @@ def test_rates_leave_out_compilation_and_pauses():
     )
 
 
-def test_each_window_stands_alone():
+def test_windows_are_independent():
     clock = Clock()
     throughput = Throughput(8, clock=clock)
     with throughput.waiting():
@@ -181,7 +181,7 @@ def shown(terminal, total, steps, clock, every=15.0):
     return out.getvalue()
 
 
-def test_a_log_has_a_line_now_and_then_and_one_at_the_end():
+def test_a_log_has_occasional_lines_and_one_at_the_end():
     lines = shown(False, 100, range(1, 101), Clock(), every=20.0).splitlines()
     assert [line.split()[1] for line in lines] == [
         "1/100",
@@ -219,7 +219,7 @@ def test_only_process_0_shows_progress(monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_an_update_does_not_hold_up_the_loop(terminal):
+def test_an_update_takes_less_than_a_millisecond(terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
     with Progress(10_000, console=console) as progress:
         start = time.process_time()
