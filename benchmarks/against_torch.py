@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import (
 from jaxdiff.benchmark.timing import median, time_in_turns
 from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
 from jaxdiff.models.layers import bind_init, merge
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
 
@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
     tokens = rng.normal(size=(options.batch, TOKENS, SD1.cross_attention_dim)).astype(np.float32)
-    config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
+    config = {k: v for k, v in unet_keys.write_unet_config(SD1).items() if k != "_class_name"}
     reference = DiffusersUNet(**config).eval()
     contenders = {
         "jaxdiff": _jaxdiff(reference, x, tokens),
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
 
 def _jaxdiff(reference: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.ndarray]:
     tensors = {name: value.numpy() for name, value in reference.state_dict().items()}
-    params = unet.from_torch_names(tensors, SD1, place=to_device)
+    params = unet_keys.unet_from_torch(tensors, SD1, place=to_device)
     inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), Conditions(jnp.asarray(tokens))
 
     @jax.jit

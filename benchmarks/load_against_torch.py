@@ -27,7 +27,7 @@ from diffusers.models.unets.unet_2d_condition import (
 from etils import epath
 
 from jaxdiff.benchmark.timing import median, time_in_turns
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.diffusers import DIFFUSION_MODEL
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
@@ -54,7 +54,7 @@ class LoadTimes(NamedTuple):
 
 def main(options: Options) -> None:
     """Print a line for each contender."""
-    config = {k: v for k, v in unet.write_config(SD1).items() if k != "_class_name"}
+    config = {k: v for k, v in unet_keys.write_unet_config(SD1).items() if k != "_class_name"}
     with tempfile.TemporaryDirectory() as folder:
         DiffusersUNet(**config).save_pretrained(folder)
         times: dict[str, list[LoadTimes]] = {name: [] for name in LOADERS}
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
 
 def _load(folder: str) -> Any:
     tensors = open_weights(epath.Path(folder), DIFFUSION_MODEL)
-    return jax.block_until_ready(unet.from_torch_names(tensors, SD1, place=to_device))
+    return jax.block_until_ready(unet_keys.unet_from_torch(tensors, SD1, place=to_device))
 
 
 LOADERS: dict[str, tuple[Callable[[str], Any], Callable[[Any], list[Any]]]] = {

@@ -27,17 +27,14 @@ from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import time_in_turns
 from jaxdiff.errors import UserError
-from jaxdiff.models.denoisers.dit import DiT, DiTConfig
-from jaxdiff.models.denoisers.unet_sd import (
-    Conditions,
-    UNet2DConditionConfig,
-    UNet2DConditionModel,
-)
-from jaxdiff.models.layers import TextFeatures, abstract_params, blueprint
-from jaxdiff.pretrained import unet
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params
+from jaxdiff.pretrained import unet_keys
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.step import init_state, make_train_step, structure
+from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks.base import Task
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -50,22 +47,31 @@ TOLERANCE = 1e-4  # relative difference of the first losses in float32; more is 
 class DenoiserTask(Task):
     """Train a denoiser alone, on given noisy images and targets."""
 
-    denoiser: Denoiser
+    model: Denoiser
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Build the denoiser."""
-        if isinstance(self.denoiser, DiTConfig):
-            return DiT(self.denoiser, rngs=rngs)
-        return UNet2DConditionModel(self.denoiser, rngs=rngs)
+    def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """Initialise the denoiser."""
+        return init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
 
-    def loss(self, model: Any, frozen: PyTree, batch: Any, key: Any, task_state: tuple[()]) -> Any:
+    def loss(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        batch: Any,
+        key: Any,
+        task_state: tuple[()],
+        ema: PyTree,
+    ) -> Any:
         """The mean squared error."""
-        text: Any = TextFeatures(batch["text"], batch["pooled"], batch["mask"])
-        if isinstance(self.denoiser, UNet2DConditionConfig):
-            text = Conditions(batch["text"])
-        error = model(batch["x"], batch["t"], text) - batch["target"]
+        network = bind_params(bind_init(type(self.model).build, self.model), params)
+        cond = Conditioning(batch["text"], batch["mask"], batch["pooled"])
+        error = network(batch["x"], batch["t"], cond) - batch["target"]
         loss = jnp.mean(error**2)
-        return loss, {"loss": loss}
+        return loss, {"loss": loss}, task_state
+
+    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
+        """FLOPs of one image of side `size` in a step, with 77 text tokens."""
+        return 3 * self.model.flops(height=size, width=size, text_length=77)
 
 
 class Contender(NamedTuple):
@@ -85,8 +91,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
     """
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
-    alone = DenoiserTask(denoiser=denoiser)
-    params = random_like(abstract_params(blueprint(DenoiserTask.build, alone)))
+    params = random_like(abstract_params(bind_init(type(denoiser).build, denoiser)))
     contenders = {"jaxdiff": _jaxdiff_step(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
         contenders[name] = _torch_step(config, denoiser, params, batch, compiled=compiled)
@@ -119,7 +124,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
 def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
     """The recipe's task and denoiser, checked to be supported on both sides."""
     task = config.task
-    denoiser = task.denoiser if isinstance(task, DiffusionTask) else None
+    denoiser = task.model.denoiser if isinstance(task, DiffusionTask) else None
     if not isinstance(denoiser, Denoiser) or type(config.optimizer) is not AdamW:
         raise UserError(
             f"{config.name} cannot be timed against PyTorch: expected a diffusion recipe whose "
@@ -140,29 +145,27 @@ def _tolerance(config: Config) -> float:
 
 def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str, np.ndarray]:
     size, count = config.data.transforms.size, config.train.batch_size
-    shape, rng = (count, *task.shape(size, size)), np.random.default_rng(0)
-    text = task.text.model
+    shape, rng = (count, *task.model.latent_shape(size, size)), np.random.default_rng(0)
+    length = task.model.conditioner.text_length
     pooled = denoiser.pooled_width if isinstance(denoiser, DiTConfig) else 1
     normal = {
         "x": shape,
         "target": shape,
-        "text": (count, text.length, denoiser.text_width),
+        "text": (count, length, denoiser.text_width),
         "pooled": (count, pooled),
     }
     batch = {name: rng.standard_normal(s, np.float32) for name, s in normal.items()}
     # diffusers accepts only integer steps out of 1000.
     batch["t"] = (rng.integers(0, 1000, count) + 1).astype(np.float32) / 1000
-    batch["mask"] = np.arange(text.length) < rng.integers(3, text.length, (count, 1))
+    batch["mask"] = np.arange(length) < rng.integers(3, length, (count, 1))
     return batch
 
 
 def _jaxdiff_step(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
-    alone = DenoiserTask(denoiser=denoiser)
+    alone = DenoiserTask(model=denoiser)
     optimizer = config.optimizer.build(config.train.steps)
-    make = make_train_step(
-        alone, structure(alone), optimizer, config.ema, compute=config.train.compute
-    )
-    jitted = jax.jit(make, donate_argnums=0)
+    train_step = make_train_step(alone, optimizer, config.ema, compute=config.train.compute)
+    jitted = jax.jit(train_step, donate_argnums=0)
     state = jax.jit(lambda p: init_state(alone, optimizer, config.ema, 0, p))(params)
     on_device = jax.device_put(batch)
 
@@ -232,9 +235,11 @@ def _torch_model(
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
-    settings = {k: v for k, v in unet.write_config(denoiser).items() if k != "_class_name"}
+    settings = {
+        k: v for k, v in unet_keys.write_unet_config(denoiser).items() if k != "_class_name"
+    }
     model = DiffusersUNet(**settings)
-    tensors = unet.to_torch_names(params)
+    tensors = unet_keys.unet_to_torch(params)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
 
     def predict(b: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -63,13 +63,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe() -> Callable:
-    """`tiny_recipe(steps=6)`: the smallest diffusion recipe, with these keys of `train`."""
-    from jaxdiff.data.loader import DataConfig
-    from jaxdiff.data.transforms import Transforms
-    from jaxdiff.datasets.produce.source import Produce
-    from jaxdiff.diffusion.curriculum import NoiseCurriculum
-    from jaxdiff.diffusion.objectives import Denoising
+def tiny_spec():
+    """The smallest text-to-image model."""
     from jaxdiff.diffusion.schedules import RectifiedFlow
     from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
     from jaxdiff.models.denoisers.dit import DiTConfig
@@ -77,12 +72,9 @@ def tiny_recipe() -> Callable:
     from jaxdiff.models.text_to_image import TextToImage
     from jaxdiff.sampling.sampler import Sampler
     from jaxdiff.sampling.solvers_ode import DDIM
-    from jaxdiff.training.optimizer import AdamW
-    from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
-    from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
     text = ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2)
-    model = TextToImage(
+    return TextToImage(
         name="tiny",
         denoiser=DiTConfig(
             patch_size=8, width=32, depth=2, heads=2, text_width=16, pooled_width=16
@@ -93,8 +85,22 @@ def tiny_recipe() -> Callable:
         image_size=32,
         sampler=Sampler(solver=DDIM(), num_steps=3),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_spec) -> Callable:
+    """`tiny_recipe(steps=6)`: the smallest diffusion recipe, with these keys of `train`."""
+    from jaxdiff.data.loader import DataConfig
+    from jaxdiff.data.transforms import Transforms
+    from jaxdiff.datasets.produce.source import Produce
+    from jaxdiff.diffusion.curriculum import NoiseCurriculum
+    from jaxdiff.diffusion.objectives import Denoising
+    from jaxdiff.training.optimizer import AdamW
+    from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+    from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
+
     task = DiffusionTask(
-        model=model,
+        model=tiny_spec,
         trainable=Trainable(text_encoders=True),
         objective=Denoising(loss_space="velocity"),
         curriculum=NoiseCurriculum(steps_per_level=2),
@@ -141,24 +147,23 @@ def compile_with_kernels(yes: bool):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_recipe):
-    """The tiny recipe's model with random weights: prompt, seed and time all matter to it."""
+def tiny_bundle(tiny_spec):
+    """The tiny model with random weights: prompt, seed and time all matter to it."""
     import numpy as np
 
     from jaxdiff.data.tokenizer import Tokenizer
     from jaxdiff.pretrained.bundle import Bundle
 
-    spec = tiny_recipe().task.model
     rng = np.random.default_rng(0)
 
     def random(leaf):
         scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(random, spec.abstract_params())
+    params = jax.tree.map(random, tiny_spec.abstract_params())
     captions = ["a small red pea", "a green tomato with a stem"]
     tokenizer = Tokenizer.train(captions, vocab_size=600, length=16)
-    return Bundle(spec, params, {"text": tokenizer})
+    return Bundle(tiny_spec, params, {"text": tokenizer})
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ that it carries from step to step, so that distillation and two-time objectives 
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxdiff.errors import UserError
 Conditioning = Any  # a tree of arrays [b, ...]
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """A model with its parameters: (x_t, t, cond) to a prediction of the shape of x_t.
 

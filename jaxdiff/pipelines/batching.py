@@ -124,7 +124,7 @@ def sample_batches(
     size: int,
     devices: int,
     watch: Watch | None = None,
-) -> Float[np.ndarray, "n k h w 3"]:
+) -> Float[np.ndarray, "n k h w c"]:
     """Sample all images.
 
     Args:
@@ -194,7 +194,7 @@ def _zero_state(program: Any, params: Any, inputs: SampleInputs, steps: Steps) -
 
 def _in_order(
     made: Sequence[tuple[Sequence[SampleBatch], jax.Array]], size: int, n: int
-) -> Float[np.ndarray, "n k h w 3"]:
+) -> Float[np.ndarray, "n k h w c"]:
     """Reorder images on the host, where another number of them compiles nothing."""
     pairs = [
         (batch.indices, images[i * size : i * size + len(batch.indices)])

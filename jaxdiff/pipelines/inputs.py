@@ -343,12 +343,12 @@ def sample_inputs(
     prompts = prompt_list(request.prompts)
     n = len(prompts)
     texts = [prompt.a if isinstance(prompt, Mix) else prompt for prompt in prompts]
-    positive = tokenize(spec, tokenizers, texts, composed=True)
-    negative = tokenize(spec, tokenizers, negative_list(request.negative_prompt, n))
+    positive = tokenize(spec.conditioner, tokenizers, texts, composed=True)
+    negative = tokenize(spec.conditioner, tokenizers, negative_list(request.negative_prompt, n))
     mix_text, mix_fraction = None, None
     if any(isinstance(prompt, Mix) for prompt in prompts):
         others = [prompt.b if isinstance(prompt, Mix) else "" for prompt in prompts]
-        mix_text = tokenize(spec, tokenizers, others).text
+        mix_text = tokenize(spec.conditioner, tokenizers, others).text
         fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
         mix_fraction = np.asarray(fractions, np.float32)
     scale = guidance_scale if request.guidance_scale is None else request.guidance_scale

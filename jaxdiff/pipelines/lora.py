@@ -36,17 +36,13 @@ def apply(
     """
     bundle, adapters = pipe.bundle, scaled(read_lora(file, pipe.spec), scale)
     if merge:
-        return _with_bundle(pipe, bundle._replace(params=merge_into(bundle.params, adapters)))
-    return _with_bundle(pipe, attach(bundle, adapters))
+        return pipe.with_bundle(bundle._replace(params=merge_into(bundle.params, adapters)))
+    return pipe.with_bundle(attach(bundle, adapters))
 
 
 def remove(pipe: Pipeline) -> Pipeline:
     """Return a pipeline without the adapters that `apply` put beside the weights."""
-    return _with_bundle(pipe, detach(pipe.bundle))
-
-
-def _with_bundle(pipe: Pipeline, bundle: Bundle) -> Pipeline:
-    return Pipeline(bundle, dtype=pipe.dtype, devices=pipe.devices)
+    return pipe.with_bundle(detach(pipe.bundle))
 
 
 def scaled(adapters: Adapters, scale: float) -> dict[str, dict[Path, Factors]]:

@@ -19,8 +19,7 @@ from jaxtyping import Float32
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import TextInputs
-from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.models.conditioning import Conditioner, TextInputs
 
 LARGEST = 10.0  # a larger weight is a typing error, such as a missing point
 
@@ -152,7 +151,7 @@ class TokenizedPrompts(NamedTuple):
 
 
 def tokenize(
-    spec: TextToImage,
+    conditioner: Conditioner,
     tokenizers: Mapping[str, Tokenizer],
     prompts: Sequence[str | None],
     *,
@@ -161,7 +160,7 @@ def tokenize(
     """Tokenize prompts with their weights.
 
     Args:
-      spec: of the model.
+      conditioner: of the model.
       tokenizers: its tokenizers.
       prompts: n texts; None is a prompt that is not given.
       composed: whether they may be composed of several.
@@ -169,7 +168,7 @@ def tokenize(
     Raises:
       UserError: as `parse`, or a composed prompt where none may be.
     """
-    conditioner = spec.conditioner
+
     parsed = [parse(prompt or "") for prompt in prompts]
     most = max(len(parts) for parts in parsed)
     single = all(len(parts) == 1 and parts[0].weight == 1 for parts in parsed)

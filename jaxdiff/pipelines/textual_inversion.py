@@ -22,7 +22,7 @@ def apply(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> P
     """
     learned = read_embedding(file, pipe.spec)
     bundle = add_word(pipe.bundle, learned._replace(word=word or learned.word))
-    return Pipeline(bundle, dtype=pipe.dtype, devices=pipe.devices)
+    return pipe.with_bundle(bundle)
 
 
 def add_word(bundle: Bundle, word: Word) -> Bundle:

@@ -1,6 +1,6 @@
 """An autoencoder of diffusers by itself: `config.json`, `diffusion_pytorch_model.safetensors`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.pretrained import autoencoder, autoencoder_tiny
+from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
 from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
@@ -19,11 +19,11 @@ PublishedAutoencoder = AutoencoderConfig | TinyAutoencoderConfig
 
 def is_autoencoder_config(data: Any) -> bool:
     """Whether a `config.json` is that of an autoencoder of diffusers."""
-    kinds = ("AutoencoderKL", autoencoder_tiny.KIND)
+    kinds = ("AutoencoderKL", tiny_autoencoder_keys.KIND)
     return isinstance(data, dict) and data.get("_class_name") in kinds
 
 
-def read_spec(folder: epath.PathLike) -> PublishedAutoencoder:
+def read_autoencoder_spec(folder: epath.PathLike) -> PublishedAutoencoder:
     """Read the specification of an autoencoder.
 
     Raises:
@@ -31,11 +31,12 @@ def read_spec(folder: epath.PathLike) -> PublishedAutoencoder:
     """
     root = epath.Path(folder)
     config, what = read_json(root / CONFIG), f"{root.name}/{CONFIG}"
-    is_tiny = config.get("_class_name") == autoencoder_tiny.KIND
-    return (autoencoder_tiny if is_tiny else autoencoder).read_config(config, what)
+    if config.get("_class_name") == tiny_autoencoder_keys.KIND:
+        return tiny_autoencoder_keys.read_tiny_autoencoder_config(config, what)
+    return autoencoder_keys.read_autoencoder_config(config, what)
 
 
-def read_autoencoder(
+def read_autoencoder_folder(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> tuple[PublishedAutoencoder, dict[str, Any]]:
     """Read an autoencoder by itself, or as a part of a checkpoint: specification and parameters.
@@ -48,10 +49,20 @@ def read_autoencoder(
       UserError: a file is missing or damaged, or is of a kind that jaxdiff does not have.
     """
     root = epath.Path(folder)
-    spec, tensors = read_spec(root), open_weights(root, WEIGHTS)
-    return spec, module_of(spec).from_torch_names(tensors, spec, place=place)
+    spec, tensors = read_autoencoder_spec(root), open_weights(root, WEIGHTS)
+    if isinstance(spec, TinyAutoencoderConfig):
+        params = tiny_autoencoder_keys.tiny_autoencoder_from_torch(tensors, spec, place=place)
+    else:
+        params = autoencoder_keys.autoencoder_from_torch(tensors, spec, place=place)
+    return spec, params
 
 
-def module_of(spec: PublishedAutoencoder) -> Any:
-    """Return the module with the tensor names and config keys of an autoencoder's kind."""
-    return autoencoder_tiny if isinstance(spec, TinyAutoencoderConfig) else autoencoder
+def published_autoencoder(
+    spec: PublishedAutoencoder, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return diffusers' config and tensors of an autoencoder."""
+    if isinstance(spec, TinyAutoencoderConfig):
+        config = tiny_autoencoder_keys.write_tiny_autoencoder_config(spec)
+        return config, tiny_autoencoder_keys.tiny_autoencoder_to_torch(params)
+    config = autoencoder_keys.write_autoencoder_config(spec)
+    return config, autoencoder_keys.autoencoder_to_torch(params)

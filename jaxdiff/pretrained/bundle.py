@@ -136,7 +136,7 @@ def read_exported(
     root, spec = epath.Path(folder), spec_from_json(data, types)
     params = read_weights(root / MODEL)
     check_params(params, spec, str(folder))
-    return Bundle(spec, jax.tree.map(place, params), read_tokenizers(root, spec))
+    return Bundle(spec, jax.tree.map(place, params), read_exported_tokenizers(root, spec))
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -150,7 +150,7 @@ def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, Tokenizer]
         tokenizer.save(str(epath.Path(folder) / TOKENIZERS / name))
 
 
-def read_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, Tokenizer]:
+def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, Tokenizer]:
     """Read the tokenizers of a model's text encoders, those that its folder has."""
     if isinstance(spec, TextToImage):
         names = list(spec.conditioner.encoders)

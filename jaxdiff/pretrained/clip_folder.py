@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.models.text_encoders.clip import ClipConfig
-from jaxdiff.pretrained import clip
+from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
@@ -21,17 +21,17 @@ def is_clip_config(data: Any) -> bool:
     return isinstance(data, dict) and data.get("model_type") == "clip"
 
 
-def read_spec(folder: epath.PathLike) -> ClipConfig:
+def read_clip_spec(folder: epath.PathLike) -> ClipConfig:
     """Read the specification of a CLIP.
 
     Raises:
       UserError: the config is missing, or asks for what jaxdiff does not have.
     """
     path = epath.Path(folder) / CONFIG
-    return clip.read_config(read_json(path), str(path))
+    return clip_keys.read_clip_config(read_json(path), str(path))
 
 
-def read_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
+def read_clip_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
     """Read the tokenizer, as that of `text`."""
     return {"text": Tokenizer.load(str(folder))}
 
@@ -48,6 +48,6 @@ def read_clip_folder(
     Raises:
       UserError: a file is missing or damaged, or asks for what jaxdiff does not have.
     """
-    root, spec = epath.Path(folder), read_spec(folder)
-    params = clip.from_torch_names(open_weights(root, "model"), spec, place=place)
-    return Bundle(spec, params, read_tokenizers(root))
+    root, spec = epath.Path(folder), read_clip_spec(folder)
+    params = clip_keys.clip_from_torch(open_weights(root, "model"), spec, place=place)
+    return Bundle(spec, params, read_clip_tokenizers(root))

@@ -27,7 +27,7 @@ from jaxdiff.models.conditioning import (
 )
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained import autoencoder_folder, clip, unet
+from jaxdiff.pretrained import autoencoder_folder, clip_keys, unet_keys
 from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
 from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.merging import merge_additions
@@ -63,7 +63,7 @@ def is_diffusers_folder(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / INDEX).exists()
 
 
-def read_spec(folder: epath.PathLike) -> TextToImage:
+def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
     """Read the specification of a Stable Diffusion checkpoint.
 
     Raises:
@@ -73,11 +73,11 @@ def read_spec(folder: epath.PathLike) -> TextToImage:
     index = _index(root)
     network = read_json(root / "unet" / "config.json")
     scheduling = read_scheduling(read_json(root / "scheduler" / "scheduler_config.json"))
-    autoencoder = autoencoder_folder.read_spec(root / "vae")
+    autoencoder = autoencoder_folder.read_autoencoder_spec(root / "vae")
     is_xl = _has(index, "text_encoder_2")
     return TextToImage(
         name=root.resolve().name,
-        denoiser=unet.read_config(network),
+        denoiser=unet_keys.read_unet_config(network),
         conditioner=_conditioner(root, index, is_xl=is_xl),
         autoencoder=autoencoder,
         prediction=scheduling.prediction,
@@ -105,22 +105,22 @@ def read_diffusers(
     Raises:
       UserError: a part is missing or damaged, or is of a kind that jaxdiff does not have.
     """
-    root, spec = epath.Path(folder), read_spec(folder)
-    tokenizers = read_tokenizers(root)
+    root, spec = epath.Path(folder), read_diffusers_spec(folder)
+    tokenizers = read_diffusers_tokenizers(root)
     assert isinstance(spec.denoiser, UNet2DConditionConfig)
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
-    params = {"denoiser": unet.from_torch_names(tensors, spec.denoiser, place=place)}
+    params = {"denoiser": unet_keys.unet_from_torch(tensors, spec.denoiser, place=place)}
     params["text_encoders"] = {
-        name: clip.from_torch_names(
+        name: clip_keys.clip_from_torch(
             open_weights(root / ENCODERS[name], MODEL), encoder.model, place=place
         )
         for name, encoder in _clip_encoders(spec).items()
     }
-    _, params["autoencoder"] = autoencoder_folder.read_autoencoder(root / "vae", place=place)
+    _, params["autoencoder"] = autoencoder_folder.read_autoencoder_folder(root / "vae", place=place)
     return Bundle(spec, params, tokenizers)
 
 
-def read_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
+def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
     """Read the tokenizers of the text encoders that there are, each with its own padding.
 
     Raises:
@@ -161,7 +161,7 @@ def _conditioner(
 ) -> ClipConditioner | StableDiffusionXLConditioner:
     encoders = {
         name: ClipTextEncoder(
-            model=clip.read_text_config(
+            model=clip_keys.read_text_config(
                 read_json(root / part / "config.json"), projected=name == "text_2"
             ),
             hidden_layer=-2 if is_xl else None,
@@ -200,15 +200,15 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     root, (spec, params, tokenizers) = epath.Path(folder), merge_additions(bundle)
     network, autoencoder, conditioner = spec.denoiser, spec.autoencoder, spec.conditioner
     scheduler = write_scheduling(_scheduling(spec))
-    network_config = unet.write_config(network)
+    network_config = unet_keys.write_unet_config(network)
     network_config["sample_size"] = spec.image_size // spec.downsampling
-    vae = autoencoder_folder.module_of(autoencoder)
-    vae_config = vae.write_config(autoencoder)
+    vae_config, vae_tensors = autoencoder_folder.published_autoencoder(
+        autoencoder, params["autoencoder"]
+    )
     (root / INDEX).unlink(missing_ok=True)
-    tensors = unet.to_torch_names(params["denoiser"])
+    tensors = unet_keys.unet_to_torch(params["denoiser"])
     _write_part(root / "unet", DIFFUSION_MODEL, network_config, tensors)
-    tensors = vae.to_torch_names(params["autoencoder"])
-    _write_part(root / "vae", DIFFUSION_MODEL, vae_config, tensors)
+    _write_part(root / "vae", DIFFUSION_MODEL, vae_config, vae_tensors)
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {
         "_class_name": _pipeline_kind(network, encoders=len(conditioner.encoders)),
@@ -224,8 +224,8 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
         index["requires_safety_checker"] = False
     for name, encoder in _clip_encoders(spec).items():
         part = ENCODERS[name]
-        text_config = clip.write_text_config(encoder.model)
-        tensors = clip.to_torch_names(params["text_encoders"][name], encoder.model)
+        text_config = clip_keys.write_text_config(encoder.model)
+        tensors = clip_keys.clip_to_torch(params["text_encoders"][name], encoder.model)
         _write_part(root / part, MODEL, text_config, tensors)
         index[part] = ["transformers", *text_config["architectures"]]
         part = part.replace("text_encoder", "tokenizer")

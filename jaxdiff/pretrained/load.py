@@ -22,9 +22,9 @@ from jaxdiff.pretrained.bundle import (
     check_fit,
     part_of,
     read_exported,
+    read_exported_tokenizers,
     spec_from_json,
 )
-from jaxdiff.pretrained.bundle import read_tokenizers as read_own_tokenizers
 from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.hub import download, is_hub_id
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
@@ -95,7 +95,7 @@ def load_bundle(
     if clip_folder.is_clip_config(data):
         return clip_folder.read_clip_folder(root, place=place)
     if autoencoder_folder.is_autoencoder_config(data):
-        return Bundle(*autoencoder_folder.read_autoencoder(root, place=place), {})
+        return Bundle(*autoencoder_folder.read_autoencoder_folder(root, place=place), {})
     read = read_run if is_recipe(data) else read_exported
     return read(root, data, place, types)
 
@@ -108,14 +108,14 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     """
     root = model_folder(folder)
     if diffusers.is_diffusers_folder(root):
-        return diffusers.read_spec(root)
+        return diffusers.read_diffusers_spec(root)
     if root.suffix == ".safetensors":
-        return single_file.read_spec(root)
+        return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
-        return clip_folder.read_spec(root)
+        return clip_folder.read_clip_spec(root)
     if autoencoder_folder.is_autoencoder_config(data):
-        return autoencoder_folder.read_spec(root)
+        return autoencoder_folder.read_autoencoder_spec(root)
     return read_run_spec(root, data, types) if is_recipe(data) else spec_from_json(data, types)
 
 
@@ -127,12 +127,12 @@ def read_tokenizers(folder: epath.PathLike, types: Sequence[type] = ()) -> dict[
     """
     root, spec = model_folder(folder), read_spec(folder, types)
     if diffusers.is_diffusers_folder(root):
-        return diffusers.read_tokenizers(root)
+        return diffusers.read_diffusers_tokenizers(root)
     if root.suffix == ".safetensors":
-        return single_file.read_tokenizers(root)
+        return single_file.read_original_tokenizers(root)
     if clip_folder.is_clip_config(_config(root, folder)):
-        return clip_folder.read_tokenizers(root)
-    return read_own_tokenizers(root, spec)
+        return clip_folder.read_clip_tokenizers(root)
+    return read_exported_tokenizers(root, spec)
 
 
 def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> dict[Key, PyTree]:

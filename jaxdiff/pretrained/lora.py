@@ -26,12 +26,12 @@ from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Adapters, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.clip import TEXT_NAMES
+from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.diffusers import ENCODERS
 from jaxdiff.pretrained.key_mapping import flatten, locate
 from jaxdiff.pretrained.safetensors_io import TensorFiles
 from jaxdiff.pretrained.single_file import unet_original_name
-from jaxdiff.pretrained.unet import UNET_NAMES
+from jaxdiff.pretrained.unet_keys import UNET_NAMES
 
 FOLDERS = {"denoiser": "unet", **ENCODERS}
 """Our parts by their names in a diffusers checkpoint."""

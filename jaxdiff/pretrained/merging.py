@@ -65,4 +65,5 @@ def _with_vocabulary(conditioner: AnyConditioner, name: str, size: int) -> AnyCo
     model = encoder.model
     end_id = model.vocab_size - 1 if model.end_id is None else model.end_id
     model = dataclasses.replace(model, vocab_size=size, end_id=end_id)
+    assert dataclasses.is_dataclass(conditioner)  # as all conditioners are
     return dataclasses.replace(conditioner, **{name: dataclasses.replace(encoder, model=model)})

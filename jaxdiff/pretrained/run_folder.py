@@ -20,10 +20,11 @@ from jaxdiff.models.text_to_image import TextToImage, merge_params
 from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,
     CONFIG,
+    RECIPE,
     AnySpec,
     Bundle,
     check_params,
-    read_tokenizers,
+    read_exported_tokenizers,
     read_weights,
     spec_from_json,
 )
@@ -87,18 +88,25 @@ def read_run(
         own = {name: part for name, part in frozen.items() if name in parts}
         params = merge_params(own, _scaled(params, data))
     check_params(params, spec, str(folder))
-    return Bundle(spec, jax.tree.map(place, params), read_tokenizers(root, spec))
+    return Bundle(spec, jax.tree.map(place, params), read_exported_tokenizers(root, spec))
+
+
+def recipe_json(folder: epath.PathLike) -> dict[str, Any] | None:
+    """Return how a run, or an exported model, was trained, as JSON; None where that is unknown."""
+    root = epath.Path(folder)
+    for name in (CONFIG, RECIPE):
+        if (root / name).exists() and is_recipe(data := read_json(root / name)):
+            return data
+    return None
 
 
 def read_word(folder: epath.PathLike) -> Word | None:
     """Return the word that a run of textual inversion learnt; None where it learnt none."""
-    root = epath.Path(folder)
-    if not (root / CONFIG).exists() or not is_recipe(data := read_json(root / CONFIG)):
-        return None
-    inversion = _trainable(data).get("inversion")
+    data = recipe_json(folder)
+    inversion = _trainable(data).get("inversion") if data else None
     if not isinstance(inversion, Mapping):
         return None
-    ema, _ = load_params(root / CHECKPOINTS)
+    ema, _ = load_params(epath.Path(folder) / CHECKPOINTS)
     rows = {name: np.asarray(x) for name, x in ema["added_tokens"].items()}
     return Word(str(inversion.get("word")), rows)
 

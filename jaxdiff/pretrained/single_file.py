@@ -32,7 +32,7 @@ from jaxdiff.models.conditioning import (
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained import autoencoder_keys, clip_keys, unet_keys
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.hub import download_tokenizer
 from jaxdiff.pretrained.presets import (
@@ -132,7 +132,7 @@ VARIANTS = [
 ]
 
 
-def read_spec(file: epath.PathLike) -> TextToImage:
+def read_original_spec(file: epath.PathLike) -> TextToImage:
     """Read the specification of a Stable Diffusion checkpoint in one file.
 
     Raises:
@@ -165,16 +165,19 @@ def read_original(
     network, model = spec.denoiser, variant.autoencoder
     assert isinstance(network, UNet2DConditionConfig)
     parts = Renamed(tensors, unet_rename(network))
-    params = {"denoiser": unet.from_torch_names(parts, network, place=place), "text_encoders": {}}
+    params = {
+        "denoiser": unet_keys.unet_from_torch(parts, network, place=place),
+        "text_encoders": {},
+    }
     parts = Renamed(tensors, autoencoder_rename(model))
-    params["autoencoder"] = autoencoder.from_torch_names(parts, model, place=place)
+    params["autoencoder"] = autoencoder_keys.autoencoder_from_torch(parts, model, place=place)
     for name, encoder in variant.conditioner.encoders.items():
         parts = Renamed(tensors, text_rename(variant.prefixes[name], encoder.model))
-        params["text_encoders"][name] = clip.from_torch_names(parts, encoder.model, place=place)
+        params["text_encoders"][name] = clip_keys.clip_from_torch(parts, encoder.model, place=place)
     return Bundle(spec, params, _tokenizers(variant, tokenizer))
 
 
-def read_tokenizers(
+def read_original_tokenizers(
     file: epath.PathLike, tokenizer: Tokenizer | None = None
 ) -> dict[str, Tokenizer]:
     """Return CLIP's tokenizer for each text encoder, padded as the model in `file` expects.

@@ -127,7 +127,9 @@ def train(
             due = _due(config, number)
             if due and evaluate is not None:
                 with run.throughput.paused():
-                    run.writer.write(number, evaluate(state, frozen, tokenizers, due))
+                    scalars = evaluate(state, frozen, tokenizers, due)
+                if scalars:
+                    run.writer.write(number, scalars)
         if pending is not None:
             run.read(*pending)
             checkpoints.save(state)

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
+from jaxdiff.config.serialization import to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.shard_writer import (
     RecordReader,
@@ -30,7 +31,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
-from jaxdiff.training.recipe import Config, to_json
+from jaxdiff.training.recipe import Config
 
 # Records of a shard, and shards at most, unless told otherwise.
 _IMAGES, _LATENTS, _MOST = 4096, 1024, 1024

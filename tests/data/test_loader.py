@@ -60,7 +60,7 @@ def _stream(dataset, records):
     """The first records as (index, tokens)."""
     stream = []
     for batch in dataset:
-        rows = zip(batch["image"][:, 0, 0, 0].tolist(), batch["tokens"].tolist(), strict=True)
+        rows = zip(batch["image"][:, 0, 0, 0].tolist(), batch["text"].tolist(), strict=True)
         stream += [(index, tuple(tokens)) for index, tokens in rows]
         if len(stream) >= records:
             return stream[:records]
@@ -74,8 +74,8 @@ def _indices(dataset, records):
 def _assert_equal(batches, expected):
     assert len(batches) == len(expected) > 0
     for batch, other in zip(batches, expected, strict=True):
-        assert batch.keys() == other.keys() == {"image", "tokens", "size_crop", "skipped", "bad"}
-        for key in ("image", "tokens", "size_crop"):
+        assert batch.keys() == other.keys() == {"image", "text", "size_crop", "skipped", "bad"}
+        for key in ("image", "text", "size_crop"):
             np.testing.assert_array_equal(batch[key], other[key])
         assert (batch["skipped"], batch["bad"]) == (other["skipped"], other["bad"])
 
@@ -83,7 +83,7 @@ def _assert_equal(batches, expected):
 def test_a_batch_holds_what_was_promised(source, tokenizer):
     (batch,) = _take(_dataset(source, tokenizer), 1)
     assert (batch["image"].shape, batch["image"].dtype) == ((4, 8, 8, 3), np.uint8)
-    assert (batch["tokens"].shape, batch["tokens"].dtype) == ((4, 8), np.int32)
+    assert (batch["text"].shape, batch["text"].dtype) == ((4, 8), np.int32)
     np.testing.assert_array_equal(batch["size_crop"], np.tile([8, 8, 0, 0, 8, 8], (4, 1)))
     assert (batch["skipped"], batch["bad"]) == (0, [])
 
@@ -117,7 +117,7 @@ def test_hosts_share_out_every_batch_without_overlap_or_loss(damaged, tokenizer,
     assert sum(batch["skipped"] for batch in whole) >= 3 * 4  # four epochs
     for batch, *parts in zip(whole, *shares, strict=True):
         for host, part in enumerate(parts):
-            for key in ("image", "tokens", "size_crop"):
+            for key in ("image", "text", "size_crop"):
                 np.testing.assert_array_equal(part[key], batch[key][host::num_hosts])
         assert sorted(name for part in parts for name in part["bad"]) == sorted(batch["bad"])
 
@@ -216,7 +216,7 @@ def test_batches_are_laid_out_over_the_devices(source, tokenizer):
     host = _take(_dataset(source, tokenizer), 3)
     device = _take(to_device(_dataset(source, tokenizer), sharding, batch_size=4), 3)
     for batch in device:
-        assert batch["image"].sharding == batch["tokens"].sharding == sharding
+        assert batch["image"].sharding == batch["text"].sharding == sharding
         assert batch["image"].addressable_shards[0].data.shape == (1, 8, 8, 3)
     _assert_equal(device, host)
 
@@ -281,7 +281,7 @@ def test_hosts_get_their_rows_of_the_same_shapes(shapes, tokenizer):
     for whole, *parts in zip(alone, *shares, strict=True):
         for host, part in enumerate(parts):
             np.testing.assert_array_equal(part["image"], whole["image"][host::2])
-            np.testing.assert_array_equal(part["tokens"], whole["tokens"][host::2])
+            np.testing.assert_array_equal(part["text"], whole["text"][host::2])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,4 +1,4 @@
-"""Pictures that go on at their other side: what is rolled before a network is rolled after it."""
+"""Images that continue at their other side: rolling the input rolls the output."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.convolutions import Conv, wrap_convolutions
-from jaxdiff.models.denoisers.unet_sd import (
-    Conditions,
-    UNet2DConditionConfig,
-    UNet2DConditionModel,
-)
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 
 
 def unet():
@@ -24,7 +21,7 @@ def unet():
         cross_attention_dim=8,
         norm_num_groups=4,
     )
-    text = Conditions(jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 8)), jnp.float32))
+    text = Conditioning(jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 8)), jnp.float32))
     model = UNet2DConditionModel(config, rngs=nnx.Rngs(0))
     return model, lambda x: model(x, jnp.float32([0.5]), text)
 
@@ -48,17 +45,17 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 4)), jnp.float32)
         (autoencoder, (False, True)),
     ],
 )
-def test_networks_that_wrap_know_no_edge(make, wrap):
+def test_networks_that_wrap_have_no_edge(make, wrap):
     model, call = make()
     wrap_convolutions(model, wrap)
     call = jax.jit(call)
     plain = call(X)
     for axis, wraps in zip((1, 2), wrap, strict=True):
         off = float(jnp.abs(call(jnp.roll(X, 2, axis)) - jnp.roll(plain, 2, axis)).max())
-        assert off < 1e-4 if wraps else off > 1e-2  # zeros around tell the place
+        assert off < 1e-4 if wraps else off > 1e-2  # zero padding shows the edges
 
 
-def test_off_it_changes_nothing():
+def test_without_wrap_nothing_changes():
     layer = Conv(4, 4, 3, 2, nnx.Rngs(0))
     before = layer(X)
     wrap_convolutions(nnx.List([layer]), (False, False))

@@ -9,15 +9,12 @@ from flax import nnx
 from jaxdiff.models import attention
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
-from jaxdiff.models.denoisers.unet_sd import (
-    Conditions,
-    UNet2DConditionConfig,
-    UNet2DConditionModel,
-)
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
 from jaxdiff.models.flops import forward_backward_flops
-from jaxdiff.models.layers import TextFeatures, any_rngs
+from jaxdiff.models.layers import any_rngs
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 
 BATCH = 2
@@ -63,17 +60,17 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def counted_denoiser(kind, config, text_length):
-    text = TextFeatures(
+    cond = Conditioning(
         shape(text_length, config.text_width),
-        shape(config.pooled_width),
         shape(text_length, dtype=jnp.bool_),
+        shape(config.pooled_width),
     )
     return counted(
         nnx.eval_shape(lambda: kind(config, rngs=any_rngs())),
-        lambda model, x, t, tokens, pooled, mask: model(x, t, TextFeatures(tokens, pooled, mask)),
+        lambda model, x, t, cond: model(x, t, cond),
         shape(32, 48, config.channels),
         shape(),
-        *text,
+        cond,
     )
 
 
@@ -98,15 +95,16 @@ def test_unet_agrees_with_xla(changes):
 @pytest.mark.parametrize("changes", [{}, {"added_width": 160, "use_linear_projection": True}])
 def test_stable_diffusions_unet_agrees_with_xla(changes):
     config = dataclasses.replace(STABLE_DIFFUSION, **changes)
-    conditions = [shape(77, config.cross_attention_dim)]
+    cond = Conditioning(shape(77, config.cross_attention_dim))
     if config.added_width is not None:
-        conditions += [shape(config.added_width - 6 * config.time_id_width), shape(6)]
+        pooled = shape(config.added_width - 6 * config.time_id_width)
+        cond = cond._replace(pooled=pooled, size_crop=shape(6))
     xla = counted(
         nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=any_rngs())),
-        lambda model, x, t, *conditions: model(x, t, Conditions(*conditions)),
+        lambda model, x, t, cond: model(x, t, cond),
         shape(16, 24, config.in_channels),
         shape(),
-        *conditions,
+        cond,
     )
     ours = config.flops(height=16, width=24, text_length=77)
     assert ours == pytest.approx(xla, rel=0.04)

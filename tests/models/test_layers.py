@@ -3,38 +3,44 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, merge, pooled_token_sum
+from jaxdiff.models.layers import (
+    abstract_params,
+    any_rngs,
+    bind_init,
+    bind_params,
+    pooled_token_sum,
+)
 
 
-def test_the_sum_of_words_is_that_of_the_words_under_the_mask():
+def test_the_pooled_sum_is_that_of_the_tokens_under_the_mask():
     rng = np.random.default_rng(0)
-    words = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    tokens = rng.normal(size=(2, 6, 8)).astype(np.float32)
     mask = np.arange(6) < np.array([[2], [6]])
-    found = pooled_token_sum(jnp.asarray(words), jnp.asarray(mask), scale=3.0)
-    expected = [3 * words[0, :2].sum(0) / 2**0.5, 3 * words[1].sum(0) / 6**0.5]
+    found = pooled_token_sum(jnp.asarray(tokens), jnp.asarray(mask), scale=3.0)
+    expected = [3 * tokens[0, :2].sum(0) / 2**0.5, 3 * tokens[1].sum(0) / 6**0.5]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_prompts_that_differ_in_half_of_their_words_differ_by_unit_variance():
+def test_prompts_that_differ_in_half_of_their_tokens_have_a_variance_of_two():
     rng = np.random.default_rng(0)
-    words = rng.normal(size=(500, 12, 64)).astype(np.float32)
-    words[:, :6] = words[0, :6]
-    found = np.asarray(pooled_token_sum(jnp.asarray(words), jnp.ones((500, 12), bool)))
-    # Of 12 words 6 differ: 2^2 * 6 / 12 = 2 is their variance.
+    tokens = rng.normal(size=(500, 12, 64)).astype(np.float32)
+    tokens[:, :6] = tokens[0, :6]
+    found = np.asarray(pooled_token_sum(jnp.asarray(tokens), jnp.ones((500, 12), bool)))
+    # Of 12 tokens 6 differ: 2^2 * 6 / 12 = 2 is their variance.
     assert abs(found.var(axis=0).mean() - 2.0) < 0.1
 
 
-def test_any_generator_draws_what_flaxs_own_does():
-    """Each draw of its own number, also where JAX reads the number after the next draw."""
+def test_random_numbers_equal_those_of_flaxs_own_generator():
+    """Also where JAX reads the count after the next number was generated."""
     ours, theirs = any_rngs(), nnx.Rngs(0)
-    draws = [[jax.random.key_data(rngs.params()) for _ in range(9)] for rngs in (ours, theirs)]
-    np.testing.assert_array_equal(*draws)
+    keys = [[jax.random.key_data(rngs.params()) for _ in range(9)] for rngs in (ours, theirs)]
+    np.testing.assert_array_equal(*keys)
     read = ours.default.count[...]
     ours.params()
     assert (int(read), int(ours.default.count[...])) == (9, 10)
 
 
-def test_what_equal_parts_build_is_traced_once_and_handed_out_whole():
+def test_equal_configs_are_traced_once_and_modules_share_nothing():
     traced = []
 
     def make(width, rngs):
@@ -45,7 +51,7 @@ def test_what_equal_parts_build_is_traced_once_and_handed_out_whole():
     params = {"kernel": np.full((3, 2), 2.0), "bias": np.zeros(2)}
     found = jax.tree.map(lambda x: x.shape, abstract_params(bind_init(make, 3)))
     assert found == {"kernel": (3, 2), "bias": (2,)}
-    models = [merge(bind_init(make, 3), params) for _ in range(2)]
+    models = [bind_params(bind_init(make, 3), params) for _ in range(2)]
     assert traced == [3]
     np.testing.assert_array_equal(models[0](jnp.ones((1, 3))), [[6, 6]])
     models[0].kernel = nnx.Param(jnp.zeros((3, 2)))

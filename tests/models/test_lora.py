@@ -1,4 +1,4 @@
-"""Adapters in a network: where they go, what they compute, and that they start as nothing."""
+"""Adapters in a network: where they go, what they compute, and that they start without effect."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 from jaxdiff.errors import UserError
 from jaxdiff.models import lora
 from jaxdiff.models.convolutions import Conv
-from jaxdiff.models.layers import Dense, scan_blocks, stack_blocks
+from jaxdiff.models.layers import Dense, bind_params, scan_blocks, stack_blocks
 from jaxdiff.models.lora import LoraConfig
 
 DEPTH = 3
@@ -30,11 +30,12 @@ class Network(nnx.Module):
 CONFIG = LoraConfig(rank=2, alpha=3.0, targets=("conv", "blocks", "heads.1"))
 
 
-def network(config=None):
-    module = Network(nnx.Rngs(0))
-    if config is not None:
-        lora.attach(module, config, nnx.Rngs(1))
-    return module
+def network():
+    return Network(nnx.Rngs(0))
+
+
+def adapters_of(config=CONFIG):
+    return lora.init_adapters(network(), config, nnx.Rngs(1))
 
 
 def params_of(module):
@@ -42,53 +43,81 @@ def params_of(module):
 
 
 def random(params):
-    draw = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
 
 
-def call(params, x, config=None):
-    graphdef = nnx.split(nnx.eval_shape(lambda: network(config)))[0]
-    return nnx.merge(graphdef, params)(x)
+def call(params, x, adapters=None):
+    module = bind_params(network, params)
+    if adapters is not None:
+        lora.add_adapters(module, adapters)
+    return module(x)
 
 
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 2)), jnp.float32)
 
 
-def test_nothing_changes_before_the_first_update():
-    plain = network()
-    adapters = params_of(lora.Adapters(network(CONFIG)))
+def test_adapters_change_nothing_before_the_first_update():
+    adapters = adapters_of()
     assert {str(path[0]) for path in lora.factors(adapters)} == {"conv", "blocks", "heads"}
-    ours = call(lora.adapted(params_of(plain), adapters), X, CONFIG)
-    np.testing.assert_array_equal(ours, plain(X))
+    params = params_of(network())
+    np.testing.assert_array_equal(call(params, X, adapters), call(params, X))
 
 
-def test_beside_the_weights_is_as_within_them():
-    params, adapters = (
-        random(params_of(network())),
-        random(params_of(lora.Adapters(network(CONFIG)))),
-    )
-    apart = call(lora.adapted(params, adapters), X, CONFIG)
-    pairs = {
-        path: pair._replace(up=pair.up * CONFIG.scale)
-        for path, pair in lora.factors(adapters).items()
-    }
-    within = call(lora.merged(params, pairs), X)
-    np.testing.assert_allclose(apart, within, rtol=1e-4, atol=1e-4)
-    assert np.abs(apart - call(params, X)).max() > 0.1
+def test_adapters_mirror_the_networks_parameters():
+    adapters, params = adapters_of(), params_of(network())
+    for path, pair in lora.factors(adapters).items():
+        node = params
+        for name in path:
+            node = node[name]
+        *_, inputs, outputs = node["kernel"].shape
+        assert (pair.down.shape[-2], pair.up.shape[-1]) == (inputs, outputs)
+        assert pair.down.shape[-1] == pair.up.shape[-2] == CONFIG.rank
+    assert adapters["blocks"]["lora"]["down"].shape == (DEPTH, 4, 2)
+    assert adapters["conv"]["lora"]["down"].shape == (3, 3, 2, 2)
+    assert adapters["conv"]["lora"]["up"].shape == (1, 1, 2, 4)
 
 
-def test_they_come_off_again():
-    params = random(params_of(network()))
-    adapters = random(params_of(lora.Adapters(network(CONFIG))))
-    both = lora.adapted(params, adapters)
-    jax.tree.map(np.testing.assert_array_equal, lora.without(both), params)
-    jax.tree.map(np.testing.assert_array_equal, lora.tree(lora.factors(both)), adapters)
+def test_added_adapters_equal_merged_ones():
+    params, adapters = random(params_of(network())), random(adapters_of())
+    adapters = lora.scale_adapters(adapters, CONFIG.scale)
+    added = call(params, X, adapters)
+    merged = call(lora.merge_adapters(params, lora.factors(adapters)), X)
+    np.testing.assert_allclose(added, merged, rtol=1e-4, atol=1e-4)
+    assert np.abs(added - call(params, X)).max() > 0.1
 
 
-def test_two_of_one_layer_add_up():
-    draw = np.random.default_rng(0)
+def test_the_scale_multiplies_the_effect():
+    assert LoraConfig(rank=4, alpha=2.0).scale == 0.5
+    assert LoraConfig(rank=4).scale == 1
+    adapters = random(adapters_of())
+    halved = lora.scale_adapters(adapters, 0.5)
+    for path, pair in lora.factors(adapters).items():
+        half = lora.factors(halved)[path]
+        np.testing.assert_array_equal(half.down, pair.down)
+        np.testing.assert_array_equal(half.up, pair.up / 2)
+    assert lora.scale_adapters(adapters, 1.0) == adapters
+
+
+def test_a_shared_network_has_no_adapters_left_over():
+    """Networks of one graph are merged again for each call."""
+    params, adapters = random(params_of(network())), random(adapters_of())
+    before = call(params, X)
+    call(params, X, adapters)
+    np.testing.assert_array_equal(call(params, X), before)
+
+
+def test_factors_and_tree_are_inverse():
+    adapters = random(adapters_of())
+    again = lora.tree(lora.factors(adapters))
+    assert jax.tree.structure(again) == jax.tree.structure(adapters)
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+
+
+def test_two_adapters_of_one_layer_add_up():
+    rng = np.random.default_rng(0)
     one, two = (
-        lora.Factors(draw.normal(size=(5, rank)), draw.normal(size=(rank, 4))) for rank in (2, 3)
+        lora.Factors(rng.normal(size=(5, rank)), rng.normal(size=(rank, 4))) for rank in (2, 3)
     )
     both = one.beside(two)
     assert both.down.shape == (5, 5)
@@ -110,11 +139,11 @@ def test_targets_are_ends_of_paths_in_whole_names(target, path, adapts):
     assert LoraConfig(targets=(target,)).adapts(path) == adapts
 
 
-def test_targets_that_are_no_layers_are_told():
+def test_targets_that_match_no_layer_are_refused():
     with pytest.raises(UserError, match="no layer's path ends in any of nose"):
-        network(LoraConfig(targets=("nose",)))
+        adapters_of(LoraConfig(targets=("nose",)))
 
 
-def test_a_rank_of_nothing_is_told():
+def test_a_rank_of_zero_is_refused():
     with pytest.raises(UserError, match="rank is 0"):
         LoraConfig(rank=0)

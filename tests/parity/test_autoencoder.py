@@ -11,10 +11,9 @@ from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import any_rngs, merge
-from jaxdiff.pretrained import autoencoder as autoencoder_names
-from jaxdiff.pretrained import autoencoder_tiny
-from jaxdiff.pretrained.diffusers import read_autoencoder
+from jaxdiff.models.layers import any_rngs, bind_params
+from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
+from jaxdiff.pretrained.autoencoder_folder import read_autoencoder_folder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -67,7 +66,7 @@ def test_moments_and_images(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
-    params = autoencoder_names.from_torch_names(tensors, config)
+    params = autoencoder_keys.autoencoder_from_torch(tensors, config)
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
 
     draw = np.random.default_rng(0)
@@ -92,7 +91,7 @@ def test_our_tensors_load_into_diffusers():
     shapes = nnx.to_pure_dict(nnx.state(ours))
     params = jax.tree.map(lambda p: jnp.asarray(0.1 * draw.normal(size=p.shape), p.dtype), shapes)
     nnx.update(ours, params)
-    tensors = autoencoder_names.to_torch_names(params)
+    tensors = autoencoder_keys.autoencoder_to_torch(params)
     theirs = torch_autoencoder(VARIANTS["sd"])
     theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     z = draw.normal(size=(1, 4, 4, 4)).astype(np.float32)
@@ -108,18 +107,20 @@ def test_tiles(height, width, tmp_path):
     theirs.enable_tiling()
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    config = autoencoder_names.read_config(dict(theirs.config))
-    params = autoencoder_names.from_torch_names(tensors, config)
-    ours = merge(lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params))
+    config = autoencoder_keys.read_autoencoder_config(dict(theirs.config))
+    params = autoencoder_keys.autoencoder_from_torch(tensors, config)
+    ours = bind_params(
+        lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params)
+    )
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     z = draw.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mean
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
-    found = jax.jit(lambda x: ours.encode(x, "tiles").mean)(images)
+    found = jax.jit(lambda x: ours.encode(x, "tiling").mean)(images)
     np.testing.assert_allclose(found, as_nhwc(mean), rtol=0, atol=1e-5)
-    found = jax.jit(lambda z: ours.decode(z, "tiles"))(z)
+    found = jax.jit(lambda z: ours.decode(z, "tiling"))(z)
     np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)
     assert np.abs(found - ours.decode(jnp.asarray(z))).max() > 1e-3
 
@@ -134,21 +135,23 @@ def test_tiny(tmp_path):
         num_decoder_blocks=(2, 1, 1),
     ).eval()
     theirs.save_pretrained(tmp_path)
-    config, params = read_autoencoder(tmp_path, place=np.asarray)
+    config, params = read_autoencoder_folder(tmp_path, place=np.asarray)
     assert isinstance(config, TinyAutoencoderConfig)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    back = autoencoder_tiny.to_torch_names(params)
+    back = tiny_autoencoder_keys.tiny_autoencoder_to_torch(params)
     assert set(back) == set(tensors)
     for name, value in tensors.items():
         np.testing.assert_array_equal(back[name], value)
-    again = diffusers.AutoencoderTiny.from_config(autoencoder_tiny.write_config(config))
+    again = diffusers.AutoencoderTiny.from_config(
+        tiny_autoencoder_keys.write_tiny_autoencoder_config(config)
+    )
     ours, expected = (
         json.loads(json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}))
         for model in (again, theirs)
     )
     assert ours == expected
 
-    ours = merge(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
+    ours = bind_params(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     z = 3 * draw.normal(size=(2, 4, 6, 4)).astype(np.float32)

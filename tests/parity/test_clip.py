@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.models.layers import any_rngs, bind_init, merge
+from jaxdiff.models.layers import any_rngs, bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import (
     Clip,
     ClipConfig,
@@ -19,8 +19,8 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVisionConfig,
     normalize_for_clip,
 )
-from jaxdiff.pretrained import clip as clip_names
-from jaxdiff.pretrained.load import read_bundle
+from jaxdiff.pretrained import clip_keys
+from jaxdiff.pretrained.load import load_bundle
 
 torch = pytest.importorskip("torch")
 
@@ -90,7 +90,7 @@ def randomize(model):
 def load(network, config, model, folder):
     """Our network with the weights of theirs, by way of the file that transformers writes."""
     model.save_pretrained(folder)
-    params = clip_names.from_torch_names(load_file(folder / "model.safetensors"), config)
+    params = clip_keys.clip_from_torch(load_file(folder / "model.safetensors"), config)
     ours = nnx.eval_shape(lambda: network(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
     return ours
@@ -110,23 +110,23 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize(("theirs", "ours"), TEXT_VARIANTS, ids=["openai", "openclip"])
-def test_text_tower(theirs, ours, tmp_path):
+def test_text_encoder(theirs, ours, tmp_path):
     projects = "projection_dim" in theirs
     kind = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
     model = randomize(kind(torch_text_config(**theirs)))
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS), output_hidden_states=True)
-    tower = load(ClipText, text_config(**ours), model, tmp_path)
+    encoder = load(ClipText, text_config(**ours), model, tmp_path)
 
     ids = jnp.asarray(IDS)
-    features = tower(ids)
+    features = encoder(ids)
     assert_close(features.tokens, expected.last_hidden_state)
     assert_close(features.pooled, expected.text_embeds if projects else expected.pooler_output)
     np.testing.assert_array_equal(features.mask.sum(axis=1), (IDS == END).argmax(axis=1) + 1)
     assert len(expected.hidden_states) == 4
     for layer, state in enumerate(expected.hidden_states):
-        assert_close(tower(ids, layer=layer, final_norm=False).tokens, state)
-    xl = tower(ids, layer=-2, final_norm=False).tokens
+        assert_close(encoder(ids, hidden_layer=layer, final_norm=False).tokens, state)
+    xl = encoder(ids, hidden_layer=-2, final_norm=False).tokens
     assert_close(xl, expected.hidden_states[-2])
 
 
@@ -136,29 +136,29 @@ def test_clip_skip_is_an_earlier_layer_after_the_final_norm(tmp_path):
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS), output_hidden_states=True).hidden_states[-2]
         expected = model.final_layer_norm(expected)
-    tower = load(ClipText, text_config(**ours), model, tmp_path)
-    assert_close(tower(jnp.asarray(IDS), layer=-2).tokens, expected)
+    encoder = load(ClipText, text_config(**ours), model, tmp_path)
+    assert_close(encoder(jnp.asarray(IDS), hidden_layer=-2).tokens, expected)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), VISION_VARIANTS, ids=["openai", "openclip"])
-def test_vision_tower(theirs, ours, tmp_path):
+def test_vision_encoder(theirs, ours, tmp_path):
     projects = "projection_dim" in theirs
     kind = transformers.CLIPVisionModelWithProjection if projects else transformers.CLIPVisionModel
     model = randomize(kind(torch_vision_config(**theirs)))
     with torch.no_grad():
         expected = model(pixel_values(), output_hidden_states=True)
-    tower = load(ClipVision, vision_config(**ours), model, tmp_path)
+    encoder = load(ClipVision, vision_config(**ours), model, tmp_path)
 
-    features = tower(jnp.asarray(images()))
+    features = encoder(jnp.asarray(images()))
     assert_close(features.tokens, expected.last_hidden_state)
     assert_close(features.pooled, expected.image_embeds if projects else expected.pooler_output)
     assert len(expected.hidden_states) == 4
     for layer, state in enumerate(expected.hidden_states):
-        assert_close(tower(jnp.asarray(images()), layer=layer).tokens, state)
+        assert_close(encoder(jnp.asarray(images()), layer=layer).tokens, state)
 
 
 @pytest.mark.parametrize("variant", [0, 1], ids=["openai", "openclip"])
-def test_both_towers_and_the_scale(variant, tmp_path):
+def test_both_encoders_and_the_scale(variant, tmp_path):
     (text, our_text), (vision, our_vision) = TEXT_VARIANTS[variant], VISION_VARIANTS[variant]
     joint = {"projection_dim": 24}
     config = transformers.CLIPConfig(
@@ -181,14 +181,14 @@ def test_both_towers_and_the_scale(variant, tmp_path):
 
 def test_our_tensors_load_into_transformers(tmp_path):
     theirs, ours = TEXT_VARIANTS[1]
-    tower = ClipText(text_config(**ours), rngs=nnx.Rngs(3))
-    params = nnx.to_pure_dict(nnx.state(tower))
-    tensors = clip_names.to_torch_names(params, text_config(**ours))
+    encoder = ClipText(text_config(**ours), rngs=nnx.Rngs(3))
+    params = nnx.to_pure_dict(nnx.state(encoder))
+    tensors = clip_keys.clip_to_torch(params, text_config(**ours))
     model = transformers.CLIPTextModelWithProjection(torch_text_config(**theirs)).eval()
     model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS))
-    assert_close(tower(jnp.asarray(IDS)).pooled, expected.text_embeds)
+    assert_close(encoder(jnp.asarray(IDS)).pooled, expected.text_embeds)
 
 
 def test_a_whole_clip_from_its_folder(tmp_path):
@@ -203,13 +203,13 @@ def test_a_whole_clip_from_its_folder(tmp_path):
     model = randomize(transformers.CLIPModel(config))
     model.save_pretrained(tmp_path)
     tokenizer.export(str(tmp_path))
-    bundle = read_bundle(tmp_path)
+    bundle = load_bundle(tmp_path)
     prompts = ["a red pea", "a green banana and a pea"]
-    clip = merge(bind_init(Clip, bundle.config.task.model), bundle.params)
-    found = clip(jnp.asarray(images()), jnp.asarray(bundle.tokenizer(prompts)))
+    clip = bind_params(bind_init(Clip, bundle.spec), bundle.params)
+    found = clip(jnp.asarray(images()), jnp.asarray(bundle.tokenizers["text"](prompts)))
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    told = theirs(prompts, padding="max_length", max_length=77, return_tensors="pt")
+    inputs = theirs(prompts, padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
-        expected = model(**told, pixel_values=pixel_values())
+        expected = model(**inputs, pixel_values=pixel_values())
     assert_close(found.image, expected.image_embeds)
     assert_close(found.text, expected.text_embeds)

@@ -8,14 +8,16 @@ torch = pytest.importorskip("torch")
 import diffusers
 
 from benchmarks import load_against_torch
-from jaxdiff.pretrained import unet
+from jaxdiff.pretrained import unet_keys
 
 pytestmark = pytest.mark.parity
 
 
 def test_both_loaders_read_the_same_weights(small_unet, tmp_path, monkeypatch):
     monkeypatch.setattr(load_against_torch, "SD1", small_unet)
-    config = {k: v for k, v in unet.write_config(small_unet).items() if k != "_class_name"}
+    config = {
+        k: v for k, v in unet_keys.write_unet_config(small_unet).items() if k != "_class_name"
+    }
     diffusers.UNet2DConditionModel(**config).save_pretrained(tmp_path)
     numbers = []
     for load, weights in load_against_torch.LOADERS.values():

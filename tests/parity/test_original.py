@@ -5,20 +5,19 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jaxdiff.models.components import TextTower
 from safetensors.numpy import save_file
 
-import jaxdiff.pretrained.load
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
 from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained import autoencoder_keys, clip_keys, unet_keys
 from jaxdiff.pretrained import single_file as original
-from jaxdiff.pretrained.load import read_bundle, read_tokenizer
+from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.pretrained.safetensors_io import Renamed
 
 torch = pytest.importorskip("torch")
@@ -52,7 +51,7 @@ def random_params(build):
 
 
 def inverse(tensors, rename, originals):
-    """The tensors under the original names, of which `originals` are candidates."""
+    """Return the tensors under the original names, given candidates."""
     return {old: tensors[new] for old in originals if (new := rename(old)) in tensors}
 
 
@@ -82,25 +81,25 @@ def unet_originals(config):
 def test_unet(name):
     config = UNETS[name]
     params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
-    tensors = unet.to_torch_names(params)
+    tensors = unet_keys.unet_to_torch(params)
     rename = original.unet_rename(config)
     ldm = inverse(tensors, rename, unet_originals(config))
     assert len(ldm) == len(tensors)  # each has an original name, and no two the same
 
     theirs = single_file.convert_ldm_unet_checkpoint(
         {k: torch.from_numpy(v.copy()) for k, v in ldm.items()},
-        unet.write_config(config) | {"class_embed_type": None},
+        unet_keys.write_unet_config(config) | {"class_embed_type": None},
     )
     assert set(theirs) == set(tensors)
     for key, value in theirs.items():
         np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
-    again = unet.from_torch_names(Renamed(ldm, rename), config)
+    again = unet_keys.unet_from_torch(Renamed(ldm, rename), config)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def autoencoder_original(params):
     """The autoencoder's tensors under their original names."""
-    tensors = autoencoder.to_torch_names(params)
+    tensors = autoencoder_keys.autoencoder_to_torch(params)
     attention = ("norm", "q", "k", "v", "proj_out")
     inner = ["norm1", "norm2", "conv1", "conv2", "nin_shortcut"]
     modules = ["quant_conv", "post_quant_conv"]
@@ -126,16 +125,16 @@ def autoencoder_original(params):
 
 def test_autoencoder():
     params = random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs()))
-    tensors, ldm = autoencoder.to_torch_names(params), autoencoder_original(params)
+    tensors, ldm = autoencoder_keys.autoencoder_to_torch(params), autoencoder_original(params)
     theirs = single_file.convert_ldm_vae_checkpoint(
         {k: torch.from_numpy(v.copy()) for k, v in ldm.items()},
-        autoencoder.write_config(AUTOENCODER),
+        autoencoder_keys.write_autoencoder_config(AUTOENCODER),
     )
     assert set(theirs) == set(tensors)
     for key, value in theirs.items():
         np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
     rename = original.autoencoder_rename(AUTOENCODER)
-    again = autoencoder.from_torch_names(Renamed(ldm, rename), AUTOENCODER)
+    again = autoencoder_keys.autoencoder_from_torch(Renamed(ldm, rename), AUTOENCODER)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -175,45 +174,60 @@ def test_openclip():
     theirs = single_file.convert_open_clip_checkpoint(
         None, {k: torch.from_numpy(v) for k, v in ldm.items()}, prefix
     )
-    found = clip.from_torch_names(Renamed(ldm, original.text_rename(prefix, OPENCLIP)), OPENCLIP)
+    found = clip_keys.clip_from_torch(
+        Renamed(ldm, original.text_rename(prefix, OPENCLIP)), OPENCLIP
+    )
     expected = {k: v.numpy() for k, v in theirs.items() if "logit_scale" not in k}
-    jax.tree.map(np.testing.assert_array_equal, found, clip.from_torch_names(expected, OPENCLIP))
+    jax.tree.map(
+        np.testing.assert_array_equal, found, clip_keys.clip_from_torch(expected, OPENCLIP)
+    )
     abstract = abstract_params(lambda: ClipText(OPENCLIP, rngs=any_rngs()))
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
 
 
 def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
-    """What it is of is told by its names; the rest is as it was published."""
+    """The names in it identify the model; the rest is as it was published."""
+    text = ClipTextConfig(vocab_size=600, width=8, depth=1, heads=2)
     variant = original.VARIANTS[-1]._replace(
         network=UNETS["SD 1"],
         autoencoder=AUTOENCODER,
-        towers={
-            "cond_stage_model.transformer.": TextTower(
-                model=ClipTextConfig(vocab_size=600, width=8, depth=1, heads=2), trained=False
-            )
-        },
+        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
     )
     monkeypatch.setattr(original, "VARIANTS", [*original.VARIANTS[:-1], variant])
     config = UNETS["SD 1"]
-    text = next(iter(variant.towers.values())).model
     params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     words = random_params(lambda: ClipText(text, rngs=any_rngs()))
-    ldm = inverse(unet.to_torch_names(params), original.unet_rename(config), unet_originals(config))
-    for name, value in clip.to_torch_names(words, text).items():
+    ldm = inverse(
+        unet_keys.unet_to_torch(params), original.unet_rename(config), unet_originals(config)
+    )
+    for name, value in clip_keys.clip_to_torch(words, text).items():
         ldm[f"cond_stage_model.transformer.{name}"] = value
     ldm["model_ema.decay"] = np.ones(1, np.float32)
     ldm |= autoencoder_original(random_params(lambda: Autoencoder(AUTOENCODER, rngs=any_rngs())))
     save_file({k: np.ascontiguousarray(v) for k, v in ldm.items()}, tmp_path / "sd.safetensors")
     Tokenizer.train(["a red pea"], vocab_size=540).save(str(tmp_path))
-    for module in (original, jaxdiff.pretrained.load):  # which would ask the hub
-        monkeypatch.setattr(module, "download_tokenizer", lambda: tmp_path)
-    bundle = read_bundle(tmp_path / "sd.safetensors")
-    vocabulary = read_tokenizer(tmp_path / "sd.safetensors").backend.get_vocab()
-    assert bundle.tokenizer.backend.get_vocab() == vocabulary
+    monkeypatch.setattr(original, "download_tokenizer", lambda: tmp_path)
+    file = tmp_path / "sd.safetensors"
+    bundle = load_bundle(file)
+    assert bundle.spec == read_spec(file)
+    expected = bundle.tokenizers["text"](["a red pea"])
+    np.testing.assert_array_equal(read_tokenizers(file)["text"](["a red pea"]), expected)
     jax.tree.map(np.testing.assert_array_equal, bundle.params["denoiser"], params)
-    jax.tree.map(np.testing.assert_array_equal, bundle.frozen["text"], words)
-    images = Pipeline(bundle)(["a red pea"], num_steps=2, size=(16, 16))
+    jax.tree.map(np.testing.assert_array_equal, bundle.params["text_encoders"]["text"], words)
+    images = Pipeline(bundle)("a red pea", num_steps=2, size=(16, 16))
     assert images.shape == (1, 16, 16, 3)
     save_file({"a": np.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
         original.read_original(tmp_path / "other.safetensors")
+
+
+def test_openclip_pads_with_zero():
+    plain = Tokenizer.train(["a red pea"], vocab_size=540)
+    for variant, pads in zip(
+        original.VARIANTS,
+        ({"text": 1, "text_2": 0}, {"text_2": 0}, {"text": 0}, {"text": 1}),
+        strict=True,
+    ):
+        found = original._tokenizers(variant, plain)
+        assert {name: int(t([""])[0, -1] == t.end_id) for name, t in found.items()} == pads
+        assert all(t([""])[0, -1] in (0, t.end_id) for t in found.values())

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.pipelines import lora, textual_inversion
+from jaxdiff.pipelines.inputs import InitImage
 from jaxdiff.pretrained.diffusers import read_diffusers, write_diffusers
-from jaxdiff.training.tasks.diffusion import whole
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -165,12 +165,12 @@ def assert_same_image(theirs, folder, *, negative, guidance_scale):
         guidance_scale=guidance_scale,
         output="float",
     )
-    assert expected.std() > 0.05  # there is a picture to speak of
+    assert expected.std() > 0.05  # an image with structure
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def all_tensors(folder):
-    """Those of all parts; transformers 5 leaves out a prefix that the published files have."""
+    """Return those of all parts; transformers 5 omits a prefix that the published files have."""
     return {
         (path.parent.name, name.removeprefix("text_model.")): value
         for path in folder.glob("*/*.safetensors")
@@ -180,7 +180,7 @@ def all_tensors(folder):
 
 @pytest.mark.parametrize("kind", [stable_diffusion, stable_diffusion_xl])
 def test_import_then_export(kind, tokenizer, tmp_path):
-    """Every tensor comes back bit for bit, and diffusers opens the folder and draws the same."""
+    """Every tensor comes back bit for bit, and diffusers samples the same from the folder."""
     theirs = kind(tokenizer, SCHEDULERS["DDIM"])
     theirs.save_pretrained(tmp_path / "theirs")
     read = read_diffusers(tmp_path / "theirs", place=np.asarray)
@@ -201,8 +201,8 @@ def test_import_then_export(kind, tokenizer, tmp_path):
                 output_type="np",
             ).images
         )
-    np.testing.assert_allclose(*images, atol=1e-5)  # memory is laid out otherwise
-    assert read_diffusers(tmp_path / "ours").config.task.denoiser == read.config.task.denoiser
+    np.testing.assert_allclose(*images, atol=1e-5)  # memory layouts differ
+    assert read_diffusers(tmp_path / "ours").spec.denoiser == read.spec.denoiser
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -244,7 +244,7 @@ def write_random_lora(unet, naming, path):
 
 
 def test_lora(tokenizer, tmp_path):
-    """Two files at once, each with a scale, do the same to diffusers' U-Net and to ours."""
+    """Two files at once, each with a scale, change diffusers' U-Net and ours equally."""
     pytest.importorskip("peft")
     theirs = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
     theirs.save_pretrained(tmp_path / "model")
@@ -264,16 +264,15 @@ def test_lora(tokenizer, tmp_path):
     base = jaxdiff.load(tmp_path / "model")
 
     def predict(pipeline):
-        task = pipeline.task
+        spec = pipeline.spec
+        inputs = spec.conditioner.tokenize(pipeline.tokenizers, ["a red pea"])
 
         @jax.jit
-        def run(weights):
-            model = nnx.merge(pipeline._graphdef, weights["params"])
-            conditions = task.features(model, weights["frozen"], jnp.asarray(ids), whole(16, 16, 1))
-            network = task.network(model, weights["frozen"])
-            return network(jnp.asarray(x), jnp.array([0.501]), conditions)
+        def run(params):
+            cond = spec.encode_text(params, inputs)
+            return spec.predict(params, jnp.asarray(x), jnp.array([0.501]), cond)
 
-        return np.asarray(run(pipeline.weights)).transpose(0, 3, 1, 2)
+        return np.asarray(run(pipeline.params)).transpose(0, 3, 1, 2)
 
     def distance(prediction):
         return np.linalg.norm(prediction - expected) / np.linalg.norm(expected)
@@ -283,12 +282,12 @@ def test_lora(tokenizer, tmp_path):
         pipeline = base
         for naming, scale in scales.items():
             file = tmp_path / f"{naming}.safetensors"
-            pipeline = pipeline.with_lora(file, scale=scale, merge=merge)
+            pipeline = lora.apply(pipeline, file, scale=scale, merge=merge)
         assert distance(predict(pipeline)) <= 1e-5
 
 
 def test_textual_inversion(tokenizer, tmp_path):
-    """A word of three tokens, put in by both, is the same prompt and the same picture."""
+    """A word of three tokens, loaded by both, gives the same ids and the same image."""
     theirs = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
     theirs.save_pretrained(tmp_path / "model")
     theirs.set_progress_bar_config(disable=True)
@@ -296,27 +295,27 @@ def test_textual_inversion(tokenizer, tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
     save_file({"<pea>": rows}, tmp_path / "pea.safetensors")
     theirs.load_textual_inversion(tmp_path, weight_name="pea.safetensors")
-    ours = jaxdiff.load(tmp_path / "model").with_embedding(tmp_path / "pea.safetensors")
+    ours = textual_inversion.apply(jaxdiff.load(tmp_path / "model"), tmp_path / "pea.safetensors")
     latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
     settings = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "np"}
 
-    def draw(prompt):
+    def sample(prompt):
         nchw = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
         return theirs([prompt], latents=nchw, **settings).images
 
-    expected = draw("a red <pea>")
-    assert np.abs(expected - draw("a red pea")).max() > 0.01
+    expected = sample("a red <pea>")
+    assert np.abs(expected - sample("a red pea")).max() > 0.01
     found = ours(["a red <pea>"], latents=latents, num_steps=STEPS, output="float")
     np.testing.assert_allclose(found, expected, atol=1e-3)
     write_diffusers(tmp_path / "whole", ours.bundle)
     again = type(theirs).from_pretrained(tmp_path / "whole", safety_checker=None)
     ids = again.tokenizer("a red <pea> <pea>_1 <pea>_2", padding="max_length")["input_ids"]
-    np.testing.assert_array_equal(ours.tokenizer(["a red <pea>"])[0], ids)
+    np.testing.assert_array_equal(ours.tokenizers["text"](["a red <pea>"])[0], ids)
 
 
 @pytest.fixture
 def from_the_mean(monkeypatch):
-    """diffusers' autoencoder without the noise of its posterior, and the noise of the sampler."""
+    """Remove the posterior's noise from diffusers' autoencoder; return the sampler's noise."""
     gaussian = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
     monkeypatch.setattr(f"{gaussian}.sample", lambda self, generator=None: self.mean)
     noise = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
@@ -348,8 +347,7 @@ def test_image_to_image(name, strength, tokenizer, from_the_mean, tmp_path):
     ).images
     found = jaxdiff.load(tmp_path)(
         ["a red pea"],
-        image=image,
-        strength=strength,
+        init=InitImage(image=image, strength=strength),
         latents=from_the_mean,
         num_steps=STEPS,
         guidance_scale=7.5,
@@ -360,10 +358,10 @@ def test_image_to_image(name, strength, tokenizer, from_the_mean, tmp_path):
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpainting(channels, tokenizer, from_the_mean, tmp_path):
-    """By blending with a plain U-Net, and by one that reads the mask; then what is kept is put in.
+    """With a plain U-Net, by blending, and with one that reads the mask.
 
-    diffusers leaves what is kept as the autoencoder has it; there the two are compared inside the
-    mask alone.
+    diffusers returns the kept pixels as the autoencoder decodes them, and jaxdiff as given: the two
+    are compared inside the mask alone.
     """
     plain = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
     if channels == 9:
@@ -390,13 +388,12 @@ def test_inpainting(channels, tokenizer, from_the_mean, tmp_path):
     ).images
     found = jaxdiff.load(tmp_path)(
         ["a red pea"],
-        image=image,
-        mask=mask,
+        init=InitImage(image=image, mask=mask),
         latents=from_the_mean,
         num_steps=STEPS,
         guidance_scale=7.5,
         output="float",
     )
-    anew = mask > 0
-    np.testing.assert_allclose(found[anew], expected[anew], atol=1e-3)
-    np.testing.assert_array_equal(np.rint(found[~anew] * 255), image[~anew])
+    inside = mask > 0
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-3)
+    np.testing.assert_array_equal(np.rint(found[~inside] * 255), image[~inside])

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
-from jaxdiff.models.layers import any_rngs, merge
-from jaxdiff.pretrained import unet
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
+from jaxdiff.models.layers import any_rngs, bind_params
+from jaxdiff.pretrained import unet_keys
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -82,25 +83,31 @@ def inputs(variant, config, height=16, width=24):
     x = draw.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
     tokens = draw.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
     if config.added_width is None:
-        return x, Conditions(tokens)
+        return x, Conditioning(tokens=tokens)
     pooled = draw.normal(size=(2, 20)).astype(np.float32)
     count = (config.added_width - 20) // config.time_id_width
-    ids = draw.integers(0, 1024, (2, count)).astype(np.float32)
-    return x, Conditions(tokens, pooled, ids)
+    size_crop = draw.integers(0, 1024, (2, 6)).astype(np.float32)
+    cond = Conditioning(tokens=tokens, pooled=pooled, size_crop=size_crop)
+    if count == 5:  # the refiner
+        cond = cond._replace(aesthetic_score=np.array([6, 2.5], np.float32))
+    return x, cond
 
 
-def theirs(model, x, step, conditions):
+def theirs(model, x, step, cond):
     nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     added = None
-    if conditions.pooled is not None:
+    if cond.pooled is not None:
+        time_ids = cond.size_crop
+        if cond.aesthetic_score is not None:
+            time_ids = np.concatenate([time_ids[:, :4], cond.aesthetic_score[:, None]], axis=1)
         added = {
-            "text_embeds": torch.from_numpy(conditions.pooled),
-            "time_ids": torch.from_numpy(conditions.time_ids),
+            "text_embeds": torch.from_numpy(cond.pooled),
+            "time_ids": torch.from_numpy(time_ids),
         }
     return model(
         nchw,
         torch.tensor(step),
-        torch.from_numpy(conditions.tokens),
+        torch.from_numpy(cond.tokens),
         added_cond_kwargs=added,
     ).sample
 
@@ -116,18 +123,18 @@ def test_prediction(name, tmp_path):
     model = torch_unet(name)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    config = unet.read_config(dict(model.config))
-    params = unet.from_torch_names(tensors, config)
+    config = unet_keys.read_unet_config(dict(model.config))
+    params = unet_keys.unet_from_torch(tensors, config)
     ours = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
-    x, conditions = inputs(VARIANTS[name], config)
+    x, cond = inputs(VARIANTS[name], config)
     step = np.array([981, 1])
-    predicted = jax.jit(ours.__call__)(x, jnp.asarray((step + 1) / 1000, jnp.float32), conditions)
+    predicted = jax.jit(ours.__call__)(x, jnp.asarray((step + 1) / 1000, jnp.float32), cond)
     with torch.no_grad():
-        expected = theirs(model, x, step, conditions).numpy().transpose(0, 2, 3, 1)
+        expected = theirs(model, x, step, cond).numpy().transpose(0, 2, 3, 1)
     assert relative(predicted, expected) <= 1e-5
 
-    back = unet.to_torch_names(params)
+    back = unet_keys.unet_to_torch(params)
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
@@ -137,20 +144,20 @@ def test_prediction(name, tmp_path):
 def test_gradients_of_the_fine_tuning_loss(name):
     """Of the mean squared error, with respect to every parameter of the U-Net."""
     model = torch_unet(name)
-    config = unet.read_config(dict(model.config))
+    config = unet_keys.read_unet_config(dict(model.config))
     tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    params = unet.from_torch_names(tensors, config)
-    x, conditions = inputs(VARIANTS[name], config, height=8, width=8)
+    params = unet_keys.unet_from_torch(tensors, config)
+    x, cond = inputs(VARIANTS[name], config, height=8, width=8)
     target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     step = np.array([500, 20])
 
     def loss(params):
-        ours = merge(lambda: UNet2DConditionModel(config, rngs=any_rngs()), params)
-        told = jax.tree.map(jnp.asarray, (x, (step + 1) / 1000, conditions))
-        return jnp.mean((ours(*told) - target) ** 2)
+        ours = bind_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()), params)
+        arguments = jax.tree.map(jnp.asarray, (x, (step + 1) / 1000, cond))
+        return jnp.mean((ours(*arguments) - target) ** 2)
 
-    found = unet.to_torch_names(jax.jit(jax.grad(loss))(params))
-    predicted = theirs(model, x, step, conditions)
+    found = unet_keys.unet_to_torch(jax.jit(jax.grad(loss))(params))
+    predicted = theirs(model, x, step, cond)
     nchw = torch.from_numpy(target.transpose(0, 3, 1, 2).copy())
     torch.nn.functional.mse_loss(predicted, nchw).backward()
     expected = {key: value.grad.numpy() for key, value in model.named_parameters()}

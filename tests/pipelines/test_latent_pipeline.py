@@ -1,4 +1,4 @@
-"""A pipeline that draws latents, and the autoencoder that makes images of them."""
+"""A pipeline of latents, and the autoencoder that decodes them."""
 
 import dataclasses
 
@@ -6,62 +6,81 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from jaxdiff.models.components import Latents
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.images import to_uint8
-from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, merge
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.layers import abstract_params, bind_init, bind_params
+from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pipelines.pipeline import Pipeline, load
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.load import write_bundle, write_weights
-from jaxdiff.sampling.sampler import SamplingConfig
+from jaxdiff.pretrained.bundle import Bundle, write_bundle, write_weights
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import DDIM
-from jaxdiff.training.tasks.base import from_uint8
 
 PEA = "a small red pea"
 
 
-def test_latents_are_decoded(tiny_bundle, tmp_path):
+@pytest.fixture(scope="module")
+def latent_bundle(tiny_bundle):
     small = AutoencoderConfig(
         latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
     )
-    task = tiny_bundle.config.task
-    task = dataclasses.replace(
-        task,
-        denoiser=dataclasses.replace(task.denoiser, channels=4, patch_size=4, depth=1),
-        latents=Latents(model=small, pretrained="unused"),
+    spec = dataclasses.replace(
+        tiny_bundle.spec,
+        denoiser=dataclasses.replace(tiny_bundle.spec.denoiser, channels=4, patch_size=4, depth=1),
+        autoencoder=small,
+        sampler=Sampler(solver=DDIM(), num_steps=1),
     )
-    config = dataclasses.replace(
-        tiny_bundle.config, task=task, sampling=SamplingConfig(solver=DDIM(), num_steps=1)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), spec.abstract_params())
+    rng = np.random.default_rng(1)
+    params["autoencoder"] = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), params["autoencoder"]
     )
-    params = jax.tree.map(
-        lambda leaf: np.ones(leaf.shape, np.float32),
-        abstract_params(lambda: task.build(any_rngs())),
-    )
-    draw = np.random.default_rng(1)
-    build = bind_init(Autoencoder, small)
-    autoencoder = jax.tree.map(
-        lambda leaf: draw.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_params(build)
-    )
-    bundle = Bundle(config, params, {"autoencoder": autoencoder}, tiny_bundle.tokenizer)
+    return Bundle(spec, params, tiny_bundle.tokenizers)
 
-    write_bundle(tmp_path / "model", bundle, dtype="float32")
-    drawn = load(str(tmp_path / "model"))([PEA])
-    assert drawn.shape == (1, 32, 32, 3)
+
+def test_latents_are_decoded(latent_bundle, tmp_path):
+    spec, params, _ = latent_bundle
+    write_bundle(tmp_path / "model", latent_bundle, dtype="float32")
+    assert load(str(tmp_path / "model"))(PEA).shape == (1, 32, 32, 3)
+    pipe = Pipeline(latent_bundle)
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
-    back = Pipeline(bundle).autoencode(images)
+    back = pipe.autoencode(images)
 
     @jax.jit
-    def there_and_back(params, images):
-        model = merge(build, params)
+    def ping_pong(params, images):
+        model = bind_params(bind_init(AutoencoderConfig.build, spec.autoencoder), params)
         return model.decode(model.encode(from_uint8(images)).mode())
 
-    expected = to_uint8(there_and_back(autoencoder, images))
+    expected = to_uint8(ping_pong(params["autoencoder"], images))
     assert np.abs(back.astype(int) - expected).max() <= 1  # sums of another batch size
     with pytest.raises(UserError, match="multiples of 8"):
-        Pipeline(bundle)([PEA], size=(20, 32))
+        pipe(PEA, size=(20, 32))
 
-    write_weights(epath.Path(tmp_path / "model" / "model.safetensors"), params=params)
-    with pytest.raises(UserError, match=r"frozen\.autoencoder\."):
+    partial = {name: part for name, part in params.items() if name != "autoencoder"}
+    write_weights(epath.Path(tmp_path / "model" / "model.safetensors"), partial)
+    with pytest.raises(UserError, match=r"autoencoder\."):
         load(str(tmp_path / "model"))
+
+
+def test_latents_of_a_call_decode_to_its_images(latent_bundle):
+    pipe = Pipeline(latent_bundle)
+    latents = pipe(PEA, seeds=3, output="latents")
+    assert latents.shape == (1, 16, 16, 4)
+    difference = pipe.decode(latents).astype(int) - pipe(PEA, seeds=3)
+    assert np.abs(difference).max() <= 1
+
+
+def test_another_autoencoder_of_the_same_latents_may_decode_previews(latent_bundle, tmp_path):
+    spec = latent_bundle.spec
+    tiny = dataclasses.replace(spec.autoencoder, block_out_channels=(4, 4))
+    build = bind_init(AutoencoderConfig.build, tiny)
+    own = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(build))
+    write_bundle(tmp_path / "tiny", Bundle(tiny, own, {}), dtype="float32")
+    pipe = Pipeline(latent_bundle)
+    assert pipe.with_autoencoder(tmp_path / "tiny").spec.autoencoder == tiny
+    write_bundle(tmp_path / "other", Bundle(dataclasses.replace(tiny, latent_channels=3), own, {}))
+    with pytest.raises(UserError):
+        pipe.with_autoencoder(tmp_path / "other")
+    with pytest.raises(UserError, match="is no autoencoder for the latents of tiny"):
+        pipe.with_autoencoder("shipped:produce_clip")

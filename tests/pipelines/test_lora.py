@@ -1,62 +1,67 @@
-"""Adapters on a whole model: of the denoiser and of text encoders, trained or frozen."""
-
-import dataclasses
+"""Adapters on a whole model: of the denoiser and of its text encoder."""
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from safetensors.numpy import save_file
 
+from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import abstract_params, bind_init
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.lora import Factors
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pipelines import lora
 from jaxdiff.pipelines.lora import adapters_of, attach, detach, merge, scaled
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.pretrained.bundle import Bundle, check_params
 
 QUERY = ("blocks", "attention", "q")
-WORDS = ("blocks", "mlp_in")
+MLP = ("blocks", "mlp_in")
+TEXT = ClipTextConfig(vocab_size=600, length=16, width=32, depth=2, heads=2)
+SPEC = TextToImage(
+    name="small",
+    denoiser=DiTConfig(width=32, depth=2, heads=2, text_width=32, pooled_width=32),
+    conditioner=ClipConditioner(text=ClipTextEncoder(model=TEXT)),
+    prediction="x0",
+    schedule=RectifiedFlow(),
+    image_size=16,
+)
 
 
-def draw(*shape):
+def normal(*shape):
     return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["trained text", "frozen text"])
-def bundle(request, tiny_recipe) -> Bundle:
-    config = tiny_recipe()
-    text = dataclasses.replace(config.task.text, trained=request.param)
-    config = dataclasses.replace(config, task=dataclasses.replace(config.task, text=text))
-
-    def random(build):
-        return jax.tree.map(lambda x: draw(*x.shape), abstract_params(build))
-
-    params = random(bind_init(type(config.task).build, config.task))
-    frozen = {name: random(part.build) for name, part in config.task.frozen().items()}
-    return Bundle(config, params, frozen, None)
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    params = jax.tree.map(lambda x: normal(*x.shape), SPEC.abstract_params())
+    return Bundle(SPEC, params, {})
 
 
 def some(bundle, rank):
-    """An adapter of the denoiser's queries and, in the text encoder, of the MLP's first layer."""
-    text = {**bundle.frozen, **bundle.params}["text"]
+    """Adapters of the denoiser's queries and, in the text encoder, of the MLP's first layer."""
+    text = bundle.params["text_encoders"]["text"]
     kernels = {
         ("denoiser", QUERY): bundle.params["denoiser"]["blocks"]["attention"]["q"]["kernel"],
-        ("text", WORDS): text["blocks"]["mlp_in"]["kernel"],
+        ("text", MLP): text["blocks"]["mlp_in"]["kernel"],
     }
     return {
         part: {
-            path: Factors(draw(*kernel.shape[:2], rank), draw(len(kernel), rank, kernel.shape[2]))
+            path: Factors(
+                normal(*kernel.shape[:2], rank), normal(len(kernel), rank, kernel.shape[2])
+            )
         }
         for (part, path), kernel in kernels.items()
     }
 
 
 def assert_same(a, b):
-    assert a.config.task == b.config.task
-    for ours, theirs in ((a.params, b.params), (a.frozen, b.frozen)):
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), ours, theirs
-        )
+    assert a.spec == b.spec
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a.params, b.params
+    )
 
 
 def assert_same_change(a, b):
@@ -67,22 +72,15 @@ def assert_same_change(a, b):
             np.testing.assert_allclose(pair.product, b[part][path].product, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_put_on_fits_its_recipe_and_comes_off(bundle):
+def test_attached_adapters_fit_the_model_and_come_off(bundle):
     there = some(bundle, rank=2)
     model = attach(bundle, there)
-    task = model.config.task
-    for ours, build in (
-        (model.params, lambda: task.build(nnx.Rngs(0))),
-        *((model.frozen[name], part.build) for name, part in task.frozen().items()),
-    ):
-        shapes = jax.tree.map(np.shape, ours)
-        assert shapes == jax.tree.map(lambda x: x.shape, abstract_params(build))
+    check_params(model.params, model.spec, "model")
+    assert set(model.params["adapters"]) == {"denoiser", "text_encoders"}
     assert_same_change(adapters_of(model), there)
-    name, text = bundle.config.name, bundle.config.task.text
-    text = dataclasses.replace(text, pretrained=name if text.trained else None)
-    named = dataclasses.replace(bundle.config.task, pretrained=name, text=text)
-    plain = bundle._replace(config=dataclasses.replace(bundle.config, task=named))
-    assert_same(detach(model), plain)
+    assert_same(detach(model), bundle)
+    assert adapters_of(bundle) == {}
+    assert attach(bundle, {}) is bundle
 
 
 def test_several_add_up_in_any_order(bundle):
@@ -90,25 +88,30 @@ def test_several_add_up_in_any_order(bundle):
     del two["text"]
     both = attach(attach(bundle, one), two)
     other = attach(attach(bundle, two), one)
-    assert both.config.task.lora.rank == 5
+    assert adapters_of(both)["denoiser"][QUERY].down.shape[-1] == 5
     assert_same_change(adapters_of(both), adapters_of(other))
     at_once = merge(detach(both), adapters_of(both))
     assert_same(at_once, merge(merge(detach(both), one), two))
+
+
+def test_adapters_of_one_part_have_one_rank(bundle):
+    one = some(bundle, rank=2)["denoiser"][QUERY]
+    three = some(bundle, rank=3)["denoiser"][QUERY]
+    key = ("blocks", "attention", "k")
+    there = {"denoiser": {QUERY: one, key: three}}
+    found = adapters_of(attach(bundle, there))
+    assert {pair.down.shape[-1] for pair in found["denoiser"].values()} == {3}
+    assert_same_change(found, there)
 
 
 def test_one_is_merged_beside_another(bundle):
     one, two = some(bundle, rank=2), some(bundle, rank=1)
     model = merge(attach(bundle, one), two)
     assert_same_change(adapters_of(model), one)
-    merged = merge(bundle, two)
-    back = detach(model)
-    assert_same(back._replace(config=merged.config), merged)
+    assert_same(detach(model), merge(bundle, two))
 
 
-def test_a_model_of_another_kind_is_told(bundle):
-    from jaxdiff.training.recipe import load_recipe
-
-    config = load_recipe("configs/produce_clip.py")
-    assert isinstance(config.task, ClipTask)
-    with pytest.raises(UserError, match="is a ClipTask, which has no adapters"):
-        adapters_of(bundle._replace(config=config))
+def test_a_file_of_another_model_is_refused(pipeline, tmp_path):
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match="expected Stable Diffusion's U-Net"):
+        lora.apply(pipeline, tmp_path / "style.safetensors")

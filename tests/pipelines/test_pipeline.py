@@ -3,16 +3,12 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines import pipeline as module
-from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.batching import Preview, default_batch_size
+from jaxdiff.pipelines.inputs import InitImage, Mix, negative_list, prompt_list, seed_array
 from jaxdiff.pipelines.pipeline import Pipeline, load
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.load import write_bundle, write_config
 from jaxdiff.sampling.loop import noise_from_seeds
-from jaxdiff.training.abstract import abstract_state
-from jaxdiff.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.optimized  # what is said of the last bit is said of what users compile
+pytestmark = pytest.mark.optimized  # compares bits of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
 
@@ -42,7 +38,7 @@ def test_the_image_depends_on_prompt_seed_steps_scale_and_negative_prompt(pipeli
 
 
 def test_an_image_is_the_same_alone_at_any_place_and_among_any_number(pipeline):
-    """To the last bit: also of what is not yet rounded to 8 bits."""
+    """To the last bit: also before rounding to 8 bits."""
     alone = pipeline([PEA], seeds=[7], output="float")[0]
     for n in (3, 7):
         for place in (0, n - 1):
@@ -94,10 +90,24 @@ def test_given_noise_stands_in_for_the_seeds_own(pipeline):
 def test_the_last_snapshot_is_close_to_the_image(pipeline):
     prompts = {"prompts": [PEA, TOMATO], "seeds": [1, 2], "output": "float"}
     image = pipeline(**prompts)
-    snapshots = pipeline(**prompts, num_snapshots=3)
+    snapshots = pipeline.snapshots(num=3, **prompts)
     assert snapshots.shape == (3, 2, 32, 32, 3)
     np.testing.assert_allclose(snapshots[-1], image, atol=1e-4)
     assert np.abs(snapshots[0] - image).max() > 0.05
+
+
+def test_latents_alone_imply_the_size(pipeline):
+    noise = pipeline.noise([3], size=(40, 24))
+    images = pipeline(PEA, latents=noise)
+    assert images.shape == (1, 24, 40, 3)
+    np.testing.assert_array_equal(images, pipeline(PEA, latents=noise, size=(40, 24)))
+
+
+def test_one_text_is_a_list_of_one(pipeline):
+    one = pipeline(PEA, negative_prompt=TOMATO, seeds=7)
+    np.testing.assert_array_equal(one, pipeline([PEA], negative_prompt=[TOMATO], seeds=[7]))
+    absent = pipeline(PEA, negative_prompt=None, seeds=7)
+    np.testing.assert_array_equal(absent, pipeline(PEA, negative_prompt="", seeds=7))
 
 
 def test_another_size_that_the_patches_tile(pipeline, compilations):
@@ -124,39 +134,52 @@ def test_an_image_is_the_same_on_one_device_and_on_eight(pipeline, on_one_device
 
 def test_each_image_may_have_its_own_steps_and_strength(pipeline, on_one_device, compilations):
     image = pipeline([PEA])
-    arguments = {"image": image, "output": "float"}
+    arguments = {"output": "float"}
     steps, strengths = [2, 5, 2, 4], [1.0, 0.5, 0.5, 0.5]
+
+    def init(strength):
+        return InitImage(image=image, strength=strength)
+
     one_by_one = [
-        pipeline([PEA], seeds=[i], num_steps=n, strength=s, **arguments)[0]
+        pipeline([PEA], seeds=[i], num_steps=n, init=init(s), **arguments)[0]
         for i, (n, s) in enumerate(zip(steps, strengths, strict=True))
     ]
     compilations.clear()
-    together = pipeline([PEA] * 4, num_steps=steps, strength=strengths, **arguments)
+    together = pipeline([PEA] * 4, num_steps=steps, init=init(strengths), **arguments)
     np.testing.assert_array_equal(together, one_by_one)
     assert not compilations
-    others = on_one_device([PEA] * 4, num_steps=steps, strength=strengths, **arguments)
+    others = on_one_device([PEA] * 4, num_steps=steps, init=init(strengths), **arguments)
     np.testing.assert_array_equal(others, one_by_one)
 
 
-def test_a_preview_sees_images_on_their_way_and_changes_no_bit(pipeline, compilations):
+def test_a_preview_shows_images_in_progress_and_changes_no_bit(pipeline, compilations):
     arguments = {"seeds": [1, 2, 3], "num_steps": [4, 6, 6], "output": "float"}
     expected = pipeline([PEA, TOMATO, PEA], **arguments)
     seen = []
     preview = Preview(every=2, show=lambda *shown: seen.append(shown))
     for _ in range(2):
         compilations.clear()
-        images = pipeline([PEA, TOMATO, PEA], preview=preview, **arguments)
+        images = pipeline([PEA, TOMATO, PEA], callback=preview, **arguments)
         np.testing.assert_array_equal(images, expected)
     assert not compilations
     assert len(seen) == 2 * 3
-    which, last = seen[-1]
-    assert sorted(which) == [0, 1, 2]
-    np.testing.assert_allclose(last, np.rint(expected[list(which)] * 255), atol=1)
+    assert [step for step, *_ in seen[:3]] == [2, 4, 6]
+    _, last, indices = seen[-1]
+    assert indices == [0, 1, 2]
+    np.testing.assert_allclose(last, np.rint(expected * 255), atol=1)
     first = seen[0][1]
     assert np.abs(first.astype(int) - last).max() > 10
 
 
-def test_a_preview_of_no_steps_is_told():
+def test_a_callback_is_called_after_every_step(pipeline):
+    seen = []
+    images = pipeline(PEA, num_steps=3, callback=lambda *shown: seen.append(shown))
+    assert [step for step, _ in seen] == [1, 2, 3]
+    np.testing.assert_allclose(seen[-1][1].astype(int), images, atol=1)
+    np.testing.assert_array_equal(images, pipeline(PEA, num_steps=3))
+
+
+def test_a_preview_of_no_steps_is_refused():
     with pytest.raises(UserError, match="every is 0"):
         Preview(every=0, show=lambda *_: None)
 
@@ -165,8 +188,8 @@ def test_a_preview_of_no_steps_is_told():
     ("arguments", "names"),
     [
         ({"prompts": []}, "prompt"),
-        ({"prompts": PEA}, "list"),
-        ({"negative_prompt": "red"}, "list"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan: expected a finite"),
+        ({"guidance_scale": [1.0, float("inf"), 2.0]}, "guidance_scale is inf"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
         ({"negative_prompt": []}, "negative_prompt"),
         ({"seeds": [1, 2]}, "seeds"),
@@ -181,12 +204,28 @@ def test_a_preview_of_no_steps_is_told():
         ({"latents": np.zeros((2, 32, 32, 3), np.float32)}, "latents"),
     ],
 )
-def test_arguments_that_do_not_fit_are_told(pipeline, arguments, names):
+def test_arguments_that_do_not_fit_are_refused(pipeline, arguments, names):
     with pytest.raises(UserError, match=names):
         pipeline(**({"prompts": [PEA, TOMATO, PEA]} | arguments))
 
 
-def test_a_prompt_that_is_too_long_is_cut_off_and_told(pipeline):
+def test_values_of_another_type_are_refused_in_one_sentence():
+    for prompts in ([None], [b"a pea"], b"a pea", [1], None, 3):
+        with pytest.raises(UserError, match="expected a text"):
+            prompt_list(prompts)
+    for negatives in ([1], b"red", 3):
+        with pytest.raises(UserError, match="expected a text"):
+            negative_list(negatives, 1)
+    assert negative_list([None, "red"], 2) == [None, "red"]
+    assert prompt_list(PEA) == [PEA]
+    mixed = Mix(a=PEA, b=TOMATO)
+    assert prompt_list(mixed) == [mixed]
+    for seed in (1.5, True, np.float32(2)):
+        with pytest.raises(UserError, match="expected an integer"):
+            seed_array.__wrapped__([seed])
+
+
+def test_a_prompt_that_is_too_long_is_cut_off(pipeline):
     start = "pea " * 20
     assert pipeline.truncated(start)
     assert not pipeline.truncated(PEA)
@@ -195,41 +234,16 @@ def test_a_prompt_that_is_too_long_is_cut_off_and_told(pipeline):
     )
 
 
-def test_a_run_and_its_exported_bundle_draw_the_same(tiny_bundle, pipeline, tmp_path):
-    config, params, _, tokenizer = tiny_bundle
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    zeros = jax.tree.map(
-        lambda leaf: (
-            jax.numpy.zeros(leaf.shape, leaf.dtype)
-            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else jax.random.key(0, impl="threefry2x32")
-        ),
-        abstract_state(config),
-    )
-    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(zeros.replace(ema=jax.device_put(params)))
-        checkpoints.wait()
-    write_config(run, config)
-    tokenizer.save(str(run))
-    write_bundle(exported, Bundle(config, params, {}, tokenizer), dtype="float32")
-
-    expected = pipeline([PEA], seeds=[1])
-    for folder in (run, exported):
-        loaded = load(str(folder))
-        np.testing.assert_array_equal(loaded([PEA], seeds=[1]), expected)
-        assert loaded.fingerprint == pipeline.fingerprint
+def test_only_text_to_image_models_are_loaded():
+    with pytest.raises(UserError, match="ClipConfig: expected a text-to-image model"):
+        load("shipped:produce_clip")
 
 
-def test_only_text_to_image_models_are_loaded(tiny_bundle):
-    with pytest.raises(UserError, match="DiffusionTask"):
-        Pipeline(tiny_bundle._replace(tokenizer=None))
-
-
-def test_of_pixels_nothing_is_encoded(pipeline):
+def test_pixels_are_not_encoded(pipeline):
     images = np.zeros((2, 32, 32, 3), np.uint8)
     assert pipeline.autoencode(images) is images
 
 
-def test_how_many_images_are_drawn_at_a_time_depends_on_their_size():
-    sizes = [module.images_at_a_time(side, side) for side in (16, 64, 128, 512)]
+def test_the_default_batch_size_depends_on_the_images():
+    sizes = [default_batch_size(side, side) for side in (16, 64, 128, 512)]
     assert sizes == [4, 4, 1, 1]

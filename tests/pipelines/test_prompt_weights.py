@@ -1,23 +1,21 @@
-"""Weights in prompts: what is syntax, what is text, and what the compiled loop is told."""
+"""Weights in prompts: what is syntax, what is text, and what the program reads."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxdiff.models.components import Latents, TextTower
 
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.diffusion.losses import Objective
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, merge
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    ClipTextEncoder,
+    StableDiffusionXLConditioner,
+)
+from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.pipelines import program as drawing
-from jaxdiff.pipelines.prompt_weights import Part, Words, parse, plain, rows_of
-from jaxdiff.training.tasks.diffusion import DiffusionTask, TextToImage
+from jaxdiff.pipelines.prompt_weights import PromptPart, WeightedText, parse, plain, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def tokenizer():
     ],
 )
 def test_groups_with_a_number_have_weights_which_multiply(prompt, words):
-    assert parse(prompt) == (Part(tuple(Words(*each) for each in words)),)
+    assert parse(prompt) == (PromptPart(tuple(WeightedText(*each) for each in words)),)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +52,14 @@ def test_groups_with_a_number_have_weights_which_multiply(prompt, words):
     ],
 )
 def test_everything_else_is_text(prompt, text):
-    assert parse(prompt) == (Part((Words(text),)),)
+    assert parse(prompt) == (PromptPart((WeightedText(text),)),)
     assert plain(prompt) == text
 
 
 def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
     parts = parse('"a pea":1  "a (red:2) pot": -0.5')
-    red = (Words("a "), Words("red", 2.0), Words(" pot"))
-    assert parts == (Part((Words("a pea"),), 1.0), Part(red, -0.5))
+    red = (WeightedText("a "), WeightedText("red", 2.0), WeightedText(" pot"))
+    assert parts == (PromptPart((WeightedText("a pea"),), 1.0), PromptPart(red, -0.5))
     assert plain('"a pea":1 "red":-0.5 "a \\"pot\\"":2') == 'a pea, a "pot"'
 
 
@@ -70,7 +68,7 @@ def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
     [
         ("a (red:1,3) pea", "1,3 in the prompt"),
         ("a (red:13) pea", "expected a number from -10 to 10"),
-        ("a (:1.3) pea", "about no words"),
+        ("a (:1.3) pea", "has no words"),
         ("a (red:1.3 pea (red:1.3", "not closed"),
         ('"a pea":1 red', "'red' in the prompt"),
         ('"a pea":1 "red"', "is no weighted prompt"),
@@ -83,92 +81,76 @@ def test_malformed_weights_are_refused(prompt, message):
         parse(prompt)
 
 
-def test_words_without_weights_are_told_as_ever(tokenizer):
+def test_words_without_weights_are_plain_ids(tokenizer):
     prompts = ["a (red:1) pea", "a (green) tomato"]
-    rows = rows_of(tokenizer, prompts)
-    assert rows.keys() == {"ids"}
-    np.testing.assert_array_equal(rows["ids"], tokenizer(["a red pea", prompts[1]]))
+    found = tokenize(sd("CLIP-L"), {"text": tokenizer}, prompts)
+    assert found.text.weights is None
+    assert found.composed_text is None
+    np.testing.assert_array_equal(found.text.ids["text"], tokenizer(["a red pea", prompts[1]]))
 
 
-def test_weights_go_by_token_and_parts_are_filled_up(tokenizer):
+def test_weights_go_by_token_and_parts_are_padded(tokenizer):
     prompts = ["a (red:2) pea", '"a pea":1 "a (red:3) pea":-0.5 "red":2', "a pea"]
-    rows = rows_of(tokenizer, prompts, "p_", composed=True)
+    conditioner, tokenizers = sd("CLIP-L"), {"text": tokenizer}
+    text, further, weights = tokenize(conditioner, tokenizers, prompts, composed=True)
     n, length = 3, tokenizer.length
-    shapes = {"ids": (n, length), "more_ids": (n, 3, length), "parts": (n, 4)}
-    assert {name: rows[f"p_{name}"].shape for name in shapes} == shapes
-    np.testing.assert_array_equal(rows["p_parts"], [[1, 0, 0, 0], [1, -0.5, 2, 0], [1, 0, 0, 0]])
-    heavy = rows["p_weights"] != 1
-    assert [tokenizer.backend.id_to_token(i) for i in rows["p_ids"][heavy]] == ["red</w>"]
-    np.testing.assert_array_equal(rows["p_more_weights"][1, 0].max(), 3)
-    np.testing.assert_array_equal(rows["p_empty"], tokenizer([""] * n))
-    with pytest.raises(UserError, match="for the prompt itself"):
-        rows_of(tokenizer, prompts)
+    assert text.ids["text"].shape == (n, length)
+    assert further.ids["text"].shape == (n, 3, length)
+    np.testing.assert_array_equal(weights, [[1, 0, 0, 0], [1, -0.5, 2, 0], [1, 0, 0, 0]])
+    heavy = text.weights["text"] != 1
+    assert [tokenizer.bpe.id_to_token(i) for i in text.ids["text"][heavy]] == ["red</w>"]
+    np.testing.assert_array_equal(further.weights["text"][1, 0].max(), 3)
+    np.testing.assert_array_equal(text.empty["text"], tokenizer([""] * n))
+    with pytest.raises(UserError, match="Only prompts themselves"):
+        tokenize(conditioner, tokenizers, prompts)
 
 
-def towers(name):
-    """A task that is told of prompts as Stable Diffusion is, 1 or XL, its towers tiny."""
+def sd(name):
+    """A model that reads prompts as Stable Diffusion 1 or XL does, its text encoders tiny."""
     text = ClipTextConfig(vocab_size=600, length=16, width=8, depth=2, heads=2)
-    unet = UNet2DConditionConfig(
-        block_out_channels=(8,),
-        layers_per_block=1,
-        transformer_layers=(1,),
-        heads=(2,),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    )
-    latents = Latents(model=AutoencoderConfig(), pretrained="unused")
-    objective = Objective(prediction="eps")
-    first = TextTower(model=text, trained=False)
     if name == "CLIP-L":
-        return DiffusionTask(denoiser=unet, text=first, latents=latents, objective=objective)
+        return ClipConditioner(text=ClipTextEncoder(model=text), masked=False)
     wide = dataclasses.replace(text, width=12, heads=3, activation="gelu", projection_dim=6)
-    return DiffusionTask(
-        denoiser=dataclasses.replace(
-            unet, cross_attention_dim=20, added_width=6 + 6 * 4, time_id_width=4
-        ),
-        text=dataclasses.replace(first, layer=1, final_norm=False),
-        text_2=TextTower(model=wide, trained=False, layer=1, final_norm=False, pad_id=0),
-        zero_empty_prompt=True,
-        latents=latents,
-        objective=objective,
+    return StableDiffusionXLConditioner(
+        text=ClipTextEncoder(model=text, hidden_layer=1, final_norm=False),
+        text_2=ClipTextEncoder(model=wide, hidden_layer=1, final_norm=False),
     )
 
 
 @pytest.mark.parametrize(("name", "width"), [("CLIP-L", 8), ("XL", 20)])
-def test_a_weight_moves_its_words_alone_in_all_towers_together(tokenizer, name, width):
-    task, rng = towers(name), np.random.default_rng(0)
-    frozen = {
+def test_a_weight_moves_its_words_alone_in_all_text_encoders_together(tokenizer, name, width):
+    conditioner, rng = sd(name), np.random.default_rng(0)
+    encoders = {
         part: jax.tree.map(
             lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
-            abstract_params(tower.build),
+            abstract_params(bind_init(ClipTextEncoder.build, encoder)),
         )
-        for part, tower in task.frozen().items()
-        if part != "autoencoder"
+        for part, encoder in conditioner.encoders.items()
     }
-
-    denoiser = object.__new__(TextToImage)  # which no text goes through
+    tokenizers = dict.fromkeys(encoders, tokenizer)
 
     @jax.jit
-    def read(rows):
-        return drawing._features(task, denoiser, frozen, rows, "", (64, 64), 6.0)
+    def encode(inputs):
+        return conditioner.encode({"text_encoders": encoders}, inputs)
 
-    told = read(rows_of(tokenizer, ["a red pea", "a (red:1.3) pea"]))
-    light, heavy = np.asarray(told.tokens)
+    def encoded(prompts):
+        return encode(tokenize(conditioner, tokenizers, prompts).text)
+
+    cond = encoded(["a red pea", "a (red:1.3) pea"])
+    light, heavy = np.asarray(cond.tokens)
     assert heavy.shape == (16, width)
-    # The denoiser of XL is told zeros of an empty prompt; words are weighted against its encoding.
-    read_empty = [
-        tower.read(
-            merge(task.frozen()[part].build, frozen[part]), jnp.asarray(tokenizer([""]))
-        ).tokens[0]
-        for part, tower in task.towers.items()
-    ]
-    empty = np.concatenate(read_empty, axis=-1)
+    (empty,) = np.asarray(encoded([""]).tokens)  # that was given: an absent one is zeros in XL
     expected = light.copy()
     expected[2] += 0.3 * (light - empty)[2]  # after the start and "a"
     np.testing.assert_allclose(heavy, expected, atol=1e-5)
-    alone = read(rows_of(tokenizer, ["a red pea"] * 2)).tokens[0]  # by a program of its own
+    alone = encoded(["a red pea"] * 2).tokens[0]  # by a program of its own
     np.testing.assert_allclose(light, alone, atol=1e-6)
-    for tower in (slice(0, 8), slice(-8, None)):
-        assert np.abs(heavy - light)[2, tower].max() > 0.01
+    for encoder in (slice(0, 8), slice(-8, None)):
+        assert np.abs(heavy - light)[2, encoder].max() > 0.01
     if name == "XL":
-        np.testing.assert_array_equal(*told.pooled)
+        np.testing.assert_array_equal(*cond.pooled)
+
+
+def test_an_absent_prompt_is_zeros_in_xl_and_the_empty_text_is_not(tokenizer):
+    absent = tokenize(sd("XL"), {"text": tokenizer, "text_2": tokenizer}, [None, "", "a pea"]).text
+    np.testing.assert_array_equal(absent.absent, [True, False, False])

@@ -13,7 +13,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
-from jaxdiff.pretrained import clip
+from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -56,7 +56,7 @@ def folder(tmp_path, tokenizer, model, params):
     tokenizer.export(str(root))
     stated = json.loads((root / "tokenizer_config.json").read_text()) | {"model_max_length": 16}
     (root / "tokenizer_config.json").write_text(json.dumps(stated))
-    save_file(clip.to_torch_names(params, model), root / "model.safetensors")
+    save_file(clip_keys.clip_to_torch(params, model), root / "model.safetensors")
     text = {"vocab_size": model.text.vocab_size, "max_position_embeddings": 16, "eos_token_id": 2}
     config = {
         "model_type": "clip",
@@ -104,7 +104,7 @@ def test_what_jaxdiff_does_not_have_is_refused(folder, changes, message):
 
 
 def test_defaults_are_those_of_transformers():
-    config = clip.read_config({"model_type": "clip"})
+    config = clip_keys.read_clip_config({"model_type": "clip"})
     assert dataclasses.asdict(config.vision) | {"patch_size": 32, "projection_dim": 512} == (
         dataclasses.asdict(config.vision)
     )

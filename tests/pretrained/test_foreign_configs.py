@@ -7,7 +7,7 @@ from jaxdiff.diffusion.time_grids import TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.pretrained import autoencoder, clip, unet
+from jaxdiff.pretrained import autoencoder_keys, clip_keys, unet_keys
 from jaxdiff.pretrained.presets import CLIP_L, OPENCLIP_G, OPENCLIP_H, REFINER, SD1, SD2, XL
 from jaxdiff.pretrained.scheduler import Scheduling, read_scheduling, write_scheduling
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler
@@ -17,7 +17,7 @@ INPAINTING = UNet2DConditionConfig(in_channels=9)
 
 @pytest.mark.parametrize("config", [SD1, SD2, XL, REFINER, INPAINTING])
 def test_a_unet_comes_back(config):
-    assert unet.read_config(unet.write_config(config)) == config
+    assert unet_keys.read_unet_config(unet_keys.write_unet_config(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -28,13 +28,18 @@ def test_a_unet_comes_back(config):
     ],
 )
 def test_an_autoencoder_comes_back(config):
-    assert autoencoder.read_config(autoencoder.write_config(config)) == config
+    assert (
+        autoencoder_keys.read_autoencoder_config(autoencoder_keys.write_autoencoder_config(config))
+        == config
+    )
 
 
 @pytest.mark.parametrize("config", [CLIP_L, OPENCLIP_H, OPENCLIP_G])
 def test_a_text_encoder_comes_back(config):
-    written = clip.write_text_config(config)
-    assert clip.read_text_config(written, projected=config.projection_dim is not None) == config
+    written = clip_keys.write_text_config(config)
+    assert (
+        clip_keys.read_text_config(written, projected=config.projection_dim is not None) == config
+    )
 
 
 STATED = {"beta_schedule": "scaled_linear", "clip_sample": False}
@@ -65,13 +70,29 @@ def test_a_scheduler_comes_back(scheduling):
 @pytest.mark.parametrize(
     ("read", "config", "message"),
     [
-        (unet.read_config, {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
-        (unet.read_config, {"attention_heads_of_gold": 3}, "attention_heads_of_gold.*is unknown"),
-        (unet.read_config, {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types are"),
-        (unet.read_config, {"attention_head_dim": [8, 8]}, "has 2 values: expected one for all"),
-        (autoencoder.read_config, {"latents_mean": [0.1]}, "latents_mean"),
-        (autoencoder.read_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
-        (lambda c: clip.read_text_config(c, projected=False), {"hidden_act": "relu"}, "relu"),
+        (
+            unet_keys.read_unet_config,
+            {"class_embed_type": "timestep"},
+            "class_embed_type is 'timestep'",
+        ),
+        (
+            unet_keys.read_unet_config,
+            {"attention_heads_of_gold": 3},
+            "attention_heads_of_gold.*is unknown",
+        ),
+        (
+            unet_keys.read_unet_config,
+            {"down_block_types": ["KDownBlock2D"] * 4},
+            "down_block_types are",
+        ),
+        (
+            unet_keys.read_unet_config,
+            {"attention_head_dim": [8, 8]},
+            "has 2 values: expected one for all",
+        ),
+        (autoencoder_keys.read_autoencoder_config, {"latents_mean": [0.1]}, "latents_mean"),
+        (autoencoder_keys.read_autoencoder_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
+        (lambda c: clip_keys.read_text_config(c, projected=False), {"hidden_act": "relu"}, "relu"),
         (read_scheduling, {"_class_name": "KarrasVeScheduler"}, "does not have KarrasVe"),
         (read_scheduling, {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
         (read_scheduling, STATED | {"prediction_type": "flow"}, "prediction_type is 'flow'"),
@@ -87,4 +108,6 @@ def test_what_jaxdiff_does_not_have_is_refused(read, config, message):
 
 
 def test_what_is_off_is_ignored():
-    assert unet.read_config({"_diffusers_version": "1", "some_new_thing": None, "x": False})
+    assert unet_keys.read_unet_config(
+        {"_diffusers_version": "1", "some_new_thing": None, "x": False}
+    )

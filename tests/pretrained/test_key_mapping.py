@@ -13,8 +13,7 @@ from jaxdiff.models.text_encoders.clip import (
     ClipTextConfig,
     ClipVisionConfig,
 )
-from jaxdiff.pretrained import autoencoder as autoencoder_names
-from jaxdiff.pretrained import clip as clip_names
+from jaxdiff.pretrained import autoencoder_keys, clip_keys
 
 TEXT = ClipTextConfig(vocab_size=6, length=4, width=8, depth=2, heads=2, projection_dim=3)
 VISION = ClipVisionConfig(
@@ -31,7 +30,7 @@ def random_params(network, config, dtype=np.float32) -> dict:
 
 
 def text_tensors() -> dict:
-    return clip_names.to_torch_names(random_params(ClipText, TEXT), TEXT)
+    return clip_keys.clip_to_torch(random_params(ClipText, TEXT), TEXT)
 
 
 def assert_same(ours, theirs):
@@ -43,25 +42,25 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_clip_round_trips_bit_for_bit(dtype):
     params = random_params(Clip, CLIP, dtype)
-    tensors = clip_names.to_torch_names(params, CLIP)
-    assert_same(clip_names.from_torch_names(tensors, CLIP), params)
+    tensors = clip_keys.clip_to_torch(params, CLIP)
+    assert_same(clip_keys.clip_from_torch(tensors, CLIP), params)
 
 
 def test_autoencoder_round_trips_bit_for_bit():
     params = random_params(Autoencoder, AUTOENCODER)
-    tensors = autoencoder_names.to_torch_names(params)
-    assert_same(autoencoder_names.from_torch_names(tensors, AUTOENCODER), params)
+    tensors = autoencoder_keys.autoencoder_to_torch(params)
+    assert_same(autoencoder_keys.autoencoder_from_torch(tensors, AUTOENCODER), params)
 
 
 def test_every_parameter_has_a_tensor_of_its_own():
     params = random_params(Clip, CLIP)
-    tensors = clip_names.to_torch_names(params, CLIP)
+    tensors = clip_keys.clip_to_torch(params, CLIP)
     assert sum(t.size for t in tensors.values()) == sum(p.size for p in jax.tree.leaves(params))
 
 
 def test_layers_are_unstacked_and_linear_kernels_transposed():
     params = random_params(ClipText, TEXT)
-    tensors = clip_names.to_torch_names(params, TEXT)
+    tensors = clip_keys.clip_to_torch(params, TEXT)
     weight = tensors["text_model.encoder.layers.1.mlp.fc1.weight"]
     np.testing.assert_array_equal(weight, params["blocks"]["mlp_in"]["kernel"][1].T)
     assert weight.flags.c_contiguous
@@ -69,7 +68,7 @@ def test_layers_are_unstacked_and_linear_kernels_transposed():
 
 def test_convolutions_become_out_in_height_width():
     params = random_params(Autoencoder, AUTOENCODER)
-    tensors = autoencoder_names.to_torch_names(params)
+    tensors = autoencoder_keys.autoencoder_to_torch(params)
     kernel = params["encoder"]["levels"][1]["blocks"][0]["conv1"]["kernel"]
     weight = tensors["encoder.down_blocks.1.resnets.0.conv1.weight"]
     assert weight.shape == (8, 4, 3, 3)
@@ -79,7 +78,7 @@ def test_convolutions_become_out_in_height_width():
 def test_the_result_merges_into_a_model():
     params = random_params(ClipText, TEXT)
     model = nnx.eval_shape(lambda: ClipText(TEXT, rngs=any_rngs()))
-    loaded = clip_names.from_torch_names(clip_names.to_torch_names(params, TEXT), TEXT)
+    loaded = clip_keys.clip_from_torch(clip_keys.clip_to_torch(params, TEXT), TEXT)
     nnx.update(model, loaded)
     assert_same(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model))), params)
 
@@ -88,49 +87,49 @@ def test_missing_tensors_are_named():
     tensors = text_tensors()
     del tensors["text_projection.weight"]
     with pytest.raises(UserError, match=r"missing tensors: text_projection\.weight;"):
-        clip_names.from_torch_names(tensors, TEXT)
+        clip_keys.clip_from_torch(tensors, TEXT)
 
 
 def test_many_missing_tensors_are_counted():
     with pytest.raises(UserError, match=r"missing tensors: .* and 32 more"):
-        clip_names.from_torch_names({}, TEXT)
+        clip_keys.clip_from_torch({}, TEXT)
 
 
 def test_unexpected_tensors_are_named():
     tensors = text_tensors() | {"text_model.extra.weight": np.zeros(3)}
     with pytest.raises(UserError, match=r"unexpected tensors: text_model\.extra\.weight;"):
-        clip_names.from_torch_names(tensors, TEXT)
+        clip_keys.clip_from_torch(tensors, TEXT)
 
 
 def test_misshapen_tensors_are_named_with_both_shapes():
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
     tensors = text_tensors() | {name: np.zeros((32, 9))}
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.fc1\.weight is \(32, 9\), .* \(32, 8\)"):
-        clip_names.from_torch_names(tensors, TEXT)
+        clip_keys.clip_from_torch(tensors, TEXT)
 
 
 def test_a_checkpoint_of_another_depth_is_refused():
     tensors = {k: v for k, v in text_tensors().items() if ".layers.1." not in k}
     with pytest.raises(UserError, match=r"missing tensors: .*layers\.1\."):
-        clip_names.from_torch_names(tensors, TEXT)
+        clip_keys.clip_from_torch(tensors, TEXT)
 
 
-def test_the_position_rows_of_old_checkpoints_are_passed_over():
+def test_the_position_rows_of_old_checkpoints_are_ignored():
     tensors = text_tensors() | {"text_model.embeddings.position_ids": np.arange(4)[None]}
-    assert clip_names.from_torch_names(tensors, TEXT)["token_embedding"].shape == (6, 8)
+    assert clip_keys.clip_from_torch(tensors, TEXT)["token_embedding"].shape == (6, 8)
 
 
-def test_a_tower_saved_without_its_name_is_found():
+def test_an_encoder_saved_without_its_name_is_found():
     tensors = text_tensors()
     bare = {name.removeprefix("text_model."): value for name, value in tensors.items()}
     assert "encoder.layers.0.layer_norm1.bias" in bare
-    expected = clip_names.from_torch_names(tensors, TEXT)
-    assert_same(clip_names.from_torch_names(bare, TEXT), expected)
+    expected = clip_keys.clip_from_torch(tensors, TEXT)
+    assert_same(clip_keys.clip_from_torch(bare, TEXT), expected)
 
 
 def test_the_attention_of_old_autoencoders_is_found():
     params = random_params(Autoencoder, AUTOENCODER)
-    new = autoencoder_names.to_torch_names(params)
+    new = autoencoder_keys.autoencoder_to_torch(params)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
     for name, value in new.items():
@@ -138,4 +137,4 @@ def test_the_attention_of_old_autoencoders_is_found():
             name = name.replace(f".{ours}.", f".{theirs}.")
         old[name] = value
     assert old.keys() != new.keys()
-    assert_same(autoencoder_names.from_torch_names(old, AUTOENCODER), params)
+    assert_same(autoencoder_keys.autoencoder_from_torch(old, AUTOENCODER), params)

@@ -38,7 +38,7 @@ from jaxdiff.pretrained.load import (
     read_spec,
     read_tokenizers,
 )
-from jaxdiff.pretrained.run_folder import FROZEN, read_word
+from jaxdiff.pretrained.run_folder import FROZEN, read_word, recipe_json
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.state import TrainState, no_skips
 
@@ -105,9 +105,10 @@ def test_keys_are_paths_and_the_recipe_is_kept_beside_them(small_bundle, tmp_pat
     keys = {key for key, _ in deserialize((tmp_path / "model.safetensors").read_bytes())}
     assert "denoiser.blocks.attention.q.kernel" in keys
     assert "text_encoders.text.token_embedding" in keys
-    assert json.loads((tmp_path / "recipe.json").read_text()) == {"type": "Config"}
+    assert recipe_json(tmp_path) == {"type": "Config"}
     write_bundle(tmp_path, small_bundle)
     assert not (tmp_path / "recipe.json").exists()
+    assert recipe_json(tmp_path) is None
 
 
 def test_lists_of_modules_survive(random_params, tmp_path):

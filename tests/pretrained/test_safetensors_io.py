@@ -38,7 +38,7 @@ def test_shards_and_half_precision_are_found(folder):
     assert set(open_weights(folder, "other")) == {"b"}
 
 
-def test_a_missing_shard_is_told(folder):
+def test_a_missing_shard_is_reported(folder):
     index = {"weight_map": {"a": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"lacks the shard model-1\.safetensors"):
@@ -59,13 +59,13 @@ def test_pickled_weights_are_never_opened(folder):
         open_weights(folder, "model")
 
 
-def test_no_weights_are_told(folder):
+def test_no_weights_are_reported(folder):
     with pytest.raises(UserError, match=r"holds no weights: expected model\.safetensors"):
         open_weights(folder, "model")
 
 
 @pytest.mark.parametrize("keep", [0, 5, -1])
-def test_a_file_that_is_cut_off_is_told(folder, keep):
+def test_a_file_that_is_cut_off_is_reported(folder, keep):
     save_file({"a": A}, path := folder / "model.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off"):
@@ -89,7 +89,7 @@ def test_what_is_written_to_a_tensor_stays_out_of_the_file(folder):
     np.testing.assert_array_equal(TensorFiles([path])["a"], A)
 
 
-def test_numbers_of_an_unknown_type_are_told(folder):
+def test_numbers_of_an_unknown_type_are_reported(folder):
     header = {"a": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}
     text = json.dumps(header).encode()
     (path := folder / "model.safetensors").write_bytes(

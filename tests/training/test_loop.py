@@ -21,9 +21,13 @@ from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import FROZEN, read_weights
-from jaxdiff.training import checkpoint_folder, loop
+from jaxdiff.evaluation.samples import SampleGrid
+from jaxdiff.pretrained import checkpoint_folder
+from jaxdiff.pretrained.bundle import read_weights
+from jaxdiff.pretrained.run_folder import FROZEN
+from jaxdiff.training import loop
 from jaxdiff.training.loop import train
+from jaxdiff.training.tasks.diffusion import Trainable
 
 NO_SKIPS = {"nonfinite": jnp.int32(0), "nonfinite_in_a_row": jnp.int32(0)}
 STEPS = 6
@@ -33,21 +37,28 @@ KILLED = """
 import os, pathlib, signal, sys, time
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.loop import train
+from jaxdiff.training.tasks.diffusion import Trainable
 
 recipe, _, out = sys.argv[1:]
 
-def look(state, *_):
+def evaluate(state, *_):
     if int(state.step) == 5:
         while not (pathlib.Path(out) / "checkpoints" / "4").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+    return {}
 
-train(load_recipe(recipe), out, on_sample=look)
+train(load_recipe(recipe), out, evaluate=evaluate)
 """
 
 
 def quiet(_: str) -> None:
     pass
+
+
+def evaluated(config, every: int = 1):
+    """The recipe with an evaluator; tests run functions of their own in its place."""
+    return dataclasses.replace(config, evaluators=(SampleGrid(prompts=("a pea",), every=every),))
 
 
 def records(folder) -> list[dict]:
@@ -78,7 +89,7 @@ def straight(tmp_path_factory, tiny_recipe) -> Run:
             compiled.append(about["fun_name"])
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    result = train(tiny_recipe(steps=STEPS), folder, say=quiet)
+    result = train(tiny_recipe(steps=STEPS), folder, log=quiet)
     jax.monitoring.unregister_event_duration_listener(listen)
     return Run(folder, result, compiled, records(folder))
 
@@ -105,8 +116,9 @@ def test_noise_is_raised_from_a_tenth_by_a_curriculum_in_the_state(straight):
     np.testing.assert_allclose(
         [r["max_t"] for r in straight.records], [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
     )
-    assert isinstance(straight.result.state.task_state, CurriculumState)
-    assert int(straight.result.state.task_state.level) == 1 + STEPS // 2
+    curriculum, _ = straight.result.state.task_state
+    assert isinstance(curriculum, CurriculumState)
+    assert int(curriculum.level) == 1 + STEPS // 2
 
 
 def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
@@ -120,11 +132,11 @@ def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny_recipe, launch):
     (tmp_path / "killed.py").write_text(KILLED)
-    config = tiny_recipe(steps=STEPS, sample_every=1)
+    config = evaluated(tiny_recipe(steps=STEPS))
     killed = launch(tmp_path, config, code=str(tmp_path / "killed.py"), devices=8)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
     said = []
-    result = train(tiny_recipe(steps=STEPS), killed.out, say=said.append)
+    result = train(tiny_recipe(steps=STEPS), killed.out, log=said.append)
     assert "Resuming at step 4 of 6." in said
     assert_same_end(result, killed.out, straight)
 
@@ -132,18 +144,19 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny
 def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
     straight, tmp_path, tiny_recipe
 ):
-    def look(state, *_):
+    def evaluate(state, *_):
         if int(state.step) == 3:
             signal.raise_signal(signal.SIGINT)
+        return {}
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     said = []
-    config = tiny_recipe(steps=STEPS, sample_every=1)
-    result = train(config, tmp_path, on_sample=look, say=said.append)
+    config = evaluated(tiny_recipe(steps=STEPS))
+    result = train(config, tmp_path, evaluate=evaluate, log=said.append)
     assert (result.finished, result.summary["step"]) == (False, 3)
     assert any("SIGINT: saving" in line for line in said)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert_same_end(train(config, tmp_path, say=quiet), tmp_path, straight)
+    assert_same_end(train(config, tmp_path, log=quiet), tmp_path, straight)
 
 
 @pytest.mark.slow
@@ -194,13 +207,13 @@ def faked(monkeypatch):
 def test_a_step_is_on_its_way_before_the_metrics_of_the_one_before_are_read(
     faked, tmp_path, tiny_recipe
 ):
-    train(tiny_recipe(steps=4), tmp_path, say=quiet)
+    train(tiny_recipe(steps=4), tmp_path, log=quiet)
     order = ["step 1", "step 2", "read 1", "step 3", "read 2", "step 4", "read 3", "read 4"]
     assert [f"{what} {n}" for what, n in faked] == order
 
 
 def test_lines_are_means_over_the_updates_since_the_last(faked, tmp_path, tiny_recipe):
-    train(tiny_recipe(steps=6, log_every=4), tmp_path, say=quiet)
+    train(tiny_recipe(steps=6, log_every=4), tmp_path, log=quiet)
     first, second = records(tmp_path)
     assert (first["step"], first["loss"], first["skipped_updates"]) == (4, 1.5, 2)
     assert first["part"] == [3 / 4, None]
@@ -211,29 +224,44 @@ def test_lines_are_means_over_the_updates_since_the_last(faked, tmp_path, tiny_r
 
 def test_many_updates_in_a_row_that_are_not_finite_end_the_run(faked, tmp_path, tiny_recipe):
     with pytest.raises(UserError, match=r"not finite for 3 steps in a row, until step 5"):
-        train(tiny_recipe(steps=100, max_nonfinite=3), tmp_path, say=quiet)
+        train(tiny_recipe(steps=100, max_nonfinite=3), tmp_path, log=quiet)
     assert faked[-2:] == [("step", 6), ("read", 5)]
 
 
-def test_a_finished_run_is_left_alone_and_fresh_starts_anew(faked, tmp_path, tiny_recipe):
-    train(tiny_recipe(steps=2), tmp_path, say=quiet)
+def test_a_finished_run_is_left_alone_and_fresh_starts_again(faked, tmp_path, tiny_recipe):
+    train(tiny_recipe(steps=2), tmp_path, log=quiet)
     faked.clear()
-    assert train(tiny_recipe(steps=2), tmp_path, say=quiet).finished
+    assert train(tiny_recipe(steps=2), tmp_path, log=quiet).finished
     assert faked == []
-    train(tiny_recipe(steps=3), tmp_path, say=quiet)
+    train(tiny_recipe(steps=3), tmp_path, log=quiet)
     assert ("step", 2) not in faked
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
     faked.clear()
-    train(tiny_recipe(steps=2, seed=1), tmp_path, fresh=True, say=quiet)
+    train(tiny_recipe(steps=2, seed=1), tmp_path, fresh=True, log=quiet)
     assert faked[0] == ("step", 1)
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
-def test_samples_are_drawn_now_and_then_and_at_the_end(faked, tmp_path, tiny_recipe):
+def test_evaluators_run_at_their_intervals_before_the_last_step(faked, tmp_path, tiny_recipe):
     seen = []
-    look = lambda state, frozen, tokenizer: seen.append(int(state.step))  # noqa: E731
-    train(tiny_recipe(steps=5, sample_every=2), tmp_path, on_sample=look, say=quiet)
-    assert seen == [2, 4, 5]
+
+    def evaluate(state, frozen, tokenizers, due):
+        assert set(tokenizers) == {"text"}
+        seen.append((int(state.step), [evaluator.every for evaluator in due]))
+        return {"samples/figure": 10.0 * int(state.step)}
+
+    grids = tuple(SampleGrid(prompts=("a pea",), every=every) for every in (2, 3, 0))
+    config = dataclasses.replace(tiny_recipe(steps=6), evaluators=grids)
+    train(config, tmp_path, evaluate=evaluate, log=quiet)
+    assert seen == [(2, [2]), (3, [3]), (4, [2])]
+    figures = {r["step"]: r["samples/figure"] for r in records(tmp_path) if "samples/figure" in r}
+    assert figures == {2: 20.0, 3: 30.0, 4: 40.0}
+    assert [r["step"] for r in records(tmp_path) if "images_per_s" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluators_without_scalars_add_no_lines(faked, tmp_path, tiny_recipe):
+    train(evaluated(tiny_recipe(steps=4)), tmp_path, evaluate=lambda *_: {}, log=quiet)
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_records_that_cannot_be_used_are_named_and_counted(
@@ -248,17 +276,19 @@ def test_records_that_cannot_be_used_are_named_and_counted(
     monkeypatch.setattr(Produce, "__getitem__", without_caption)
     recipe = tiny_recipe(steps=6)
     data = dataclasses.replace(recipe.data, source=Produce(size=32, length=12))
-    train(dataclasses.replace(recipe, data=data), tmp_path, say=quiet)
-    told = [r.getMessage() for r in caplog.records if "Skipped" in r.getMessage()]
-    assert len(told) >= 3
-    assert all("produce/train/7" in line for line in told)
-    assert sum(r["skipped_records"] for r in records(tmp_path)) == len(told)
+    train(dataclasses.replace(recipe, data=data), tmp_path, log=quiet)
+    reported = [r.getMessage() for r in caplog.records if "Skipped" in r.getMessage()]
+    assert len(reported) >= 3
+    assert all("produce/train/7" in line for line in reported)
+    assert sum(r["skipped_records"] for r in records(tmp_path)) == len(reported)
 
 
-def test_a_step_that_was_skipped_is_told_of(faked, tmp_path, tiny_recipe, caplog):
-    train(tiny_recipe(steps=4), tmp_path, say=quiet)
-    told = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
-    assert [line.split(":")[0] for line in told] == [f"Step {n} changed nothing" for n in (3, 4)]
+def test_a_skipped_update_is_reported(faked, tmp_path, tiny_recipe, caplog):
+    train(tiny_recipe(steps=4), tmp_path, log=quiet)
+    reported = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert [line.split(":")[0] for line in reported] == [
+        f"Step {n} changed nothing" for n in (3, 4)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -274,21 +304,21 @@ def test_a_save_that_fails_ends_the_run_and_the_one_before_goes_on(
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    train(tiny_recipe(steps=2), tmp_path, say=quiet)
+    train(tiny_recipe(steps=2), tmp_path, log=quiet)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_folder, "complete", fail)
         with pytest.raises(UserError, match=rf"step 4 .* {message}.*; that of step 2 is kept.*"):
-            train(tiny_recipe(steps=6), tmp_path, say=quiet)
+            train(tiny_recipe(steps=6), tmp_path, log=quiet)
     faked.clear()
-    train(tiny_recipe(steps=6), tmp_path, say=quiet)
+    train(tiny_recipe(steps=6), tmp_path, log=quiet)
     assert [n for what, n in faked if what == "step"] == [3, 4, 5, 6]
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_goes_on(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_goes_on(
     faked, tmp_path, tiny_recipe
 ):
-    train(tiny_recipe(steps=4), tmp_path, say=quiet)
+    train(tiny_recipe(steps=4), tmp_path, log=quiet)
     files = [path for path in (tmp_path / "checkpoints" / "4").rglob("*") if path.is_file()]
     path = max(files, key=lambda file: file.stat().st_size)
     data = bytearray(path.read_bytes())
@@ -296,7 +326,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_goes_on(
     path.write_bytes(bytes(data))
     faked.clear()
     said = []
-    train(tiny_recipe(steps=4), tmp_path, say=said.append)
+    train(tiny_recipe(steps=4), tmp_path, log=said.append)
     assert "checkpoints/4 is damaged and not used" in said[0]
     assert said[1] == "Resuming at step 2 of 4."
     assert [n for what, n in faked if what == "step"] == [3, 4]
@@ -308,26 +338,27 @@ def test_a_data_worker_that_dies_ends_the_run_which_then_goes_on(faked, tmp_path
         if int(state.step) == 3:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
+        return {}
 
     def recipe(workers):
-        config = tiny_recipe(steps=60, sample_every=1, max_nonfinite=100)
+        config = evaluated(tiny_recipe(steps=60, max_nonfinite=100))
         return dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
 
     with pytest.raises(UserError, match=r"A data worker died \(exit code -9; .*data\.workers"):
-        train(recipe(1), tmp_path, on_sample=kill, say=quiet)
-    told = []
-    train(recipe(0), tmp_path, say=told.append)
-    assert told[0].startswith("Resuming at step")
+        train(recipe(1), tmp_path, evaluate=kill, log=quiet)
+    reported = []
+    train(recipe(0), tmp_path, log=reported.append)
+    assert reported[0].startswith("Resuming at step")
 
 
-def test_a_shard_that_vanishes_is_told_by_its_records(faked, tmp_path, tiny_recipe):
+def test_a_shard_that_vanishes_is_reported_by_its_records(faked, tmp_path, tiny_recipe):
     shards = tmp_path / "shards"
     shards.mkdir()
-    drawn = Produce(size=32, length=400)
+    rendered = Produce(size=32, length=400)
     for i in range(2):
-        part = (drawn[k] for k in range(200 * i, 200 * i + 200))
+        part = (rendered[k] for k in range(200 * i, 200 * i + 200))
         write_array_record(str(shards / f"{i}.array_record"), part)
-    config = tiny_recipe(steps=100, max_nonfinite=100, sample_every=1, checkpoint_every=50)
+    config = evaluated(tiny_recipe(steps=100, max_nonfinite=100, checkpoint_every=50))
     source = ArrayRecord(path=str(shards))
     config = dataclasses.replace(
         config,
@@ -337,16 +368,17 @@ def test_a_shard_that_vanishes_is_told_by_its_records(faked, tmp_path, tiny_reci
 
     def lose(*_):
         (shards / "1.array_record").unlink(missing_ok=True)
+        return {}
 
     with pytest.raises(UserError, match=r"cannot be used, among them .*1\.array_record"):
-        train(config, tmp_path / "run", on_sample=lose, say=quiet)
+        train(config, tmp_path / "run", evaluate=lose, log=quiet)
     assert records(tmp_path / "run")[-1]["step"] >= 200 // 8 - 2
 
 
 def test_the_clock_of_the_day_may_be_set_back(faked, tmp_path, tiny_recipe, monkeypatch):
     clock = itertools.count(2e9, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    result = train(tiny_recipe(steps=6), tmp_path, say=quiet)
+    result = train(tiny_recipe(steps=6), tmp_path, log=quiet)
     assert result.finished
     for record in records(tmp_path):
         assert 0 < record["images_per_s"] < np.inf
@@ -360,23 +392,22 @@ def test_frozen_parts_are_split_and_of_the_type_that_steps_compute_in(
     seen = []
 
     def step(state, frozen, batch):
-        seen.append(frozen["text"])
+        seen.append(frozen["text_encoders"]["text"])
         return state.replace(step=state.step + 1), {"loss": jnp.float32(1), **NO_SKIPS}
 
     monkeypatch.setattr(loop, "compile_step", lambda *_: step)
     recipe = tiny_recipe(steps=1, compute="bfloat16")
-    text = dataclasses.replace(recipe.task.text, trained=False)
     recipe = dataclasses.replace(
         recipe,
-        task=dataclasses.replace(recipe.task, text=text),
+        task=dataclasses.replace(recipe.task, trainable=Trainable()),
         mesh=MeshConfig(data=2, fsdp=4),
     )
-    train(recipe, tmp_path, say=quiet)
+    train(recipe, tmp_path, log=quiet)
     (frozen,) = seen
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {np.dtype(jnp.bfloat16)}
     table = frozen["token_embedding"]
     assert table.addressable_shards[0].data.shape == (600 // 4, 16)
-    stored = read_weights(epath.Path(tmp_path) / FROZEN)["text"]["token_embedding"]
+    stored = read_weights(epath.Path(tmp_path) / FROZEN)["text_encoders"]["text"]["token_embedding"]
     assert stored.dtype == np.float32
     np.testing.assert_array_equal(table, stored.astype(jnp.bfloat16))
 
@@ -394,5 +425,5 @@ def test_what_does_not_fit_the_devices_is_refused_before_anything_is_written(
 ):
     mesh = changes.pop("mesh", MeshConfig())
     with pytest.raises(UserError, match=message):
-        train(dataclasses.replace(tiny_recipe(**changes), mesh=mesh), tmp_path, say=quiet)
+        train(dataclasses.replace(tiny_recipe(**changes), mesh=mesh), tmp_path, log=quiet)
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,11 @@
-"""What a run leaves behind besides its checkpoints: a summary, its scores, and pictures."""
+"""What a run leaves beside its checkpoints: a summary, the evaluators' figures, and images."""
 
 import dataclasses
 import errno
 import json
 import os
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.folder import ImageFolder
-from jaxdiff.data.transforms import Transforms
-from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
-from jaxdiff.training import run as session
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.training import run as module
 from jaxdiff.training.loop import Result
 from jaxdiff.training.run import run_recipe
 from jaxdiff.training.state import TrainState, no_skips
-from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
-FIGURES = {"two objects": {"joint": {"score": 0.5, "ceiling": 1.0, "chance": 0.0}}}
-PROMPTS = ("a small red pea", "a green tomato with a stem", "a blue pear")
+CALLS: list[EvalContext] = []
+FIGURES = {"counting/images": 4.0, "counting/mean": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Evaluator):
+    """Records its contexts and reports fixed figures; fails if it is told to."""
+
+    name: ClassVar[str] = "counting"
+    every: int = 0
+    fails: list = field(default_factory=list, hash=False)
+
+    def check(self, spec, data):
+        if isinstance(data.source, ImageFolder):
+            raise UserError("evaluator 'counting' cannot read ImageFolder: leave it out.")
+
+    def evaluate(self, context):
+        if self.fails:
+            raise MemoryError
+        CALLS.append(context)
+        images = {name: np.zeros((8, 4, 3), np.uint8) for name in ("samples", "strip")}
+        return Report(scalars={"images": 4.0, "mean": 0.5}, images=images, text="counting: 4")
 
 
 def quiet(_: str) -> None:
@@ -37,188 +56,151 @@ def summary(folder) -> dict:
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    """The tiny recipe at the size that can be scored, and to be scored on four samples."""
-    config = tiny_recipe()
-    data = dataclasses.replace(config.data, source=Produce(), transforms=Transforms(size=64))
-    return dataclasses.replace(config, data=data, eval_samples=4)
+    """The tiny recipe with an evaluator that runs at its end."""
+    CALLS.clear()
+    return dataclasses.replace(tiny_recipe(), evaluators=(Counting(),))
 
 
 @pytest.fixture
 def trained(monkeypatch, tiny_bundle):
     """In the place of `train` one that ends at once; a list of the runs, to be changed by tests.
 
-    As in a run that is repeated, only the first has speeds to tell of.
+    As in a run that is repeated, only the first has speeds.
     """
     runs = []
     run = {"params": tiny_bundle.params, "fingerprint": "one", "finished": True, "runs": runs}
 
-    def train(config, out, *, fresh, on_sample, say) -> Result:
+    def train(config, out, *, fresh, evaluate, log) -> Result:
         runs.append(str(out))
         params, zero = run["params"], jnp.zeros((), jnp.int32)
         state = TrainState(
             step=zero + 6,
             key=jax.random.key(0),
-            params=params,
+            params=jax.tree.map(jnp.zeros_like, params),
             ema=params,
             opt_state=(),
             task_state=(),
             nonfinite=no_skips(),
         )
-        if on_sample:
-            on_sample(state, {}, tiny_bundle.tokenizer)
         speeds = {"images_per_s": 40.0} if len(runs) == 1 else {}
-        told = {"step": 6, "fingerprint": run["fingerprint"], **speeds}
-        return Result(told, state, {}, tiny_bundle.tokenizer, run["finished"])
+        summary = {"step": 6, "fingerprint": run["fingerprint"], **speeds}
+        return Result(summary, state, {}, tiny_bundle.tokenizers, run["finished"])
 
-    monkeypatch.setattr(session, "train", train)
+    monkeypatch.setattr(module, "train", train)
     return run
 
 
-@pytest.fixture
-def scored(monkeypatch):
-    """In the place of `evaluate` one that gives `FIGURES`; returns the numbers of samples."""
-    calls = []
-
-    def evaluate(_pipeline, *, samples):
-        calls.append(samples)
-        return FIGURES
-
-    monkeypatch.setattr(session, "evaluate", evaluate)
-    return calls
-
-
-def test_the_summary_has_the_end_of_the_run_and_its_scores(trained, scored, recipe, tmp_path):
-    said = []
-    result = run_recipe(recipe, str(tmp_path), say=said.append)
-    expected = {"step": 6, "fingerprint": "one", "images_per_s": 40.0, "scores": FIGURES}
+def test_the_summary_has_the_end_of_the_run_and_its_evaluation(trained, recipe, tmp_path):
+    logged = []
+    result = run_recipe(recipe, str(tmp_path), log=logged.append)
+    expected = {"step": 6, "fingerprint": "one", "images_per_s": 40.0, "evaluation": FIGURES}
     assert summary(tmp_path) == result.summary == expected
-    assert scored == [4]
-    assert any("two objects" in line for line in said)
-    assert said[-1] == f"Finished at step 6: {tmp_path}"
+    assert "counting: 4" in logged
+    assert logged[-1] == f"Finished at step 6: {tmp_path}"
 
 
-def test_a_run_that_was_stopped_has_no_summary(trained, scored, recipe, tmp_path):
+def test_evaluators_get_the_average_of_the_parameters(trained, recipe, tmp_path, tiny_bundle):
+    run_recipe(recipe, str(tmp_path), log=quiet)
+    (context,) = CALLS
+    assert context.step == 6
+    assert context.spec == recipe.task.model
+    assert context.tokenizers == tiny_bundle.tokenizers
+    assert context.data == recipe.data
+    jax.tree.map(np.testing.assert_array_equal, context.params, trained["params"])
+
+
+def test_images_are_saved_under_their_step(trained, recipe, tmp_path):
+    logged = []
+    run_recipe(recipe, str(tmp_path), log=logged.append)
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "samples").iterdir()}
+    assert sizes == {"step_000006.png": (4, 8), "step_000006_strip.png": (4, 8)}
+    assert f"Samples: {tmp_path / 'samples' / 'step_000006.png'}" in logged
+
+
+def test_a_stopped_run_has_no_summary(trained, recipe, tmp_path):
     trained["finished"] = False
-    said = []
-    assert not run_recipe(recipe, str(tmp_path), say=said.append).finished
-    assert said[-1].startswith("Stopped at step 6")
-    assert list(tmp_path.iterdir()) == scored == []
+    logged = []
+    assert not run_recipe(recipe, str(tmp_path), log=logged.append).finished
+    assert logged[-1].startswith("Stopped at step 6")
+    assert list(tmp_path.iterdir()) == CALLS == []
 
 
-def test_without_samples_to_score_on_nothing_is_scored(trained, scored, recipe, tmp_path):
-    run_recipe(dataclasses.replace(recipe, eval_samples=0), str(tmp_path), say=quiet)
-    assert "scores" not in summary(tmp_path)
-    assert scored == []
+@pytest.mark.parametrize("how", ["none in the recipe", "turned off"])
+def test_without_evaluators_nothing_is_evaluated(trained, recipe, tmp_path, how):
+    if how == "turned off":
+        config = dataclasses.replace(
+            recipe, train=dataclasses.replace(recipe.train, evaluate=False)
+        )
+    else:
+        config = dataclasses.replace(recipe, evaluators=())
+    run_recipe(config, str(tmp_path), log=quiet)
+    assert "evaluation" not in summary(tmp_path)
+    assert CALLS == []
 
 
-def test_a_score_that_fails_leaves_the_summary_and_is_made_up_for(
-    trained, scored, recipe, tmp_path, monkeypatch
-):
-    def fail(*_, **__):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "evaluate", fail)
-        with pytest.raises(MemoryError):
-            run_recipe(recipe, str(tmp_path), say=quiet)
+def test_an_evaluator_that_fails_leaves_the_summary_and_runs_again(trained, recipe, tmp_path):
+    failing = dataclasses.replace(recipe, evaluators=(Counting(fails=[True]),))
+    with pytest.raises(MemoryError):
+        run_recipe(failing, str(tmp_path), log=quiet)
     before = summary(tmp_path)
     assert before == {"step": 6, "fingerprint": "one", "images_per_s": 40.0}
-    run_recipe(recipe, str(tmp_path), say=quiet)
-    assert summary(tmp_path) == before | {"scores": FIGURES}
+    run_recipe(recipe, str(tmp_path), log=quiet)
+    assert summary(tmp_path) == before | {"evaluation": FIGURES}
 
 
-def test_a_finished_run_is_not_scored_again(trained, scored, recipe, tmp_path):
-    run_recipe(recipe, str(tmp_path), say=quiet)
+def test_a_finished_run_is_not_evaluated_again(trained, recipe, tmp_path):
+    run_recipe(recipe, str(tmp_path), log=quiet)
     before = (tmp_path / "summary.json").read_bytes()
-    said = []
-    run_recipe(recipe, str(tmp_path), say=said.append)
-    assert scored == [4]
+    logged = []
+    run_recipe(recipe, str(tmp_path), log=logged.append)
+    assert len(CALLS) == 1
     assert (tmp_path / "summary.json").read_bytes() == before
-    assert sum("has its scores already" in line for line in said) == 1
+    assert sum("is evaluated already" in line for line in logged) == 1
 
 
-def test_a_run_that_went_on_is_scored_again(trained, scored, recipe, tmp_path):
-    run_recipe(recipe, str(tmp_path), say=quiet)
+def test_a_longer_run_is_evaluated_again(trained, recipe, tmp_path):
+    run_recipe(recipe, str(tmp_path), log=quiet)
     trained["fingerprint"] = "another"
-    run_recipe(recipe, str(tmp_path), say=quiet)
-    assert scored == [4, 4]
+    run_recipe(recipe, str(tmp_path), log=quiet)
+    assert len(CALLS) == 2
     assert summary(tmp_path)["fingerprint"] == "another"
 
 
-def test_what_cannot_be_scored_is_refused_before_the_training(trained, recipe, tmp_path):
+def test_what_an_evaluator_cannot_read_is_refused_before_the_training(trained, recipe, tmp_path):
     photos = dataclasses.replace(recipe.data, source=ImageFolder(path="photos"))
     for changes, message in (
-        ({"eval_samples": 1}, "eval_samples is 1: expected at least 2.* eval_samples 0"),
-        ({"eval_samples": -1}, "eval_samples is -1"),
-        ({"data": photos}, "no score for models trained on ImageFolder.* eval_samples 0"),
+        ({"data": photos}, "cannot read ImageFolder"),
+        ({"evaluators": (ProduceAccuracy(),)}, "cannot score images of 32 pixels: expected 64"),
     ):
         with pytest.raises(UserError, match=message):
-            run_recipe(dataclasses.replace(recipe, **changes), str(tmp_path), say=quiet)
+            run_recipe(dataclasses.replace(recipe, **changes), str(tmp_path), log=quiet)
     assert trained["runs"] == []
-    run_recipe(dataclasses.replace(recipe, data=photos, eval_samples=0), str(tmp_path), say=quiet)
+    config = dataclasses.replace(recipe, data=photos, evaluators=())
+    run_recipe(config, str(tmp_path), log=quiet)
     assert len(trained["runs"]) == 1
 
 
-def test_a_disk_that_takes_nothing_more_is_told(trained, scored, recipe, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error(trained, recipe, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(session, "write_whole", fail)
+    monkeypatch.setattr(module, "write_whole", fail)
     with pytest.raises(UserError, match=r"cannot be written to \(No space left on device\)"):
-        run_recipe(recipe, str(tmp_path), say=quiet)
+        run_recipe(recipe, str(tmp_path), log=quiet)
 
 
-def test_prompts_are_drawn_as_a_grid_and_their_making_as_a_strip(
-    trained, recipe, tmp_path, monkeypatch
-):
-    class Drawn:
-        def __init__(self, bundle):
-            assert bundle.params is trained["params"]  # the average's
-
-        def __call__(self, prompts, *, num_snapshots):
-            assert tuple(prompts) == PROMPTS
-            return np.zeros((num_snapshots, len(prompts), 64, 64, 3), np.uint8)
-
-    monkeypatch.setattr(session, "Pipeline", Drawn)
-    sampling = dataclasses.replace(recipe.sampling, prompts=PROMPTS)
-    config = dataclasses.replace(recipe, sampling=sampling, eval_samples=0)
-    run_recipe(config, str(tmp_path), say=quiet)
-    sizes = {p.name: Image.open(p).size for p in (tmp_path / "samples").iterdir()}
-    assert sizes.keys() == {"step_000006.png", "step_000006_strip.png"}
-    assert sizes["step_000006.png"][0] > 2 * 128  # two columns, at twice the size
-    width, height = sizes["step_000006_strip.png"]
-    assert width > session.STRIP_LENGTH * 64
-    assert 3 * 64 < height < 4 * 64
-
-
-def test_reconstructions_are_of_the_first_records_that_can_be_used(
-    trained, recipe, tmp_path, monkeypatch
-):
-    whole = Produce.__getitem__
-
-    def spoiled(self, index):
-        if index == 0:
-            raise RecordError("produce/train/0: unreadable")
-        record = whole(self, index)
-        return record | {"captions": []} if index == 2 else record
-
-    class Negative:
-        """In the place of an autoencoder, gives back the negative of an image."""
-
-        def encode(self, images):
-            return Gaussian(images, images)
-
-        def decode(self, z):
-            return -z
-
-    monkeypatch.setattr(Produce, "__getitem__", spoiled)
-    monkeypatch.setattr(session, "merge", lambda *_: Negative())
-    task, source = AutoencoderTask(model=AutoencoderConfig()), Produce(size=32)
-    data = dataclasses.replace(recipe.data, source=source, transforms=Transforms(size=32))
-    run_recipe(dataclasses.replace(recipe, task=task, data=data), str(tmp_path), say=quiet)
-    with Image.open(tmp_path / "samples" / "step_000006.png") as picture:
-        tiles = np.asarray(picture)[2:, 2:].reshape(4, 66, 8, 66, 3)[:, :64:2, :, :64:2]
-    for place, index in ((0, 1), (1, 3), (7, 9)):
-        image = whole(source, index)["image"]
-        np.testing.assert_array_equal(tiles[0, :, place], image)
-        np.testing.assert_array_equal(tiles[2, :, place], 255 - image)
+def test_an_evaluator_of_ones_own_runs_at_its_intervals_and_at_the_end(tmp_path, tiny_recipe):
+    """In a real run; its scalars are in the run's metrics."""
+    CALLS.clear()
+    config = dataclasses.replace(tiny_recipe(steps=5), evaluators=(Counting(every=2),))
+    result = run_recipe(config, str(tmp_path), log=quiet)
+    assert [context.step for context in CALLS] == [2, 4, 5]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    figures = {r["step"]: r["counting/mean"] for r in records if "counting/mean" in r}
+    assert figures == {2: 0.5, 4: 0.5}
+    assert result.summary["evaluation"] == FIGURES
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names[::2] == ["step_000002.png", "step_000004.png", "step_000005.png"]
+    # The parameters that each saw are those of its step.
+    leaves = [jax.tree.leaves(context.params)[0] for context in CALLS]
+    assert not np.array_equal(leaves[0], leaves[1])

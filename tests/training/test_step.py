@@ -1,4 +1,4 @@
-"""One training step, on a task whose loss has no chance in it."""
+"""One training step, on a task whose loss is deterministic."""
 
 import functools
 
@@ -11,10 +11,18 @@ from jax.sharding import PartitionSpec
 
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
-from jaxdiff.models.layers import scan_blocks, stack_blocks
+from jaxdiff.models.layers import (
+    bind_init,
+    bind_params,
+    cast,
+    init_params,
+    scan_blocks,
+    stack_blocks,
+)
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.step import cast, init_state, make_train_step, structure
+from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.tasks.base import Task
 
 WIDTH, BATCH = 64, 32
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4).build(100)
@@ -40,37 +48,37 @@ class Network(nnx.Module):
         return self.scale[...] * x[:, 0]
 
 
-class Regression:
+def build(*, rngs) -> Network:
+    return Network(rngs)
+
+
+class Regression(Task):
     """Mean squared error; carries the number of its steps along.
 
     A batch whose `root` is 0 has a finite loss whose gradient is not.
     """
 
     def __init__(self, seen: list | None = None):
+        self.model = None
         self.seen = seen if seen is not None else []
 
-    def build(self, rngs):
-        return Network(rngs)
+    def init_params(self, rngs):
+        return init_params(Network, rngs)
 
-    def frozen(self):
-        return {}
-
-    def derive(self, frozen, tokenizer):
-        return {}
-
-    def start(self):
-        return {}
+    def flops_per_image(self, size, *, latents=False, text=False):
+        return 0.0
 
     def init_state(self):
         return {"steps": jnp.zeros((), jnp.int32)}
 
-    def loss(self, model, frozen, batch, key, task_state):
-        self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))})
+    def loss(self, params, frozen, batch, key, task_state, ema):
+        self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+        model = bind_params(bind_init(build), params)
         x = batch["image"].astype(model.scale[...].dtype)
         error = (model(x) - batch["target"]).astype(jnp.float32)
         root = jnp.sqrt(jnp.abs(model.scale[...] * batch["root"])).astype(jnp.float32)
         loss = jnp.mean(error**2) + 0 * jnp.mean(root)
-        return loss, {"loss": loss, "root": jnp.mean(root)}
+        return loss, {"loss": loss, "root": jnp.mean(root)}, task_state
 
     def next_state(self, task_state, metrics):
         return {"steps": task_state["steps"] + 1}
@@ -95,7 +103,7 @@ def compiled(mesh_config: MeshConfig | None = None, **options):
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
     placed = state_shardings(initial(), mesh)
     task = Regression()
-    step = make_train_step(task, structure(task), OPTIMIZER, EMA, **options)
+    step = make_train_step(task, OPTIMIZER, EMA, **options)
     step = jax.jit(
         step,
         in_shardings=(placed, replicated(mesh), batch_sharding(mesh)),
@@ -208,7 +216,7 @@ def in_bfloat16():
     optimizer = AdamW(learning_rate=1e-5, weight_decay=0.0).build(100)
     task = Regression(seen=[])
     start = initial().replace(opt_state=optimizer.init(initial().params))
-    step = make_train_step(task, structure(task), optimizer, EMA, compute="bfloat16")
+    step = make_train_step(task, optimizer, EMA, compute="bfloat16")
     return *jax.jit(step)(start, {}, make_batch()), task.seen
 
 

@@ -9,19 +9,19 @@ from etils import epath
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import read_config
+from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.optimizer import AdamW, ConstantLR, CosineLR, WarmupStableDecay
-from jaxdiff.training.workdir import _captions, open_run
+from jaxdiff.training.workdir import _captions, open_run, read_config
 
 
 @pytest.fixture
 def open_in(tmp_path):
-    """`open_in(config)` opens the run in one and the same folder, and returns what it said."""
+    """`open_in(config)` opens the run in one and the same folder, and returns what it logged."""
 
     def open_it(config, *, fresh=False) -> list[str]:
-        said: list[str] = []
-        open_run(config, epath.Path(tmp_path), fresh=fresh, say=said.append)
-        return said
+        logged: list[str] = []
+        open_run(config, epath.Path(tmp_path), fresh=fresh, log=logged.append)
+        return logged
 
     return open_it
 
@@ -32,10 +32,10 @@ def taken(folder, step: int) -> None:
 
 
 def test_a_new_folder_gets_recipe_and_tokenizer(open_in, tmp_path, tiny_recipe):
-    said = open_in(tiny_recipe())
+    logged = open_in(tiny_recipe())
     assert read_config(tmp_path) == tiny_recipe()
-    assert (tmp_path / "tokenizer.json").exists()
-    assert said == ["Training a tokenizer on the captions of 50 records."]
+    assert (tmp_path / "tokenizers" / "text" / "tokenizer.json").exists()
+    assert logged == ["Training a tokenizer on the captions of 50 records."]
 
 
 class Captioned:
@@ -62,19 +62,19 @@ def test_a_tokenizer_is_trained_on_the_captions_that_can_be_used():
 
 
 @pytest.mark.parametrize(
-    ("captions", "told"), [(None, "r1: unreadable"), (["\udcff"], "r1: .*UTF-8"), ([""], "empty")]
+    ("captions", "reason"), [(None, "r1: unreadable"), (["\udcff"], "r1: .*UTF-8"), ([""], "empty")]
 )
-def test_data_without_a_usable_caption_are_refused_for_a_tokenizer(captions, told):
+def test_data_without_a_usable_caption_are_refused_for_a_tokenizer(captions, reason):
     source = Captioned(captions, captions)
-    with pytest.raises(UserError, match=f"no caption to train a tokenizer on .*{told}"):
+    with pytest.raises(UserError, match=f"no caption to train a tokenizer on .*{reason}"):
         Tokenizer.train(_captions(source, range(2)), vocab_size=530, length=8)
 
 
 def test_a_run_keeps_its_tokenizer(open_in, tmp_path, tiny_recipe):
     open_in(tiny_recipe())
-    before = (tmp_path / "tokenizer.json").read_bytes()
+    before = (tmp_path / "tokenizers" / "text" / "tokenizer.json").read_bytes()
     assert open_in(tiny_recipe()) == []
-    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert (tmp_path / "tokenizers" / "text" / "tokenizer.json").read_bytes() == before
 
 
 def test_another_recipe_is_refused_and_the_keys_are_named(open_in, tmp_path, tiny_recipe):
@@ -97,12 +97,18 @@ def test_another_recipe_is_refused_and_the_keys_are_named(open_in, tmp_path, tin
     assert read_config(tmp_path) == recipe
 
 
-def test_what_only_says_how_a_run_is_carried_out_may_change(open_in, tmp_path, tiny_recipe):
+def test_settings_that_do_not_change_the_result_may_change(open_in, tmp_path, tiny_recipe):
     open_in(tiny_recipe())
     taken(tmp_path, 4)
-    changed = tiny_recipe(log_every=3, checkpoint_every=5, sample_every=2, keep=1)
+    changed = tiny_recipe(log_every=3, checkpoint_every=5, keep=1)
     data = dataclasses.replace(changed.data, workers=2, threads=3, prefetch=4)
-    open_in(dataclasses.replace(changed, name="other", eval_samples=3, data=data))
+    model = changed.task.model
+    sampler = dataclasses.replace(model.sampler, num_steps=7)
+    task = dataclasses.replace(
+        changed.task, model=dataclasses.replace(model, name="other", sampler=sampler)
+    )
+    evaluators = (SampleGrid(prompts=("a pea",)),)
+    open_in(dataclasses.replace(changed, name="other", evaluators=evaluators, data=data, task=task))
     assert read_config(tmp_path).train.log_every == 3
 
 
@@ -164,7 +170,7 @@ def test_a_folder_that_is_no_place_for_a_run_is_refused(open_in, tmp_path, tiny_
     with pytest.raises(UserError, match="holds an exported model"):
         open_in(tiny_recipe())
     with pytest.raises(UserError, match="cannot be made a folder"):
-        open_run(tiny_recipe(), epath.Path(tmp_path / "model.safetensors"), fresh=False, say=print)
+        open_run(tiny_recipe(), epath.Path(tmp_path / "model.safetensors"), fresh=False, log=print)
 
 
 def test_a_run_cannot_be_cut_below_the_steps_it_has_taken(open_in, tmp_path, tiny_recipe):
@@ -190,7 +196,7 @@ def test_fresh_removes_the_run_and_nothing_else(open_in, tmp_path, tiny_recipe):
     other = tiny_recipe(seed=1, steps=3)
     open_in(other, fresh=True)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"config.json", "tokenizer.json", "notes.json"}
+    assert left == {"config.json", "tokenizers", "notes.json"}
     assert read_config(tmp_path) == other
 
 

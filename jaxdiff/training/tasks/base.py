@@ -26,8 +26,8 @@ class PretrainedPart(NamedTuple):
 class Task(abc.ABC):
     """A model, its loss, and what it carries from step to step.
 
-    A task inherits from this and overrides what it needs: by default every part is initialised and
-    trained, and nothing is carried along.
+    A task is a frozen dataclass that inherits from this and overrides what it needs: by default
+    every part is initialised and trained, and nothing is carried along.
 
     Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
     trained nor saved with each checkpoint.

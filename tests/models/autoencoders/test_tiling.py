@@ -57,6 +57,6 @@ def test_what_fits_one_tile_is_not_cut():
     def network(x):
         return x - x.mean(axis=(1, 2), keepdims=True)
 
-    for by in ("whole", "images", "tiles"):
+    for by in ("full", "slicing", "tiling"):
         np.testing.assert_allclose(apply_vae_mode(network, X, by, 22, 22), network(X), atol=1e-6)
-    assert np.abs(apply_vae_mode(network, X, "tiles", 16, 16) - network(X)).max() > 0.01
+    assert np.abs(apply_vae_mode(network, X, "tiling", 16, 16) - network(X)).max() > 0.01

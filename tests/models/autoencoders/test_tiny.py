@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, bind_init, bind_params
 
 TINY = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 1), sample_size=8)
 
@@ -14,7 +14,7 @@ TINY = TinyAutoencoderConfig(width=4, encoder_blocks=(1, 1), decoder_blocks=(1, 
 @pytest.fixture(scope="module")
 def model():
     params = jax.jit(lambda: nnx.state(TinyAutoencoder(TINY, rngs=nnx.Rngs(0))))()
-    return merge(bind_init(TinyAutoencoder, TINY), params)
+    return bind_params(bind_init(TinyAutoencoder, TINY), params)
 
 
 def test_it_has_the_published_size():
@@ -31,7 +31,7 @@ def test_images_become_latents_and_images_again(model):
     np.testing.assert_array_equal(model.from_latents(model.to_latents(z.mean)), z.mean)
     back = jax.jit(model.decode)(z.mean)
     assert back.shape == images.shape
-    by_tiles = jax.jit(lambda z: model.decode(z, "tiles"))(z.mean)
+    by_tiles = jax.jit(lambda z: model.decode(z, "tiling"))(z.mean)
     assert by_tiles.shape == images.shape
 
 

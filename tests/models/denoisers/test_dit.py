@@ -10,10 +10,11 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiT, DiTBlock, DiTConfig
-from jaxdiff.models.layers import TextFeatures, any_rngs, merge, scan_blocks, stack_blocks
+from jaxdiff.models.layers import any_rngs, bind_params, scan_blocks, stack_blocks
 
-BATCH, WORDS, WIDTH = 2, 5, 32
+BATCH, TOKENS, WIDTH = 2, 5, 32
 MODES = ("cross", "joint")
 
 
@@ -39,18 +40,18 @@ def apply(config: DiTConfig):
     """(params, x, t, text) -> output, compiled once per shape."""
 
     def call(params, x, t, text):
-        return merge(lambda: DiT(config, rngs=any_rngs()), params)(x, t, text)
+        return bind_params(lambda: DiT(config, rngs=any_rngs()), params)(x, t, text)
 
     return jax.jit(call)
 
 
 def make_inputs(height: int = 8, width: int = 8, channels: int = 3):
-    """x, t and text; of the five words the first prompt has three, the second four."""
+    """x, t and text; of five tokens, three count in the first prompt and four in the second."""
     rng = np.random.default_rng(2)
-    text = TextFeatures(
-        tokens=jnp.asarray(rng.normal(size=(BATCH, WORDS, 8)), jnp.float32),
+    text = Conditioning(
+        tokens=jnp.asarray(rng.normal(size=(BATCH, TOKENS, 8)), jnp.float32),
         pooled=jnp.asarray(rng.normal(size=(BATCH, 12)), jnp.float32),
-        mask=jnp.arange(WORDS) < jnp.array([[3], [4]]),
+        mask=jnp.arange(TOKENS) < jnp.array([[3], [4]]),
     )
     x = jnp.asarray(rng.normal(size=(BATCH, height, width, channels)), jnp.float32)
     return x, jnp.array([0.3, 0.8]), text
@@ -75,8 +76,8 @@ def test_heads_that_do_not_split_the_width_are_refused():
 
 
 @functools.cache
-def word_gradients(text: str):
-    """|d output / d word|, [b, n], and the output."""
+def token_gradients(text: str):
+    """|d output / d token|, [b, n], and the output."""
     config = make_config(text=text)
     x, t, features = make_inputs()
 
@@ -93,23 +94,23 @@ def word_gradients(text: str):
 
 
 @pytest.mark.parametrize("text", MODES)
-def test_every_word_under_the_mask_is_heard_and_none_beyond_it(text):
-    gradient, _ = word_gradients(text)
+def test_the_output_depends_on_every_token_under_the_mask_and_on_no_other(text):
+    gradient, _ = token_gradients(text)
     mask = np.asarray(make_inputs()[2].mask)
     assert gradient[mask].min() > 1e-6
     assert np.all(gradient[~mask] == 0)
 
 
 @pytest.mark.parametrize("text", MODES)
-def test_what_stands_beyond_the_mask_and_the_order_of_words_change_nothing(text):
-    """The encoder has put the order into the words: here they carry no position."""
+def test_masked_tokens_and_the_order_of_tokens_change_nothing(text):
+    """The encoder has encoded the order of the text: the denoiser adds no positions to it."""
     x, t, features = make_inputs()
     order = jnp.array([3, 2, 0, 4, 1])
     tokens = jnp.where(features.mask[..., None], features.tokens, 100.0)
     changed = features._replace(tokens=tokens[:, order], mask=features.mask[:, order])
     config = make_config(text=text)
     y = apply(config)(weights(config), x, t, changed)
-    np.testing.assert_allclose(y, word_gradients(text)[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y, token_gradients(text)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_time_pooled_text_and_place_all_count():

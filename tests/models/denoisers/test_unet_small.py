@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from jaxdiff.errors import UserError
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
-from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs
+from jaxdiff.models.layers import abstract_params, any_rngs
 
 TINY = UNetConfig(
     patch_size=2,
@@ -24,11 +25,11 @@ TINY = UNetConfig(
 
 @functools.cache
 def first_params():
-    """Drawn, then the last layer drawn as well: as built it is zero, and so is the output."""
+    """As initialised, and with a last layer that is not zero, as it is and the output with it."""
     params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(UNet(TINY, rngs=nnx.Rngs(0))))())
     kernel = params["final"]["kernel"]
-    drawn = jax.random.normal(jax.random.key(1), (kernel.size,)).reshape(kernel.shape)
-    return params, {**params, "final": {**params["final"], "kernel": drawn}}
+    random = jax.random.normal(jax.random.key(1), (kernel.size,)).reshape(kernel.shape)
+    return params, {**params, "final": {**params["final"], "kernel": random}}
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -37,10 +38,10 @@ def apply(params, x, t, text, config=TINY):
     return nnx.merge(graphdef, params)(x, t, text)
 
 
-def text(length: int = 3) -> TextFeatures:
+def text(length: int = 3) -> Conditioning:
     tokens = jax.random.normal(jax.random.key(2), (2 * 5 * 8,)).reshape(2, 5, 8)
     mask = jnp.broadcast_to(jnp.arange(5) < length, (2, 5))
-    return TextFeatures(tokens, tokens[:, 0], mask)
+    return Conditioning(tokens, mask, tokens[:, 0])
 
 
 def images(height: int = 8, width: int = 8) -> jax.Array:
@@ -63,7 +64,7 @@ def test_the_output_has_the_shape_of_the_input(height, width):
     assert out.dtype == jnp.float32
 
 
-def test_it_hears_time_pooled_text_and_the_words_under_the_mask_alone():
+def test_it_reads_time_pooled_text_and_the_tokens_under_the_mask_alone():
     params, x = first_params()[1], images()
     base = apply(params, x, T, text())
     assert jnp.abs(apply(params, x, T + 0.05, text()) - base).max() > 1e-3
@@ -74,7 +75,7 @@ def test_it_hears_time_pooled_text_and_the_words_under_the_mask_alone():
     np.testing.assert_array_equal(apply(params, x, T, beyond), base)
 
 
-def test_it_knows_the_place_in_the_picture():
+def test_the_output_depends_on_the_position_in_the_image():
     flat = jnp.zeros((2, 8, 8, 3))
     out = apply(first_params()[1], flat, T, text())
     assert jnp.abs(out[:, :4] - out[:, 4:]).max() > 1e-3
@@ -82,9 +83,9 @@ def test_it_knows_the_place_in_the_picture():
 
 def test_rematerialization_changes_no_gradient():
     one_level = dataclasses.replace(TINY, widths=(8,), attention=(True,))
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: 0.2 * draw.normal(size=x.shape).astype(np.float32),
+        lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32),
         abstract_params(lambda: UNet(one_level, rngs=any_rngs())),
     )
 

@@ -115,8 +115,8 @@ def test_hidden_states_are_counted_from_the_embeddings_to_the_last_block():
     @jax.jit
     def states(ids):
         model = text()
-        raw = {layer: model(ids, layer=layer, final_norm=False) for layer in range(-4, 4)}
-        normed = [model(ids, layer=layer).tokens for layer in (None, -1, 2)]
+        raw = {layer: model(ids, hidden_layer=layer, final_norm=False) for layer in range(-4, 4)}
+        normed = [model(ids, hidden_layer=layer).tokens for layer in (None, -1, 2)]
         expected = [model.final_norm(raw[layer].tokens) for layer in (-1, -1, 2)]
         return raw, normed, expected, model.token_embedding[ids] + model.position_embedding[:6]
 
@@ -133,7 +133,7 @@ def test_hidden_states_are_counted_from_the_embeddings_to_the_last_block():
 @pytest.mark.parametrize("layer", [4, -5])
 def test_a_layer_that_is_not_there_is_refused(layer):
     with pytest.raises(UserError, match=f"no layer {layer}.*-4 to 3"):
-        text()(IDS, layer=layer)
+        text()(IDS, hidden_layer=layer)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -142,7 +142,7 @@ def test_the_scan_equals_the_blocks_one_by_one(activation):
     graphdef, params = nnx.split(model.blocks)
     one = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, causal=True))
     x, scanned = jax.jit(
-        lambda ids: [model(ids, layer=layer, final_norm=False).tokens for layer in (0, None)]
+        lambda ids: [model(ids, hidden_layer=layer, final_norm=False).tokens for layer in (0, None)]
     )(IDS)
     for i in range(3):
         x = one(jax.tree.map(lambda p, i=i: p[i], params), x)

@@ -4,37 +4,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
+from jaxdiff.models.conditioning import TextInputs
+from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import (
+    Clip,
     ClipConfig,
     ClipEmbeddings,
     ClipTextConfig,
     ClipVisionConfig,
 )
+from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.step import init_state, make_train_step, structure
-from jaxdiff.training.tasks.base import from_uint8
+from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks.clip import ClipTask, contrastive_loss
 
 BATCH = 8
 OPTIMIZER = AdamW(learning_rate=3e-3).build(100)
 
-_TOWER = {"width": 16, "depth": 2, "heads": 2, "projection_dim": 8}
+_SIZES = {"width": 16, "depth": 2, "heads": 2, "projection_dim": 8}
 CONFIG = ClipConfig(
-    text=ClipTextConfig(vocab_size=16, length=5, **_TOWER),
-    vision=ClipVisionConfig(image_size=8, patch_size=4, **_TOWER),
+    text=ClipTextConfig(vocab_size=16, length=5, **_SIZES),
+    vision=ClipVisionConfig(image_size=8, patch_size=4, **_SIZES),
 )
+
+
+def text_of(ids: np.ndarray) -> TextInputs:
+    return TextInputs({"text": ids}, np.zeros(len(ids), bool))
 
 
 def make_batch() -> dict:
     """Noise images, each with a caption of its own."""
     rng = np.random.default_rng(0)
-    words = np.array([[0, 1 + i, 1 + (3 * i) % 8, 15, 15] for i in range(BATCH)], np.int32)
-    return {"image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), "tokens": words}
+    ids = np.array([[0, 1 + i, 1 + (3 * i) % 8, 15, 15] for i in range(BATCH)], np.int32)
+    return {"image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), "text": text_of(ids)}
 
 
 @functools.cache
@@ -42,7 +48,7 @@ def train_step():
     """The step, and the state that it starts from; one compiled program builds the state."""
     task = ClipTask(model=CONFIG)
     state = jax.jit(lambda: init_state(task, OPTIMIZER, Ema(), seed=0))()
-    return make_train_step(task, structure(task), OPTIMIZER, Ema()), state
+    return make_train_step(task, OPTIMIZER, Ema()), state
 
 
 @functools.cache
@@ -83,13 +89,13 @@ def test_the_loss_is_the_symmetric_cross_entropy(scale):
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-def test_embeddings_that_say_nothing_lose_the_logarithm_of_the_batch():
+def test_equal_embeddings_cost_the_logarithm_of_the_batch():
     same = np.tile(unit_vectors(0, 1), (7, 1))
     loss, _, _ = contrastive_loss(embeddings(same, same, 14.0))
     np.testing.assert_allclose(loss, np.log(7), rtol=1e-6)
 
 
-def test_accuracies_are_the_shares_of_nearest_partners_in_each_direction():
+def test_accuracies_are_the_fractions_of_nearest_partners_in_each_direction():
     x, y = np.eye(2, dtype=np.float32)
     # Both images lie nearest the first text; each text has its own image nearest.
     image = np.stack([x, (x + y) / np.sqrt(2)])
@@ -103,16 +109,17 @@ def test_accuracies_are_the_shares_of_nearest_partners_in_each_direction():
 def losses_of_repeated_captions():
     """Images 0, 3 and 5 share a caption: the loss by whether that is masked, and the embeddings."""
     batch = make_batch()
-    batch["tokens"][[3, 5]] = batch["tokens"][0]
+    ids = batch["text"].ids["text"]
+    ids[[3, 5]] = ids[0]
 
     @jax.jit
     def run(params, batch):
-        model = nnx.merge(structure(ClipTask(model=CONFIG)), params)
+        model = bind_params(bind_init(Clip, CONFIG), params)
         losses = {}
         for masked in (True, False):
             task = ClipTask(model=CONFIG, mask_equal_captions=masked)
-            losses[masked], _ = task.loss(model, {}, batch, jax.random.key(0), ())
-        return losses, model(from_uint8(batch["image"]), batch["tokens"])
+            losses[masked], _, _ = task.loss(params, {}, batch, jax.random.key(0), (), params)
+        return losses, model(from_uint8(batch["image"]), batch["text"].ids["text"])
 
     return jax.device_get(run(train_step()[1].params, batch))
 
@@ -149,7 +156,7 @@ def test_masked_pairs_get_no_gradient_and_make_none_infinite():
     np.testing.assert_allclose(jax.grad(loss)(image), jax.grad(without)(image), atol=1e-5)
 
 
-def test_a_few_steps_tell_the_pairs_apart():
+def test_a_few_steps_separate_the_pairs():
     history = on_one_device()
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["accuracy_image_to_text"] == history[-1]["accuracy_text_to_image"] == 1

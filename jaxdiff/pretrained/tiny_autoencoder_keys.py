@@ -8,8 +8,8 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 TINY_NAMES = {
     f"{half}.layers.*{ours}": f"{half}.layers.{{}}{theirs}"
@@ -47,7 +47,9 @@ _FIXED: Fixed = {
 }
 
 
-def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> TinyAutoencoderConfig:
+def read_tiny_autoencoder_config(
+    config: Mapping[str, Any], what: str = "vae/config.json"
+) -> TinyAutoencoderConfig:
     """Read our config from diffusers' `AutoencoderTiny` config, whose missing keys have defaults.
 
     Raises:
@@ -74,8 +76,8 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Tin
     )
 
 
-def write_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
-    """Return diffusers' config, from which `read_config` reads the same."""
+def write_tiny_autoencoder_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
+    """Return diffusers' config, from which `read_tiny_autoencoder_config` reads the same."""
     widths = [config.width] * len(config.encoder_blocks)
     return {
         "_class_name": KIND,
@@ -89,7 +91,7 @@ def write_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def from_torch_names(
+def tiny_autoencoder_from_torch(
     tensors: Mapping[str, np.ndarray], config: TinyAutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
     """Return the parameters of `TinyAutoencoder(config)` from a diffusers checkpoint.
@@ -97,9 +99,9 @@ def from_torch_names(
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
     abstract = abstract_params(bind_init(type(config).build, config))
-    return names.from_torch_names(tensors, TINY_NAMES, abstract, **options)
+    return from_torch_names(tensors, TINY_NAMES, abstract, **options)
 
 
-def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def tiny_autoencoder_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
-    return names.to_torch_names(params, TINY_NAMES)
+    return to_torch_names(params, TINY_NAMES)

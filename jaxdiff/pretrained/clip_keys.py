@@ -16,8 +16,8 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVision,
     ClipVisionConfig,
 )
-from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
 AnyClipConfig = ClipTextConfig | ClipVisionConfig | ClipConfig
@@ -132,7 +132,7 @@ _VISION_READ = {
 _VISION_FIXED: Fixed = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
 
 
-def read_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
+def read_clip_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
     """Read our config of both encoders from that of transformers' CLIPModel.
 
     Old files list, for each encoder, every option of any model of transformers; only those that a
@@ -211,7 +211,7 @@ def _network(config: AnyClipConfig) -> tuple[Callable[..., nnx.Module], dict[str
             return Clip, CLIP_NAMES
 
 
-def from_torch_names(
+def clip_from_torch(
     tensors: Mapping[str, np.ndarray], config: AnyClipConfig, **options: Any
 ) -> dict[str, Any]:
     """Return the parameters of the network of `config` from a transformers checkpoint, old or new.
@@ -221,9 +221,9 @@ def from_torch_names(
     network, table = _network(config)
     abstract = abstract_params(bind_init(network, config))
     renamed = Renamed(tensors, lambda name: _full_name(name, config))
-    return names.from_torch_names(renamed, table, abstract, **options)
+    return from_torch_names(renamed, table, abstract, **options)
 
 
-def to_torch_names(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:
+def clip_to_torch(params: Mapping[str, Any], config: AnyClipConfig) -> dict[str, np.ndarray]:
     """Return a transformers checkpoint's tensors from the network's parameters, a nested dict."""
-    return names.to_torch_names(params, _network(config)[1])
+    return to_torch_names(params, _network(config)[1])

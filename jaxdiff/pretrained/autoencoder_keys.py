@@ -9,8 +9,8 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
 
@@ -79,7 +79,9 @@ _FIXED: Fixed = {
 }
 
 
-def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> AutoencoderConfig:
+def read_autoencoder_config(
+    config: Mapping[str, Any], what: str = "vae/config.json"
+) -> AutoencoderConfig:
     """Read our config from diffusers' `AutoencoderKL` config, whose missing keys have defaults.
 
     Raises:
@@ -109,8 +111,8 @@ def read_config(config: Mapping[str, Any], what: str = "vae/config.json") -> Aut
     )
 
 
-def write_config(config: AutoencoderConfig) -> dict[str, Any]:
-    """diffusers' config, from which `read_config` reads ours again.
+def write_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """diffusers' config, from which `read_autoencoder_config` reads ours again.
 
     Raises:
       UserError: diffusers has no such autoencoder.
@@ -140,7 +142,7 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def from_torch_names(
+def autoencoder_from_torch(
     tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, **options: Any
 ) -> dict[str, Any]:
     """Return the parameters of `Autoencoder(config)` from a diffusers checkpoint, old or new.
@@ -149,9 +151,9 @@ def from_torch_names(
     """
     abstract = abstract_params(bind_init(type(config).build, config))
     renewed = Renamed(tensors, _renew)
-    return names.from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
+    return from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
 
 
-def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def autoencoder_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return a diffusers checkpoint's tensors from the autoencoder's parameters, a nested dict."""
-    return names.to_torch_names(params, AUTOENCODER_NAMES)
+    return to_torch_names(params, AUTOENCODER_NAMES)

@@ -8,8 +8,8 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained import key_mapping as names
 from jaxdiff.pretrained.config_check import Fixed, check_config, each
+from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 
 def _block_names(ours: str, theirs: str) -> dict[str, str]:
@@ -46,6 +46,23 @@ UNET_NAMES = {
     "up.*.resample": "up_blocks.{}.upsamplers.0.conv",
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
+}
+
+_READ = {
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "upcast_attention",
+    "norm_num_groups",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 }
 
 # Keys of diffusers' config that this network supports with these values only.
@@ -90,7 +107,9 @@ _DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
 _UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
-def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UNet2DConditionConfig:
+def read_unet_config(
+    config: Mapping[str, Any], what: str = "unet/config.json"
+) -> UNet2DConditionConfig:
     """Read our config from diffusers' `UNet2DConditionModel` config; keys have its defaults.
 
     Raises:
@@ -98,23 +117,7 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
     """
     widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     levels = len(widths)
-    read = {
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "down_block_types",
-        "up_block_types",
-        "layers_per_block",
-        "transformer_layers_per_block",
-        "attention_head_dim",
-        "cross_attention_dim",
-        "use_linear_projection",
-        "upcast_attention",
-        "norm_num_groups",
-        "addition_time_embed_dim",
-        "projection_class_embeddings_input_dim",
-    }
-    check_config(what, config, read, FIXED)
+    check_config(what, config, _READ, FIXED)
     down = tuple(config.get("down_block_types", (_DOWN[1],) * (levels - 1) + (_DOWN[0],)))
     attends = [kind == _DOWN[1] for kind in down]
     up = tuple(config.get("up_block_types", [_UP[attend] for attend in reversed(attends)]))
@@ -157,8 +160,8 @@ def read_config(config: Mapping[str, Any], what: str = "unet/config.json") -> UN
     )
 
 
-def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
-    """Return diffusers' config, from which `read_config` reads the same."""
+def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
+    """Return diffusers' config, from which `read_unet_config` reads the same."""
     attends = [depth > 0 for depth in config.transformer_layers]
     # diffusers has an entry for each level, attention or not; the last is the middle's.
     layers = [depth or 1 for depth in config.transformer_layers]
@@ -190,7 +193,7 @@ def write_config(config: UNet2DConditionConfig) -> dict[str, Any]:
     }
 
 
-def from_torch_names(
+def unet_from_torch(
     tensors: Mapping[str, np.ndarray], config: UNet2DConditionConfig, **options: Any
 ) -> dict[str, Any]:
     """Return the parameters of `UNet2DConditionModel(config)` from a diffusers checkpoint.
@@ -198,9 +201,9 @@ def from_torch_names(
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
     abstract = abstract_params(bind_init(type(config).build, config))
-    return names.from_torch_names(tensors, UNET_NAMES, abstract, **options)
+    return from_torch_names(tensors, UNET_NAMES, abstract, **options)
 
 
-def to_torch_names(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def unet_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the tensors of a diffusers checkpoint from the U-Net's parameters, a nested dict."""
-    return names.to_torch_names(params, UNET_NAMES)
+    return to_torch_names(params, UNET_NAMES)
