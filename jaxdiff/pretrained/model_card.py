@@ -234,7 +234,7 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
     }
     text = f"The recipe is `{name}`; `recipe.json` has all of it, where it is beside this file."
     if name in recipe_names():
-        text = f"`jaxdiff train {name}` trains it; `jaxdiff recipes {name}` states its hardware and cost."
+        text = f"`jaxdiff train {name}` trains it; `jaxdiff recipes {name}` states what it costs."
     return ["## Training", text, _table(("setting", "value"), rows)]
 
 
