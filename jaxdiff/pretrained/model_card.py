@@ -57,22 +57,25 @@ images = pipe("a prompt", guidance_scale=1, guidance=guidance)""",
     "autoencoder": """\
 from jaxdiff.pretrained.load import load_bundle
 
-spec, params, _ = load_bundle("{folder}")  # a recipe names it in task.pretrained.autoencoder""",
+spec, params, _ = load_bundle("{folder}")
+# A recipe uses it by task.pretrained.autoencoder = "{folder}".""",
     "diffusers": """\
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}")  # or jaxdiff.load("{folder}")""",
+pipe = DiffusionPipeline.from_pretrained("{folder}")
+# jaxdiff: pipe = jaxdiff.load("{folder}")""",
     "lora": """\
 import jaxdiff
 from jaxdiff.pipelines import lora
 
-pipe = lora.apply(jaxdiff.load("BASE_MODEL"), "{folder}")  # diffusers: load_lora_weights""",
+pipe = lora.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
+# diffusers: pipe.load_lora_weights("{folder}")""",
     "embedding": """\
 import jaxdiff
 from jaxdiff.pipelines import textual_inversion
 
 pipe = textual_inversion.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
-# diffusers: load_textual_inversion""",
+# diffusers: pipe.load_textual_inversion("{folder}")""",
 }
 _ABOUT = {
     "text-to-image": "A text-to-image diffusion model",
@@ -114,7 +117,7 @@ def model_card(inputs: CardInputs) -> str:
     header = ["---", *([f"license: {license_name.lower()}"] if license_name else [])]
     tag = "text-to-image" if inputs.kind not in ("clip", "autoencoder") else inputs.kind
     header += ["library_name: jaxdiff", "tags:", f"- {tag}", "---", ""]
-    count = "" if inputs.parameters is None else f", {inputs.parameters / 1e6:,.2f} M parameters"
+    count = "" if inputs.parameters is None else f", {inputs.parameters:,} parameters"
     blocks = [
         f"# {inputs.name}",
         f"{_ABOUT[inputs.kind]}{count}.",
@@ -232,7 +235,7 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
         "moving average": f"decay {recipe['ema']['decay']:g}",
         "compute type": f"`{train['compute']}`",
     }
-    text = f"The recipe is `{name}`; `recipe.json` has all of it, where it is beside this file."
+    text = f"The recipe is `{name}`."
     if name in recipe_names():
         text = f"`jaxdiff train {name}` trains it; `jaxdiff recipes {name}` states what it costs."
     return ["## Training", text, _table(("setting", "value"), rows)]
