@@ -10,13 +10,10 @@ import numpy as np
 from PIL import Image
 
 import jaxdiff
+from jaxdiff import DDIM, InitImage, Pipeline, Sampler
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.io.images import save_png
 from jaxdiff.pipelines import edit
-from jaxdiff.pipelines.inputs import InitImage
-from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.sampling.sampler import Sampler
-from jaxdiff.sampling.solvers_ode import DDIM
 
 COLUMNS = 8
 STRENGTHS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)

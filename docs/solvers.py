@@ -3,8 +3,8 @@
     pip install matplotlib && python docs/solvers.py
 
 Each solver starts from the same noise and visits times that are uniform in log-SNR, without
-guidance and with the model's own scale. The error is the root mean square of the difference to the image of
-1000 DDIM steps, with pixels in [0, 1], averaged over the prompts.
+guidance and with the model's own scale. The error is the root mean square of the difference to
+the image of 1000 DDIM steps, with pixels in [0, 1], averaged over the prompts.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jaxdiff
+from jaxdiff import Sampler
 from jaxdiff.diffusion.time_grids import LogSnrGrid
-from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers import SOLVERS
 
 PROMPTS = [
