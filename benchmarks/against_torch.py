@@ -22,8 +22,9 @@ from diffusers.models.unets.unet_2d_condition import (
 )
 
 from jaxdiff.benchmark.timing import median, time_in_turns
-from jaxdiff.models.denoisers.unet_sd import Conditions, UNet2DConditionModel
-from jaxdiff.models.layers import bind_init, merge
+from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
@@ -78,11 +79,12 @@ def main(options: Options) -> None:
 def _jaxdiff(reference: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], np.ndarray]:
     tensors = {name: value.numpy() for name, value in reference.state_dict().items()}
     params = unet_keys.unet_from_torch(tensors, SD1, place=to_device)
-    inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), Conditions(jnp.asarray(tokens))
+    cond = Conditioning(jnp.asarray(tokens))
+    inputs = jnp.asarray(x), jnp.full(len(x), (STEP + 1) / 1000), cond
 
     @jax.jit
     def predict(params, inputs):
-        model = merge(bind_init(UNet2DConditionModel, SD1), params)
+        model = bind_params(bind_init(UNet2DConditionConfig.build, SD1), params)
         return model(*inputs)
 
     return lambda: np.asarray(predict(params, inputs))

@@ -35,7 +35,8 @@ WIDTH, HEIGHT, SIZE, LATENT = 500, 375, 256, 64
 
 def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
     """CPU seconds of batches with the recipe's batch size and caption length."""
-    images, tokenizer = config.train.batch_size, synthetic.small_tokenizer(config)
+    images = config.train.batch_size
+    (tokenizer,) = set(synthetic.small_tokenizers(config).values())
     with tempfile.TemporaryDirectory() as folder:
         work = {
             "JPEG at 256": (_photographs(epath.Path(folder)), SIZE, _cropped),
@@ -85,12 +86,12 @@ def _latents(folder: epath.Path) -> CachedLatents:
 
     def record(i: int) -> bytes:
         moments = rng.normal(size=(1, LATENT, LATENT, 8)).astype(np.float16)
-        framing = np.array([[size, size, 0, 0, size, size]], np.int32)
+        size_crop = np.array([[size, size, 0, 0, size, size]], np.int32)
         return encode_latents(
             {
                 "moments": moments,
                 "text": None,
-                "framing": framing,
+                "size_crop": size_crop,
                 "captions": [CAPTION],
                 "name": str(i),
             }

@@ -1,12 +1,16 @@
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
 
+from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.distributed.mesh import check_batch, make_mesh
 from jaxdiff.training.abstract import abstract_state
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.recipe import Config, differences, load_recipe
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
 
 ROOT = Path(__file__).parent.parent
 # Parameters in the files of Stable Diffusion's U-Nets, and of diffusers' adapters of rank 16.
@@ -55,13 +59,28 @@ def test_its_batch_fits_one_device(config):
     check_batch(config.train.batch_size, make_mesh(config.mesh, jax.devices()[:1]), 1)
 
 
-def test_its_tokens_fit_its_text_encoder(config):
-    text = getattr(config.task, "text", None) or getattr(config.task.model, "text", None)
-    if text is None:
+def test_its_tokens_fit_its_text_encoders(config):
+    task = config.task
+    if isinstance(task, AutoencoderTask):
         pytest.skip("reads no text")
-    model = getattr(text, "model", text)
-    assert config.tokenizer.length <= model.length
-    assert config.tokenizer.vocab_size <= model.vocab_size
+    if isinstance(task, ClipTask):
+        encoders = [task.model.text]
+    else:
+        encoders = [encoder.model for encoder in task.model.conditioner.encoders.values()]
+    for model in encoders:
+        assert config.tokenizer.length <= model.length
+        assert config.tokenizer.vocab_size <= model.vocab_size
+
+
+def test_its_evaluators_can_evaluate_its_model(config):
+    for evaluator in config.evaluators:
+        evaluator.check(config.task.model, config.data)
+
+
+def test_it_survives_json(config):
+    again = from_json(Config, json.loads(json.dumps(to_json(config))))
+    assert again == config
+    assert differences(again, config) == []
 
 
 def test_its_docstring_states_command_and_hardware(path):

@@ -4,6 +4,7 @@ Any recipe can be timed without trained weights, data or network access.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.mesh import batch_sharding
 from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
@@ -72,16 +74,18 @@ def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     return jax.device_put(host, batch_sharding(mesh))
 
 
-def small_tokenizers(config: Config) -> dict[str, Tokenizer]:
+def small_tokenizers(config: Config) -> Mapping[str, TextTokenizer]:
     """Tokenizers of the recipe's length, trained on one caption."""
-    size = config.tokenizer
-    tokenizer = Tokenizer.train(
+    conditioner, size = config.task.conditioner, config.tokenizer
+    if conditioner is None:
+        return {}
+    return conditioner.train_tokenizers(
         ["a small green pea"], vocab_size=size.vocab_size, length=size.length
     )
-    return dict.fromkeys(config.task.text_encoder_names, tokenizer)
 
 
 def random_bundle(config: Config) -> Bundle:
     """A recipe's text-to-image model with random weights."""
     model = config.task.model
+    assert isinstance(model, TextToImage)
     return Bundle(model, random_like(model.abstract_params()), small_tokenizers(config))

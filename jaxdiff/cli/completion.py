@@ -10,7 +10,7 @@ from jaxdiff.cli.bench import BenchOptions
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.explore import ExploreOptions
 from jaxdiff.cli.export import ExportOptions
-from jaxdiff.cli.generate.options import SampleOptions
+from jaxdiff.cli.generate.options import SampleFlags
 from jaxdiff.cli.plan import PlanOptions
 from jaxdiff.cli.prepare import PrepareOptions
 from jaxdiff.cli.train import TrainOptions
@@ -50,7 +50,7 @@ def completion_script(shell: str) -> str:
     config = load_recipe(DEFAULT_RECIPE)
     commands = {
         "train": (TrainOptions, TrainOptions(config=config)),
-        "sample": (SampleOptions, None),
+        "sample": (SampleFlags, None),
         "evaluate": (EvaluateOptions, None),
         "export": (ExportOptions, None),
         "prepare": (PrepareOptions, PrepareOptions(config=config)),

@@ -8,7 +8,6 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse
-from jaxdiff.config.plugins import import_plugins
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
@@ -43,8 +42,6 @@ class EvaluateOptions:
     clip_model: str = ClipGuidance.model
     """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
     `shipped:NAME` or OWNER/NAME."""
-    plugin: tuple[str, ...] = ()
-    """Python modules of yours whose types the model or the recipe names."""
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 
@@ -64,10 +61,9 @@ def evaluate_model(options: EvaluateOptions) -> None:
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
-    types = import_plugins(options.plugin)
-    config = _recipe(options, types)
+    config = _recipe(options)
     evaluators = _evaluators(config, options.samples)
-    spec, params, tokenizers = load_bundle(options.run, types=types)
+    spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:
         evaluator.check(spec, config.data)
     generation = _generation(options)
@@ -84,10 +80,10 @@ def evaluate_model(options: EvaluateOptions) -> None:
     print(f"Saved {path}")
 
 
-def _recipe(options: EvaluateOptions, types: tuple[type, ...]) -> Config:
+def _recipe(options: EvaluateOptions) -> Config:
     if options.recipe is not None:
         return load_recipe(options.recipe)
-    return read_config(options.run, types)
+    return read_config(options.run)
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:

@@ -8,7 +8,6 @@ import jax
 import tyro
 
 from jaxdiff.cli.parsing import parse
-from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -49,8 +48,6 @@ class ExportOptions:
     dtype: str | None = None
     """Type of the weights: bfloat16, float16 or float32. By default bfloat16, and with --format
     diffusers the type that they have."""
-    plugin: tuple[str, ...] = ()
-    """Python modules of yours whose types the model names."""
 
 
 def export_command(arguments: list[str]) -> None:
@@ -75,9 +72,8 @@ def export_model(options: ExportOptions) -> None:
     if options.format == "embedding":
         _export_embedding(options)
         return
-    types = import_plugins(options.plugin)
-    bundle = load_bundle(options.run, types=types)
-    config = find_recipe_of(options.run, types)
+    bundle = load_bundle(options.run)
+    config = find_recipe_of(options.run)
     recipe = None if config is None else to_json(config)
     if options.format == "jaxdiff":
         _export_bundle(options, bundle, recipe)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from jaxdiff import __version__
+from jaxdiff.config.plugins import import_plugins
+from jaxdiff.config.serialization import accept_types
 from jaxdiff.errors import UserError
 
 COMMANDS = {
@@ -38,16 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0; 1 where a command reports partial failure; 2 for a user error, of which
       one sentence is printed to standard error.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
+        words, plugins = _split_plugins(list(sys.argv[1:] if arguments is None else arguments))
+        name, rest = (words[0], words[1:]) if words else ("--help", [])
         if name in ("-h", "--help"):
             print(_usage())
         elif name == "--version":
             print(f"jaxdiff {__version__}")
         elif name in COMMANDS:
             _check_remote_paths(rest)
-            getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")(rest)
+            command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
+            with accept_types(import_plugins(plugins)):
+                command(rest)
         else:
             nearest = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
@@ -63,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _split_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--plugin MODULE`, which all commands take, and the modules."""
+    words, modules, rest = [], [], iter(arguments)
+    for word in rest:
+        flag, equals, module = word.partition("=")
+        if flag != "--plugin":
+            words.append(word)
+            continue
+        module = module if equals else next(rest, "")
+        if not module or module.startswith("-"):
+            raise UserError("--plugin has no value: expected the name of a Python module.")
+        modules.append(module)
+    return words, modules
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
@@ -74,7 +93,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "jaxdiff COMMAND --help lists its options, jaxdiff --version the version.",
+            "All commands take --plugin MODULE, a Python module whose types your models name.",
+            "jaxdiff COMMAND --help lists a command's options, jaxdiff --version the version.",
         ]
     )
 

@@ -1,12 +1,19 @@
 """`jaxdiff sample`: generate images from prompts."""
 
-from jaxdiff.cli.generate.command import SampleOptions, draw
+from jaxdiff.cli.generate.command import sample_images
+from jaxdiff.cli.generate.help import help_text
+from jaxdiff.cli.generate.options import SampleFlags, from_flags
 from jaxdiff.cli.parsing import parse
 from jaxdiff.distributed.distributed_init import join_hosts
 
 
 def sample_command(arguments: list[str]) -> None:
     """Run `jaxdiff sample PROMPT ... [--model DIR] [--out DIR] ...`."""
-    options = parse(SampleOptions, arguments, prog="jaxdiff sample")
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    everything = "--help-all" in flags
+    if everything or "--help" in flags or "-h" in flags:
+        print(help_text(everything=everything))
+        return
+    options = from_flags(parse(SampleFlags, arguments, prog="jaxdiff sample"))
     with join_hosts(options.hosts):
-        draw(options)
+        sample_images(options)

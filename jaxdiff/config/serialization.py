@@ -1,15 +1,16 @@
 """Frozen dataclasses as JSON and back.
 
 JSON holds {"type": class name, ...} for a dataclass. The annotation of the field says which classes
-it may be, and types that a caller names are accepted beside them; nothing is looked up by name
-anywhere else, and no code is imported.
+it may be, and types that a caller names are accepted beside them, in `types` or by `accept_types`;
+nothing is looked up by name anywhere else, and no code is imported.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from jaxdiff.errors import UserError
@@ -23,6 +24,23 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]
     return value
+
+
+_accepted: list[type] = []
+
+
+@contextlib.contextmanager
+def accept_types(types: Sequence[type]) -> Iterator[None]:
+    """Let `from_json` accept further dataclasses within the context, as if each caller named them.
+
+    For commands, whose `--plugin` is for all that they read.
+    """
+    before = _accepted.copy()
+    _accepted.extend(types)
+    try:
+        yield
+    finally:
+        _accepted[:] = before
 
 
 def from_json(
@@ -68,7 +86,7 @@ def _object_from_json(
 ) -> Any:
     """Return the dataclass, one of the candidates or of `types`, that a JSON object states."""
     bases = tuple(c for c in candidates if isinstance(c, type) and c is not type(None))
-    named = [t for t in types if bases and issubclass(t, bases)]
+    named = [t for t in (*_accepted, *types) if bases and issubclass(t, bases)]
     classes: dict[str, Any] = {
         _name(c): c for c in [*candidates, *named] if dataclasses.is_dataclass(c)
     }

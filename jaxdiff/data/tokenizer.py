@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float32, Int32
 from tokenizers import AddedToken
 
 from jaxdiff.data.clip_bpe import learn_clip_bpe
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer_folders import (
     CLIP_LENGTH,
     SAVED,
@@ -30,7 +31,7 @@ from jaxdiff.io.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tokenizer:
+class Tokenizer(TextTokenizer):
     """Texts to token ids of one length: prefix, words, suffix, padding.
 
     A text that is too long loses its end, never its prefix or suffix. Instances are immutable,
@@ -70,17 +71,17 @@ class Tokenizer:
         return ids, mask
 
     def weighted(
-        self, stretches: Sequence[tuple[str, float]]
+        self, segments: Sequence[tuple[str, float]]
     ) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
         """Return the ids [length] of the joined texts, and each id's weight [length].
 
         A token has the weight of the text in which it begins. Prefix, suffix and padding have 1.
         """
-        text = "".join(part for part, _ in stretches)
+        text = "".join(part for part, _ in segments)
         encoding = self.backend.encode(text, add_special_tokens=False)
-        ends = np.cumsum([len(part) for part, _ in stretches])
+        ends = np.cumsum([len(part) for part, _ in segments])
         starts = [_first_letter(text, *offsets) for offsets in encoding.offsets]
-        of_text = np.append([weight for _, weight in stretches], 1.0)
+        of_text = np.append([weight for _, weight in segments], 1.0)
         of_text = of_text[np.searchsorted(ends, starts, side="right")]
         counts = [len(self.added_spellings.get(i, (i,))) for i in encoding.ids]
         of_text = np.repeat(of_text, counts)[: self._max_words]

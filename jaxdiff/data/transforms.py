@@ -92,9 +92,8 @@ class Transforms:
             caption = _caption(record["captions"], choice)
             mirrored = self.flip and turn < 0.5
             height, width = shape or (self.size, self.size)
-            image, size_crop = self._image(
-                record["image"], place, (width, height), mirrored=mirrored
-            )
+            pixels, size = record["image"], (width, height)
+            image, size_crop = self._image(pixels, place, size, mirrored=mirrored)
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)

@@ -7,9 +7,10 @@ that it carries from step to step, so that distillation and two-time objectives 
 """
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,8 @@ class Objective(abc.ABC):
     Attributes:
       uses_uncond, uses_teacher, uses_ema: whether `LossInputs` has these fields.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     uses_uncond = False
     uses_teacher = False

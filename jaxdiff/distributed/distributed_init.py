@@ -167,7 +167,9 @@ def _join(timeout: int, detection: str | None, process: ProcessSpec | None = Non
     # JAX's own service would catch SIGTERM; the training loop shares the signal between hosts.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        *(process or ()),
+        coordinator_address=process.address if process else None,
+        num_processes=process.count if process else None,
+        process_id=process.index if process else None,
         cluster_detection_method=detection,
         initialization_timeout=timeout + 60,  # `_time_limit` ends the process before JAX aborts it
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,

@@ -1,5 +1,6 @@
 """CLIP score: how well images match their captions, for any data with captions."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,12 +76,15 @@ class ClipScore(Evaluator):
     def _records(self, data: DataConfig) -> tuple[list[str], UInt8[np.ndarray, "n h w 3"]]:
         """Return captions and images of records spread over the data, unusable ones left out."""
         source, rng = image_source(data), np.random.default_rng(0)
+        transforms = dataclasses.replace(
+            data.transforms, buckets=None, crop="center", flip=False, caption_dropout=0.0
+        )
         source.check()
         count = min(self.samples, len(source))
         captions, images = [], []
         for i in range(count):
             try:
-                example = data.transforms(source[i * len(source) // count], rng)
+                example = transforms(source[i * len(source) // count], rng)
             except RecordError:
                 continue
             if example.caption:

@@ -108,6 +108,8 @@ class Evaluator(abc.ABC):
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
+
     name: ClassVar[str] = "evaluator"
     every: int = 0
 

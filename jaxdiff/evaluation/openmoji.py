@@ -55,5 +55,5 @@ class OpenMojiAccuracy(Evaluator):
         prompts = scoring.held_out_prompts(self.samples)
         images = context.generate([prompt.text for prompt in prompts])
         drawings = OpenMoji(split="all", size=source.size, cache=source.cache)
-        result = scoring.score(images, [prompt.target for prompt in prompts], drawings)
+        result = scoring.score_workers(images, [prompt.target for prompt in prompts], drawings)
         return table({"people at work, held-out combinations": result._asdict()})

@@ -54,6 +54,7 @@ class ProduceAccuracy(Evaluator):
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images for all sets."""
         self.check(context.spec, context.data)
+        spec = check_text_to_image(context.spec, self)
         scenes_of = functools.partial(scoring.evaluation_scenes, self.samples)
         sets = {
             "single objects, held-out combinations": scenes_of("held_out", "single"),
@@ -63,13 +64,13 @@ class ProduceAccuracy(Evaluator):
         results = {}
         for name, scenes in sets.items():
             images = context.generate([full_caption(scene) for scene in scenes])
-            true = scoring.true_drawings(scenes)
+            true = scoring.render_scenes(scenes)
             columns = {
-                "score": scoring.score(images, scenes),
-                "ceiling": scoring.score(true, scenes),
+                "score": scoring.score_scenes(images, scenes),
+                "ceiling": scoring.score_scenes(true, scenes),
                 "chance": scoring.chance(images, scenes),
             }
-            if context.pipeline.spec.autoencoder is not None:
-                columns["latents"] = scoring.score(context.pipeline.autoencode(true), scenes)
+            if spec.autoencoder is not None:
+                columns["latents"] = scoring.score_scenes(context.pipeline.autoencode(true), scenes)
             results[name] = columns
         return table(results)

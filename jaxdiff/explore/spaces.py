@@ -23,7 +23,7 @@ from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
-from jaxdiff.pipelines import auxiliary_models
+from jaxdiff.pipelines.auxiliary_models import load_clip
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
@@ -104,9 +104,7 @@ def read_clip(model: str) -> ClipReader:
     Raises:
       UserError: there is no such model, or it is no CLIP.
     """
-    config, params, tokenizer = auxiliary_models.read_clip(
-        model, local_mesh(jax.local_devices()[:1])
-    )
+    config, params, tokenizer = load_clip(model, local_mesh(jax.local_devices()[:1]))
     build, size = bind_init(Clip, config), config.vision.image_size
 
     @jax.jit

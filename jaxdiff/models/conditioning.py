@@ -7,11 +7,12 @@ which hidden layers, joined how, padded how, and what an empty or absent prompt 
 """
 
 import abc
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.serialization import to_json
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import bind_init, bind_params
@@ -111,6 +113,8 @@ class TextInputs(NamedTuple):
 class Conditioner(abc.ABC):
     """Interface of conditioners; a family's own is a frozen dataclass that inherits it."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
+
     @property
     @abc.abstractmethod
     def encoders(self) -> Mapping[str, "TextEncoder"]:
@@ -169,12 +173,12 @@ class Conditioner(abc.ABC):
 
     def train_tokenizers(
         self, captions: Iterable[str], *, vocab_size: int, length: int
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, TextTokenizer]:
         """Train one tokenizer on captions, for all text encoders; CLIP's kind by default."""
         tokenizer = Tokenizer.train(captions, vocab_size=vocab_size, length=length)
         return dict.fromkeys(self.encoders, tokenizer)
 
-    def load_tokenizers(self, folder: str) -> Mapping[str, Any]:
+    def load_tokenizers(self, folder: str) -> Mapping[str, TextTokenizer]:
         """Load the tokenizers that `tokenizer.save` wrote into `folder`/NAME."""
         return {name: Tokenizer.load(f"{folder}/{name}") for name in self.encoders}
 

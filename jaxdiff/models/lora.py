@@ -108,7 +108,10 @@ def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dic
             f"LoRA: no layer's path ends in any of {', '.join(config.targets)}: name others in "
             "targets."
         )
-    return tree({path: _init(layer.kernel, config, rngs) for path, layer in layers.items()})
+    pairs: dict[Path, Factors] = {
+        cast(Path, path): _init(layer.kernel, config, rngs) for path, layer in layers.items()
+    }
+    return tree(pairs)
 
 
 def _init(kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs) -> Factors:
@@ -125,7 +128,7 @@ def _init(kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs) -> Factors:
 def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
     """Give the layers of a module their adapters, a nested dict of parameters."""
     for path, pair in factors(adapters).items():
-        layer = module
+        layer: Any = module
         for name in path:
             layer = layer[name] if isinstance(name, int) else getattr(layer, name)
         layer.lora = Lora(pair)

@@ -84,7 +84,13 @@ class LoadedGuide(NamedTuple):
     params: PyTree
 
 
-def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -> LoadedGuide:
+def load_guide(
+    model: str,
+    own: Bundle,
+    dtype: ComputeType | None,
+    mesh: Mesh,
+    types: Sequence[type] = (),
+) -> LoadedGuide:
     """Load a model for autoguidance of another one.
 
     Args:
@@ -92,11 +98,12 @@ def load_guide(model: str, own: Bundle, dtype: ComputeType | None, mesh: Mesh) -
       own: the model that it guides.
       dtype: to compute in; None is that of the weights.
       mesh: of the devices.
+      types: dataclasses that its description may name.
 
     Raises:
       UserError: there is no such model, or it does not fit.
     """
-    bundle, spec = load_bundle(model), own.spec
+    bundle, spec = load_bundle(model, types=types), own.spec
     assert isinstance(spec, TextToImage)
     if not isinstance(bundle.spec, TextToImage):
         raise UserError(

@@ -100,7 +100,7 @@ def variations(
     prompts = prompt_list(prompts)
     own = invert(pipe, image, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
-    amounts = one_each("amount", amount, n)
+    amounts = np.asarray(one_each("amount", amount, n), float)
     each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
     return pipe(
         prompts * n if len(prompts) == 1 else prompts,

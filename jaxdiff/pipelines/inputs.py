@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
@@ -90,6 +90,12 @@ class SampleRequest:
     output: Output = "uint8"
     batch_size: int | None = None
     callback: Callback | None = None
+
+    def __post_init__(self):
+        if self.output not in get_args(Output):
+            raise UserError(
+                f"output is {self.output!r}: expected {', '.join(map(repr, get_args(Output)))}."
+            )
 
     def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
         """Return the settings, inherited from the model's where there are none."""
@@ -297,8 +303,11 @@ def image_size(
                 "size, or resize the image."
             )
         size = theirs
-    elif size is None and request.latents is not None and request.latents.ndim == 4:
-        height, width = request.latents.shape[1:3]
+    elif size is None and request.latents is not None:
+        latents = np.asarray(request.latents)
+        if latents.ndim != 4:
+            raise UserError(f"latents are of shape {latents.shape}: expected [n, i, j, c].")
+        height, width = latents.shape[1:3]
         size = width * spec.downsampling, height * spec.downsampling
     return check_size(size or (spec.image_size, spec.image_size), spec)
 
@@ -307,8 +316,10 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
     """Return width and height.
 
     Raises:
-      UserError: they are not multiples of the model's `size_multiple`.
+      UserError: they are no two multiples of the model's `size_multiple`.
     """
+    if np.shape(size) != (2,) or not all(_is_integer(side) for side in size):
+        raise UserError(f"size is {size!r}: expected (width, height), in pixels.")
     width, height = size
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
@@ -322,7 +333,7 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
 def sample_inputs(
     request: SampleRequest,
     spec: TextToImage,
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TextTokenizer],
     guidance_scale: float,
     images: np.ndarray | None,
     shape: tuple[int, int, int],

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -87,7 +87,8 @@ def load(
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
     """
-    return Pipeline(load_bundle(model, types=types), dtype=dtype, devices=devices)
+    bundle = load_bundle(model, types=types)
+    return Pipeline(bundle, dtype=dtype, devices=devices, types=types)
 
 
 class Pipeline:
@@ -103,12 +104,14 @@ class Pipeline:
       params: its parameters, on all devices.
       tokenizers: by text encoder.
       dtype: that it computes in; None is that of the weights.
+      types: dataclasses that the descriptions of further models may name.
     """
 
     spec: TextToImage
     params: PyTree
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
+    types: tuple[type, ...]
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class Pipeline:
         *,
         dtype: ComputeType | None = None,
         devices: Sequence[Any] | None = None,
+        types: Sequence[type] = (),
     ):
         spec = bundle.spec
         if not isinstance(spec, TextToImage):
@@ -126,11 +130,12 @@ class Pipeline:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
+        self.types = tuple(types)
         self._mesh = local_mesh(devices)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
         self.params = replicate(params, self._mesh)
         self._load_guide = functools.lru_cache(maxsize=2)(
-            lambda model: load_guide(model, self.bundle, self.dtype, self._mesh)
+            lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
         )
 
     @property
@@ -155,7 +160,7 @@ class Pipeline:
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
         """Return a pipeline of another model with this one's type and devices."""
-        return Pipeline(bundle, dtype=self.dtype, devices=self.devices)
+        return Pipeline(bundle, dtype=self.dtype, devices=self.devices, types=self.types)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.
@@ -167,7 +172,7 @@ class Pipeline:
         Raises:
           UserError: it cannot be read, or its latents have another shape.
         """
-        spec, params, _ = load_bundle(model)
+        spec, params, _ = load_bundle(model, types=self.types)
         own = self.spec.autoencoder
         if (
             own is None

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import Conditioner, TextInputs
 
@@ -152,7 +152,7 @@ class TokenizedPrompts(NamedTuple):
 
 def tokenize(
     conditioner: Conditioner,
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TextTokenizer],
     prompts: Sequence[str | None],
     *,
     composed: bool = False,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
@@ -36,11 +36,13 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
 
 def _tasks(task: Any) -> list[Any]:
-    """Return the task with each of its denoiser's remat policies."""
+    """Return the task with each of its denoiser's remat policies, if it has any."""
     if not isinstance(task, DiffusionTask):
         return [task]
-    model = task.model
-    denoisers = [dataclasses.replace(model.denoiser, remat=remat) for remat in _POLICIES]
+    model, denoiser = task.model, cast(Any, task.model.denoiser)
+    if "remat" not in {field.name for field in dataclasses.fields(denoiser)}:
+        return [task]
+    denoisers = [dataclasses.replace(denoiser, remat=remat) for remat in _POLICIES]
     models = [dataclasses.replace(model, denoiser=denoiser) for denoiser in denoisers]
     return [dataclasses.replace(task, model=changed) for changed in models]
 

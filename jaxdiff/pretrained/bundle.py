@@ -21,6 +21,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from jaxdiff.config.serialization import from_json, to_json
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -58,7 +59,7 @@ class Bundle(NamedTuple):
 
     spec: Any
     params: PyTree
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, TextTokenizer]
 
 
 def spec_from_json(data: Any, types: Sequence[type] = ()) -> AnySpec:
@@ -144,20 +145,20 @@ def write_json(path: epath.Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, Tokenizer]) -> None:
+def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, TextTokenizer]) -> None:
     """Write `tokenizers/NAME/tokenizer.json` into a model's folder."""
     for name, tokenizer in tokenizers.items():
         tokenizer.save(str(epath.Path(folder) / TOKENIZERS / name))
 
 
-def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, Tokenizer]:
-    """Read the tokenizers of a model's text encoders, those that its folder has."""
+def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str, TextTokenizer]:
+    """Read the tokenizers of a model's text encoders; {} where its folder has none."""
+    root = epath.Path(folder) / TOKENIZERS
+    if not root.exists():
+        return {}
     if isinstance(spec, TextToImage):
-        names = list(spec.conditioner.encoders)
-    else:
-        names = ["text"] if isinstance(spec, ClipConfig) else []
-    folders = {name: epath.Path(folder) / TOKENIZERS / name for name in names}
-    return {name: Tokenizer.load(str(path)) for name, path in folders.items() if path.exists()}
+        return dict(spec.conditioner.load_tokenizers(str(root)))
+    return {"text": Tokenizer.load(str(root / "text"))} if isinstance(spec, ClipConfig) else {}
 
 
 def write_weights(path: epath.Path, params: PyTree, dtype: str = "float32") -> None:

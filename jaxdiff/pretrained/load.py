@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (
@@ -119,7 +119,9 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     return read_run_spec(root, data, types) if is_recipe(data) else spec_from_json(data, types)
 
 
-def read_tokenizers(folder: epath.PathLike, types: Sequence[type] = ()) -> dict[str, Tokenizer]:
+def read_tokenizers(
+    folder: epath.PathLike, types: Sequence[type] = ()
+) -> Mapping[str, TextTokenizer]:
     """Read a model's tokenizers, of whatever `load_bundle` takes, without its weights.
 
     Raises:

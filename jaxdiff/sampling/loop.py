@@ -13,7 +13,15 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.sampling.solver import Solver, StatefulDenoiser, Step, noise_like
+from jaxdiff.sampling.solver import (
+    Scalar,
+    Solver,
+    SolverState,
+    State,
+    StatefulDenoiser,
+    Step,
+    noise_like,
+)
 
 INITIAL_NOISE, STEP_NOISE = 0, 1  # purposes of keys
 
@@ -118,54 +126,26 @@ def sample(
         what is kept, or with guidance.
       segment: take these steps only.
     """
-    num_steps = jnp.asarray(num_steps, jnp.int32)
+    path = _Path(schedule, grid, jnp.asarray(num_steps, jnp.int32), noise, init)
     keys = keys_from_seeds(seeds, STEP_NOISE)
     slots = jnp.arange(num_snapshots).reshape(-1, 1, 1, 1, 1)
     first_step = 0 if init is None else init.first_step
 
-    def initial_states(x):
-        return solver.init(x), denoiser.init_state(x)
-
-    def levels(i):
-        t = grid(i, num_steps).astype(noise.dtype)
-        return t, schedule.alpha(t), schedule.sigma(t)
-
-    def noised(i):
-        """Return the initial x0 with the noise before step i; without any after the last step."""
-        assert init is not None
-        _, alpha, sigma = levels(i)
-        return jnp.where(i < num_steps, alpha * init.x0 + sigma * noise, init.x0)
-
     def body(i, carry):
         x, states, snapshots = carry
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        step = Step(*levels(i), *levels(i + 1))
-
-        def take(x, states, keys):
-            out = solver.step(denoiser.denoise, x, states[0], states[1], step, keys)
-            x = out.x
-            if init is not None and init.mask is not None:
-                x = init.mask * x + (1 - init.mask) * noised(i + 1)
-            return x, out.x0, (out.solver_state, out.state)
-
-        def resample(j, carry):
-            keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, j)
-            x = _renoise(carry[0], step, keys)
-            return take(x, initial_states(x), keys)  # earlier states belong to another path
-
-        x, x0, states = take(x, states, step_keys)
-        if resample_steps > 1:
-            x, x0, states = jax.lax.fori_loop(1, resample_steps, resample, (x, x0, states))
+        x, x0, states = _step(denoiser, solver, path, i, x, states, step_keys, resample_steps)
         # Later slots are written too, and overwritten by later steps: with fewer steps than slots
         # none stays empty.
-        snapshots = jnp.where(slots >= i * num_snapshots // num_steps, x0, snapshots)
+        snapshots = jnp.where(slots >= i * num_snapshots // path.num_steps, x0, snapshots)
         return x, states, snapshots
 
-    x = noise if init_noise == "unit" else levels(0)[2] * noise
+    x = noise if init_noise == "unit" else path.levels(0)[2] * noise
     if init is not None:
-        x = jnp.where((first_step == 0) & init.from_noise, x, noised(first_step))
+        x = jnp.where((first_step == 0) & init.from_noise, x, path.noised(first_step))
     snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
-    carry, begin, end = (x, initial_states(x), snapshots), first_step, num_steps
+    carry = x, (solver.init(x), denoiser.init_state(x)), snapshots
+    begin, end = first_step, path.num_steps
     if segment is not None:
         begin, end = segment.begin, segment.end
         carry = jax.tree.map(
@@ -173,6 +153,60 @@ def sample(
         )
     carry = jax.lax.fori_loop(begin, end, body, carry)
     return Sampled(images=carry[0], snapshots=carry[2], state=carry)
+
+
+class _Path(NamedTuple):
+    """The times of a run, its noise, and the latents that it starts from."""
+
+    schedule: Schedule
+    grid: Grid
+    num_steps: Int[Array, ""]
+    noise: Images
+    init: InitLatents | None
+
+    def levels(self, i: int | Int[Array, ""]) -> tuple[Scalar, Scalar, Scalar]:
+        """Return t, alpha and sigma before step i."""
+        t = self.grid(jnp.asarray(i), self.num_steps).astype(self.noise.dtype)
+        return t, self.schedule.alpha(t), self.schedule.sigma(t)
+
+    def noised(self, i: int | Int[Array, ""]) -> Images:
+        """Return the initial x0 with the noise before step i; without any after the last step."""
+        assert self.init is not None
+        _, alpha, sigma = self.levels(i)
+        x0 = self.init.x0
+        return jnp.where(i < self.num_steps, alpha * x0 + sigma * self.noise, x0)
+
+
+def _step(
+    denoiser: StatefulDenoiser,
+    solver: Solver,
+    path: _Path,
+    i: Int[Array, ""],
+    x: Images,
+    states: tuple[SolverState, State],
+    keys: Key[Array, " b"],
+    resample_steps: int,
+) -> tuple[Images, Images, tuple[SolverState, State]]:
+    """Take step i `resample_steps` times; return x, the estimate of x0, and the next states."""
+    step, init = Step(*path.levels(i), *path.levels(i + 1)), path.init
+
+    def take(x, states, keys):
+        out = solver.step(denoiser.denoise, x, states[0], states[1], step, keys)
+        x = out.x
+        if init is not None and init.mask is not None:
+            x = init.mask * x + (1 - init.mask) * path.noised(i + 1)
+        return x, out.x0, (out.solver_state, out.state)
+
+    def resample(j, carry):
+        fresh_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, j)
+        x = _renoise(carry[0], step, fresh_keys)
+        states = solver.init(x), denoiser.init_state(x)  # earlier states belong to another path
+        return take(x, states, fresh_keys)
+
+    taken = take(x, states, keys)
+    if resample_steps > 1:
+        taken = jax.lax.fori_loop(1, resample_steps, resample, taken)
+    return taken
 
 
 def _renoise(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.training.recipe import Config
@@ -69,7 +69,7 @@ def check_text(task: DiffusionTask) -> None:
 
 
 def check_encoders(
-    config: Config, frozen: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]
+    config: Config, frozen: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]
 ) -> None:
     """Raise `UserError` unless cached data, if there are any, were made by the recipe's encoders.
 
@@ -106,7 +106,7 @@ def encoder_fingerprint(task: DiffusionTask, params: Mapping[str, Any]) -> str:
 
 
 def text_fingerprint(
-    task: DiffusionTask, params: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]
+    task: DiffusionTask, params: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]
 ) -> str:
     """SHA-256, in hex, of all that features of captions depend on."""
     conditioner = task.model.conditioner

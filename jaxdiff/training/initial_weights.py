@@ -1,6 +1,6 @@
 """The weights that a run starts from: frozen parts, and trained parts that start from a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import PyTree
 
+from jaxdiff.config.serialization import types_in
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.models.layers import abstract_params
 from jaxdiff.models.text_to_image import tree_of
@@ -19,8 +20,12 @@ from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.base import Path, PretrainedPart, Task
 
 
-def load_parts(parts: Mapping[Path, PretrainedPart]) -> dict[str, Any]:
+def load_parts(parts: Mapping[Path, PretrainedPart], types: Sequence[type] = ()) -> dict[str, Any]:
     """Load parts from their folders, or initialise those without one, on the host.
+
+    Args:
+      parts: by their paths.
+      types: dataclasses that the folders may name beside those of this package.
 
     Returns:
       A tree with each part at its path, in the types of its module.
@@ -33,7 +38,7 @@ def load_parts(parts: Mapping[Path, PretrainedPart]) -> dict[str, Any]:
         for path, part in parts.items()
         if part.folder is not None
     }
-    loaded: dict[Path, Any] = read_parts(sources)
+    loaded: dict[Path, Any] = read_parts(sources, types)
     for path, part in parts.items():
         if part.folder is None:
             loaded[path] = jax.device_get(_initialised(part))
@@ -48,7 +53,7 @@ def load_frozen(config: Config, out: epath.Path) -> PyTree:
 
     def copy() -> None:
         if not (out / FROZEN).exists():
-            write_weights(out / FROZEN, load_parts(parts))
+            write_weights(out / FROZEN, load_parts(parts, types_in(config)))
 
     run_on_host0(copy)
     return jax.tree.map(lambda x: np.asarray(x, np.float32), read_weights(out / FROZEN))

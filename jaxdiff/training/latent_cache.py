@@ -16,7 +16,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.shard_writer import Crops, RecordReader, ShardRange, Workers, write_shard
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
 from jaxdiff.data.sources.cached_latents import LatentOptions, encode_latents
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
 from jaxdiff.io.files import write_whole
@@ -82,7 +82,7 @@ class CaptionEncoder:
         self,
         task: DiffusionTask,
         params: PyTree,
-        tokenizers: Mapping[str, Tokenizer],
+        tokenizers: Mapping[str, TextTokenizer],
         options: LatentOptions,
     ):
         mesh = make_mesh(MeshConfig(), jax.local_devices())

@@ -15,10 +15,10 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.config.serialization import to_json
+from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import BadRecords
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
@@ -40,7 +40,7 @@ from jaxdiff.training.step import TrainStep, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch
 from jaxdiff.training.workdir import CACHE, open_run
 
-Tokenizers = Mapping[str, Tokenizer]
+Tokenizers = Mapping[str, TextTokenizer]
 Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Mapping[str, float]]
 """Runs evaluators on a state, given the frozen parameters and the tokenizers; returns scalars."""
 
@@ -196,7 +196,8 @@ def _start(
         return state, shardings
     init = jax.jit(state_initializer(config), out_shardings=shardings)
     task = config.task
-    parts = load_parts(task.initial_parts()) | task.init_from_frozen(frozen, tokenizers)
+    parts = load_parts(task.initial_parts(), types_in(config))
+    parts |= task.init_from_frozen(frozen, tokenizers)
     # From the host: an array on one device cannot go to a mesh of several.
     return init(jax.device_get(parts)), shardings
 

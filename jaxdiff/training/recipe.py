@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -151,6 +152,8 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 def load_recipe(path: str | os.PathLike[str]) -> Config:
     """Return the `Config` that a recipe's `get_config()` returns.
 
+    As a script does, a recipe may import the modules in its own folder.
+
     Args:
       path: of a Python file, or the name of a shipped recipe (`find_recipe`).
 
@@ -162,6 +165,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no recipe: expected a Python file; see configs/.")
     module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.parent.absolute())) not in sys.path:
+        sys.path.append(folder)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} defines no get_config(): a recipe returns its Config from it.")

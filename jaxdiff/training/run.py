@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from jaxtyping import PyTree
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.multihost import broadcast_text, is_host0
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator
 from jaxdiff.io import images as image_io
@@ -41,7 +41,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
     def evaluate(
         state: TrainState,
         frozen: PyTree,
-        tokenizers: Mapping[str, Tokenizer],
+        tokenizers: Mapping[str, TextTokenizer],
         due: tuple[Evaluator, ...],
     ) -> dict[str, float]:
         context = eval_context(config, state, frozen, tokenizers)
@@ -70,7 +70,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
 
 
 def eval_context(
-    config: Config, state: TrainState, frozen: PyTree, tokenizers: Mapping[str, Tokenizer]
+    config: Config, state: TrainState, frozen: PyTree, tokenizers: Mapping[str, TextTokenizer]
 ) -> EvalContext:
     """Return the context of evaluators: the model with its moving average."""
     task, params = config.task, state.ema

@@ -5,6 +5,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,10 @@ from etils import epath
 
 from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.sources.base import Source
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,
@@ -72,7 +72,7 @@ _OF_A_RUN = (
 
 def open_run(
     config: Config, out: epath.Path, *, fresh: bool, log: Callable[[str], None]
-) -> dict[str, Tokenizer]:
+) -> dict[str, TextTokenizer]:
     """Make the run's folder, or continue in it; write its recipe and its tokenizers.
 
     Returns:
@@ -101,7 +101,7 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     root = model_folder(folder)
     path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
     data = read_json(path) if path.exists() else None
-    if not is_recipe(data):
+    if data is None or not is_recipe(data):
         raise UserError(
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
@@ -220,26 +220,27 @@ def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
     return ours == theirs or bool(jnp.array_equal(factors(ours), factors(theirs)))
 
 
-def _load_tokenizers(config: Config, out: epath.Path) -> dict[str, Tokenizer]:
+def _load_tokenizers(config: Config, out: epath.Path) -> dict[str, TextTokenizer]:
     """Load the tokenizers of the run's folder."""
-    root, model = str(out / TOKENIZERS), config.task.model
-    if isinstance(model, TextToImage):
-        return dict(model.conditioner.load_tokenizers(root))
-    return {name: Tokenizer.load(f"{root}/{name}") for name in config.task.text_encoder_names}
+    conditioner = config.task.conditioner
+    return {} if conditioner is None else dict(conditioner.load_tokenizers(str(out / TOKENIZERS)))
 
 
 def _tokenizers(
     config: Config, out: epath.Path, log: Callable[[str], None]
-) -> Mapping[str, Tokenizer]:
+) -> Mapping[str, TextTokenizer]:
     """Return the run's own tokenizers, its text encoders', the recipe's, or newly trained ones."""
     settings, task = config.tokenizer, config.task
-    names = task.text_encoder_names
-    if not names:
+    if task.conditioner is None:
         return {}
+    names = task.conditioner.encoders
     if all((out / TOKENIZERS / name).exists() for name in names):
         return _load_tokenizers(config, out)
     if isinstance(task, DiffusionTask) and task.pretrained.text_encoders is not None:
-        tokenizers, new = read_tokenizers(task.pretrained.text_encoders), task.trainable.inversion
+        tokenizers: Mapping[str, Any] = read_tokenizers(
+            task.pretrained.text_encoders, types_in(config)
+        )
+        new = task.trainable.inversion
         if new is None:
             return tokenizers
         return {n: tok.with_word(new.word, new.vectors) for n, tok in tokenizers.items()}
@@ -251,15 +252,13 @@ def _tokenizers(
     # Spread over the data, which may be sorted.
     indices = [i * len(source) // count for i in range(count)]
     log(f"Training a tokenizer on the captions of {count} records.")
-    size = {"vocab_size": settings.vocab_size, "length": settings.length}
-    captions = _captions(source, indices)
-    if isinstance(task.model, TextToImage):
-        return task.model.conditioner.train_tokenizers(captions, **size)
-    return dict.fromkeys(names, Tokenizer.train(captions, **size))
+    return task.conditioner.train_tokenizers(
+        _captions(source, indices), vocab_size=settings.vocab_size, length=settings.length
+    )
 
 
-def _captions(source: Source, indices: Iterable[int]) -> Iterator[str]:
-    """The captions of these records; records and captions that cannot be used are passed over.
+def _captions(source: Any, indices: Iterable[int]) -> Iterator[str]:
+    """Yield the captions of records of images or latents, without unusable ones.
 
     Raises:
       UserError: nothing is left.

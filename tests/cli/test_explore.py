@@ -89,7 +89,7 @@ def test_a_folder_of_images_becomes_figures_and_a_page(folder, tmp_path, capsys)
 
 
 def test_the_axis_between_two_colours_separates_objects_of_these_colours():
-    clip, drawings = read_clip("shipped:produce_clip"), Produce(length=10_000, pair_share=0.0)
+    clip, drawings = read_clip("shipped:produce_clip"), Produce(length=10_000, pair_fraction=0.0)
     chosen = [(i, drawings.scene(i).items[0].colour) for i in range(200)]
     chosen = [(i, colour) for i, colour in chosen if colour in ("red", "green")][:32]
     images = np.stack([drawings[i]["image"] for i, _ in chosen])

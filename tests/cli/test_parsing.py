@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jaxdiff.cli.generate.options import SampleOptions
+from jaxdiff.cli.generate.options import SampleFlags
 from jaxdiff.cli.parsing import _flags
 from jaxdiff.cli.peer_flags import PEER_FLAGS
 from jaxdiff.cli.train import TrainOptions
@@ -16,7 +16,7 @@ def known() -> dict[str, set[str]]:
     """The flags that exist: for `train`, those of any of a few recipes."""
     recipes = ("produce", "sd15", "sd15_lora")
     train = {flag for r in recipes for flag in _flags(TrainOptions(config=load_recipe(r)))}
-    return {"jaxdiff sample": set(_flags(SampleOptions)), "jaxdiff train": train}
+    return {"jaxdiff sample": set(_flags(SampleFlags)), "jaxdiff train": train}
 
 
 @pytest.mark.parametrize("prog", PEER_FLAGS)

@@ -25,7 +25,7 @@ def tokenizer():
 
 
 def _folder(path, broken=()):
-    """Images whose pixels tell their index; those in `broken` cannot be decoded."""
+    """Images whose pixels are their index; those in `broken` cannot be decoded."""
     for i in range(RECORDS):
         file = path / f"{i:02}.png"
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(file)
@@ -107,7 +107,7 @@ def test_without_shuffling_records_come_in_order(source, tokenizer):
 
 
 @pytest.mark.parametrize("num_hosts", [2, 3])
-def test_hosts_share_out_every_batch_without_overlap_or_loss(damaged, tokenizer, num_hosts):
+def test_hosts_divide_every_batch_without_overlap_or_loss(damaged, tokenizer, num_hosts):
     """Thirteen records, of which three cannot be used, divide into no number of hosts."""
     whole = _take(_dataset(damaged, tokenizer, batch_size=6), 9)
     shares = [
@@ -152,11 +152,11 @@ def test_workers_take_the_batches_in_turn_and_change_nothing(damaged, tokenizer)
     _assert_equal(batches, _take(_dataset(damaged, tokenizer), 7))
 
 
-def test_captions_vary_between_epochs_and_are_dropped_at_their_share(source, tokenizer):
+def test_captions_vary_between_epochs_and_are_dropped_at_their_fraction(source, tokenizer):
     stream = _stream(_dataset(source, tokenizer, dropout=0.25), 20 * RECORDS)
     empty = tuple(tokenizer([""])[0])
-    share = sum(tokens == empty for _, tokens in stream) / len(stream)
-    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(stream)) ** 0.5
+    fraction = sum(tokens == empty for _, tokens in stream) / len(stream)
+    assert abs(fraction - 0.25) < 4 * (0.25 * 0.75 / len(stream)) ** 0.5
     assert len({tokens for index, tokens in stream if index == 5}) == 3
 
 
@@ -184,13 +184,13 @@ def test_workers_leave_signals_to_the_main_process(source, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_iterator_goes_on_where_it_is_told_to(damaged, tokenizer, workers):
+def test_an_iterator_continues_at_a_given_batch(damaged, tokenizer, workers):
     iterator = iter(_dataset(damaged, tokenizer, workers=workers, first=3))
     _assert_equal(_take(iterator, 4), _take(_dataset(damaged, tokenizer), 7)[3:])
     iterator.close()
 
 
-def test_a_worker_that_is_killed_is_told_of(source, tokenizer):
+def test_a_killed_worker_is_reported(source, tokenizer):
     iterator = iter(_dataset(source, tokenizer, workers=1))
     _take(iterator, 1)
     (worker,) = multiprocessing.active_children()
@@ -233,14 +233,14 @@ def test_more_records_in_a_batch_than_there_are_are_refused(source, tokenizer):
     _dataset(source, tokenizer, batch_size=13)
 
 
-def test_missing_data_are_told_before_anything_starts(tmp_path, tokenizer):
+def test_missing_data_are_refused_before_anything_starts(tmp_path, tokenizer):
     with pytest.raises(UserError, match="does not exist"):
         _dataset(ImageFolder(path=str(tmp_path / "none")), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Images of three shapes whose pixels tell their index; numbers 3 and 4 cannot be decoded."""
+    """Images of three shapes whose pixels are their index; numbers 3 and 4 cannot be decoded."""
     path = tmp_path_factory.mktemp("shapes")
     for i in range(24):
         size = ((8, 8), (10, 6), (6, 12))[i % 3]
@@ -270,9 +270,9 @@ def test_buckets_make_batches_of_one_shape_each(shapes, tokenizer):
     for batch in batches:
         height, width = batch["image"].shape[1:3]
         np.testing.assert_array_equal(batch["size_crop"][:, 4:], [[height, width]] * 4)
-    told = [name for batch in batches[:6] for name in batch["bad"]]
-    assert len(told) == sum(batch["skipped"] for batch in batches[:6]) == 2
-    assert all("cannot be decoded" in name for name in told)
+    reported = [name for batch in batches[:6] for name in batch["bad"]]
+    assert len(reported) == sum(batch["skipped"] for batch in batches[:6]) == 2
+    assert all("cannot be decoded" in name for name in reported)
 
 
 def test_hosts_get_their_rows_of_the_same_shapes(shapes, tokenizer):
@@ -285,7 +285,7 @@ def test_hosts_get_their_rows_of_the_same_shapes(shapes, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_buckets_go_on_where_they_are_told_to(shapes, tokenizer, workers):
+def test_buckets_continue_at_a_given_batch(shapes, tokenizer, workers):
     iterator = iter(_buckets(shapes, tokenizer, workers=workers, first=3))
     _assert_equal(_take(iterator, 5), _take(_buckets(shapes, tokenizer), 8)[3:])
     iterator.close()
@@ -302,6 +302,6 @@ def test_a_batch_of_bad_records_alone_is_an_error(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "setting", [{"workers": -1}, {"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 2.0}]
 )
-def test_impossible_settings_are_told(source, setting):
+def test_impossible_settings_are_refused(source, setting):
     with pytest.raises(UserError, match=f"data.{next(iter(setting))}"):
         DataConfig(source=source, transforms=Transforms(size=8), **setting)

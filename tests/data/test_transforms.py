@@ -26,7 +26,7 @@ def _image(transforms, image, seed=0):
 
 
 def _ramp(height, width):
-    """Red tells the column, green the row."""
+    """Red is the column, green the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = np.arange(width)
     pixels[..., 1] = np.arange(height)[:, None]
@@ -54,8 +54,8 @@ def test_random_crops_reach_both_ends_and_stay_inside():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_framing_tells_what_was_cut_off(flip):
-    """Red and green of the ramp tell where the crop lies; a mirrored one is told of as mirrored."""
+def test_size_crop_states_what_was_cut_off(flip):
+    """Red and green of the ramp show where the crop lies; a mirrored one is given as mirrored."""
     transforms = Transforms(size=10, crop="random", flip=flip)
     rng, lefts = np.random.default_rng(0), set()
     for _ in range(100):
@@ -67,7 +67,7 @@ def test_the_framing_tells_what_was_cut_off(flip):
     assert len(lefts) == 6 * (1 + flip)
 
 
-def test_the_framing_counts_in_pixels_of_the_result():
+def test_size_crop_counts_in_pixels_of_the_result():
     tall = Transforms(size=10)(_record(_encode(_ramp(60, 20))), np.random.default_rng(0))
     np.testing.assert_array_equal(tall.size_crop, [60, 20, 10, 0, 10, 10])
     pixels = Transforms(size=10)(_record(_ramp(60, 20)), np.random.default_rng(0))
@@ -106,17 +106,17 @@ def test_half_of_the_images_are_flipped_and_none_unless_asked():
     assert 160 < flipped < 240
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_captions_are_dropped_at_the_share_asked(share):
-    transforms = Transforms(size=4, caption_dropout=share)
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_the_given_fraction(fraction):
+    transforms = Transforms(size=4, caption_dropout=fraction)
     rng = np.random.default_rng(1)
     record = _record(np.zeros((4, 4, 3), np.uint8), ["one", "two", " "])
     captions = [transforms(record, rng)[1] for _ in range(4000)]
     assert set(captions) <= {"one", "two", ""}
     dropped = captions.count("") / 4000
-    deviation = (share * (1 - share) / 4000) ** 0.5
-    assert abs(dropped - share) <= 4 * deviation
-    if share < 1:
+    deviation = (fraction * (1 - fraction) / 4000) ** 0.5
+    assert abs(dropped - fraction) <= 4 * deviation
+    if fraction < 1:
         assert 0.45 < captions.count("one") / (4000 - captions.count("")) < 0.55
 
 

@@ -17,6 +17,7 @@ from jaxdiff.distributed.sharding import (
     state_shardings,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.models.conditioning import TextInputs
 from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import compile_step
@@ -60,8 +61,9 @@ def test_a_place_follows_from_name_and_shape(name, shape, spec):
 def small(recipe):
     """The tiny recipe with one block, and its state with weights away from zero."""
     config = recipe(steps=10)
-    denoiser = dataclasses.replace(config.task.denoiser, depth=1, width=64)
-    task = dataclasses.replace(config.task, denoiser=denoiser)
+    model = config.task.model
+    denoiser = dataclasses.replace(model.denoiser, depth=1, width=64)
+    task = dataclasses.replace(config.task, model=dataclasses.replace(model, denoiser=denoiser))
     config = dataclasses.replace(config, task=task, optimizer=OPTIMIZER, ema=Ema(decay=0.5))
     state = jax.jit(lambda: init_state(task, OPTIMIZER.build(10), config.ema, 0))()
     rng = np.random.default_rng(0)
@@ -82,8 +84,8 @@ def after_two_steps(recipe, mesh_config):
     rng = np.random.default_rng(1)
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
-        "tokens": rng.integers(0, 600, (8, 16), np.int32),
-        "framing": np.zeros((8, 6), np.int32),
+        "text": TextInputs({"text": rng.integers(0, 600, (8, 16), np.int32)}, np.zeros(8, bool)),
+        "size_crop": np.zeros((8, 6), np.int32),
     }
     batch = jax.device_put(batch, batch_sharding(mesh))
     # Its key stays on the device, where a step would delete it.

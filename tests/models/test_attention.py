@@ -9,7 +9,7 @@ from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.models import attention
 
 
-def draw(*shape):
+def random(*shape):
     values = np.random.default_rng(len(shape) + shape[1]).normal(size=shape)
     return jnp.asarray(values, jnp.float32)
 
@@ -18,7 +18,7 @@ def draw(*shape):
 def test_piece_by_piece_is_the_same_attention(n, m, monkeypatch):
     """Gradients too, and where no number of pieces divides the queries."""
     monkeypatch.setattr(attention, "_MANY", 1)
-    inputs = draw(2, n, 2, 4), draw(2, m, 2, 4), draw(2, m, 2, 4)
+    inputs = random(2, n, 2, 4), random(2, m, 2, 4), random(2, m, 2, 4)
 
     def gradient(attend):
         def loss(q, k, v):
@@ -34,7 +34,7 @@ def test_piece_by_piece_is_the_same_attention(n, m, monkeypatch):
 
 def test_only_many_products_are_taken_piece_by_piece():
     def loops(n):
-        jaxpr = jax.make_jaxpr(attention.attend)(*(draw(1, n, 1, 4),) * 3)
+        jaxpr = jax.make_jaxpr(attention.attend)(*(random(1, n, 1, 4),) * 3)
         return "scan" in str(jaxpr)
 
     assert loops(512)
@@ -43,7 +43,7 @@ def test_only_many_products_are_taken_piece_by_piece():
 
 def test_half_precision_stays_half_precision(monkeypatch):
     monkeypatch.setattr(attention, "_MANY", 1)
-    q = draw(1, 8, 1, 4).astype(jnp.bfloat16)
+    q = random(1, 8, 1, 4).astype(jnp.bfloat16)
     out = attention.attend(q, q, q)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -71,7 +71,7 @@ def on_mesh():
 
 @pytest.mark.parametrize(("n", "masked"), [(16, True), (18, False)])  # 18 do not divide by four
 def test_tokens_on_several_devices_are_the_same_attention(n, masked, on_mesh):
-    inputs = draw(4, n, 2, 8), draw(4, 6, 2, 8), draw(4, 6, 2, 8)
+    inputs = random(4, n, 2, 8), random(4, 6, 2, 8), random(4, 6, 2, 8)
     mask = jnp.arange(6)[None] < jnp.array([2, 6, 3, 1])[:, None] if masked else None
 
     def gradient(q, k, v):
@@ -89,7 +89,7 @@ def test_tokens_on_several_devices_are_the_same_attention(n, masked, on_mesh):
 
 
 def test_each_device_attends_for_its_own_tokens(on_mesh):
-    q, k = draw(4, 16, 2, 8), draw(4, 6, 2, 8)
+    q, k = random(4, 16, 2, 8), random(4, 6, 2, 8)
     out = on_mesh(MeshConfig(data=2, context=2, tensor=2), attention.attend)(q, k, k)
     assert {shard.data.shape for shard in out.addressable_shards} == {(2, 8, 1, 8)}
 
@@ -98,7 +98,7 @@ def test_the_kernel_of_a_tpu_is_the_same_attention(monkeypatch):
     """Interpreted on the CPU, its gradients too."""
     make = functools.partial(attention.splash.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(attention.splash, "make_splash_mha_single_device", make)
-    inputs = draw(1, 256, 1, 8), draw(1, 128, 1, 8), draw(1, 128, 1, 8)
+    inputs = random(1, 256, 1, 8), random(1, 128, 1, 8), random(1, 128, 1, 8)
 
     def gradient(attend):
         def loss(q, k, v):

@@ -6,12 +6,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from jaxdiff.models.components import Latents
 
 from benchmarks import torch_baseline
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.training.optimizer import AdamW, ConstantLR
+from jaxdiff.training.tasks.diffusion import Pretrained
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -21,12 +21,16 @@ def test_both_take_the_same_steps(network, remat, small_unet, tiny_recipe, monke
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes a minute
     config = tiny_recipe(batch_size=2)
     task = config.task
+    changes = {}
     if network == "U-Net":
-        latents = Latents(model=TinyAutoencoderConfig(), pretrained="nowhere")
-        objective = dataclasses.replace(task.objective, schedule=ScaledLinear())
-        task = dataclasses.replace(task, denoiser=small_unet, latents=latents, objective=objective)
-    denoiser = dataclasses.replace(task.denoiser, remat=remat)
-    task = dataclasses.replace(task, denoiser=denoiser)
+        changes = {"autoencoder": TinyAutoencoderConfig(), "schedule": ScaledLinear()}
+    denoiser = small_unet if network == "U-Net" else task.model.denoiser
+    denoiser = dataclasses.replace(denoiser, remat=remat)
+    task = dataclasses.replace(
+        task,
+        model=dataclasses.replace(task.model, denoiser=denoiser, **changes),
+        pretrained=Pretrained(autoencoder="nowhere"),
+    )
     optimizer = AdamW(learning_rate=1e-3, schedule=ConstantLR())
     config = dataclasses.replace(config, task=task, optimizer=optimizer)
     found = torch_baseline.measure(config, warmup=1, repeats=3)

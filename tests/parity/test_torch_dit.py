@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from benchmarks.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.errors import UserError
+from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
-from jaxdiff.models.layers import TextFeatures, abstract_params, any_rngs, merge
+from jaxdiff.models.layers import abstract_params, any_rngs, bind_params
 
 pytestmark = pytest.mark.parity
 CONFIG = DiTConfig(
@@ -28,8 +29,8 @@ def test_the_same_weights_give_the_same_prediction():
         rng.standard_normal(shape, np.float32) for shape in ((2, 8, 12, 4), (2, 7, 24), (2, 16))
     )
     t, mask = np.array([0.2, 0.9], np.float32), np.arange(7) < np.array([[4], [7]])
-    text = TextFeatures(jnp.asarray(tokens), jnp.asarray(pooled), jnp.asarray(mask))
-    ours = jax.jit(lambda p: merge(build, p)(jnp.asarray(x), jnp.asarray(t), text))(params)
+    cond = Conditioning(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(pooled))
+    ours = jax.jit(lambda p: bind_params(build, p)(jnp.asarray(x), jnp.asarray(t), cond))(params)
     model = TorchDiT(CONFIG)
     model.load_state_dict(to_torch_names(params))
     with torch.no_grad():

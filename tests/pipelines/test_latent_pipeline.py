@@ -14,10 +14,13 @@ from jaxdiff.models.layers import abstract_params, bind_init, bind_params
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.pretrained.bundle import Bundle, write_bundle, write_weights
+from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import DDIM
 
 PEA = "a small red pea"
+FIELDS = dataclasses.fields(AutoencoderConfig)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,27 @@ def test_latents_are_decoded(latent_bundle, tmp_path):
     write_weights(epath.Path(tmp_path / "model" / "model.safetensors"), partial)
     with pytest.raises(UserError, match=r"autoencoder\."):
         load(str(tmp_path / "model"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnAutoencoder(AutoencoderConfig):
+    """Someone else's."""
+
+
+def test_types_that_a_user_names_are_loaded(latent_bundle, tmp_path):
+    fields = {f.name: getattr(latent_bundle.spec.autoencoder, f.name) for f in FIELDS}
+    own = OwnAutoencoder(**fields)
+    spec = dataclasses.replace(latent_bundle.spec, autoencoder=own)
+    write_bundle(tmp_path / "own", latent_bundle._replace(spec=spec), dtype="float32")
+    with pytest.raises(UserError, match="name the type"):
+        load(tmp_path / "own")
+    pipe = load(tmp_path / "own", types=[OwnAutoencoder])
+    assert pipe.spec.autoencoder == own
+    guide = Guidance(guide=Autoguidance(model=str(tmp_path / "own"), scale=1.0))
+    np.testing.assert_allclose(
+        pipe(PEA, guidance=guide, output="float"), pipe(PEA, output="float"), atol=1e-5
+    )
+    assert pipe.with_bundle(pipe.bundle).types == (OwnAutoencoder,)
 
 
 def test_latents_of_a_call_decode_to_its_images(latent_bundle):

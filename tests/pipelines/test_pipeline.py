@@ -1,10 +1,20 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import Preview, default_batch_size
-from jaxdiff.pipelines.inputs import InitImage, Mix, negative_list, prompt_list, seed_array
+from jaxdiff.pipelines.inputs import (
+    InitImage,
+    Mix,
+    SampleRequest,
+    check_size,
+    negative_list,
+    prompt_list,
+    seed_array,
+)
 from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.sampling.loop import noise_from_seeds
 
@@ -223,6 +233,14 @@ def test_values_of_another_type_are_refused_in_one_sentence():
     for seed in (1.5, True, np.float32(2)):
         with pytest.raises(UserError, match="expected an integer"):
             seed_array.__wrapped__([seed])
+
+
+def test_other_sizes_and_outputs_are_refused(tiny_spec):
+    for size in (32, (32,), (32.5, 32), (32, 32, 3)):
+        with pytest.raises(UserError, match=r"expected \(width, height\), in pixels"):
+            check_size.__wrapped__(size, tiny_spec)
+    with pytest.raises(UserError, match="output is 'png': expected 'uint8', 'float', 'latents'"):
+        SampleRequest.__post_init__.__wrapped__(SimpleNamespace(output="png"))
 
 
 def test_a_prompt_that_is_too_long_is_cut_off(pipeline):

@@ -6,8 +6,8 @@ import pytest
 
 from jaxdiff.pipelines.pipeline import load
 from jaxdiff.pretrained.bundle import write_bundle, write_tokenizers
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.workdir import write_config
 
 pytestmark = pytest.mark.optimized  # compares bits of what users compile

@@ -5,7 +5,6 @@ import json
 
 import jax
 import pytest
-from jaxdiff.benchmark.task_flops import recomputed_flops, training_flops
 
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, make_mesh
 from jaxdiff.errors import UserError
@@ -15,15 +14,20 @@ from jaxdiff.planning.table import plan_table, summary_table
 from jaxdiff.planning.topology import find_topology
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
 from jaxdiff.training.loop import compile_step
+from jaxdiff.training.tasks.diffusion import Trainable
+
+
+def with_denoiser(task, **changes):
+    """The task with another size of its denoiser."""
+    denoiser = dataclasses.replace(task.model.denoiser, **changes)
+    return dataclasses.replace(task, model=dataclasses.replace(task.model, denoiser=denoiser))
 
 
 @pytest.fixture(scope="module")
 def config(tiny_recipe):
     config = dataclasses.replace(tiny_recipe(steps=100), mesh=MeshConfig(data=2, fsdp=4))
-    text = dataclasses.replace(config.task.text, trained=False)
-    denoiser = dataclasses.replace(config.task.denoiser, depth=1, width=64)
-    task = dataclasses.replace(config.task, text=text, denoiser=denoiser)
-    return dataclasses.replace(config, task=task)
+    task = dataclasses.replace(config.task, trainable=Trainable())
+    return dataclasses.replace(config, task=with_denoiser(task, depth=1, width=64))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def test_it_is_of_the_recipe_and_the_mesh(plan, config):
     assert plan.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     state = abstract_state(config)
     assert plan.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert plan.flops_per_step == 8 * training_flops(config.task, 32)
+    assert plan.flops_per_step == 8 * config.task.flops_per_image(32)
 
 
 def test_memory_is_that_of_one_device(plan):
@@ -61,28 +65,28 @@ def test_days_are_those_of_the_steps_at_the_assumed_utilisation(plan):
     assert plan.roofline_s == plan.compute_s > 0
 
 
-def test_all_of_it_is_json_and_every_figure_says_whose_it_is(plan):
-    told = json.loads(json.dumps(plan.to_json()))
-    assert told["memory"]["temporary"] == plan.memory.temporary
-    assert told["collectives"][0]["kind"] == plan.collectives[0].kind
-    assert set(told["origins"].values()) >= {"XLA's", "computed", "assumed"}
-    assert set(ORIGINS) <= set(told)
+def test_all_of_it_is_json_and_every_figure_has_an_origin(plan):
+    stated = json.loads(json.dumps(plan.to_json()))
+    assert stated["memory"]["temporary"] == plan.memory.temporary
+    assert stated["collectives"][0]["kind"] == plan.collectives[0].kind
+    assert set(stated["origins"].values()) >= {"XLA's", "computed", "assumed"}
+    assert set(ORIGINS) <= set(stated)
 
 
-def test_the_table_says_so_too(plan):
+def test_the_table_shows_the_origins(plan):
     table = plan_table(plan)
     whose = list(table.columns[2].cells)
     assert {"XLA's", "computed", "assumed", "measured"} <= set(whose)
 
 
-def test_a_table_of_several_says_once_what_all_of_them_share(plan):
+def test_a_table_of_several_states_what_they_share_once(plan):
     table = summary_table([plan, dataclasses.replace(plan, batch_size=16, remat="dots")])
     assert [column.header for column in table.columns] == ["batch", "remat"]
     assert len(table.rows) == 2
     assert table.title.startswith("recipe tiny, topology cpu:8, mesh data=2 fsdp=4")
 
 
-def test_a_quick_plan_is_of_the_same_step_and_tells_no_traffic(plan, config):
+def test_a_quick_plan_is_of_the_same_step_and_has_no_traffic(plan, config):
     quick = make_plan(config, find_topology("cpu:8"), quick=True)
     same = ("parameters", "flops_per_step", "compute_s", "images_per_s", "mesh")
     assert [getattr(quick, name) for name in same] == [getattr(plan, name) for name in same]
@@ -95,14 +99,14 @@ def test_a_quick_plan_is_of_the_same_step_and_tells_no_traffic(plan, config):
     assert plan_table(plan).caption is None
 
 
-def test_what_is_too_large_is_said_not_to_fit(plan):
+def test_a_plan_that_is_too_large_does_not_fit(plan):
     small = dataclasses.replace(plan, memory_limit=1.0)
     assert not small.fits
     assert any("DOES NOT FIT" in str(cell) for cell in plan_table(small).columns[1].cells)
 
 
 @pytest.mark.parametrize(
-    "told",
+    "error",
     [
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.",
@@ -110,15 +114,17 @@ def test_what_is_too_large_is_said_not_to_fit(plan):
         "temporaries (17.50G) exceeds available HBM (15.75G).",
     ],
 )
-def test_what_the_compiler_finds_no_memory_for_is_planned_all_the_same(told, config, monkeypatch):
+def test_a_program_that_the_compiler_finds_no_memory_for_is_still_planned(
+    error, config, monkeypatch
+):
     def compile_(*_):
-        raise jax.errors.JaxRuntimeError(told)
+        raise jax.errors.JaxRuntimeError(error)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     plan = make_plan(config, find_topology("cpu:8"))
     assert not plan.fits
     state = held(config, make_mesh(config.mesh, find_topology("cpu:8").devices))
-    needed = 17.5 * 2**30 + ("temporaries" in told) * state
+    needed = 17.5 * 2**30 + ("temporaries" in error) * state
     assert (plan.memory_needed, plan.memory_limit) == (needed, 15.75 * 2**30)
     assert plan.memory is None
     assert "DOES NOT FIT" in str(list(plan_table(plan).columns[1].cells))
@@ -128,9 +134,8 @@ def test_flops_agree_with_those_that_xla_counts_of_the_whole_step(tiny_recipe, m
     """Of one block, for XLA counts the body of a scan once; lowered for one device."""
     monkeypatch.setattr(attention, "_MANY", 2**30)
     base = tiny_recipe()
-    text = dataclasses.replace(base.task.text, trained=False)
-    denoiser = dataclasses.replace(base.task.denoiser, width=256, depth=1, patch_size=2)
-    task = dataclasses.replace(base.task, denoiser=denoiser, text=text)
+    frozen_text = dataclasses.replace(base.task, trainable=Trainable())
+    task = with_denoiser(frozen_text, width=256, depth=1, patch_size=2)
     config = dataclasses.replace(base, task=task)
     mesh = jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "tensor", "context"))
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -140,14 +145,14 @@ def test_flops_agree_with_those_that_xla_counts_of_the_whole_step(tiny_recipe, m
     )
     batch = abstract_batch(config)
     xla = step.lower(state, frozen, batch).cost_analysis()["flops"]
-    assert training_flops(task, 32) * 8 == pytest.approx(xla, rel=0.05)
+    assert task.flops_per_image(32) * 8 == pytest.approx(xla, rel=0.05)
 
 
 def test_a_second_forward_pass_is_counted_where_blocks_keep_their_input_alone(tiny_recipe):
     task = tiny_recipe().task
-    full = dataclasses.replace(task, denoiser=dataclasses.replace(task.denoiser, remat="full"))
-    assert recomputed_flops(task, 32) == 0
-    assert 0 < recomputed_flops(full, 32) < training_flops(full, 32) / 3
+    full = with_denoiser(task, remat="full")
+    assert task.recomputed_flops(32) == 0
+    assert 0 < full.recomputed_flops(32) < full.flops_per_image(32) / 3
 
 
 def test_the_recipe_names_the_mesh_of_a_slice(config):

@@ -53,22 +53,28 @@ def test_its_mesh_lies_on_the_slice(topology):
 
 
 def small(config):
-    """A recipe of the same parts, of which each is small; 1024 tokens or positions stay as many."""
+    """A recipe of the same, but small, parts; 1024 tokens or positions stay as many."""
     task, train = config.task, dataclasses.replace(config.train, batch_size=16, accumulate=1)
     text = {"vocab_size": 600, "width": 32, "heads": 2, "depth": 1}
-    towers = {
-        name: dataclasses.replace(tower, layer=None, model=dataclasses.replace(tower.model, **text))
-        for name, tower in task.towers.items()
+    conditioner = task.model.conditioner
+    encoders = {
+        name: dataclasses.replace(
+            encoder, hidden_layer=None, model=dataclasses.replace(encoder.model, **text)
+        )
+        for name, encoder in conditioner.encoders.items()
     }
-    width = 32 * len(towers)
-    if isinstance(task.denoiser, DiTConfig):
+    conditioner = dataclasses.replace(conditioner, **encoders)
+    denoiser = task.model.denoiser
+    if isinstance(denoiser, DiTConfig):
         shape = {"width": 64, "depth": 2, "heads": 2, "text_width": 32}
-        pooled = towers["text"].model.projection_dim or 32
-        denoiser = dataclasses.replace(task.denoiser, pooled_width=pooled, **shape)
+        pooled = conditioner.pooled_width
+        denoiser = dataclasses.replace(denoiser, pooled_width=pooled, **shape)
     else:
         shape = {"block_out_channels": (32, 32), "transformer_layers": (0, 2), "heads": (2, 2)}
-        denoiser = dataclasses.replace(task.denoiser, cross_attention_dim=width, **shape)
-    task = dataclasses.replace(task, denoiser=denoiser, **towers)
+        width = conditioner.text_width
+        denoiser = dataclasses.replace(denoiser, cross_attention_dim=width, **shape)
+    model = dataclasses.replace(task.model, denoiser=denoiser, conditioner=conditioner)
+    task = dataclasses.replace(task, model=model)
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     return dataclasses.replace(config, task=task, train=train, mesh=mesh)
 

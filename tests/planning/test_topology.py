@@ -1,4 +1,4 @@
-"""The devices that can be planned for, and what is said of those that cannot."""
+"""The devices that can be planned for, and the errors for others."""
 
 import importlib.util
 
@@ -38,7 +38,7 @@ def test_others_are_refused(name, message):
         find_topology(name)
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"libtpu, .*: run pip install -e '\.\[tpu\]'"):
         find_topology("v5e:4x4")

@@ -135,9 +135,9 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny
     config = evaluated(tiny_recipe(steps=STEPS))
     killed = launch(tmp_path, config, code=str(tmp_path / "killed.py"), devices=8)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
-    said = []
-    result = train(tiny_recipe(steps=STEPS), killed.out, log=said.append)
-    assert "Resuming at step 4 of 6." in said
+    logged = []
+    result = train(tiny_recipe(steps=STEPS), killed.out, log=logged.append)
+    assert "Resuming at step 4 of 6." in logged
     assert_same_end(result, killed.out, straight)
 
 
@@ -150,11 +150,11 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
         return {}
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    said = []
+    logged = []
     config = evaluated(tiny_recipe(steps=STEPS))
-    result = train(config, tmp_path, evaluate=evaluate, log=said.append)
+    result = train(config, tmp_path, evaluate=evaluate, log=logged.append)
     assert (result.finished, result.summary["step"]) == (False, 3)
-    assert any("SIGINT: saving" in line for line in said)
+    assert any("SIGINT: saving" in line for line in logged)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert_same_end(train(config, tmp_path, log=quiet), tmp_path, straight)
 
@@ -325,10 +325,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_goes_on(
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     faked.clear()
-    said = []
-    train(tiny_recipe(steps=4), tmp_path, log=said.append)
-    assert "checkpoints/4 is damaged and not used" in said[0]
-    assert said[1] == "Resuming at step 2 of 4."
+    logged = []
+    train(tiny_recipe(steps=4), tmp_path, log=logged.append)
+    assert "checkpoints/4 is damaged and not used" in logged[0]
+    assert logged[1] == "Resuming at step 2 of 4."
     assert [n for what, n in faked if what == "step"] == [3, 4]
 
 

@@ -31,15 +31,15 @@ def _files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_shards_follow_the_source_and_the_manifest_tells_of_them(tmp_path):
+def test_shards_follow_the_source_and_the_manifest_lists_them(tmp_path):
     manifest = _write(tmp_path)
     assert [shard.records for shard in manifest.shards] == [2, 3, 2, 3]
     prepared = ArrayRecord(path=str(tmp_path))
     prepared.check()
     assert [prepared[i]["name"] for i in range(10)] == [f"produce/train/{i}" for i in range(10)]
-    told = json.loads((tmp_path / "manifest.json").read_text())
-    assert (told["records"], told["rejected"]) == (10, 0)
-    assert set(_files(tmp_path)) == {"manifest.json", *(s["file"] for s in told["shards"])}
+    stated = json.loads((tmp_path / "manifest.json").read_text())
+    assert (stated["records"], stated["rejected"]) == (10, 0)
+    assert set(_files(tmp_path)) == {"manifest.json", *(s["file"] for s in stated["shards"])}
 
 
 def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch):
@@ -48,12 +48,12 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch
     lost, cut = sorted(tmp_path.glob("*.array_record"))[1:3]
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    drawn = []
+    rendered = []
     monkeypatch.setattr(
-        Produce, "__getitem__", lambda s, i, f=Produce.__getitem__: (drawn.append(i), f(s, i))[1]
+        Produce, "__getitem__", lambda s, i, f=Produce.__getitem__: (rendered.append(i), f(s, i))[1]
     )
     _write(tmp_path)
-    assert drawn == [2, 3, 4, 5, 6]
+    assert rendered == [2, 3, 4, 5, 6]
     assert _files(tmp_path) == whole
 
 
@@ -82,7 +82,7 @@ def test_processes_write_the_same_as_one(tmp_path):
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
 
-def test_machines_share_the_shards_and_the_last_one_tells_of_all(tmp_path):
+def test_machines_divide_the_shards_and_the_last_one_lists_all(tmp_path):
     _write(tmp_path / "alone")
     assert _write(tmp_path / "shared", hosts=2, host=1) is None
     assert len(list((tmp_path / "shared").glob("*.array_record"))) == 2

@@ -28,7 +28,7 @@ FIGURES = {"counting/images": 4.0, "counting/mean": 0.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Counting(Evaluator):
-    """Records its contexts and reports fixed figures; fails if it is told to."""
+    """Records its contexts and reports fixed figures; fails if `fails` is not empty."""
 
     name: ClassVar[str] = "counting"
     every: int = 0

@@ -1,4 +1,4 @@
-"""The fingerprint tells apart states that differ in any bit that a run must reproduce."""
+"""The fingerprint differs for states that differ in any bit that a run must reproduce."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_type_shape_and_place_change_it():
     assert len({fingerprint(state.replace(params=params)) for params in variants}) == 4
 
 
-def test_what_is_drawn_or_counted_beside_the_model_does_not_change_it():
+def test_random_keys_and_counts_do_not_change_it():
     state = make_state()
     other = state.replace(
         key=jax.random.key(2),

@@ -153,21 +153,21 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "up", "share"),
+    ("mesh", "up", "parts"),
     [
         (MESHES[1], (None, None, "fsdp"), 4),
         (MESHES[3], (None, "fsdp", "tensor"), 4),
         (MESHES[4], (None, None, "tensor"), 8),
     ],
 )
-def test_parameters_moments_and_average_are_really_split(mesh, up, share):
+def test_parameters_moments_and_average_are_really_split(mesh, up, parts):
     state, _ = compiled(mesh, accumulate=1)(initial(), make_batch())
     adam = state.opt_state[1][0]
     for tree in (state.params, state.ema, adam.mu, adam.nu):
         kernel = tree["blocks"]["up"]["kernel"]
         assert kernel.sharding.spec == PartitionSpec(*up)
         held = {shard.data.nbytes for shard in kernel.addressable_shards}
-        assert held == {kernel.nbytes // share}
+        assert held == {kernel.nbytes // parts}
 
 
 def same_bits(a, b) -> bool:

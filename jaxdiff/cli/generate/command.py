@@ -1,4 +1,4 @@
-"""`sample.py` and `jaxdiff sample`: prompts to image files."""
+"""`jaxdiff sample`: prompts to image files."""
 
 import dataclasses
 import sys
@@ -7,118 +7,117 @@ import time
 import numpy as np
 from etils import epath
 
-from jaxdiff.cli.generate.batch_generate import draw_file
-from jaxdiff.cli.generate.generate import draw_together, snapshots
-from jaxdiff.cli.generate.image_files import Format, image_bytes
-from jaxdiff.cli.generate.image_metadata import file_text, read_told, settings_told
+from jaxdiff.cli.generate.batch_generate import generate_file
 from jaxdiff.cli.generate.options import (
     SampleOptions,
-    check,
-    defaults,
-    fixed,
+    make_preview,
     open_pipeline,
-    preview,
+    truncation_warning,
 )
-from jaxdiff.cli.generate.prompt_file import Row, slug
-from jaxdiff.cli.generate.settings import ImageSettings, settle
+from jaxdiff.cli.generate.prompt_file import slug
+from jaxdiff.config.fields import flag
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.image_files import Format, image_bytes, read_image_text
+from jaxdiff.pipelines.generate import generate, snapshots
+from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
+from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.pretrained.load import make_folder
 
 
-def draw(options: SampleOptions) -> None:
-    """Draws what the options ask for, writes it to a folder, and prints where.
+def sample_images(options: SampleOptions) -> None:
+    """Generate what the options ask for, write it to a folder, and print where.
 
     Raises:
       UserError: no model, no prompt, or settings that do not fit the model.
-      SystemExit: with status 1, if some rows of a file could not be drawn, or an image that was
-        drawn again has other pixels.
+      SystemExit: with status 1, if rows of a prompt file are invalid, or a reproduced image has
+        other pixels.
     """
-    check(options)
     if options.prompts is not None:
-        fine = draw_file(options) == 0
+        succeeded = generate_file(options) == 0
     elif not is_host0():
-        fine = True  # what is little, the first process draws
+        succeeded = True  # the first process generates these few
     elif options.again is not None:
-        fine = draw_again(options)
+        succeeded = reproduce(options)
     else:
-        draw_prompts(options)
-        fine = True
-    if not fine:
+        generate_prompts(options)
+        succeeded = True
+    if not succeeded:
         sys.exit(1)
 
 
-def draw_prompts(options: SampleOptions) -> None:
-    """Draws the prompts of the command line: `OUT/0000-the-prompt.png` ... and `OUT/grid.png`.
+def generate_prompts(options: SampleOptions) -> None:
+    """Generate the prompts of the command line: `OUT/0000-the-prompt.png` ... and `OUT/grid.png`.
 
     Raises:
       UserError: no model, no prompt, or settings that do not fit the model.
     """
     if not options.prompt:
-        raise UserError("There is no prompt: give at least one, or a file of them with --prompts.")
+        raise UserError("There is no prompt: give at least one, or a prompt file with --prompts.")
     start = time.perf_counter()
-    given = defaults(options)
     folder = make_folder(options.out)
-    pipeline = open_pipeline(options)
+    pipe = open_pipeline(options)
     for prompt in options.prompt:
-        if pipeline.truncated(prompt):
-            print(
-                f"The prompt {prompt!r} is longer than the {pipeline.tokenizer.length} tokens that "
-                "the text encoder takes: its end is cut off."
-            )
+        if warning := truncation_warning(pipe, prompt, f"The prompt {prompt!r}"):
+            print(warning)
     settings = [
         copy
-        for row in _rows(options, given)
-        for copy in settle(row, given, pipeline, fixed(options)).copies(options.num_images)
+        for one in _settings(options)
+        for copy in resolve_settings(one, pipe, options.command_defaults, called=flag).copies(
+            options.num_images
+        )
     ]
-    look = preview(options, pipeline, folder)
-    images, settings = draw_together(pipeline, settings, preview=look)
+    images, settings = generate(pipe, settings, preview=make_preview(options, pipe, folder))
     for i, (one, image) in enumerate(zip(settings, images, strict=True)):
-        _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipeline, options.format)
-    captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
-    if options.between:
-        _save_between(folder, images)
+        _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipe, options.format)
+    if options.interpolate:
+        _save_interpolation(folder, images)
     else:
-        pictures.save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
-        print(folder / "grid.png")
+        captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
+        _save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
     if options.strip:
-        estimates = snapshots(pipeline, settings, options.strip)
-        pictures.save_png(folder / "strip.png", pictures.strip(estimates))
-        print(folder / "strip.png")
+        estimates = snapshots(pipe, settings, options.strip)
+        _save_png(folder / "strip.png", pictures.strip(estimates))
     print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
 
 
-def _rows(options: SampleOptions, given: Row) -> list[Row]:
-    """What the command line says as rows, one for each prompt, or for each share of two."""
-    if not options.between:
-        return [dataclasses.replace(given, prompt=prompt) for prompt in options.prompt]
-    prompt, toward = options.prompt
-    shares = np.linspace(0, 1, options.between).tolist()
-    return [dataclasses.replace(given, prompt=prompt, toward=toward, share=s) for s in shares]
+def _settings(options: SampleOptions) -> list[GenerationSettings]:
+    """Return the settings of each prompt, or of each fraction of two."""
+    shared = options.settings
+    if not options.interpolate:
+        return [dataclasses.replace(shared, prompt=prompt) for prompt in options.prompt]
+    prompt, other = options.prompt
+    fractions = np.linspace(0, 1, options.interpolate).tolist()
+    return [dataclasses.replace(shared, prompt=prompt, mix_prompt=other, mix=f) for f in fractions]
 
 
 def _save(
-    stem: epath.Path, image: np.ndarray, settings: ImageSettings, pipeline: Pipeline, kind: Format
-) -> epath.Path:
+    stem: epath.Path, image: np.ndarray, settings: ResolvedSettings, pipe: Pipeline, kind: Format
+) -> None:
     path = stem.parent / f"{stem.name}.{kind}"
-    write_whole(path, image_bytes(image, file_text(settings, pipeline), kind))
+    write_whole(path, image_bytes(image, file_text(settings, pipe), kind))
     print(path)
-    return path
 
 
-def _save_between(folder: epath.Path, images: np.ndarray) -> None:
-    """The way from one prompt to another as a strip, and as a film there and back."""
-    pictures.save_png(folder / "between.png", pictures.grid(images, columns=len(images)))
-    write_whole(folder / "between.webp", pictures.animation_bytes(images, "webp", seconds=0.12))
-    for name in ("between.png", "between.webp"):
-        print(folder / name)
+def _save_png(path: epath.Path, picture: pictures.Picture) -> None:
+    pictures.save_png(path, picture)
+    print(path)
 
 
-def draw_again(options: SampleOptions) -> bool:
-    """Draws an image again from the text of its file, as `OUT/NAME-again.png`.
+def _save_interpolation(folder: epath.Path, images: np.ndarray) -> None:
+    """Write the images as a strip, and as an animation that plays forward and backward."""
+    _save_png(folder / "interpolation.png", pictures.grid(images, columns=len(images)))
+    path = folder / "interpolation.webp"
+    write_whole(path, pictures.animation_bytes(images, "webp", seconds=0.12))
+    print(path)
+
+
+def reproduce(options: SampleOptions) -> bool:
+    """Generate an image again from the text of its file, as `OUT/NAME-again.png`.
 
     Returns:
       Whether its pixels are the same.
@@ -127,26 +126,24 @@ def draw_again(options: SampleOptions) -> bool:
       UserError: the file does not say how it was made, or another model or image made it.
     """
     file = epath.Path(str(options.again))
-    told = read_told(file)
-    then = pictures.read_picture(file)
-    given = defaults(options)
+    metadata = ImageMetadata.parse(file, read_image_text(file))
+    before = pictures.read_picture(file)
     folder = make_folder(options.out)
-    options = dataclasses.replace(options, seamless=told.seamless)
-    pipeline = open_pipeline(options, dtype=told.details.get("dtype"))
-    settings = settings_told(file, told, pipeline, given, fixed(options))
-    (image,), _ = draw_together(pipeline, [settings])
+    pipe = open_pipeline(options, dtype=metadata.details["dtype"])
+    settings = metadata.resolve(pipe, options.settings, options.command_defaults)
+    (image,), _ = generate(pipe, [settings])
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
-    _save(folder / f"{file.stem}-again", image, settings, pipeline, kind)
-    if then.shape != image.shape:
-        print(f"Not the same pixels: {file} was resized after it was drawn.")
+    _save(folder / f"{file.stem}-again", image, settings, pipe, kind)
+    if before.shape != image.shape:
+        print(f"Not the same pixels: {file} was resized after it was generated.")
         return False
-    apart = np.abs(image.astype(int) - then)
-    if apart.any():
+    difference = np.abs(image.astype(int) - before)
+    if difference.any():
         print(
-            f"Not the same pixels: they differ by up to {apart.max()} of 255, in "
-            f"{(apart > 0).mean():.1%} of the values. The first was drawn on "
-            f"{told.details.get('device')} with JAX {told.details.get('jax')}: another device or "
-            "version rounds otherwise."
+            f"Not the same pixels: they differ by up to {difference.max()} of 255, in "
+            f"{(difference > 0).mean():.1%} of the values. The first was generated on "
+            f"{metadata.details.get('device')} with JAX {metadata.details.get('jax')}: another "
+            "device or version rounds differently."
         )
         return False
     print("The same pixels.")

@@ -1,13 +1,13 @@
-"""`manifest.jsonl`: which images of a file of prompts are there, and what they were made of.
+"""`manifest.jsonl`: which images of a prompt file exist, and how each was made.
 
-A line is one image, as a JSON object: the `record` of what it is made of, with the name of its
-`file` in it, then the `sha256` of that file, the `seconds` that it took and, of the best of several
-images, the `chosen_seed`. A line is appended when its file is there, so a file without a line, or a
-last line that was cut short, is drawn anew.
+A line is one image, as a JSON object: its `record`, which names its `file`, then the `sha256` of
+that file, the `seconds` that it took and, for the best of several images, the `chosen_seed`. A line
+is appended after its file is written, so a file without a line, or with a truncated last line, is
+generated again.
 
-Where several processes draw, each appends to a `manifest.N.jsonl` of its own. The first one of them
-puts these together with `manifest.jsonl` when all have finished, or when the command is started
-again, by however many processes.
+Each of several processes appends to a `manifest.N.jsonl` of its own. The first process merges these
+into `manifest.jsonl` when all have finished, or when the command is started again, by any number of
+processes.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ _PART = re.compile(r"manifest\.[0-9]+\.jsonl")
 
 
 class Manifest:
-    """The manifest of a folder, for one file of prompts.
+    """The manifest of a folder, for one prompt file.
 
-    Opening it in the first process drops the lines of this file of prompts whose image is not
-    wanted any more, is missing or was changed; lines of others stay unless their file is about to
-    be replaced. Other processes open it after that, and the first one closes it after the others.
+    Opening it in the first process drops the lines of this prompt file whose image is no longer
+    wanted, is missing or was changed; lines of other prompt files stay unless their image is about
+    to be replaced. The other processes open it after the first one, which closes it last.
 
     Args:
       folder: of the images.
-      source: name of the file of prompts; `record["prompts"]` says it.
-      wanted: records of all images that there shall be, without their results.
-      process: number of this process.
-      processes: how many of them draw.
+      source: name of the prompt file, in `record["prompts"]`.
+      wanted: records of all images to generate, without their results.
+      process: index of this process.
+      processes: number of processes.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Manifest:
         process: int = 0,
         processes: int = 1,
     ):
-        self._folder, self._leads = folder, process == 0
+        self._folder, self._is_first = folder, process == 0
         own = MANIFEST if processes == 1 else f"manifest.{process}.jsonl"
         self._path = folder / own
-        # As they will be read back, tuples having become lists.
+        # As they are read back: JSON turns tuples into lists.
         plain = {record["file"]: json.loads(json.dumps(record)) for record in wanted}
         self._lines: dict[str, Record] = {}
         self._there: set[str] = set()
@@ -66,15 +66,15 @@ class Manifest:
             elif self._is_whole(record, plain[file]):
                 self._lines[file] = record
                 self._there.add(file)
-        if self._leads:
+        if self._is_first:
             for name in (MANIFEST, *plain):
                 partial_path(folder / name).unlink(missing_ok=True)
             self._write_all()
         if processes > 1:
-            self._lines = {}  # those of this process, from now on
+            self._lines = {}  # from here on those of this process alone
 
     def _parts(self) -> list[epath.Path]:
-        """What processes have left behind, their own manifests."""
+        """Return the manifests of single processes."""
         return sorted(p for p in self._folder.iterdir() if _PART.fullmatch(p.name))
 
     def _read_all(self) -> dict[str, Record]:
@@ -87,7 +87,7 @@ class Manifest:
             part.unlink()
 
     def _is_whole(self, record: Record, wanted: Record) -> bool:
-        """Whether an image is as wanted, and its file as it was written."""
+        """Return whether an image is as wanted, and its file unchanged since it was written."""
         if {k: v for k, v in record.items() if k not in _RESULTS} != wanted:
             return False
         try:
@@ -97,24 +97,24 @@ class Manifest:
         return hashlib.sha256(data).hexdigest() == record.get("sha256")
 
     def has(self, file: str) -> bool:
-        """Whether that image, as it is wanted, was there at the start."""
+        """Return whether that image existed, as wanted, at the start."""
         return file in self._there
 
     def add(self, record: Record, data: bytes, seconds: float, **more: Any) -> None:
-        """Writes the file of one image, then its line, with more that came out of it."""
+        """Write the file of one image, then its line, with further results."""
         write_whole(self._folder / record["file"], data)
         digest = hashlib.sha256(data).hexdigest()
         results = {"sha256": digest, "seconds": round(seconds, 4), **more}
         self._lines[record["file"]] = record | results
-        if not is_local(self._folder):  # a cloud's storage cannot append
+        if not is_local(self._folder):  # object stores cannot append
             _write(self._path, self._lines)
         else:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(record | results))
 
     def close(self) -> None:
-        """Puts all processes' lines together, in the order of their rows, if this is the first."""
-        if self._leads:
+        """Merge the lines of all processes, ordered by row, if this is the first process."""
+        if self._is_first:
             lines = self._read_all()
             self._lines = {line["file"]: line for line in sorted(lines.values(), key=_place)}
             self._write_all()
@@ -134,7 +134,7 @@ def _place(record: Record) -> tuple[str, int, int, str]:
 
 
 def _read(path: epath.Path) -> dict[str, Record]:
-    """File to record, the last one of each; a line that cannot be read is none."""
+    """Return the last record of each file; lines that cannot be parsed are ignored."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:

@@ -20,7 +20,7 @@ class LatentRecord(TypedDict):
 
     `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `size_crop` is
     that of each view, as `jaxdiff.data.transforms.Example` has it; `text`, if it was cached, float
-    [k, m] of k captions, as `jaxdiff.models.layers.TextFeatures` packs it.
+    [k, m] of k captions, as `Conditioner.pack` of jaxdiff.models returns it.
     """
 
     moments: np.ndarray
@@ -38,7 +38,7 @@ class Source(Protocol):
         """The number of records."""
         ...
 
-    def __getitem__(self, index: int, /) -> Record | LatentRecord:
+    def __getitem__(self, index: int, /) -> Record:
         """The record at `index`, the same in every call and process."""
         ...
 

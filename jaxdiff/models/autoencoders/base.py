@@ -1,7 +1,8 @@
 """Interface of autoencoders: what the rest of the package asks of a network's config."""
 
 import abc
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -17,6 +18,8 @@ class AutoencoderSpec(abc.ABC):
     Attributes:
       latent_channels: of the latents.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     latent_channels: int
 

@@ -1,6 +1,8 @@
 """Interface of denoisers: what the rest of the package asks of a network's config."""
 
 import abc
+import dataclasses
+from typing import Any, ClassVar
 
 from flax import nnx
 
@@ -20,6 +22,8 @@ class Denoiser(abc.ABC):
       text_width: width of the text tokens that it reads; None for any.
       pooled_width: width of the pooled text vector that it reads; None for any, or none.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     channels: int
     remat: Remat = "none"

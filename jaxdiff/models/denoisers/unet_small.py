@@ -261,11 +261,12 @@ class UNet(nnx.Module):
             raise UserError("A U-Net reads text: expected Conditioning.tokens and .pooled.")
         width = config.widths[0]
         time = fourier_features(t, 4 * width).astype(dtype)
-        text = text._replace(tokens=self.text_norm(text.tokens.astype(dtype)).astype(dtype))
+        tokens = self.text_norm(text.tokens.astype(dtype)).astype(dtype)
         cond = self.time2(jax.nn.silu(self.time1(time))) + self.pooled(text.pooled.astype(dtype))
-        cond = jax.nn.silu(cond + self.words(pooled_token_sum(text.tokens, text.mask)))
+        cond = jax.nn.silu(cond + self.words(pooled_token_sum(tokens, text.mask)))
+        text = text._replace(tokens=tokens)
 
-        # Convolutions know no place but by the frame; prompts name places.
+        # Convolutions see positions only through the borders; prompts name positions.
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
         h = self.patch(patchify(x.astype(dtype), config.patch_size))
         h = h + self.position(absolute_positions(places, width).astype(dtype))

@@ -1,12 +1,16 @@
 """The interface between the training loop and what it trains."""
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
+
+from jaxdiff.models.conditioning import Conditioner
+from jaxdiff.training.tasks.captions import CaptionTokenizer
 
 Batch = Mapping[str, Any]  # as `jaxdiff.data.loader.make_dataset` returns it
 Metrics = dict[str, jax.Array]
@@ -35,6 +39,8 @@ class Task(abc.ABC):
     Attributes:
       model: the specification of the model that is trained.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     model: Any
 
@@ -87,21 +93,23 @@ class Task(abc.ABC):
           ema: the moving average of `params`, float32.
         """
 
-    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any] | None:
-        """Return the function from captions to arrays that batches hold; None for no text."""
+    @property
+    def conditioner(self) -> Conditioner | None:
+        """The conditioner that tokenizes captions; None for a task without text."""
         return None
+
+    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any] | None:
+        """Return the function from captions to the `TextInputs` of batches; None for no text."""
+        return None if self.conditioner is None else CaptionTokenizer(self.conditioner, tokenizers)
 
     def abstract_text(self, batch_size: int) -> Any:
         """Return shapes and types of what `tokenize` makes of a batch; None for no text."""
-        return None
+        return None if self.conditioner is None else self.conditioner.abstract_inputs(batch_size)
 
-    @property
-    def text_encoder_names(self) -> tuple[str, ...]:
-        """Names of the tokenizers that the task needs."""
-        return ()
-
-    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:  # noqa: B027
-        """Raise `UserError` for tokenizers that the model does not take; by default any."""
+    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
+        """Raise `UserError` for tokenizers that the model does not take."""
+        if self.conditioner is not None:
+            self.conditioner.check_tokenizers(tokenizers)
 
     @abc.abstractmethod
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:

@@ -1,6 +1,5 @@
 """Training CLIP: matching images and captions end up close (Radford et al. 2021)."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from jaxdiff.models.layers import bind_init, bind_params, init_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.tasks.base import Batch, Metrics, Task
-from jaxdiff.training.tasks.captions import CaptionTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,25 +59,9 @@ class ClipTask(Task):
         return loss, metrics, task_state
 
     @property
-    def _conditioner(self) -> ClipConditioner:
+    def conditioner(self) -> ClipConditioner:
+        """That of the text encoder, whose name is `text`."""
         return ClipConditioner(text=ClipTextEncoder(model=self.model.text))
-
-    @property
-    def text_encoder_names(self) -> tuple[str, ...]:
-        """The text encoder, `text`."""
-        return ("text",)
-
-    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any]:
-        """Return the function from captions to `TextInputs`."""
-        return CaptionTokenizer(self._conditioner, tokenizers)
-
-    def abstract_text(self, batch_size: int) -> Any:
-        """Return shapes and types of the text of a batch."""
-        return self._conditioner.abstract_inputs(batch_size)
-
-    def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
-        """Raise `UserError` for a tokenizer that the text encoder does not take."""
-        self._conditioner.check_tokenizers(tokenizers)
 
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
         """FLOPs of one image and its caption, forward and backward."""

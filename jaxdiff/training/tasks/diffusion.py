@@ -1,6 +1,6 @@
 """Training a denoiser, or adapters or new tokens of one, on pixels or an autoencoder's latents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,10 @@ from jaxdiff.diffusion.losses import loss_by_level
 from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import Conditioning, TextInputs
+from jaxdiff.models.conditioning import Conditioner, Conditioning, TextInputs
 from jaxdiff.models.lora import LoraConfig, init_adapters, scale_adapters
 from jaxdiff.models.text_to_image import Part, TextToImage, from_uint8, merge_params
 from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
-from jaxdiff.training.tasks.captions import CaptionTokenizer
 
 DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
@@ -253,7 +252,8 @@ class DiffusionTask(Task):
         full = self.model_params(params, frozen)
         cond = self._cond(full, batch)
         max_t = self.curriculum.max_t(curriculum) if self.curriculum else 1.0
-        outputs = self.objective.loss(
+        objective = self.objective
+        outputs = objective.loss(
             LossInputs(
                 model=self._predictor(full),
                 prediction=self.model.prediction,
@@ -262,9 +262,9 @@ class DiffusionTask(Task):
                 cond=cond,
                 key=loss_key,
                 max_t=max_t,
-                uncond=self._uncond(full, frozen, batch) if self.objective.uses_uncond else None,
-                teacher=self._predictor(frozen["teacher"]) if self.objective.uses_teacher else None,
-                ema=self._predictor(self._ema(ema, params, frozen)),
+                uncond=self._uncond(full, frozen, batch) if objective.uses_uncond else None,
+                teacher=self._predictor(frozen["teacher"]) if objective.uses_teacher else None,
+                ema=self._ema(ema, params, frozen) if objective.uses_ema else None,
                 state=state,
                 row_weights=batch.get("row_weights"),
             )
@@ -283,16 +283,12 @@ class DiffusionTask(Task):
             curriculum = self.curriculum.update(curriculum, metrics["loss"])
         return curriculum, state
 
-    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> dict[str, Any] | None:
+    def _ema(self, ema: PyTree, params: PyTree, frozen: PyTree) -> Predictor:
         """Return the averaged model in the compute type, without gradients."""
-        if not self.objective.uses_ema:
-            return None
-        cast = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
-        return self.model_params(jax.lax.stop_gradient(cast), frozen)
+        average = jax.tree.map(lambda average, like: average.astype(like.dtype), ema, params)
+        return self._predictor(self.model_params(jax.lax.stop_gradient(average), frozen))
 
-    def _predictor(self, params: PyTree | None) -> Predictor | None:
-        if params is None:
-            return None
+    def _predictor(self, params: PyTree) -> Predictor:
         network: Any = self.model.network(params)
 
         def predict(x_t, t, cond, next_t=None):
@@ -330,18 +326,10 @@ class DiffusionTask(Task):
             return {"absent_text": conditioner.abstract_inputs(1)}
         return {"absent_text": conditioner.tokenize(tokenizers, [None])}
 
-    def abstract_text(self, batch_size: int) -> Any:
-        """Return shapes and types of the text of a batch."""
-        return self.model.conditioner.abstract_inputs(batch_size)
-
     @property
-    def text_encoder_names(self) -> tuple[str, ...]:
-        """Names of the text encoders."""
-        return tuple(self.model.conditioner.encoders)
-
-    def tokenize(self, tokenizers: Mapping[str, Any]) -> Callable[[list[str]], Any]:
-        """Return the function from captions to `TextInputs`."""
-        return CaptionTokenizer(self.model.conditioner, tokenizers)
+    def conditioner(self) -> Conditioner:
+        """That of the model."""
+        return self.model.conditioner
 
     def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
         """Raise `UserError` for tokenizers that the text encoders do not take."""

@@ -1,4 +1,4 @@
-"""What the tests of `sample.py` share: a tiny model on disk, and the command that draws with it."""
+"""Fixtures of `jaxdiff sample`: a tiny model on disk, and the command with it."""
 
 import pathlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def model(tiny_bundle, tmp_path_factory) -> pathlib.Path:
     """The folder of the tiny model."""
-    from jaxdiff.pretrained.load import write_bundle
+    from jaxdiff.pretrained.bundle import write_bundle
 
     folder = tmp_path_factory.mktemp("model")
     write_bundle(folder, tiny_bundle, dtype="float32")

@@ -1,19 +1,17 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.cli.generate.image_files import read_text
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.io.images import save_png
-from jaxdiff.models.layers import abstract_params, any_rngs
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
-from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.load import write_bundle
-from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.pretrained.bundle import Bundle, abstract_of, write_bundle
 
 PEA = "a small red pea"
 
@@ -23,15 +21,15 @@ def pixels(path):
 
 
 @pytest.fixture
-def drawn(sample, tmp_path):
-    """An image of settings of which none is the model's own."""
+def generated(sample, tmp_path):
+    """An image none of whose settings is the model's own."""
     words = ("--seed", 11, "--num-steps", 2, "--guidance-scale", 1.7, "--solver", "dpm++2m")
     assert sample(PEA, *words, "--negative-prompt", "green, or: red", "--size", "32x40") == 0
     return tmp_path / "out" / "0000-a-small-red-pea.png"
 
 
-def test_the_parameters_are_as_web_uis_write_them(drawn, model):
-    text = read_text(drawn)
+def test_the_parameters_are_as_web_uis_write_them(generated, model):
+    text = read_image_text(generated)
     *lines, last = text["parameters"].split("\n")
     assert lines == [PEA, "Negative prompt: green, or: red"]
     assert last == (
@@ -40,61 +38,61 @@ def test_the_parameters_are_as_web_uis_write_them(drawn, model):
     )
 
 
-def test_the_same_pixels_are_drawn_again(sample, drawn, tmp_path, capsys):
-    assert sample("--again", drawn) == 0
+def test_the_same_pixels_are_reproduced(sample, generated, tmp_path, capsys):
+    assert sample("--again", generated) == 0
     assert "The same pixels." in capsys.readouterr().out
     again = tmp_path / "out" / "0000-a-small-red-pea-again.png"
-    np.testing.assert_array_equal(pixels(again), pixels(drawn))
-    assert again.read_bytes() == drawn.read_bytes()
+    np.testing.assert_array_equal(pixels(again), pixels(generated))
+    assert again.read_bytes() == generated.read_bytes()
 
 
-def test_other_pixels_are_told(sample, drawn, tmp_path, capsys):
-    other = pixels(drawn).copy()
+def test_other_pixels_are_reported(sample, generated, tmp_path, capsys):
+    other = pixels(generated).copy()
     other[3, 4, 1] ^= 8
-    save_png(tmp_path / "other.png", other, read_text(drawn))
+    save_png(tmp_path / "other.png", other, read_image_text(generated))
     assert sample("--again", tmp_path / "other.png") == 1
     assert "they differ by up to 8 of 255" in capsys.readouterr().out
-    save_png(tmp_path / "other.png", other[:8], read_text(drawn))
+    save_png(tmp_path / "other.png", other[:8], read_image_text(generated))
     assert sample("--again", tmp_path / "other.png") == 1
     assert "was resized" in capsys.readouterr().out
 
 
-def test_an_image_of_an_image_is_drawn_again_from_that_one(sample, tmp_path, capsys):
+def test_an_image_of_an_image_is_reproduced_from_that_one(sample, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         save_png(tmp_path / name, rng.integers(0, 256, (32, 32, 3), np.uint8))
     assert sample(PEA, "--init-image", tmp_path / "a.png", "--strength", "0.5") == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    assert "Denoising strength: 0.5" in read_text(file)["parameters"]
+    assert "Denoising strength: 0.5" in read_image_text(file)["parameters"]
     assert sample("--again", file, "--init-image", tmp_path / "a.png") == 0
     for words in ((), ("--init-image", tmp_path / "b.png")):
         assert sample("--again", file, *words) == 2
         assert "was made from a.png" in capsys.readouterr().err
 
 
-def test_the_same_pixels_are_drawn_again_from_webp_but_not_from_jpeg(sample, tmp_path, capsys):
+def test_the_same_pixels_are_reproduced_from_webp_but_not_from_jpeg(sample, tmp_path, capsys):
     stem = tmp_path / "out" / "0000-a-small-red-pea"
     for kind in ("png", "webp", "jpg"):
         assert sample(PEA, "--negative-prompt", "茄子", "--format", kind) == 0
     np.testing.assert_array_equal(
         pixels(stem.with_suffix(".webp")), pixels(stem.with_suffix(".png"))
     )
-    assert read_text(stem.with_suffix(".webp")) == read_text(stem.with_suffix(".png"))
+    assert read_image_text(stem.with_suffix(".webp")) == read_image_text(stem.with_suffix(".png"))
     assert sample("--again", stem.with_suffix(".webp")) == 0
     assert (tmp_path / "out" / "0000-a-small-red-pea-again.webp").exists()
     assert sample("--again", stem.with_suffix(".jpg")) == 2
-    assert "keeps pixels only about as they were" in capsys.readouterr().err
+    assert "whose compression changes pixels" in capsys.readouterr().err
     comment = Image.open(stem.with_suffix(".jpg")).getexif().get_ifd(0x8769)[0x9286]
-    text = read_text(stem.with_suffix(".png"))["parameters"]
+    text = read_image_text(stem.with_suffix(".png"))["parameters"]
     assert comment == b"UNICODE\0" + text.encode("utf-16-be")
 
 
-def test_an_image_between_two_prompts_is_drawn_again(sample, tmp_path):
-    words = ("--toward", "a green tomato", "--toward-seed", 5, "--share", 0.3, "--repeats", 2)
+def test_a_mixture_of_two_prompts_is_reproduced(sample, tmp_path):
+    words = ("--mix-prompt", "a green tomato", "--mix-seed", 5, "--mix", 0.3, "--resample-steps", 2)
     assert sample(PEA, "--num-steps", 2, *words) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    told = json.loads(read_text(file)["settings"])
-    assert [told[k] for k in ("toward", "toward_seed", "share", "repeats")] == [
+    settings = json.loads(read_image_text(file)["settings"])
+    assert [settings[k] for k in ("mix_prompt", "mix_seed", "mix", "resample_steps")] == [
         "a green tomato",
         5,
         0.3,
@@ -106,78 +104,78 @@ def test_an_image_between_two_prompts_is_drawn_again(sample, tmp_path):
 @pytest.fixture(scope="module")
 def clips(tiny_bundle, tmp_path_factory):
     """Two CLIPs with random weights."""
-    text = dataclasses.replace(tiny_bundle.config.task.text.model, projection_dim=8)
+    text = dataclasses.replace(tiny_bundle.spec.conditioner.text.model, projection_dim=8)
     vision = ClipVisionConfig(
         image_size=16, patch_size=8, width=16, depth=1, heads=2, projection_dim=8
     )
-    task = ClipTask(model=ClipConfig(text=text, vision=vision))
-    config = dataclasses.replace(tiny_bundle.config, name="clip", task=task)
+    config = ClipConfig(text=text, vision=vision)
     folders = []
     for seed in range(2):
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
             lambda leaf, rng=rng: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
-            abstract_params(lambda: config.task.build(any_rngs())),
+            abstract_of(config),
         )
         folders.append(tmp_path_factory.mktemp("clip"))
-        write_bundle(folders[-1], Bundle(config, params, {}, tiny_bundle.tokenizer), "float32")
+        write_bundle(folders[-1], Bundle(config, params, tiny_bundle.tokenizers), "float32")
     return folders
 
 
-def test_an_image_that_clip_steered_is_drawn_again_with_that_clip(sample, clips, tmp_path, capsys):
+def test_an_image_of_clip_guidance_is_reproduced_with_that_clip(sample, clips, tmp_path, capsys):
     words = ("--clip-model", clips[0])
     assert sample(PEA, "--num-steps", 2, "--clip-scale", 3, "--clip-interval", "0.2-1", *words) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    told = json.loads(read_text(file)["settings"])
-    assert (told["clip_scale"], told["clip_interval"]) == (3.0, "0.2-1")
-    assert "CLIP guidance: 3" in read_text(file)["parameters"]
+    settings = json.loads(read_image_text(file)["settings"])
+    assert (settings["clip_scale"], settings["clip_interval"]) == (3.0, "0.2-1")
+    assert "CLIP guidance: 3" in read_image_text(file)["parameters"]
     assert sample("--again", file, *words) == 0
     assert sample("--again", file, "--clip-model", clips[1]) == 2
-    assert "was steered by another CLIP" in capsys.readouterr().err
+    assert "was guided by another CLIP" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def weak(tiny_bundle, tmp_path_factory):
-    """Folders of two weaker models."""
+def guides(tiny_bundle, tmp_path_factory):
+    """Folders of two worse models."""
     folders = []
     for scale in (0.8, 0.9):
         params = jax.tree.map(lambda x, scale=scale: scale * x, tiny_bundle.params)
-        folders.append(tmp_path_factory.mktemp("weak"))
+        folders.append(tmp_path_factory.mktemp("guide"))
         write_bundle(folders[-1], tiny_bundle._replace(params=params), "float32")
     return folders
 
 
-def test_guidance_of_all_kinds_is_drawn_again(sample, weak, tmp_path, capsys):
+def test_guidance_of_all_kinds_is_reproduced(sample, guides, tmp_path, capsys):
     words = ("--guidance-interval", "0-0.99", "--guidance-rescale", 0.25, "--apg", 0.5)
-    words += ("--zero-star", 1, "--weak-scale", 2.5, "--guidance-scale", 3)
-    assert sample(PEA, *words, "--weak-model", weak[0]) == 0
+    words += ("--cfg-zero-star", 1, "--guide-scale", 2.5, "--guidance-scale", 3)
+    assert sample(PEA, *words, "--guide-model", guides[0]) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    told = json.loads(read_text(file)["settings"])
+    settings = json.loads(read_image_text(file)["settings"])
     assert (
-        told.items()
+        settings.items()
         >= {
             "guidance_interval": "0-0.99",
             "guidance_rescale": 0.25,
             "apg": 0.5,
-            "zero_star": 1,
-            "weak_scale": 2.5,
+            "cfg_zero_star": 1,
+            "guide_scale": 2.5,
         }.items()
     )
-    assert sample("--again", file, "--weak-model", weak[0]) == 0
+    assert sample("--again", file, "--guide-model", guides[0]) == 0
     assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
     assert sample("--again", file) == 2
-    assert "give --weak-model" in capsys.readouterr().err
-    assert sample("--again", file, "--weak-model", weak[1]) == 2
-    assert "another weaker model: give that as --weak-model" in capsys.readouterr().err
+    assert "give --guide-model" in capsys.readouterr().err
+    assert sample("--again", file, "--guide-model", guides[1]) == 2
+    assert "another guide model: give that as --guide-model" in capsys.readouterr().err
 
 
-def test_of_the_best_of_several_the_file_is_that_of_its_seed_alone(sample, clips, tmp_path):
+def test_the_best_of_several_has_the_file_of_its_seed_alone(sample, clips, tmp_path):
     words = (PEA, "--size", "16:9", "--seamless", "--num-steps", 1, "--seed", 4)
     assert sample(*words, "--best-of", 3, "--clip-model", clips[0]) == 0
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
-    text = read_text(file)
+    text = read_image_text(file)
     assert json.loads(text["settings"])["size"] == "40x24"
-    assert json.loads(text["details"])["recipe"]["seamless"] == [True, True]
+    assert json.loads(text["settings"])["seamless"] is True
+    assert json.loads(text["details"])["sampler"]["wrap"] == [True, True]
     assert sample("--again", file) == 0
     assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
     assert sample(*words, "--num-images", 3, "--out", tmp_path / "all") == 0
@@ -188,48 +186,50 @@ def test_of_the_best_of_several_the_file_is_that_of_its_seed_alone(sample, clips
     assert every[best].read_bytes() == file.read_bytes()
 
 
-def test_variations_and_enlarged_images_are_drawn_again(sample, tmp_path, capsys):
+def test_variations_and_upscaled_images_are_reproduced(sample, tmp_path, capsys):
     image = tmp_path / "a.png"
     save_png(image, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     varied = ("--init-image", image, "--variation", 0.5, "--num-steps", 2)
-    enlarged = ("--upscale", 2, "--upscale-strength", 0.5, "--num-steps", 2)
-    for words, again, told in (
+    upscaled = ("--upscale", 2, "--upscale-strength", 0.5, "--num-steps", 2)
+    for words, again, expected in (
         (varied, ("--init-image", image), {"variation": 0.5, "guidance_scale": 1.0}),
-        (enlarged, (), {"upscale": 2, "upscale_strength": 0.5}),
+        (upscaled, (), {"upscale": 2, "upscale_strength": 0.5}),
     ):
         assert sample(PEA, *words) == 0
         file = tmp_path / "out" / "0000-a-small-red-pea.png"
-        assert json.loads(read_text(file)["settings"]).items() >= told.items()
+        assert json.loads(read_image_text(file)["settings"]).items() >= expected.items()
         assert sample("--again", file, *again) == 0
         assert file.with_stem(f"{file.stem}-again").read_bytes() == file.read_bytes()
     assert pixels(file).shape == (64, 64, 3)
-    assert "Size: 64x64" in read_text(file)["parameters"]
+    assert "Size: 64x64" in read_image_text(file)["parameters"]
 
 
-def test_another_model_is_refused(sample, drawn, tiny_bundle, tmp_path, capsys):
+def test_another_model_is_refused(sample, generated, tiny_bundle, tmp_path, capsys):
     other = tiny_bundle._replace(params=jax.tree.map(lambda x: x * 1.01, tiny_bundle.params))
     write_bundle(tmp_path / "other", other, dtype="float32")
-    assert sample("--again", drawn, "--model", tmp_path / "other") == 2
+    assert sample("--again", generated, "--model", tmp_path / "other") == 2
     message = capsys.readouterr().err
-    assert f"fingerprint {read_text(drawn)['model_fingerprint'][:10]}" in message
+    assert f"fingerprint {read_image_text(generated)['model_fingerprint'][:10]}" in message
     assert "give the one that made it with --model" in message
 
 
-def test_a_recipe_that_samples_otherwise_is_refused(sample, drawn, model, tmp_path, capsys):
+def test_a_model_with_another_sampler_is_refused(sample, generated, model, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     for path in model.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+        if path.is_file():
+            (other / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(model / "tokenizers", other / "tokenizers")
     recipe = json.loads((other / "config.json").read_text())
-    recipe["sampling"]["rescale"] = 0.5
+    recipe["sampler"]["guidance"] = {"type": "Guidance", "rescale": 0.5}
     (other / "config.json").write_text(json.dumps(recipe))
-    assert sample("--again", drawn, "--model", other) == 2
-    assert "samples otherwise" in capsys.readouterr().err
+    assert sample("--again", generated, "--model", other) == 2
+    assert "with another sampler" in capsys.readouterr().err
 
 
-def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
+def test_a_file_without_the_text_is_refused(sample, generated, tmp_path, capsys):
     bare = tmp_path / "bare.png"
-    save_png(bare, pixels(drawn), {"prompt": PEA})
+    save_png(bare, pixels(generated), {"prompt": PEA})
     assert sample("--again", bare) == 2
     assert "does not say how it was made" in capsys.readouterr().err
     assert sample("--again", tmp_path / "missing.png") == 2
@@ -248,17 +248,17 @@ def test_a_file_without_the_text_is_refused(sample, drawn, tmp_path, capsys):
         ("seed", "eleven"),
         ("settings", '{"size": "3"}'),
         ("settings", '{"negative_prompt": "", "num_steps": 2, "size": "32x40", "more": 1}'),
-        ("details", '{"recipe": [], "dtype": "float32"}'),
+        ("details", '{"sampler": [], "dtype": "float32"}'),
     ],
 )
-def test_a_text_that_was_changed_is_refused(sample, drawn, tmp_path, capsys, name, value):
-    save_png(tmp_path / "a.png", pixels(drawn), read_text(drawn) | {name: value})
+def test_a_text_that_was_changed_is_refused(sample, generated, tmp_path, capsys, name, value):
+    save_png(tmp_path / "a.png", pixels(generated), read_image_text(generated) | {name: value})
     assert sample("--again", tmp_path / "a.png") == 2
-    assert "is not as sample.py wrote it" in capsys.readouterr().err
+    assert "is not as jaxdiff wrote it" in capsys.readouterr().err
 
 
-def test_flags_that_would_change_it_are_refused(sample, drawn, capsys):
-    assert sample("--again", drawn, "--num-steps", 3) == 2
+def test_flags_that_would_change_it_are_refused(sample, generated, capsys):
+    assert sample("--again", generated, "--num-steps", 3) == 2
     assert "--num-steps and --again exclude each other" in capsys.readouterr().err
-    assert sample(PEA, "--again", drawn) == 2
+    assert sample(PEA, "--again", generated) == 2
     assert "exclude each other" in capsys.readouterr().err

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.cli.generate import batch_generate as draw_file
+from jaxdiff.cli.generate import batch_generate
 from jaxdiff.io.images import read_text
+from jaxdiff.pipelines import edit
+from jaxdiff.pipelines.inputs import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline, load
-from jaxdiff.pretrained.load import write_bundle
+from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import Euler
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
@@ -57,9 +61,7 @@ def numbered(n, **more):
     return [{"prompt": f"{PEA} {i}", "seed": i, **more} for i in range(n)]
 
 
-def test_every_row_is_drawn_as_it_says_and_the_rest_as_the_flags_say(
-    sample, prompts, model, tmp_path
-):
+def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, model, tmp_path):
     rows = [
         {"prompt": PEA, "seed": 3, "num_steps": 2},
         {"prompt": TOMATO, "name": "../My Tomato!", "guidance_scale": 4, "negative_prompt": "red"},
@@ -77,7 +79,7 @@ def test_every_row_is_drawn_as_it_says_and_the_rest_as_the_flags_say(
     expected = [
         pipeline([PEA], seeds=[3], num_steps=2, guidance_scale=1.5),
         pipeline([TOMATO], seeds=[9], guidance_scale=4.0, negative_prompt=["red"]),
-        pipeline([PEA], seeds=[9], guidance_scale=1.5, solver=Euler()),
+        pipeline([PEA], seeds=[9], guidance_scale=1.5, sampler=Sampler(solver=Euler())),
     ]
     for file, image in zip(files, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(out / file)), image[0])
@@ -89,7 +91,7 @@ def test_every_row_is_drawn_as_it_says_and_the_rest_as_the_flags_say(
         "negative_prompt": "red",
         "num_steps": 3,
         "guidance_scale": 4.0,
-        "solver": "DDIM",
+        "solver": "ddim",
         "size": "32x32",
     }
     for line in lines:
@@ -99,8 +101,8 @@ def test_every_row_is_drawn_as_it_says_and_the_rest_as_the_flags_say(
         assert json.loads(read_text(out / line["file"])["settings"]) == line["settings"]
 
 
-def test_rows_of_one_kind_are_drawn_together(sample, prompts, calls):
-    # Steps part calls but compile nothing; guidance, seeds and negative prompts do not even that.
+def test_rows_of_one_kind_share_a_call(sample, prompts, calls):
+    # Steps split calls but compile nothing; guidance, seeds and negative prompts do neither.
     steps = [2, 3, 2, 3, 2, 2, 2]
     rows = [
         {"prompt": str(i), "seed": i, "guidance_scale": i + 1, "num_steps": n}
@@ -112,23 +114,23 @@ def test_rows_of_one_kind_are_drawn_together(sample, prompts, calls):
     assert calls == [["0", "2", "4", "5"], ["6"], ["1"], ["3"]]
 
 
-def test_it_goes_on_where_it_was_and_ends_the_same(sample, prompts, tmp_path, monkeypatch, capsys):
+def test_it_resumes_and_ends_the_same(sample, prompts, tmp_path, monkeypatch, capsys):
     file = prompts(*numbered(10))
     assert sample("--prompts", file) == 0
     out = tmp_path / "out"
     whole = contents(out)
     out.rename(tmp_path / "whole")
-    drawn = []
-    together = draw_file.draw_together
+    made = []
+    generate = batch_generate.generate
 
     def dies_at_the_second(pipeline, settings, **_):
-        if len(drawn) % 2:
-            drawn.append("death")
+        if len(made) % 2:
+            made.append("death")
             raise KeyboardInterrupt
-        drawn.append(len(settings))
-        return together(pipeline, settings)
+        made.append(len(settings))
+        return generate(pipeline, settings)
 
-    monkeypatch.setattr(draw_file, "draw_together", dies_at_the_second)
+    monkeypatch.setattr(batch_generate, "generate", dies_at_the_second)
     for there in (4, 8):
         with pytest.raises(KeyboardInterrupt):
             sample("--prompts", file)
@@ -136,12 +138,12 @@ def test_it_goes_on_where_it_was_and_ends_the_same(sample, prompts, tmp_path, mo
         assert len(list(out.iterdir())) == there + 1
     capsys.readouterr()
     assert sample("--prompts", file) == 0
-    assert drawn == [4, "death", 4, "death", 2]
+    assert made == [4, "death", 4, "death", 2]
     assert "8 images were there already" in capsys.readouterr().out
     assert contents(out) == whole
 
 
-def test_a_death_between_a_file_and_its_line_is_mended(sample, prompts, tmp_path):
+def test_a_kill_between_a_file_and_its_line_is_repaired(sample, prompts, tmp_path):
     file = prompts(*numbered(3))
     assert sample("--prompts", file) == 0
     out = tmp_path / "out"
@@ -154,7 +156,7 @@ def test_a_death_between_a_file_and_its_line_is_mended(sample, prompts, tmp_path
     assert contents(out) == whole
 
 
-def test_only_what_was_changed_is_drawn_again(sample, prompts, tmp_path, calls):
+def test_only_what_was_changed_is_generated_again(sample, prompts, tmp_path, calls):
     rows = numbered(4)
     assert sample("--prompts", prompts(*rows)) == 0
     calls.clear()
@@ -188,7 +190,7 @@ def test_each_row_may_have_several_images(sample, prompts, tmp_path):
     ]
 
 
-def test_bad_rows_are_told_and_the_others_drawn(sample, prompts, tmp_path, capsys):
+def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_path, capsys):
     rows = [
         {"prompt": PEA},
         "no json",
@@ -200,41 +202,41 @@ def test_bad_rows_are_told_and_the_others_drawn(sample, prompts, tmp_path, capsy
         {"prompt": TOMATO},
     ]
     assert sample("--prompts", prompts(*rows)) == 1
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     for line, reason in {
         2: "it is no JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
-        5: "strength is about an image: give init_image",
+        5: "strength has no effect without init_image: give init_image as well",
         7: "that of line 6",
     }.items():
-        assert any(f"a.jsonl, line {line}:" in x and reason in x for x in told.splitlines())
-    assert "5 of 8 rows of a.jsonl could not be drawn" in told
-    assert told.count("image 4/4") == 1
-    assert "Traceback" not in told
+        assert any(f"a.jsonl, line {line}:" in x and reason in x for x in errors.splitlines())
+    assert "5 of 8 rows of a.jsonl have no image" in errors
+    assert errors.count("image 3/3") == 1
+    assert "Traceback" not in errors
     assert [line["row"] for line in manifest(tmp_path / "out")] == [0, 5, 7]
 
 
-def test_a_file_of_bad_rows_alone_draws_nothing(sample, prompts, tmp_path, capsys):
+def test_a_file_of_invalid_rows_alone_renders_nothing(sample, prompts, tmp_path, capsys):
     assert sample("--prompts", prompts({"prompt": ""})) == 1
     assert "line 1: prompt is empty" in capsys.readouterr().err
 
 
-def test_too_little_memory_for_a_size_is_told(sample, prompts, tmp_path, monkeypatch, capsys):
-    together = draw_file.draw_together
+def test_too_little_memory_for_a_size_is_reported(sample, prompts, tmp_path, monkeypatch, capsys):
+    generate = batch_generate.generate
 
-    def draw(pipeline, settings, **_):
+    def fails_for_large(pipeline, settings, **_):
         if settings[0].size == (64, 64):
             raise MemoryError
-        return together(pipeline, settings)
+        return generate(pipeline, settings)
 
-    monkeypatch.setattr(draw_file, "draw_together", draw)
+    monkeypatch.setattr(batch_generate, "generate", fails_for_large)
     assert sample("--prompts", prompts({"prompt": PEA, "size": "64x64"}, {"prompt": PEA})) == 1
-    assert "line 1: there is not enough memory to draw 64x64" in capsys.readouterr().err
+    assert "line 1: there is not enough memory for 64x64" in capsys.readouterr().err
     assert [line["row"] for line in manifest(tmp_path / "out")] == [1]
 
 
-def test_a_prompt_that_is_too_long_is_told_with_its_line(sample, prompts, capsys):
+def test_a_prompt_that_is_too_long_is_reported_with_its_line(sample, prompts, capsys):
     assert sample("--prompts", prompts({"prompt": PEA}, {"prompt": "pea " * 30})) == 0
     assert "line 2: the prompt is longer than the 16 tokens" in capsys.readouterr().err
 
@@ -260,26 +262,26 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     ]
     file = prompts(*rows)
     assert sample("--prompts", file, "--strength", "0.7") == 1
-    told = capsys.readouterr().err
-    assert "line 3: The mask large.png is 64x64, not 32x32" in told
-    assert "line 4: The image a.png is 32x32, not 64x64" in told
-    assert "line 5:" in told
-    assert "is not a readable image" in told
+    errors = capsys.readouterr().err
+    assert "line 3: The mask large.png is 64x64, not 32x32" in errors
+    assert "line 4: The image a.png is 32x32, not 64x64" in errors
+    assert "line 5:" in errors
+    assert "a.jsonl is not a readable image" in errors
     out = tmp_path / "out"
     assert [line["row"] for line in manifest(out)] == [0, 1]
-    drawn = np.asarray(Image.open(out / "0000-a-small-red-pea.png"))
+    image = np.asarray(Image.open(out / "0000-a-small-red-pea.png"))
     expected = load(model)(
-        [PEA], seeds=[1], image=pixels[None], mask=mask[None] / 255, strength=0.7
+        PEA, seeds=1, init=InitImage(image=pixels, mask=mask / 255, strength=0.7)
     )
-    np.testing.assert_array_equal(drawn, expected[0])
-    np.testing.assert_array_equal(drawn[:, :16], pixels[:, :16])
-    told = manifest(out)[0]["settings"]
+    np.testing.assert_array_equal(image, expected[0])
+    np.testing.assert_array_equal(image[:, :16], pixels[:, :16])
+    settings = manifest(out)[0]["settings"]
     digest = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
-    assert told["init_image"] == {"file": "a.png", "sha256": digest}
+    assert settings["init_image"] == {"file": "a.png", "sha256": digest}
     # Another image under the same name is another row.
     picture(tmp_path / "a.png", seed=2)
     assert sample("--prompts", file, "--strength", "0.7") == 1
-    assert (np.asarray(Image.open(out / "0000-a-small-red-pea.png")) != drawn).any()
+    assert (np.asarray(Image.open(out / "0000-a-small-red-pea.png")) != image).any()
 
 
 def devices(monkeypatch, count):
@@ -306,15 +308,15 @@ def test_processes_share_the_rows_and_leave_one_manifest(sample, prompts, tmp_pa
     alone = contents(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "alone")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    # One after the other, in the place of both at a time: nobody to meet, nobody's count but one's.
-    monkeypatch.setattr(draw_file, "_meet", lambda _: None)
-    gather = draw_file.multihost_utils
+    # One after the other instead of both at a time: no waiting, and the same counts of both.
+    monkeypatch.setattr(batch_generate, "_wait_for_all", lambda _: None)
+    gather = batch_generate.multihost_utils
     monkeypatch.setattr(gather, "process_allgather", lambda x, **_: np.stack([x, x]))
     for process in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert sample("--prompts", file) == 1
-        drawn = [p for p in (tmp_path / "out").iterdir() if p.suffix == ".png"]
-        assert len(drawn) == (3 if process else 7)
+        images = [p for p in (tmp_path / "out").iterdir() if p.suffix == ".png"]
+        assert len(images) == (3 if process else 7)
     assert contents(tmp_path / "out") == alone
 
 
@@ -337,9 +339,7 @@ def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilation
     assert not compilations
 
 
-def test_rows_that_are_drawn_in_several_ways_compile_once_for_each_way(
-    sample, prompts, tmp_path, compilations
-):
+def test_rows_of_several_kinds_compile_once_for_each_kind(sample, prompts, tmp_path, compilations):
     picture(tmp_path / "a.png", seed=0)
     rng = np.random.default_rng(0)
     ways = [
@@ -367,27 +367,25 @@ def test_rows_that_are_drawn_in_several_ways_compile_once_for_each_way(
         assert 0 <= seed - line["seed"] < of
         assert ("chosen_seed" in line) == (of > 1)
     assert sample("--prompts", prompts(*rows)) == 0
-    assert manifest(tmp_path / "out") == lines  # none was drawn again
+    assert manifest(tmp_path / "out") == lines  # none was generated again
 
 
 @pytest.mark.nightly
-def test_rows_are_steered_away_from_the_weaker_model_as_far_as_they_say(
-    sample, prompts, model, tiny_bundle, tmp_path
-):
+def test_each_row_has_its_scale_of_autoguidance(sample, prompts, model, tiny_bundle, tmp_path):
     params = jax.tree.map(lambda x: 0.8 * x, tiny_bundle.params)
-    weak = str(tmp_path / "weak")
-    write_bundle(weak, tiny_bundle._replace(params=params), "float32")
-    rows = [{"prompt": PEA, "weak_scale": scale} for scale in (1, 2, 3)] + [{"prompt": PEA}]
-    assert sample("--prompts", prompts(*rows), "--weak-model", weak) == 0
+    guide = str(tmp_path / "guide")
+    write_bundle(guide, tiny_bundle._replace(params=params), "float32")
+    rows = [{"prompt": PEA, "guide_scale": scale} for scale in (1, 2, 3)] + [{"prompt": PEA}]
+    assert sample("--prompts", prompts(*rows), "--guide-model", guide) == 0
     pipeline = load(model)
     for i, scale in enumerate((1.0, 2.0, 3.0, 1.5)):
-        drawn = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
-        steered = Autoguidance(model=weak, scale=scale) if scale != 1 else None
-        np.testing.assert_array_equal(drawn, pipeline([PEA], seeds=0, weak=steered)[0])
+        image = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
+        guidance = Guidance(guide=Autoguidance(model=guide, scale=scale)) if scale != 1 else None
+        np.testing.assert_array_equal(image, pipeline(PEA, seeds=0, guidance=guidance)[0])
 
 
 @pytest.mark.parametrize("kind", ["webp", "jpg"])
-def test_files_of_another_format_are_known_again(sample, prompts, tmp_path, calls, kind):
+def test_files_of_another_format_are_recognised(sample, prompts, tmp_path, calls, kind):
     words = ("--prompts", prompts(*numbered(2)), "--format", kind)
     assert sample(*words) == 0
     calls.clear()
@@ -398,7 +396,7 @@ def test_files_of_another_format_are_known_again(sample, prompts, tmp_path, call
     ]
 
 
-def test_a_text_too_long_for_the_format_is_the_rows_mistake(sample, prompts, tmp_path, capsys):
+def test_a_text_too_long_for_the_format_is_an_error_of_the_row(sample, prompts, tmp_path, capsys):
     file = prompts({"prompt": "pea " * 30_000}, {"prompt": PEA})
     assert sample("--prompts", file, "--format", "jpg") == 1
     assert "line 1: The prompt and the settings are too long" in capsys.readouterr().err
@@ -412,33 +410,36 @@ def test_a_grid_of_each_size_is_written_if_asked_for(sample, prompts, tmp_path):
     assert Image.open(tmp_path / "out" / "grid-40x32.png").size == (44, 36)
 
 
-def test_rows_may_lie_between_two_prompts(sample, prompts, model, tmp_path):
-    row = {"prompt": PEA, "seed": 3, "toward": TOMATO, "toward_seed": 8}
-    rows = [row | {"share": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+def test_rows_may_mix_two_prompts(sample, prompts, model, tmp_path):
+    row = {"prompt": PEA, "seed": 3, "mix_prompt": TOMATO, "mix_seed": 8}
+    rows = [row | {"mix": share} for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert sample("--prompts", prompts(*rows)) == 0
-    frames = load(model).between((PEA, TOMATO), 5, seeds=(3, 8))
+    frames = edit.interpolate(load(model), (PEA, TOMATO), 5, seeds=(3, 8))
     for i, frame in enumerate(frames):
-        drawn = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
-        # Noise of two seeds at a time is rounded otherwise than that of one.
-        np.testing.assert_allclose(drawn.astype(int), frame, atol=1)
+        image = np.asarray(Image.open(tmp_path / "out" / f"000{i}-a-small-red-pea.png"))
+        # Noise of two seeds at a time is rounded differently from that of one.
+        np.testing.assert_allclose(image.astype(int), frame, atol=1)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--prompts", "missing.jsonl"), "cannot be read"),
         (("--prompts", "a.yaml"), "of no known kind"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
-        (("--prompts", "a.jsonl", "--between", "3"), "--between and --prompts exclude each other"),
+        (
+            ("--prompts", "a.jsonl", "--interpolate", "3"),
+            "--interpolate and --prompts exclude each other",
+        ),
         (("--prompts", "a.jsonl", "--size", "3"), "--size is '3'"),
         (("--prompts", "a.jsonl", "--init-image", "missing.png"), "missing.png cannot be read"),
     ],
 )
-def test_a_users_mistake_ends_with_status_2(
-    sample, prompts, tmp_path, monkeypatch, capsys, words, told
+def test_a_user_error_has_exit_status_2(
+    sample, prompts, tmp_path, monkeypatch, capsys, words, expected
 ):
     prompts({"prompt": PEA})
     monkeypatch.chdir(tmp_path)
     assert sample(*words) == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err

@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from jaxdiff.cli import main as cli
-from jaxdiff.cli.generate.options import file_and_scale
+from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
+from jaxdiff.cli.parsing import _flags
 from jaxdiff.io.images import read_text
+from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.pipeline import load
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
@@ -48,14 +50,14 @@ def test_the_text_chunks_say_how_an_image_was_made(sample, model, tmp_path):
         "negative_prompt": "red",
         "num_steps": 2,
         "guidance_scale": 1.5,
-        "solver": "DDIM",
+        "solver": "ddim",
         "size": "32x32",
     }
     assert texts[0]["model"] == "tiny"
     assert texts[0]["model_fingerprint"] == load(model).fingerprint
 
 
-def test_the_image_is_drawn_again_from_its_text_chunks(sample, model, tmp_path):
+def test_the_pipeline_reproduces_the_image_from_its_text_chunks(sample, model, tmp_path):
     assert sample(TOMATO, "--seed", "11", "--num-steps", "2") == 0
     path = next((tmp_path / "out").glob("0*.png"))
     text = read_text(path)
@@ -63,7 +65,6 @@ def test_the_image_is_drawn_again_from_its_text_chunks(sample, model, tmp_path):
     again = load(model)(
         [text["prompt"]],
         seeds=[int(text["seed"])],
-        negative_prompt=[settings["negative_prompt"]],
         num_steps=settings["num_steps"],
         guidance_scale=settings["guidance_scale"],
     )
@@ -78,9 +79,9 @@ def test_no_prompt_leads_out_of_the_folder(sample, tmp_path, prompt):
     assert sample("--num-steps", "1", "--", prompt) == 0
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {p.parent for p in written} == {tmp_path / "out"}
-    drawn = next(p for p in written if p.name != "grid.png")
-    assert re.fullmatch(r"0000-[a-z0-9-]{1,60}\.png", drawn.name)
-    assert read_text(drawn)["prompt"] == prompt
+    image = next(p for p in written if p.name != "grid.png")
+    assert re.fullmatch(r"0000-[a-z0-9-]{1,60}\.png", image.name)
+    assert read_text(image)["prompt"] == prompt
 
 
 def test_a_strip_is_written_if_asked_for(sample, tmp_path):
@@ -90,21 +91,21 @@ def test_a_strip_is_written_if_asked_for(sample, tmp_path):
     assert height < 2 * 32
 
 
-def test_between_two_prompts_there_are_frames_a_strip_and_a_film(sample, model, tmp_path):
-    assert sample(PEA, TOMATO, "--between", "4", "--seed", "3", "--toward-seed", "8") == 0
+def test_an_interpolation_writes_frames_a_strip_and_an_animation(sample, model, tmp_path):
+    assert sample(PEA, TOMATO, "--interpolate", "4", "--seed", "3", "--mix-seed", "8") == 0
     out = tmp_path / "out"
-    frames = load(model).between((PEA, TOMATO), 4, seeds=(3, 8))
+    frames = edit.interpolate(load(model), (PEA, TOMATO), 4, seeds=(3, 8))
     for i, frame in enumerate(frames):
-        drawn = np.asarray(Image.open(out / f"000{i}-a-small-red-pea.png"))
-        # Noise of two seeds at a time is rounded otherwise than that of one.
-        np.testing.assert_allclose(drawn.astype(int), frame, atol=1)
-    drawn = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
-    assert Image.open(out / "between.png").width > 4 * 32
-    film = Image.open(out / "between.webp")
-    assert film.n_frames == 6  # there and back
-    for i, frame in enumerate(drawn):
-        film.seek(i)
-        np.testing.assert_array_equal(np.asarray(film.convert("RGB")), frame)
+        image = np.asarray(Image.open(out / f"000{i}-a-small-red-pea.png"))
+        # Noise of two seeds at a time is rounded differently from that of one.
+        np.testing.assert_allclose(image.astype(int), frame, atol=1)
+    images = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
+    assert Image.open(out / "interpolation.png").width > 4 * 32
+    animation = Image.open(out / "interpolation.webp")
+    assert animation.n_frames == 6  # forward and backward
+    for i, frame in enumerate(images):
+        animation.seek(i)
+        np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), frame)
 
 
 def test_a_preview_is_written_and_changes_no_file(sample, tmp_path):
@@ -117,7 +118,7 @@ def test_a_preview_is_written_and_changes_no_file(sample, tmp_path):
     assert Image.open(out / "preview.png").size == (36, 36)
 
 
-def test_a_prompt_that_is_too_long_is_told(sample, capsys):
+def test_a_prompt_that_is_too_long_is_reported(sample, capsys):
     assert sample("pea " * 30, PEA) == 0
     printed = capsys.readouterr().out
     assert "longer than the 16 tokens" in printed
@@ -126,7 +127,7 @@ def test_a_prompt_that_is_too_long_is_told(sample, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ((), "no prompt"),
         ((PEA, "--size", "64"), "--size is '64': expected WIDTHxHEIGHT"),
@@ -136,53 +137,74 @@ def test_a_prompt_that_is_too_long_is_told(sample, capsys):
         ((PEA, "--seed", str(2**32)), "--seed is 4294967296"),
         ((PEA, "--seed", str(2**32 - 1), "--num-images", "2"), "from 0 to 4294967294"),
         ((PEA, "--num-images", "0"), "--num-images is 0"),
-        ((PEA, "--num-steps", "0"), "at least 1 step"),
+        ((PEA, "--num-steps", "0"), "--num-steps is 0: expected a whole number from 1"),
         ((PEA, "--strip", "-1"), "--strip is -1"),
         ((PEA, "--solver", "ddmi"), "ddim"),
-        ((PEA, "--mask", "x.png"), "give --init-image as well"),
-        ((PEA, "--strength", "0.5"), "give --init-image as well"),
+        ((PEA, "--mask", "x.png"), "has no effect without --init-image"),
+        ((PEA, "--strength", "0.5"), "has no effect without --init-image"),
         ((PEA, "--init-image", "missing.png"), "missing.png cannot be read"),
         ((PEA, "--strength", "2", "--init-image", "x.png"), "--strength is 2.0: expected a number"),
         ((PEA, "--image", "x.png"), "did you mean --init-image?"),
         ((PEA, "--preview", "-1"), "--preview is -1"),
-        ((PEA, "--preview-decoder", "x"), "--preview-decoder is about --preview"),
+        ((PEA, "--preview-decoder", "x"), "--preview-decoder has no effect without --preview"),
         ((PEA, "--preview", "2", "--preview-decoder", "missing"), "missing"),
-        ((PEA, "--between", "4"), "--between 4 with 1 prompts"),
-        ((PEA, TOMATO, "--between", "1"), "at least 2 images"),
-        ((PEA, TOMATO, "--between", "3", "--share", "0.5"), "exclude each other"),
-        ((PEA, TOMATO, "--between", "3", "--best-of", "2"), "--between and --best-of exclude"),
+        ((PEA, "--interpolate", "4"), "--interpolate 4 with 1 prompts"),
+        ((PEA, TOMATO, "--interpolate", "1"), "at least 2 images"),
+        ((PEA, TOMATO, "--interpolate", "3", "--mix", "0.5"), "exclude each other"),
+        (
+            (PEA, TOMATO, "--interpolate", "3", "--best-of", "2"),
+            "--interpolate and --best-of exclude",
+        ),
         ((PEA, "--strip", "3", "--variation", "0.5"), "--strip and --variation exclude"),
-        ((PEA, "--seamless", "--decode-by", "tiles"), "--seamless and --decode-by exclude"),
-        ((PEA, "--weak-model", "missing"), "missing"),
-        ((PEA, "--weak-scale", "2"), "give --weak-model"),
-        ((PEA, "--clip-cutouts", "2"), "--clip-cutouts is about CLIP: give --clip-scale"),
+        ((PEA, "--seamless", "--vae-mode", "tiling"), "--seamless and --vae-mode tiling exclude"),
+        ((PEA, "--vae-mode", "tiles"), "expected one of full, slicing, tiling"),
+        ((PEA, "--guide-model", "missing"), "missing"),
+        ((PEA, "--guide-scale", "2"), "give --guide-model"),
+        (
+            (PEA, "--clip-cutouts", "2"),
+            "--clip-cutouts has no effect without --clip-scale: give --clip-scale",
+        ),
         ((PEA, "--guidance-interval", "0.9-0.1"), "--guidance-interval is '0.9-0.1': expected LOW"),
         ((PEA, "--apg", "2"), "--apg is 2.0: expected a number from 0 to 1"),
-        ((PEA, "--zero-star", "-1"), "--zero-star is -1: expected a whole number"),
+        ((PEA, "--cfg-zero-star", "-1"), "--cfg-zero-star is -1: expected a whole number"),
         ((PEA, "--best-of", "0"), "--best-of is 0: expected a whole number"),
         ((PEA, "--best-of", "2", "--clip-model", "missing"), "missing"),
-        ((PEA, "--size", "1:100"), "give one nearer to 1:1"),
+        ((PEA, "--size", "1:100"), "expected one nearer to 1:1"),
         ((PEA, "--format", "gif"), "gif"),
         ((PEA, "--clip-scale", "1", "--clip-model", "missing"), "missing"),
         ((PEA, "--sed", "1"), "did you mean --seed?"),
         ((PEA, "--negative_promt=x"), "did you mean --negative-prompt?"),
     ],
 )
-def test_a_users_mistake_ends_with_status_2(sample, capsys, words, told):
+def test_a_user_error_has_exit_status_2(sample, capsys, words, expected):
     assert sample(*words) == 2
     message = capsys.readouterr().err
-    assert told in message
+    assert expected in message
     assert "Traceback" not in message
 
 
-def test_a_folder_that_holds_no_model_is_told(tmp_path, capsys):
+def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert cli.main(["sample", PEA, "--model", str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err
 
 
-def test_a_file_in_the_place_of_the_folder_is_told(model, tmp_path, capsys):
+def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     out = str(tmp_path / "file")
     assert cli.main(["sample", PEA, "--model", str(model), "--out", out]) == 2
     assert "cannot be made a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_help_fits_one_screen_and_the_long_help_has_every_flag(capsys):
+    assert cli.main(["sample", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert cli.main(["sample", PEA, "--help-all"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    shown = set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
+    assert shown == {flag.split(".")[0] for flag in _flags(SampleFlags)} | {"--hosts"}
+    headings = [line for line in text.splitlines() if line.endswith(":")]
+    assert headings == [f"{group}:" for group in GROUPS]

@@ -40,7 +40,7 @@ def test_what_is_there_is_known_at_the_next_start(folder):
     assert [line["row"] for line in lines(folder)] == [0, 1, 2]
 
 
-def test_a_last_line_that_was_cut_short_is_no_line(folder):
+def test_a_truncated_last_line_is_ignored(folder):
     path = folder / MANIFEST
     path.write_bytes(path.read_bytes()[:-5])
     manifest = Manifest(folder, "a.jsonl", [record(i) for i in range(4)])
@@ -50,13 +50,13 @@ def test_a_last_line_that_was_cut_short_is_no_line(folder):
     assert [line["row"] for line in lines(folder)] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("spoil", ["delete", "change", "cut"])
-def test_an_image_that_is_not_as_it_was_written_is_not_there(folder, spoil):
+@pytest.mark.parametrize("change", ["delete", "change", "cut"])
+def test_an_image_that_was_changed_is_not_there(folder, change):
     path = folder / "0001.png"
-    if spoil == "delete":
+    if change == "delete":
         path.unlink()
     else:
-        path.write_bytes(b"" if spoil == "cut" else b"pixels x")
+        path.write_bytes(b"" if change == "cut" else b"pixels x")
     manifest = Manifest(folder, "a.jsonl", [record(i) for i in range(3)])
     assert [manifest.has(f"{i:04d}.png") for i in range(3)] == [True, False, True]
 
@@ -89,7 +89,7 @@ def test_lines_of_rows_that_are_gone_do_not_stay(folder):
     assert [line["row"] for line in lines(folder)] == [0]
 
 
-def test_a_manifest_that_somebody_spoilt_is_none(folder):
+def test_a_damaged_manifest_is_ignored(folder):
     (folder / MANIFEST).write_bytes(b'\xff\n[1]\n{"file": 3}\n{"file": "../x"}\n')
     manifest = Manifest(folder, "a.jsonl", [record(0)])
     assert not manifest.has("0000.png")
@@ -97,7 +97,7 @@ def test_a_manifest_that_somebody_spoilt_is_none(folder):
 
 @pytest.fixture
 def shared(tmp_path):
-    """Four images, two of them drawn by each of two processes, which have not ended yet."""
+    """Four images, two of each of two processes, which have not ended yet."""
     folder, wanted = epath.Path(tmp_path), [record(i) for i in range(5)]
     both = [Manifest(folder, "a.jsonl", wanted, process=i, processes=2) for i in range(2)]
     for i in (2, 0, 1, 3):
@@ -105,17 +105,17 @@ def shared(tmp_path):
     return folder, both
 
 
-def test_the_lines_of_several_processes_are_put_together(shared):
+def test_the_lines_of_several_processes_are_merged(shared):
     folder, both = shared
     assert lines(folder) == []
     for manifest in reversed(both):
         manifest.close()
     assert [line["row"] for line in lines(folder)] == [0, 1, 2, 3]
-    assert sorted(p.name for p in folder.iterdir())[-1] == MANIFEST  # and none of theirs is left
+    assert sorted(p.name for p in folder.iterdir())[-1] == MANIFEST  # no other one is left
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_what_killed_processes_drew_is_known_to_any_number_of_them(shared, processes):
+def test_images_of_killed_processes_are_known_to_any_number_of_processes(shared, processes):
     folder, _ = shared
     wanted = [record(i) for i in range(5)]
     for i in range(processes):
@@ -125,7 +125,7 @@ def test_what_killed_processes_drew_is_known_to_any_number_of_them(shared, proce
     assert not (folder / "manifest.1.jsonl").exists()
 
 
-def test_half_a_file_that_a_kill_has_left_is_removed(folder):
+def test_a_partial_file_of_a_kill_is_removed(folder):
     for name in ("0003.png", MANIFEST):
         (folder / f".partial-{name}").write_bytes(b"half")
     Manifest(folder, "a.jsonl", [record(i) for i in range(4)])

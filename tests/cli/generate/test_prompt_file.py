@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from jaxdiff.cli.generate.prompt_file import CHECKS, PATHS, BadRow, Row, read_prompts, slug
+from jaxdiff.cli.generate.prompt_file import COLUMNS, BadRow, PromptRow, read_prompts, slug
 from jaxdiff.errors import UserError
+from jaxdiff.pipelines.resolve import FILES
+from jaxdiff.pipelines.settings import GenerationSettings
 
 
 def write(folder, name, *lines):
@@ -25,19 +27,21 @@ ROW = {
     "clip_scale": 3.0,
     "clip_interval": "0.25-1",
     "clip_cutouts": 4,
-    "repeats": 2,
-    "toward": "a tomato",
-    "toward_seed": 9,
-    "share": 0.25,
+    "resample_steps": 2,
+    "mix_prompt": "a tomato",
+    "mix_seed": 9,
+    "mix": 0.25,
     "guidance_interval": "0.1-0.9",
     "guidance_rescale": 0.5,
     "apg": 0.0,
-    "zero_star": 1,
-    "weak_scale": 2.0,
+    "cfg_zero_star": 1,
+    "guide_scale": 2.0,
     "variation": 0.5,
     "upscale": 2,
     "upscale_strength": 0.25,
     "best_of": 3,
+    "vae_mode": "slicing",
+    "seamless": True,
 }
 
 
@@ -45,18 +49,18 @@ def test_a_row_is_the_same_in_json_and_csv(tmp_path):
     cells = [f'"{value}"' if "," in str(value) else str(value) for value in ROW.values()]
     lines = write(tmp_path, "a.jsonl", ROW)
     table = write(tmp_path, "a.csv", ",".join(ROW), ",".join(cells))
-    assert set(ROW) == set(CHECKS) - set(PATHS)
+    assert set(ROW) == set(COLUMNS) - set(FILES)
     intervals = {"clip_interval": (0.25, 1.0), "guidance_interval": (0.1, 0.9)}
-    expected = ROW | intervals | {"size": (64, 32)}
-    assert read_prompts(lines) == ([Row(number=0, line=1, **expected)], [])
-    assert read_prompts(table) == ([Row(number=0, line=2, **expected)], [])
+    expected = GenerationSettings(**ROW | intervals | {"size": (64, 32)})
+    assert read_prompts(lines) == ([PromptRow(number=0, line=1, settings=expected)], [])
+    assert read_prompts(table) == ([PromptRow(number=0, line=2, settings=expected)], [])
 
 
 def test_lines_are_prompts_and_blank_ones_are_no_rows(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeff# a pea\r\n\r\n  a line\u2028separator\n".encode())
     rows, bad = read_prompts(file)
-    assert [(r.number, r.line, r.prompt) for r in rows] == [
+    assert [(r.number, r.line, r.settings.prompt) for r in rows] == [
         (0, 1, "# a pea"),
         (1, 3, "a line\u2028separator"),
     ]
@@ -65,22 +69,22 @@ def test_lines_are_prompts_and_blank_ones_are_no_rows(tmp_path):
 
 def test_what_is_null_or_an_empty_cell_is_left_out(tmp_path):
     (row,), _ = read_prompts(write(tmp_path, "a.jsonl", {"prompt": "x", "seed": None}))
-    assert row.seed is None
+    assert row.settings.seed is None
     (row,), _ = read_prompts(write(tmp_path, "a.csv", "seed,prompt,size", ",x"))
-    assert (row.prompt, row.seed, row.size) == ("x", None, None)
+    assert (row.settings.prompt, row.settings.seed, row.settings.size) == ("x", None, None)
 
 
-def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path):
+def test_a_cell_with_line_breaks_does_not_shift_the_reported_lines(tmp_path):
     file = write(tmp_path, "a.csv", "prompt,seed", '"two\nlines",1', "", "pea,no", "x,1,2")
     rows, bad = read_prompts(file)
-    assert [(r.number, r.line, r.prompt) for r in rows] == [(0, 2, "two\nlines")]
+    assert [(r.number, r.line, r.settings.prompt) for r in rows] == [(0, 2, "two\nlines")]
     assert [line for line, _ in bad] == [5, 6]
     assert "expected a whole number" in bad[0].reason
     assert "3 cells for 2 columns" in bad[1].reason
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ("{'prompt': 1}", "no JSON"),
         ('{"prompt": "cut', "no JSON"),
@@ -96,11 +100,11 @@ def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path
         ({"prompt": "x", "clip_interval": "0.7-0.2"}, "expected LOW-HIGH"),
         ({"prompt": "x", "clip_interval": [0, 1]}, "expected LOW-HIGH"),
         ({"prompt": "x", "clip_scale": -1}, "expected a number"),
-        ({"prompt": "x", "repeats": 0}, "from 1 to 1000"),
-        ({"prompt": "x", "share": 1.5}, "from 0 to 1"),
+        ({"prompt": "x", "resample_steps": 0}, "from 1 to 1000"),
+        ({"prompt": "x", "mix": 1.5}, "from 0 to 1"),
         ({"prompt": "x", "guidance_interval": "0.5"}, "expected LOW-HIGH"),
         ({"prompt": "x", "apg": True}, "apg is True: expected a number from 0 to 1"),
-        ({"prompt": "x", "zero_star": 0.5}, "expected a whole number"),
+        ({"prompt": "x", "cfg_zero_star": 0.5}, "expected a whole number"),
         ({"prompt": "x", "upscale": 100}, "from 1 to 16"),
         ({"prompt": "x", "best_of": 0}, "from 1 to 1000"),
         ({"prompt": "x", "\ud800": 1}, "there is no key"),
@@ -112,7 +116,7 @@ def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path
         ({"prompt": "x", "size": "64"}, "size is '64': expected WIDTHxHEIGHT"),
         ({"prompt": "x", "size": [64, 64]}, "expected WIDTHxHEIGHT"),
         ({"prompt": "x", "size": "100000x64"}, "at most 8192 pixels"),
-        ({"prompt": "x", "num_steps": 0}, "at least 1 step"),
+        ({"prompt": "x", "num_steps": 0}, "num_steps is 0: expected a whole number from 1 to 2147"),
         ({"prompt": "x", "num_steps": 10**12}, "num_steps is 1000000000000"),
         ({"prompt": "x", "guidance_scale": "high"}, "expected a number"),
         ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
@@ -121,30 +125,35 @@ def test_a_cell_with_line_breaks_does_not_shift_the_lines_that_are_told(tmp_path
         ({"prompt": "x", "solver": "ddmi"}, "solver is 'ddmi': expected one of ddim"),
         ({"prompt": "x", "solver": ["ddim"]}, "solver is ['ddim']"),
         ({"prompt": "x", "strength": 1.1}, "from 0 to 1"),
+        ({"prompt": "x", "seamless": 1}, "seamless is 1: expected true or false"),
+        ({"prompt": "x", "vae_mode": "tiles"}, "expected one of full, slicing, tiling"),
         ({"prompt": "x", "name": ""}, "name is empty"),
         ({"prompt": "x", "negative_prompt": ["y"]}, "negative_prompt is ['y']"),
     ],
 )
-def test_a_bad_row_is_told_with_its_line_and_the_others_are_read(tmp_path, row, told):
+def test_a_bad_row_is_reported_with_its_line_and_the_others_are_read(tmp_path, row, message):
     rows, bad = read_prompts(write(tmp_path, "a.jsonl", "", {"prompt": "a"}, row, {"prompt": "b"}))
-    assert [(r.number, r.line, r.prompt) for r in rows] == [(0, 2, "a"), (2, 4, "b")]
+    assert [(r.number, r.line, r.settings.prompt) for r in rows] == [(0, 2, "a"), (2, 4, "b")]
     assert [line for line, _ in bad] == [3]
-    assert told in bad[0].reason
+    assert message in bad[0].reason
     assert bad[0].reason.endswith((".", "?"))
     assert "\n" not in bad[0].reason
 
 
-def test_a_byte_that_is_no_utf_8_spoils_one_row(tmp_path):
+def test_a_byte_that_is_no_utf_8_invalidates_one_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a pea\n\xe9clair\na lemon\n")
     rows, bad = read_prompts(tmp_path / "a.txt")
-    assert [row.prompt for row in rows] == ["a pea", "a lemon"]
+    assert [row.settings.prompt for row in rows] == ["a pea", "a lemon"]
     assert bad == [BadRow(2, "prompt is no UTF-8: save the file as UTF-8.")]
 
 
 def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
     row = {"prompt": "x", "init_image": "in/../a.png", "mask": "b.png"}
     (read,), _ = read_prompts(write(tmp_path, "a.jsonl", row))
-    assert (read.init_image, read.mask) == (tmp_path / "in/../a.png", tmp_path / "b.png")
+    assert (read.settings.init_image, read.settings.mask) == (
+        tmp_path / "in/../a.png",
+        tmp_path / "b.png",
+    )
 
 
 @pytest.mark.parametrize("name", ["init_image", "mask"])
@@ -159,14 +168,14 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name, path):
     rows, ((line, reason),) = read_prompts(
         write(folder, "a.jsonl", {"prompt": "x", name: path}, {"prompt": "y"})
     )
-    assert [row.prompt for row in rows] == ["y"]
+    assert [row.settings.prompt for row in rows] == ["y"]
     assert line == 1
     assert f"{name} is" in reason
     assert "leaves the folder" in reason
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.yaml", "x", "of no known kind"),
         ("a.txt", "\n \n", "holds no prompt"),
@@ -175,13 +184,13 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name, path):
         ("a.csv", "seed\n1\n", "no column prompt"),
     ],
 )
-def test_a_file_that_holds_no_rows_is_told(tmp_path, name, content, told):
+def test_a_file_without_rows_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=told.replace("?", r"\?")):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
         read_prompts(tmp_path / name)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "missing.txt")
     (tmp_path / "folder.txt").mkdir()

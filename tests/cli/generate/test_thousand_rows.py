@@ -1,4 +1,4 @@
-"""A file of a thousand rows, fifty of them spoilt, drawn by a process that is killed ten times."""
+"""950 of 1,000 rows render, the 50 invalid ones are reported, and ten kills change no file."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 ROWS = 1000
 KILLS = 10
 
-SPOILT = {
+INVALID = {
     '{"prompt": ""}': "prompt is empty",
     '{"prompt": "a pea", "seed": 3': "it is no JSON",
     '{"prompt": "a pea", "sed": 3}': "did you mean seed?",
@@ -34,7 +34,7 @@ SPOILT = {
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """The file, and the reason that each spoilt line of it, counted from 1, shall be told by."""
+    """The file, and the reason that is reported for each invalid line, counted from 1."""
     folder = tmp_path_factory.mktemp("prompts")
     rng = random.Random(0)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -55,10 +55,10 @@ def prompts(tmp_path_factory):
         )
         for _ in range(ROWS)
     ]
-    places = rng.sample(range(ROWS), 5 * len(SPOILT))
+    places = rng.sample(range(ROWS), 5 * len(INVALID))
     reasons = {}
     for i, line in enumerate(places):
-        text, reason = list(SPOILT.items())[i % len(SPOILT)]
+        text, reason = list(INVALID.items())[i % len(INVALID)]
         lines[line], reasons[line + 1] = text, reason
     path = folder / "a.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -86,21 +86,21 @@ def contents(folder):
 
 
 @pytest.mark.nightly
-def test_all_good_rows_are_drawn_and_ten_kills_change_nothing(prompts, tmp_path_factory):
+def test_all_valid_rows_render_and_ten_kills_change_nothing(prompts, tmp_path_factory):
     file, reasons = prompts
-    folder = tmp_path_factory.mktemp("drawn")
+    folder = tmp_path_factory.mktemp("rendered")
     env, whole, killed = environment(folder), folder / "whole", folder / "killed"
     start = time.monotonic()
     run = subprocess.run(command(file, whole), env=env, capture_output=True, text=True)
     print(f"undisturbed: {time.monotonic() - start:.0f} s")
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    told = [line for line in run.stderr.splitlines() if line.startswith("a.jsonl, line ")]
-    assert len(told) == len(reasons) == 50
+    errors = [line for line in run.stderr.splitlines() if line.startswith("a.jsonl, line ")]
+    assert len(errors) == len(reasons) == 50
     for line, reason in reasons.items():
-        (complaint,) = [x for x in told if x.startswith(f"a.jsonl, line {line}:")]
-        assert reason in complaint
-    assert "50 of 1000 rows of a.jsonl could not be drawn" in run.stderr
+        (error,) = [x for x in errors if x.startswith(f"a.jsonl, line {line}:")]
+        assert reason in error
+    assert "50 of 1000 rows of a.jsonl have no image" in run.stderr
     images = [p for p in whole.iterdir() if p.suffix == ".png"]
     assert len(images) == ROWS - len(reasons)
 
@@ -112,7 +112,7 @@ def test_all_good_rows_are_drawn_and_ten_kills_change_nothing(prompts, tmp_path_
         ) as process:
             while process.poll() is None and len(list(killed.glob("0*.png"))) < wanted:
                 time.sleep(0.01)
-            assert process.poll() is None  # or there was nothing to kill
+            assert process.poll() is None  # or nothing is left to kill
             process.send_signal(signal.SIGKILL)
     run = subprocess.run(command(file, killed), env=env, capture_output=True, text=True)
     print(f"killed {KILLS} times: {time.monotonic() - start:.0f} s")

@@ -32,7 +32,7 @@ def test_the_output_may_be_smaller():
 
 
 def test_two_tiles_meet_in_a_ramp():
-    """The first is 1, the second 2, and what they share goes linearly from one to the other."""
+    """The first is 1, the second 2, and their overlap goes linearly from one to the other."""
     seen = []
 
     def number(x):

@@ -139,7 +139,7 @@ def test_an_image_does_not_depend_on_the_others_in_the_batch():
 
 @pytest.mark.parametrize("text", MODES)
 def test_a_fresh_model_predicts_zero(text):
-    """The last layer starts at zero, and so does each block's share (adaLN-zero)."""
+    """The last layer starts at zero, and so does each block's gate (adaLN-zero)."""
     config = make_config(text=text)
     fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(0)))[1]))()
     y = apply(config)(fresh, *make_inputs())

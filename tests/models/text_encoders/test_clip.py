@@ -54,8 +54,8 @@ def vision() -> ClipVision:
 
 
 def split_clip() -> tuple[nnx.GraphDef, nnx.State]:
-    towers = {"text": text_config(projection_dim=8), "vision": vision_config(projection_dim=8)}
-    return split(Clip, ClipConfig(**towers))
+    configs = {"text": text_config(projection_dim=8), "vision": vision_config(projection_dim=8)}
+    return split(Clip, ClipConfig(**configs))
 
 
 def images(count: int = 3) -> jax.Array:
@@ -184,7 +184,7 @@ def test_bf16_weights_compute_in_bf16_whatever_the_norms_are_stored_in(norms):
     assert {x.dtype for x in jax.eval_shape(half.vision, images())} == {half_type}
     assert {x.dtype for x in jax.eval_shape(half, images(), IDS)} == {jnp.dtype(jnp.float32)}
     found = products(jax.make_jaxpr(lambda x, ids: tuple(half(x, ids)))(images(), IDS).jaxpr)
-    assert len(found) >= 19  # 8 in each tower's block, one for the patches, two projections
+    assert len(found) >= 19  # 8 in each encoder's block, one for the patches, two projections
     for equation in found:
         assert {v.aval.dtype for v in equation.invars} == {jnp.dtype(jnp.bfloat16)}
 
@@ -217,7 +217,7 @@ def test_hidden_states_are_the_tokens_of_every_layer():
     np.testing.assert_allclose(at_once, jnp.stack(one_by_one), atol=1e-6)
 
 
-def test_the_vision_tower_sees_in_both_directions():
+def test_the_vision_encoder_attends_in_both_directions():
     run = jax.jit(vision())
     changed = images().at[:, 8:, 8:].set(0)  # the last patch
     moved = jnp.abs(run(images()).tokens - run(changed).tokens).max(axis=(0, 2))
@@ -254,7 +254,7 @@ def test_embeddings_are_unit_vectors_and_the_scale_is_capped():
     assert gradient > 0  # or it could not come back
 
 
-def test_from_its_first_weights_clip_learns_to_tell_pairs_apart():
+def test_from_its_first_weights_clip_learns_to_match_pairs():
     graphdef, params = split_clip()
     optimizer = optax.adam(3e-3)
 

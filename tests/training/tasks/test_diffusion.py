@@ -1,4 +1,4 @@
-"""The diffusion task: noise by the curriculum's level, text, frozen parts, adapters."""
+"""Training a denoiser: noise by the curriculum's level, text, frozen parts, adapters."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from jaxdiff.models.conditioning import (
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_params
 from jaxdiff.models.lora import LoraConfig, factors
+from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.initial_weights import abstract_frozen_params, load_parts
-from jaxdiff.training.loop import abstract_state
 from jaxdiff.training.step import init_state
 from jaxdiff.training.tasks.diffusion import (
     DiffusionTask,

@@ -1,7 +1,7 @@
-"""Image files that carry text: PNG in its own chunks, WebP and JPEG in EXIF, as web UIs do.
+"""Image files with text: PNG in text chunks, WebP and JPEG in EXIF, as web UIs write them.
 
-EXIF's UserComment has the text `parameters`, in UTF-16 behind the mark UNICODE (Exif 2.32, section
-4.6.5), and ImageDescription all other texts, as JSON. WebP is written without loss.
+EXIF's UserComment has the text `parameters`, in UTF-16 after the prefix UNICODE (Exif 2.32, section
+4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
 """
 
 import io
@@ -18,13 +18,18 @@ Format = Literal["png", "webp", "jpg"]
 
 PARAMETERS = "parameters"
 JPEG_QUALITY = 95
-LARGEST_EXIF = 65_000  # bytes; a segment of JPEG holds hardly more
+LARGEST_EXIF = 65_000  # bytes; about the most that a JPEG segment holds
 
 _UNICODE = b"UNICODE\0"
 
 
 def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> bytes:
-    """An image file with texts in it, one of them perhaps `parameters`.
+    """Encode an image file with texts in it.
+
+    Args:
+      image: to encode.
+      text: by name; web UIs read `parameters`.
+      kind: of the file.
 
     Raises:
       UserError: the texts are too long for EXIF.
@@ -53,8 +58,8 @@ def _exif(text: dict[str, str]) -> Image.Exif:
     return exif
 
 
-def read_text(path: epath.PathLike) -> dict[str, str]:
-    """The texts of a file whose pixels are as they were drawn: PNG, or WebP without loss.
+def read_image_text(path: epath.PathLike) -> dict[str, str]:
+    """Return the texts of a lossless file, PNG or WebP.
 
     Raises:
       UserError: there is no such file, it is of another kind, or is a JPEG.
@@ -68,11 +73,11 @@ def read_text(path: epath.PathLike) -> dict[str, str]:
         with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
             kind, exif = image.format, image.getexif()
     except (UnidentifiedImageError, OSError, SyntaxError):
-        return pictures.read_text(path)  # which says what else is wrong with it
+        return pictures.read_text(path)  # which reports any other problem
     if kind != "WEBP":
         raise UserError(
-            f"{path} is a JPEG file, which keeps pixels only about as they were drawn: expected "
-            "PNG or WebP, which keep them exactly."
+            f"{path} is a JPEG file, whose compression changes pixels: expected PNG or WebP, which "
+            "are lossless."
         )
     try:
         others = json.loads(exif[ExifTags.Base.ImageDescription])

@@ -1,0 +1,38 @@
+"""Interface of tokenizers: what the rest of the package asks of a text encoder's tokenizer."""
+
+import abc
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+
+class TextTokenizer(abc.ABC):
+    """Texts to token ids of one length; a tokenizer of your own inherits it.
+
+    Instances are immutable and can be pickled. The conditioner whose text encoders read the ids
+    loads and trains them (`Conditioner.load_tokenizers`, `Conditioner.train_tokenizers`).
+    """
+
+    @abc.abstractmethod
+    def __call__(self, texts: list[str]) -> Int32[np.ndarray, "b n"]:
+        """Return the ids, padded or cut off to the length."""
+
+    @abc.abstractmethod
+    def weighted(
+        self, segments: Sequence[tuple[str, float]]
+    ) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+        """Return the ids of the joined texts, and the weight of each id; 1 for padding."""
+
+    @abc.abstractmethod
+    def truncated(self, text: str) -> bool:
+        """Return whether `text` has more tokens than fit, so that its end is lost."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that determines the ids of a text."""
+
+    @abc.abstractmethod
+    def save(self, folder: str) -> None:
+        """Write files from which the conditioner loads the tokenizer to `folder`."""

@@ -1,0 +1,134 @@
+"""Generate the images of resolved settings with one call of a pipeline."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxdiff.pipelines import edit
+from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.inputs import InitImage, Mix, Prompt
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.rerank import rank
+from jaxdiff.pipelines.resolve import ResolvedSettings
+
+
+class Generated(NamedTuple):
+    """Images, and the settings of each, with the seed that `best_of` has chosen."""
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    settings: list[ResolvedSettings]
+
+
+def generate(
+    pipe: Pipeline, settings: Sequence[ResolvedSettings], *, preview: Preview | None = None
+) -> Generated:
+    """Generate images, keep the best of each, and upscale.
+
+    Args:
+      pipe: to sample with.
+      settings: of the images, of one `group(Varies.CALL)`.
+      preview: shows images in progress.
+
+    Raises:
+      UserError: settings that do not fit the model, or an input that is gone or was changed.
+    """
+    first = settings[0]
+    tried = [s for one in settings for s in _candidates(one)]
+    images = _sample(pipe, tried, preview)
+    if first.settings.best_of:
+        prompts = [s.prompt for s in tried]
+        best = rank(images, prompts, first.settings.best_of, first.clip_model).best
+        images, tried = images[best], [tried[i] for i in best]
+    if first.settings.upscale:
+        images = edit.upscale(
+            pipe,
+            images,
+            [_prompt(s) for s in tried],
+            factor=first.settings.upscale,
+            strength=[s.settings.upscale_strength or 0.0 for s in tried],
+            **_arguments(tried, preview),
+        )
+    return Generated(images, tried)
+
+
+def snapshots(
+    pipe: Pipeline, settings: Sequence[ResolvedSettings], num: int
+) -> UInt8[np.ndarray, "k n h w 3"]:
+    """Return estimates of images on the way, before upscaling; not of variations.
+
+    Args:
+      pipe: to sample with.
+      settings: of the images, of one `group(Varies.CALL)`.
+      num: k, how many of each.
+    """
+    prompts = [_prompt(s) for s in settings]
+    return pipe.snapshots(prompts, num, **_call(pipe, settings, None))
+
+
+def _candidates(settings: ResolvedSettings) -> list[ResolvedSettings]:
+    count = settings.settings.best_of
+    return [settings] if count is None else settings.replace(best_of=None).copies(count)
+
+
+def _prompt(settings: ResolvedSettings) -> Prompt:
+    asked = settings.settings
+    if asked.mix_prompt is None or asked.mix is None:
+        return asked.prompt
+    return Mix(a=asked.prompt, b=asked.mix_prompt, fraction=asked.mix)
+
+
+def _sample(
+    pipe: Pipeline, settings: Sequence[ResolvedSettings], preview: Preview | None
+) -> np.ndarray:
+    prompts = [_prompt(s) for s in settings]
+    if settings[0].settings.variation is None:
+        return pipe(prompts, **_call(pipe, settings, preview))
+    return edit.variations(
+        pipe,
+        _stack(settings, "init_image"),
+        [s.settings.variation or 0.0 for s in settings],
+        prompts=prompts,
+        **_arguments(settings, preview),
+    )
+
+
+def _arguments(settings: Sequence[ResolvedSettings], preview: Preview | None) -> dict[str, Any]:
+    """Return the arguments of a pipeline and of its edits alike."""
+    return {
+        "negative_prompt": [s.settings.negative_prompt for s in settings],
+        "seeds": [s.seed for s in settings],
+        "num_steps": [s.settings.num_steps for s in settings],
+        "guidance_scale": [s.settings.guidance_scale for s in settings],
+        "sampler": settings[0].sampler,
+        "callback": preview,
+    }
+
+
+def _call(
+    pipe: Pipeline, settings: Sequence[ResolvedSettings], preview: Preview | None
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline for images that are no variations."""
+    first = settings[0]
+    arguments = _arguments(settings, preview) | {"size": first.size}
+    if first.settings.init_image is not None:
+        masks = None
+        if first.settings.mask is not None:
+            masks = _stack(settings, "mask").mean(-1) / 255
+        strengths = [s.settings.strength or 0.0 for s in settings]
+        arguments["init"] = InitImage(
+            image=_stack(settings, "init_image"), mask=masks, strength=strengths
+        )
+    if first.settings.mix_prompt is not None:
+        arguments["latents"] = pipe.noise(
+            arguments["seeds"],
+            variation_seeds=[s.settings.mix_seed or 0 for s in settings],
+            variation_strength=[s.settings.mix or 0.0 for s in settings],
+            size=first.size,
+        )
+    return arguments
+
+
+def _stack(settings: Sequence[ResolvedSettings], name: str) -> np.ndarray:
+    return np.stack([s.files[name].read() for s in settings])

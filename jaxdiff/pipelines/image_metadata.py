@@ -1,0 +1,253 @@
+"""The text in the file of a generated image, and how to reproduce the image from it.
+
+A file has these texts (`io/image_files.py` says where):
+
+    prompt, seed, model, model_fingerprint
+    settings     JSON: `GenerationSettings`, without the prompt and the seed
+    details      JSON: the resolved sampler and all else that decides the pixels
+    parameters   the same for people, and for tools that read the files of web UIs
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxdiff.config.fields import fields_of, flag
+from jaxdiff.config.serialization import to_json
+from jaxdiff.errors import UserError
+from jaxdiff.models.layers import ComputeType
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.resolve import (
+    FILES,
+    CommandDefaults,
+    ResolvedSettings,
+    open_input,
+    recorded,
+    resolve_settings,
+)
+from jaxdiff.pipelines.settings import GenerationSettings
+from jaxdiff.pretrained.bundle import weights_fingerprint
+from jaxdiff.pretrained.load import load_bundle
+
+# What web UIs call a solver, where it is not the name of its class.
+SAMPLERS = {
+    "DPMSolverPP2M": "DPM++ 2M",
+    "DPMSolverPP2MSDE": "DPM++ 2M SDE",
+    "DPMSolverPPSDE": "DPM++ SDE",
+    "EulerAncestral": "Euler a",
+}
+
+
+@functools.lru_cache(maxsize=4)
+def fingerprint_of(model: str) -> str:
+    """Return SHA-256, in hex, of the weights of an auxiliary model.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    return weights_fingerprint(load_bundle(model).params)
+
+
+def record(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
+    """Return all that decides the pixels of an image, for JSON."""
+    return {
+        "prompt": resolved.prompt,
+        "seed": resolved.seed,
+        "settings": recorded(resolved),
+        "details": details(resolved, pipe),
+        "model": pipe.spec.name,
+        "model_fingerprint": pipe.fingerprint,
+    }
+
+
+def details(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
+    """Return the resolved sampler, the arithmetic and the auxiliary models, for JSON."""
+    sampler, asked = resolved.sampler.inherit(pipe.spec.sampler).resolve(), resolved.settings
+    clip, guide = sampler.guidance.clip, sampler.guidance.guide
+    models = {
+        "clip": clip.model if clip else resolved.clip_model if asked.best_of else None,
+        "guide": guide and guide.model,
+    }
+    guidance = dataclasses.replace(
+        sampler.guidance,
+        clip=clip and dataclasses.replace(clip, model=""),
+        guide=guide and dataclasses.replace(guide, model=""),
+    )
+    assert asked.num_steps is not None
+    assert asked.guidance_scale is not None
+    sampler = dataclasses.replace(
+        sampler,
+        num_steps=asked.num_steps,
+        guidance_scale=asked.guidance_scale,
+        guidance=guidance,
+    )
+    fingerprints = {name: fingerprint_of(model) for name, model in models.items() if model}
+    return {"sampler": to_json(sampler), "dtype": pipe.dtype, **fingerprints}
+
+
+def file_text(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, str]:
+    """Return the texts of an image's file, by name."""
+    made = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    found = record(resolved, pipe)
+    return {
+        **found,
+        "seed": str(resolved.seed),
+        "settings": json.dumps(found["settings"]),
+        "details": json.dumps(found["details"] | made),
+        "parameters": parameters(
+            resolved,
+            found["details"]["sampler"]["solver"]["type"],
+            found["model"],
+            found["model_fingerprint"],
+        ),
+    }
+
+
+def parameters(resolved: ResolvedSettings, solver: str, model: str, fingerprint: str) -> str:
+    """Return the text that web UIs write into their files under this name, and read from there.
+
+    Args:
+      resolved: of the image.
+      solver: the class of its solver.
+      model: name of the model.
+      fingerprint: of its weights.
+    """
+    asked = resolved.settings
+    pairs = {
+        "Steps": str(asked.num_steps),
+        "Sampler": SAMPLERS.get(solver, solver),
+        "CFG scale": f"{asked.guidance_scale:g}",
+        "Seed": str(asked.seed),
+        "Size": "{}x{}".format(*resolved.final_size),
+        "Model": model,
+        "Model hash": fingerprint[:10],
+    }
+    if asked.strength is not None:
+        pairs["Denoising strength"] = f"{asked.strength:g}"
+    if asked.clip_scale is not None:
+        pairs["CLIP guidance"] = f"{asked.clip_scale:g}"
+    shown = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items())
+    return f"{asked.prompt}\nNegative prompt: {asked.negative_prompt or ''}\n{shown}"
+
+
+def _quoted(value: str) -> str:
+    """Quote a value that contains a separator."""
+    return json.dumps(value) if re.search("[,:\n]", value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMetadata:
+    """What the file of an image states.
+
+    Attributes:
+      path: of the file, for messages.
+      text: by name.
+      settings: of `GenerationSettings`, as JSON.
+      details: the rest.
+    """
+
+    path: epath.PathLike
+    text: Mapping[str, str]
+    settings: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, path: epath.PathLike, text: Mapping[str, str]) -> "ImageMetadata":
+        """Parse what `file_text` wrote into a file.
+
+        Raises:
+          UserError: there is no such text, or it was changed.
+        """
+        needed = ("prompt", "seed", "settings", "details", "model", "model_fingerprint")
+        missing = [name for name in needed if name not in text]
+        if missing:
+            raise UserError(
+                f"{path} does not say how it was made (it has no text {', '.join(missing)}): "
+                "expected a file as jaxdiff wrote it, whose text no other program has removed."
+            )
+        try:
+            settings, found = json.loads(text["settings"]), json.loads(text["details"])
+        except ValueError as error:
+            raise _changed(path) from error
+        types = (None, *typing.get_args(ComputeType))
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(found, dict)
+            or not isinstance(found.get("sampler"), dict)
+            or found.get("dtype") not in types
+        ):
+            raise _changed(path)
+        return cls(path=path, text=text, settings=settings, details=found)
+
+    def resolve(
+        self, pipe: Pipeline, files: GenerationSettings, command: CommandDefaults
+    ) -> ResolvedSettings:
+        """Return the settings that reproduce the image.
+
+        Args:
+          pipe: the model that made it.
+          files: `init_image` and `mask`, which the file states by their digests alone.
+          command: the auxiliary models that made it, if any.
+
+        Raises:
+          UserError: a model or an input is another one, or the text was changed.
+        """
+        if self.text["model_fingerprint"] != pipe.fingerprint:
+            raise UserError(
+                f"{self.path} was made by the model {self.text['model']} with the fingerprint "
+                f"{self.text['model_fingerprint'][:10]}, not by {pipe.spec.name} with "
+                f"{pipe.fingerprint[:10]}: give the one that made it with --model, with the same "
+                "--lora, --embedding and --dtype."
+            )
+        for name in FILES:
+            self._check_input(name, getattr(files, name))
+        try:
+            named = {name: value for name, value in self.settings.items() if name not in FILES}
+            named |= {"prompt": self.text["prompt"], "seed": int(self.text["seed"])}
+            fields = fields_of(GenerationSettings)
+            asked = GenerationSettings(**{k: fields[k].check(v) for k, v in named.items()})
+        except (ValueError, KeyError, TypeError, UserError) as error:
+            raise _changed(self.path) from error
+        resolved = resolve_settings(asked.inherit(files), pipe, command, called=flag)
+        found = details(resolved, pipe)
+        for name, what in (("clip", "CLIP"), ("guide", "guide model")):
+            if found.get(name) != self.details.get(name):
+                raise UserError(
+                    f"{self.path} was guided by another {what}: give that as --{name}-model."
+                )
+        if json.loads(json.dumps(recorded(resolved))) != self.settings:
+            raise _changed(self.path)
+        if json.loads(json.dumps(found["sampler"])) != self.details["sampler"]:
+            raise UserError(
+                f"{self.path} was made with another sampler than {pipe.spec.name} has now: restore "
+                "the key sampler in the config.json of the model."
+            )
+        return resolved
+
+    def _check_input(self, name: str, given: epath.Path | None) -> None:
+        """Raise `UserError` unless an input is the one that the file states, or neither is."""
+        stated = self.settings.get(name)
+        digest = given and open_input(given).sha256
+        try:
+            if digest == (None if stated is None else stated["sha256"]):
+                return
+            if stated is None:
+                raise UserError(f"{self.path} was made without {flag(name)}: leave that out.")
+            raise UserError(
+                f"{self.path} was made from {stated['file']}: give that file, as it was then, as "
+                f"{flag(name)}."
+            )
+        except (KeyError, TypeError) as error:
+            raise _changed(self.path) from error
+
+
+def _changed(path: epath.PathLike) -> UserError:
+    return UserError(f"The text in {path} is not as jaxdiff wrote it: take the original file.")

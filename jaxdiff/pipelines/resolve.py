@@ -1,0 +1,332 @@
+"""Resolve what a user asks of an image into what a pipeline samples it by."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from etils import epath
+
+from jaxdiff.config.fields import fields_of
+from jaxdiff.errors import UserError
+from jaxdiff.io import images as pictures
+from jaxdiff.pipelines.inputs import IMAGE_STRENGTH, LARGEST_SEED, check_size
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.rerank import DEFAULT_CLIP
+from jaxdiff.pipelines.settings import (
+    LARGEST_SIDE,
+    GenerationSettings,
+    Varies,
+    check_conflicts,
+    with_requirements,
+    without_no_ops,
+)
+from jaxdiff.sampling.guidance.apg import APG
+from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
+from jaxdiff.sampling.solver import Solver
+from jaxdiff.sampling.solvers import SOLVERS
+from jaxdiff.sampling.solvers_ode import DDIM
+
+FILES = ("init_image", "mask")
+"""Fields that name files."""
+
+_INHERITED = (
+    "seamless",
+    "resample_steps",
+    "guidance_interval",
+    "guidance_rescale",
+    "apg",
+    "cfg_zero_star",
+)
+"""Fields that are dropped where the model's sampler has the same value."""
+
+
+class InputFile(NamedTuple):
+    """An image to start from, or a mask."""
+
+    path: epath.Path
+    sha256: str
+    size: tuple[int, int]
+
+    def read(self) -> pictures.Picture:
+        """Return its pixels.
+
+        Raises:
+          UserError: it is gone, or of another size than it was.
+        """
+        picture = pictures.read_picture(self.path)
+        if picture.shape[1::-1] != self.size:
+            raise UserError(f"{self.path} was changed since the start: start again.")
+        return picture
+
+
+def open_input(path: epath.PathLike) -> InputFile:
+    """Read an image for its digest and size.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        data = epath.Path(path).read_bytes()
+    except (OSError, ValueError):
+        data = None  # `read_picture` reports why
+    height, width, _ = pictures.read_picture(path, data).shape
+    digest = hashlib.sha256(data or b"").hexdigest()
+    return InputFile(epath.Path(path), digest, (width, height))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandDefaults:
+    """Models that only the owner of a process may name, never a row of a file or a client.
+
+    Attributes:
+      clip_model: the CLIP of `clip_scale` and `best_of`.
+      guide_model: the model of autoguidance.
+    """
+
+    clip_model: str = DEFAULT_CLIP
+    guide_model: str | None = None
+
+
+_NO_MODELS, _NO_DEFAULTS = CommandDefaults(), GenerationSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings:
+    """One image: its settings, with nothing left to inherit but from the model's sampler.
+
+    Attributes:
+      settings: all that has an effect.
+      sampler: of them, over the model's.
+      files: `init_image` and `mask`, where there are any.
+      clip_model: the CLIP of `best_of`.
+    """
+
+    settings: GenerationSettings
+    sampler: Sampler = field(default_factory=Sampler)
+    files: Mapping[str, InputFile] = field(default_factory=dict)
+    clip_model: str = DEFAULT_CLIP
+
+    @property
+    def prompt(self) -> str:
+        """The prompt."""
+        return self.settings.prompt
+
+    @property
+    def seed(self) -> int:
+        """The seed."""
+        assert self.settings.seed is not None
+        return self.settings.seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height before upscaling."""
+        assert isinstance(self.settings.size, tuple)
+        return self.settings.size
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the file."""
+        factor = self.settings.upscale or 1
+        return self.size[0] * factor, self.size[1] * factor
+
+    def group(self, level: Varies) -> tuple[object, ...]:
+        """Return `GenerationSettings.group`."""
+        return self.settings.group(level)
+
+    def replace(self, **changes: object) -> "ResolvedSettings":
+        """Return the same with other settings that the sampler does not depend on."""
+        settings = dataclasses.replace(self.settings, **changes)
+        return dataclasses.replace(self, settings=settings)
+
+    def copies(self, count: int) -> list["ResolvedSettings"]:
+        """Return so many, with seeds that count up such that none is used twice.
+
+        Raises:
+          UserError: there are not so many seeds.
+        """
+        tried = self.settings.best_of or 1
+        last = LARGEST_SEED - count * tried + 1
+        if self.seed > last:
+            raise UserError(f"seed is {self.seed}: expected a number from 0 to {last}.")
+        return [self.replace(seed=self.seed + i * tried) for i in range(count)]
+
+
+def resolve_settings(
+    own: GenerationSettings,
+    pipe: Pipeline,
+    command: CommandDefaults = _NO_MODELS,
+    *,
+    defaults: GenerationSettings = _NO_DEFAULTS,
+    called: Callable[[str], str] = str,
+    opened: Callable[[epath.Path], InputFile] = open_input,
+) -> ResolvedSettings:
+    """Resolve the settings of an image: its own, then `defaults`, then the model's sampler.
+
+    Args:
+      own: what is set for this image.
+      pipe: to sample with.
+      command: models of the command.
+      defaults: what is set for all images.
+      called: what messages call a field.
+      opened: reads a file; it may cache, since many images may share one.
+
+    Raises:
+      UserError: settings that exclude each other or do not fit the model, or an image that cannot
+        be read or is of another size than the result.
+    """
+    model = pipe.spec.sampler.resolve()
+    asked = own.inherit(defaults)
+    if asked.guide_scale is None and command.guide_model is not None:
+        asked = dataclasses.replace(asked, guide_scale=Autoguidance.scale)
+    kept = {"clip_scale": model.guidance.clip, "guide_scale": model.guidance.guide}
+    asked = without_no_ops(asked, tuple(name for name, value in kept.items() if value is not None))
+    guide = command.guide_model or (model.guidance.guide and model.guidance.guide.model)
+    if asked.guide_scale is not None and guide is None:
+        raise UserError(
+            f"{called('guide_scale')} has no effect without a guide model: give --guide-model."
+        )
+    asked = with_requirements(asked, own, called)
+    check_conflicts(asked, called)
+    files = {name: opened(getattr(asked, name)) for name in FILES if getattr(asked, name)}
+    asked = _with_defaults(asked, model, _size(asked, files, pipe))
+    asked = _without_inherited(asked, pipe.spec.sampler, command)
+    resolved = ResolvedSettings(
+        settings=asked,
+        sampler=_sampler(asked, model, command),
+        files=files,
+        clip_model=command.clip_model,
+    )
+    width, height = resolved.final_size
+    if max(width, height) > LARGEST_SIDE:
+        raise UserError(
+            f"The image would be {width}x{height}: expected at most {LARGEST_SIDE} pixels a side."
+        )
+    assert asked.num_steps is not None
+    merged = resolved.sampler.inherit(pipe.spec.sampler).resolve()
+    merged.guidance.check_steps(asked.num_steps)
+    return resolved
+
+
+def _size(
+    asked: GenerationSettings, files: Mapping[str, InputFile], pipe: Pipeline
+) -> tuple[int, int]:
+    size = pipe.size_of(asked.size) if isinstance(asked.size, str) else asked.size
+    image = files.get("init_image")
+    size = size or (image.size if image else (pipe.image_size, pipe.image_size))
+    for name, file in files.items():
+        if file.size != size:
+            raise UserError(
+                f"The {'mask' if name == 'mask' else 'image'} {file.path.name} is "
+                f"{file.size[0]}x{file.size[1]}, not {size[0]}x{size[1]} as the result: resize it, "
+                "or set another size."
+            )
+    return check_size(size, pipe.spec)
+
+
+def _with_defaults(
+    asked: GenerationSettings, model: ResolvedSampler, size: tuple[int, int]
+) -> GenerationSettings:
+    """Fill in what is recorded even where it is the default."""
+    varies = asked.variation is not None
+    defaults = GenerationSettings(
+        prompt=asked.prompt,
+        seed=0,
+        num_steps=model.num_steps,
+        # A variation is unguided: guidance would lead away from the image.
+        guidance_scale=1.0 if varies else float(model.guidance_scale),
+        solver=None if varies else _solver_name(model.solver),
+        strength=(1.0 if asked.mask else IMAGE_STRENGTH)
+        if asked.init_image and not varies
+        else None,
+        mix_seed=(asked.seed or 0) if asked.mix_prompt else None,
+    )
+    return dataclasses.replace(asked.inherit(defaults), size=size)
+
+
+def _solver_name(solver: Solver) -> str | None:
+    """Return the name of a solver in `SOLVERS`; None for one with settings of its own."""
+    return next((name for name, make in SOLVERS.items() if make() == solver), None)
+
+
+def _without_inherited(
+    asked: GenerationSettings, model: Sampler, command: CommandDefaults
+) -> GenerationSettings:
+    def merged(settings: GenerationSettings) -> ResolvedSampler:
+        return _sampler(settings, model.resolve(), command).inherit(model).resolve()
+
+    for name in _INHERITED:
+        if getattr(asked, name) is not None:
+            without = dataclasses.replace(asked, **{name: None})
+            asked = without if merged(without) == merged(asked) else asked
+    return asked
+
+
+def _sampler(
+    asked: GenerationSettings, model: ResolvedSampler, command: CommandDefaults
+) -> Sampler:
+    """Return a sampler with what is asked; all else is None, and inherits."""
+    own, apg, zero, solver = model.guidance, None, None, None
+    if asked.apg is not None:
+        apg = dataclasses.replace(own.apg or APG(), eta=asked.apg)
+    if asked.cfg_zero_star is not None:
+        zero = own.cfg_zero_star or CFGZeroStar()
+        zero = dataclasses.replace(zero, zero_steps=asked.cfg_zero_star)
+    if asked.variation is not None:
+        solver = DDIM()
+    elif asked.solver is not None:
+        solver = SOLVERS[asked.solver]()
+    guidance = Guidance(
+        interval=asked.guidance_interval,
+        rescale=asked.guidance_rescale,
+        apg=apg,
+        cfg_zero_star=zero,
+        clip=_clip(asked, command),
+        guide=_guide(asked, own, command),
+    )
+    return Sampler(
+        solver=solver,
+        resample_steps=asked.resample_steps,
+        vae_mode=asked.vae_mode,  # type: ignore[arg-type]  # checked by its field
+        wrap=None if asked.seamless is None else (asked.seamless, asked.seamless),
+        guidance=guidance,
+    )
+
+
+def _clip(asked: GenerationSettings, command: CommandDefaults) -> ClipGuidance | None:
+    if asked.clip_scale is None:
+        return None
+    return ClipGuidance(
+        model=command.clip_model,
+        scale=asked.clip_scale,
+        interval=asked.clip_interval or (0.0, 1.0),
+        cutouts=asked.clip_cutouts or 0,
+    )
+
+
+def _guide(
+    asked: GenerationSettings, own: Guidance, command: CommandDefaults
+) -> Autoguidance | None:
+    model = command.guide_model or (own.guide and own.guide.model)
+    if asked.guide_scale is None or model is None:
+        return None
+    return Autoguidance(model=model, scale=asked.guide_scale)
+
+
+def recorded(resolved: ResolvedSettings) -> dict[str, object]:
+    """Return the settings as JSON, without the prompt and the seed, files by their digest."""
+    settings = resolved.settings.to_json()
+    for name, file in resolved.files.items():
+        settings[name] = {"file": file.path.name, "sha256": file.sha256}
+    return {name: value for name, value in settings.items() if name not in NOT_RECORDED}
+
+
+NOT_RECORDED = ("prompt", "seed", "name")
+"""Fields with a place of their own in a record, and that of the file's name."""
+
+assert {*FILES, *_INHERITED, *NOT_RECORDED} <= fields_of(GenerationSettings).keys()

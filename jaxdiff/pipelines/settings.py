@@ -1,0 +1,387 @@
+"""`GenerationSettings`: all that a user may ask of an image, and which options go together.
+
+Flags, columns of prompt files, the JSON in image files and grouping are derived from its fields, so
+an option costs one field here and the code that uses it: in `pipelines/resolve.py` if it sets the
+sampler, else in `pipelines/generate.py`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from etils import epath
+
+from jaxdiff.config.fields import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    Choices,
+    Doc,
+    File,
+    Interval,
+    Range,
+    Size,
+    Switch,
+    Text,
+    check_fields,
+    fields_of,
+)
+from jaxdiff.errors import UserError
+from jaxdiff.pipelines.inputs import LARGEST_SEED
+from jaxdiff.sampling.solvers import SOLVERS
+
+LARGEST_SIDE = 8192  # pixels; a longer one, most likely a typo, would exhaust all memory
+
+PROMPTS, SAMPLING, GUIDANCE, EDITING = "Prompts and output", "Sampling", "Guidance", "Editing"
+"""Groups of options in the long help."""
+
+
+class Varies(enum.IntEnum):
+    """How far images of one compiled program may differ in a field.
+
+    PROGRAM: another value compiles another program; the default of a field without a mark.
+    CALL: one value for each call of the pipeline.
+    BATCH: one value for each batch of a device.
+    IMAGE: any value for each image, but all or none have one.
+    FREE: any value for each image, or none.
+    """
+
+    PROGRAM = 0
+    CALL = 1
+    BATCH = 2
+    IMAGE = 3
+    FREE = 4
+
+
+class Requires(NamedTuple):
+    """A field has no effect without another one, and a default where that is set."""
+
+    name: str
+    default: Any = None
+
+
+class NoOp(NamedTuple):
+    """A value that has no effect, and stands for none."""
+
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """All that a user may ask of an image; None inherits, in the end the model's own."""
+
+    prompt: Annotated[
+        str,
+        Text(),
+        Doc("What to generate, each prompt in quotes.", PROMPTS, common=True),
+        Varies.IMAGE,
+    ] = ""
+    negative_prompt: Annotated[
+        str | None,
+        Text(empty=True),
+        Doc("What the images are guided away from.", PROMPTS, common=True),
+        Varies.FREE,
+    ] = None
+    seed: Annotated[
+        int | None,
+        Range(0, LARGEST_SEED),
+        Doc("Seed of each prompt's first image, 0 by default. Others count up.", PROMPTS, True),
+        Varies.IMAGE,
+    ] = None
+    name: Annotated[
+        str | None,
+        Text(number=True),
+        Doc("Name of the file, instead of a number.", PROMPTS),
+        Varies.FREE,
+    ] = None
+    num_steps: Annotated[
+        int | None,
+        Range(1, LARGEST_INT),
+        Doc("Steps of the solver.", SAMPLING, common=True),
+        Varies.BATCH,
+    ] = None
+    guidance_scale: Annotated[
+        float | None,
+        Range(),
+        Doc("Prompt adherence; 1 is unguided.", SAMPLING, common=True),
+        Varies.IMAGE,
+    ] = None
+    size: Annotated[
+        tuple[int, int] | str | None,
+        Size(LARGEST_SIDE),
+        Doc(
+            "WIDTHxHEIGHT, or a ratio such as 16:9. By default that of --init-image, or of the "
+            "training images.",
+            SAMPLING,
+            common=True,
+        ),
+    ] = None
+    solver: Annotated[
+        str | None,
+        Choices(tuple(SOLVERS)),
+        Doc(f"ODE or SDE solver, such as dpm++2m. One of {', '.join(SOLVERS)}.", SAMPLING, True),
+    ] = None
+    resample_steps: Annotated[
+        int | None,
+        Range(1, 1000),
+        Doc("Times that each step is taken, with fresh noise in between (RePaint).", SAMPLING),
+    ] = None
+    vae_mode: Annotated[
+        str | None,
+        Choices(("full", "slicing", "tiling")),
+        Doc(
+            "What the autoencoder decodes at a time: full, the whole batch; slicing, one image; "
+            "tiling, one tile of an image.",
+            SAMPLING,
+        ),
+    ] = None
+    seamless: Annotated[
+        bool | None, Switch(), Doc("Generate tiles that continue at their other side.", SAMPLING)
+    ] = None
+    best_of: Annotated[
+        int | None,
+        Range(1, 1000),
+        Doc(
+            "Generate this many for each image, keep the best. The CLIP of --clip-model ranks "
+            "them, and the file states the seed of the one that is kept.",
+            SAMPLING,
+            common=True,
+        ),
+        Varies.CALL,
+        NoOp(1),
+    ] = None
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Interval(),
+        Doc("Times, 1 being noise and 0 the image, at which guidance acts.", GUIDANCE),
+    ] = None
+    guidance_rescale: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc("How far the contrast that guidance adds is taken back.", GUIDANCE),
+    ] = None
+    apg: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc(
+            "Adaptive projected guidance: weight of the parallel component, which raises "
+            "saturation; 0 in the paper, 1 for no effect.",
+            GUIDANCE,
+        ),
+    ] = None
+    cfg_zero_star: Annotated[
+        int | None,
+        Range(0, LARGEST_INT),
+        Doc("CFG-Zero*, for flow models: steps at the start to skip, 1 in the paper.", GUIDANCE),
+    ] = None
+    guide_scale: Annotated[
+        float | None,
+        Range(),
+        Doc("Autoguidance by --guide-model, 1.5 by default; 1 for no effect.", GUIDANCE),
+        Varies.CALL,
+        NoOp(1.0),
+    ] = None
+    clip_scale: Annotated[
+        float | None,
+        Range(0, LARGEST_FLOAT),
+        Doc("CLIP guidance by --clip-model; 0 for no effect.", GUIDANCE),
+        Varies.CALL,
+        NoOp(0.0),
+    ] = None
+    clip_interval: Annotated[
+        tuple[float, float] | None,
+        Interval(),
+        Doc("Times at which CLIP guidance acts; 0-1 by default.", GUIDANCE),
+        Requires("clip_scale", (0.0, 1.0)),
+    ] = None
+    clip_cutouts: Annotated[
+        int | None,
+        Range(0, 256),
+        Doc("Random square crops that CLIP sees instead of the whole image.", GUIDANCE),
+        Requires("clip_scale", 0),
+    ] = None
+    init_image: Annotated[
+        epath.Path | None,
+        File(),
+        Doc("Image to start from.", EDITING, common=True),
+        Varies.IMAGE,
+    ] = None
+    strength: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc(
+            "How much --init-image may change, 0 to 1. It is the noise added: 0.6 by default, 1 "
+            "with --mask.",
+            EDITING,
+            common=True,
+        ),
+        Varies.BATCH,
+        Requires("init_image"),
+    ] = None
+    mask: Annotated[
+        epath.Path | None,
+        File(),
+        Doc("Image that is white where to inpaint --init-image.", EDITING, common=True),
+        Varies.IMAGE,
+        Requires("init_image"),
+    ] = None
+    variation: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc(
+            "Vary --init-image: find its noise by DDIM inversion, and rotate that so far toward "
+            "the noise of the seed; unguided by default.",
+            EDITING,
+        ),
+        Varies.IMAGE,
+        Requires("init_image"),
+    ] = None
+    mix_prompt: Annotated[
+        str | None, Text(), Doc("Second prompt, to mix into the first one.", EDITING), Varies.IMAGE
+    ] = None
+    mix_seed: Annotated[
+        int | None,
+        Range(0, LARGEST_SEED),
+        Doc("Seed of the second prompt's noise; that of the image by default.", EDITING),
+        Varies.IMAGE,
+        Requires("mix_prompt"),
+    ] = None
+    mix: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc("Fraction of the second prompt and its noise; 0.5 by default.", EDITING),
+        Varies.IMAGE,
+        Requires("mix_prompt", 0.5),
+    ] = None
+    upscale: Annotated[
+        int | None,
+        Range(1, 16),
+        Doc("Enlarge the image by this factor, and sample its details in windows.", EDITING),
+        NoOp(1),
+    ] = None
+    upscale_strength: Annotated[
+        float | None,
+        Range(0, 1),
+        Doc("How much of the enlarged image may change; 0.35 by default.", EDITING),
+        Varies.BATCH,
+        Requires("upscale", 0.35),
+    ] = None
+
+    @classmethod
+    def read(
+        cls, values: Mapping[str, Any], called: Callable[[str], str] = str
+    ) -> "GenerationSettings":
+        """Return the settings that JSON states.
+
+        Args:
+          values: by the names of fields; None sets nothing.
+          called: what messages call a field.
+
+        Raises:
+          UserError: there is no such field, or no such value.
+        """
+        return cls(**check_fields(cls, values, called))
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are set."""
+        pairs = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {f.name: value for f, value in pairs if value != f.default}
+
+    def inherit(self, other: "GenerationSettings") -> "GenerationSettings":
+        """Return these settings, with another's in the place of those that are not set."""
+        unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
+        return dataclasses.replace(self, **{name: getattr(other, name, None) for name in unset})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are set as JSON, such that `read` returns them again."""
+        fields = fields_of(type(self))
+        return {name: fields[name].to_json(value) for name, value in self.given().items()}
+
+    def group(self, level: Varies) -> tuple[Any, ...]:
+        """Return what images that differ in no more than a level have in common.
+
+        Args:
+          level: PROGRAM for images of one compiled program, CALL for those that one call can
+            generate, BATCH for those that one device can at a time.
+        """
+        parts = []
+        for f in fields_of(type(self)).values():
+            varies, value = f.mark(Varies) or Varies.PROGRAM, getattr(self, f.name)
+            if varies <= level:
+                parts.append(value)
+            elif varies != Varies.FREE:
+                parts.append(value is None)
+        return tuple(parts)
+
+
+CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "variation": (
+        ("mask", "strength", "solver", "mix_prompt", "clip_scale", "resample_steps", "guide_scale"),
+        "DDIM inverts and generates a variation, and finds its noise without these",
+    ),
+    "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
+}
+"""Fields, others that each of them excludes, and why."""
+
+
+def without_no_ops(
+    settings: GenerationSettings, except_for: tuple[str, ...] = ()
+) -> GenerationSettings:
+    """Return settings without the values that have no effect.
+
+    Args:
+      settings: to clear.
+      except_for: fields whose values override something of the model.
+    """
+    marks = {name: f.mark(NoOp) for name, f in fields_of(type(settings)).items()}
+    changes = {
+        name: None
+        for name, mark in marks.items()
+        if mark and name not in except_for and getattr(settings, name) == mark.value
+    }
+    return dataclasses.replace(settings, **changes)
+
+
+def with_requirements(
+    settings: GenerationSettings, own: GenerationSettings, called: Callable[[str], str] = str
+) -> GenerationSettings:
+    """Return settings without those that lack the field they require, and with their defaults.
+
+    Args:
+      settings: of an image, with what it inherits.
+      own: what its user has set for this image alone.
+      called: what messages call a field.
+
+    Raises:
+      UserError: `own` sets a field without the one that it requires.
+    """
+    changes = {}
+    for name, f in fields_of(type(settings)).items():
+        rule = f.mark(Requires)
+        if rule is None:
+            continue
+        if getattr(settings, rule.name) is not None:
+            value = getattr(settings, name)
+            changes[name] = rule.default if value is None else value
+        elif getattr(own, name) is not None:
+            raise UserError(
+                f"{called(name)} has no effect without {called(rule.name)}: give "
+                f"{called(rule.name)} as well."
+            )
+        else:
+            changes[name] = None  # inherited, for the images that have the other one
+    return dataclasses.replace(settings, **changes)
+
+
+def check_conflicts(settings: GenerationSettings, called: Callable[[str], str] = str) -> None:
+    """Raise `UserError` for two fields that exclude each other."""
+    for name, (others, why) in CONFLICTS.items():
+        wrong = [called(other) for other in others if getattr(settings, other) is not None]
+        if getattr(settings, name) is not None and wrong:
+            raise UserError(f"{called(name)} and {wrong[0]} exclude each other: {why}.")
+    if settings.seamless and settings.vae_mode == "tiling":
+        raise UserError(
+            f"{called('seamless')} and {called('vae_mode')} tiling exclude each other: tiles of "
+            "the autoencoder do not continue at the other side; choose slicing."
+        )

@@ -1,0 +1,326 @@
+"""Evaluators: figures of true images and of noise, what they show, and what they refuse."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.openmoji import source as openmoji
+from jaxdiff.datasets.openmoji.score import held_out_prompts
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.produce.rendering import render
+from jaxdiff.datasets.produce.score import evaluation_scenes
+from jaxdiff.datasets.produce.source import Produce, full_caption
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation import clip_score, samples
+from jaxdiff.evaluation import evaluator as interface
+from jaxdiff.evaluation.clip_score import ClipScore
+from jaxdiff.evaluation.evaluator import EvalContext, Generation
+from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
+from jaxdiff.pipelines.rerank import Ranked
+
+COUNT = 6
+COLUMNS = ("score", "ceiling", "chance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Perfect(EvalContext):
+    """A context whose model generates the true image of each prompt."""
+
+    images: dict = dataclasses.field(default_factory=dict)
+
+    def generate(self, prompts):
+        return np.stack([self.images[prompt] for prompt in prompts])
+
+
+@pytest.fixture(scope="module")
+def context(tiny_recipe):
+    """`context(source, size, images)`: of a model for images of that size."""
+
+    def make(source, size: int = 64, images=None, **changes) -> Perfect:
+        spec = dataclasses.replace(tiny_recipe().task.model, image_size=size)
+        data = DataConfig(source=Produce(), transforms=Transforms(size=size))
+        object.__setattr__(data, "source", source)  # which may be none that recipes know
+        return Perfect(0, changes.get("spec", spec), {}, {}, data, images=images or {})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def produce(context) -> Perfect:
+    images = {
+        full_caption(scene): render(scene, np.random.default_rng(i))
+        for split, kind in (("held_out", "single"), ("train", "single"), ("train", "two"))
+        for i, scene in enumerate(evaluation_scenes(COUNT, split, kind))
+    }
+    return context(Produce(), images=images)
+
+
+@pytest.fixture(scope="module")
+def report(produce):
+    return ProduceAccuracy(samples=COUNT).evaluate(produce)
+
+
+SETS = (
+    "single objects, held-out combinations",
+    "single objects, trained combinations",
+    "two objects",
+)
+
+
+def test_true_renderings_score_nearly_all_and_by_chance_nothing(report):
+    for name in SETS:
+        assert report.scalars[f"{name}/joint"] >= 0.8
+        assert report.scalars[f"{name}/joint/ceiling"] >= 0.8
+        assert report.scalars[f"{name}/joint/chance"] <= 0.2
+
+
+def test_every_attribute_has_a_line_of_three_figures(report):
+    lines = report.text.splitlines()
+    attributes = [line for line in lines if line.startswith("  ")]
+    assert len(lines) == len(SETS) + len(attributes)
+    assert 3 * len(attributes) == len(report.scalars)
+    assert all(line.count("%") == 3 for line in attributes)
+    assert all(tuple(line.split()[-3:]) == COLUMNS for line in lines if line not in attributes)
+    assert lines[-1].split()[0] == "joint"
+
+
+def test_models_on_latents_have_a_column_for_their_autoencoder(produce, report):
+    class Latent(Perfect):
+        pipeline = SimpleNamespace(autoencode=lambda images: np.full_like(images, 128))
+
+    denoiser = dataclasses.replace(produce.spec.denoiser, channels=4)
+    spec = dataclasses.replace(
+        produce.spec, denoiser=denoiser, autoencoder=AutoencoderConfig(latent_channels=4)
+    )
+    latent = Latent(0, spec, {}, {}, produce.data, images=produce.images)
+    found = ProduceAccuracy(samples=COUNT).evaluate(latent)
+    for name in SETS:
+        assert found.scalars[f"{name}/joint/latents"] == 0
+        for end in ("joint", "joint/ceiling", "joint/chance"):
+            assert found.scalars[f"{name}/{end}"] == report.scalars[f"{name}/{end}"]
+    assert found.text.splitlines()[0].endswith("latents")
+
+
+def test_true_emoji_score_all_in_all_three_columns(context, tmp_path, monkeypatch):
+    def noise(path, size: int) -> None:  # in the place of the drawings, which take long to render
+        shape = (len(openmoji._svg_files()), size, size, 3)
+        np.save(path, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+
+    monkeypatch.setattr(openmoji, "_render_all", noise)
+    source = OpenMoji(size=32, cache=str(tmp_path))
+    drawings = dataclasses.replace(source, split="all")
+    places = {drawing.name: i for i, drawing in enumerate(drawings.drawings)}
+    images = {p.text: drawings.image(places[p.target]) for p in held_out_prompts(COUNT)}
+    report = OpenMojiAccuracy(samples=COUNT).evaluate(context(source, 32, images))
+    name = "people at work, held-out combinations"
+    for attribute in ("gender", "tone", "joint"):
+        assert report.scalars[f"{name}/{attribute}"] == 1
+    assert report.scalars[f"{name}/joint/ceiling"] == 1
+    assert report.scalars[f"{name}/joint/chance"] <= 0.3
+    assert len(report.scalars) == 9
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "source", "size", "message"),
+    [
+        (ProduceAccuracy(), Produce(size=32), 32, "cannot score images of 32 pixels: expected 64"),
+        (OpenMojiAccuracy(), OpenMoji(size=48), 64, "expected data.source to be OpenMoji"),
+        (OpenMojiAccuracy(), Produce(), 64, "expected data.source to be OpenMoji"),
+        (ClipScore(), CachedLatents(path="latents"), 64, r"needs images .* data\.source\.of"),
+        (SampleGrid(prompts=()), Produce(), 64, "has no prompts"),
+        (Reconstructions(), Produce(), 64, r"needs an autoencoder but .* a TextToImage"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_unfit_models_and_data_are_refused(evaluator, source, size, message, context):
+    place = context(source, size)
+    with pytest.raises(UserError, match=rf"'{evaluator.name}'.*{message}.*(leave|give)"):
+        evaluator.check(place.spec, place.data)
+
+
+@pytest.mark.parametrize(
+    "evaluator", [ProduceAccuracy(), OpenMojiAccuracy(), ClipScore(), SampleGrid(prompts=("a",))]
+)
+def test_models_without_text_are_refused(evaluator, context):
+    data = context(Produce()).data
+    with pytest.raises(UserError, match=r"needs a text-to-image model but .* a AutoencoderConfig"):
+        evaluator.check(AutoencoderConfig(), data)
+
+
+def test_fit_models_and_data_are_not_refused(context):
+    for evaluator, source, size in (
+        (ProduceAccuracy(), Produce(), 64),
+        (ProduceAccuracy(), CachedLatents(path="latents"), 64),
+        (OpenMojiAccuracy(), OpenMoji(size=32), 32),
+        (OpenMojiAccuracy(), CachedLatents(path="latents", of=OpenMoji(size=32)), 32),
+        (ClipScore(), ImageFolder(path="photos"), 48),
+        (SampleGrid(prompts=("a pea",)), ImageFolder(path="photos"), 48),
+    ):
+        place = context(source, size)
+        evaluator.check(place.spec, place.data)
+    Reconstructions().check(AutoencoderConfig(), context(Produce()).data)
+
+
+@pytest.mark.parametrize("kind", [ProduceAccuracy, OpenMojiAccuracy, ClipScore])
+def test_fewer_than_two_samples_are_refused(kind):
+    with pytest.raises(UserError, match=rf"{kind.name}\.samples is 1: expected at least 2"):
+        kind(samples=1)
+
+
+@pytest.fixture
+def matching(monkeypatch):
+    """In the place of CLIP's scores, 1 where image and caption are of one record, else 0."""
+    calls = []
+
+    def scores(model, images, texts):
+        calls.append((model, list(texts)))
+        return np.array([float(str(i[0, 0, 0]) in t) for i, t in zip(images, texts, strict=True)])
+
+    monkeypatch.setattr(clip_score, "clip_scores", scores)
+    return calls
+
+
+class Numbered:
+    """Records whose images and captions have their number; None is a record without a caption."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index, /):
+        number = self.numbers[index]
+        if number == "bad":
+            raise RecordError(f"{index}: unreadable")
+        captions = [] if number is None else [f"a pea {number}"]
+        return {
+            "image": np.full((8, 8, 3), number or 0, np.uint8),
+            "captions": captions,
+            "name": str(index),
+        }
+
+    def check(self):
+        pass
+
+
+def test_the_clip_score_compares_images_with_their_and_other_captions(context, matching):
+    numbers = [11, 22, "bad", 33, 44, None]
+    images = {f"a pea {n}": np.full((8, 8, 3), n, np.uint8) for n in (11, 22, 33, 44)}
+    images["a pea 44"] = np.zeros((8, 8, 3), np.uint8)  # generated wrongly
+    place = context(Numbered(numbers), 8, images)
+    report = ClipScore(samples=6, clip_model="mine").evaluate(place)
+    assert report.scalars == {"score": 75.0, "data": 100.0, "chance": 0.0}
+    assert report.text == "CLIP score (mine): score 75.0, data 100.0, chance 0.0"
+    assert {model for model, _ in matching} == {"mine"}
+    assert sorted(matching[0][1]) == sorted(matching[2][1])
+
+
+def test_data_without_captions_have_no_clip_score(context, matching):
+    with pytest.raises(UserError, match="'clip_score' found 1 usable records with a caption"):
+        ClipScore(samples=3).evaluate(context(Numbered(["bad", 11, None]), 8))
+
+
+def test_prompts_become_a_grid_and_their_estimates_a_strip(context):
+    prompts = ("a small red pea", "a green tomato with a stem", "a blue pear")
+
+    def snapshots(texts, num):
+        assert tuple(texts) == prompts
+        return np.zeros((num, len(texts), 64, 64, 3), np.uint8)
+
+    class Estimates(EvalContext):
+        pipeline = SimpleNamespace(snapshots=snapshots)
+
+    place = Estimates(0, context(Produce()).spec, {}, {}, context(Produce()).data)
+    report = SampleGrid(prompts=prompts, snapshots=5).evaluate(place)
+    assert report.images.keys() == {"samples", "strip"}
+    assert report.images["samples"].shape[1] > 2 * 128  # two columns, at twice the size
+    height, width, _ = report.images["strip"].shape
+    assert width > 5 * 64
+    assert 3 * 64 < height < 4 * 64
+
+
+def test_reconstructions_are_of_the_first_usable_records(context, monkeypatch):
+    whole = Produce.__getitem__
+
+    def spoiled(self, index):
+        if index == 0:
+            raise RecordError("produce/train/0: unreadable")
+        record = whole(self, index)
+        return record | {"captions": []} if index == 2 else record
+
+    class Negative:
+        """In the place of an autoencoder, returns the negative of an image."""
+
+        def encode(self, images):
+            return Gaussian(images, images)
+
+        def decode(self, z):
+            return -z
+
+    monkeypatch.setattr(Produce, "__getitem__", spoiled)
+    monkeypatch.setattr(samples, "bind_params", lambda *_: Negative())
+    source, spec = Produce(size=32), AutoencoderConfig()
+    samples._reconstruct.cache_clear()
+    report = Reconstructions().evaluate(context(source, 32, spec=spec))
+    samples._reconstruct.cache_clear()
+    tiles = report.images["samples"][2:, 2:].reshape(4, 66, 8, 66, 3)[:, :64:2, :, :64:2]
+    for place, index in ((0, 1), (1, 3), (7, 9)):
+        image = whole(source, index)["image"]
+        np.testing.assert_array_equal(tiles[0, :, place], image)
+        np.testing.assert_array_equal(tiles[2, :, place], 255 - image)
+
+
+def test_images_are_generated_with_the_arguments_of_the_generation(context, monkeypatch):
+    calls = []
+
+    class Recording(EvalContext):
+        @staticmethod
+        def pipeline(prompts, **arguments):
+            calls.append((list(prompts), arguments))
+            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    def best(pipe, prompts, n, *, clip, **arguments):
+        calls.append((list(prompts), {"n": n, "clip": clip, **arguments}))
+        zeros = np.zeros(len(prompts), np.uint32)
+        return Ranked(pipe(prompts), zeros, np.zeros((len(prompts), n), np.float32))
+
+    monkeypatch.setattr(interface, "best_of_n", best)
+    base = context(Produce())
+    plain = Recording(0, base.spec, {}, {}, base.data)
+    plain.generate(["a", "b"])
+    guided = plain.with_generation(Generation(arguments={"guidance_scale": 1.5}))
+    guided.generate(["a"])
+    chosen = plain.with_generation(
+        Generation(best_of=3, clip_model="mine", arguments={"batch_size": 2})
+    )
+    assert chosen.generate(["c"]).shape == (1, 8, 8, 3)
+    assert calls == [
+        (["a", "b"], {}),
+        (["a"], {"guidance_scale": 1.5}),
+        (["c"], {"n": 3, "clip": "mine", "batch_size": 2}),
+        (["c"], {}),
+    ]
+    with pytest.raises(UserError, match="best_of is 0"):
+        Generation(best_of=0)
+
+
+def test_a_context_builds_the_pipeline_of_its_model(tiny_bundle, tiny_recipe):
+    config = tiny_recipe()
+    context = EvalContext(
+        3, tiny_bundle.spec, tiny_bundle.params, tiny_bundle.tokenizers, config.data
+    )
+    images = context.generate(["a small red pea", "a green tomato"])
+    assert images.shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(images, context.pipeline(["a small red pea", "a green tomato"]))
+    assert context.pipeline is context.pipeline
