@@ -152,6 +152,9 @@ class SequenceConditioner(Conditioner):
 
     def encode(self, params: Mapping[str, Any], inputs: TextInputs) -> Conditioning:
         tokens = [e.module(params, name)(inputs.ids[name]) for name, e in self.encoders.items()]
+        if inputs.weights is not None:
+            weights = [inputs.weights[name][..., None] for name in self.encoders]
+            tokens = [x * weight for x, weight in zip(tokens, weights, strict=True)]
         counts = [(inputs.ids[name] != PAD).at[:, 0].set(True) for name in self.encoders]
         cond = Conditioning(jnp.concatenate(tokens, axis=1), jnp.concatenate(counts, axis=1))
         return self.with_absent(cond, inputs)
@@ -348,6 +351,7 @@ from jaxdiff.cli import main as cli
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.io.images import read_picture, save_png
 from jaxdiff.models.layers import init_params, rngs_from_seed
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
@@ -483,6 +487,7 @@ def test_prompts_seeds_and_absence_matter_to_the_images(pipe):
     same = pipe(prompts, negative_prompt="", seeds=1, guidance_scale=2.0)
     assert np.array_equal(images[:2], same[:2])
     assert not np.array_equal(images[2], same[2])
+    assert not np.array_equal(images[0], pipe("a (red:2) tile", seeds=1, guidance_scale=2.0)[0])
 
 
 def test_images_are_edited(pipe):
@@ -510,6 +515,27 @@ def test_an_exported_model_generates_the_images_of_its_run(run, pipe, folder, fa
     assert bundle.spec == pipe.spec
     same = Pipeline(bundle)("a red tile", seeds=5)
     assert np.array_equal(same, pipe("a red tile", seeds=5))
+
+
+def test_a_command_samples_the_run_and_reproduces_its_images(run, pipe, tmp_path, capsys):
+    shared = ["--model", str(run), "--plugin", MODULE, "--out", str(tmp_path)]
+    words = ["--seed", "5", "--negative-prompt", "a blue tile"]
+    assert cli.main(["sample", "a red tile", "a green tile", *shared, *words]) == 0
+    path = tmp_path / "0000-a-red-tile.png"
+    expected = pipe(["a red tile"], negative_prompt="a blue tile", seeds=5)
+    assert np.array_equal(read_picture(path), expected[0])
+    assert cli.main(["sample", "--again", str(path), *shared]) == 0
+    assert "The same pixels." in capsys.readouterr().out
+
+
+def test_a_command_edits_the_images_of_a_prompt_file(run, tmp_path, capsys):
+    save_png(tmp_path / "tile.png", np.full((32, 32, 3), 200, np.uint8))
+    row = {"prompt": "a blue tile", "init_image": "tile.png", "strength": 0.5, "num_steps": 2}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["sample", "--prompts", str(tmp_path / "prompts.jsonl"), f"--plugin={MODULE}"]
+    assert cli.main([*words, "--model", str(run), "--out", str(tmp_path / "images")]) == 0
+    (line,) = (tmp_path / "images" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "a blue tile"
 
 
 def test_a_command_evaluates_the_run(run, capsys):

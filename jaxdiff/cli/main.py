@@ -71,6 +71,8 @@ def _split_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return the arguments without `--plugin MODULE`, which all commands take, and the modules."""
     words, modules, rest = [], [], iter(arguments)
     for word in rest:
+        if word == "--":  # the rest are prompts or paths
+            return [*words, word, *rest], modules
         flag, equals, module = word.partition("=")
         if flag != "--plugin":
             words.append(word)

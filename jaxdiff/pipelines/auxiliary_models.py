@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
@@ -30,7 +30,7 @@ class LoadedClip(NamedTuple):
 
     config: ClipConfig
     params: PyTree
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
 
 
 @functools.lru_cache(maxsize=2)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from etils import epath
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
@@ -43,6 +44,11 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
     added, tokenizers = {}, {}
     for name in widths:
         tokenizer, table = bundle.tokenizers[name], params["text_encoders"][name]["token_embedding"]
+        if not isinstance(tokenizer, Tokenizer):
+            raise UserError(
+                f"The tokenizer of {spec.name} is a {type(tokenizer).__name__}: expected one of "
+                "jaxdiff.data.tokenizer, which new words can be added to."
+            )
         rows = jnp.asarray(word.rows[name], table.dtype)
         if (before := params.get("added_tokens", {}).get(name)) is not None:
             rows = jnp.concatenate([jnp.asarray(before, table.dtype), rows])

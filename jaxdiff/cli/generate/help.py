@@ -14,6 +14,8 @@ _USAGE = """usage: jaxdiff sample PROMPT ... [options]
        jaxdiff sample --prompts FILE [options]"""
 _STATUS = """Exit status: 0 if all images were generated; 1 if rows of --prompts are invalid, or if
 --again generates other pixels; 2 for a user error."""
+_PLUGIN = """As all commands, this one takes --plugin MODULE: a Python module of yours that defines
+types which the model names."""
 
 
 def help_text(*, everything: bool = False) -> str:
@@ -34,7 +36,7 @@ def help_text(*, everything: bool = False) -> str:
     for group in GROUPS:
         lines = _entries((f for f in fields if f.doc.group == group), short=False)
         parts.append("\n".join([f"{group}:", *lines]))
-    return "\n\n".join([*parts, textwrap.fill(_STATUS, WIDTH)])
+    return "\n\n".join([*parts, *(textwrap.fill(text, WIDTH) for text in (_PLUGIN, _STATUS))])
 
 
 def _entries(fields: Iterable[Field], *, short: bool) -> list[str]:
