@@ -149,7 +149,7 @@ def test_a_recipe_of_a_page_trains(name, monkeypatch, tmp_path):
         Path(f"photos/{i}.txt").write_text("a photo of a cat")
     Path("mine.py").write_text(recipe_of_page(ROOT / name))
     config = load_recipe("mine.py")
-    train = dataclasses.replace(config.train, steps=2, batch_size=2)
+    train = dataclasses.replace(config.train, steps=2, batch_size=8)
     run_recipe(dataclasses.replace(config, train=train), "run")
     assert Path("run/summary.json").exists()
 
