@@ -1,10 +1,16 @@
 """Interface of tokenizers: what the rest of the package asks of a text encoder's tokenizer."""
 
 import abc
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int32
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
 class TextTokenizer(abc.ABC):
@@ -27,6 +33,11 @@ class TextTokenizer(abc.ABC):
     @abc.abstractmethod
     def truncated(self, text: str) -> bool:
         """Return whether `text` has more tokens than fit, so that its end is lost."""
+
+    @property
+    def words(self) -> frozenset[str] | None:
+        """The words that the model was trained on, in lower case; None where that is unknown."""
+        return None
 
     @property
     @abc.abstractmethod

@@ -6,7 +6,7 @@ transformers wraps too, so that any text encoder's tokenizer gives the ids it gi
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,17 +17,22 @@ from jaxtyping import Bool, Float32, Int32
 from tokenizers import AddedToken
 
 from jaxdiff.data.clip_bpe import learn_clip_bpe
-from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
 from jaxdiff.data.tokenizer_folders import (
     CLIP_LENGTH,
     SAVED,
+    VOCABULARY,
     StoredTokenizer,
     read_folder,
+    read_words,
     saved_form,
     transformers_files,
 )
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+
+# More words than these are no list that a person looks through.
+MOST_WORDS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +50,8 @@ class Tokenizer(TextTokenizer):
       prefix: ids before each text: CLIP's start token; none for T5 and Qwen.
       suffix: ids after each text: the end token of CLIP and T5; none for Qwen.
       added_spellings: the id of an added word of several tokens -> all its ids, itself the first.
+      words: of the captions that the model was trained on, in lower case; None where those are
+        unknown, or more than 10,000. They change no id.
     """
 
     backend: tokenizers.Tokenizer
@@ -54,6 +61,7 @@ class Tokenizer(TextTokenizer):
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     added_spellings: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    words: frozenset[str] | None = None
 
     def __call__(self, texts: list[str]) -> Int32[np.ndarray, "b n"]:
         """Return the ids [len(texts), length], each in [0, vocab_size)."""
@@ -117,7 +125,13 @@ class Tokenizer(TextTokenizer):
         ids = tuple(backend.token_to_id(name) for name in names)
         spellings = {**self.added_spellings, **({ids[0]: ids} if count > 1 else {})}
         stored = StoredTokenizer(backend, self.length, self.pad_id, self.pad_left, spellings)
-        return _assemble(stored)
+        words = self.words and self.words | set(words_of(word))
+        return replace(_assemble(stored), words=words)
+
+    def with_words(self, more: Iterable[str] | None) -> "Tokenizer":
+        """Return a copy that knows more words; None makes them unknown."""
+        known = None if self.words is None or more is None else self.words | frozenset(more)
+        return replace(self, words=known)
 
     def with_pad(self, pad_id: int) -> "Tokenizer":
         """Return a copy that pads with another id."""
@@ -144,8 +158,11 @@ class Tokenizer(TextTokenizer):
         return hashlib.sha256(saved_form(self._stored())).hexdigest()
 
     def save(self, folder: str) -> None:
-        """Write `tokenizer.json`, all that `load` needs, to `folder`."""
+        """Write `tokenizer.json`, and `vocabulary.txt` if the words are known, to `folder`."""
         write_whole(epath.Path(folder) / SAVED, saved_form(self._stored()))
+        if self.words is not None:
+            lines = "".join(f"{word}\n" for word in sorted(self.words))
+            write_whole(epath.Path(folder) / VOCABULARY, lines.encode())
 
     def export(self, folder: str, *, pad_id: int | None = None) -> None:
         """Write the files that `transformers.AutoTokenizer` reads to `folder`.
@@ -173,7 +190,7 @@ class Tokenizer(TextTokenizer):
           UserError: the folder has no tokenizer, a damaged one, or one without padding; or the
             length is missing or too small.
         """
-        return _assemble(read_folder(folder, length))
+        return replace(_assemble(read_folder(folder, length)), words=read_words(folder))
 
     @classmethod
     def train(
@@ -194,8 +211,12 @@ class Tokenizer(TextTokenizer):
                 f"A text of {length} tokens does not fit CLIP: expected from 3 to {CLIP_LENGTH}; "
                 "change tokenizer.length."
             )
-        backend = learn_clip_bpe(captions, vocab_size)
-        return _assemble(StoredTokenizer(backend, length, backend.get_vocab_size() - 1, False, {}))
+        words: set[str] = set()
+        backend = learn_clip_bpe(_noting(words, captions), vocab_size)
+        stored = StoredTokenizer(backend, length, backend.get_vocab_size() - 1, False, {})
+        return replace(
+            _assemble(stored), words=frozenset(words) if len(words) <= MOST_WORDS else None
+        )
 
     @property
     def _max_words(self) -> int:
@@ -232,6 +253,14 @@ def _assemble(stored: StoredTokenizer) -> Tokenizer:
             f"{len(prefix) + len(suffix) + 1}; raise tokenizer.length."
         )
     return Tokenizer(**stored._asdict(), prefix=prefix, suffix=suffix)
+
+
+def _noting(words: set[str], captions: Iterable[str]) -> Iterator[str]:
+    """Yield the captions, and add their words to `words`."""
+    for caption in captions:
+        if len(words) <= MOST_WORDS:
+            words.update(words_of(caption))
+        yield caption
 
 
 def _added(name: str) -> AddedToken:

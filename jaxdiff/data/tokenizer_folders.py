@@ -1,6 +1,7 @@
 """Folders of tokenizers: jaxdiff's own and those of transformers.
 
-    tokenizer.json         all that jaxdiff's own tokenizer has, alone in its folder
+    tokenizer.json         all that jaxdiff's own tokenizer needs
+    vocabulary.txt         beside it: the words of its captions, one a line, where they are known
     tokenizer_config.json  and more files: any tokenizer that `transformers.AutoTokenizer` reads
     vocab.json merges.txt  alone: CLIP's
 
@@ -23,6 +24,7 @@ from jaxdiff.data.clip_bpe import END, START
 from jaxdiff.errors import UserError
 
 SAVED = "tokenizer.json"
+VOCABULARY = "vocabulary.txt"
 CLIP_LENGTH = 77
 _CONFIG = "tokenizer_config.json"
 _FILE_KINDS = {".json", ".txt", ".model", ".jinja"}  # of a transformers tokenizer folder
@@ -69,6 +71,12 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
             "set the length."
         )
     return StoredTokenizer(backend, length, pad_id, pad_left, _spellings(backend, by_name=not own))
+
+
+def read_words(folder: str) -> frozenset[str] | None:
+    """Return the words that a folder lists; None where it lists none."""
+    path = epath.Path(folder) / VOCABULARY
+    return frozenset(path.read_text().split()) if path.exists() else None
 
 
 def saved_form(stored: StoredTokenizer) -> bytes:

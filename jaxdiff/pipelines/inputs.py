@@ -105,6 +105,10 @@ class SampleRequest:
         return sampler.resolve()
 
 
+class UnknownWordWarning(UserWarning):
+    """A prompt has words that no caption in training had."""
+
+
 def prompt_list(prompts: Any) -> list[Prompt]:
     """Return prompts as a list; one by itself is a list of one.
 

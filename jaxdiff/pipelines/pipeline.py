@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, PyTree
 
-from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -35,6 +36,7 @@ from jaxdiff.pipelines.inputs import (
     Output,
     Prompt,
     SampleRequest,
+    UnknownWordWarning,
     check_images,
     check_size,
     first_steps,
@@ -280,6 +282,7 @@ class Pipeline:
         spec, sampler = self.spec, request.resolve_sampler(self.spec.sampler)
         prompts = prompt_list(request.prompts)
         n, init = len(prompts), request.init
+        self._warn_of_unknown_words(prompts)
         if spec.is_inpainting and (init is None or init.mask is None):
             raise UserError(
                 f"{spec.name} is for inpainting: expected an image and a mask, 1 where it is to "
@@ -327,6 +330,16 @@ class Pipeline:
             self._watch(request.callback, batch_size),
         )
         return np.rint(sampled * 255).astype(np.uint8) if request.output == "uint8" else sampled
+
+    def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:
+        unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))
+        if unknown:
+            warnings.warn(
+                f"No caption in training had {', '.join(map(repr, unknown))}, which mean nothing "
+                f"to {model_name(self.spec)}: `vocabulary` has the words that it knows.",
+                UnknownWordWarning,
+                stacklevel=4,
+            )
 
     def _watch(self, callback: Callback | None, batch_size: int) -> Watch | None:
         if callback is None:
@@ -434,6 +447,28 @@ class Pipeline:
             for text in texts
             for part in parse_prompt(text)
         )
+
+    @property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The words of the captions it was trained on, in lower case; None where unknown."""
+        known = [tokenizer.words for tokenizer in self.tokenizers.values()]
+        if not known or any(words is None for words in known):
+            return None
+        return frozenset().union(*(words or () for words in known))
+
+    def unknown_words(self, prompt: Prompt) -> list[str]:
+        """Return the words of a prompt that the model never saw, which mean nothing to it.
+
+        Nothing where `vocabulary` is unknown.
+        """
+        known = self.vocabulary
+        if known is None:
+            return []
+        texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
+        words = [
+            word for text in texts for part in parse_prompt(text) for word in words_of(part.text)
+        ]
+        return [word for word in dict.fromkeys(words) if word not in known]
 
     def size_of(self, ratio: str) -> tuple[int, int]:
         """Return the width and height of an aspect ratio such as "16:9" at the training area.

@@ -240,6 +240,11 @@ def _tokenizers(
         tokenizers: Mapping[str, Any] = read_tokenizers(
             task.pretrained.text_encoders, types_in(config)
         )
+        stated = getattr(config.data.source, "vocabulary", None)
+        tokenizers = {
+            name: tok.with_words(stated) if isinstance(tok, Tokenizer) else tok
+            for name, tok in tokenizers.items()
+        }
         new = task.trainable.inversion
         if new is None:
             return tokenizers

@@ -472,3 +472,21 @@ assert "torch" not in sys.modules
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
     assert not logging.getLogger("transformers").filters
+
+
+def test_the_words_of_its_captions_are_kept(tmp_path):
+    trained = Tokenizer.train(["A red, ripe pea", "two peas"], vocab_size=530, length=16)
+    assert trained.words == {"a", "red", "ripe", "pea", "two", "peas"}
+    trained.save(str(tmp_path))
+    loaded = Tokenizer.load(str(tmp_path))
+    assert loaded.words == trained.words
+    assert loaded.fingerprint == trained.with_words(None).fingerprint  # they change no id
+    assert loaded.with_word("<dog>", 2).words == {*trained.words, "dog"}
+    assert loaded.with_words(["dog"]).words == {*trained.words, "dog"}
+    assert loaded.with_words(None).words is None
+
+
+def test_too_many_words_are_no_vocabulary(monkeypatch):
+    monkeypatch.setattr("jaxdiff.data.tokenizer.MOST_WORDS", 3)
+    assert Tokenizer.train(["one two three"], vocab_size=530).words == {"one", "two", "three"}
+    assert Tokenizer.train(["one two", "three four"], vocab_size=530).words is None

@@ -10,6 +10,7 @@ from jaxdiff.pipelines.inputs import (
     InitImage,
     Mix,
     SampleRequest,
+    UnknownWordWarning,
     check_size,
     negative_list,
     prompt_list,
@@ -265,3 +266,18 @@ def test_pixels_are_not_encoded(pipeline):
 def test_the_default_batch_size_depends_on_the_images():
     sizes = [default_batch_size(side, side) for side in (16, 64, 128, 512)]
     assert sizes == [4, 4, 1, 1]
+
+
+def test_words_that_it_never_saw_are_said_once(pipeline):
+    assert pipeline.unknown_words('"a (snow:1.2) pea":1 "red dog":-0.5') == ["snow", "dog"]
+    with pytest.warns(UnknownWordWarning, match="No caption in training had 'snow', 'dog', which"):
+        pipeline(["a snow pea", "a red dog"], num_steps=1)
+
+
+def test_models_without_a_vocabulary_say_nothing(pipeline, recwarn):
+    bundle = pipeline.bundle
+    tokenizers = {name: one.with_words(None) for name, one in bundle.tokenizers.items()}
+    silent = pipeline.with_bundle(bundle._replace(tokenizers=tokenizers))
+    assert silent.vocabulary is None and silent.unknown_words("a snow globe") == []
+    silent("a snow globe", num_steps=1)
+    assert not [w for w in recwarn if w.category is UnknownWordWarning]

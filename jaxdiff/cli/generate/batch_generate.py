@@ -19,7 +19,7 @@ from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
     open_pipeline,
-    truncation_warning,
+    prompt_warnings,
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
 from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
@@ -196,9 +196,9 @@ def _plan(
             continue
         jobs |= {job.file: job for job in new}
         where = f"{source}, line {row.line}: the prompt"
-        warning = truncation_warning(pipe, row.settings.prompt, where)
-        if warning and is_host0():
-            print(warning, file=sys.stderr)
+        if is_host0():
+            for warning in prompt_warnings(pipe, row.settings.prompt, where):
+                print(warning, file=sys.stderr)
     return list(jobs.values())
 
 

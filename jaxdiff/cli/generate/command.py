@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+import warnings
 
 import numpy as np
 from etils import epath
@@ -12,7 +13,7 @@ from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
     open_pipeline,
-    truncation_warning,
+    prompt_warnings,
 )
 from jaxdiff.cli.generate.prompt_file import slug
 from jaxdiff.config.fields import flag
@@ -23,6 +24,7 @@ from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
 from jaxdiff.pipelines.generate import generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
+from jaxdiff.pipelines.inputs import UnknownWordWarning
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
@@ -37,17 +39,41 @@ def sample_images(options: SampleOptions) -> None:
       SystemExit: with status 1, if rows of a prompt file are invalid, or a reproduced image has
         other pixels.
     """
-    if options.prompts is not None:
-        succeeded = generate_file(options) == 0
-    elif not is_host0():
-        succeeded = True  # the first process generates these few
-    elif options.again is not None:
-        succeeded = reproduce(options)
-    else:
-        generate_prompts(options)
-        succeeded = True
+    if options.words:
+        print_words(options)
+        return
+    with warnings.catch_warnings():
+        # What the command itself says of a prompt names its line.
+        warnings.simplefilter("ignore", UnknownWordWarning)
+        succeeded = _sample(options)
     if not succeeded:
         sys.exit(1)
+
+
+def _sample(options: SampleOptions) -> bool:
+    if options.prompts is not None:
+        return generate_file(options) == 0
+    if not is_host0():
+        return True  # the first process generates these few
+    if options.again is not None:
+        return reproduce(options)
+    generate_prompts(options)
+    return True
+
+
+def print_words(options: SampleOptions) -> None:
+    """Print the words that the model knows.
+
+    Raises:
+      UserError: there is no list of them.
+    """
+    words = open_pipeline(options).vocabulary
+    if words is None:
+        raise UserError(
+            f"{options.model} has no list of the words it knows: any word may do, as for all "
+            "models trained on large collections of captions."
+        )
+    print(*sorted(words))
 
 
 def generate_prompts(options: SampleOptions) -> None:
@@ -62,8 +88,8 @@ def generate_prompts(options: SampleOptions) -> None:
     folder = make_folder(options.out)
     pipe = open_pipeline(options)
     for prompt in options.prompt:
-        if warning := truncation_warning(pipe, prompt, f"The prompt {prompt!r}"):
-            print(warning)
+        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt!r}"):
+            print(warning, file=sys.stderr)
     settings = [
         copy
         for one in _settings(options)

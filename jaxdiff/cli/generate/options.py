@@ -70,6 +70,7 @@ class SampleOptions:
         Format, Doc("png, webp (lossless) or jpg; png by default.", PROMPTS, metavar="NAME")
     ] = "png"
     num_images: Annotated[int, Doc("Images of each prompt.", PROMPTS, common=True)] = 1
+    words: Annotated[bool, Doc("Print the words that the model knows, and exit.", MODEL)] = False
     interpolate: Annotated[
         int, Doc("Generate this many images from the first prompt to the second.", EDITING)
     ] = 0
@@ -274,21 +275,28 @@ def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> 
     return Preview(every=options.preview, show=show, decoder=decoder or None)
 
 
-def truncation_warning(pipe: Pipeline, prompt: str, where: str) -> str | None:
-    """Return a warning that the end of a prompt has no effect, if it is so long.
+def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
+    """Return what of a prompt has no effect: an end that is cut off, words that are unknown.
 
     Args:
       pipe: with the tokenizers.
       prompt: the prompt.
-      where: what the warning calls it.
+      where: what the warnings call it.
     """
-    if not pipe.truncated(prompt):
-        return None
-    length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
-    return (
-        f"{where} is longer than the {length} tokens that the text encoder takes: its end is cut "
-        "off."
-    )
+    warnings = []
+    if pipe.truncated(prompt):
+        length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
+        warnings.append(
+            f"{where} is longer than the {length} tokens that the text encoder takes: its end is "
+            "cut off."
+        )
+    if unknown := pipe.unknown_words(prompt):
+        words = ", ".join(map(repr, unknown))
+        warnings.append(
+            f"{where} has words that no caption in training had, and that mean nothing to the "
+            f"model: {words}. `jaxdiff sample --words` lists those it knows."
+        )
+    return warnings
 
 
 def file_and_scale(lora: str) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxdiff.data.sources.base import Record
+from jaxdiff.data.text_tokenizer import words_of
 from jaxdiff.datasets.produce.rendering import render
 from jaxdiff.datasets.produce.scene import (
     Item,
@@ -50,6 +51,8 @@ RELATION_WORDS = {
 }
 PREFIXES = ("a picture of", "a drawing of", "an image of")
 COUNT_WORDS = {2: "two", 3: "three"}
+# After a tenth of them, no caption has a new word.
+VOCABULARY_RECORDS = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +79,7 @@ class Produce:
 
     def __getitem__(self, index: int, /) -> Record:
         scene, rng = self._scene(index)
-        captions = [
-            caption(scene, rng, full=self.full_fraction > 0 and rng.random() < self.full_fraction)
-            for _ in range(self.captions_per_image)
-        ]
+        captions = self._captions(scene, rng)
         return {
             "image": render(scene, rng, self.size),
             "captions": list(dict.fromkeys(captions)),
@@ -89,6 +89,16 @@ class Produce:
     def scene(self, index: int) -> Scene:
         """The scene that record `index` shows."""
         return self._scene(index)[0]
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The words of the captions, in lower case."""
+        captions = (
+            text
+            for index in range(min(self.length, VOCABULARY_RECORDS))
+            for text in self._captions(*self._scene(index))
+        )
+        return frozenset(word for text in captions for word in words_of(text))
 
     def check(self) -> None:
         """Raise `UserError` if a field is out of range."""
@@ -108,6 +118,12 @@ class Produce:
                 f"data.source.full_fraction is {self.full_fraction}: expected a fraction from 0 "
                 "to 1."
             )
+
+    def _captions(self, scene: Scene, rng: np.random.Generator) -> list[str]:
+        return [
+            caption(scene, rng, full=self.full_fraction > 0 and rng.random() < self.full_fraction)
+            for _ in range(self.captions_per_image)
+        ]
 
     def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         if not 0 <= index < self.length:

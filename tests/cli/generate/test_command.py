@@ -120,10 +120,21 @@ def test_a_preview_is_written_and_changes_no_file(sample, tmp_path):
 
 def test_a_prompt_that_is_too_long_is_reported(sample, capsys):
     assert sample("pea " * 30, PEA) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "longer than the 16 tokens" in printed
     assert "its end is cut off" in printed
     assert printed.count("longer than") == 1
+
+
+def test_words_that_the_model_never_saw_are_reported(sample, capsys):
+    assert sample("a red snow globe", PEA) == 0
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert "'a red snow globe'" in line and "the model: 'snow', 'globe'. " in line
+    assert sample("--words") == 0
+    assert capsys.readouterr().out.split() == sorted(
+        {*["a", "small", "red", "pea"], *["a", "green", "tomato", "with", "a", "stem"]}
+    )
 
 
 @pytest.mark.parametrize(

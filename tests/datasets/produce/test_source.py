@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.data.sources.base import Source
+from jaxdiff.data.text_tokenizer import words_of
 from jaxdiff.datasets.produce.scene import (
     COLOURS,
     KINDS,
@@ -157,3 +158,13 @@ def test_fields_out_of_range_are_refused(settings):
 def test_the_fractions_may_exclude_single_objects():
     Produce(group_fraction=0.4, pair_fraction=0.6).check()
     Produce(group_fraction=0.0, pair_fraction=1.0).check()
+
+
+def test_the_vocabulary_has_the_words_of_all_captions():
+    source = Produce(size=32, length=3000)
+    words = {
+        word for i in range(0, 3000, 10) for c in source[i]["captions"] for word in words_of(c)
+    }
+    assert words <= source.vocabulary
+    assert {"pea", "medium", "sized", "strawberries"} <= source.vocabulary
+    assert "globe" not in source.vocabulary
