@@ -10,17 +10,71 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxdiff.errors import UserError
+    from jaxdiff.pipelines.inputs import InitImage, Mix
     from jaxdiff.pipelines.pipeline import Pipeline, load
-    from jaxdiff.sampling.guidance.cfg import Guidance
+    from jaxdiff.sampling.guidance.apg import APG
+    from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+    from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
+    from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+    from jaxdiff.sampling.guidance.guidance import Guidance
+    from jaxdiff.sampling.sampler import Sampler
+    from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
+    from jaxdiff.sampling.solvers_sde import (
+        DDPM,
+        LCM,
+        DPMSolverPP2MSDE,
+        DPMSolverPPSDE,
+        EulerAncestral,
+    )
+    from jaxdiff.sampling.unipc import UniPC
 
-__all__ = ["Guidance", "Pipeline", "UserError", "__version__", "load"]
+__all__ = [
+    "APG",
+    "DDIM",
+    "DDPM",
+    "LCM",
+    "PLMS",
+    "Autoguidance",
+    "CFGZeroStar",
+    "ClipGuidance",
+    "DPMSolverPP2M",
+    "DPMSolverPP2MSDE",
+    "DPMSolverPPSDE",
+    "Euler",
+    "EulerAncestral",
+    "Guidance",
+    "Heun",
+    "InitImage",
+    "Mix",
+    "Pipeline",
+    "Sampler",
+    "UniPC",
+    "UserError",
+    "__version__",
+    "load",
+]
 
-_MODULES = {
-    "Guidance": "jaxdiff.sampling.guidance.cfg",
-    "Pipeline": "jaxdiff.pipelines.pipeline",
-    "UserError": "jaxdiff.errors",
-    "load": "jaxdiff.pipelines.pipeline",
+_NAMES = {
+    "jaxdiff.errors": ("UserError",),
+    "jaxdiff.pipelines.inputs": ("InitImage", "Mix"),
+    "jaxdiff.pipelines.pipeline": ("Pipeline", "load"),
+    "jaxdiff.sampling.guidance.apg": ("APG",),
+    "jaxdiff.sampling.guidance.autoguidance": ("Autoguidance",),
+    "jaxdiff.sampling.guidance.cfg_zero": ("CFGZeroStar",),
+    "jaxdiff.sampling.guidance.clip_guidance": ("ClipGuidance",),
+    "jaxdiff.sampling.guidance.guidance": ("Guidance",),
+    "jaxdiff.sampling.sampler": ("Sampler",),
+    "jaxdiff.sampling.solvers_ode": ("DDIM", "PLMS", "DPMSolverPP2M", "Euler", "Heun"),
+    "jaxdiff.sampling.solvers_sde": (
+        "DDPM",
+        "LCM",
+        "DPMSolverPP2MSDE",
+        "DPMSolverPPSDE",
+        "EulerAncestral",
+    ),
+    "jaxdiff.sampling.unipc": ("UniPC",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 try:
     __version__ = importlib.metadata.version("jaxdiff")

@@ -38,7 +38,7 @@ def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
 
 def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """The randomly initialised train state of a recipe at step 0, and its shardings."""
-    shardings = state_shardings(abstract_state(config), mesh)
+    shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     optimizer = config.optimizer.build(config.train.steps)
 
     def init() -> TrainState:
@@ -50,7 +50,8 @@ def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
 def random_frozen(config: Config, mesh: Mesh) -> PyTree:
     """Random weights for the frozen parts of a recipe, in its compute type."""
     abstract = abstract_frozen(config)
-    return jax.device_put(random_like(abstract), state_shardings(abstract, mesh))
+    shardings = state_shardings(abstract, mesh, config.task.param_axes())
+    return jax.device_put(random_like(abstract), shardings)
 
 
 def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
-from jaxdiff.training.abstract import flops_per_image
+from jaxdiff.training.abstract import check_axes, flops_per_image
 from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import Config
 
@@ -42,6 +42,7 @@ def time_training(
     peak, note = peak_of_device(peak_tflops)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_axes(config, mesh)
     state, shardings = synthetic.initial_state(config, mesh)
     frozen = synthetic.random_frozen(config, mesh)
     batches = _batches(config, mesh, real)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -10,12 +10,22 @@ import tyro
 from jaxdiff.cli.parsing import parse
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
-from jaxdiff.pretrained.bundle import Bundle, write_bundle
+from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
+from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.diffusers import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import load_bundle, make_folder, model_folder
 from jaxdiff.pretrained.lora import write_lora
+from jaxdiff.pretrained.model_card import (
+    EVALUATION,
+    CardInputs,
+    bundle_card,
+    folder_card,
+    model_card,
+    write_card,
+)
 from jaxdiff.pretrained.run_folder import read_word
 from jaxdiff.training.workdir import find_recipe_of
 
@@ -63,29 +73,45 @@ def export_model(options: ExportOptions) -> None:
         _export_embedding(options)
         return
     bundle = load_bundle(options.run)
+    config = find_recipe_of(options.run)
+    recipe = None if config is None else to_json(config)
     if options.format == "jaxdiff":
-        config = find_recipe_of(options.run)
-        recipe = None if config is None else to_json(config)
-        dtype = options.dtype or "bfloat16"
-        write_bundle(make_folder(options.out), bundle, dtype, recipe=recipe)
+        _export_bundle(options, bundle, recipe)
         return
     if options.dtype:
         cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
         bundle = bundle._replace(params=cast(bundle.params))
     if options.format == "diffusers":
-        write_diffusers(make_folder(options.out), merge(detach(bundle), adapters_of(bundle)))
+        merged = merge(detach(bundle), adapters_of(bundle))
+        write_diffusers(make_folder(options.out), merged)
+        write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
     else:
         _export_lora(options, bundle)
+        write_card(options.out, bundle_card(bundle, options.out, "lora", recipe))
+
+
+def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:
+    folder = make_folder(options.out)
+    write_bundle(folder, bundle, options.dtype or "bfloat16", recipe=recipe)
+    figures = model_folder(options.run) / EVALUATION
+    if figures.exists() and figures != folder / EVALUATION:
+        write_whole(folder / EVALUATION, figures.read_bytes())
+    write_card(folder, folder_card(folder))
 
 
 def _export_embedding(options: ExportOptions) -> None:
-    word = read_word(model_folder(options.run))
+    folder = model_folder(options.run)
+    word = read_word(folder)
     if word is None:
         raise UserError(
             f"{options.run} has no added token: expected a run of a recipe with "
             "task.trainable.inversion, such as configs/sd15_inversion.py."
         )
     write_embedding(make_folder(options.out), word)
+    card = CardInputs(
+        name=word.word, folder=options.out, kind="embedding", recipe=read_json(folder / CONFIG)
+    )
+    write_card(options.out, model_card(card))
 
 
 def _export_lora(options: ExportOptions, bundle: Bundle) -> None:

@@ -25,9 +25,11 @@ class MeshConfig:
       data: data parallelism: replicas of the model, each with a share of the batch.
       fsdp: fully sharded data parallelism: devices split the batch and the parameters, which are
         gathered layer by layer (Zhao et al. 2023).
-      tensor: tensor parallelism: devices split each matrix product (Shoeybi et al. 2019).
-      context: context parallelism: devices split the tokens of each image by rows; attention
-        gathers keys and values, and each device computes its own queries.
+      tensor: tensor parallelism: devices split the heads of attention and the hidden units of MLPs
+        (Shoeybi et al. 2019); convolutions are not split.
+      context: context parallelism: devices split each image of a denoiser by rows. In attention
+        each computes its own queries, for which keys and values are gathered; convolutions
+        exchange the rows at the borders.
     """
 
     data: int = -1

@@ -1,83 +1,175 @@
-"""The rules that lay a train state out on a mesh.
+"""Layout of a train state on a mesh, from the logical names of its parameters' axes.
 
-A leaf's place follows from its name and its shape alone, so that the rules serve parameters, their
-moving average and the optimizer's moments alike, which carry the same names.
+Each parameter names its axes, such as ("layers", "embed", "heads"), and `AXIS_RULES` maps these
+names to the axes of the mesh. The moving average and the optimizer's moments have their
+parameter's layout. An axis without a name is free for `fsdp`, so that a network that names nothing
+is sharded by the sizes of its arrays.
 """
 
-import re
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxdiff.distributed.mesh import BATCH
 from jaxdiff.errors import UserError
 
-# Layers whose outputs are split over `tensor`, and those that take such outputs in: between the two
-# nothing is exchanged, after the second one sum is (Shoeybi et al. 2019, section 3).
-_SPLIT_OUTPUT = re.compile(r"\.(q|k|v|gate|up|mlp_in)\.kernel$")
-_SPLIT_INPUT = re.compile(r"\.(out|down|mlp_out)\.kernel$")
-# Stacked blocks carry their depth as the first axis, which the scan runs over: never split it.
-# Those of a list, `.blocks.0.`, do not.
-_STACKED = re.compile(r"\.blocks\.(?!\d)")
+Axes = tuple[str | None, ...]
+"""A name, or None, for each axis of a parameter."""
+
+ParamAxes = Mapping[str, Any]
+"""The `Axes` of parameters, a nested dict of the structure of the parameters."""
+
+AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
+    # The layer before heads or hidden units splits its outputs over `tensor`, the layer after them
+    # its inputs: one sum is exchanged for the pair (Shoeybi et al. 2019, section 3).
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "embed": ("fsdp",),
+    "channels": ("fsdp",),
+    "vocab": ("fsdp",),
+    "position": ("fsdp",),
+    None: ("fsdp",),
+    "layers": (),  # of stacked blocks, which a scan runs over
+    "window": (),  # of a convolution
+    "rank": (),  # of an adapter
+}
+"""Axes of the mesh that may split an axis of this name."""
+
 # Below this size an all-gather costs more than the memory it saves.
 _SMALLEST = 2**12
 
-
-def _name(path) -> str:
-    """`params.denoiser.blocks.attention.q.kernel`, however the tree spells its keys."""
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "." + ".".join(parts)
+_Path = tuple[str, ...]
 
 
-def tensor_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """What `tensor` splits of an array: its place follows from the array's name."""
+def tensor_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Return what `tensor` splits of an array: its first axis that may be split and divides.
+
+    Args:
+      axes: of the array.
+      shape: of the array.
+      mesh: with the axes of `jaxdiff.distributed.mesh`.
+
+    Raises:
+      UserError: `AXIS_RULES` has no such name.
+    """
     spec: list[str | None] = [None] * len(shape)
-    axis = (
-        len(shape) - 1
-        if _SPLIT_OUTPUT.search(name)
-        else len(shape) - 2
-        if _SPLIT_INPUT.search(name)
-        else None
-    )
-    if axis is not None and mesh.shape["tensor"] > 1 and shape[axis] % mesh.shape["tensor"] == 0:
-        spec[axis] = "tensor"
+    size = mesh.shape["tensor"]
+    if size > 1 and len(shape) > 1:
+        split = [i for i in _may_split("tensor", axes) if shape[i] % size == 0]
+        if split:
+            spec[split[0]] = "tensor"
     return PartitionSpec(*spec)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Where one array goes: its place by name on `tensor`, its longest free axis on `fsdp`.
+def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Return the layout of an array: by name over `tensor`, its longest free axis over `fsdp`.
+
+    Vectors, stacked or not, are replicated; small arrays are not split over `fsdp`.
 
     Args:
-      name: the path of the leaf, joined by dots.
+      axes: of the array.
       shape: of the array.
       mesh: with the axes of `jaxdiff.distributed.mesh`.
+
+    Raises:
+      UserError: `AXIS_RULES` has no such name.
     """
-    first = 1 if _STACKED.search(name) else 0
-    if len(shape) - first < 2:
+    sides = [length for name, length in zip(axes, shape, strict=True) if name != "layers"]
+    if len(sides) < 2:
         return PartitionSpec()
     fsdp = mesh.shape["fsdp"]
-    spec = list(tensor_spec(name, shape, mesh))
-    free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % fsdp == 0]
-    size = 1
-    for length in shape[first:]:
-        size *= length
-    if fsdp > 1 and free and size >= _SMALLEST:
+    spec = list(tensor_spec(axes, shape, mesh))
+    free = [i for i in _may_split("fsdp", axes) if spec[i] is None and shape[i] % fsdp == 0]
+    if fsdp > 1 and free and math.prod(sides) >= _SMALLEST:
         spec[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*spec)
 
 
-def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """A sharding for each leaf of an abstract train state (from `jax.eval_shape`)."""
+def _may_split(mesh_axis: str, axes: Axes) -> list[int]:
+    """Return the indices of the axes that an axis of the mesh may split."""
+    for name in axes:
+        if name not in AXIS_RULES:
+            known = ", ".join(repr(known) for known in AXIS_RULES)
+            raise UserError(
+                f"A parameter's axis is named {name!r}: expected one of {known}; rename it, or add "
+                "its rule to AXIS_RULES in jaxdiff/distributed/sharding.py."
+            )
+    return [i for i, name in enumerate(axes) if mesh_axis in AXIS_RULES[name]]
+
+
+def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes) -> PyTree:
+    """Return a sharding for each leaf of a tree that holds parameters, or what belongs to them.
+
+    A leaf has the axes of the parameter whose path is the end of its own, if both have the same
+    rank: `opt_state.1.mu.denoiser.patch.kernel` those of `denoiser.patch.kernel`. All axes of other
+    leaves are free.
+
+    Args:
+      abstract: an abstract train state (from `jax.eval_shape`), or a tree of parameters.
+      mesh: with the axes of `jaxdiff.distributed.mesh`.
+      axes: of the parameters; {} for parameters that name nothing.
+    """
+    named = _flat(axes)
 
     def place(path, leaf):
-        return NamedSharding(mesh, partition_spec(_name(path), leaf.shape, mesh))
+        spec = partition_spec(_find(named, path, len(leaf.shape)), leaf.shape, mesh)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def _flat(axes: ParamAxes) -> dict[_Path, Axes]:
+    flat: Any = traverse_util.flatten_dict(dict(axes))
+    return {tuple(map(str, path)): names for path, names in flat.items()}
+
+
+def _find(named: Mapping[_Path, Axes], path: tuple[Any, ...], rank: int) -> Axes:
+    """Return the axes of the parameter that a leaf at a path belongs to."""
+    keys = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    for start in range(len(keys)):
+        axes = named.get(keys[start:])
+        if axes is not None and len(axes) == rank:
+            return axes
+    return (None,) * rank
+
+
+def check_mesh(
+    params: PyTree, axes: ParamAxes, mesh: Mesh | AbstractMesh, *, splits_tokens: bool
+) -> None:
+    """Raise `UserError` for an axis of the mesh that splits nothing of a model.
+
+    Args:
+      params: all parameters of the model, trained and frozen, or their shapes.
+      axes: of the parameters.
+      mesh: with the axes of `jaxdiff.distributed.mesh`.
+      splits_tokens: whether the model's activations are split by `split_tokens`.
+    """
+    shardings = jax.tree.leaves(state_shardings(params, mesh, axes))
+    used = {axis for sharding in shardings for axis in sharding.spec}
+    expected = {
+        "fsdp": f"a divisor of an axis of a matrix of at least {_SMALLEST} elements",
+        "tensor": "a divisor of the width of an attention or of a transformer's MLP",
+    }
+    for axis, divisor in expected.items():
+        if mesh.shape[axis] > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis} {mesh.shape[axis]} shards no parameter of this model: expected "
+                f"{divisor}; choose another number, or set mesh.{axis} to 1 and raise mesh.data."
+            )
+    if mesh.shape["context"] > 1 and not splits_tokens:
+        raise UserError(
+            f"mesh.context {mesh.shape['context']} splits no activation of this task: expected 1, "
+            "since only a denoiser's images are split; set mesh.context to 1 and raise mesh.data."
+        )
+
+
 def traced_mesh() -> AbstractMesh | None:
-    """The mesh that XLA lays out the traced program on.
+    """Return the mesh that XLA lays out the traced program on.
 
     None where it has none, or a single device, or where each device runs a program of its own.
     """
@@ -85,28 +177,47 @@ def traced_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
-def gather_weights(params: PyTree) -> PyTree:
-    """A block's weights as its products take them: whole, but for what `tensor` splits.
+def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
+    """Return a block's weights as its products take them: whole, but for what `tensor` splits.
 
     So each device gathers the weights of one block at a time, and its gradients of them are summed
-    and dealt out again (Zhao et al. 2023). Left to itself, XLA may gather the activations of all
-    images instead. Under the mesh of the program that is traced; without one, as they are.
+    and split again (Zhao et al. 2023). Left to itself, XLA may gather the activations of all images
+    instead. Under the mesh of the program that is traced; without one, the weights as they are.
+
+    Args:
+      params: of one block.
+      axes: of these, without that of the stack.
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params
+    named = _flat(axes)
 
     def gather(path, leaf):
-        return jax.lax.with_sharding_constraint(leaf, tensor_spec(_name(path), leaf.shape, mesh))
+        spec = tensor_spec(_find(named, path, leaf.ndim), leaf.shape, mesh)
+        return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def split_tokens(x: Array) -> Array:
-    """Images or latents [b, h, w, c] as activations lie: images in turn, and rows over `context`.
+def gather_kernel(kernel: Array) -> Array:
+    """Return a convolution's kernel, whole where `context` splits the images that it is applied to.
 
-    What is computed of them lies likewise, the tokens of a transformer included. Under the mesh of
-    the program that is traced; without one, x.
+    Of images whose rows are split, and a kernel whose channels are, XLA's partitioner computes
+    wrong convolutions and gradients (jax 0.10.2; jax-ml/jax#16894 reports another such case).
+    """
+    mesh = traced_mesh()
+    if mesh is None or mesh.shape["context"] == 1:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+
+
+def split_tokens(x: Array) -> Array:
+    """Split images or latents [b, h, w, c] over the mesh: images, and rows over `context`.
+
+    What a denoiser computes from them is split likewise: a transformer's tokens, and the rows of a
+    U-Net's feature maps, whose convolutions exchange the rows at the borders and take their kernels
+    through `gather_kernel`. Under the mesh of the program that is traced; without one, x.
 
     Raises:
       UserError: the rows do not divide.
@@ -123,5 +234,5 @@ def split_tokens(x: Array) -> Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that has the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.distributed.multihost import to_host
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
@@ -85,7 +86,7 @@ class Reconstructions(Evaluator):
         self.check(context.spec, context.data)
         found = _images(context.data)
         images = np.stack([image for image, _ in zip(found, range(self.count), strict=False)])
-        decoded = image_io.to_uint8(_reconstruct(context.spec)(context.params, images))
+        decoded = image_io.to_uint8(to_host(_reconstruct(context.spec)(context.params, images)))
         both = np.concatenate([images, decoded])
         return Report(images={"samples": image_io.grid(both, columns=8, scale=2)})
 

@@ -24,7 +24,8 @@ def tsne(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
         from threadpoolctl import threadpool_limits
     except ImportError:
         raise UserError(
-            "t-SNE needs scikit-learn, which is not installed; run: pip install 'jaxdiff[explore]'"
+            "t-SNE needs the package scikit-learn, which is not installed: run "
+            "pip install -e '.[explore]' in a clone of jaxdiff."
         ) from None
     if not np.ptp(vectors, axis=0).any():  # scikit-learn divides by their standard deviation
         return np.zeros((len(vectors), 2), np.float32)

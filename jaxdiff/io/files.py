@@ -19,7 +19,10 @@ def check_reachable(path: str) -> None:
       UserError: a package is missing, the bucket does not exist, or the user is not signed in.
     """
     if find_spec("gcsfs") is None:
-        raise UserError("gs:// needs the package gcsfs: pip install 'jaxdiff[gcs]'.")
+        raise UserError(
+            "gs:// needs the package gcsfs, which is not installed: run pip install -e '.[gcs]' in "
+            "a clone of jaxdiff."
+        )
     try:
         epath.Path(path).exists()
     except Exception as error:  # the storage clients' exceptions share no base class

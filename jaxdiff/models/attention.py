@@ -27,14 +27,22 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.distributed.sharding import traced_mesh
-from jaxdiff.models.layers import Dense, apply_rope
+from jaxdiff.distributed.sharding import Axes, traced_mesh
+from jaxdiff.models.layers import EMBED, FROM_HEADS, TO_HEADS, Dense, apply_rope
 
 
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True):
+def linear(
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    axes: Axes = EMBED,
+    zero: bool = False,
+    bias: bool = True,
+) -> Dense:
     """A linear layer with Xavier's initialisation, or one that starts at zero."""
     init = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
-    return Dense(inputs, outputs, kernel_init=init, use_bias=bias, rngs=rngs)
+    return Dense(inputs, outputs, axes=axes, kernel_init=init, use_bias=bias, rngs=rngs)
 
 
 # On a CPU, from this many products of queries and keys on, they are taken piece by piece: on two
@@ -161,10 +169,10 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, source_width: int, rngs: nnx.Rngs, zero=False):
         self.heads = heads
-        self.q = linear(width, width, rngs, bias=False)
-        self.k = linear(source_width, width, rngs, bias=False)
-        self.v = linear(source_width, width, rngs, bias=False)
-        self.out = linear(width, width, rngs, zero=zero)
+        self.q = linear(width, width, rngs, axes=TO_HEADS, bias=False)
+        self.k = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.v = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.out = linear(width, width, rngs, axes=FROM_HEADS, zero=zero)
         self.q_norm = nnx.RMSNorm(width // heads, rngs=rngs)
         self.k_norm = nnx.RMSNorm(width // heads, rngs=rngs)
 

@@ -7,13 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxdiff.distributed.sharding import Axes, gather_kernel
 from jaxdiff.models.initializers import fan_in_normal
-from jaxdiff.models.layers import Dense, Remat, checkpoint
+from jaxdiff.models.layers import EMBED, Dense, Remat, checkpoint
 
 Wrap = tuple[bool, bool]
 """Whether a picture goes on at its other side: below the lowest row, beyond the last column."""
 
+WINDOW_AXES: Axes = ("window", "window", "channels", "channels")
+"""Names of a convolution kernel's axes."""
+
 Sides = tuple[tuple[int, int], tuple[int, int]]  # positions added above and below, left and right
+
+
+def _convolve(inputs: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    return jax.lax.conv_general_dilated(inputs, gather_kernel(kernel), *args, **options)
 
 
 class Conv(nnx.Conv):
@@ -48,6 +56,8 @@ class Conv(nnx.Conv):
             padding=(half, half) if sides is None else sides,
             use_bias=bias,
             kernel_init=init,
+            kernel_metadata={"axes": WINDOW_AXES},
+            conv_general_dilated=_convolve,
             rngs=rngs,
         )
 
@@ -61,7 +71,7 @@ class Conv(nnx.Conv):
         if hasattr(self, "lora"):
             layout = ("NHWC", "HWIO", "NHWC")
             strides = (self.stride, self.stride)
-            down = jax.lax.conv_general_dilated(
+            down = _convolve(
                 inputs, self.lora.down[...], strides, self.padding, dimension_numbers=layout
             )
             out = out + down @ self.lora.up[0, 0]
@@ -86,9 +96,12 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> Conv:
     return Conv(inputs, outputs, size, 1, rngs)
 
 
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> Dense:
+def linear(
+    inputs: int, outputs: int, rngs: nnx.Rngs, *, axes: Axes = EMBED, bias: bool = True
+) -> Dense:
     """A linear layer over the channels."""
-    return Dense(inputs, outputs, use_bias=bias, kernel_init=fan_in_normal(), rngs=rngs)
+    init = fan_in_normal()
+    return Dense(inputs, outputs, axes=axes, use_bias=bias, kernel_init=init, rngs=rngs)
 
 
 class GroupNorm(nnx.GroupNorm):

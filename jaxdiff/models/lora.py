@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.convolutions import Conv
-from jaxdiff.models.layers import Dense
+from jaxdiff.models.layers import Dense, axes_of
 
 LORA = "lora"  # the attribute of a layer that is its adapter
 
@@ -83,11 +83,29 @@ Adapters = Mapping[str, Mapping[Path, Factors]]
 
 
 class Lora(nnx.Module):
-    """The adapter of one layer, or of all those of a stack."""
+    """The adapter of one layer, or of all those of a stack.
 
-    def __init__(self, pair: Factors):
-        self.down = nnx.Param(pair.down)
-        self.up = nnx.Param(pair.up)
+    Args:
+      pair: its parameters.
+      kernel: of the layer, whose axes it shares.
+    """
+
+    def __init__(self, pair: Factors, kernel: nnx.Param):
+        axes = _axes(kernel)
+        self.down = nnx.Param(pair.down, axes=axes.down)
+        self.up = nnx.Param(pair.up, axes=axes.up)
+
+
+def _axes(kernel: nnx.Param) -> Factors:
+    """Return the names of the axes of an adapter of a layer with this kernel."""
+    *first, inputs, outputs = axes_of(kernel)
+    return Factors((*first, inputs, "rank"), (*first, "rank", outputs))
+
+
+def adapter_axes(module: nnx.Module) -> dict[str, Any]:
+    """Return the axes of adapters of all layers of a module that can have one, a nested dict."""
+    layers: Any = nnx.iter_modules(module)
+    return tree({p: _axes(x.kernel) for p, x in layers if isinstance(x, Dense | Conv)})
 
 
 def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
         layer: Any = module
         for name in path:
             layer = layer[name] if isinstance(name, int) else getattr(layer, name)
-        layer.lora = Lora(pair)
+        layer.lora = Lora(pair, layer.kernel)
 
 
 def factors(adapters: Mapping[str, Any]) -> dict[Path, Factors]:

@@ -31,8 +31,15 @@ from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
-from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params
-from jaxdiff.models.lora import add_adapters
+from jaxdiff.models.layers import (
+    abstract_module,
+    abstract_params,
+    bind_init,
+    bind_params,
+    init_params,
+    param_axes,
+)
+from jaxdiff.models.lora import adapter_axes, add_adapters
 from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
@@ -131,6 +138,19 @@ class TextToImage:
     def abstract_params(self) -> dict[str, Any]:
         """Return shapes and types of the parameters, without adapters and added tokens."""
         return tree_of({part.path: abstract_params(part.build) for part in self.parts})
+
+    def param_axes(self) -> dict[str, Any]:
+        """Return the names of the axes of all parameters, by which they are sharded.
+
+        Adapters of all layers and added tokens are included. See `jaxdiff.distributed.sharding`.
+        """
+        axes: dict[tuple[str, ...], Any] = {p.path: param_axes(p.build) for p in self.parts}
+        for part in self.parts:
+            if part.path[0] != "autoencoder":
+                axes["adapters", *part.path] = adapter_axes(abstract_module(part.build))
+        for name in self.conditioner.encoders:
+            axes["added_tokens", name] = ("vocab", "embed")
+        return tree_of(axes)
 
     def init_denoiser(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the denoiser's parameters."""

@@ -84,13 +84,23 @@ def open_input(path: epath.PathLike) -> InputFile:
 class CommandDefaults:
     """Models that only the owner of a process may name, never a row of a file or a client.
 
+    None is the one of the model's own sampler, if it has one, and then the package's CLIP.
+
     Attributes:
       clip_model: the CLIP of `clip_scale` and `best_of`.
       guide_model: the model of autoguidance.
     """
 
-    clip_model: str = DEFAULT_CLIP
+    clip_model: str | None = None
     guide_model: str | None = None
+
+    def inherit(self, guidance: Guidance) -> "CommandDefaults":
+        """Return these models, with those of a sampler's guidance in the place of None."""
+        clip, guide = guidance.clip, guidance.guide
+        return CommandDefaults(
+            clip_model=self.clip_model or (clip.model if clip else DEFAULT_CLIP),
+            guide_model=self.guide_model or (guide and guide.model),
+        )
 
 
 _NO_MODELS, _NO_DEFAULTS = CommandDefaults(), GenerationSettings()
@@ -186,8 +196,8 @@ def resolve_settings(
         asked = dataclasses.replace(asked, guide_scale=Autoguidance.scale)
     kept = {"clip_scale": model.guidance.clip, "guide_scale": model.guidance.guide}
     asked = without_no_ops(asked, tuple(name for name, value in kept.items() if value is not None))
-    guide = command.guide_model or (model.guidance.guide and model.guidance.guide.model)
-    if asked.guide_scale is not None and guide is None:
+    command = command.inherit(model.guidance)
+    if asked.guide_scale is not None and command.guide_model is None:
         raise UserError(
             f"{called('guide_scale')} has no effect without a guide model: give --guide-model."
         )
@@ -200,7 +210,7 @@ def resolve_settings(
         settings=asked,
         sampler=_sampler(asked, model, command),
         files=files,
-        clip_model=command.clip_model,
+        clip_model=command.clip_model or DEFAULT_CLIP,
     )
     width, height = resolved.final_size
     if max(width, height) > LARGEST_SIDE:
@@ -287,7 +297,7 @@ def _sampler(
         apg=apg,
         cfg_zero_star=zero,
         clip=_clip(asked, command),
-        guide=_guide(asked, own, command),
+        guide=_guide(asked, command),
     )
     return Sampler(
         solver=solver,
@@ -302,20 +312,17 @@ def _clip(asked: GenerationSettings, command: CommandDefaults) -> ClipGuidance |
     if asked.clip_scale is None:
         return None
     return ClipGuidance(
-        model=command.clip_model,
+        model=command.clip_model or DEFAULT_CLIP,
         scale=asked.clip_scale,
         interval=asked.clip_interval or (0.0, 1.0),
         cutouts=asked.clip_cutouts or 0,
     )
 
 
-def _guide(
-    asked: GenerationSettings, own: Guidance, command: CommandDefaults
-) -> Autoguidance | None:
-    model = command.guide_model or (own.guide and own.guide.model)
-    if asked.guide_scale is None or model is None:
+def _guide(asked: GenerationSettings, command: CommandDefaults) -> Autoguidance | None:
+    if asked.guide_scale is None or command.guide_model is None:
         return None
-    return Autoguidance(model=model, scale=asked.guide_scale)
+    return Autoguidance(model=command.guide_model, scale=asked.guide_scale)
 
 
 def recorded(resolved: ResolvedSettings) -> dict[str, object]:

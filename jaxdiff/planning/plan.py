@@ -38,6 +38,7 @@ from jaxdiff.training.abstract import (
     abstract_batch,
     abstract_frozen,
     abstract_state,
+    check_axes,
     flops_per_image,
 )
 from jaxdiff.training.loop import compile_step
@@ -178,6 +179,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     """
     mesh = make_mesh(config.mesh, topology.devices)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_axes(config, mesh)
     start = time.perf_counter()
     memory, needed, limit, text = _compile(config, mesh, quick)
     compile_s = time.perf_counter() - start
@@ -229,7 +231,8 @@ def _count(tree: Any) -> int:
 def held(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes that each device holds of train state and frozen weights."""
     trees = abstract_state(config), abstract_frozen(config)
-    shardings = [state_shardings(tree, mesh) for tree in trees]
+    axes = config.task.param_axes()
+    shardings = [state_shardings(tree, mesh, axes) for tree in trees]
 
     def size(leaf, sharding) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -257,7 +260,9 @@ def _compile(
     its temporaries only, the sum is theirs and what a device holds.
     """
     state, frozen = abstract_state(config), abstract_frozen(config)
-    step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
+    axes = config.task.param_axes()
+    shardings = [state_shardings(tree, mesh, axes) for tree in (state, frozen)]
+    step = compile_step(config, mesh, *shardings)
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
         with refused_flags_as_user_errors():

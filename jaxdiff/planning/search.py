@@ -9,6 +9,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.layers import Remat
 from jaxdiff.planning.plan import Plan, held, make_plan
 from jaxdiff.planning.topology import Topology
+from jaxdiff.training.abstract import check_axes
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -71,6 +72,10 @@ def search(
             continue
         mesh = make_mesh(candidate.mesh, topology.devices)
         if topology.chip and held(candidate, mesh) > topology.chip.memory:
+            continue
+        try:
+            check_axes(candidate, mesh)
+        except UserError:  # more devices than an axis of any parameter can be split over
             continue
         plan = make_plan(candidate, topology, quick=quick)
         say(plan)

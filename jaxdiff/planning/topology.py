@@ -85,8 +85,8 @@ def _slice(name: str) -> tuple[Any, ...]:
     """Devices that cannot run anything, but can be compiled for."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"Compiling for {name} takes the package libtpu, which is not installed: pip install "
-            "'jaxdiff[tpu]'."
+            f"Compiling for {name} needs the package libtpu, which is not installed: run "
+            "pip install -e '.[tpu]' in a clone of jaxdiff."
         )
     # No TPU is used: libtpu need not ask the cloud which one, nor keep it for this process alone.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -120,7 +120,8 @@ def _local(name: str) -> Topology:
     if name == "gpu" and devices[0].platform != "gpu":
         raise UserError(
             f"This machine has no GPU that JAX can use, only {devices[0].device_kind}: name what "
-            "to plan for, such as h100:8 or v5e:16x16, or install 'jaxdiff[gpu]'."
+            "to plan for, such as h100:8 or v5e:16x16, or run pip "
+            "install -e '.[gpu]' in a clone of jaxdiff."
         )
     chip = None if devices[0].platform == "cpu" else chip_of(devices[0])
     return Topology(name=name, devices=devices, chip=chip)

@@ -229,7 +229,9 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
         _write_part(root / part, MODEL, text_config, tensors)
         index[part] = ["transformers", *text_config["architectures"]]
         part = part.replace("text_encoder", "tokenizer")
-        tokenizers[name].export(str(root / part))
+        tokenizer = tokenizers[name]
+        assert isinstance(tokenizer, Tokenizer)  # CLIP's encoders have no others
+        tokenizer.export(str(root / part))
         index[part] = ["transformers", "CLIPTokenizer"]
     write_json(root / INDEX, index)
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.distributed.sharding import check_mesh
 from jaxdiff.models.layers import cast
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.initial_weights import abstract_frozen_params
@@ -67,3 +69,12 @@ def flops_per_image(config: Config) -> float:
     return config.task.flops_per_image(
         data.transforms.size, latents=data.gives_latents, text=data.gives_text
     )
+
+
+def check_axes(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raise `UserError` for an axis of the mesh that splits nothing of a recipe's model."""
+    task, shape = config.task, mesh.shape
+    if shape["fsdp"] == shape["tensor"] == shape["context"] == 1:
+        return
+    params = {"trained": abstract_state(config).params, "frozen": abstract_frozen(config)}
+    check_mesh(params, task.param_axes(), mesh, splits_tokens=task.splits_tokens)

@@ -28,7 +28,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
-from jaxdiff.training.abstract import abstract_state, flops_per_image, state_initializer
+from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.initial_weights import load_frozen, load_parts
@@ -83,6 +83,7 @@ def train(
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    check_axes(config, mesh)
     check_cache(config)
     config.data.source.check()  # before an earlier run is removed because of a typo
     tokenizers = open_run(config, out, fresh=fresh, log=log)
@@ -91,13 +92,14 @@ def train(
     check_encoders(config, host, tokenizers)
     # In the type that a step would cast them to, and sharded like what is trained.
     constants = host | config.task.constants(tokenizers)
-    frozen = from_host(cast(constants, config.train.compute), state_shardings(constants, mesh))
+    placed = state_shardings(constants, mesh, config.task.param_axes())
+    frozen = from_host(cast(constants, config.train.compute), placed)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
         state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
-        del host, constants
+        del host, constants, placed
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
         batches = _batches(config, tokenizers, mesh, rows, int(state.step))
         stack.callback(batches.close)
@@ -184,7 +186,7 @@ def _start(
 ) -> tuple[TrainState, TrainState]:
     """Return the newest checkpoint's state, or a fresh one, and its shardings."""
     abstract = abstract_state(config)
-    shardings = state_shardings(abstract, mesh)
+    shardings = state_shardings(abstract, mesh, config.task.param_axes())
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

@@ -82,8 +82,8 @@ class MetricsWriter:
             import wandb
         except ImportError:
             raise UserError(
-                "Weights & Biases needs the package wandb, which is not installed; "
-                "run: pip install 'jaxdiff[wandb]'"
+                "Weights & Biases needs the package wandb, which is not installed: run "
+                "pip install -e '.[wandb]' in a clone of jaxdiff."
             ) from None
         known = self._folder / WANDB_ID
         same = resume_from and known.exists()

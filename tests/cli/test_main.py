@@ -234,7 +234,7 @@ def test_a_user_error_of_a_command_is_one_line(refused, monkeypatch):
 def test_an_unreachable_bucket_is_reported(refused, monkeypatch):
     words = ("sample", "a pea", "--out", "gs://bucket/images")
     monkeypatch.setattr(files, "find_spec", lambda _: None)
-    assert "pip install 'jaxdiff[gcs]'" in refused(*words)
+    assert "pip install -e '.[gcs]'" in refused(*words)
 
     def forbid(_):
         raise RuntimeError("Anonymous caller does not have access\nto the bucket")

@@ -1,14 +1,17 @@
-"""Where the rules put arrays, and that a step is the same wherever they lie."""
+"""Layouts follow from the names of axes, and a step is the same on any mesh."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx, traverse_util
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from jaxdiff.benchmark import synthetic
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import (
     gather_weights,
@@ -17,55 +20,249 @@ from jaxdiff.distributed.sharding import (
     state_shardings,
 )
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import TextInputs
-from jaxdiff.training.abstract import abstract_state
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.convolutions import Conv
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
+from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.layers import (
+    abstract_params,
+    any_rngs,
+    bind_init,
+    bind_params,
+    init_params,
+    param_axes,
+    stack_blocks,
+)
+from jaxdiff.models.lora import LoraConfig
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from jaxdiff.training.abstract import abstract_state, check_axes
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import compile_step
-from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.step import init_state
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.training.tasks.diffusion import Pretrained, Trainable
 
-MESH = MeshConfig(data=2, fsdp=2, tensor=2)
-ROWS = MeshConfig(data=2, fsdp=2, context=2)
+TENSOR = MeshConfig(data=2, fsdp=2, tensor=2)
+CONTEXT = MeshConfig(data=2, fsdp=2, context=2)
 # Adam divides by the root of squared gradients: where these are rounding errors, eps says so.
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
 
+DENOISERS = {
+    "dit": DiTConfig(patch_size=8, width=64, depth=1, heads=2, text_width=16, pooled_width=16),
+    "unet": UNetConfig(
+        widths=(32, 64), attention=(False, True), heads=2, text_width=16, pooled_width=16
+    ),
+    "unet_sd": UNet2DConditionConfig(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        transformer_layers=(0, 1),
+        heads=(2, 2),
+        cross_attention_dim=16,
+        norm_num_groups=8,
+    ),
+}
+CLIP = ClipConfig(
+    text=ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2, projection_dim=8),
+    vision=ClipVisionConfig(
+        image_size=32, patch_size=8, width=16, depth=1, heads=2, projection_dim=8
+    ),
+)
+AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), norm_num_groups=8)
+
 
 @pytest.mark.parametrize(
-    ("name", "shape", "spec"),
+    ("axes", "shape", "spec"),
     [
         # Outputs of the first product split, inputs of the second: one exchange for the pair.
-        (".blocks.attention.q.kernel", (6, 256, 256), (None, "fsdp", "tensor")),
-        (".blocks.attention.out.kernel", (6, 256, 256), (None, "tensor", "fsdp")),
-        (".blocks.mlp.down.kernel", (6, 704, 256), (None, "tensor", "fsdp")),
-        (".blocks.mlp_in.kernel", (6, 256, 1024), (None, "fsdp", "tensor")),
-        (".blocks.mlp_out.kernel", (6, 1024, 256), (None, "tensor", "fsdp")),
-        # The blocks of a list are not stacked.
-        (".down.0.blocks.1.modulation.kernel", (512, 128), ("fsdp", None)),
-        # What has no place on tensor is split over fsdp along its longest axis.
-        (".embedding", (1024, 128), ("fsdp", None)),
-        (".decoder.conv.kernel", (3, 3, 64, 128), (None, None, None, "fsdp")),
-        # The depth that the scan runs over is never split, however well it divides.
-        (".blocks.modulation.kernel", (512, 64, 64), (None, "fsdp", None)),
+        (("layers", "embed", "heads"), (6, 256, 256), (None, "fsdp", "tensor")),
+        (("layers", "heads", "embed"), (6, 256, 256), (None, "tensor", "fsdp")),
+        (("layers", "mlp", "embed"), (6, 704, 256), (None, "tensor", "fsdp")),
+        (("embed", "mlp"), (256, 1024), ("fsdp", "tensor")),
+        # What tensor does not divide is free for fsdp.
+        (("embed", "mlp"), (255, 1023), (None, None)),
+        # Without a place on tensor, the longest axis is split over fsdp, the first of equals.
+        (("embed", "embed"), (128, 512), (None, "fsdp")),
+        (("vocab", "embed"), (1024, 128), ("fsdp", None)),
+        (("window", "window", "channels", "channels"), (3, 3, 64, 64), (None, None, "fsdp", None)),
+        # Axes without names are free.
+        ((None, None), (512, 128), ("fsdp", None)),
+        # The depth, a window and a rank are never split, however well they divide.
+        (("layers", "embed", "embed"), (512, 64, 64), (None, "fsdp", None)),
+        (("layers", None, None), (512, 64, 64), (None, "fsdp", None)),
+        (("embed", "rank"), (63, 128), (None, None)),
         # Whole: vectors, stacked or not, what is small, and what no axis divides.
-        (".blocks.q.bias", (6, 4096), ()),
-        (".norm.scale", (4096,), ()),
-        (".patch.kernel", (48, 32), (None, None)),
-        (".odd.kernel", (91, 93), (None, None)),
+        (("layers", None), (6, 4096), ()),
+        (("heads",), (4096,), ()),
+        (("channels", "embed"), (48, 32), (None, None)),
+        (("embed", "embed"), (91, 93), (None, None)),
     ],
 )
-def test_a_place_follows_from_name_and_shape(name, shape, spec):
-    assert partition_spec(name, shape, make_mesh(MESH)) == PartitionSpec(*spec)
+def test_a_layout_follows_from_names_and_sizes(axes, shape, spec):
+    assert partition_spec(axes, shape, make_mesh(TENSOR)) == PartitionSpec(*spec)
+
+
+def test_a_name_without_a_rule_is_refused():
+    with pytest.raises(UserError, match="axis is named 'emebd': expected one of 'heads'"):
+        partition_spec(("emebd", "mlp"), (64, 64), make_mesh(TENSOR))
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree)
+
+
+def bound(config):
+    return bind_init(type(config).build, config)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *map(bound, DENOISERS.values()),
+        bound(DiTConfig(text="joint", bottleneck=16)),
+        bound(
+            UNet2DConditionConfig(
+                use_linear_projection=True, added_width=32, transformer_layers=(0, 1, 2, 1)
+            )
+        ),
+        bind_init(Clip, CLIP),
+        bound(AUTOENCODER),
+        bound(TinyAutoencoderConfig()),
+    ],
+    ids=[*DENOISERS, "dit_joint", "unet_xl", "clip", "autoencoder", "tiny_autoencoder"],
+)
+def test_every_matrix_of_the_networks_here_names_its_axes(build):
+    params, axes = flat(abstract_params(build)), flat(param_axes(build))
+    assert params.keys() == axes.keys()
+    for path, names in axes.items():
+        assert len(names) == params[path].ndim, path
+        if len([name for name in names if name != "layers"]) > 1:
+            assert None not in names, path
+
+
+def with_denoiser(config, name, **changes):
+    model = dataclasses.replace(config.task.model, denoiser=DENOISERS[name])
+    task = dataclasses.replace(config.task, model=model, **changes)
+    return dataclasses.replace(config, task=task)
+
+
+def specs_of(tree, axes, mesh):
+    """Layouts by path, with nothing allocated."""
+    shardings = jax.tree.leaves(state_shardings(tree, mesh, axes))
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {path: sharding.spec for path, sharding in zip(paths, shardings, strict=True)}
+
+
+def test_tensor_splits_attention_and_mlp_of_stable_diffusions_unet():
+    build = bound(UNet2DConditionConfig())
+    mesh = AbstractMesh((1, 1, 8, 1), ("data", "fsdp", "tensor", "context"))
+    specs = specs_of(abstract_params(build), param_axes(build), mesh)
+    places = {"q": 2, "k": 2, "v": 2, "out": 1, "inner": 2, "outer": 1}
+    for path, spec in specs.items():
+        layer = re.search(r"\['blocks'\]\['\w+'\]\['(\w+)'\]\['kernel'\]$", path)
+        place = places.get(layer[1]) if layer else None
+        assert [i for i, axis in enumerate(spec) if axis == "tensor"] == (
+            [] if place is None else [place]
+        ), path
+
+
+def test_adapters_have_the_axes_of_their_layers(tiny_recipe):
+    lora = LoraConfig(rank=8, targets=("q", "out", "conv1", "inner"))
+    config = with_denoiser(
+        tiny_recipe(),
+        "unet_sd",
+        trainable=Trainable(lora=lora, text_lora=LoraConfig(rank=8)),
+        pretrained=Pretrained(denoiser="x", text_encoders="x"),
+    )
+    params, axes = abstract_state(config).params, flat(config.task.param_axes())
+    for path, leaf in flat(params).items():
+        assert len(axes[path]) == leaf.ndim
+        assert leaf.shape[axes[path].index("rank")] == 8
+    block = "adapters", "denoiser", "middle", "transformer", "blocks"
+    assert axes[*block, "attention", "q", "lora", "up"] == ("layers", "rank", "heads")
+    assert axes[*block, "attention", "out", "lora", "down"] == ("layers", "heads", "rank")
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_moments_and_average_have_the_layout_of_their_parameters(tiny_recipe, name, optimizer):
+    config = dataclasses.replace(with_denoiser(tiny_recipe(), name), optimizer=optimizer)
+    axes, state, mesh = config.task.param_axes(), abstract_state(config), make_mesh(TENSOR)
+    specs = specs_of(state.params, axes, mesh)
+    assert specs == specs_of(state.ema, axes, mesh)
+    assert {axis for spec in specs.values() for axis in spec} == {None, "fsdp", "tensor"}
+    found = []
+    for path, spec in specs_of(state.opt_state, axes, mesh).items():
+        owner = next((p for p in specs if path.endswith(p)), None)
+        if owner is not None:
+            assert spec == specs[owner], path
+            found.append(owner)
+    assert set(found) == set(specs)
+
+
+class Unnamed(nnx.Module):
+    """A network of someone who knows nothing of names."""
+
+    def __init__(self):
+        rngs = any_rngs()
+        self.first = nnx.Linear(64, 256, rngs=rngs)
+        self.blocks = stack_blocks(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 512, rngs)
+
+
+def test_a_network_without_names_is_sharded_over_fsdp():
+    specs = specs_of(abstract_params(Unnamed), param_axes(Unnamed), make_mesh(TENSOR))
+    assert specs["['first']['kernel']"] == PartitionSpec(None, "fsdp")
+    assert specs["['blocks']['kernel']"] == PartitionSpec(None, "fsdp", None)
+    assert specs["['blocks']['bias']"] == PartitionSpec()
+    nothing = specs_of(abstract_params(Unnamed), {}, make_mesh(TENSOR))
+    assert nothing["['first']['kernel']"] == PartitionSpec(None, "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("task", "mesh", "message"),
+    [
+        (None, MeshConfig(data=1, fsdp=8), None),
+        (None, MeshConfig(data=1, tensor=8), None),
+        (None, MeshConfig(data=2, context=4), None),
+        (AutoencoderTask(model=AUTOENCODER), MeshConfig(fsdp=2), None),
+        (ClipTask(model=CLIP), MeshConfig(tensor=2), None),
+        (
+            AutoencoderTask(model=AUTOENCODER),
+            MeshConfig(tensor=2),
+            "mesh.tensor 2 shards no parameter of this model: expected a divisor .* mesh.tensor to",
+        ),
+        (
+            AutoencoderTask(
+                model=AutoencoderConfig(block_out_channels=(10, 20), norm_num_groups=5)
+            ),
+            MeshConfig(data=1, fsdp=8),
+            "mesh.fsdp 8 shards no parameter of this model: expected a divisor .* mesh.fsdp to 1",
+        ),
+        (AutoencoderTask(model=AUTOENCODER), MeshConfig(context=2), "mesh.context 2 splits no"),
+        (ClipTask(model=CLIP), MeshConfig(context=4), "mesh.context 4 splits no activation"),
+    ],
+)
+def test_an_axis_that_splits_nothing_is_refused(tiny_recipe, task, mesh, message):
+    config = tiny_recipe()
+    config = dataclasses.replace(config, task=task or with_denoiser(config, "dit").task)
+    if message is None:
+        check_axes(config, make_mesh(mesh))
+    else:
+        with pytest.raises(UserError, match=message):
+            check_axes(config, make_mesh(mesh))
 
 
 @functools.cache
-def small(recipe):
-    """The tiny recipe with one block, and its state with weights away from zero."""
-    config = recipe(steps=10)
-    model = config.task.model
-    denoiser = dataclasses.replace(model.denoiser, depth=1, width=64)
-    task = dataclasses.replace(config.task, model=dataclasses.replace(model, denoiser=denoiser))
-    config = dataclasses.replace(config, task=task, optimizer=OPTIMIZER, ema=Ema(decay=0.5))
-    state = jax.jit(lambda: init_state(task, OPTIMIZER.build(10), config.ema, 0))()
+def small(recipe, name):
+    """A recipe with a small denoiser, and its state with weights away from zero."""
+    config = with_denoiser(recipe(steps=10), name)
+    config = dataclasses.replace(config, optimizer=OPTIMIZER, ema=Ema(decay=0.5))
+    state = jax.jit(lambda: init_state(config.task, OPTIMIZER.build(10), config.ema, 0))()
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), state.params
@@ -74,20 +271,13 @@ def small(recipe):
 
 
 @functools.cache
-def after_two_steps(recipe, mesh_config):
+def after_two_steps(recipe, name, mesh_config):
     """State and metrics, as they lie on the mesh; None is a single device."""
-    config, state = small(recipe)
-    devices = jax.devices()[: 1 if mesh_config is None else 8]
-    mesh = make_mesh(mesh_config or MeshConfig(), devices)
-    shardings = state_shardings(abstract_state(config), mesh)
+    config, state = small(recipe, name)
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
+    shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     step = compile_step(config, mesh, shardings, {})
-    rng = np.random.default_rng(1)
-    batch = {
-        "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
-        "text": TextInputs({"text": rng.integers(0, 600, (8, 16), np.int32)}, np.zeros(8, bool)),
-        "size_crop": np.zeros((8, 6), np.int32),
-    }
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    batch = synthetic.batch(config, mesh)
     # Its key stays on the device, where a step would delete it.
     key = jax.random.clone(state.key)
     state = jax.device_put(state.replace(key=key), shardings)
@@ -99,23 +289,24 @@ def after_two_steps(recipe, mesh_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MESH, ROWS], ids=["tensor", "context"])
-def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe, mesh):
-    one, losses = after_two_steps(tiny_recipe, None)
-    eight, sharded_losses = after_two_steps(tiny_recipe, mesh)
+@pytest.mark.parametrize("mesh", [TENSOR, CONTEXT], ids=["tensor", "context"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe, name, mesh):
+    one, losses = after_two_steps(tiny_recipe, name, None)
+    eight, sharded_losses = after_two_steps(tiny_recipe, name, mesh)
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
     assert losses[1] != losses[0]
-    for name in ("params", "ema", "opt_state", "task_state"):
+    for field in ("params", "ema", "opt_state", "task_state"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
-            getattr(eight, name),
-            getattr(one, name),
+            getattr(eight, field),
+            getattr(one, field),
         )
 
 
 @pytest.mark.slow
-def test_moments_and_average_lie_where_their_parameters_lie(tiny_recipe):
-    state, _ = after_two_steps(tiny_recipe, MESH)
+def test_a_step_leaves_moments_where_their_parameters_are(tiny_recipe):
+    state, _ = after_two_steps(tiny_recipe, "dit", TENSOR)
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
     specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
     for tree in (state.ema, adam.mu, adam.nu):
@@ -125,8 +316,61 @@ def test_moments_and_average_lie_where_their_parameters_lie(tiny_recipe):
     assert {shard.data.nbytes for shard in kernel.addressable_shards} == {kernel.nbytes // 4}
 
 
-def test_rows_of_a_picture_are_shared_out_over_context():
-    """Where each device has two images of four, and two of their eight rows."""
+def test_a_geglu_exchanges_weights_rather_than_activations():
+    """And computes what one device computes."""
+
+    def build() -> GEGLU:
+        return GEGLU(32, any_rngs())
+
+    params = init_params(lambda rngs: GEGLU(32, rngs), nnx.Rngs(0))
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    x = np.random.default_rng(0).normal(size=(8, 256, 32)).astype(np.float32)
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return bind_params(build, params)(x)
+
+    placed = jax.device_put(params, state_shardings(params, mesh, param_axes(build)))
+    compiled = jax.jit(on_mesh).lower(placed, jax.device_put(x, batch_sharding(mesh))).compile()
+    out = compiled(placed, jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(
+        out, bind_params(build, params)(jnp.asarray(x)), rtol=1e-4, atol=1e-4
+    )
+    exchanged = re.findall(
+        r"f32\[([\d,]+)\]\S* (?:all-to-all|collective-permute|all-gather)\(", compiled.as_text()
+    )
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
+    assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+@pytest.mark.parametrize("spec", [(None, None, "fsdp", None), (None, None, None, "fsdp")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_split_rows_is_that_of_one_device(spec, stride):
+    def build() -> Conv:
+        return Conv(64, 64, 3, stride, any_rngs())
+
+    mesh = make_mesh(CONTEXT)
+    params = init_params(lambda rngs: Conv(64, 64, 3, stride, rngs), nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 64)), jnp.float32)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(bind_params(build, params)(split_tokens(x))))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    kernel = NamedSharding(mesh, PartitionSpec(*spec))
+    placed = {"kernel": kernel, "bias": NamedSharding(mesh, PartitionSpec())}
+    split = jax.jit(on_mesh, out_shardings=(None, (placed, batch_sharding(mesh))))(
+        jax.device_put(params, placed), jax.device_put(x, batch_sharding(mesh))
+    )
+    whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), split, whole)
+
+
+def test_rows_of_an_image_are_split_over_context():
+    """Each device has two images of four, and two of their eight rows."""
     mesh = make_mesh(MeshConfig(data=2, context=4))
 
     def split(x):
@@ -137,7 +381,7 @@ def test_rows_of_a_picture_are_shared_out_over_context():
     assert {shard.data.shape for shard in jax.jit(split)(x).addressable_shards} == {(2, 2, 8, 3)}
 
 
-def test_rows_that_cannot_be_shared_out_are_refused():
+def test_rows_that_cannot_be_split_are_refused():
     mesh = make_mesh(MeshConfig(data=2, context=4))
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
@@ -149,17 +393,18 @@ def test_rows_that_cannot_be_shared_out_are_refused():
 def test_without_a_mesh_nothing_is_placed():
     x = jnp.zeros((4, 8, 8, 3))
     assert split_tokens(x) is x
-    assert gather_weights({"q": x})["q"] is x
+    assert gather_weights({"q": x}, {})["q"] is x
 
 
 def test_a_block_gathers_its_weights_but_for_what_tensor_splits():
-    mesh = make_mesh(MESH)
+    mesh = make_mesh(TENSOR)
     spec = PartitionSpec("fsdp", "tensor")
     kernel = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, spec))
+    axes = {"q": {"kernel": ("embed", "heads")}, "modulation": {"kernel": ("embed", "embed")}}
 
     def gather(params):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return gather_weights(params)
+            return gather_weights(params, axes)
 
     gathered = jax.jit(gather)({"q": {"kernel": kernel}, "modulation": {"kernel": kernel}})
     shapes = {

@@ -43,5 +43,5 @@ def test_equal_points_get_equal_coordinates():
 
 def test_a_missing_scikit_learn_names_the_extra(clusters, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxdiff\[explore\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[explore\]'"):
         tsne(clusters[0])

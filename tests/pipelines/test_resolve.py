@@ -22,6 +22,7 @@ from jaxdiff.pipelines.resolve import (
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.sampling.guidance.apg import APG
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.solvers_ode import DDIM, Heun
 
@@ -126,6 +127,11 @@ def test_values_without_effect_are_as_if_they_were_not_set(pipeline, pipeline_of
     sampler = resolve_settings(settings(resample_steps=1, guide_scale=1.0), pipe).sampler
     assert sampler.resample_steps == 1
     assert sampler.guidance.guide == Autoguidance(model="own", scale=1.0)
+    pipe = pipeline_of(guidance=Guidance(clip=ClipGuidance(model="own", scale=3.0)))
+    assert resolve_settings(X, pipe).sampler.guidance.clip is None  # inherits
+    for command, model in ((CommandDefaults(), "own"), (CommandDefaults(clip_model="any"), "any")):
+        clip = resolve_settings(settings(clip_scale=0.0), pipe, command).sampler.guidance.clip
+        assert clip == ClipGuidance(model=model, scale=0.0)
 
 
 def test_a_variation_is_unguided_and_of_ddim(pipeline_of, tmp_path):

@@ -85,7 +85,9 @@ def test_its_step_is_lowered_for_eight_devices(name):
     config = small(RECIPES[name])
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     state, frozen = abstract_state(config), abstract_frozen(config)
-    step = compile_step(config, mesh, state_shardings(state, mesh), state_shardings(frozen, mesh))
+    axes = config.task.param_axes()
+    shardings = [state_shardings(tree, mesh, axes) for tree in (state, frozen)]
+    step = compile_step(config, mesh, *shardings)
     lowered = step.lower(state, frozen, abstract_batch(config))
     after, metrics = lowered.out_info
     assert jax.tree.structure(after) == jax.tree.structure(state)

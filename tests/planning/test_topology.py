@@ -40,7 +40,7 @@ def test_others_are_refused(name, message):
 
 def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"libtpu, which is not installed: pip install 'jaxdiff\["):
+    with pytest.raises(UserError, match=r"libtpu, .*: run pip install -e '\.\[tpu\]'"):
         find_topology("v5e:4x4")
 
 

@@ -136,7 +136,7 @@ def test_wandb_keeps_its_id_only_when_resumed(tmp_path, monkeypatch):
 
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxdiff\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
         MetricsWriter(tmp_path / "run", wandb=True)
     assert not (tmp_path / "run").exists()
 

@@ -12,10 +12,14 @@ from jax.sharding import PartitionSpec
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.models.layers import (
+    FROM_MLP,
+    TO_MLP,
+    Dense,
     bind_init,
     bind_params,
     cast,
     init_params,
+    param_axes,
     scan_blocks,
     stack_blocks,
 )
@@ -31,8 +35,8 @@ EMA = Ema(decay=0.5)
 
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+        self.up = Dense(WIDTH, 2 * WIDTH, axes=TO_MLP, rngs=rngs)
+        self.down = Dense(2 * WIDTH, WIDTH, axes=FROM_MLP, rngs=rngs)
 
     def __call__(self, x):
         return x + self.down(jnp.tanh(self.up(x)))
@@ -101,7 +105,7 @@ def make_batch(**changes):
 def compiled(mesh_config: MeshConfig | None = None, **options):
     """The jitted step on a mesh, None for a single device, and how to place a state and a batch."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
-    placed = state_shardings(initial(), mesh)
+    placed = state_shardings(initial(), mesh, param_axes(bind_init(build)))
     task = Regression()
     step = make_train_step(task, OPTIMIZER, EMA, **options)
     step = jax.jit(

@@ -46,10 +46,10 @@ class SampleOptions:
         str | None,
         Doc(
             "Prompt file: .jsonl, .csv, or .txt with a prompt a line. A row may set every option "
-            "of an image, spelled with underscores, and inherits what it leaves out from the "
-            "flags. Paths are relative to the folder of the file. Images and their settings are "
-            "listed in OUT/manifest.jsonl, and the same command resumes. Invalid rows are reported "
-            "and make the exit status 1.",
+            "of an image, spelled with underscores, and the name of its file, and inherits what it "
+            "leaves out from the flags. Paths are relative to the folder of the file. Images and "
+            "their settings are listed in OUT/manifest.jsonl, and the same command resumes. "
+            "Invalid rows are reported and make the exit status 1.",
             PROMPTS,
             common=True,
             metavar="FILE",
@@ -116,14 +116,14 @@ class SampleOptions:
         ),
     ] = None
     clip_model: Annotated[
-        str,
+        str | None,
         Doc(
             "CLIP of --clip-scale and --best-of: a folder (a run, exported, or of transformers), "
-            "shipped:NAME or hub OWNER/NAME.",
+            f"shipped:NAME or hub OWNER/NAME. By default the model's own, or {DEFAULT_CLIP}.",
             MODEL,
             metavar="MODEL",
         ),
-    ] = DEFAULT_CLIP
+    ] = None
     guide_model: Annotated[
         str | None,
         Doc(

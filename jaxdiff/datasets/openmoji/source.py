@@ -118,7 +118,7 @@ def _package(name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"The data set OpenMoji needs the package {error.name}, which is not installed: "
-            "run pip install 'jaxdiff[openmoji]'."
+            "run pip install -e '.[openmoji]' in a clone of jaxdiff."
         ) from error
 
 

@@ -16,6 +16,10 @@ class Denoiser(abc.ABC):
     in [0, 1] and a `Conditioning`, and returns a float32 prediction [b, h, w, c]. It reads from the
     conditioning what it needs and ignores the rest. It computes in the type of its weights.
 
+    Its layers name the axes of their kernels (`models.layers.Dense`, `models.convolutions.Conv`),
+    by which `mesh.tensor` and `mesh.fsdp` shard them; without names `fsdp` shards them by size.
+    Under `mesh.context` other convolutions than `Conv` need `distributed.sharding.gather_kernel`.
+
     Attributes:
       channels: of what is denoised: 3 for pixels, else the autoencoder's.
       remat: what blocks keep for the backward pass.

@@ -20,6 +20,10 @@ from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.flops import attention_flops, linear_flops
 from jaxdiff.models.layers import (
+    FROM_CHANNELS,
+    FROM_MLP,
+    TO_CHANNELS,
+    TO_MLP,
     Remat,
     absolute_positions,
     fourier_features,
@@ -124,9 +128,9 @@ class SwiGLU(nnx.Module):
     """silu(x W1) * (x W2), then W3 (Shazeer 2020)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = linear(width, hidden, rngs)
-        self.up = linear(width, hidden, rngs)
-        self.down = linear(hidden, width, rngs)
+        self.gate = linear(width, hidden, rngs, axes=TO_MLP)
+        self.up = linear(width, hidden, rngs, axes=TO_MLP)
+        self.down = linear(hidden, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The same shape."""
@@ -174,9 +178,9 @@ class DiT(nnx.Module):
         self.config = config
         width, patch = config.width, config.patch_size**2 * config.channels
         if config.bottleneck is None:
-            self.patch = linear(patch, width, rngs)
+            self.patch = linear(patch, width, rngs, axes=FROM_CHANNELS)
         else:
-            self.patch_down = linear(patch, config.bottleneck, rngs, bias=False)
+            self.patch_down = linear(patch, config.bottleneck, rngs, axes=FROM_CHANNELS, bias=False)
             self.patch = linear(config.bottleneck, width, rngs)
         self.time1 = linear(width, width, rngs)
         self.time2 = linear(width, width, rngs)
@@ -188,7 +192,7 @@ class DiT(nnx.Module):
         self.blocks = stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
         self.final_norm = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
         self.final_modulation = linear(width, 2 * width, rngs, zero=True)
-        self.final = linear(width, patch, rngs, zero=True)
+        self.final = linear(width, patch, rngs, axes=TO_CHANNELS, zero=True)
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning

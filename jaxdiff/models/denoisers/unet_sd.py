@@ -17,7 +17,18 @@ from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
-from jaxdiff.models.layers import Remat, fourier_features, scan_blocks, stack_blocks
+from jaxdiff.models.initializers import fan_in_normal
+from jaxdiff.models.layers import (
+    FROM_HEADS,
+    FROM_MLP,
+    TO_HEADS,
+    TO_MLP,
+    PairedDense,
+    Remat,
+    fourier_features,
+    scan_blocks,
+    stack_blocks,
+)
 
 NORM_EPSILON = 1e-5
 TRANSFORMER_NORM_EPSILON = 1e-6
@@ -161,10 +172,10 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, width: int, source_width: int, heads: int, upcast: bool, rngs: nnx.Rngs):
         self.heads, self.upcast = heads, upcast
-        self.q = linear(width, width, rngs, bias=False)
-        self.k = linear(source_width, width, rngs, bias=False)
-        self.v = linear(source_width, width, rngs, bias=False)
-        self.out = linear(width, width, rngs)
+        self.q = linear(width, width, rngs, axes=TO_HEADS, bias=False)
+        self.k = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.v = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.out = linear(width, width, rngs, axes=FROM_HEADS)
 
     def __call__(
         self, x: Float[Array, "b n d"], source: Float[Array, "b m e"]
@@ -184,12 +195,13 @@ class GEGLU(nnx.Module):
     """(x W) * gelu(x V), then another linear layer (Shazeer 2020)."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
-        self.inner = linear(width, 8 * width, rngs)
-        self.outer = linear(4 * width, width, rngs)
+        init = fan_in_normal()
+        self.inner = PairedDense(width, 8 * width, axes=TO_MLP, kernel_init=init, rngs=rngs)
+        self.outer = linear(4 * width, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The same shape."""
-        x, gate = jnp.split(self.inner(x), 2, axis=-1)
+        x, gate = self.inner.halves(x)
         return self.outer(x * jax.nn.gelu(gate, approximate=False))
 
 

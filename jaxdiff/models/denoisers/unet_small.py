@@ -21,6 +21,8 @@ from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import (
+    FROM_CHANNELS,
+    TO_CHANNELS,
     Remat,
     absolute_positions,
     checkpoint,
@@ -214,7 +216,7 @@ class UNet(nnx.Module):
         self.pooled = linear(config.pooled_width, cond, rngs)
         self.words = linear(config.text_width, cond, rngs)
         self.text_norm = nnx.RMSNorm(config.text_width, rngs=rngs)
-        self.patch = linear(patch, widths[0], rngs)
+        self.patch = linear(patch, widths[0], rngs, axes=FROM_CHANNELS)
         self.position = linear(widths[0], widths[0], rngs)
 
         self.down, self.down_convs = nnx.List(), nnx.List()
@@ -235,7 +237,7 @@ class UNet(nnx.Module):
             if i > 0:
                 self.up_convs.append(_conv(width, width, rngs))
         self.final_norm = nnx.GroupNorm(widths[0], config.groups, rngs=rngs)
-        self.final = linear(widths[0], patch, rngs, zero=True)
+        self.final = linear(widths[0], patch, rngs, axes=TO_CHANNELS, zero=True)
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: Conditioning

@@ -13,10 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.distributed.sharding import Axes
 from jaxdiff.errors import UserError
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops
 from jaxdiff.models.initializers import fan_in_normal, normal
-from jaxdiff.models.layers import Dense, Remat, scan_blocks, stack_blocks
+from jaxdiff.models.layers import (
+    EMBED,
+    FROM_HEADS,
+    FROM_MLP,
+    TO_HEADS,
+    TO_MLP,
+    Dense,
+    Remat,
+    scan_blocks,
+    stack_blocks,
+)
 
 Activation = Literal["quick_gelu", "gelu"]
 """OpenAI's x * sigmoid(1.702 x), or the exact GELU of OpenCLIP (Hendrycks & Gimpel 2016)."""
@@ -162,8 +173,17 @@ class ClipEmbeddings(NamedTuple):
     logit_scale: Float[Array, ""]
 
 
-def _linear(inputs: int, outputs: int, std: float, rngs: nnx.Rngs, *, bias: bool = True):
-    return Dense(inputs, outputs, use_bias=bias, kernel_init=normal(std), rngs=rngs)
+def _linear(
+    inputs: int,
+    outputs: int,
+    std: float,
+    rngs: nnx.Rngs,
+    *,
+    axes: Axes = EMBED,
+    bias: bool = True,
+) -> Dense:
+    init = normal(std)
+    return Dense(inputs, outputs, axes=axes, use_bias=bias, kernel_init=init, rngs=rngs)
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs):
@@ -181,10 +201,10 @@ class ClipAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, out_std: float, rngs: nnx.Rngs):
         self.heads = heads
-        self.q = _linear(width, width, width**-0.5, rngs)
-        self.k = _linear(width, width, width**-0.5, rngs)
-        self.v = _linear(width, width, width**-0.5, rngs)
-        self.out = _linear(width, width, out_std, rngs)
+        self.q = _linear(width, width, width**-0.5, rngs, axes=TO_HEADS)
+        self.k = _linear(width, width, width**-0.5, rngs, axes=TO_HEADS)
+        self.v = _linear(width, width, width**-0.5, rngs, axes=TO_HEADS)
+        self.out = _linear(width, width, out_std, rngs, axes=FROM_HEADS)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
         """Mixes the tokens; causal: each with those before it and itself alone."""
@@ -206,8 +226,8 @@ class ClipBlock(nnx.Module):
         self.attention_norm = _layer_norm(width, rngs)
         self.attention = ClipAttention(width, config.heads, out_std=out_std, rngs=rngs)
         self.mlp_norm = _layer_norm(width, rngs)
-        self.mlp_in = _linear(width, hidden, (2 * width) ** -0.5, rngs)
-        self.mlp_out = _linear(hidden, width, out_std, rngs)
+        self.mlp_in = _linear(width, hidden, (2 * width) ** -0.5, rngs, axes=TO_MLP)
+        self.mlp_out = _linear(hidden, width, out_std, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
         """The tokens, mixed; causal: each with those before it and itself alone."""
@@ -250,8 +270,10 @@ class ClipText(nnx.Module):
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.config = config
-        self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, width)))
-        self.position_embedding = nnx.Param(normal(0.01)(rngs.params(), (config.length, width)))
+        tokens = normal(0.02)(rngs.params(), (config.vocab_size, width))
+        positions = normal(0.01)(rngs.params(), (config.length, width))
+        self.token_embedding = nnx.Param(tokens, axes=("vocab", "embed"))
+        self.position_embedding = nnx.Param(positions, axes=("position", "embed"))
         self.blocks = stack_blocks(lambda rngs: ClipBlock(config, rngs), config.depth, rngs)
         self.final_norm = _layer_norm(width, rngs)
         if config.projection_dim:
@@ -332,11 +354,13 @@ class ClipVision(nnx.Module):
             padding="VALID",
             use_bias=False,
             kernel_init=fan_in_normal(),
+            kernel_metadata={"axes": ("window", "window", "channels", "embed")},
             rngs=rngs,
         )
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         tokens = (config.image_size // patch) ** 2 + 1
-        self.position_embedding = nnx.Param(init(rngs.params(), (tokens, width)))
+        positions = init(rngs.params(), (tokens, width))
+        self.position_embedding = nnx.Param(positions, axes=("position", "embed"))
         self.first_norm = _layer_norm(width, rngs)
         self.blocks = stack_blocks(lambda rngs: ClipBlock(config, rngs), config.depth, rngs)
         self.final_norm = _layer_norm(width, rngs)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.layers import bind_init, bind_params, init_params
+from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
@@ -108,6 +108,13 @@ class AutoencoderTask(Task):
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the autoencoder."""
         return init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
+
+    def param_axes(self) -> dict[str, Any]:
+        """Return the axes of the autoencoder's parameters, and of the vision encoder's."""
+        axes = param_axes(bind_init(type(self.model).build, self.model))
+        if self.perceptual is not None:
+            axes["vision"] = param_axes(bind_init(ClipVision, self.perceptual.model))
+        return axes
 
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the vision encoder of the perceptual term, if there is one."""

@@ -48,6 +48,19 @@ class Task(abc.ABC):
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""
 
+    def param_axes(self) -> dict[str, Any]:
+        """Return the names of the axes of trained and frozen parameters, by which they are sharded.
+
+        A nested dict of `jaxdiff.distributed.sharding.Axes`, as `models.layers.param_axes` returns
+        it. Parameters without an entry are sharded by size, over `mesh.fsdp` alone.
+        """
+        return {}
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether `loss` splits images over `mesh.context`, by `split_tokens`."""
+        return False
+
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts that stay as they are, by their path in the tree of parameters."""
         return {}

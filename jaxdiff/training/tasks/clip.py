@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
-from jaxdiff.models.layers import bind_init, bind_params, init_params
+from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.tasks.base import Batch, Metrics, Task
@@ -34,6 +34,10 @@ class ClipTask(Task):
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise both encoders."""
         return init_params(lambda rngs: Clip(self.model, rngs=rngs), rngs)
+
+    def param_axes(self) -> dict[str, Any]:
+        """Return the axes of both encoders' parameters."""
+        return param_axes(bind_init(Clip, self.model))
 
     def loss(
         self,

@@ -178,6 +178,15 @@ class DiffusionTask(Task):
             params["denoiser"] = model.init_denoiser(rngs)
         return params | ({"adapters": adapters} if adapters else {})
 
+    def param_axes(self) -> dict[str, Any]:
+        """Return the axes of the model's parameters."""
+        return self.model.param_axes()
+
+    @property
+    def splits_tokens(self) -> bool:
+        """True: a denoiser's images are split over `mesh.context`."""
+        return True
+
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts that are not trained, and the teacher."""
         parts = {

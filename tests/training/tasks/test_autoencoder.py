@@ -196,7 +196,7 @@ def test_eight_devices_train_as_one_does():
     step, state = train_step()
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
     frozen = jax.device_put({"vision": vision_params()}, replicated(mesh))
-    placed = state_shardings(jax.eval_shape(lambda: state), mesh)
+    placed = state_shardings(jax.eval_shape(lambda: state), mesh, {})
     state = jax.device_put(state, placed)
     step = jax.jit(step, out_shardings=(placed, replicated(mesh)))
     for expected in on_one_device()[0][:3]:

@@ -168,7 +168,7 @@ def test_negatives_come_from_all_devices():
     mesh = make_mesh(MeshConfig(data=8))
     step, state = train_step()
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
-    placed = state_shardings(jax.eval_shape(lambda: state), mesh)
+    placed = state_shardings(jax.eval_shape(lambda: state), mesh, {})
     state = jax.device_put(state, placed)
     step = jax.jit(step, out_shardings=(placed, replicated(mesh)))
     for expected in on_one_device()[:3]:

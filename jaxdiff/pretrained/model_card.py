@@ -1,0 +1,302 @@
+"""The model card of an exported model: README.md beside its weights.
+
+A card is derived from the specification, the recipe (`recipe.json`) and the figures of
+`jaxdiff evaluate` (`evaluation.json`); what none of them states is left out.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from jaxdiff.config.recipe_files import recipe_names
+from jaxdiff.config.serialization import to_json
+from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.text_encoders.clip import ClipConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.bundle import CONFIG, MODEL, RECIPE, Bundle
+from jaxdiff.pretrained.config_check import read_json
+
+CARD, EVALUATION = "README.md", "evaluation.json"
+
+
+class DataCard(NamedTuple):
+    """A data set that comes with jaxdiff: what it is, and the SPDX name of its license."""
+
+    about: str
+    license: str
+
+
+DATA_CARDS = {
+    Produce.__name__: DataCard(
+        "scenes of fruit and vegetables that jaxdiff renders, with captions", "Apache-2.0"
+    ),
+    OpenMoji.__name__: DataCard("drawings of OpenMoji, with captions", "CC-BY-SA-4.0"),
+}
+
+_USE = {
+    "text-to-image": """\
+import jaxdiff
+
+pipe = jaxdiff.load("{folder}")
+images = pipe("a prompt", seeds=7)  # uint8 [1, h, w, 3]""",
+    "clip": """\
+import jaxdiff
+from jaxdiff import Guidance
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+pipe = jaxdiff.load()
+guidance = Guidance(clip=ClipGuidance(model="{folder}"))
+images = pipe("a prompt", guidance_scale=1, guidance=guidance)""",
+    "autoencoder": """\
+from jaxdiff.pretrained.load import load_bundle
+
+spec, params, _ = load_bundle("{folder}")
+# A recipe uses it by task.pretrained.autoencoder = "{folder}".""",
+    "diffusers": """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}")
+# jaxdiff: pipe = jaxdiff.load("{folder}")""",
+    "lora": """\
+import jaxdiff
+from jaxdiff.pipelines import lora
+
+pipe = lora.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
+# diffusers: pipe.load_lora_weights("{folder}")""",
+    "embedding": """\
+import jaxdiff
+from jaxdiff.pipelines import textual_inversion
+
+pipe = textual_inversion.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
+# diffusers: pipe.load_textual_inversion("{folder}")""",
+}
+_ABOUT = {
+    "text-to-image": "A text-to-image diffusion model",
+    "clip": "A CLIP: a text and an image encoder with a joint embedding",
+    "autoencoder": "An autoencoder between images and latents",
+    "diffusers": "A text-to-image diffusion model in diffusers' layout",
+    "lora": "Low-rank adapters (LoRA) for a text-to-image model",
+    "embedding": "An added token (textual inversion) for a text-to-image model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardInputs:
+    """What a card is derived from.
+
+    Attributes:
+      name: of the model.
+      folder: as the example names it.
+      kind: a key of `_ABOUT`: "text-to-image", "clip", "autoencoder", "diffusers", "lora" or
+        "embedding".
+      spec: JSON of the specification; None for an added token.
+      parameters: how many numbers the weights hold; None leaves the line out.
+      recipe: JSON of the recipe, if it is known.
+      evaluation: JSON of the figures, if there are any.
+    """
+
+    name: str
+    folder: str
+    kind: str
+    spec: Mapping[str, Any] | None = None
+    parameters: int | None = None
+    recipe: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+
+
+def model_card(inputs: CardInputs) -> str:
+    """Return the card as Markdown, with the front matter that the Hugging Face hub reads."""
+    license_name, license_text = _license(inputs.recipe)
+    header = ["---", *([f"license: {license_name.lower()}"] if license_name else [])]
+    tag = "text-to-image" if inputs.kind not in ("clip", "autoencoder") else inputs.kind
+    header += ["library_name: jaxdiff", "tags:", f"- {tag}", "---", ""]
+    count = "" if inputs.parameters is None else f", {inputs.parameters:,} parameters"
+    blocks = [
+        f"# {inputs.name}",
+        f"{_ABOUT[inputs.kind]}{count}.",
+        "## Use",
+        f"```python\n{_USE[inputs.kind].format(folder=inputs.folder)}\n```",
+        *_model(inputs.spec),
+        *_training(inputs.recipe),
+        *_figures(inputs.evaluation),
+        "## License",
+        license_text,
+    ]
+    return "\n".join(header) + "\n\n".join(blocks) + "\n"
+
+
+def folder_card(folder: epath.PathLike, *, name: str | None = None, shown_as: str = "") -> str:
+    """Return the card of a model's folder, from its specification, recipe and figures.
+
+    Args:
+      folder: that `write_bundle` wrote.
+      name: of the model; by default its specification's, its recipe's or the folder's.
+      shown_as: how the example names the folder; by default as it is.
+
+    Raises:
+      UserError: its JSON cannot be read.
+    """
+    root = epath.Path(folder)
+    spec = read_json(root / CONFIG)
+    recipe = read_json(root / RECIPE) if (root / RECIPE).exists() else None
+    evaluation = read_json(root / EVALUATION) if (root / EVALUATION).exists() else None
+    kinds = {TextToImage.__name__: "text-to-image", ClipConfig.__name__: "clip"}
+    return model_card(
+        CardInputs(
+            name=name or spec.get("name") or (recipe or {}).get("name") or root.name,
+            folder=shown_as or str(folder),
+            kind=kinds.get(spec["type"], "autoencoder"),
+            spec=spec,
+            parameters=_stored_parameters(root / MODEL),
+            recipe=recipe,
+            evaluation=evaluation,
+        )
+    )
+
+
+def write_card(folder: epath.PathLike, card: str) -> None:
+    """Write a card into a model's folder."""
+    write_whole(epath.Path(folder) / CARD, card.encode())
+
+
+def bundle_card(
+    bundle: Bundle, folder: epath.PathLike, kind: str, recipe: Mapping[str, Any] | None
+) -> str:
+    """Return the card of a model that is written in another project's layout.
+
+    Args:
+      bundle: the model.
+      folder: that it is written to.
+      kind: "diffusers" or "lora", whose card counts the adapters alone.
+      recipe: JSON of the recipe, if it is known.
+    """
+    spec, params = bundle.spec, bundle.params
+    if kind == "lora":
+        params = params.get("adapters", {})
+    return model_card(
+        CardInputs(
+            name=spec.name,
+            folder=str(folder),
+            kind=kind,
+            spec=to_json(spec),
+            parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+            recipe=recipe,
+        )
+    )
+
+
+def _stored_parameters(path: epath.Path) -> int:
+    """Return how many numbers a safetensors file holds, from its header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return sum(math.prod(x["shape"]) for key, x in header.items() if key != "__metadata__")
+
+
+def _model(spec: Mapping[str, Any] | None) -> list[str]:
+    """Return the table of a text-to-image model's parts; nothing for others."""
+    if spec is None or "denoiser" not in spec:
+        return []
+    autoencoder = spec.get("autoencoder")
+    sampler = spec.get("sampler") or {}
+    guidance = sampler.get("guidance_scale")
+    rows = {
+        "denoiser": f"`{spec['denoiser']['type']}`",
+        "conditioner": f"`{spec['conditioner']['type']}`",
+        "autoencoder": f"`{autoencoder['type']}`" if autoencoder else "none: it works on pixels",
+        "prediction": f"`{spec['prediction']}`",
+        "noise schedule": f"`{spec['schedule']['type']}`",
+        "image size": f"{spec['image_size']} pixels",
+        "steps by default": sampler.get("num_steps"),
+        "guidance scale by default": guidance,
+    }
+    return ["## Model", _table(("part", "value"), rows)]
+
+
+def _training(recipe: Mapping[str, Any] | None) -> list[str]:
+    """Return the section on how a model was trained; nothing where that is unknown."""
+    if recipe is None:
+        return []
+    name, train = recipe["name"], recipe["train"]
+    optimizer = recipe["optimizer"]
+    rows = {
+        "data": _data(recipe),
+        "initialised from": ", ".join(f"`{base}`" for base in _bases(recipe)) or None,
+        "steps": f"{train['steps']:,}",
+        "batch size": f"{train['batch_size']:,}",
+        "optimizer": f"`{optimizer['type']}`, learning rate {optimizer['learning_rate']:g}",
+        "moving average": f"decay {recipe['ema']['decay']:g}",
+        "compute type": f"`{train['compute']}`",
+    }
+    text = f"The recipe is `{name}`."
+    if name in recipe_names():
+        text = f"`jaxdiff train {name}` trains it; `jaxdiff recipes {name}` states what it costs."
+    return ["## Training", text, _table(("setting", "value"), rows)]
+
+
+def _source(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the source of images, below the latents or the prior that wrap it."""
+    source = recipe["data"]["source"]
+    while inner := source.get("of") or source.get("own"):
+        source = inner
+    return source
+
+
+def _data(recipe: Mapping[str, Any]) -> str:
+    source = _source(recipe)
+    known = DATA_CARDS.get(source["type"])
+    if known is not None:
+        return f"{known.about} (`{source['type']}`)"
+    return f"`{source['type']}`" + (f" at `{source['path']}`" if "path" in source else "")
+
+
+def _bases(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the models that parts of this one come from, each once."""
+    pretrained = recipe["task"].get("pretrained") or {}
+    values = [value for key, value in pretrained.items() if key != "type" and value]
+    return list(dict.fromkeys(values))
+
+
+def _license(recipe: Mapping[str, Any] | None) -> tuple[str | None, str]:
+    """Return the SPDX name of the weights' license, if it is known, and the section's text."""
+    if recipe is None:
+        return None, "Not stated here: the license of the model that these weights come from."
+    known = DATA_CARDS.get(_source(recipe)["type"])
+    others = [base for base in _bases(recipe) if not base.startswith("shipped:")]
+    if known is not None and not others:
+        return known.license, f"Data and weights: {known.license}."
+    data = f"{known.license} (data)" if known else "the license of the training data"
+    bases = "".join(f", and that of `{base}`" for base in others)
+    return None, f"The weights are subject to {data}{bases}."
+
+
+def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """Return the section with the figures; a scalar NAME/COLUMN stands in the row of NAME."""
+    if evaluation is None:
+        return []
+    figures = evaluation["figures"]
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in figures.items():
+        parent, _, column = name.rpartition("/")
+        row, column = (parent, column) if parent in figures else (name, "score")
+        rows.setdefault(row, {})[column] = value
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    settings = {key: value for key, value in evaluation.items() if key != "figures"}
+    return ["## Figures", "\n".join(lines), _table(("measured with", "value"), settings)]
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    return "\n".join(lines)
