@@ -27,7 +27,7 @@ INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 COMMAND = re.compile(
     rf"(?:^|(?<=[\s']))(python (?:train|sample)\.py|jaxdiff (?:{'|'.join(cli.COMMANDS)}))\b"
 )
-PLACEHOLDER = re.compile(r"\.\.\.|\b(?:RUN|MODEL|NAME|KEY|VALUE|MODULE|RECIPE|DIR|N)\b")
+PLACEHOLDER = re.compile(r"\.\.\.|\b(?:RUN|MODEL|PROMPT|NAME|KEY|VALUE|MODULE|RECIPE|DIR|N)\b")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -149,9 +149,19 @@ def test_a_recipe_of_a_page_trains(name, monkeypatch, tmp_path):
         Path(f"photos/{i}.txt").write_text("a photo of a cat")
     Path("mine.py").write_text(recipe_of_page(ROOT / name))
     config = load_recipe("mine.py")
-    train = dataclasses.replace(config.train, steps=2, batch_size=2)
+    train = dataclasses.replace(config.train, steps=2, batch_size=8)
     run_recipe(dataclasses.replace(config, train=train), "run")
     assert Path("run/summary.json").exists()
+
+
+@pytest.mark.nightly
+def test_parts_of_a_page_train(tiny_recipe, pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(jaxdiff, "load", lambda *_, **__: pipeline)
+    parts = run_blocks(ROOT / "docs/extending.md")
+    config = tiny_recipe(steps=2)
+    data = dataclasses.replace(config.data, source=parts["Gradients"]())
+    task = dataclasses.replace(config.task, objective=parts["PlainX0"](), curriculum=None)
+    assert run_recipe(dataclasses.replace(config, data=data, task=task), str(tmp_path)).finished
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,16 +1,17 @@
 """New words of a model: embeddings of textual inversion beside its vocabulary."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from etils import epath
 
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.embeddings import Word, read_embedding
 
 
-def apply(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> Pipeline:
+def apply_embedding(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> Pipeline:
     """Return a pipeline that knows one more word.
 
     Args:
@@ -44,8 +45,8 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
     (count,) = {len(rows) for rows in word.rows.values()}
     added, tokenizers = {}, {}
     for name in widths:
-        tokenizer, table = bundle.tokenizers[name], params["text_encoders"][name]["token_embedding"]
-        assert isinstance(tokenizer, Tokenizer)  # as `takes_new_tokens` states
+        tokenizer: Any = bundle.tokenizers[name]
+        table = params["text_encoders"][name]["token_embedding"]
         rows = jnp.asarray(word.rows[name], table.dtype)
         if (before := params.get("added_tokens", {}).get(name)) is not None:
             rows = jnp.concatenate([jnp.asarray(before, table.dtype), rows])
