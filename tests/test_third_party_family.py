@@ -372,7 +372,7 @@ import {MODULE}
 
 def get_config():
     mesh = {MODULE}.MeshConfig(data=4, fsdp=2)
-    return {MODULE}.make_recipe("AUTOENCODER", mesh, steps=30, checkpoint_every=10)
+    return {MODULE}.make_recipe("AUTOENCODER", mesh, steps=50, checkpoint_every=10)
 """
 
 
@@ -461,7 +461,7 @@ def test_fsdp_splits_the_parameters_of_the_family(recipe):
 def test_evaluators_of_the_recipe_run_at_the_end(run):
     figures = json.loads((run / "summary.json").read_text())["evaluation"]
     assert 0 <= figures["colour/accuracy"] <= 1
-    assert (run / "samples" / "step_000030.png").exists()
+    assert (run / "samples" / "step_000050.png").exists()
 
 
 def test_a_folder_that_names_foreign_types_is_refused_in_one_sentence(run, refused):
