@@ -349,6 +349,7 @@ from jaxdiff.benchmark.synthetic import initial_state
 from jaxdiff.benchmark.train import time_training
 from jaxdiff.cli import main as cli
 from jaxdiff.config.plugins import import_plugins
+from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.io.images import read_picture, save_png
@@ -371,7 +372,7 @@ import {MODULE}
 
 def get_config():
     mesh = {MODULE}.MeshConfig(data=4, fsdp=2)
-    return {MODULE}.make_recipe("AUTOENCODER", mesh, steps=30, checkpoint_every=10)
+    return {MODULE}.make_recipe("AUTOENCODER", mesh, steps=50, checkpoint_every=10)
 """
 
 
@@ -460,7 +461,7 @@ def test_fsdp_splits_the_parameters_of_the_family(recipe):
 def test_evaluators_of_the_recipe_run_at_the_end(run):
     figures = json.loads((run / "summary.json").read_text())["evaluation"]
     assert 0 <= figures["colour/accuracy"] <= 1
-    assert (run / "samples" / "step_000030.png").exists()
+    assert (run / "samples" / "step_000050.png").exists()
 
 
 def test_a_folder_that_names_foreign_types_is_refused_in_one_sentence(run, refused):
@@ -564,6 +565,21 @@ def test_a_command_plans_the_recipe_for_a_tpu_slice(folder, capsys):
     words = ["plan", str(folder / "reader.py"), "--topology", "v5e:2x4", "--json"]
     assert cli.main([*words, "--mesh", "data=4,fsdp=2"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["state"] > 0
+
+
+def test_latents_and_text_are_cached_by_the_encoders_of_a_run(run, recipe, tmp_path):
+    task = dataclasses.replace(
+        recipe.task,
+        pretrained=dataclasses.replace(recipe.task.pretrained, text_encoders=str(run)),
+        trainable=Trainable(),
+    )
+    data = dataclasses.replace(recipe.data, cache=LatentOptions(views=1, text=True))
+    train = dataclasses.replace(recipe.train, steps=2)
+    config = dataclasses.replace(recipe, task=task, data=data, train=train, evaluators=())
+    assert run_recipe(config, str(tmp_path)).finished
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert manifest["records"] == len(recipe.data.source)
+    assert manifest["latents"]["text"] is not None
 
 
 def test_new_words_are_refused_in_one_sentence(recipe, pipe):

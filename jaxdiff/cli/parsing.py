@@ -60,7 +60,7 @@ def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
     peer = peer_flag(prog, flag)
     if peer is not None:
         return f"it is {peer} here."
-    known = sorted(_flags(target if default is None else default))
+    known = sorted([*_flags(target if default is None else default), "--plugin"])
     nearest = _nearest(flag.replace("_", "-"), known)
     return f"did you mean {nearest}?" if nearest else f"see {prog} --help."
 

@@ -26,12 +26,10 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import factors
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
-from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.models.text_to_image import AnyAutoencoder, TextToImage
 
 CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
     "config.json",
@@ -41,7 +39,7 @@ CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
     "checkpoints",
 )
 
-AnySpec = TextToImage | ClipConfig | AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
+AnySpec = TextToImage | ClipConfig | AnyAutoencoder
 
 # What `safetensors.numpy` reads lacks bfloat16.
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

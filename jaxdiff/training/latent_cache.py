@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from jaxdiff.config.serialization import types_in
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.shard_writer import Crops, RecordReader, ShardRange, Workers, write_shard
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
@@ -133,13 +134,14 @@ def make_cache(config: Config, options: LatentOptions) -> Cache:
     tokenizers = None
     if options.text:
         assert task.pretrained.text_encoders is not None
-        tokenizers = read_tokenizers(task.pretrained.text_encoders)
+        tokenizers = read_tokenizers(task.pretrained.text_encoders, types_in(config))
     parts = load_parts(
         {
             path: part
             for path, part in task.frozen_parts().items()
             if path == AUTOENCODER or (options.text and path[0] == "text_encoders")
-        }
+        },
+        types_in(config),
     )
     # As a step would have them, so that training is the same as if it encoded images itself.
     params = cast(parts, config.train.compute)

@@ -82,3 +82,7 @@ def test_every_command_takes_plugins_before_and_after_its_arguments(module, monk
 @pytest.mark.parametrize("words", [("env", "--plugin"), ("env", "--plugin", "--out")])
 def test_a_plugin_without_a_name_is_refused(words, refused):
     assert "--plugin has no value: expected the name of a Python module" in refused(*words)
+
+
+def test_a_misspelt_plugin_is_hinted_at(refused):
+    assert "did you mean --plugin?" in refused("export", "runs/x", "out", "--plugins", "mine")

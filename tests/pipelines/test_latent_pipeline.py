@@ -76,7 +76,7 @@ def test_types_that_a_user_names_are_loaded(latent_bundle, tmp_path):
     own = OwnAutoencoder(**fields)
     spec = dataclasses.replace(latent_bundle.spec, autoencoder=own)
     write_bundle(tmp_path / "own", latent_bundle._replace(spec=spec), dtype="float32")
-    with pytest.raises(UserError, match="name the type"):
+    with pytest.raises(UserError, match="name a type of your own"):
         load(tmp_path / "own")
     pipe = load(tmp_path / "own", types=[OwnAutoencoder])
     assert pipe.spec.autoencoder == own

@@ -46,7 +46,7 @@ def test_a_solver_of_ones_own_survives_json_where_its_type_is_named():
     value = Sampler(solver=OwnSolver(strength=0.5))
     stored = json.loads(json.dumps(to_json(value)))
     assert from_json(Sampler, stored, types=[OwnSolver]) == value
-    with pytest.raises(UserError, match="name the type"):
+    with pytest.raises(UserError, match="name a type of your own"):
         from_json(Sampler, stored)
 
 

@@ -106,7 +106,7 @@ def _batches(config, tokenizer, count):
 
 
 def _tokenizers(task, tokenizer):
-    return dict.fromkeys(task.text_encoder_names, tokenizer)
+    return dict.fromkeys(task.conditioner.encoders, tokenizer)
 
 
 def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
@@ -258,7 +258,7 @@ def test_records_are_the_moments_of_the_images_with_their_captions(config, cache
 def test_the_same_preparation_ends_in_the_same_bytes_after_a_loss(config, cached, folder):
     there = {path.name: path.read_bytes() for path in (folder / "cached").iterdir()}
     (folder / "cached" / "records-00001-of-00002.array_record").unlink()
-    with pytest.raises(UserError, match=r"Of the 2 shards .* 1 are missing"):
+    with pytest.raises(UserError, match=r"1 of the 2 shards .* are missing"):
         CachedLatents(path=str(folder / "cached")).check()
     _cache(config, folder / "cached")
     assert {path.name: path.read_bytes() for path in (folder / "cached").iterdir()} == there

@@ -365,7 +365,7 @@ def test_tokenizers_that_do_not_fit_are_refused(task):
     task.check_tokenizers({"text": fits})
     with pytest.raises(UserError, match="The tokenizer gives 8 tokens"):
         task.check_tokenizers({"text": Tokenizer.train(["a"], vocab_size=600, length=8)})
-    assert task.text_encoder_names == ("text",)
+    assert set(task.conditioner.encoders) == {"text"}
 
 
 def test_dropped_captions_are_absent(task):
