@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.cli.bench import TimingOptions, measure_and_report
-from jaxdiff.cli.parsing import parse, read_recipe
+from jaxdiff.cli.parsing import parse_flags, read_recipe
 from jaxdiff.errors import UserError
 
 
@@ -23,7 +23,7 @@ def run(
     """
     try:
         config, rest = read_recipe(list(sys.argv[1:] if arguments is None else arguments))
-        options = parse(TimingOptions, rest, prog=kind, default=TimingOptions(config=config))
+        options = parse_flags(TimingOptions, rest, prog=kind, default=TimingOptions(config=config))
         measure_and_report(kind, options, measure)
     except UserError as error:
         print(f"{kind}: {error}", file=sys.stderr)

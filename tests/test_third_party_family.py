@@ -356,10 +356,13 @@ from jaxdiff.models.layers import init_params, rngs_from_seed
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.textual_inversion import add_word
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
+from jaxdiff.pretrained.embeddings import Word
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.run import run_recipe
+from jaxdiff.training.tasks.diffusion import TextualInversion
 
 MODULE = "sequence_family"
 RECIPE = f"""
@@ -560,7 +563,24 @@ def test_a_command_plans_the_recipe_for_a_tpu_slice(folder, capsys):
     pytest.importorskip("libtpu")
     words = ["plan", str(folder / "reader.py"), "--topology", "v5e:2x4", "--json"]
     assert cli.main([*words, "--mesh", "data=4,fsdp=2"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]["total"] > 0
+    assert json.loads(capsys.readouterr().out)["memory"]["state"] > 0
+
+
+def test_new_words_are_refused_in_one_sentence(recipe, pipe):
+    rows = {name: np.zeros((1, 16), np.float32) for name in ("words", "letters")}
+    with pytest.raises(UserError, match="text encoder words, a RecurrentTextEncoder, takes no new"):
+        add_word(pipe.bundle, Word("<mine>", rows))
+    pretrained = dataclasses.replace(recipe.task.pretrained, denoiser="x", text_encoders="x")
+    with pytest.raises(UserError, match="takes no new tokens"):
+        dataclasses.replace(
+            recipe.task, pretrained=pretrained, trainable=Trainable(inversion=TextualInversion())
+        )
+
+
+def test_the_family_has_no_form_in_diffusers(run, refused, tmp_path):
+    words = ["--format", "diffusers", "--plugin", MODULE]
+    said = refused("export", str(run), str(tmp_path / "out"), *words)
+    assert "reader is no Stable Diffusion model" in said
 
 
 def test_training_and_sampling_are_timed(recipe):

@@ -16,7 +16,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.data.transforms import Transforms
-from jaxdiff.diffusion.objectives import LossInputs, LossOutputs, Objective
+from jaxdiff.diffusion.objectives import Denoising, LossInputs, LossOutputs, Objective
 from jaxdiff.diffusion.process import add_noise, to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
@@ -136,6 +136,56 @@ class SmoothedGuidance:
         return estimates.cond + (guidance_scale - 1)[:, None, None, None] * state, state
 
 
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A rectified flow under another name."""
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return t
+
+    def log_snr(self, t):
+        return jnp.clip(2 * (jnp.log1p(-t) - jnp.log(t)), -40, 40)
+
+    def time_at(self, noise_to_data):
+        return noise_to_data / (1 + noise_to_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyGrid:
+    """More steps at high noise."""
+
+    def __call__(self, i, num_steps):
+        return 1 - (i / num_steps) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyTimes:
+    """More of the high noise."""
+
+    def __call__(self, key, batch):
+        return 1 - jax.random.uniform(key, batch) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseWeighting:
+    """Less of the low noise."""
+
+    def __call__(self, log_snr, space):
+        return jax.nn.sigmoid(-log_snr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothThreshold:
+    """A hyperbolic tangent."""
+
+    def __call__(self, x0):
+        return jnp.tanh(x0)
+
+
+SMALLER_TYPES = (Linear, EarlyGrid, EarlyTimes, InverseWeighting, SmoothThreshold)
 TYPES = (ConsistencyDistillation, Gradients, Brightness, Midpoint, SmoothedGuidance)
 
 
@@ -228,3 +278,20 @@ def test_an_image_has_the_same_bits_in_any_company(pipe):
     alone = pipe("to the right", seeds=5)
     both = pipe(["to the bottom", "to the right"], seeds=[4, 5])
     assert np.array_equal(alone[0], both[1])
+
+
+def test_schedules_grids_times_weightings_and_thresholds_may_be_foreign(recipe, tmp_path):
+    sampler = Sampler(solver=DDIM(), num_steps=2, grid=EarlyGrid(), threshold=SmoothThreshold())
+    task = dataclasses.replace(
+        recipe.task,
+        model=dataclasses.replace(recipe.task.model, schedule=Linear(), sampler=sampler),
+        objective=Denoising(times=EarlyTimes(), weighting=InverseWeighting()),
+    )
+    config = dataclasses.replace(recipe, task=task, evaluators=())
+    assert run_recipe(config, str(tmp_path)).finished
+    types = (*TYPES, *SMALLER_TYPES)
+    assert read_config(tmp_path, types) == config
+    for missing in SMALLER_TYPES:
+        with pytest.raises(UserError, match=rf"is of type {missing.__name__}: .*types="):
+            read_config(tmp_path, tuple(t for t in types if t is not missing))
+    assert jaxdiff.load(tmp_path, types=types)("to the right").shape == (1, 32, 32, 3)

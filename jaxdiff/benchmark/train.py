@@ -9,7 +9,7 @@ import jax
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import median, peak_memory
-from jaxdiff.data.loader import ON_DEVICE, host_rows, make_dataset, to_device
+from jaxdiff.data.loader import ON_DEVICE, device_batches, host_rows, make_dataset
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
@@ -130,5 +130,5 @@ def _batches(config: Config, mesh: Any, real: bool) -> Iterator[dict[str, jax.Ar
         rows=host_rows(sharding, size),
     )
     prefetch = config.data.prefetch
-    for batch in to_device(dataset, sharding, batch_size=size, prefetch=prefetch):
+    for batch in device_batches(dataset, sharding, batch_size=size, prefetch=prefetch):
         yield {name: batch[name] for name in ON_DEVICE if name in batch}

@@ -19,7 +19,7 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
-from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -124,7 +124,7 @@ def bench_command(arguments: list[str]) -> None:
     elif kind in KINDS:
         config, rest = read_recipe(rest)
         default = BenchOptions(config=config)
-        run_benchmark(kind, parse(BenchOptions, rest, prog="jaxdiff bench", default=default))
+        run_benchmark(kind, parse_flags(BenchOptions, rest, prog="jaxdiff bench", default=default))
     else:
         raise UserError(
             f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 from etils import epath
 
-from jaxdiff.cli.parsing import parse
+from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
@@ -47,7 +47,7 @@ class EvaluateOptions:
 
 def evaluate_command(arguments: list[str]) -> None:
     """Run `jaxdiff evaluate RUN [--samples N] ...`."""
-    options = parse(EvaluateOptions, arguments, prog="jaxdiff evaluate")
+    options = parse_flags(EvaluateOptions, arguments, prog="jaxdiff evaluate")
     _check(options)
     with join_hosts(options.hosts):
         evaluate_model(options)

@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxdiff.cli.parsing import parse
+from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import (
     ATTRIBUTES,
@@ -188,4 +188,4 @@ def _learned(key: str, name: str, values: np.ndarray, captions: list[str]) -> Ax
 
 def explore_command(arguments: list[str]) -> None:
     """Run `jaxdiff explore RECIPE_OR_MODEL [--x LOW:HIGH] [--y LOW:HIGH] ...`."""
-    explore_data(parse(ExploreOptions, arguments, prog="jaxdiff explore"))
+    explore_data(parse_flags(ExploreOptions, arguments, prog="jaxdiff explore"))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxdiff.cli.parsing import parse
+from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -52,7 +52,7 @@ class ExportOptions:
 
 def export_command(arguments: list[str]) -> None:
     """Run `jaxdiff export RUN_OR_MODEL OUT [--format FORMAT] [--dtype TYPE]`."""
-    options = parse(ExportOptions, arguments, prog="jaxdiff export")
+    options = parse_flags(ExportOptions, arguments, prog="jaxdiff export")
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
     if options.format not in FORMATS:

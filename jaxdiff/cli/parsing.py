@@ -19,7 +19,7 @@ from jaxdiff.training.recipe import Config, load_recipe
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
 
-def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:
+def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:
     """Parse flags into a dataclass or the arguments of a function, with tyro.
 
     Args:

@@ -10,7 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.planning.plan import Plan, make_plan, on_slice
@@ -48,7 +48,9 @@ class PlanOptions:
 def plan_command(arguments: list[str]) -> None:
     """Run `jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
     config, arguments = read_recipe(arguments)
-    options = parse(PlanOptions, arguments, prog="jaxdiff plan", default=PlanOptions(config=config))
+    options = parse_flags(
+        PlanOptions, arguments, prog="jaxdiff plan", default=PlanOptions(config=config)
+    )
     config = options.config
     names = [options.topology] if options.topology else [s.topology for s in config.slices]
     if not names:

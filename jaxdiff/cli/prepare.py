@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
 from jaxdiff.data.files import files_below
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
@@ -54,7 +54,7 @@ def prepare_command(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".py"):
         data = DataConfig(source=source_at(arguments[0]), transforms=Transforms(size=256))
         plain = PreparePathOptions(data=data)
-        path = parse(PreparePathOptions, arguments[1:], default=plain, **words)
+        path = parse_flags(PreparePathOptions, arguments[1:], default=plain, **words)
         if path.latents.views or path.latents.text:
             raise UserError(
                 "Latents need a recipe with an autoencoder: give its file first, and the data as "
@@ -63,7 +63,7 @@ def prepare_command(arguments: list[str]) -> None:
         manifest = write_records(None, path.data, _folder(path.out), path)
     else:
         config, rest = read_recipe(arguments)
-        options = parse(PrepareOptions, rest, default=PrepareOptions(config=config), **words)
+        options = parse_flags(PrepareOptions, rest, default=PrepareOptions(config=config), **words)
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:

@@ -3,7 +3,7 @@
 from jaxdiff.cli.generate.command import sample_images
 from jaxdiff.cli.generate.help import help_text
 from jaxdiff.cli.generate.options import SampleFlags, from_flags
-from jaxdiff.cli.parsing import parse
+from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.distributed.distributed_init import join_hosts
 
 
@@ -14,6 +14,6 @@ def sample_command(arguments: list[str]) -> None:
     if everything or "--help" in flags or "-h" in flags:
         print(help_text(everything=everything))
         return
-    options = from_flags(parse(SampleFlags, arguments, prog="jaxdiff sample"))
+    options = from_flags(parse_flags(SampleFlags, arguments, prog="jaxdiff sample"))
     with join_hosts(options.hosts):
         sample_images(options)

@@ -328,7 +328,7 @@ def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
     return sorted({row for place in places if place is not None for row in rows[place[0]]})
 
 
-def to_device(
+def device_batches(
     dataset: grain.IterDataset,
     sharding: jax.sharding.Sharding,
     *,

@@ -15,6 +15,7 @@ the loss. A weighting multiplies whatever density of times the time sampler has;
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,16 @@ class SigmoidWeighting:
         return _in_space(jax.nn.log_sigmoid(self.bias - log_snr), log_snr, space)
 
 
-Weighting = UniformWeighting | MinSNR | SigmoidWeighting  # called with (log_snr, space)
+@runtime_checkable
+class Weighting(Protocol):
+    """Interface of loss weights; one's own is a frozen dataclass with this method."""
+
+    def __call__(self, log_snr: Float[Array, " b"], space: Prediction, /) -> Float[Array, " b"]:
+        """Return weights [b] of errors in a space."""
+        ...
+
+
+AnyWeighting = UniformWeighting | MinSNR | SigmoidWeighting | Weighting
 
 
 def loss_by_level(

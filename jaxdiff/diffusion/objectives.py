@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxdiff.diffusion.losses import UniformWeighting, Weighting
+from jaxdiff.diffusion.losses import AnyWeighting, UniformWeighting
 from jaxdiff.diffusion.process import Images, Prediction, add_noise, from_x0_eps, to_x0_eps
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.diffusion.time_sampling import TimeSampler, Uniform
+from jaxdiff.diffusion.time_sampling import AnyTimeSampler, Uniform
 from jaxdiff.errors import UserError
 
 Conditioning = Any  # a tree of arrays [b, ...]
@@ -134,8 +134,8 @@ class Denoising(Objective):
     """
 
     loss_space: Prediction | None = None
-    times: TimeSampler = field(default_factory=Uniform)
-    weighting: Weighting = field(default_factory=UniformWeighting)
+    times: AnyTimeSampler = field(default_factory=Uniform)
+    weighting: AnyWeighting = field(default_factory=UniformWeighting)
     floor: float = 0.05
     noise_offset: float = 0.0
 

@@ -301,7 +301,7 @@ class Shifted:
         return self.base.time_at(noise_to_data / self.shift)
 
 
-AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifted
+AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifted | Schedule
 
 
 def shift_time(t: Times, shift: float) -> Times:

@@ -6,7 +6,7 @@ does not recompile.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -16,6 +16,15 @@ from jaxdiff.errors import UserError
 
 Index = int | Int[Array, "*b"]
 Count = int | Int[Array, ""]
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """Interface of time grids; one's own is a frozen dataclass with this method."""
+
+    def __call__(self, i: Index, num_steps: Count, /) -> Float[Array, "*b"]:
+        """Return the time before step i of num_steps: decreasing in i, about 1 at 0."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,4 +264,4 @@ class ConsistencyGrid:
         return (step / self.num_train_steps).astype(jnp.result_type(float))
 
 
-AnyGrid = TimeGrid | TrainStepGrid | KarrasGrid | LogSnrGrid | ExplicitGrid | ConsistencyGrid
+AnyGrid = TimeGrid | TrainStepGrid | KarrasGrid | LogSnrGrid | ExplicitGrid | ConsistencyGrid | Grid

@@ -1,6 +1,7 @@
 """Samplers of training times, t [b] in (0, 1]."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -65,4 +66,13 @@ class LogitNormal:
         return jnp.maximum(t, T_MIN)
 
 
-TimeSampler = Uniform | LogitNormal  # called with (key, batch)
+@runtime_checkable
+class TimeSampler(Protocol):
+    """Interface of distributions of training times; one's own is a frozen dataclass."""
+
+    def __call__(self, key: Key[Array, ""], batch: int, /) -> Float[Array, " b"]:
+        """Return times [batch] in [0, 1], float32."""
+        ...
+
+
+AnyTimeSampler = Uniform | LogitNormal | TimeSampler

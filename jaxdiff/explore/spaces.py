@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.cached_latents import CachedLatents
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
@@ -46,7 +46,7 @@ class Records(NamedTuple):
 class ClipReader(NamedTuple):
     """A CLIP, and how it reads."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     images: Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n d"]]
     texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]]
 

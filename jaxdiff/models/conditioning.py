@@ -225,6 +225,15 @@ class Conditioner(abc.ABC):
         """FLOPs of encoding one prompt."""
         return sum(encoder.flops() for encoder in self.encoders.values())
 
+    def check_new_tokens(self) -> None:
+        """Raise `UserError` unless all text encoders take new tokens."""
+        for name, encoder in self.encoders.items():
+            if not encoder.takes_new_tokens:
+                raise UserError(
+                    f"The text encoder {name}, a {type(encoder).__name__}, takes no new tokens: "
+                    "expected a model whose text encoders do, such as CLIP, for textual inversion."
+                )
+
     def check_tokenizers(self, tokenizers: Mapping[str, Any], added: int = 0) -> None:
         """Check that each encoder takes its tokenizer's ids, less `added` new tokens.
 
@@ -236,7 +245,14 @@ class Conditioner(abc.ABC):
 
 
 class TextEncoder(abc.ABC):
-    """Interface of text encoder settings: a frozen dataclass that can build its network."""
+    """Interface of text encoder settings: a frozen dataclass that can build its network.
+
+    Attributes:
+      takes_new_tokens: whether the network reads `params["added_tokens"]` beside its own parameter
+        `token_embedding`, for textual inversion. Its tokenizer is then a `Tokenizer`.
+    """
+
+    takes_new_tokens: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -279,6 +295,7 @@ class ClipTextEncoder(TextEncoder):
       final_norm: whether the final layer norm is applied to it.
     """
 
+    takes_new_tokens: ClassVar[bool] = True
     model: ClipTextConfig
     hidden_layer: int | None = None
     final_norm: bool = True

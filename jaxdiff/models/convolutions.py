@@ -96,7 +96,7 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> Conv:
     return Conv(inputs, outputs, size, 1, rngs)
 
 
-def linear(
+def fan_in_linear(
     inputs: int, outputs: int, rngs: nnx.Rngs, *, axes: Axes = EMBED, bias: bool = True
 ) -> Dense:
     """A linear layer over the channels."""
@@ -135,7 +135,7 @@ class ResidualBlock(nnx.Module):
         self.remat: Remat = remat
         self.norm1 = GroupNorm(inputs, groups, epsilon, rngs)
         self.conv1 = conv(inputs, outputs, 3, rngs)
-        self.time = None if time_width is None else linear(time_width, outputs, rngs)
+        self.time = None if time_width is None else fan_in_linear(time_width, outputs, rngs)
         self.norm2 = GroupNorm(outputs, groups, epsilon, rngs)
         self.conv2 = conv(outputs, outputs, 3, rngs)
         self.shortcut = None if inputs == outputs else conv(inputs, outputs, 1, rngs)

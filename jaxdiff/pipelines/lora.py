@@ -19,7 +19,7 @@ from jaxdiff.pretrained.lora import read_lora
 from jaxdiff.pretrained.merging import merge_into, split_adapters
 
 
-def apply(
+def apply_lora(
     pipe: Pipeline, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
 ) -> Pipeline:
     """Return a pipeline with the adapters of a LoRA file, beside those that it has.
@@ -40,8 +40,8 @@ def apply(
     return pipe.with_bundle(attach(bundle, adapters))
 
 
-def remove(pipe: Pipeline) -> Pipeline:
-    """Return a pipeline without the adapters that `apply` put beside the weights."""
+def remove_lora(pipe: Pipeline) -> Pipeline:
+    """Return a pipeline without the adapters that `apply_lora` put beside the weights."""
     return pipe.with_bundle(detach(pipe.bundle))
 
 

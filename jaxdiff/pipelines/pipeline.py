@@ -55,7 +55,7 @@ from jaxdiff.pipelines.program import (
     compiled_decoder,
     compiled_sampler,
 )
-from jaxdiff.pipelines.prompt_weights import parse, plain
+from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -432,7 +432,7 @@ class Pipeline:
             tokenizer.truncated(part.text)
             for tokenizer in self.tokenizers.values()
             for text in texts
-            for part in parse(text)
+            for part in parse_prompt(text)
         )
 
     def size_of(self, ratio: str) -> tuple[int, int]:

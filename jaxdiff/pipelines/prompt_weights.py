@@ -47,7 +47,7 @@ class PromptPart(NamedTuple):
         return "".join(piece.text for piece in self.texts)
 
 
-def parse(prompt: str) -> tuple[PromptPart, ...]:
+def parse_prompt(prompt: str) -> tuple[PromptPart, ...]:
     """Parse a prompt; most have one part, of one piece.
 
     Raises:
@@ -73,9 +73,9 @@ def plain(prompt: str) -> str:
     """Return the words alone, of composed prompts those of parts with a positive weight.
 
     Raises:
-      UserError: as `parse`.
+      UserError: as `parse_prompt`.
     """
-    parts = parse(prompt)
+    parts = parse_prompt(prompt)
     return ", ".join(part.text for part in parts if part.weight > 0 or len(parts) == 1)
 
 
@@ -166,10 +166,10 @@ def tokenize(
       composed: whether they may be composed of several.
 
     Raises:
-      UserError: as `parse`, or a composed prompt where none may be.
+      UserError: as `parse_prompt`, or a composed prompt where none may be.
     """
 
-    parsed = [parse(prompt or "") for prompt in prompts]
+    parsed = [parse_prompt(prompt or "") for prompt in prompts]
     most = max(len(parts) for parts in parsed)
     single = all(len(parts) == 1 and parts[0].weight == 1 for parts in parsed)
     if not (composed or single):

@@ -1,16 +1,17 @@
 """New words of a model: embeddings of textual inversion beside its vocabulary."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from etils import epath
 
-from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.embeddings import Word, read_embedding
 
 
-def apply(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> Pipeline:
+def apply_embedding(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> Pipeline:
     """Return a pipeline that knows one more word.
 
     Args:
@@ -33,6 +34,7 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
       UserError: the word exists already, or is for another model.
     """
     spec, params = bundle.spec, bundle.params
+    spec.conditioner.check_new_tokens()
     widths = {name: encoder.width for name, encoder in spec.conditioner.encoders.items()}
     given = {name: rows.shape[-1] for name, rows in word.rows.items()}
     if given != widths:
@@ -43,12 +45,8 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
     (count,) = {len(rows) for rows in word.rows.values()}
     added, tokenizers = {}, {}
     for name in widths:
-        tokenizer, table = bundle.tokenizers[name], params["text_encoders"][name]["token_embedding"]
-        if not isinstance(tokenizer, Tokenizer):
-            raise UserError(
-                f"The tokenizer of {spec.name} is a {type(tokenizer).__name__}: expected one of "
-                "jaxdiff.data.tokenizer, which new words can be added to."
-            )
+        tokenizer: Any = bundle.tokenizers[name]
+        table = params["text_encoders"][name]["token_embedding"]
         rows = jnp.asarray(word.rows[name], table.dtype)
         if (before := params.get("added_tokens", {}).get(name)) is not None:
             rows = jnp.concatenate([jnp.asarray(before, table.dtype), rows])

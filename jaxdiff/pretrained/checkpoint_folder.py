@@ -157,11 +157,11 @@ def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
     (written / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
     if written != final:
         if final.exists():  # damaged, or restore would have read it and save skipped it
-            remove(final)
+            remove_checkpoint(final)
         written.rename(final)
 
 
-def remove(path: epath.Path) -> None:
+def remove_checkpoint(path: epath.Path) -> None:
     """Remove a checkpoint; one that is removed in part does not count as complete."""
     if is_local(path):
         path = path.rename(path.with_name(f"{path.name}.old"))

@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
             out[..., rows] = part.transpose(2, 3, 1, 0) if value.ndim == 4 else part.T
 
 
-def flatten(params: Mapping[str, Any]) -> dict[Path, Any]:
+def flatten_params(params: Mapping[str, Any]) -> dict[Path, Any]:
     """Return parameters by their paths."""
     return cast(dict[Path, Any], traverse_util.flatten_dict(params))
 
@@ -115,7 +115,7 @@ def from_torch_names(
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
     advice = "check that the config is the one that belongs to this checkpoint"
-    flat, theirs = flatten(params), shapes(tensors)
+    flat, theirs = flatten_params(params), shapes(tensors)
     located = {path: locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
     _raise_if_any("missing tensors", list(wanted - set(theirs)), advice)
@@ -156,7 +156,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Return a checkpoint's tensors from our parameters: the inverse of `from_torch_names`."""
     tensors = {}
-    for path, value in flatten(params).items():
+    for path, value in flatten_params(params).items():
         tensor = locate(path, value.shape, names)
         layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
         for name, layer in zip(tensor.names(), layers, strict=True):

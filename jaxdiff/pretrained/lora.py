@@ -28,7 +28,7 @@ from jaxdiff.models.lora import Adapters, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.diffusers import ENCODERS
-from jaxdiff.pretrained.key_mapping import flatten, locate
+from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.safetensors_io import TensorFiles
 from jaxdiff.pretrained.single_file import unet_original_name
 from jaxdiff.pretrained.unet_keys import UNET_NAMES
@@ -82,7 +82,7 @@ def _layers(spec: TextToImage) -> dict[str, _Layer]:
             parts[name] = (abstract["text_encoders"][name], TEXT_NAMES)
     layers = {}
     for part, (params, table) in parts.items():
-        for path, leaf in flatten(params).items():
+        for path, leaf in flatten_params(params).items():
             if path[-1] != "kernel":
                 continue
             tensor = locate(path, leaf.shape, table)

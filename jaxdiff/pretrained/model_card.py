@@ -68,13 +68,13 @@ pipe = DiffusionPipeline.from_pretrained("{folder}")
 import jaxdiff
 from jaxdiff.pipelines import lora
 
-pipe = lora.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
+pipe = lora.apply_lora(jaxdiff.load("BASE_MODEL"), "{folder}")
 # diffusers: pipe.load_lora_weights("{folder}")""",
     "embedding": """\
 import jaxdiff
 from jaxdiff.pipelines import textual_inversion
 
-pipe = textual_inversion.apply(jaxdiff.load("BASE_MODEL"), "{folder}")
+pipe = textual_inversion.apply_embedding(jaxdiff.load("BASE_MODEL"), "{folder}")
 # diffusers: pipe.load_textual_inversion("{folder}")""",
 }
 _ABOUT = {

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.diffusion.process import Images
+from jaxdiff.diffusion.time_grids import Grid
 from jaxdiff.errors import UserError
-from jaxdiff.sampling.loop import Grid
 from jaxdiff.sampling.solver import Denoise, SolverState, State, Step, StepOutput
 
 

@@ -4,7 +4,6 @@ An image depends on its seed alone: the keys of image i are folded from (seeds[i
 so neither its place in the batch nor the size of the batch matters.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
+from jaxdiff.diffusion.time_grids import Grid
 from jaxdiff.sampling.solver import (
     Scalar,
     Solver,
@@ -24,8 +24,6 @@ from jaxdiff.sampling.solver import (
 )
 
 INITIAL_NOISE, STEP_NOISE = 0, 1  # purposes of keys
-
-Grid = Callable[[Int[Array, ""], Int[Array, ""]], Float[Array, ""]]  # (step, num_steps) -> t
 
 
 def keys_from_seeds(seeds: Integer[Array, " b"], purpose: int) -> Key[Array, " b"]:

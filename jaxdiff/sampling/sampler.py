@@ -7,7 +7,7 @@ from typing import Literal
 from jaxdiff.diffusion.time_grids import AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance.guidance import Guidance
-from jaxdiff.sampling.guidance.thresholds import DynamicThreshold, StaticThreshold
+from jaxdiff.sampling.guidance.thresholds import AnyThreshold
 from jaxdiff.sampling.solvers import AnySolver
 from jaxdiff.sampling.solvers_ode import DPMSolverPP2M
 
@@ -50,7 +50,7 @@ class Sampler:
     num_steps: int | None = None
     guidance_scale: float | None = None
     guidance: Guidance | None = None
-    threshold: StaticThreshold | DynamicThreshold | None = None
+    threshold: AnyThreshold | None = None
     init_noise: Literal["unit", "schedule"] | None = None
     resample_steps: int | None = None
     vae_mode: VaeMode | None = None
@@ -105,7 +105,7 @@ class ResolvedSampler:
     num_steps: int
     guidance_scale: float
     guidance: Guidance
-    threshold: StaticThreshold | DynamicThreshold | None
+    threshold: AnyThreshold | None
     init_noise: Literal["unit", "schedule"]
     resample_steps: int
     vae_mode: VaeMode

@@ -153,7 +153,7 @@ class Checkpoints:
         steps = [old for old in checkpoint_folder.steps(self._folder) if old <= step]
         try:
             for old in steps[: -self._keep]:
-                checkpoint_folder.remove(self._folder / str(old))
+                checkpoint_folder.remove_checkpoint(self._folder / str(old))
         except OSError as error:  # no reason to end a run
             self._report(f"The checkpoint of step {old} could not be removed: {error}.")
 

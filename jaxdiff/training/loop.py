@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import BadRecords
-from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, host_rows, make_dataset, to_device
+from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, device_batches, host_rows, make_dataset
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
@@ -218,7 +218,7 @@ def _batches(
         first=first,
     )
     sharding = batch_sharding(mesh)
-    return iter(to_device(dataset, sharding, batch_size=size, prefetch=config.data.prefetch))
+    return iter(device_batches(dataset, sharding, batch_size=size, prefetch=config.data.prefetch))
 
 
 class _Preemption:

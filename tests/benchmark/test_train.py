@@ -3,7 +3,6 @@ import json
 
 import jax
 import pytest
-from jaxdiff.benchmark.task_flops import training_flops
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.train import peak_of_device
@@ -12,6 +11,7 @@ from jaxdiff.cli.bench import BenchOptions, run_benchmark
 from jaxdiff.distributed import chips
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.training.abstract import flops_per_image
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_metrics_of_a_timed_step_are_consistent(found, tiny_recipe):
     assert 0 <= ours["data_wait"] < 1
     assert ours["p90_s"] >= ours["median_s"]
     config = tiny_recipe()
-    flops = training_flops(config.task, 32) * config.train.batch_size
+    flops = flops_per_image(config) * config.train.batch_size
     rate = flops / ours["median_s"] / 1e12 / found["hardware"]["devices"]
     assert ours["model_tflops_per_s_per_device"] == pytest.approx(rate)
     assert ours["mfu"] == pytest.approx(rate / 0.5)

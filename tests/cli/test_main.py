@@ -15,7 +15,8 @@ from jaxdiff.cli import main as cli
 from jaxdiff.cli import train
 from jaxdiff.errors import UserError
 from jaxdiff.io import files
-from jaxdiff.pretrained.load import read_bundle, write_bundle
+from jaxdiff.pretrained.bundle import write_bundle
+from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.recipe import load_recipe
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -211,11 +212,11 @@ def test_a_programming_error_keeps_its_traceback(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_export_writes_what_load_takes(tiny_bundle, tmp_path, capsys, dtype):
     run, out = str(tmp_path / "run"), str(tmp_path / "out" / "model")
-    write_bundle(run, tiny_bundle, dtype="float32")
+    write_bundle(run, tiny_bundle, "float32")
     assert cli.main(["export", run, out, "--dtype", dtype]) == 0
     assert out in capsys.readouterr().out
-    exported = read_bundle(out)
-    assert exported.config == tiny_bundle.config
+    exported = load_bundle(out)
+    assert exported.spec == tiny_bundle.spec
     rounded = jax.tree.map(
         lambda x: np.asarray(jax.numpy.asarray(x).astype(dtype).astype("float32")),
         tiny_bundle.params,

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.loader import WORKER_DIED, DataConfig, host_rows, make_dataset, to_device
+from jaxdiff.data.loader import WORKER_DIED, DataConfig, device_batches, host_rows, make_dataset
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
@@ -207,14 +207,14 @@ def test_all_bad_records_end_in_an_error_that_names_some(tmp_path, tokenizer, wo
     with pytest.raises(
         UserError, match=r"All 4 records of a batch .*\d\d\.png: .*max_bad_fraction"
     ):
-        next(iter(to_device(dataset, sharding, batch_size=4)))
+        next(iter(device_batches(dataset, sharding, batch_size=4)))
 
 
 def test_batches_are_laid_out_over_the_devices(source, tokenizer):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     host = _take(_dataset(source, tokenizer), 3)
-    device = _take(to_device(_dataset(source, tokenizer), sharding, batch_size=4), 3)
+    device = _take(device_batches(_dataset(source, tokenizer), sharding, batch_size=4), 3)
     for batch in device:
         assert batch["image"].sharding == batch["text"].sharding == sharding
         assert batch["image"].addressable_shards[0].data.shape == (1, 8, 8, 3)

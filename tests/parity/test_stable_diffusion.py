@@ -282,7 +282,7 @@ def test_lora(tokenizer, tmp_path):
         pipeline = base
         for naming, scale in scales.items():
             file = tmp_path / f"{naming}.safetensors"
-            pipeline = lora.apply(pipeline, file, scale=scale, merge=merge)
+            pipeline = lora.apply_lora(pipeline, file, scale=scale, merge=merge)
         assert distance(predict(pipeline)) <= 1e-5
 
 
@@ -295,7 +295,9 @@ def test_textual_inversion(tokenizer, tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
     save_file({"<pea>": rows}, tmp_path / "pea.safetensors")
     theirs.load_textual_inversion(tmp_path, weight_name="pea.safetensors")
-    ours = textual_inversion.apply(jaxdiff.load(tmp_path / "model"), tmp_path / "pea.safetensors")
+    ours = textual_inversion.apply_embedding(
+        jaxdiff.load(tmp_path / "model"), tmp_path / "pea.safetensors"
+    )
     latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
     settings = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "np"}
 

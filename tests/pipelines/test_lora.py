@@ -114,4 +114,4 @@ def test_one_is_merged_beside_another(bundle):
 def test_a_file_of_another_model_is_refused(pipeline, tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "style.safetensors")
     with pytest.raises(UserError, match="expected Stable Diffusion's U-Net"):
-        lora.apply(pipeline, tmp_path / "style.safetensors")
+        lora.apply_lora(pipeline, tmp_path / "style.safetensors")

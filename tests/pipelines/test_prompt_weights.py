@@ -15,7 +15,7 @@ from jaxdiff.models.conditioning import (
 )
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.pipelines.prompt_weights import PromptPart, WeightedText, parse, plain, tokenize
+from jaxdiff.pipelines.prompt_weights import PromptPart, WeightedText, parse_prompt, plain, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tokenizer():
     ],
 )
 def test_groups_with_a_number_have_weights_which_multiply(prompt, words):
-    assert parse(prompt) == (PromptPart(tuple(WeightedText(*each) for each in words)),)
+    assert parse_prompt(prompt) == (PromptPart(tuple(WeightedText(*each) for each in words)),)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_groups_with_a_number_have_weights_which_multiply(prompt, words):
     ],
 )
 def test_everything_else_is_text(prompt, text):
-    assert parse(prompt) == (PromptPart((WeightedText(text),)),)
+    assert parse_prompt(prompt) == (PromptPart((WeightedText(text),)),)
     assert plain(prompt) == text
 
 
 def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
-    parts = parse('"a pea":1  "a (red:2) pot": -0.5')
+    parts = parse_prompt('"a pea":1  "a (red:2) pot": -0.5')
     red = (WeightedText("a "), WeightedText("red", 2.0), WeightedText(" pot"))
     assert parts == (PromptPart((WeightedText("a pea"),), 1.0), PromptPart(red, -0.5))
     assert plain('"a pea":1 "red":-0.5 "a \\"pot\\"":2') == 'a pea, a "pot"'
@@ -78,7 +78,7 @@ def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
 )
 def test_malformed_weights_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
-        parse(prompt)
+        parse_prompt(prompt)
 
 
 def test_words_without_weights_are_plain_ids(tokenizer):

@@ -10,7 +10,7 @@ from etils import epath
 from jaxdiff.cli.generate.help import help_text
 from jaxdiff.cli.generate.options import GROUPS, SampleFlags, flags_class, from_flags
 from jaxdiff.cli.generate.prompt_file import COLUMNS, read_prompts
-from jaxdiff.cli.parsing import _flags, parse
+from jaxdiff.cli.parsing import _flags, parse_flags
 from jaxdiff.config.fields import Doc, Range, fields_of
 from jaxdiff.pipelines.resolve import FILES, resolve_settings
 from jaxdiff.pipelines.settings import CONFLICTS, GenerationSettings, Requires, Varies
@@ -72,14 +72,14 @@ def test_a_field_is_a_flag(name):
     words = [FIELDS[name].flag]
     if VALUES[name] is not True:
         words.append(str(FIELDS[name].to_json(VALUES[name])))
-    options = from_flags(parse(SampleFlags, ["a pea", *words], prog="sample"))
+    options = from_flags(parse_flags(SampleFlags, ["a pea", *words], prog="sample"))
     assert options.settings == GenerationSettings(**{name: VALUES[name]})
     assert options.prompt == ("a pea",)
     assert f"{FIELDS[name].flag} {FIELDS[name].metavar}".rstrip() in help_text(everything=True)
 
 
 def test_flags_that_are_not_given_set_nothing():
-    assert from_flags(parse(SampleFlags, [], prog="sample")).settings == GenerationSettings()
+    assert from_flags(parse_flags(SampleFlags, [], prog="sample")).settings == GenerationSettings()
 
 
 @pytest.mark.parametrize("name", sorted(VALUES.keys() - set(FILES)))
@@ -114,7 +114,7 @@ class WithSharpness(GenerationSettings):
 def test_an_option_costs_one_field(pipeline):
     flags = flags_class(WithSharpness)
     assert set(_flags(flags)) - set(_flags(SampleFlags)) == {"--sharpness"}
-    parsed = parse(flags, ["--sharpness", "0.5"], prog="sample")
+    parsed = parse_flags(flags, ["--sharpness", "0.5"], prog="sample")
     asked = from_flags(parsed, WithSharpness).settings
     assert asked == WithSharpness(sharpness=0.5)
     assert WithSharpness.read(asked.to_json()) == asked

@@ -296,13 +296,13 @@ def test_adapters_are_trained_saved_and_read(folder, bundle, tmp_path):
     cli.export([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
     base, found = jaxdiff.load(folder), adapters_of(trained)["denoiser"]
     file = tmp_path / "lora"
-    twice = lora.apply(lora.apply(base, file, scale=0.25), file, scale=0.75)
+    twice = lora.apply_lora(lora.apply_lora(base, file, scale=0.25), file, scale=0.75)
     for path, pair in adapters_of(twice.bundle)["denoiser"].items():
         np.testing.assert_allclose(pair.product, found[path].product, rtol=1e-4, atol=1e-6)
     jax.tree.map(
-        np.testing.assert_array_equal, lora.remove(twice).bundle.params, base.bundle.params
+        np.testing.assert_array_equal, lora.remove_lora(twice).bundle.params, base.bundle.params
     )
-    within, whole = lora.apply(base, file, merge=True), jaxdiff.load(tmp_path / "whole")
+    within, whole = lora.apply_lora(base, file, merge=True), jaxdiff.load(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, within.bundle.params, whole.bundle.params)
     ours, theirs, before = (predicted(b) for b in (trained, within.bundle, base.bundle))
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
@@ -331,8 +331,8 @@ def test_a_word_is_learnt_saved_and_read(bundle, tmp_path):
     cli.export([str(tmp_path / "run"), str(tmp_path / "word"), "--format", "embedding"])
     cli.export([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
     base = jaxdiff.load(tmp_path / "model")
-    longer = textual_inversion.apply(base, tmp_path / "word")
-    both = textual_inversion.apply(longer, tmp_path / "word", word="<other>")
+    longer = textual_inversion.apply_embedding(base, tmp_path / "word")
+    both = textual_inversion.apply_embedding(longer, tmp_path / "word", word="<other>")
     whole = load_bundle(tmp_path / "whole")
     word = ["a <my-thing>"]
     np.testing.assert_array_equal(longer.tokenizers["text"](word), whole.tokenizers["text"](word))
@@ -345,13 +345,13 @@ def test_a_word_is_learnt_saved_and_read(bundle, tmp_path):
         np.testing.assert_allclose(encoded(model, prompt), learnt, atol=1e-5)
     assert np.abs(learnt - encoded(longer.bundle, "a pea")).max() > 0.1
     with pytest.raises(UserError, match="cannot be a new word"):
-        textual_inversion.apply(longer, tmp_path / "word")
+        textual_inversion.apply_embedding(longer, tmp_path / "word")
 
 
 def test_a_word_of_another_width_is_refused(folder, tmp_path):
     write_embedding(tmp_path, Word("<pea>", {"text": np.ones((1, 6), np.float32)}))
     with pytest.raises(UserError, match=r"of widths \[6\].*another model"):
-        textual_inversion.apply(jaxdiff.load(folder), tmp_path)
+        textual_inversion.apply_embedding(jaxdiff.load(folder), tmp_path)
 
 
 def test_a_missing_part_is_reported(bundle, tmp_path):

@@ -250,9 +250,9 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
     """
     pipe = load(options.model, dtype=options.dtype or dtype)
     for file, scale in map(file_and_scale, options.lora):
-        pipe = lora.apply(pipe, file, scale=scale, merge=True)
+        pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
     for file in options.embedding:
-        pipe = textual_inversion.apply(pipe, file)
+        pipe = textual_inversion.apply_embedding(pipe, file)
     return pipe
 
 

@@ -12,7 +12,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
-from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, fan_in_linear
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, patchify, unpatchify
 
@@ -165,10 +165,10 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.norm = _group_norm(channels, config, rngs)
-        self.q = linear(channels, channels, rngs)
-        self.k = linear(channels, channels, rngs)
-        self.v = linear(channels, channels, rngs)
-        self.out = linear(channels, channels, rngs)
+        self.q = fan_in_linear(channels, channels, rngs)
+        self.k = fan_in_linear(channels, channels, rngs)
+        self.v = fan_in_linear(channels, channels, rngs)
+        self.out = fan_in_linear(channels, channels, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Adds what each position reads from all."""
@@ -178,7 +178,7 @@ class SpatialAttention(nnx.Module):
         return x + self.out(y.reshape(b, h, w, c))
 
 
-class Middle(nnx.Module):
+class KlMiddle(nnx.Module):
     """Residual block, attention, residual block, at the coarsest resolution."""
 
     def __init__(self, channels: int, config: AutoencoderConfig, rngs: nnx.Rngs):
@@ -195,7 +195,7 @@ class Middle(nnx.Module):
         return self.second(x)
 
 
-class Level(nnx.Module):
+class KlLevel(nnx.Module):
     """The residual blocks of one resolution, and the convolution for leaving it, if any."""
 
     def __init__(
@@ -230,8 +230,8 @@ class Encoder(nnx.Module):
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
             down = _downsample(width, rngs) if i + 1 < len(widths) else None
-            self.levels.append(Level(before, width, config.layers_per_block, down, config, rngs))
-        self.middle = Middle(widths[-1], config, rngs)
+            self.levels.append(KlLevel(before, width, config.layers_per_block, down, config, rngs))
+        self.middle = KlMiddle(widths[-1], config, rngs)
         self.norm_out = _group_norm(widths[-1], config, rngs)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, rngs)
 
@@ -253,12 +253,14 @@ class Decoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
         self.conv_in = conv(config.latent_channels, widths[0], 3, rngs)
-        self.middle = Middle(widths[0], config, rngs)
+        self.middle = KlMiddle(widths[0], config, rngs)
         self.levels = nnx.List()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
             up = None if i + 1 == len(widths) else conv(width, width, 3, rngs)
-            self.levels.append(Level(before, width, config.layers_per_block + 1, up, config, rngs))
+            self.levels.append(
+                KlLevel(before, width, config.layers_per_block + 1, up, config, rngs)
+            )
         self.norm_out = _group_norm(widths[-1], config, rngs)
         self.patch_size = config.patch_size
         self.conv_out = conv(widths[-1], config.patch_channels, 3, rngs)

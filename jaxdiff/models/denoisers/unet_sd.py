@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, linear
+from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, fan_in_linear
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.initializers import fan_in_normal
@@ -172,10 +172,10 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, width: int, source_width: int, heads: int, upcast: bool, rngs: nnx.Rngs):
         self.heads, self.upcast = heads, upcast
-        self.q = linear(width, width, rngs, axes=TO_HEADS, bias=False)
-        self.k = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
-        self.v = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
-        self.out = linear(width, width, rngs, axes=FROM_HEADS)
+        self.q = fan_in_linear(width, width, rngs, axes=TO_HEADS, bias=False)
+        self.k = fan_in_linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.v = fan_in_linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
+        self.out = fan_in_linear(width, width, rngs, axes=FROM_HEADS)
 
     def __call__(
         self, x: Float[Array, "b n d"], source: Float[Array, "b m e"]
@@ -197,7 +197,7 @@ class GEGLU(nnx.Module):
     def __init__(self, width: int, rngs: nnx.Rngs):
         init = fan_in_normal()
         self.inner = PairedDense(width, 8 * width, axes=TO_MLP, kernel_init=init, rngs=rngs)
-        self.outer = linear(4 * width, width, rngs, axes=FROM_MLP)
+        self.outer = fan_in_linear(4 * width, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The same shape."""
@@ -237,7 +237,10 @@ class Transformer(nnx.Module):
         self.remat: Remat = config.remat
         self.norm = GroupNorm(width, config.norm_num_groups, TRANSFORMER_NORM_EPSILON, rngs)
         if config.use_linear_projection:
-            self.proj_in, self.proj_out = linear(width, width, rngs), linear(width, width, rngs)
+            self.proj_in, self.proj_out = (
+                fan_in_linear(width, width, rngs),
+                fan_in_linear(width, width, rngs),
+            )
         else:
             self.proj_in, self.proj_out = conv(width, width, 1, rngs), conv(width, width, 1, rngs)
         self.blocks = stack_blocks(
@@ -254,7 +257,7 @@ class Transformer(nnx.Module):
         return x + self.proj_out(y.reshape(b, h, w, c))
 
 
-class Level(nnx.Module):
+class UNetLevel(nnx.Module):
     """The residual blocks of one resolution in one direction, each with its transformer, if any."""
 
     def __init__(
@@ -285,7 +288,7 @@ class Level(nnx.Module):
         return self.transformers[index](x, tokens) if self.transformers else x
 
 
-class Middle(nnx.Module):
+class UNetMiddle(nnx.Module):
     """Residual block, transformer, residual block, at the coarsest resolution."""
 
     def __init__(self, config: UNet2DConditionConfig, rngs: nnx.Rngs):
@@ -323,25 +326,27 @@ class UNet2DConditionModel(nnx.Module):
         self.config = config
         widths, time_width = config.block_out_channels, config.time_width
         self.conv_in = conv(config.in_channels, widths[0], 3, rngs)
-        self.time1 = linear(widths[0], time_width, rngs)
-        self.time2 = linear(time_width, time_width, rngs)
+        self.time1 = fan_in_linear(widths[0], time_width, rngs)
+        self.time2 = fan_in_linear(time_width, time_width, rngs)
         if config.added_width is not None:
-            self.added1 = linear(config.added_width, time_width, rngs)
-            self.added2 = linear(time_width, time_width, rngs)
+            self.added1 = fan_in_linear(config.added_width, time_width, rngs)
+            self.added2 = fan_in_linear(time_width, time_width, rngs)
 
         self.down, skips = nnx.List(), [widths[0]]
         for i, width in enumerate(widths):
             last = i + 1 == len(widths)
             inputs = (widths[max(i - 1, 0)],) + (width,) * (config.layers_per_block - 1)
-            self.down.append(Level(inputs, i, None if last else _halve(width, rngs), config, rngs))
+            self.down.append(
+                UNetLevel(inputs, i, None if last else _halve(width, rngs), config, rngs)
+            )
             skips += [width] * (config.layers_per_block + (not last))
-        self.middle = Middle(config, rngs)
+        self.middle = UNetMiddle(config, rngs)
         self.up, before = nnx.List(), widths[-1]
         for i, width in reversed(list(enumerate(widths))):
             first = (before,) + (width,) * config.layers_per_block
             inputs = tuple(channels + skips.pop() for channels in first)
             up = conv(width, width, 3, rngs) if i else None
-            self.up.append(Level(inputs, i, up, config, rngs))
+            self.up.append(UNetLevel(inputs, i, up, config, rngs))
             before = width
         self.norm_out = GroupNorm(widths[0], config.norm_num_groups, NORM_EPSILON, rngs)
         self.conv_out = conv(widths[0], config.out_channels, 3, rngs)

@@ -1,14 +1,21 @@
 """Thresholds: keep estimates of x0 in the range of the data."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
 
-Threshold = Callable[[Images], Images]  # x0 -> x0
+
+@runtime_checkable
+class Threshold(Protocol):
+    """Interface of thresholds; one's own is a frozen dataclass with this method."""
+
+    def __call__(self, x0: Images, /) -> Images:
+        """Return an estimate of x0 in range."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +61,6 @@ class DynamicThreshold:
         size = jnp.quantile(jnp.abs(x0), self.quantile, axis=(1, 2, 3), keepdims=True)
         size = jnp.maximum(size, 1.0)
         return jnp.clip(x0, -size, size) / size
+
+
+AnyThreshold = StaticThreshold | DynamicThreshold | Threshold

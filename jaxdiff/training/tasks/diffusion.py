@@ -134,6 +134,8 @@ class DiffusionTask(Task):
                 "LoRA adapts text encoders that are trained already: name their model in "
                 "task.pretrained.text_encoders."
             )
+        if trainable.inversion is not None:
+            self.model.conditioner.check_new_tokens()
         if trainable.inversion is not None and (trainable.text_encoders or trainable.text_lora):
             raise UserError(
                 "Textual inversion learns a token for frozen text encoders: set "
