@@ -237,10 +237,8 @@ class Transformer(nnx.Module):
         self.remat: Remat = config.remat
         self.norm = GroupNorm(width, config.norm_num_groups, TRANSFORMER_NORM_EPSILON, rngs)
         if config.use_linear_projection:
-            self.proj_in, self.proj_out = (
-                fan_in_linear(width, width, rngs),
-                fan_in_linear(width, width, rngs),
-            )
+            self.proj_in = fan_in_linear(width, width, rngs)
+            self.proj_out = fan_in_linear(width, width, rngs)
         else:
             self.proj_in, self.proj_out = conv(width, width, 1, rngs), conv(width, width, 1, rngs)
         self.blocks = stack_blocks(
@@ -257,7 +255,7 @@ class Transformer(nnx.Module):
         return x + self.proj_out(y.reshape(b, h, w, c))
 
 
-class UNetLevel(nnx.Module):
+class SdLevel(nnx.Module):
     """The residual blocks of one resolution in one direction, each with its transformer, if any."""
 
     def __init__(
@@ -288,7 +286,7 @@ class UNetLevel(nnx.Module):
         return self.transformers[index](x, tokens) if self.transformers else x
 
 
-class UNetMiddle(nnx.Module):
+class SdMiddle(nnx.Module):
     """Residual block, transformer, residual block, at the coarsest resolution."""
 
     def __init__(self, config: UNet2DConditionConfig, rngs: nnx.Rngs):
@@ -337,16 +335,16 @@ class UNet2DConditionModel(nnx.Module):
             last = i + 1 == len(widths)
             inputs = (widths[max(i - 1, 0)],) + (width,) * (config.layers_per_block - 1)
             self.down.append(
-                UNetLevel(inputs, i, None if last else _halve(width, rngs), config, rngs)
+                SdLevel(inputs, i, None if last else _halve(width, rngs), config, rngs)
             )
             skips += [width] * (config.layers_per_block + (not last))
-        self.middle = UNetMiddle(config, rngs)
+        self.middle = SdMiddle(config, rngs)
         self.up, before = nnx.List(), widths[-1]
         for i, width in reversed(list(enumerate(widths))):
             first = (before,) + (width,) * config.layers_per_block
             inputs = tuple(channels + skips.pop() for channels in first)
             up = conv(width, width, 3, rngs) if i else None
-            self.up.append(UNetLevel(inputs, i, up, config, rngs))
+            self.up.append(SdLevel(inputs, i, up, config, rngs))
             before = width
         self.norm_out = GroupNorm(widths[0], config.norm_num_groups, NORM_EPSILON, rngs)
         self.conv_out = conv(widths[0], config.out_channels, 3, rngs)
