@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import main as cli
+from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.io import files
@@ -163,6 +165,19 @@ def test_parts_of_a_page_train(tiny_recipe, pipeline, monkeypatch, tmp_path):
     data = dataclasses.replace(config.data, source=parts["Gradients"]())
     task = dataclasses.replace(config.task, objective=parts["PlainX0"](), curriculum=None)
     assert run_recipe(dataclasses.replace(config, data=data, task=task), str(tmp_path)).finished
+
+
+def test_the_page_of_recipes_has_all_of_them():
+    path = ROOT / "docs/hooks.py"
+    spec = importlib.util.spec_from_file_location("hooks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((ROOT / "docs/recipes.md").read_text())
+    assert all(f"\n## {name}\n" in page for name in recipe_names())
+    assert "\n    " not in re.sub(FENCE, "", page)  # code is fenced
+    assert hooks.MARKER not in page
 
 
 MEMBERS = re.compile(r"^::: (\S+)\n(?:    .*\n)*?      members: \[(.*)\]", re.MULTILINE)
