@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 
 from jaxdiff.cli.recipes import summarize_recipe
 from jaxdiff.config.recipe_files import RECIPES, recipe_names
@@ -22,9 +23,13 @@ def recipe_table() -> str:
 
 
 def _markdown(docstring: str | None) -> str:
-    """Return a docstring as Markdown: indented blocks stay code, fields become a list."""
+    """Return a docstring as Markdown: indented blocks become fenced code, fields a list."""
     text = re.sub(r"^(Hardware|Cost): ", r"- **\1:** ", docstring or "", flags=re.MULTILINE)
-    return text.replace("\n- **Hardware", "\n\n- **Hardware", 1)
+    return re.sub(r"(?:^    .*\n)+", _fenced, text + "\n", flags=re.MULTILINE)
+
+
+def _fenced(block: re.Match[str]) -> str:
+    return f"```text\n{textwrap.dedent(block[0])}```\n"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -52,7 +52,7 @@ def main():
         return float(np.mean(np.sqrt(np.mean((images - reference) ** 2, (1, 2, 3)))))
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained", sharey=True)
-    for axes, scale in zip(panels, (1.0, pipe.spec.sampler.guidance_scale), strict=True):
+    for axes, scale in zip(panels, (1.0, pipe.spec.sampler.resolve().guidance_scale), strict=True):
         reference = generate("ddim", REFERENCE_STEPS, scale)
         for solver in SHOWN:
             errors = [rmse(generate(solver, n, scale), reference) for n in STEPS]

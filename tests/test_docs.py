@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import main as cli
+from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.io import files
@@ -122,8 +125,8 @@ def test_python_runs_with_a_tiny_model(page, pipeline, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jaxdiff, "load", lambda *_, **__: pipeline)
     monkeypatch.setattr(Pipeline, "with_autoencoder", lambda self, _: self)
-    for module in (lora, textual_inversion):
-        monkeypatch.setattr(module, "apply", lambda pipe, *_, **__: pipe)
+    for module, name in ((lora, "apply_lora"), (textual_inversion, "apply_embedding")):
+        monkeypatch.setattr(module, name, lambda pipe, *_, **__: pipe)
     names = run_blocks(page)
     configs = [value for value in names.values() if isinstance(value, Config)]
     if "get_config" in names:
@@ -144,8 +147,8 @@ def test_python_runs_with_the_shipped_model(name, monkeypatch, tmp_path):
 def test_a_recipe_of_a_page_trains(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
-    for i in range(4):
-        Image.fromarray(np.full((80, 80, 3), 60 * i, np.uint8)).save(f"photos/{i}.png")
+    for i in range(8):
+        Image.fromarray(np.full((80, 80, 3), 30 * i, np.uint8)).save(f"photos/{i}.png")
         Path(f"photos/{i}.txt").write_text("a photo of a cat")
     Path("mine.py").write_text(recipe_of_page(ROOT / name))
     config = load_recipe("mine.py")
@@ -162,6 +165,29 @@ def test_parts_of_a_page_train(tiny_recipe, pipeline, monkeypatch, tmp_path):
     data = dataclasses.replace(config.data, source=parts["Gradients"]())
     task = dataclasses.replace(config.task, objective=parts["PlainX0"](), curriculum=None)
     assert run_recipe(dataclasses.replace(config, data=data, task=task), str(tmp_path)).finished
+
+
+def test_the_page_of_recipes_has_all_of_them():
+    path = ROOT / "docs/hooks.py"
+    spec = importlib.util.spec_from_file_location("hooks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((ROOT / "docs/recipes.md").read_text())
+    assert all(f"\n## {name}\n" in page for name in recipe_names())
+    assert "\n    " not in re.sub(FENCE, "", page)  # code is fenced
+    assert hooks.MARKER not in page
+
+
+MEMBERS = re.compile(r"^::: (\S+)\n(?:    .*\n)*?      members: \[(.*)\]", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda p: p.stem)
+def test_the_reference_names_what_there_is(page):
+    for module, names in MEMBERS.findall(page.read_text()):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

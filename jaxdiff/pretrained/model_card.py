@@ -66,15 +66,15 @@ pipe = DiffusionPipeline.from_pretrained("{folder}")
 # jaxdiff: pipe = jaxdiff.load("{folder}")""",
     "lora": """\
 import jaxdiff
-from jaxdiff.pipelines import lora
+from jaxdiff.pipelines.lora import apply_lora
 
-pipe = lora.apply_lora(jaxdiff.load("BASE_MODEL"), "{folder}")
+pipe = apply_lora(jaxdiff.load("BASE_MODEL"), "{folder}")
 # diffusers: pipe.load_lora_weights("{folder}")""",
     "embedding": """\
 import jaxdiff
-from jaxdiff.pipelines import textual_inversion
+from jaxdiff.pipelines.textual_inversion import apply_embedding
 
-pipe = textual_inversion.apply_embedding(jaxdiff.load("BASE_MODEL"), "{folder}")
+pipe = apply_embedding(jaxdiff.load("BASE_MODEL"), "{folder}")
 # diffusers: pipe.load_textual_inversion("{folder}")""",
 }
 _ABOUT = {
