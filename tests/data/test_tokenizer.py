@@ -14,7 +14,7 @@ import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 
-SHIPPED = Path(jaxdiff.__file__).parent / "weights" / "produce"
+SHIPPED = Path(jaxdiff.__file__).parent / "weights" / "produce" / "tokenizers" / "text"
 CAPTIONS = [
     "a photo of a ripe tomato with a stem",
     "a small green pea, left of two bananas",
@@ -158,7 +158,8 @@ def test_ids_equal_those_of_transformers(tokenizer, folder):
 
 def test_every_form_on_disk_gives_the_same_ids(tokenizer, folder, tmp_path):
     tokenizer.save(str(tmp_path / "saved"))
-    assert [f.name for f in (tmp_path / "saved").iterdir()] == ["tokenizer.json"]
+    names = sorted(f.name for f in (tmp_path / "saved").iterdir())
+    assert names == ["tokenizer.json", "vocabulary.txt"]
     saved = Tokenizer.load(str(tmp_path / "saved"))
     for other in (saved, Tokenizer.load(str(folder)), pickle.loads(pickle.dumps(tokenizer))):
         np.testing.assert_array_equal(other(TEXTS), tokenizer(TEXTS))
