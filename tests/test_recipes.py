@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdiff.config.serialization import from_json, to_json
+from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.mesh import check_batch, make_mesh
 from jaxdiff.training.abstract import abstract_state
-from jaxdiff.training.recipe import Config, differences, load_recipe
+from jaxdiff.training.recipe import Config, config_from_json, differences, load_recipe
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 from jaxdiff.training.tasks.clip import ClipTask
 
@@ -78,7 +78,7 @@ def test_its_evaluators_can_evaluate_its_model(config):
 
 
 def test_it_survives_json(config):
-    again = from_json(Config, json.loads(json.dumps(to_json(config))))
+    again = config_from_json(json.loads(json.dumps(to_json(config))))
     assert again == config
     assert differences(again, config) == []
 

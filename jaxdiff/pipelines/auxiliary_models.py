@@ -43,7 +43,7 @@ def load_clip(model: str, mesh: Mesh) -> LoadedClip:
     bundle = load_bundle(model)
     if not isinstance(bundle.spec, ClipConfig) or "text" not in bundle.tokenizers:
         raise UserError(
-            f"{model} is a {type(bundle.spec).__name__}: expected a CLIP; give the folder or the "
+            f"{model} is of type {type(bundle.spec).__name__}: expected a CLIP; give the folder or the "
             "hub's id of one, such as openai/clip-vit-large-patch14, a run of "
             "configs/produce_clip.py, or shipped:produce_clip."
         )
@@ -107,7 +107,7 @@ def load_guide(
     assert isinstance(spec, TextToImage)
     if not isinstance(bundle.spec, TextToImage):
         raise UserError(
-            f"{model} is a {type(bundle.spec).__name__}: expected a text-to-image model in "
+            f"{model} is of type {type(bundle.spec).__name__}: expected a text-to-image model in "
             "guide.model."
         )
     theirs = bundle.spec

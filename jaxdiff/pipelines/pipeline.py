@@ -126,7 +126,7 @@ class Pipeline:
         spec = bundle.spec
         if not isinstance(spec, TextToImage):
             raise UserError(
-                f"The model is a {type(spec).__name__}: expected a text-to-image model; give the "
+                f"The model is of type {type(spec).__name__}: expected a text-to-image model; give the "
                 "folder of one."
             )
         if dtype is None and jax.default_backend() == "cpu":

@@ -59,7 +59,7 @@ def _with_vocabulary(conditioner: AnyConditioner, name: str, size: int) -> AnyCo
     encoder = conditioner.encoders[name]
     if not isinstance(encoder, ClipTextEncoder):
         raise UserError(
-            f"The text encoder {name!r} is a {type(encoder).__name__}: expected a ClipTextEncoder "
+            f"The text encoder {name!r} is of type {type(encoder).__name__}: expected a ClipTextEncoder "
             "to add words to; load the model without them."
         )
     model = encoder.model

@@ -6,9 +6,15 @@ from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.errors import UserError
 
 
-def test_sampling_is_timed_beside_its_network(tiny_recipe, tiny_bundle):
-    config = dataclasses.replace(tiny_recipe(), sampling=tiny_bundle.config.sampling)
-    found = time_sampling(config, warmup=0, repeats=3, batch_size=2)
+def with_steps(config, num_steps):
+    """The recipe with another number of steps."""
+    sampler = dataclasses.replace(config.task.model.sampler, num_steps=num_steps)
+    model = dataclasses.replace(config.task.model, sampler=sampler)
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
+
+
+def test_sampling_is_timed_beside_its_network(tiny_recipe):
+    found = time_sampling(with_steps(tiny_recipe(), 3), warmup=0, repeats=3, batch_size=2)
     assert len(found.seconds) == 3
     assert found.images == 2
     metrics = found.metrics
@@ -19,7 +25,5 @@ def test_sampling_is_timed_beside_its_network(tiny_recipe, tiny_bundle):
 
 
 def test_a_single_step_is_refused(tiny_recipe):
-    settings = dataclasses.replace(tiny_recipe().sampling, num_steps=1)
-    config = dataclasses.replace(tiny_recipe(), sampling=settings)
     with pytest.raises(UserError, match="expected at least 2"):
-        time_sampling(config, warmup=0, repeats=3, batch_size=1)
+        time_sampling(with_steps(tiny_recipe(), 1), warmup=0, repeats=3, batch_size=1)

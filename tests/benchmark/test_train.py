@@ -62,9 +62,9 @@ def test_a_random_batch_has_the_recipes_shapes(tiny_recipe):
     config = dataclasses.replace(tiny_recipe(), mesh=MeshConfig(data=8))
     batch = synthetic.random_batch(config, make_mesh(config.mesh))
     assert batch["image"].shape == (8, 32, 32, 3)
-    assert batch["tokens"].shape == (8, 16)
-    assert batch["framing"].tolist()[0] == [32, 32, 0, 0, 32, 32]
-    assert int(batch["tokens"].max()) < 600
+    assert batch["text"].ids["text"].shape == (8, 16)
+    assert batch["size_crop"].tolist()[0] == [32, 32, 0, 0, 32, 32]
+    assert int(batch["text"].ids["text"].max()) < 600
     assert len(batch["image"].addressable_shards) == 8
 
 

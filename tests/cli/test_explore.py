@@ -115,7 +115,7 @@ def test_numbers_out_of_range_are_refused(words, refused):
 
 def test_models_of_the_wrong_kind_are_refused(refused):
     message = refused("configs/produce.py", "--clip", "shipped:produce_autoencoder")
-    assert "is no CLIP" in message
+    assert "expected a CLIP" in message
     message = refused("configs/produce.py", "--autoencoder", "shipped:produce_clip")
     assert "There is no autoencoder in shipped:produce_clip" in message
 

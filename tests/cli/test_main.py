@@ -112,7 +112,7 @@ def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
         (("train", "--resume", "--fresh"), "exclude each other"),
         (("sample", "a pea", "--num-step", "3"), "did you mean --num-steps?"),
         (("evaluate", "runs/x", "--sample", "3"), "did you mean --samples?"),
-        (("evaluate", "nowhere"), "nowhere holds no model"),
+        (("evaluate", "nowhere"), "nowhere holds no recipe"),
         (("export", "nowhere", "out"), "nowhere holds no model"),
         (("export", "a", "b", "--dtype", "int8"), "expected bfloat16, float16 or float32"),
         (("export", "a", "b", "--format", "ckpt"), "diffusers, lora or embedding"),
@@ -157,6 +157,22 @@ def test_train_alone_runs_the_default_recipe(started):
     assert (out, fresh) == ("runs/produce", False)
 
 
+def _in_sampler(**changes):
+    return {"task": {"model": {"sampler": changes}}}
+
+
+def _in_guidance(**changes):
+    return _in_sampler(guidance=changes)
+
+
+def _changed(value, changes):
+    """A dataclass with changes, nested as its fields are."""
+    if not isinstance(changes, dict):
+        return changes
+    fields = {name: _changed(getattr(value, name), change) for name, change in changes.items()}
+    return dataclasses.replace(value, **fields)
+
+
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
@@ -166,20 +182,19 @@ def test_train_alone_runs_the_default_recipe(started):
         (("--train.batch-size", "4"), {"train": {"batch_size": 4}}),
         (("--data.shuffle", "False"), {"data": {"shuffle": False}}),
         (("--mesh.data", "-1"), {"mesh": {"data": -1}}),
-        (("--sampling.interval", "0.1", "0.9"), {"sampling": {"interval": (0.1, 0.9)}}),
-        (("--sampling.guidance-scale=-1.5",), {"sampling": {"guidance_scale": -1.5}}),
-        (("--sampling.guidance-scale", "-1.5"), {"sampling": {"guidance_scale": -1.5}}),
-        (("--sampling.prompts", "a pea", "two"), {"sampling": {"prompts": ("a pea", "two")}}),
+        (
+            ("--task.model.sampler.guidance.interval", "0.1", "0.9"),
+            _in_guidance(interval=(0.1, 0.9)),
+        ),
+        (("--task.model.sampler.guidance-scale=-1.5",), _in_sampler(guidance_scale=-1.5)),
+        (("--task.model.sampler.guidance-scale", "-1.5"), _in_sampler(guidance_scale=-1.5)),
         (("--name", "mine"), {"name": "mine"}),
     ],
 )
 def test_keys_of_the_recipe_are_changed(recipe, started, words, changes):
     assert cli.main(["train", recipe, *words]) == 0
     expected = load_recipe(recipe)
-    for key, change in changes.items():
-        if isinstance(change, dict):
-            change = dataclasses.replace(getattr(expected, key), **change)
-        expected = dataclasses.replace(expected, **{key: change})
+    expected = _changed(expected, changes)
     assert started[0][0] == expected
     assert started[0][1] == f"runs/{expected.name}"
 

@@ -277,7 +277,7 @@ def after_two_steps(recipe, name, mesh_config):
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
     shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     step = compile_step(config, mesh, shardings, {})
-    batch = synthetic.batch(config, mesh)
+    batch = synthetic.random_batch(config, mesh)
     # Its key stays on the device, where a step would delete it.
     key = jax.random.clone(state.key)
     state = jax.device_put(state.replace(key=key), shardings)

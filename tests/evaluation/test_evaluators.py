@@ -118,9 +118,9 @@ def test_true_emoji_score_all_in_all_three_columns(context, tmp_path, monkeypatc
 
     monkeypatch.setattr(openmoji, "_render_all", noise)
     source = OpenMoji(size=32, cache=str(tmp_path))
-    drawings = dataclasses.replace(source, split="all")
-    places = {drawing.name: i for i, drawing in enumerate(drawings.drawings)}
-    images = {p.text: drawings.image(places[p.target]) for p in held_out_prompts(COUNT)}
+    emojis = dataclasses.replace(source, split="all")
+    places = {emoji.name: i for i, emoji in enumerate(emojis.emojis)}
+    images = {p.text: emojis.image(places[p.target]) for p in held_out_prompts(COUNT)}
     report = OpenMojiAccuracy(samples=COUNT).evaluate(context(source, 32, images))
     name = "people at work, held-out combinations"
     for attribute in ("gender", "tone", "joint"):

@@ -158,7 +158,7 @@ def test_clip_guides_toward_the_prompt(pipeline, clip, compilations):
     assert np.abs(guided - plain).max() > 0.01
     assert np.abs(other - guided).max() > 0.01
     assert not compilations
-    with pytest.raises(UserError, match="is a TextToImage: expected a CLIP"):
+    with pytest.raises(UserError, match="is of type TextToImage: expected a CLIP"):
         pipeline([PEA], guidance=guided_by(1.0, "shipped:produce"))
 
 

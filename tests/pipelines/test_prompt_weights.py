@@ -98,7 +98,7 @@ def test_weights_go_by_token_and_parts_are_padded(tokenizer):
     assert further.ids["text"].shape == (n, 3, length)
     np.testing.assert_array_equal(weights, [[1, 0, 0, 0], [1, -0.5, 2, 0], [1, 0, 0, 0]])
     heavy = text.weights["text"] != 1
-    assert [tokenizer.bpe.id_to_token(i) for i in text.ids["text"][heavy]] == ["red</w>"]
+    assert [tokenizer.backend.id_to_token(i) for i in text.ids["text"][heavy]] == ["red</w>"]
     np.testing.assert_array_equal(further.weights["text"][1, 0].max(), 3)
     np.testing.assert_array_equal(text.empty["text"], tokenizer([""] * n))
     with pytest.raises(UserError, match="Only prompts themselves"):

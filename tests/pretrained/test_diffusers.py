@@ -12,6 +12,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.export import export_command
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
@@ -292,8 +293,8 @@ def test_adapters_are_trained_saved_and_read(folder, bundle, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, trained.params["denoiser"], bundle(SD).params["denoiser"]
     )
-    cli.export([str(tmp_path / "run"), str(tmp_path / "lora"), "--format", "lora"])
-    cli.export([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
+    export_command([str(tmp_path / "run"), str(tmp_path / "lora"), "--format", "lora"])
+    export_command([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
     base, found = jaxdiff.load(folder), adapters_of(trained)["denoiser"]
     file = tmp_path / "lora"
     twice = lora.apply_lora(lora.apply_lora(base, file, scale=0.25), file, scale=0.75)
@@ -328,8 +329,8 @@ def test_a_word_is_learnt_saved_and_read(bundle, tmp_path):
     table = trained.params["text_encoders"]["text"]["token_embedding"]
     moved = result.state.params["added_tokens"]["text"] - table[pea]
     assert np.all(np.abs(moved).max(-1) > 0.01)
-    cli.export([str(tmp_path / "run"), str(tmp_path / "word"), "--format", "embedding"])
-    cli.export([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
+    export_command([str(tmp_path / "run"), str(tmp_path / "word"), "--format", "embedding"])
+    export_command([str(tmp_path / "run"), str(tmp_path / "whole"), "--format", "diffusers"])
     base = jaxdiff.load(tmp_path / "model")
     longer = textual_inversion.apply_embedding(base, tmp_path / "word")
     both = textual_inversion.apply_embedding(longer, tmp_path / "word", word="<other>")

@@ -19,11 +19,10 @@ from jaxdiff.training.recipe import Config
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
 import json, pathlib
-import jaxdiff.training.recipe
-from jaxdiff.training.recipe import Config
+from jaxdiff.training.recipe import config_from_json
 
 def get_config():
-    return from_json(Config, json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
+    return config_from_json(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
 
 

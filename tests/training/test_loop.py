@@ -416,7 +416,7 @@ def test_frozen_parts_are_split_and_of_the_type_that_steps_compute_in(
     ("changes", "message"),
     [
         ({"mesh": MeshConfig(data=16)}, "does not fit the 8 devices"),
-        ({"batch_size": 12}, r"train\.batch_size 12 does not divide"),
+        ({"batch_size": 12}, r"train\.batch_size 12 is not divisible by 8"),
         ({"accumulate": 3}, r"3 micro-batches.* multiple of 24"),
     ],
 )

@@ -14,7 +14,7 @@ from jaxdiff.config.serialization import from_json, members, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.training.recipe import Config, differences, load_recipe
+from jaxdiff.training.recipe import DATASETS, Config, differences, load_recipe
 from jaxdiff.training.tasks.autoencoder import Perceptual
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def example(cls: type):
 
 
 def through_file(value, annotation):
-    return from_json(annotation, json.loads(json.dumps(to_json(value))))
+    return from_json(annotation, json.loads(json.dumps(to_json(value))), types=DATASETS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -99,7 +99,7 @@ def test_every_dataclass_of_a_recipe_survives_json(cls):
 def test_a_recipe_reaches_what_it_can_be_made_of():
     """So the tests over DATACLASSES are not empty."""
     names = {cls.__name__ for cls in DATACLASSES}
-    assert {"Produce", "TFDS", "Shifted", "Heun", "MinSNR", "NoiseCurriculum"} <= names
+    assert {"ImageFolder", "TFDS", "Shifted", "Heun", "MinSNR", "NoiseCurriculum"} <= names
     assert {TextToImage, ClipTextEncoder, Perceptual, DataConfig} <= set(DATACLASSES)
     assert {"SampleGrid", "ProduceAccuracy", "StableDiffusionXLConditioner"} <= names
 
