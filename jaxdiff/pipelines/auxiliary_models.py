@@ -43,8 +43,8 @@ def load_clip(model: str, mesh: Mesh) -> LoadedClip:
     bundle = load_bundle(model)
     if not isinstance(bundle.spec, ClipConfig) or "text" not in bundle.tokenizers:
         raise UserError(
-            f"{model} is of type {type(bundle.spec).__name__}: expected a CLIP; give the folder or the "
-            "hub's id of one, such as openai/clip-vit-large-patch14, a run of "
+            f"{model} is of type {type(bundle.spec).__name__}: expected a CLIP; give the folder or "
+            "the hub's id of one, such as openai/clip-vit-large-patch14, a run of "
             "configs/produce_clip.py, or shipped:produce_clip."
         )
     params = replicate(cast(bundle.params, "float32"), mesh)

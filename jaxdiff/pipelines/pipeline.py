@@ -126,8 +126,8 @@ class Pipeline:
         spec = bundle.spec
         if not isinstance(spec, TextToImage):
             raise UserError(
-                f"The model is of type {type(spec).__name__}: expected a text-to-image model; give the "
-                "folder of one."
+                f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
+                "the folder of one."
             )
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"

@@ -70,8 +70,8 @@ def _layers(spec: TextToImage) -> dict[str, _Layer]:
     """Return the layers that can have an adapter, by part and name in a diffusers checkpoint."""
     if not isinstance(spec.denoiser, UNet2DConditionConfig):
         raise UserError(
-            f"The denoiser of {spec.name} is of type {type(spec.denoiser).__name__}: expected Stable "
-            "Diffusion's U-Net, the only network that LoRA files are for; use another model."
+            f"The denoiser of {spec.name} is of type {type(spec.denoiser).__name__}: expected "
+            "Stable Diffusion's U-Net, the only network that LoRA files are for; use another model."
         )
     abstract = spec.abstract_params()
     parts: dict[str, tuple[Any, Mapping[str, str]]] = {

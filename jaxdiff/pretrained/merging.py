@@ -59,8 +59,8 @@ def _with_vocabulary(conditioner: AnyConditioner, name: str, size: int) -> AnyCo
     encoder = conditioner.encoders[name]
     if not isinstance(encoder, ClipTextEncoder):
         raise UserError(
-            f"The text encoder {name!r} is of type {type(encoder).__name__}: expected a ClipTextEncoder "
-            "to add words to; load the model without them."
+            f"The text encoder {name!r} is of type {type(encoder).__name__}: expected a "
+            "ClipTextEncoder to add words to; load the model without them."
         )
     model = encoder.model
     end_id = model.vocab_size - 1 if model.end_id is None else model.end_id

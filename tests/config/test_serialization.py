@@ -13,7 +13,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.training.recipe import config_from_json
+from jaxdiff.training.recipe import Config, config_from_json
 
 
 @pytest.fixture
