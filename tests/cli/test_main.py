@@ -157,14 +157,6 @@ def test_train_alone_runs_the_default_recipe(started):
     assert (out, fresh) == ("runs/produce", False)
 
 
-def _in_sampler(**changes):
-    return {"task": {"model": {"sampler": changes}}}
-
-
-def _in_guidance(**changes):
-    return _in_sampler(guidance=changes)
-
-
 def _changed(value, changes):
     """A dataclass with changes, nested as its fields are."""
     if not isinstance(changes, dict):
@@ -182,12 +174,6 @@ def _changed(value, changes):
         (("--train.batch-size", "4"), {"train": {"batch_size": 4}}),
         (("--data.shuffle", "False"), {"data": {"shuffle": False}}),
         (("--mesh.data", "-1"), {"mesh": {"data": -1}}),
-        (
-            ("--task.model.sampler.guidance.interval", "0.1", "0.9"),
-            _in_guidance(interval=(0.1, 0.9)),
-        ),
-        (("--task.model.sampler.guidance-scale=-1.5",), _in_sampler(guidance_scale=-1.5)),
-        (("--task.model.sampler.guidance-scale", "-1.5"), _in_sampler(guidance_scale=-1.5)),
         (("--name", "mine"), {"name": "mine"}),
     ],
 )
@@ -197,6 +183,21 @@ def test_keys_of_the_recipe_are_changed(recipe, started, words, changes):
     expected = _changed(expected, changes)
     assert started[0][0] == expected
     assert started[0][1] == f"runs/{expected.name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (("wrap", "True", "False"), {"wrap": (True, False)}),
+        (("guidance-scale=-1.5",), {"guidance_scale": -1.5}),
+        (("guidance-scale", "-1.5"), {"guidance_scale": -1.5}),
+    ],
+)
+def test_keys_of_the_sampler_are_changed(started, words, changes):
+    assert cli.main(["train", "produce", f"--task.model.sampler.{words[0]}", *words[1:]]) == 0
+    assert started[0][0] == _changed(
+        load_recipe("produce"), {"task": {"model": {"sampler": changes}}}
+    )
 
 
 def test_flags_of_train_itself_stand_anywhere(recipe, started):

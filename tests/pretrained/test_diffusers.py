@@ -259,11 +259,11 @@ def predicted(bundle) -> np.ndarray:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 4)), jnp.float32)
 
     @jax.jit
-    def run(params):
+    def run(params, inputs):
         cond = spec.encode_text(params, inputs)._replace(size_crop=full_size_crop(16, 16, 1))
         return spec.predict(params, x, jnp.array([0.5]), cond)
 
-    return np.asarray(run(bundle.params))
+    return np.asarray(run(bundle.params, inputs))
 
 
 @pytest.mark.slow
