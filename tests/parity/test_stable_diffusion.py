@@ -268,11 +268,11 @@ def test_lora(tokenizer, tmp_path):
         inputs = spec.conditioner.tokenize(pipeline.tokenizers, ["a red pea"])
 
         @jax.jit
-        def run(params):
+        def run(params, inputs):
             cond = spec.encode_text(params, inputs)
             return spec.predict(params, jnp.asarray(x), jnp.array([0.501]), cond)
 
-        return np.asarray(run(pipeline.params)).transpose(0, 3, 1, 2)
+        return np.asarray(run(pipeline.params, inputs)).transpose(0, 3, 1, 2)
 
     def distance(prediction):
         return np.linalg.norm(prediction - expected) / np.linalg.norm(expected)
