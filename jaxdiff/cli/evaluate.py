@@ -68,14 +68,14 @@ def evaluate_model(options: EvaluateOptions) -> None:
         evaluator.check(spec, config.data)
     generation = _generation(options)
     context = EvalContext(0, spec, params, tokenizers, config.data, generation)
-    scalars = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
+    report = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
     if not is_host0() or options.run.startswith("shipped:"):
         return
     settings = {name: getattr(options, name) for name in ("samples", "guidance_scale", "best_of")}
     if options.clip_scale or options.best_of > 1:
         settings |= {"clip_scale": options.clip_scale, "clip_model": options.clip_model}
     path = epath.Path(options.run) / "evaluation.json"
-    text = json.dumps({**settings, "figures": scalars}, indent=2) + "\n"
+    text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
     print(f"Saved {path}")
 
