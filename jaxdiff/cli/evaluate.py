@@ -13,6 +13,8 @@ from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
 from jaxdiff.io.files import write_whole
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -68,14 +70,15 @@ def evaluate_model(options: EvaluateOptions) -> None:
         evaluator.check(spec, config.data)
     generation = _generation(options)
     context = EvalContext(0, spec, params, tokenizers, config.data, generation)
-    scalars = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
-    if not is_host0() or options.run.startswith("shipped:"):
+    report = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
+    settings = _settings(options, spec)
+    if not is_host0():
         return
-    settings = {name: getattr(options, name) for name in ("samples", "guidance_scale", "best_of")}
-    if options.clip_scale or options.best_of > 1:
-        settings |= {"clip_scale": options.clip_scale, "clip_model": options.clip_model}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if options.run.startswith("shipped:"):
+        return
     path = epath.Path(options.run) / "evaluation.json"
-    text = json.dumps({**settings, "figures": scalars}, indent=2) + "\n"
+    text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
     print(f"Saved {path}")
 
@@ -88,14 +91,29 @@ def _recipe(options: EvaluateOptions) -> Config:
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:
     """Return the evaluators that report figures, with the number of samples asked for."""
-    found = [e for e in config.evaluators if hasattr(e, "samples")]
+    found = [e for e in config.evaluators if e.has_figures]
     if not found:
         raise UserError(
             f"{config.name} has no evaluators with figures: name a recipe that has some in "
             "--recipe, such as one with evaluators=(ClipScore(),)."
         )
     changes: dict[str, Any] = {"samples": samples}
-    return tuple(dataclasses.replace(e, **changes) for e in found)  # type: ignore[type-var]
+    return tuple(
+        dataclasses.replace(e, **changes) if hasattr(e, "samples") else e  # type: ignore[type-var]
+        for e in found
+    )
+
+
+def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
+    """Return how the images were generated, to be printed and saved with the figures."""
+    settings: dict[str, Any] = {"samples": options.samples}
+    if isinstance(spec, TextToImage):
+        scale = options.guidance_scale
+        settings["guidance_scale"] = spec.sampler.guidance_scale if scale is None else scale
+    settings["best_of"] = options.best_of
+    if options.clip_scale or options.best_of > 1:
+        settings |= {"clip_scale": options.clip_scale, "clip_model": options.clip_model}
+    return settings
 
 
 def _generation(options: EvaluateOptions) -> Generation:

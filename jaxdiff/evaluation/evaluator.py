@@ -105,12 +105,14 @@ class Evaluator(abc.ABC):
 
     Attributes:
       name: of its figures in metrics.
+      has_figures: whether it reports scalars; `jaxdiff evaluate` leaves out those of images alone.
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
 
     name: ClassVar[str] = "evaluator"
+    has_figures: ClassVar[bool] = True
     every: int = 0
 
     @abc.abstractmethod

@@ -38,6 +38,7 @@ class SampleGrid(Evaluator):
     """
 
     name: ClassVar[str] = "samples"
+    has_figures: ClassVar[bool] = False
     prompts: tuple[str, ...]
     snapshots: int = 8
     every: int = 0
@@ -70,6 +71,7 @@ class Reconstructions(Evaluator):
     """
 
     name: ClassVar[str] = "reconstructions"
+    has_figures: ClassVar[bool] = False
     count: int = 16
     every: int = 0
 

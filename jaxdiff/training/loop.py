@@ -25,7 +25,7 @@ from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import Evaluator
+from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
@@ -41,8 +41,8 @@ from jaxdiff.training.tasks.base import COUNT, SUM, Batch
 from jaxdiff.training.workdir import CACHE, open_run
 
 Tokenizers = Mapping[str, TextTokenizer]
-Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Mapping[str, float]]
-"""Runs evaluators on a state, given the frozen parameters and the tokenizers; returns scalars."""
+Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Report]
+"""Runs evaluators on a state, given the frozen parameters and the tokenizers."""
 
 
 class Result(NamedTuple):
@@ -61,6 +61,7 @@ def train(
     *,
     fresh: bool = False,
     evaluate: Evaluate | None = None,
+    finish: Callable[[Result], Report] | None = None,
     log: Callable[[str], None] = print,
 ) -> Result:
     """Train a recipe to its last step, from where the run in `out` stands.
@@ -70,6 +71,8 @@ def train(
       out: the run's folder, local or `gs://`; made if it is not there.
       fresh: start again, removing an earlier run from the folder.
       evaluate: runs the evaluators that are due after a step before the last.
+      finish: called after the last step, once signals have their usual effect again and the data
+        workers have stopped; its report goes to the run's metrics.
       log: called with one sentence at a time.
 
     Returns:
@@ -94,7 +97,7 @@ def train(
     constants = host | config.task.constants(tokenizers)
     placed = state_shardings(constants, mesh, config.task.param_axes())
     frozen = from_host(cast(constants, config.train.compute), placed)
-    with ExitStack() as stack:
+    with ExitStack() as whole, ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
@@ -105,7 +108,7 @@ def train(
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(mesh, log))
         run = _Run(config, out, int(state.step), len(rows))
-        stack.enter_context(run.writer)
+        whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
         number, compiled = int(state.step), set()
@@ -129,16 +132,18 @@ def train(
             due = _due(config, number)
             if due and evaluate is not None:
                 with run.throughput.paused():
-                    scalars = evaluate(state, frozen, tokenizers, due)
-                if scalars:
-                    run.writer.write(number, scalars)
+                    run.writer.write_report(number, evaluate(state, frozen, tokenizers, due))
         if pending is not None:
             run.read(*pending)
             checkpoints.save(state)
         checkpoints.wait()
-    finished = number == config.train.steps
-    summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
-    return Result(summary, state, frozen, tokenizers, finished)
+        stack.close()
+        summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
+        finished = number == config.train.steps
+        result = Result(summary, state, frozen, tokenizers, finished)
+        if finished and finish is not None:
+            run.writer.write_report(number, finish(result))
+    return result
 
 
 def _due(config: Config, step: int) -> tuple[Evaluator, ...]:

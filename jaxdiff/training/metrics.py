@@ -17,6 +17,7 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.io.files import is_local, write_whole
 
 RECORDS = "metrics.jsonl"
@@ -31,6 +32,8 @@ Metrics = Mapping[str, Any]
 
 class MetricsWriter:
     """Write metrics to `metrics.jsonl`, TensorBoard and optionally Weights & Biases.
+
+    Images of evaluators go to TensorBoard and Weights & Biases.
 
     A line of `metrics.jsonl` is one JSON object with `step` and the metrics of that step. Only
     process 0 of a multi-host run writes; in other processes every method does nothing.
@@ -127,6 +130,20 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    def write_report(self, step: int, report: Report) -> None:
+        """Append the scalars and the images of evaluators, if there are any."""
+        if report.scalars:
+            self.write(step, report.scalars)
+        if not self._active or not report.images:
+            return
+        for name, image in report.images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            images = {name: wandb.Image(image) for name, image in report.images.items()}
+            self._wandb.log(images, step=step)
 
     def close(self) -> None:
         """Write what is still in memory, and close the files."""

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
-from jaxtyping import PyTree
+from jaxtyping import PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.multihost import broadcast_text, is_host0
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import write_whole
 from jaxdiff.training.loop import Result, train
@@ -43,29 +44,39 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
         frozen: PyTree,
         tokenizers: Mapping[str, TextTokenizer],
         due: tuple[Evaluator, ...],
-    ) -> dict[str, float]:
+    ) -> Report:
         context = eval_context(config, state, frozen, tokenizers)
         return run_evaluators(due, context, folder / "samples", log)
 
-    with disk_full_as_user_error(folder):
-        result = train(
-            config, folder, fresh=fresh, evaluate=evaluate if evaluators else None, log=log
-        )
-        if not result.finished:
-            log(f"Stopped at step {result.summary['step']}; the same command resumes there.")
-            return result
+    def finish(result: Result) -> Report:
         earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
         if earlier.get("fingerprint") == result.summary["fingerprint"]:
-            result = result._replace(summary=earlier)  # whose speeds are those of the training
+            result.summary.clear()
+            result.summary.update(earlier)  # whose speeds are those of the training
         if "evaluation" in result.summary:
             log(f"{folder} is evaluated already; jaxdiff evaluate {folder} does it again.")
-        else:
-            _write_summary(folder, result)
-            if evaluators:
-                scalars = evaluate(result.state, result.frozen, result.tokenizers, evaluators)
-                result.summary["evaluation"] = scalars
-                _write_summary(folder, result)
-    log(f"Finished at step {result.summary['step']}: {folder}")
+            return Report()
+        _write_summary(folder, result)
+        if not evaluators:
+            return Report()
+        report = evaluate(result.state, result.frozen, result.tokenizers, evaluators)
+        result.summary["evaluation"] = dict(report.scalars)
+        _write_summary(folder, result)
+        return report
+
+    with disk_full_as_user_error(folder):
+        result = train(
+            config,
+            folder,
+            fresh=fresh,
+            evaluate=evaluate if evaluators else None,
+            finish=finish,
+            log=log,
+        )
+    end = f"Finished at step {result.summary['step']}: {folder}"
+    if not result.finished:
+        end = f"Stopped at step {result.summary['step']}; the same command resumes there."
+    log(end)
     return result
 
 
@@ -81,7 +92,7 @@ def eval_context(
 
 def run_evaluators(
     evaluators: tuple[Evaluator, ...], context: EvalContext, images: epath.Path | None, log: Log
-) -> dict[str, float]:
+) -> Report:
     """Run evaluators, log their tables and save their images.
 
     Args:
@@ -91,12 +102,14 @@ def run_evaluators(
       log: called with a table or a path.
 
     Returns:
-      All scalars, named EVALUATOR/SCALAR.
+      All scalars, named EVALUATOR/SCALAR, and all images, named EVALUATOR/IMAGE.
     """
     scalars: dict[str, float] = {}
+    shown: dict[str, UInt8[np.ndarray, "h w 3"]] = {}
     for evaluator in evaluators:
         report = evaluator.evaluate(context)
         scalars |= {f"{evaluator.name}/{name}": x for name, x in report.scalars.items()}
+        shown |= {f"{evaluator.name}/{name}": x for name, x in report.images.items()}
         if report.text:
             log(report.text)
         if images is None or not is_host0():
@@ -106,7 +119,7 @@ def run_evaluators(
             path = images / f"step_{context.step:06d}{end}.png"
             image_io.save_png(path, image)
             log(f"{name.capitalize()}: {path}")
-    return scalars
+    return Report(scalars=scalars, images=shown)
 
 
 def _silent(_sentence: str) -> None:

@@ -21,6 +21,7 @@ from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.pretrained.bundle import read_weights
@@ -35,6 +36,7 @@ STEPS = 6
 # Dies in step 5, with the checkpoint of step 4 complete and that of step 6 not begun.
 KILLED = """
 import os, pathlib, signal, sys, time
+from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.loop import train
 from jaxdiff.training.tasks.diffusion import Trainable
@@ -46,7 +48,7 @@ def evaluate(state, *_):
         while not (pathlib.Path(out) / "checkpoints" / "4").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    return {}
+    return Report()
 
 train(load_recipe(recipe), out, evaluate=evaluate)
 """
@@ -147,7 +149,7 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
     def evaluate(state, *_):
         if int(state.step) == 3:
             signal.raise_signal(signal.SIGINT)
-        return {}
+        return Report()
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     logged = []
@@ -248,7 +250,7 @@ def test_evaluators_run_at_their_intervals_before_the_last_step(faked, tmp_path,
     def evaluate(state, frozen, tokenizers, due):
         assert set(tokenizers) == {"text"}
         seen.append((int(state.step), [evaluator.every for evaluator in due]))
-        return {"samples/figure": 10.0 * int(state.step)}
+        return Report(scalars={"samples/figure": 10.0 * int(state.step)})
 
     grids = tuple(SampleGrid(prompts=("a pea",), every=every) for every in (2, 3, 0))
     config = dataclasses.replace(tiny_recipe(steps=6), evaluators=grids)
@@ -260,7 +262,7 @@ def test_evaluators_run_at_their_intervals_before_the_last_step(faked, tmp_path,
 
 
 def test_evaluators_without_scalars_add_no_lines(faked, tmp_path, tiny_recipe):
-    train(evaluated(tiny_recipe(steps=4)), tmp_path, evaluate=lambda *_: {}, log=quiet)
+    train(evaluated(tiny_recipe(steps=4)), tmp_path, evaluate=lambda *_: Report(), log=quiet)
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -338,7 +340,7 @@ def test_a_data_worker_that_dies_ends_the_run_which_then_goes_on(faked, tmp_path
         if int(state.step) == 3:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
-        return {}
+        return Report()
 
     def recipe(workers):
         config = evaluated(tiny_recipe(steps=60, max_nonfinite=100))
@@ -368,7 +370,7 @@ def test_a_shard_that_vanishes_is_reported_by_its_records(faked, tmp_path, tiny_
 
     def lose(*_):
         (shards / "1.array_record").unlink(missing_ok=True)
-        return {}
+        return Report()
 
     with pytest.raises(UserError, match=r"cannot be used, among them .*1\.array_record"):
         train(config, tmp_path / "run", evaluate=lose, log=quiet)

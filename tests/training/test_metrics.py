@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.training import metrics
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 
@@ -22,7 +24,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def scalars(folder):
+def shown_values(folder):
     """(tag, step) -> value of what TensorBoard would show; a record is length, crc, data, crc."""
     found = {}
     for file in sorted((folder / "tensorboard").iterdir()):
@@ -31,8 +33,12 @@ def scalars(folder):
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
-            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            found |= {(v.tag, event.step): v for v in event.summary.value}
     return found
+
+
+def scalars(folder):
+    return {place: value.simple_value for place, value in shown_values(folder).items()}
 
 
 class Clock:
@@ -132,6 +138,31 @@ def test_wandb_keeps_its_id_only_when_resumed(tmp_path, monkeypatch):
     assert [run.id for run in runs] == ["id0", "id0", "id2"]
     assert runs[1].logged == [(6, {"loss": 1.0, "levels/0": 2.0}), "finished"]
     assert runs[0].settings["config"] == {"lr": 1}
+
+
+def test_reports_of_evaluators_are_scalars_and_images(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(id="id", finish=lambda: None)
+    run.log = lambda values, step: logged.append((step, values))
+    wandb = SimpleNamespace(init=lambda **_: run, Image=lambda image: ("image", image))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    with MetricsWriter(tmp_path, wandb=True) as writer:
+        writer.write_report(3, Report(scalars={"a/mean": 0.5}, images={"a/samples": image}))
+        writer.write_report(4, Report(images={"a/strip": image}))
+        writer.write_report(5, Report())
+    assert records(tmp_path) == [{"step": 3, "a/mean": 0.5}]
+    found = shown_values(tmp_path)
+    assert found.keys() == {("a/mean", 3), ("a/samples", 3), ("a/strip", 4)}
+    for place in (("a/samples", 3), ("a/strip", 4)):
+        encoded = io.BytesIO(found[place].image.encoded_image_string)
+        np.testing.assert_array_equal(np.asarray(Image.open(encoded).convert("RGB")), image)
+    assert logged[0] == (3, {"a/mean": 0.5})
+    assert [(step, list(values)) for step, values in logged[1:]] == [
+        (3, ["a/samples"]),
+        (4, ["a/strip"]),
+    ]
+    assert logged[2][1]["a/strip"][1] is image
 
 
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def trained(monkeypatch, tiny_bundle):
     runs = []
     run = {"params": tiny_bundle.params, "fingerprint": "one", "finished": True, "runs": runs}
 
-    def train(config, out, *, fresh, evaluate, log) -> Result:
+    def train(config, out, *, fresh, evaluate, finish, log) -> Result:
         runs.append(str(out))
         params, zero = run["params"], jnp.zeros((), jnp.int32)
         state = TrainState(
@@ -84,7 +84,10 @@ def trained(monkeypatch, tiny_bundle):
         )
         speeds = {"images_per_s": 40.0} if len(runs) == 1 else {}
         summary = {"step": 6, "fingerprint": run["fingerprint"], **speeds}
-        return Result(summary, state, {}, tiny_bundle.tokenizers, run["finished"])
+        result = Result(summary, state, {}, tiny_bundle.tokenizers, run["finished"])
+        if result.finished:
+            finish(result)
+        return result
 
     monkeypatch.setattr(module, "train", train)
     return run
@@ -197,7 +200,7 @@ def test_an_evaluator_of_ones_own_runs_at_its_intervals_and_at_the_end(tmp_path,
     assert [context.step for context in CALLS] == [2, 4, 5]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     figures = {r["step"]: r["counting/mean"] for r in records if "counting/mean" in r}
-    assert figures == {2: 0.5, 4: 0.5}
+    assert figures == {2: 0.5, 4: 0.5, 5: 0.5}
     assert result.summary["evaluation"] == FIGURES
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names[::2] == ["step_000002.png", "step_000004.png", "step_000005.png"]

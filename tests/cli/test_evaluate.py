@@ -1,0 +1,197 @@
+"""`jaxdiff evaluate`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxdiff.cli import evaluate as module
+from jaxdiff.cli import main as cli
+from jaxdiff.config.serialization import accept_types, to_json
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.evaluation import clip_score
+from jaxdiff.evaluation.clip_score import ClipScore
+from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import SampleGrid
+from jaxdiff.io.images import save_png
+from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+GRID = SampleGrid(prompts=("a pea",))
+
+
+@pytest.fixture
+def model(tiny_bundle, tiny_recipe, tmp_path):
+    """`model(ClipScore())`: the folder of the tiny model, trained by a recipe with evaluators."""
+
+    def make(*evaluators, **changes):
+        config = tiny_recipe()
+        data = dataclasses.replace(config.data, **changes)
+        config = dataclasses.replace(config, data=data, evaluators=evaluators)
+        folder = tmp_path / "model"
+        write_bundle(folder, tiny_bundle, dtype="float32")
+        write_json(epath.Path(folder) / RECIPE, to_json(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the command evaluates; a list of (evaluators, context)."""
+    found = []
+
+    def run(evaluators, context, images, log):
+        assert images is None
+        found.append((evaluators, context))
+        log("the table")
+        return Report(scalars={"clip_score/score": 20.0})
+
+    monkeypatch.setattr(module, "run_evaluators", run)
+    return found
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+def saved(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_figures_are_printed_and_saved_in_the_folder_of_the_model(model, calls, capsys):
+    folder = model(GRID, ClipScore())
+    assert cli.main(["evaluate", str(folder)]) == 0
+    [(evaluators, context)] = calls
+    assert evaluators == (ClipScore(samples=500),)
+    assert (context.generation.best_of, context.generation.arguments["batch_size"]) == (1, None)
+    assert saved(folder) == {
+        "samples": 500,
+        "guidance_scale": context.spec.sampler.guidance_scale,
+        "best_of": 1,
+        "figures": {"clip_score/score": 20.0},
+    }
+    table, settings, where = capsys.readouterr().out.splitlines()
+    assert (table, where) == ("the table", f"Saved {folder / 'evaluation.json'}")
+    assert settings.startswith("samples 500, guidance_scale ")
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments", "settings"),
+    [
+        (("--guidance-scale", "1.5"), {"guidance_scale": 1.5}, {"guidance_scale": 1.5}),
+        (("--batch-size", "3", "--samples", "2"), {"batch_size": 3}, {"samples": 2}),
+        (
+            ("--clip-scale", "3", "--clip-model", "mine"),
+            {"clip": ClipGuidance(scale=3.0, model="mine")},
+            {"clip_scale": 3.0, "clip_model": "mine"},
+        ),
+        (
+            ("--best-of", "3", "--clip-model", "mine"),
+            {"best_of": 3, "clip_model": "mine"},
+            {"best_of": 3, "clip_scale": 0.0, "clip_model": "mine"},
+        ),
+    ],
+)
+def test_options_say_how_images_are_generated(model, calls, words, arguments, settings):
+    folder = model(ClipScore())
+    assert cli.main(["evaluate", str(folder), *words]) == 0
+    [(_, context)] = calls
+    how = context.generation
+    given = {**how.arguments, "best_of": how.best_of, "clip_model": how.clip_model}
+    if "guidance" in given:
+        given["clip"] = given["guidance"].clip
+    assert given.items() >= arguments.items()
+    assert saved(folder).items() >= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--samples", "1"), "--samples is 1"),
+        (("--best-of", "0"), "--best-of is 0"),
+        (("--best-of", "2", "--clip-scale", "1"), "--clip-scale and --best-of exclude each other"),
+        (("--clip-model", "mine"), "--clip-model has no effect alone"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(refused, calls, words, message):
+    assert message in refused("evaluate", "runs/any", *words)
+    assert calls == []
+
+
+def test_a_folder_without_a_model_is_refused(refused, tmp_path):
+    assert "nowhere holds no recipe" in refused("evaluate", str(tmp_path / "nowhere"))
+
+
+def test_a_recipe_without_figures_asks_for_another_one(model, calls, refused):
+    message = refused("evaluate", str(model(GRID, source=ImageFolder(path="photos"))))
+    assert "tiny has no evaluators with figures: name a recipe" in message
+    assert calls == []
+
+
+def test_an_evaluator_that_does_not_fit_the_model_is_refused(model, refused):
+    message = refused("evaluate", str(model(ProduceAccuracy())))
+    assert "cannot score images of 32 pixels: expected 64" in message
+
+
+def test_the_evaluators_and_the_data_of_another_recipe_are_used(model, calls, tmp_path):
+    recipe = tmp_path / "other.py"
+    recipe.write_text(
+        "import json, pathlib\n"
+        "from jaxdiff.training.recipe import config_from_json\n"
+        "def get_config():\n"
+        "    text = pathlib.Path(__file__).with_suffix('.json').read_text()\n"
+        "    return config_from_json(json.loads(text))\n"
+    )
+    source = ImageFolder(path="photos")
+    folder = model(ClipScore(clip_model="mine"), source=source)
+    (folder / RECIPE).rename(recipe.with_suffix(".json"))
+    assert cli.main(["evaluate", str(folder), "--recipe", str(recipe)]) == 0
+    [(evaluators, context)] = calls
+    assert evaluators == (ClipScore(samples=500, clip_model="mine"),)
+    assert context.data.source == source
+
+
+def test_the_figures_of_a_shipped_model_are_only_printed(calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "shipped:produce", "--samples", "2"]) == 0
+    assert "the table" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        save_png(photos / f"{i}.png", np.full((40, 32, 3), 50 * i, np.uint8))
+        (photos / f"{i}.txt").write_text(f"a pea {i}")
+    monkeypatch.setattr(
+        clip_score, "clip_scores", lambda _model, images, texts: np.full(len(texts), 0.25)
+    )
+    folder = model(ClipScore(), source=ImageFolder(path=str(photos)))
+    assert cli.main(["evaluate", str(folder), "--samples", "3"]) == 0
+    assert saved(folder)["figures"] == {f"clip_score/{n}": 25 for n in ("score", "data", "chance")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumParams(Evaluator):
+    """Reports the number of parameters, and has no samples."""
+
+    name: ClassVar[str] = "size"
+
+    def evaluate(self, context):
+        return Report(scalars={"params": float(sum(map(np.size, jax.tree.leaves(context.params))))})
+
+
+def test_an_evaluator_of_ones_own_needs_no_samples(model):
+    folder = model(NumParams())
+    with accept_types([NumParams]):
+        assert cli.main(["evaluate", str(folder)]) == 0
+    assert saved(folder)["figures"]["size/params"] > 0
