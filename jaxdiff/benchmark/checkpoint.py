@@ -3,13 +3,14 @@
 import shutil
 import tempfile
 import time
+from statistics import median
 
 import jax
 from etils import epath
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
-from jaxdiff.benchmark.timing import median, peak_memory
+from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.recipe import Config

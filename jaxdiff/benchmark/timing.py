@@ -1,10 +1,10 @@
 """Timing in turns, robust statistics of the times, and peak memory."""
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -50,11 +50,6 @@ def time_in_turns(
     return seconds
 
 
-def median(seconds: list[float]) -> float:
-    """Median of at least one time."""
-    return statistics.median(seconds)
-
-
 def p90(seconds: list[float]) -> float:
     """The 90th percentile."""
     return float(np.percentile(seconds, 90))
@@ -66,5 +61,5 @@ def standard_error(seconds: list[float]) -> float:
     The median absolute deviation is robust to a few slow calls.
     """
     middle = median(seconds)
-    mad = statistics.median(abs(s - middle) for s in seconds)
+    mad = median(abs(s - middle) for s in seconds)
     return 1.253 * 1.4826 * mad / len(seconds) ** 0.5

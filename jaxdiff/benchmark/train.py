@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 import jax
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
-from jaxdiff.benchmark.timing import median, peak_memory
+from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.data.loader import ON_DEVICE, device_batches, host_rows, make_dataset
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
@@ -32,7 +33,7 @@ def time_training(
       config: the recipe.
       warmup: steps before those that count.
       repeats: steps that count.
-      real: use the recipe's data; otherwise repeat one random batch.
+      real: use the recipe's data instead of one random batch.
       peak_tflops: peak TFLOP/s of one device; by default that of the table of chips.
 
     Raises:
@@ -110,7 +111,7 @@ def peak_of_device(given: float | None) -> tuple[float | None, str]:
     kind = jax.devices()[0].device_kind
     chip = find_chip(kind)
     if chip is None:
-        return None, (f"No utilisation: the table of chips has no {kind!r}; give --peak-tflops.")
+        return None, f"No utilisation: the table of chips has no {kind!r}; give --peak-tflops."
     peak = chip.flops / TERA
     return peak, f"Utilisation is relative to {peak:g} TFLOP/s in bfloat16 ({chip.source})."
 

@@ -68,7 +68,7 @@ def plan_command(arguments: list[str]) -> None:
                     config,
                     topology,
                     most=options.most,
-                    say=lambda p: console.print(_line(p)),
+                    log=lambda p: console.print(_line(p)),
                     quick=options.quick,
                 )
             else:

@@ -16,7 +16,7 @@ from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.planning.plan import held
+from jaxdiff.planning.plan import count_params, state_bytes_per_device
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe
@@ -94,11 +94,12 @@ def describe_recipe(config: Config) -> str:
     mesh = _mesh_of(config.mesh)
     state, frozen = abstract_state(config), abstract_frozen(config)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    mib = state_bytes_per_device(config, mesh) / 2**20
     lines += [
         "",
-        f"trained parameters: {_count(state.params):,}",
-        f"frozen parameters: {_count(frozen):,}",
-        f"state per device: {held(config, mesh) / 2**20:,.1f} MiB ({axes or 'one device'})",
+        f"trained parameters: {count_params(state.params):,}",
+        f"frozen parameters: {count_params(frozen):,}",
+        f"state per device: {mib:,.1f} MiB ({axes or 'one device'})",
     ]
     return "\n".join(lines)
 
@@ -109,7 +110,3 @@ def _mesh_of(config: MeshConfig) -> Mesh | AbstractMesh:
     if min(sizes) < 1:
         return make_mesh(config)
     return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _count(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

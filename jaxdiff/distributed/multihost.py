@@ -32,12 +32,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Shard arrays that every host holds whole: each host copies the shards of its own devices.
-
-    Args:
-      tree: of NumPy arrays, equal on all hosts.
-      shardings: a tree of the same structure.
-    """
+    """Shard NumPy arrays that are equal on all hosts; each copies the shards of its devices."""
 
     def place(x, sharding):
         x = np.asarray(x)

@@ -1,4 +1,4 @@
-"""Flags of XLA that the training step is compiled with, by kind of device.
+"""XLA flags for compiling the training step, by kind of device.
 
 The defaults overlap collectives with computation: while one layer is computed, the weights of the
 next are gathered and the gradients of the previous one are summed.
@@ -51,11 +51,11 @@ class CompilerConfig:
     """Flags of XLA for the training step, each `name=value`.
 
     Attributes:
-      tpu: on TPUs; None for those that suit the kind of TPU.
-      gpu: on GPUs; None for those that suit GPUs.
+      tpu: on TPUs; None selects defaults for the kind of TPU.
+      gpu: on GPUs; None selects defaults.
 
     Raises:
-      UserError: for a flag of another form.
+      UserError: a flag has another form.
     """
 
     tpu: tuple[str, ...] | None = None
@@ -66,7 +66,7 @@ class CompilerConfig:
             name, _, value = flag.partition("=")
             if not name.startswith("xla_") or not value:
                 raise UserError(
-                    f"compiler: {flag!r} is no flag of XLA: expected xla_NAME=VALUE, no dashes."
+                    f"compiler: {flag!r} is not an XLA flag: expected xla_NAME=VALUE, no dashes."
                 )
 
     def flags(self, device: Device) -> tuple[str, ...]:

@@ -48,5 +48,5 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def partial_path(path: epath.Path) -> epath.Path:
-    """The temporary name of a file while it is written; a killed process leaves it behind."""
+    """Return the temporary name of a file; a killed process may leave such a file behind."""
     return path.parent / f".partial-{path.name}"

@@ -1,7 +1,7 @@
 """Image files with text: PNG in text chunks, WebP and JPEG in EXIF, as web UIs write them.
 
-EXIF's UserComment has the text `parameters`, in UTF-16 after the prefix UNICODE (Exif 2.32, section
-4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
+EXIF's UserComment holds the text `parameters`, in UTF-16 after the prefix UNICODE (Exif 2.32,
+section 4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
 """
 
 import io
@@ -24,12 +24,7 @@ _UNICODE = b"UNICODE\0"
 
 
 def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> bytes:
-    """Encode an image file with texts in it.
-
-    Args:
-      image: to encode.
-      text: by name; web UIs read `parameters`.
-      kind: of the file.
+    """Encode an image file with texts by name; web UIs read `parameters`.
 
     Raises:
       UserError: the texts are too long for EXIF.

@@ -60,12 +60,12 @@ def grid(
     tops = [GAP + sum(below[:r]) + r * (height + GAP) for r in range(rows + 1)]
     size = columns * (width + GAP) + GAP, tops[-1]
     canvas = Image.new("RGB", size, (GAP_COLOUR,) * 3)
-    artist = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left, top = GAP + i % columns * (width + GAP), tops[i // columns]
         canvas.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (left, top))
         for j, text in enumerate(lines):
-            artist.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
+            pen.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
     return np.asarray(canvas)
 
 
@@ -95,13 +95,7 @@ def strip(
 
 
 def save_png(path: epath.PathLike, image: Picture, text: dict[str, str] | None = None) -> None:
-    """Write a PNG file atomically, with `text` in its text chunks.
-
-    Args:
-      path: local or remote (`gs://...`); its folder is created.
-      image: the pixels.
-      text: metadata by key, such as the prompt and the seed.
-    """
+    """Write a PNG file atomically, creating its folder, with `text` in its text chunks."""
     write_whole(epath.Path(path), png_bytes(image, text))
 
 

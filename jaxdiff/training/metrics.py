@@ -148,7 +148,7 @@ class MetricsWriter:
 
 
 def _records_until(step: int, path: epath.Path) -> list[str]:
-    """The lines of `metrics.jsonl` up to a step, without a truncated one."""
+    """Return the lines of `metrics.jsonl` up to a step, without a truncated one."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -238,11 +238,10 @@ class Throughput:
         self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """The rates since the last call, or since the start; starts a new window.
+        """Return the rates since the last call, and start a new window.
 
-        Returns:
-          `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are known; and
-          `compile_s` in seconds, if anything was compiled.
+        They are `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are
+        known; and `compile_s` in seconds, if anything was compiled.
         """
         spent = self._spent
         seconds = self._clock() - self._start - spent["compile"] - spent["pause"]
@@ -322,11 +321,7 @@ class Progress:
     ) -> None:
         """Show that `step` steps have been taken; values that are None stay as last shown.
 
-        Args:
-          step: of the whole run.
-          loss: of a recent step.
-          images_per_s: likewise.
-          noise: the highest noise of the curriculum's current level, in [0, 1].
+        `noise` is the highest noise level of the curriculum's current stage, in [0, 1].
         """
         if not self._active:
             return

@@ -1,4 +1,4 @@
-"""A whole run: train, evaluate on the way and at the end."""
+"""A run: train a recipe, and evaluate it at intervals and at the end."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ Log = Callable[[str], None]
 def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = print) -> Result:
     """Train a recipe in the folder `out`, then evaluate it and write `summary.json`.
 
-    The summary is written before the evaluation and again with its figures, so that an evaluator
-    that fails loses nothing. The same command again evaluates a run that was not evaluated yet.
+    The summary is written before the evaluation and again with its figures, so that a failing
+    evaluator loses nothing. Repeating the command evaluates a run that was not evaluated yet.
 
     Raises:
-      UserError: as `jaxdiff.training.loop.train`; or, before any training, for a model or data that
-        the recipe's evaluators cannot evaluate.
+      UserError: as `jaxdiff.training.loop.train`; or, before training, for a model or data that an
+        evaluator does not support.
     """
     folder = epath.Path(out)
-    log = log if is_host0() else _silent
+    log = on_host0(log)
     evaluators = config.evaluators if config.train.evaluate else ()
     for evaluator in evaluators:
         evaluator.check(config.task.model, config.data)
@@ -56,9 +56,9 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
             return result
         earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
         if earlier.get("fingerprint") == result.summary["fingerprint"]:
-            result = result._replace(summary=earlier)  # whose speeds are those of the training
+            result = result._replace(summary=earlier)  # with the speeds of the training
         if "evaluation" in result.summary:
-            log(f"{folder} is evaluated already; jaxdiff evaluate {folder} does it again.")
+            log(f"{folder} is evaluated already; jaxdiff evaluate {folder} repeats it.")
         else:
             _write_summary(folder, result)
             if evaluators:
@@ -82,16 +82,9 @@ def eval_context(
 def run_evaluators(
     evaluators: tuple[Evaluator, ...], context: EvalContext, images: epath.Path | None, log: Log
 ) -> dict[str, float]:
-    """Run evaluators, log their tables and save their images.
+    """Run evaluators, log their tables, and return their scalars, named EVALUATOR/SCALAR.
 
-    Args:
-      evaluators: in this order.
-      context: of the model.
-      images: folder of the images, `step_N.png` and `step_N_NAME.png`; None saves none.
-      log: called with a table or a path.
-
-    Returns:
-      All scalars, named EVALUATOR/SCALAR.
+    `images` is the folder for images, `step_N.png` and `step_N_NAME.png`; None saves none.
     """
     scalars: dict[str, float] = {}
     for evaluator in evaluators:
@@ -109,12 +102,13 @@ def run_evaluators(
     return scalars
 
 
-def _silent(_sentence: str) -> None:
-    """Log nothing: every host but the first."""
+def on_host0(log: Log) -> Log:
+    """Return `log` on the first host, and a function that does nothing on the others."""
+    return log if is_host0() else lambda _: None
 
 
 def _read_summary(folder: epath.Path) -> dict[str, Any]:
-    """Return the summary that an earlier end of the run wrote; {} where none can be read."""
+    """Return the summary of an earlier end of the run; {} where none can be read."""
     try:
         return json.loads((folder / SUMMARY).read_text())
     except (FileNotFoundError, ValueError):

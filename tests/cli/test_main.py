@@ -214,7 +214,7 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, refused):
     (tmp_path / "empty.py").write_text("")
     assert "defines no get_config()" in refused("train", str(tmp_path / "empty.py"))
     (tmp_path / "notes.txt").write_text("")
-    assert "is no recipe" in refused("train", str(tmp_path / "notes.txt"))
+    assert "is not a recipe" in refused("train", str(tmp_path / "notes.txt"))
     assert "There is no recipe" in refused("train", str(tmp_path))
 
 
