@@ -50,13 +50,13 @@ def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = 
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
-            raise UserError(f"{prog} has no place for {flag!r}: see {prog} --help.")
+            raise UserError(f"{prog} got an unexpected argument {flag!r}: see {prog} --help.")
         raise UserError(f"{prog} does not know {flag}: {_hint(flag, target, default, prog)}")
     return value
 
 
 def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
-    """What to type instead of an unknown flag."""
+    """Return a hint for an unknown flag."""
     peer = peer_flag(prog, flag)
     if peer is not None:
         return f"it is {peer} here."
@@ -66,7 +66,7 @@ def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
 
 
 def _nearest(flag: str, known: list[str]) -> str | None:
-    """The most similar flag: one with a typo, else one with this ending, else a distant one."""
+    """Return the most similar flag: a typo, else one with this ending, else a distant one."""
     typo = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
     ending = [name for name in known if name.endswith(flag.removeprefix("-"))]
     like = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
@@ -74,7 +74,7 @@ def _nearest(flag: str, known: list[str]) -> str | None:
 
 
 def _sentence(box: str) -> str:
-    """The text of tyro's framed message, between its title and the next rule, as one line."""
+    """Return the text of tyro's framed message as one line."""
     lines = (line.strip("│| ") for line in box.splitlines()[1:])
     parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯+ ")))
     text = next((" ".join(part) for is_text, part in parts if is_text), box)
@@ -82,7 +82,7 @@ def _sentence(box: str) -> str:
 
 
 def _flags(options: Any, prefix: str = "") -> list[str]:
-    """All flags of a dataclass, as `--train.batch-size`; of nested ones, those of their values."""
+    """Return all flags of a dataclass and of nested ones, such as `--train.batch-size`."""
     hints = typing.get_type_hints(
         options if isinstance(options, type) else type(options), include_extras=True
     )
@@ -93,13 +93,13 @@ def _flags(options: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             own = "" if NO_PREFIX in marks else f"{f.name}."
             flags += _flags(value, prefix + own)
-        elif tyro.conf.Positional not in marks and not _is_part(hints[f.name]):
+        elif tyro.conf.Positional not in marks and not _holds_dataclass(hints[f.name]):
             flags.append(f"--{prefix}{f.name}".replace("_", "-"))
     return flags
 
 
-def _is_part(hint: Any) -> bool:
-    """Whether a field holds a dataclass: its keys are flags, and the field itself is none."""
+def _holds_dataclass(hint: Any) -> bool:
+    """Whether a field may hold a dataclass, whose fields are the flags."""
     return any(dataclasses.is_dataclass(c) for c in members(hint))
 
 

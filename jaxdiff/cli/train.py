@@ -1,4 +1,4 @@
-"""`jaxdiff train`: train a recipe, or show what it resolves to."""
+"""`jaxdiff train`: train a recipe, or print its resolved keys."""
 
 import contextlib
 import dataclasses
@@ -78,8 +78,8 @@ def _silenced(quiet: bool) -> Iterator[None]:
 def describe_recipe(config: Config) -> str:
     """Return every key of a recipe with its value, then parameter counts and state sizes.
 
-    Nothing is allocated, read or downloaded. The state is that of one device: parameters, their
-    average, optimizer state and frozen weights, sharded as the recipe's mesh says.
+    Nothing is allocated, read or downloaded. The state is that of one device: parameters, EMA,
+    optimizer state and frozen weights, sharded over the recipe's mesh.
 
     Raises:
       UserError: the recipe's mesh does not fit the devices.

@@ -37,7 +37,7 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
 
 
-def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
+def test_prepare_refuses_invalid_options(recipe, tmp_path, refused):
     assert "data.source.length is 0" in refused(
         "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
     )
@@ -132,7 +132,7 @@ def test_a_path_is_read_by_what_lies_there(tmp_path, capsys):
         assert source_at(str(tmp_path / name)) == kind(path=str(tmp_path / name))
 
 
-def test_paths_of_nothing_are_told(tmp_path, refused):
+def test_missing_paths_are_refused(tmp_path, refused):
     assert "does not exist: expected a recipe" in refused("prepare", str(tmp_path / "none"), "out")
     (tmp_path / "notes.txt").write_text("x")
     assert "nothing to prepare" in refused("prepare", str(tmp_path), "out")
@@ -142,11 +142,11 @@ def test_paths_of_nothing_are_told(tmp_path, refused):
     assert "Latents need a recipe" in told
 
 
-def test_impossible_shares_of_the_work_are_told(recipe, tmp_path, refused):
+def test_invalid_options_of_sharing_are_refused(recipe, tmp_path, refused):
     for words, told in (
         (("--shards", "0"), "--shards 0"),
         (("--workers", "-1"), "--workers -1"),
         (("--host", "1"), "--host 1 of --hosts 1"),
-        (("--latents.views", "1"), "no autoencoder to cache latents of"),
+        (("--latents.views", "1"), "no autoencoder whose latents can be cached"),
     ):
         assert told in refused("prepare", recipe, str(tmp_path / "out"), *words)

@@ -204,7 +204,7 @@ def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_
     assert sample("--prompts", prompts(*rows)) == 1
     errors = capsys.readouterr().err
     for line, reason in {
-        2: "it is no JSON",
+        2: "it is not JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
         5: "strength has no effect without init_image: give init_image as well",
@@ -425,7 +425,7 @@ def test_rows_may_mix_two_prompts(sample, prompts, model, tmp_path):
     ("words", "expected"),
     [
         (("--prompts", "missing.jsonl"), "cannot be read"),
-        (("--prompts", "a.yaml"), "of no known kind"),
+        (("--prompts", "a.yaml"), "has an unknown format"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
         (
