@@ -19,7 +19,7 @@ from etils import epath
 
 from jaxdiff.benchmark.timing import p90, standard_error
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import read_bytes, write_whole
 from jaxdiff.training.recipe import Config, flatten, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
@@ -163,9 +163,7 @@ def read_report(path: epath.PathLike) -> dict:
       UserError: the file does not exist, or is not a report.
     """
     try:
-        report = json.loads(epath.Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a report.") from error
+        report = json.loads(read_bytes(path, "a report that --json wrote"))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}): expected a file that --json wrote."

@@ -34,7 +34,7 @@ def time_training(
       warmup: steps before those that count.
       repeats: steps that count.
       real: use the recipe's data instead of one random batch.
-      peak_tflops: peak TFLOP/s of one device; by default that of the table of chips.
+      peak_tflops: peak TFLOP/s of one device; by default from its data sheet.
 
     Raises:
       UserError: mesh, batch or data do not fit, or the peak is not positive.
@@ -80,7 +80,7 @@ def time_training(
 def _timed(
     step: Any, state: Any, frozen: Any, batches: Iterator[Any], warmup: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the seconds that those waited for batches."""
+    """Return the seconds of each step after the warm-up, and those of waiting for batches."""
     seconds, waited, pending, last = [], 0.0, None, time.perf_counter()
     for i in range(-1, warmup + repeats):
         start = time.perf_counter()
@@ -99,7 +99,7 @@ def _timed(
 
 
 def peak_of_device(given: float | None) -> tuple[float | None, str]:
-    """Peak TFLOP/s of one device, None if unknown, and a note on where the number comes from.
+    """Return the peak TFLOP/s of one device, None if unknown, and a note on its source.
 
     Raises:
       UserError: the given peak is not positive.

@@ -19,7 +19,7 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -118,9 +118,7 @@ def bench_command(arguments: list[str]) -> None:
             raise UserError(f"jaxdiff bench compare got {len(rest)} words: expected two reports.")
         bench_compare(*rest)
     elif kind in KINDS:
-        config, rest = read_recipe(rest)
-        default = BenchOptions(config=config)
-        run_benchmark(kind, parse_flags(BenchOptions, rest, prog="jaxdiff bench", default=default))
+        run_benchmark(kind, parse_recipe_flags(BenchOptions, rest, prog="jaxdiff bench"))
     else:
         raise UserError(
             f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."

@@ -31,14 +31,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command with `arguments`, by default those of the process.
 
-    Args:
-      arguments: the words after `jaxdiff`; those of the process by default.
-
-    Returns:
-      The exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
-      sentence to standard error.
+    Returns the exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
+    sentence to standard error.
     """
     try:
         words, plugins = _split_plugins(list(sys.argv[1:] if arguments is None else arguments))

@@ -22,11 +22,7 @@ NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.s
 def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:
     """Parse flags into a dataclass or the arguments of a function, with tyro.
 
-    Args:
-      target: the dataclass or function.
-      arguments: the words after the command.
-      prog: the command, such as `jaxdiff train`, for help and messages.
-      default: an instance that flags change; none by default.
+    `prog` is the command, such as `jaxdiff train`; flags change the instance `default`.
 
     Raises:
       UserError: a value is missing or invalid, or a flag is unknown; the message names the flag
@@ -93,14 +89,17 @@ def _flags(options: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             own = "" if NO_PREFIX in marks else f"{f.name}."
             flags += _flags(value, prefix + own)
-        elif tyro.conf.Positional not in marks and not _holds_dataclass(hints[f.name]):
+        elif tyro.conf.Positional not in marks and not any(
+            dataclasses.is_dataclass(c) for c in members(hints[f.name])
+        ):
             flags.append(f"--{prefix}{f.name}".replace("_", "-"))
     return flags
 
 
-def _holds_dataclass(hint: Any) -> bool:
-    """Whether a field may hold a dataclass, whose fields are the flags."""
-    return any(dataclasses.is_dataclass(c) for c in members(hint))
+def parse_recipe_flags(target: Any, arguments: list[str], *, prog: str) -> Any:
+    """Parse a recipe and flags into a dataclass with a field `config`; see `parse_flags`."""
+    config, rest = read_recipe(arguments)
+    return parse_flags(target, rest, prog=prog, default=target(config=config))
 
 
 def read_recipe(arguments: list[str]) -> tuple[Config, list[str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
 from jaxdiff.data.files import files_below
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
@@ -62,9 +62,7 @@ def prepare_command(arguments: list[str]) -> None:
             )
         manifest = write_records(None, path.data, _folder(path.out), path)
     else:
-        config, rest = read_recipe(arguments)
-        default = PrepareOptions(config=config)
-        options = parse_flags(PrepareOptions, rest, default=default, prog=prog)
+        options = parse_recipe_flags(PrepareOptions, arguments, prog=prog)
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:

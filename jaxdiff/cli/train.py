@@ -11,7 +11,7 @@ import jax
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
@@ -48,10 +48,7 @@ class TrainOptions:
 
 def train_command(arguments: list[str]) -> None:
     """Run `jaxdiff train [RECIPE] [--path.to.key VALUE ...] [--out DIR] [--resume | --fresh]`."""
-    config, arguments = read_recipe(arguments)
-    options = parse_flags(
-        TrainOptions, arguments, prog="jaxdiff train", default=TrainOptions(config=config)
-    )
+    options = parse_recipe_flags(TrainOptions, arguments, prog="jaxdiff train")
     for one, other in (("resume", "fresh"), ("quiet", "verbose")):
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")

@@ -180,11 +180,8 @@ class Tokenizer(TextTokenizer):
     def load(cls, folder: str, *, length: int | None = None) -> "Tokenizer":
         """Read a folder that `save` wrote, or any that `transformers.AutoTokenizer` reads.
 
-        `vocab.json` and `merges.txt` suffice for CLIP's.
-
-        Args:
-          folder: local, or in a bucket.
-          length: ids per text; by default what the folder states, for CLIP at most 77.
+        `vocab.json` and `merges.txt` suffice for CLIP's. The default length is that of the folder,
+        for CLIP at most 77.
 
         Raises:
           UserError: the folder has no tokenizer, a damaged one, or one without padding; or the
@@ -199,7 +196,7 @@ class Tokenizer(TextTokenizer):
         """Learn a CLIP tokenizer from `captions`: lower-cased byte-level BPE.
 
         Args:
-          captions: texts; the same ones give the same tokenizer.
+          captions: the same ones give the same tokenizer.
           vocab_size: the largest number of ids, at least 514.
           length: ids per text, from 3 to 77.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
@@ -32,14 +32,6 @@ class View(NamedTuple):
     """One crop of an image, and its size_crop as in `Example`."""
 
     image: UInt8[np.ndarray, "h w c"]
-    size_crop: Int32[np.ndarray, " 6"]
-
-
-class LatentExample(NamedTuple):
-    """A transformed record of cached latents: the moments of one view, [h, w, 2 c]."""
-
-    moments: np.ndarray
-    caption: str
     size_crop: Int32[np.ndarray, " 6"]
 
 
@@ -121,8 +113,10 @@ class Transforms:
             raise RecordError(f"{record['name']}: {error}") from error
         return views
 
-    def of_latents(self, record: LatentRecord, rng: np.random.Generator) -> LatentExample:
-        """Return one view of cached latents and one caption, by the same random numbers."""
+    def of_latents(
+        self, record: LatentRecord, rng: np.random.Generator
+    ) -> tuple[Float[np.ndarray, "h w c"], str, Int32[np.ndarray, " 6"]]:
+        """Return the moments of one view, one caption, and the size_crop."""
         place, _, choice, dropout = rng.random(4).tolist()
         view = int(place * len(record["moments"]))
         try:
@@ -130,7 +124,7 @@ class Transforms:
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         caption = "" if dropout < self.caption_dropout else caption
-        return LatentExample(record["moments"][view], caption, record["size_crop"][view])
+        return record["moments"][view], caption, record["size_crop"][view]
 
     def _image(
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool

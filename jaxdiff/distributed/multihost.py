@@ -79,11 +79,7 @@ def sum_over_hosts(number: int) -> int:
 
 
 class AnyHost:
-    """Logical or of one flag per host, computed on the devices without blocking the host.
-
-    Args:
-      mesh: of all devices of the run.
-    """
+    """Logical or of one flag per host, computed on all devices without blocking the host."""
 
     def __init__(self, mesh: Mesh):
         self._size = mesh.size

@@ -127,11 +127,8 @@ def check_mesh(
 ) -> None:
     """Raise `UserError` for a mesh axis that splits nothing of a model.
 
-    Args:
-      params: all parameters of the model, trained and frozen, or their shapes.
-      axes: of the parameters.
-      mesh: to check.
-      splits_tokens: whether the model calls `split_tokens`.
+    `params` are all parameters, trained and frozen, or their shapes; `splits_tokens` states whether
+    the model calls `split_tokens`.
     """
     shardings = jax.tree.leaves(state_shardings(params, mesh, axes))
     used = {axis for sharding in shardings for axis in sharding.spec}

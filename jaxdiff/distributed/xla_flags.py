@@ -72,7 +72,9 @@ class CompilerConfig:
     def flags(self, device: Device) -> tuple[str, ...]:
         """Return the flags for a device; none on a CPU."""
         if device.platform == "tpu":
-            return _tpu_flags(device.device_kind) if self.tpu is None else self.tpu
+            chip = find_chip(device.device_kind)
+            default = TPU_FLAGS.get(chip.kind, OVERLAP_TPU) if chip else OVERLAP_TPU
+            return default if self.tpu is None else self.tpu
         if device.platform in ("gpu", "cuda"):
             return OVERLAP_GPU if self.gpu is None else self.gpu
         return ()
@@ -84,11 +86,6 @@ class CompilerConfig:
         """
         pairs = (flag.partition("=") for flag in self.flags(device))
         return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
-
-
-def _tpu_flags(kind: str) -> tuple[str, ...]:
-    chip = find_chip(kind)
-    return TPU_FLAGS.get(chip.kind, OVERLAP_TPU) if chip else OVERLAP_TPU
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import json
 from typing import Literal
 
 from etils import epath
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
+from jaxdiff.io.files import read_bytes
 
 Format = Literal["png", "webp", "jpg"]
 
@@ -59,16 +60,17 @@ def read_image_text(path: epath.PathLike) -> dict[str, str]:
     Raises:
       UserError: there is no such file, it is of another kind, or is a JPEG.
     """
+    data = read_bytes(path, "the path of an image")
     try:
-        data = epath.Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG", "WEBP", "JPEG"]) as image:
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                image.load()  # chunks may follow the pixels
+                return {key: str(value) for key, value in image.text.items()}
             kind, exif = image.format, image.getexif()
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        return pictures.read_text(path)  # which reports any other problem
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is not a readable PNG or WebP file ({error}): give the path of one."
+        ) from error
     if kind != "WEBP":
         raise UserError(
             f"{path} is a JPEG file, whose compression changes pixels: expected PNG or WebP, which "

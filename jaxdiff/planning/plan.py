@@ -181,6 +181,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     peak = chip.flops if chip else peak_flops(topology.devices[0]) or 0.0
     traffic = program.traffic() if program and not quick else None
     exchanges = tuple(program.exchanges()) if program else ()
+    host_memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     images_per_s = UTILISATION * peak * devices / per_image if peak else None
     return Plan(
         recipe=config.name,
@@ -201,7 +202,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         flops_per_step=per_image * batch_size,
         memory=memory,
         memory_needed=needed,
-        memory_limit=chip.memory if chip else limit or _host_memory() / devices,
+        memory_limit=chip.memory if chip else limit or host_memory / devices,
         collectives=exchanges,
         traffic=traffic,
         compute_s=executed / devices / peak if peak else None,
@@ -229,10 +230,6 @@ def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
-
-
-def _host_memory() -> float:
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def remat_of(config: Config) -> str | None:

@@ -30,7 +30,10 @@ def load_parts(parts: Mapping[Path, PretrainedPart], types: Sequence[type] = ())
       UserError: a folder holds no such part, or one of another size.
     """
     sources = {
-        path: PartSource(part.folder, _path_in_model(path), abstract_params(part.build))
+        # A teacher is the denoiser of its own model.
+        path: PartSource(
+            part.folder, path[1:] if path[0] == "teacher" else path, abstract_params(part.build)
+        )
         for path, part in parts.items()
         if part.folder is not None
     }
@@ -59,8 +62,3 @@ def abstract_frozen_params(task: Task) -> dict[str, Any]:
     """Return shapes and stored types of the frozen parts, without reading them."""
     parts = task.frozen_parts()
     return tree_of({path: abstract_params(part.build) for path, part in parts.items()})
-
-
-def _path_in_model(path: Path) -> Path:
-    """Return the path of a part in its source model, where a teacher is the model itself."""
-    return path[1:] if path[0] == "teacher" else path

@@ -113,7 +113,7 @@ def train(
         while number < config.train.steps and not stop.should_stop:
             batch, skipped = run.take(batches)
             shape = tuple(x.shape for x in jax.tree.leaves(batch))
-            compiling = nullcontext() if shape in compiled else run.throughput.compiling()
+            compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
             with refused_flags_as_user_errors(), compiling:
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
@@ -127,7 +127,7 @@ def train(
                 checkpoints.save(state)
             due = _due(config, number)
             if due and evaluate is not None:
-                with run.throughput.paused():
+                with run.throughput.timed("pause"):
                     scalars = evaluate(state, frozen, tokenizers, due)
                 if scalars:
                     run.writer.write(number, scalars)
@@ -298,7 +298,7 @@ class _Run:
 
     def take(self, batches: Any) -> tuple[dict[str, Any], int]:
         """Return the next batch and its number of skipped records, which are logged."""
-        with self.throughput.waiting():
+        with self.throughput.timed("wait"):
             try:
                 batch = next(batches)
             except RuntimeError as error:

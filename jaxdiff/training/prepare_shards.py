@@ -79,11 +79,7 @@ def write_records(
 ) -> ShardManifest | None:
     """Write missing shards to the folder `out`, and the manifest once all exist.
 
-    Args:
-      config: the recipe whose autoencoder encodes latents; None for images.
-      data: the records and their transforms.
-      out: the folder.
-      sharing: how the work is split.
+    `config` is the recipe whose autoencoder encodes latents; None for images.
 
     Returns:
       The manifest; None while other machines have shards to write.

@@ -227,7 +227,10 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
     for job in jobs:
         some = programs.setdefault(job.settings.group(Varies.PROGRAM), {})
         some.setdefault(job.settings.group(Varies.CALL), []).append(job)
-    ordered = sorted(programs.values(), key=lambda some: math.prod(_first(some).final_size))
+    ordered = sorted(
+        programs.values(),
+        key=lambda some: math.prod(next(iter(some.values()))[0].settings.final_size),
+    )
     for group in itertools.chain.from_iterable(some.values() for some in ordered):
         size = default_batch_size(*group[0].settings.size)
         kinds: dict[Any, list[Job]] = {}
@@ -237,10 +240,6 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
         some = [kind[i : i + size] for kind in kinds.values() for i in range(0, len(kind), size)]
         for i in range(0, len(some), devices):
             yield list(itertools.chain.from_iterable(some[i : i + devices]))
-
-
-def _first(groups: dict[Any, list[Job]]) -> ResolvedSettings:
-    return next(iter(groups.values()))[0].settings
 
 
 class _Run(NamedTuple):

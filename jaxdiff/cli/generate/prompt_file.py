@@ -18,6 +18,7 @@ from etils import epath
 
 from jaxdiff.config.fields import check_names, fields_of
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import read_bytes
 from jaxdiff.pipelines.resolve import FILES
 from jaxdiff.pipelines.settings import GenerationSettings
 
@@ -69,12 +70,8 @@ def read_prompts(file: epath.PathLike) -> PromptFile:
             f"{file} has an unknown format: expected a prompt file called .jsonl (a JSON object a "
             "line), .csv (with a header) or .txt (a prompt a line)."
         )
-    try:
-        # A byte that is not UTF-8 invalidates its row alone.
-        content = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{file} cannot be read ({reason}): give a prompt file.") from error
+    # A byte that is not UTF-8 invalidates its row alone.
+    content = read_bytes(path, "a prompt file").decode("utf-8-sig", "surrogateescape")
     rows, bad = [], []
     for number, (line, values) in enumerate(readers[path.suffix.lower()](content)):
         try:

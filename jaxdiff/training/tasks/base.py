@@ -96,13 +96,7 @@ class Task(abc.ABC):
     ) -> tuple[Float[Array, ""], Metrics, PyTree]:
         """Return the mean loss over the batch, metrics (the loss as "loss") and the next state.
 
-        Args:
-          params: trained parameters, in the compute type.
-          frozen: frozen parameters, in the compute type.
-          batch: of the data.
-          key: of this step.
-          task_state: the current state.
-          ema: the moving average of `params`, float32.
+        Trained and frozen parameters are in the compute type, `ema` is float32.
         """
 
     @property

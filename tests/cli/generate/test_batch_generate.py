@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.cli.generate import batch_generate
-from jaxdiff.io.images import read_text
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline, load
@@ -98,7 +98,7 @@ def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, mode
         data = (out / line["file"]).read_bytes()
         assert line["sha256"] == hashlib.sha256(data).hexdigest()
         assert line["seconds"] > 0
-        assert json.loads(read_text(out / line["file"])["settings"]) == line["settings"]
+        assert json.loads(read_image_text(out / line["file"])["settings"]) == line["settings"]
 
 
 def test_rows_of_one_kind_share_a_call(sample, prompts, calls):
@@ -362,7 +362,7 @@ def test_rows_of_several_kinds_compile_once_for_each_kind(sample, prompts, tmp_p
     for line in lines:
         file = tmp_path / "out" / line["file"]
         seed = line.get("chosen_seed", line["seed"])
-        assert read_text(file)["seed"] == str(seed)
+        assert read_image_text(file)["seed"] == str(seed)
         of = line["settings"].get("best_of", 1)
         assert 0 <= seed - line["seed"] < of
         assert ("chosen_seed" in line) == (of > 1)
