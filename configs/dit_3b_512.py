@@ -8,7 +8,7 @@ Cost: planned: 4.7, 1.0, 8.1 or 30 days at 40 % utilisation; not trained yet.
     python train.py configs/dit_3b_512.py --mesh.data 16 --mesh.fsdp 16
 
 Batch 2048, remat "full", 3.06 billion parameters. `jaxdiff plan configs/dit_3b_512.py`
-compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16                1    2.95 GiB          4.73
@@ -16,8 +16,8 @@ compiles the step for each of these slices of a TPU pod or a GPU host, and tells
     v5p:4x4x4  data=4 fsdp=16                 1    2.95 GiB          8.11
     h100:8     data=1 fsdp=8                  8    5.89 GiB         30.13
 
-State is what each chip holds of weights, average, moments and frozen parts; the days are the
-recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
+FLOP/s. The recipe has not been trained yet.
 """
 
 import dataclasses
@@ -37,11 +37,9 @@ MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def get_config() -> Config:
-    """`configs/dit_xl2_imagenet256.py`, wider and deeper, on 1024 tokens, with OpenCLIP bigG."""
-    base, replace = (
-        load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py")),
-        dataclasses.replace,
-    )
+    """Return `configs/dit_xl2_imagenet256.py`, larger, on 1024 tokens, with OpenCLIP bigG."""
+    base = load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py"))
+    replace = dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     model = base.task.model
     return replace(

@@ -8,7 +8,7 @@ Cost: planned: 0.20, 0.04, 0.35 or 1.3 days at 40 % utilisation; not trained yet
     python train.py configs/dit_xl2_imagenet256.py --mesh.data 16 --mesh.fsdp 16
 
 Batch 2048, remat "full", 800 million parameters. `jaxdiff plan configs/dit_xl2_imagenet256.py`
-compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16                1    0.78 GiB          0.20
@@ -16,8 +16,8 @@ compiles the step for each of these slices of a TPU pod or a GPU host, and tells
     v5p:4x4x4  data=8 fsdp=8                  1    1.55 GiB          0.35
     h100:8     data=1 fsdp=8                  1    1.55 GiB          1.30
 
-State is what each chip holds of weights, average, moments and frozen parts; the days are the
-recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
+FLOP/s. The recipe has not been trained yet.
 """
 
 from jaxdiff.data.loader import DataConfig
@@ -42,7 +42,7 @@ MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def get_config() -> Config:
-    """Peebles & Xie 2023, table 1: 28 blocks of width 1152 with 16 heads, patches of 2."""
+    """Return DiT-XL/2: 28 blocks of width 1152, 16 heads (Peebles & Xie 2023, table 1)."""
     return Config(
         name="dit_xl2_imagenet256",
         task=DiffusionTask(

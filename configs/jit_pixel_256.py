@@ -7,7 +7,7 @@ Cost: planned: 0.26, 0.06, 0.45 or 1.7 days at 40 % utilisation; not trained yet
     python train.py configs/jit_pixel_256.py --mesh.data 16 --mesh.fsdp 16
 
 Batch 1024, remat "full", 547 million parameters. `jaxdiff plan configs/jit_pixel_256.py`
-compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16                1    0.53 GiB          0.26
@@ -15,8 +15,8 @@ compiles the step for each of these slices of a TPU pod or a GPU host, and tells
     v5p:4x4x4  data=8 fsdp=8                  1    1.05 GiB          0.45
     h100:8     data=1 fsdp=8                  1    1.05 GiB          1.68
 
-State is what each chip holds of weights, average, moments and frozen parts; the days are the
-recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
+FLOP/s. The recipe has not been trained yet.
 """
 
 import dataclasses
@@ -31,11 +31,9 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """Li & He 2025 (arXiv 2511.13720): x0 is predicted, the loss is on velocity."""
-    base, replace = (
-        load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py")),
-        dataclasses.replace,
-    )
+    """Return a DiT with x0 prediction and a velocity loss (Li & He 2025, arXiv 2511.13720)."""
+    base = load_recipe(Path(__file__).with_name("dit_xl2_imagenet256.py"))
+    replace = dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     model = base.task.model
     return replace(

@@ -1,4 +1,4 @@
-"""Real drawings: the people at work of OpenMoji, some combinations of them held out.
+"""OpenMoji's people at work, with held-out combinations of profession, gender and skin tone.
 
 Hardware: one CPU core.
 Cost: 23 minutes.
@@ -6,11 +6,10 @@ Cost: 23 minutes.
     pip install -e '.[openmoji]' && python train.py configs/openmoji.py
     jaxdiff evaluate runs/openmoji
 
-A U-Net that predicts x0 on pixels. It took 23 minutes of one core of an AMD EPYC (Zen 4), without
-an accelerator. A score is the share of held-out combinations (profession, gender, skin tone) whose
-nearest real drawing, among the 18 of that profession, is the prompted one: 100 % of 500 (ceiling
-98.4 %, chance 14.0 %; 2026-11-22). `--data.source.subset all` trains on all 3,903 drawings, which
-wants a GPU and longer.
+A U-Net that predicts x0 on pixels. Training takes 23 minutes on one core of an AMD EPYC (Zen 4).
+The score is the fraction of 500 held-out prompts whose image is nearest to the prompted emoji among
+the 18 of its profession: 100 % (ceiling 98.4 %, chance 14.0 %; 2026-11-22). All 3,903 emoji
+(`--data.source.subset all`) need a GPU and more steps.
 """
 
 from jaxdiff.data.loader import DataConfig
@@ -46,7 +45,7 @@ PROMPTS = (
 
 
 def get_config() -> Config:
-    """The recipe."""
+    """Return the recipe."""
     text = ClipTextConfig(vocab_size=1024, length=32, width=128, depth=2, heads=4)
     return Config(
         name="openmoji",
@@ -54,13 +53,13 @@ def get_config() -> Config:
             model=TextToImage(
                 name="openmoji",
                 denoiser=UNetConfig(widths=(64, 96, 128), text_width=128, pooled_width=128),
-                # Randomly initialised and frozen: layer 0 is the token embeddings, whose sum tells
-                # the drawings apart.
+                # Randomly initialised and frozen: layer 0 is the token embeddings, whose sum
+                # identifies each emoji.
                 conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
                 prediction="x0",
                 schedule=RectifiedFlow(),
                 image_size=64,
-                # Each prompt fits one drawing: guidance would only exaggerate its colours.
+                # Each prompt describes one emoji: guidance would only exaggerate its colours.
                 sampler=Sampler(
                     grid=TimeGrid(shift=6.0), guidance_scale=1.0, threshold=StaticThreshold()
                 ),

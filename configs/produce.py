@@ -5,11 +5,11 @@ Cost: 7 minutes, 1.3 GB.
 
     python train.py
 
-Made for two CPU cores without an accelerator, where it takes 6 minutes and 39 seconds, the cache of
-latents and the scoring included, and 1.3 GB of memory (AMD EPYC, Zen 4, 2026-11-28). Of 500 single
-objects in held-out combinations 82.6 % are then right in every attribute, of as many in trained
-ones 77.2 %; of two objects, of which it sees little, 24.4 %. `configs/produce_long.py` is the same,
-a little larger and for longer.
+On two CPU cores (AMD EPYC, Zen 4, 2026-11-28) it takes 6 minutes and 39 seconds, including the
+cache of latents and the evaluation, and 1.3 GB of memory. Fraction of 500 images with every
+attribute right: 82.6 % for single objects in held-out combinations, 77.2 % in trained ones, and
+24.4 % for two objects, which are rare in training. `configs/produce_long.py` is larger and trains
+for longer.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ PROMPTS = (
 
 
 def get_config() -> Config:
-    """A small DiT that predicts x0 of an autoencoder's latents, conditioned by a small CLIP."""
+    """Return a small DiT that predicts x0 of latents, conditioned by a small CLIP."""
     clip = load_recipe(Path(__file__).with_name("produce_clip.py")).task
     autoencoder = load_recipe(Path(__file__).with_name("produce_autoencoder.py")).task
     assert isinstance(clip, ClipTask)
@@ -78,7 +78,7 @@ def get_config() -> Config:
                 schedule=RectifiedFlow(),
                 image_size=64,
                 # Few steps, most of them at high noise, the last one from t = 0.35 to the image:
-                # steps at low noise add to the errors of those before them.
+                # steps at low noise increase the errors of earlier ones.
                 sampler=Sampler(grid=TimeGrid(shift=6.0), num_steps=12, guidance_scale=2.5),
             ),
             pretrained=Pretrained(
@@ -86,8 +86,8 @@ def get_config() -> Config:
             ),
             objective=Denoising(times=LogitNormal(mean=0.9, std=1.3)),
         ),
-        # Mostly single objects, and captions that name most attributes: the run is too short for
-        # more. Each scene is rendered and encoded once, and seen several times.
+        # Mostly single objects with full captions, since the run is short. Each scene is rendered
+        # and encoded once, and used several times.
         data=DataConfig(
             source=Produce(
                 length=48_000, group_fraction=0.05, pair_fraction=0.05, full_fraction=0.8

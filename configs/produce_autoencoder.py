@@ -1,23 +1,22 @@
-"""An autoencoder of the drawn produce: 64x64 pixels to 8x8 latents of 8 channels and back.
+"""An autoencoder of synthetic produce: 64x64 pixels to 8x8 latents of 8 channels.
 
 Hardware: two CPU cores.
 Cost: 83 minutes.
 
     python train.py configs/produce_autoencoder.py
 
-Its first and last convolution work on patches of 4 pixels, which saves most of the cost. On two CPU
-cores without an accelerator it took 83 minutes beside other work, at 40 to 66 images/s (AMD EPYC,
-Zen 4, 2026-11-23), each core as a device of its own:
+Its first and last convolution work on patches of 4 pixels, which saves most of the cost. Training
+took 83 minutes at 40 to 66 images/s on two CPU cores with other load (AMD EPYC, Zen 4, 2026-11-23),
+each core as one device:
 
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 
-Images come back with 34.9 dB. What gets lost are bumps and ridges of a pixel: of the true drawings
-a reader still finds every attribute in 99.2 % of the single objects and in 92.2 % of the pairs, the
-best that a model on these latents can do (the column "latents" of `jaxdiff evaluate`). The weights
-ship as `shipped:produce_autoencoder`. They took 2,800 steps as a whole run, its learning rate
-falling to 0 at the end (33.2 dB), and went on from there as a run of 7,200. For a diffusion model
-on the latents of another run, take `z_mean` and `z_std` from the last line of its metrics and set
-`shift_factor = z_mean` and `scaling_factor = 1 / z_std`.
+Reconstructions have a PSNR of 34.9 dB and lose details of a pixel. After reconstruction the
+attribute detector finds every attribute in 99.2 % of the single objects and 92.2 % of the pairs,
+the ceiling of models on these latents (the column "latents" of `jaxdiff evaluate`). The weights
+ship as `shipped:produce_autoencoder`. They are from a run of 2,800 steps with a learning rate
+decayed to 0 (33.2 dB), continued by a run of 7,200. For a diffusion model on the latents of another
+run, set `shift_factor` and `scaling_factor` as `AutoencoderTask` explains.
 """
 
 from jaxdiff.data.loader import DataConfig
@@ -32,7 +31,7 @@ from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
 
 def get_config() -> Config:
-    """The recipe."""
+    """Return the recipe."""
     return Config(
         name="produce_autoencoder",
         task=AutoencoderTask(

@@ -1,15 +1,15 @@
-"""A small CLIP of the drawn produce and their captions, on 64x64 pixels.
+"""A small CLIP of synthetic produce and its captions, on 64x64 pixels.
 
 Hardware: two CPU cores.
 Cost: 16 minutes.
 
     python train.py configs/produce_clip.py
 
-On two CPU cores without an accelerator it takes 16 minutes, at 133 images/s. Over its last 50 steps
-the caption of an image is found among 128 in 85 % of the cases, and the image of a caption in 82 %
-(AMD EPYC, Zen 4, 2026-11-22). Captions leave much out, so that several in a batch may fit one
-image: no model finds all of them. These weights ship as `shipped:produce_clip`. Where an object
-stands the tower does not tell, since among so few others that is not needed to find the caption.
+Training takes 16 minutes at 133 images/s on two CPU cores (AMD EPYC, Zen 4, 2026-11-22). Over the
+last 50 steps, batch retrieval among 128 is correct for 85 % of the images and 82 % of the captions;
+since captions omit attributes, several may fit one image. The image encoder does not encode an
+object's position, which retrieval in small batches does not need. The weights ship as
+`shipped:produce_clip`.
 """
 
 from jaxdiff.data.loader import DataConfig
@@ -23,19 +23,19 @@ from jaxdiff.training.tasks.clip import ClipTask
 
 
 def get_config() -> Config:
-    """The recipe."""
-    tower = {"width": 128, "heads": 4, "activation": "gelu", "projection_dim": 128}
+    """Return the recipe."""
+    shared = {"width": 128, "heads": 4, "activation": "gelu", "projection_dim": 128}
     return Config(
         name="produce_clip",
         task=ClipTask(
             model=ClipConfig(
-                text=ClipTextConfig(vocab_size=1024, length=32, depth=2, **tower),
-                vision=ClipVisionConfig(image_size=64, patch_size=8, depth=4, **tower),
+                text=ClipTextConfig(vocab_size=1024, length=32, depth=2, **shared),
+                vision=ClipVisionConfig(image_size=64, patch_size=8, depth=4, **shared),
             ),
         ),
         data=DataConfig(
             source=Produce(length=10_000_000),
-            # Captions tell left from right, and an image without a caption teaches nothing.
+            # Captions distinguish left from right, and every image needs a caption.
             transforms=Transforms(size=64, flip=False, caption_dropout=0.0),
         ),
         tokenizer=TokenizerConfig(vocab_size=1024, length=32, records=2000),

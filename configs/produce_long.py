@@ -5,18 +5,18 @@ Cost: 76 minutes, after 5 minutes of two cores for the cache of latents.
 
     python train.py configs/produce_long.py
 
-Made for a CPU, without an accelerator: 1.5 million images in 76 minutes of one core of an AMD EPYC
-(Zen 4), at 345 a second, after 5 minutes of two cores for the cache of 160,000 scenes (2026-11-28):
+1.5 million images take 76 minutes on one core of an AMD EPYC (Zen 4), at 345 images/s, after 5
+minutes on two cores for the cache of 160,000 scenes (2026-11-28):
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false LD_PRELOAD=libtcmalloc_minimal.so.4 taskset -c 0
 
-The run did not start from nothing, but with `--task.pretrained.denoiser` from the weights that
-shipped before, which had seen 877,000 images in two legs (commit 74afd7b): 282,000 on the latents
-of an earlier autoencoder, and 595,000 whose captions left more out, at a learning rate of 2.5e-3.
+The run started from earlier weights (`--task.pretrained.denoiser`), trained on 877,000 images
+(commit 74afd7b): 282,000 on the latents of an earlier autoencoder, and 595,000 with shorter
+captions, at a learning rate of 2.5e-3.
 
-Of 500 single objects in held-out combinations 95.4 % are right in every attribute, of 500 prompts
-with two objects 84.4 %; of the true drawings, after the way through the autoencoder, 99.4 % and
-92.4 % (`jaxdiff evaluate shipped:produce --samples 500`, 2026-11-28).
+Every attribute is right for 95.4 % of 500 single objects in held-out combinations and for 84.4 % of
+500 prompts with two objects; the ceiling, reconstructions of true images, is 99.4 % and 92.4 %
+(`jaxdiff evaluate shipped:produce --samples 500`, 2026-11-28).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """`configs/produce.py`, wider, on more scenes, groups and pairs, with a longer average."""
+    """Return `configs/produce.py`, wider, on more scenes, groups and pairs, with a longer EMA."""
     base, replace = load_recipe(Path(__file__).with_name("produce.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     model = base.task.model
@@ -48,7 +48,7 @@ def get_config() -> Config:
                 denoiser=replace(model.denoiser, width=160),
                 sampler=replace(model.sampler, grid=TimeGrid(shift=3.0), guidance_scale=2.0),
             ),
-            # The noise levels of the shipped weights; short runs do better at higher ones.
+            # Noise levels of the shipped weights; short runs need higher ones.
             objective=Denoising(times=LogitNormal(mean=0.5, std=1.3)),
         ),
         data=replace(base.data, source=Produce(length=160_000, full_fraction=0.7)),

@@ -5,12 +5,11 @@ Cost: not measured yet.
 
     python train.py configs/sd15.py --data.source.path photos
 
-The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
-likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
-bfloat16 with float32 masters, which with their average and AdamW's moments take 14 GB, sharded over
-`--mesh.fsdp` devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU
-slice; speed and quality have not been measured yet.
+The folder `photos` contains images with captions (a `metadata.jsonl`, or a `.txt` beside each). The
+weights come from the hub, or from folders: `--task.pretrained.denoiser DIR`, and likewise
+`text-encoders` and `autoencoder`. The U-Net is trained in bfloat16 with float32 masters, which take
+14 GB with EMA and AdamW's moments, sharded over `--mesh.fsdp` devices; the other parts are frozen.
+Speed and quality have not been measured yet.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def get_config() -> Config:
-    """The whole U-Net, on the objective that it was trained with, weighted by min-SNR."""
+    """Return the whole U-Net on its own objective, weighted by min-SNR."""
     return Config(
         name="sd15",
         task=DiffusionTask(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 taught one thing from a few photographs, without forgetting its kind.
+"""Stable Diffusion 1.5 personalised with a few photographs: DreamBooth with LoRA.
 
 Hardware: one GPU.
 Cost: not measured yet.
@@ -8,10 +8,10 @@ Cost: not measured yet.
     python train.py configs/sd15_dreambooth.py --data.source.own.path photos
     jaxdiff export runs/sd15_dreambooth dog --format lora
 
-DreamBooth with prior preservation (Ruiz et al. 2023) on low-rank adapters: every photograph in
-`photos` is captioned "a photo of sks dog", every picture in `prior` "a photo of a dog", and batches
-hold as many of one as of the other. Other words: `--data.source.own.prompt` and
-`--data.source.prior.prompt`. For one GPU; speed, memory and quality have not been measured yet.
+DreamBooth with prior preservation (Ruiz et al. 2023) on low-rank adapters: the caption of images in
+`photos` is "a photo of sks dog" (`--data.source.own.prompt`), of those in `prior` "a photo of a
+dog" (`--data.source.prior.prompt`), and batches contain equally many of both. Speed, memory and
+quality have not been measured yet.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxdiff.training.recipe import Config, load_recipe
 
 
 def get_config() -> Config:
-    """`configs/sd15_lora.py` on two folders, for few steps and with no caption left out."""
+    """Return `configs/sd15_lora.py` on two folders, for few steps, without caption dropout."""
     base, replace = load_recipe(Path(__file__).with_name("sd15_lora.py")), dataclasses.replace
     source = PriorPreservation(
         own=ImageFolder(path="photos", prompt="a photo of sks dog"),

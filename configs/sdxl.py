@@ -5,14 +5,10 @@ Cost: not measured yet.
 
     python train.py configs/sdxl.py --data.source.path photos
 
-The folder `photos` has images with captions (a `metadata.jsonl`, or a `.txt` beside each); the
-weights come from the hub the first time, or from a folder: `--task.pretrained.denoiser DIR`,
-likewise `--task.pretrained.text-encoders` and `--task.pretrained.autoencoder`. The U-Net learns in
-bfloat16 with float32 masters, which with their average and AdamW's moments take 41 GB, sharded over
-`--mesh.fsdp` devices; text encoders and autoencoder stay as they are. Images keep about their
-shape: each batch is of one of nine, from 768 x 1344 to 1344 x 768, for each of which the step
-compiles once. The model is told of the size of every image and of what the crop cut off. For a GPU
-of 80 GB or a TPU slice; speed and quality have not been measured yet.
+Data and weights are as in `configs/sd15.py`. Masters, EMA and moments take 41 GB, sharded over
+`--mesh.fsdp` devices. Each batch has one of nine shapes, from 768 x 1344 to 1344 x 768, and the
+step compiles once per shape. The model is conditioned on the size and crop of every image. Speed
+and quality have not been measured yet.
 """
 
 import dataclasses
@@ -31,7 +27,7 @@ MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def get_config() -> Config:
-    """`configs/sd15.py` with the networks of XL, two text encoders, at 1024 pixels."""
+    """Return `configs/sd15.py` with the networks of XL, two text encoders and 1024 pixels."""
     base, replace = load_recipe(Path(__file__).with_name("sd15.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     model = base.task.model

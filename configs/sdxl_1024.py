@@ -8,7 +8,7 @@ Cost: planned: 14, 3.1, 25 or 92 days at 40 % utilisation; not trained yet.
     python train.py configs/sdxl_1024.py --mesh.data 16 --mesh.fsdp 16 --train.accumulate 8
 
 Batch 2048, remat "full", 2.57 billion parameters. `jaxdiff plan configs/sdxl_1024.py`
-compiles the step for each of these slices of a TPU pod or a GPU host, and tells what of it fits:
+compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16                8    2.52 GiB         14.38
@@ -16,8 +16,8 @@ compiles the step for each of these slices of a TPU pod or a GPU host, and tells
     v5p:4x4x4  data=4 fsdp=16                 4    2.52 GiB         24.69
     h100:8     data=1 fsdp=8                 32    5.01 GiB         91.65
 
-State is what each chip holds of weights, average, moments and frozen parts; the days are the
-recipe's FLOPs at 40 % of the chips' data sheets. It has not been trained or measured yet.
+State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
+FLOP/s. The recipe has not been trained yet.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def get_config() -> Config:
-    """`configs/sdxl.py`, initialised, with the batch size of Podell et al. 2023, section 2.5."""
+    """Return `configs/sdxl.py` from scratch; batch size of Podell et al. 2023, section 2.5."""
     base, replace = load_recipe(Path(__file__).with_name("sdxl.py")), dataclasses.replace
     assert isinstance(base.task, DiffusionTask)
     return replace(

@@ -183,7 +183,7 @@ def some_plan():
         recipe="tiny",
         topology="cpu:8",
         quick=False,
-        stands_in_for=None,
+        proxy_topology=None,
         chip="cpu",
         chips=8,
         mesh={},

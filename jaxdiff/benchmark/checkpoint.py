@@ -3,13 +3,14 @@
 import shutil
 import tempfile
 import time
+from statistics import median
 
 import jax
 from etils import epath
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
-from jaxdiff.benchmark.timing import median, peak_memory
+from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.recipe import Config
@@ -23,11 +24,7 @@ def time_checkpoints(
 ) -> Measurement:
     """Time saving a recipe's train state, until all of it is on disk.
 
-    Args:
-      config: the recipe.
-      warmup: saves before those that count.
-      repeats: saves that count.
-      folder: to write to, local or `gs://`, emptied at the end; a temporary one by default.
+    `folder`, by default a temporary one, may be local or `gs://`, and is emptied at the end.
 
     Raises:
       UserError: the disk is full, or the folder is not writable.
@@ -89,12 +86,10 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _restore(folder: epath.Path, state: TrainState) -> float:
-    """Seconds until the arrays are back on the devices."""
-
-    def describe(x: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-    abstract = jax.tree.map(describe, state)
+    """Return the seconds until the arrays are on the devices."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     with Checkpoints(folder, keep=1) as checkpoints:
         start = time.perf_counter()
         jax.block_until_ready(checkpoints.restore(abstract))

@@ -59,7 +59,7 @@ def time_batches(config: Config, *, warmup: int, repeats: int) -> Measurement:
 def interval_seconds(
     batches: Iterator[Any], warmup: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds from one batch to the next, and the CPU seconds of this process in that time."""
+    """Return the seconds between batches, and the CPU seconds of this process in that time."""
     for _ in itertools.islice(batches, warmup):
         pass
     busy, seconds = time.process_time(), []

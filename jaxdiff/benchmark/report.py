@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
 from etils import epath
 
-from jaxdiff.benchmark.timing import median, p90, standard_error
+from jaxdiff.benchmark.timing import p90, standard_error
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import read_bytes, write_whole
 from jaxdiff.training.recipe import Config, flatten, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
@@ -53,7 +54,7 @@ class Measurement:
 def make_report(
     kind: str, config: Config, options: dict[str, Any], measurements: Sequence[Measurement]
 ) -> dict:
-    """A JSON-compatible report: results, machine, versions, flags, options and recipe."""
+    """Return a JSON-compatible report: results, machine, versions, flags, options and recipe."""
     results = {}
     for one in measurements:
         entry = {"unit": one.unit, "median_s": median(one.seconds), "p90_s": p90(one.seconds)}
@@ -76,7 +77,7 @@ def make_report(
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: its devices by JAX's names, and its CPU."""
+    """Return the devices by JAX's names, and the CPU."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -108,7 +109,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any]:
-    """The commit of the code, and whether files differ from it; {} outside of a repository."""
+    """Return the commit of the code, and whether files differ from it; {} outside a repository."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -162,9 +163,7 @@ def read_report(path: epath.PathLike) -> dict:
       UserError: the file does not exist, or is not a report.
     """
     try:
-        report = json.loads(epath.Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a report.") from error
+        report = json.loads(read_bytes(path, "a report that --json wrote"))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}): expected a file that --json wrote."

@@ -2,13 +2,14 @@
 
 import functools
 import time
+from statistics import median
 
 import jax
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.sampler_overhead import bare_network
-from jaxdiff.benchmark.timing import median, peak_memory, time_in_turns
+from jaxdiff.benchmark.timing import peak_memory, time_in_turns
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import Pipeline

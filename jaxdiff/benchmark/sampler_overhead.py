@@ -54,14 +54,7 @@ class Overhead:
 def sampler_overhead(
     pipeline: Pipeline, size: int, *, steps: tuple[int, int], repeats: int
 ) -> Overhead:
-    """Time both at one size.
-
-    Args:
-      pipeline: on one device.
-      size: side of the images.
-      steps: few, and many.
-      repeats: timed turns of each.
-    """
+    """Time both at one size, on one device; `steps` are few and many."""
     batch = default_batch_size(size, size)
     few, many = steps
     call = bare_network(pipeline, size, batch)
@@ -84,7 +77,7 @@ def sampler_overhead(
 
 
 def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.Array]:
-    """A call of the network alone on `batch` conditional and `batch` unconditional images."""
+    """Return a call of the network on `batch` conditional and `batch` unconditional images."""
     spec, n = pipeline.spec, 2 * batch
 
     @jax.jit

@@ -26,7 +26,7 @@ _SCALE = 0.02
 
 
 def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
-    """Small normal NumPy arrays with the shapes and types of those in a tree."""
+    """Return small normal NumPy arrays with the shapes and types of a tree."""
     rng = np.random.default_rng(seed)
 
     def sample(leaf: Any) -> np.ndarray:
@@ -37,7 +37,7 @@ def random_like(abstract: PyTree, seed: int = 0) -> PyTree:
 
 
 def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The randomly initialised train state of a recipe at step 0, and its shardings."""
+    """Return a recipe's initialised train state, and its shardings."""
     shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     optimizer = config.optimizer.build(config.train.steps)
 
@@ -48,14 +48,14 @@ def initial_state(config: Config, mesh: Mesh) -> tuple[TrainState, TrainState]:
 
 
 def random_frozen(config: Config, mesh: Mesh) -> PyTree:
-    """Random weights for the frozen parts of a recipe, in its compute type."""
+    """Return random weights for a recipe's frozen parts, in its compute type."""
     abstract = abstract_frozen(config)
     shardings = state_shardings(abstract, mesh, config.task.param_axes())
     return jax.device_put(random_like(abstract), shardings)
 
 
 def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """One batch on the devices: random pixels and token ids, images without a crop."""
+    """Return a batch on the devices: random pixels and token ids, uncropped images."""
     rng, size = np.random.default_rng(config.train.seed), config.data.transforms.size
 
     def sample(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -76,7 +76,7 @@ def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def small_tokenizers(config: Config) -> Mapping[str, TextTokenizer]:
-    """Tokenizers of the recipe's length, trained on one caption."""
+    """Return tokenizers of the recipe's length, trained on one caption."""
     conditioner, size = config.task.conditioner, config.tokenizer
     if conditioner is None:
         return {}
@@ -86,7 +86,7 @@ def small_tokenizers(config: Config) -> Mapping[str, TextTokenizer]:
 
 
 def random_bundle(config: Config) -> Bundle:
-    """A recipe's text-to-image model with random weights."""
+    """Return a recipe's text-to-image model with random weights."""
     model = config.task.model
     assert isinstance(model, TextToImage)
     return Bundle(model, random_like(model.abstract_params()), small_tokenizers(config))

@@ -1,10 +1,10 @@
 """Timing in turns, robust statistics of the times, and peak memory."""
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ class PeakMemory(NamedTuple):
 
 
 def peak_memory() -> PeakMemory:
-    """Peak memory of the fullest local device; of this process (resident set) on a CPU."""
+    """Return the peak memory of the fullest local device; on a CPU, of this process (RSS)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     if peaks:
@@ -50,21 +50,16 @@ def time_in_turns(
     return seconds
 
 
-def median(seconds: list[float]) -> float:
-    """Median of at least one time."""
-    return statistics.median(seconds)
-
-
 def p90(seconds: list[float]) -> float:
-    """The 90th percentile."""
+    """Return the 90th percentile."""
     return float(np.percentile(seconds, 90))
 
 
 def standard_error(seconds: list[float]) -> float:
-    """Standard error of the median of normal times: 1.253 sigma / sqrt(n), sigma = 1.4826 MAD.
+    """Return the standard error of a median: 1.253 sigma / sqrt(n), with sigma = 1.4826 MAD.
 
     The median absolute deviation is robust to a few slow calls.
     """
     middle = median(seconds)
-    mad = statistics.median(abs(s - middle) for s in seconds)
+    mad = median(abs(s - middle) for s in seconds)
     return 1.253 * 1.4826 * mad / len(seconds) ** 0.5

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 import jax
 
 from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
-from jaxdiff.benchmark.timing import median, peak_memory
+from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.data.loader import ON_DEVICE, device_batches, host_rows, make_dataset
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
@@ -32,8 +33,8 @@ def time_training(
       config: the recipe.
       warmup: steps before those that count.
       repeats: steps that count.
-      real: use the recipe's data; otherwise repeat one random batch.
-      peak_tflops: peak TFLOP/s of one device; by default that of the table of chips.
+      real: use the recipe's data instead of one random batch.
+      peak_tflops: peak TFLOP/s of one device; by default from its data sheet.
 
     Raises:
       UserError: mesh, batch or data do not fit, or the peak is not positive.
@@ -79,7 +80,7 @@ def time_training(
 def _timed(
     step: Any, state: Any, frozen: Any, batches: Iterator[Any], warmup: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the seconds that those waited for batches."""
+    """Return the seconds of each step after the warm-up, and those of waiting for batches."""
     seconds, waited, pending, last = [], 0.0, None, time.perf_counter()
     for i in range(-1, warmup + repeats):
         start = time.perf_counter()
@@ -98,7 +99,7 @@ def _timed(
 
 
 def peak_of_device(given: float | None) -> tuple[float | None, str]:
-    """Peak TFLOP/s of one device, None if unknown, and a note on where the number comes from.
+    """Return the peak TFLOP/s of one device, None if unknown, and a note on its source.
 
     Raises:
       UserError: the given peak is not positive.
@@ -110,7 +111,7 @@ def peak_of_device(given: float | None) -> tuple[float | None, str]:
     kind = jax.devices()[0].device_kind
     chip = find_chip(kind)
     if chip is None:
-        return None, (f"No utilisation: the table of chips has no {kind!r}; give --peak-tflops.")
+        return None, f"No utilisation: the table of chips has no {kind!r}; give --peak-tflops."
     peak = chip.flops / TERA
     return peak, f"Utilisation is relative to {peak:g} TFLOP/s in bfloat16 ({chip.source})."
 

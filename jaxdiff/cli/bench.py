@@ -19,7 +19,7 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.errors import UserError
 from jaxdiff.training.recipe import Config
 
@@ -54,7 +54,7 @@ class BenchOptions(TimingOptions):
 
 
 def run_benchmark(kind: str, options: BenchOptions) -> None:
-    """Run one of `KINDS`, print its report, and write it where `--json` says.
+    """Run one of `KINDS`, print its report, and write it to `--json`.
 
     Raises:
       UserError: numbers out of range, or what the benchmark itself raises.
@@ -103,11 +103,7 @@ def measure_and_report(
 
 
 def bench_compare(before: str, after: str) -> None:
-    """`jaxdiff bench compare A.json B.json`: print what changed by more than noise.
-
-    Raises:
-      UserError: a file is not a report, or the two are not of the same benchmark.
-    """
+    """Print what changed by more than noise between two reports; raise `UserError` for others."""
     print(compare(read_report(before), read_report(after)))
 
 
@@ -119,12 +115,10 @@ def bench_command(arguments: list[str]) -> None:
         print("       jaxdiff bench compare BEFORE.json AFTER.json")
     elif kind == "compare":
         if len(rest) != 2:
-            raise UserError(f"jaxdiff bench compare takes two reports: got {len(rest)} words.")
+            raise UserError(f"jaxdiff bench compare got {len(rest)} words: expected two reports.")
         bench_compare(*rest)
     elif kind in KINDS:
-        config, rest = read_recipe(rest)
-        default = BenchOptions(config=config)
-        run_benchmark(kind, parse_flags(BenchOptions, rest, prog="jaxdiff bench", default=default))
+        run_benchmark(kind, parse_recipe_flags(BenchOptions, rest, prog="jaxdiff bench"))
     else:
         raise UserError(
             f"There is no benchmark {kind!r}: there are {', '.join(KINDS)}, and compare."

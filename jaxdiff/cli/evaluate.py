@@ -19,7 +19,7 @@ from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.training.recipe import Config, load_recipe
-from jaxdiff.training.run import run_evaluators
+from jaxdiff.training.run import on_host0, run_evaluators
 from jaxdiff.training.workdir import read_config
 
 
@@ -63,14 +63,14 @@ def evaluate_model(options: EvaluateOptions) -> None:
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
-    config = _recipe(options)
+    config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
     evaluators = _evaluators(config, options.samples)
     spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:
         evaluator.check(spec, config.data)
     generation = _generation(options)
     context = EvalContext(0, spec, params, tokenizers, config.data, generation)
-    report = run_evaluators(evaluators, context, None, print if is_host0() else _silent)
+    report = run_evaluators(evaluators, context, None, on_host0(print))
     settings = _settings(options, spec)
     if not is_host0():
         return
@@ -81,12 +81,6 @@ def evaluate_model(options: EvaluateOptions) -> None:
     text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
     print(f"Saved {path}")
-
-
-def _recipe(options: EvaluateOptions) -> Config:
-    if options.recipe is not None:
-        return load_recipe(options.recipe)
-    return read_config(options.run)
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:
@@ -139,7 +133,3 @@ def _check(options: EvaluateOptions) -> None:
     with_clip = options.clip_scale != 0 or options.best_of > 1
     if options.clip_model != ClipGuidance.model and not with_clip:
         raise UserError("--clip-model has no effect alone: give --clip-scale or --best-of as well.")
-
-
-def _silent(_text: str) -> None:
-    """Print nothing: every host but the first."""

@@ -142,7 +142,7 @@ def _split(spec: str) -> tuple[str, str]:
 def _scores(
     clip: ClipReader, images: np.ndarray, texts: dict[str, tuple[str, str]]
 ) -> dict[str, np.ndarray]:
-    """CLIP's score of each image between the two texts of each axis."""
+    """Return CLIP's score of each image between the two texts of each axis."""
     return {
         spec: text_scores(images, *clip.texts([low, high])) for spec, (low, high) in texts.items()
     }
@@ -151,7 +151,7 @@ def _scores(
 def _axes(
     vectors: np.ndarray, records: Records, scores: dict[str, np.ndarray], *, is_clip: bool
 ) -> list[Axis]:
-    """All axes of one space. The name of a probed axis states R^2 of the probe."""
+    """Return all axes of one space; names of probed axes state the probe's R^2."""
     axes = []
     for spec, values in scores.items():
         low, high = _split(spec)

@@ -67,7 +67,7 @@ def export_model(options: ExportOptions) -> None:
     """Write the folder.
 
     Raises:
-      UserError: there is no such model, or it has no form in the format.
+      UserError: there is no such model, or the format cannot represent it.
     """
     if options.format == "embedding":
         _export_embedding(options)

@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "Score a trained model.",
     "export": "Write a trained model as one folder, for jaxdiff or diffusers.",
     "prepare": "Convert images with captions, or their latents, to shards.",
-    "explore": "Map a data set by what CLIP and the autoencoder see in it.",
+    "explore": "Map a data set in the spaces of CLIP and an autoencoder.",
     "plan": "Compile a recipe for a TPU slice or GPUs; print memory and time.",
     "bench": "Measure training, sampling, data loading or checkpoints.",
     "recipes": "List the recipes with their purpose, hardware and cost.",
@@ -31,14 +31,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command with `arguments`, by default those of the process.
 
-    Args:
-      arguments: the words after `jaxdiff`; those of the process by default.
-
-    Returns:
-      The exit status: 0; 1 where a command reports partial failure; 2 for a user error, of which
-      one sentence is printed to standard error.
+    Returns the exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
+    sentence to standard error.
     """
     try:
         words, plugins = _split_plugins(list(sys.argv[1:] if arguments is None else arguments))
@@ -95,7 +91,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "All commands take --plugin MODULE, a Python module whose types your models name.",
+            "All commands take --plugin MODULE, a Python module that defines types of your models.",
             "jaxdiff COMMAND --help lists a command's options, jaxdiff --version the version.",
         ]
     )

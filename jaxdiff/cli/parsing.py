@@ -22,11 +22,7 @@ NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.s
 def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = None) -> Any:
     """Parse flags into a dataclass or the arguments of a function, with tyro.
 
-    Args:
-      target: the dataclass or function.
-      arguments: the words after the command.
-      prog: the command, such as `jaxdiff train`, for help and messages.
-      default: an instance that flags change; none by default.
+    `prog` is the command, such as `jaxdiff train`; flags change the instance `default`.
 
     Raises:
       UserError: a value is missing or invalid, or a flag is unknown; the message names the flag
@@ -50,13 +46,13 @@ def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = 
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
-            raise UserError(f"{prog} has no place for {flag!r}: see {prog} --help.")
+            raise UserError(f"{prog} got an unexpected argument {flag!r}: see {prog} --help.")
         raise UserError(f"{prog} does not know {flag}: {_hint(flag, target, default, prog)}")
     return value
 
 
 def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
-    """What to type instead of an unknown flag."""
+    """Return a hint for an unknown flag."""
     peer = peer_flag(prog, flag)
     if peer is not None:
         return f"it is {peer} here."
@@ -66,7 +62,7 @@ def _hint(flag: str, target: Any, default: Any, prog: str) -> str:
 
 
 def _nearest(flag: str, known: list[str]) -> str | None:
-    """The most similar flag: one with a typo, else one with this ending, else a distant one."""
+    """Return the most similar flag: a typo, else one with this ending, else a distant one."""
     typo = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
     ending = [name for name in known if name.endswith(flag.removeprefix("-"))]
     like = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
@@ -74,7 +70,7 @@ def _nearest(flag: str, known: list[str]) -> str | None:
 
 
 def _sentence(box: str) -> str:
-    """The text of tyro's framed message, between its title and the next rule, as one line."""
+    """Return the text of tyro's framed message as one line."""
     lines = (line.strip("│| ") for line in box.splitlines()[1:])
     parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯+ ")))
     text = next((" ".join(part) for is_text, part in parts if is_text), box)
@@ -82,7 +78,7 @@ def _sentence(box: str) -> str:
 
 
 def _flags(options: Any, prefix: str = "") -> list[str]:
-    """All flags of a dataclass, as `--train.batch-size`; of nested ones, those of their values."""
+    """Return all flags of a dataclass and of nested ones, such as `--train.batch-size`."""
     hints = typing.get_type_hints(
         options if isinstance(options, type) else type(options), include_extras=True
     )
@@ -93,14 +89,17 @@ def _flags(options: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             own = "" if NO_PREFIX in marks else f"{f.name}."
             flags += _flags(value, prefix + own)
-        elif tyro.conf.Positional not in marks and not _is_part(hints[f.name]):
+        elif tyro.conf.Positional not in marks and not any(
+            dataclasses.is_dataclass(c) for c in members(hints[f.name])
+        ):
             flags.append(f"--{prefix}{f.name}".replace("_", "-"))
     return flags
 
 
-def _is_part(hint: Any) -> bool:
-    """Whether a field holds a dataclass: its keys are flags, and the field itself is none."""
-    return any(dataclasses.is_dataclass(c) for c in members(hint))
+def parse_recipe_flags(target: Any, arguments: list[str], *, prog: str) -> Any:
+    """Parse a recipe and flags into a dataclass with a field `config`; see `parse_flags`."""
+    config, rest = read_recipe(arguments)
+    return parse_flags(target, rest, prog=prog, default=target(config=config))
 
 
 def read_recipe(arguments: list[str]) -> tuple[Config, list[str]]:

@@ -1,8 +1,4 @@
-"""Flags of other projects and what they are called here, for the hints of unknown flags.
-
-The names are those of diffusers' example scripts, A1111, Stable Diffusion's own scripts, ComfyUI
-and MaxDiffusion.
-"""
+"""Flags of diffusers, A1111, Stable Diffusion, ComfyUI and MaxDiffusion, for hints."""
 
 _SAMPLE = {
     "--num-steps": ("num-inference-steps", "steps", "ddim-steps", "sampling-steps", "n-steps"),
@@ -77,9 +73,9 @@ PEER_FLAGS = {
     f"jaxdiff {command}": {f"--{flag}": ours for ours, flags in table.items() for flag in flags}
     for command, table in (("sample", _SAMPLE), ("train", _TRAIN))
 }
-"""For each command, the flag here (with a value, if one is needed) of each flag elsewhere."""
+"""For each command, other projects' flags -> the flag here, with a value if needed."""
 
 
 def peer_flag(prog: str, flag: str) -> str | None:
-    """Return what another project's `--flag` is called by the command `prog`, if that is known."""
+    """Return the flag of the command `prog` that corresponds to another project's, if known."""
     return PEER_FLAGS.get(prog, {}).get(flag.lower().replace("_", "-"))

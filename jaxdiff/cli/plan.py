@@ -10,7 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.planning.plan import Plan, make_plan, on_slice
@@ -47,10 +47,7 @@ class PlanOptions:
 
 def plan_command(arguments: list[str]) -> None:
     """Run `jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
-    config, arguments = read_recipe(arguments)
-    options = parse_flags(
-        PlanOptions, arguments, prog="jaxdiff plan", default=PlanOptions(config=config)
-    )
+    options = parse_recipe_flags(PlanOptions, arguments, prog="jaxdiff plan")
     config = options.config
     names = [options.topology] if options.topology else [s.topology for s in config.slices]
     if not names:
@@ -68,7 +65,7 @@ def plan_command(arguments: list[str]) -> None:
                     config,
                     topology,
                     most=options.most,
-                    say=lambda p: console.print(_line(p)),
+                    log=lambda p: console.print(_line(p)),
                     quick=options.quick,
                 )
             else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
 from jaxdiff.data.files import files_below
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
@@ -49,12 +49,12 @@ class PreparePathOptions(Sharing):
 
 
 def prepare_command(arguments: list[str]) -> None:
-    """`jaxdiff prepare RECIPE_OR_SOURCE OUT [--shards N] [--latents.views N] [--data.KEY V]`."""
-    words = {"prog": "jaxdiff prepare"}
+    """Run `jaxdiff prepare RECIPE_OR_SOURCE OUT [--shards N] [--latents.views N] ...`."""
+    prog = "jaxdiff prepare"
     if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".py"):
         data = DataConfig(source=source_at(arguments[0]), transforms=Transforms(size=256))
         plain = PreparePathOptions(data=data)
-        path = parse_flags(PreparePathOptions, arguments[1:], default=plain, **words)
+        path = parse_flags(PreparePathOptions, arguments[1:], default=plain, prog=prog)
         if path.latents.views or path.latents.text:
             raise UserError(
                 "Latents need a recipe with an autoencoder: give its file first, and the data as "
@@ -62,8 +62,7 @@ def prepare_command(arguments: list[str]) -> None:
             )
         manifest = write_records(None, path.data, _folder(path.out), path)
     else:
-        config, rest = read_recipe(arguments)
-        options = parse_flags(PrepareOptions, rest, default=PrepareOptions(config=config), **words)
+        options = parse_recipe_flags(PrepareOptions, arguments, prog=prog)
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:
@@ -81,7 +80,7 @@ def _folder(out: str | None) -> str:
 
 
 def source_at(path: str) -> AnySource:
-    """The source that reads `path`, a file, a folder or a glob.
+    """Return the source that reads `path`, a file, a folder or a glob.
 
     Raises:
       UserError: it does not exist, or is of an unknown format.

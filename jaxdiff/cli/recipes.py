@@ -1,6 +1,6 @@
-"""`jaxdiff recipes`: list the recipes, or print what one of them says of itself.
+"""`jaxdiff recipes`: list the recipes, or print the docstring of one.
 
-Recipes are parsed, not run: nothing of JAX is imported.
+Recipes are parsed, not run, so that JAX is not imported.
 """
 
 import ast
@@ -16,7 +16,7 @@ from jaxdiff.errors import UserError
 
 
 class RecipeSummary(NamedTuple):
-    """What a recipe's docstring states; empty where it states nothing."""
+    """Fields of a recipe's docstring; "" for missing ones."""
 
     name: str
     purpose: str

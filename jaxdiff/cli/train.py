@@ -1,4 +1,4 @@
-"""`jaxdiff train`: train a recipe, or show what it resolves to."""
+"""`jaxdiff train`: train a recipe, or print its resolved keys."""
 
 import contextlib
 import dataclasses
@@ -11,12 +11,12 @@ import jax
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, read_recipe
+from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.planning.plan import held
+from jaxdiff.planning.plan import count_params, state_bytes_per_device
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe
@@ -48,10 +48,7 @@ class TrainOptions:
 
 def train_command(arguments: list[str]) -> None:
     """Run `jaxdiff train [RECIPE] [--path.to.key VALUE ...] [--out DIR] [--resume | --fresh]`."""
-    config, arguments = read_recipe(arguments)
-    options = parse_flags(
-        TrainOptions, arguments, prog="jaxdiff train", default=TrainOptions(config=config)
-    )
+    options = parse_recipe_flags(TrainOptions, arguments, prog="jaxdiff train")
     for one, other in (("resume", "fresh"), ("quiet", "verbose")):
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
@@ -78,8 +75,8 @@ def _silenced(quiet: bool) -> Iterator[None]:
 def describe_recipe(config: Config) -> str:
     """Return every key of a recipe with its value, then parameter counts and state sizes.
 
-    Nothing is allocated, read or downloaded. The state is that of one device: parameters, their
-    average, optimizer state and frozen weights, sharded as the recipe's mesh says.
+    Nothing is allocated, read or downloaded. The state is that of one device: parameters, EMA,
+    optimizer state and frozen weights, sharded over the recipe's mesh.
 
     Raises:
       UserError: the recipe's mesh does not fit the devices.
@@ -94,11 +91,12 @@ def describe_recipe(config: Config) -> str:
     mesh = _mesh_of(config.mesh)
     state, frozen = abstract_state(config), abstract_frozen(config)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    mib = state_bytes_per_device(config, mesh) / 2**20
     lines += [
         "",
-        f"trained parameters: {_count(state.params):,}",
-        f"frozen parameters: {_count(frozen):,}",
-        f"state per device: {held(config, mesh) / 2**20:,.1f} MiB ({axes or 'one device'})",
+        f"trained parameters: {count_params(state.params):,}",
+        f"frozen parameters: {count_params(frozen):,}",
+        f"state per device: {mib:,.1f} MiB ({axes or 'one device'})",
     ]
     return "\n".join(lines)
 
@@ -109,7 +107,3 @@ def _mesh_of(config: MeshConfig) -> Mesh | AbstractMesh:
     if min(sizes) < 1:
         return make_mesh(config)
     return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _count(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,1 +1,1 @@
-"""Typed dataclasses to JSON and back, and recipe files."""
+"""JSON serialization of dataclasses, fields of options, plugins and recipe files."""

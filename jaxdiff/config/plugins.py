@@ -1,6 +1,6 @@
-"""Modules of users whose types commands accept: `--plugin MODULE`.
+"""Import user modules whose types commands accept: `--plugin MODULE`.
 
-A user names the module; a configuration file never imports code.
+Configuration files never import code.
 """
 
 import dataclasses
@@ -13,10 +13,7 @@ from jaxdiff.errors import UserError
 
 
 def import_plugins(modules: Sequence[str]) -> tuple[type, ...]:
-    """Import modules and return the dataclasses that they define.
-
-    Args:
-      modules: names as `import` takes them, found in the current folder too.
+    """Import modules, also from the current folder, and return the dataclasses that they define.
 
     Raises:
       UserError: a module cannot be imported.

@@ -24,14 +24,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(recipe: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe.
-
-    Args:
-      recipe: a path of a Python file, which wins if it exists; or the name of a shipped recipe, as
-        `produce`, `produce.py` or `configs/produce.py`.
+    """Return the file of a recipe: a path, or a shipped recipe's name such as `produce`.
 
     Raises:
-      UserError: there is no such file and no such shipped recipe; the message names the nearest.
+      UserError: there is no such file or shipped recipe; the message names the nearest.
     """
     path = Path(recipe)
     if path.is_file():

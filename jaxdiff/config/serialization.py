@@ -1,8 +1,7 @@
-"""Frozen dataclasses as JSON and back.
+"""Serialize frozen dataclasses to JSON and back.
 
-JSON holds {"type": class name, ...} for a dataclass. The annotation of the field says which classes
-it may be, and types that a caller names are accepted beside them, in `types` or by `accept_types`;
-nothing is looked up by name anywhere else, and no code is imported.
+A dataclass becomes {"type": class name, ...}. Its class must be in the annotation of the field, in
+`types` or in `accept_types`; no code is imported.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from jaxdiff.errors import UserError
 
 
 def to_json(value: Any) -> Any:
-    """Return dataclasses as dicts with their type, tuples as lists, all else as it is."""
+    """Convert dataclasses to dicts with their type, and tuples to lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -31,10 +30,7 @@ _accepted: list[type] = []
 
 @contextlib.contextmanager
 def accept_types(types: Sequence[type]) -> Iterator[None]:
-    """Let `from_json` accept further dataclasses within the context, as if each caller named them.
-
-    For commands, whose `--plugin` is for all that they read.
-    """
+    """Let `from_json` accept further dataclasses within the context, those of `--plugin`."""
     before = _accepted.copy()
     _accepted.extend(types)
     try:
@@ -46,16 +42,16 @@ def accept_types(types: Sequence[type]) -> Iterator[None]:
 def from_json(
     annotation: Any, data: Any, path: str = "config", *, types: Sequence[type] = ()
 ) -> Any:
-    """Return the value that `to_json` wrote, given the type that is expected there.
+    """Return the value that `to_json` wrote, given its expected type.
 
     Args:
-      annotation: the expected type; of a union any member.
+      annotation: the expected type, or a union of types.
       data: what `json.loads` returned.
       path: of the value, for errors.
-      types: further dataclasses, each accepted where a class that it inherits from is expected.
+      types: further dataclasses, accepted where one of their base classes is expected.
 
     Raises:
-      UserError: for a type, a key or a value that is not expected, naming the nearest that is.
+      UserError: a type, key or value is unexpected; the message names the nearest.
     """
     candidates = members(annotation)
     if isinstance(data, dict):
@@ -84,7 +80,7 @@ _FOREIGN = "the file was written by another version of jaxdiff or edited by hand
 def _object_from_json(
     candidates: list[Any], data: dict[str, Any], path: str, types: Sequence[type]
 ) -> Any:
-    """Return the dataclass, one of the candidates or of `types`, that a JSON object states."""
+    """Return the dataclass that a JSON object describes, one of the candidates or of `types`."""
     bases = tuple(c for c in candidates if isinstance(c, type) and c is not type(None))
     named = [t for t in (*_accepted, *types) if bases and issubclass(t, bases)]
     classes: dict[str, Any] = {
@@ -111,7 +107,7 @@ def _object_from_json(
 
 
 def _fits(data: Any, candidate: Any) -> bool:
-    """Whether a JSON value other than an object or a list is of this type."""
+    """Whether a JSON scalar is of this type."""
     if typing.get_origin(candidate) is Literal:
         return data in typing.get_args(candidate)
     return type(data) is candidate
@@ -148,7 +144,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def types_in(value: Any) -> tuple[type, ...]:
-    """Return the dataclasses that a value is made of, itself included."""
+    """Return the types of all dataclasses in a value, including its own."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (getattr(value, f.name) for f in dataclasses.fields(value))
         inner = [t for field in fields for t in types_in(field)]

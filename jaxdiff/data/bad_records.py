@@ -15,7 +15,7 @@ class RecordError(Exception):
 
 
 def too_many(names: Sequence[str], what: str) -> UserError:
-    """The error that ends a run on bad data; names the last few bad records."""
+    """Return the error that ends a run on bad data; it names the last few bad records."""
     some = "; ".join(names[-_NAMED:])
     return UserError(
         f"{what} cannot be used, among them {some}; repair or remove them, "

@@ -1,8 +1,7 @@
 """Aspect-ratio buckets: batches of one image shape each (Podell et al. 2023, section 2.3).
 
 Shapes have about the same area, and each image is cropped to the one of the nearest aspect ratio.
-Assignment and batches depend only on image sizes and the seed, so every host computes the same
-plan and makes its own rows.
+Assignment and batches depend only on image sizes and the seed: every host computes the same plan.
 """
 
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ class Buckets:
 def nearest_shape(
     sizes: Int[np.ndarray, "n 2"], shapes: Sequence[tuple[int, int]]
 ) -> Int[np.ndarray, " n"]:
-    """Index of the (height, width) shape of nearest log aspect ratio, per (width, height) size."""
+    """Return the index of the (height, width) shape nearest in log aspect ratio, per image size."""
     ratios = np.log(sizes[:, 1]) - np.log(sizes[:, 0])
     wanted = np.log([height / width for height, width in shapes])
     return np.abs(ratios[:, None] - wanted).argmin(1)
@@ -109,13 +108,13 @@ class BucketPlan:
         self.batches = sum(-(-len(members) // batch_size) for members in self._members)
 
     def batch(self, number: int) -> BucketBatch:
-        """Batch `number`, counted from the start of epoch 0."""
+        """Return batch `number`, counted from the start of epoch 0."""
         epoch, place = divmod(number, self.batches)
         bucket, records = _epoch(self, epoch)[place]
         return BucketBatch(self._shapes[bucket], epoch, records)
 
     def epoch(self, epoch: int) -> list[tuple[int, Int[np.ndarray, " b"]]]:
-        """All batches of an epoch: the index of the shape, and the records."""
+        """Return all batches of an epoch: the index of the shape, and the records."""
         rng = np.random.default_rng((self._seed, epoch))
         batches = []
         for bucket, members in enumerate(self._members):

@@ -18,8 +18,8 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def learn_clip_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Learn at most `vocab_size` tokens; the same captions give the same tokens.
 
-    The ids are laid out like CLIP's: 256 bytes, 256 bytes that end a word, merged tokens, start,
-    end. Every text can be written, and the end token is the greatest id.
+    Ids are ordered like CLIP's: 256 bytes, 256 bytes that end a word, merged tokens, start, end.
+    Every text can be encoded, and the end token has the greatest id.
 
     Raises:
       UserError: `vocab_size` is less than 514.
@@ -53,7 +53,7 @@ def learn_clip_bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Token
 
 
 def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's steps around a vocabulary: normalise, split into words, spell in bytes, merge."""
+    """Build CLIP's tokenizer: normalise, split into words, encode as bytes, merge."""
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=END, fuse_unk=False)
     )

@@ -8,7 +8,7 @@ from jaxdiff.errors import UserError
 
 
 def files_below(root: epath.Path) -> Iterator[str]:
-    """Names, relative to `root`, of all files in and below it, except hidden ones."""
+    """Yield the names, relative to `root`, of all files in and below it, except hidden ones."""
     for folder, folders, files in root.walk():
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = folder.relative_to(root)
@@ -16,12 +16,9 @@ def files_below(root: epath.Path) -> Iterator[str]:
 
 
 def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> list[epath.Path]:
-    """The files at `path`, sorted: the file itself, a glob's matches, or a folder's wanted files.
+    """Return the file at `path`, a glob's matches, or a folder's files for which `wanted(name)`.
 
-    Args:
-      path: local or remote.
-      wanted: selects the files of a folder by name.
-      kind: what the files are, for the error.
+    They are sorted; `kind` describes them in the error.
 
     Raises:
       UserError: there is no such file.

@@ -1,8 +1,8 @@
-"""The input pipeline: records, shuffled and split by host, into batches on the devices.
+"""The input pipeline: shuffle records, split them over hosts, and batch them on the devices.
 
-A batch is a function of its number alone, whatever the number of hosts, devices and processes: each
-makes the rows that its own devices need. So the step of a run is its place in the data, and a run
-continues there on any machines.
+A batch depends on its number alone, for any number of hosts, devices and processes: each reads the
+rows of its own devices. The step of a run determines its position in the data, so that a run can
+resume on other machines.
 """
 
 import bisect
@@ -29,30 +29,30 @@ from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 
-# What Grain says where one of its processes is killed or crashes.
+# Grain's error for a process that is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
-# The keys of a batch that go to the devices; the rest is for the host.
+# Keys of a batch that go to the devices; the others stay on the host.
 ON_DEVICE = ("image", "latents", "text", "text_features", "size_crop")
 
 Tokenize = Callable[[list[str]], Any]
-"""Captions to a tree of arrays [b, ...]; picklable, as worker processes call it."""
+"""A picklable function from captions to a tree of arrays [b, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on, and how it is fed.
+    """Training data and the input pipeline.
 
     Attributes:
       source: of the records.
       transforms: of images and captions.
-      workers: processes per host that make batches; 0: the main process does.
-      threads: that make one batch each at a time in every process: one is fastest for small images,
-        which are bound by Python's lock, several for photographs and remote storage.
-      prefetch: batches that each worker makes ahead, and batches that wait on the devices.
-      shuffle: whether each epoch has an order of its own.
-      max_bad_fraction: of unreadable records, beyond which the run stops.
-      cache: with `cache.views` a run first encodes all records, once, in its own folder, as
-        `jaxdiff prepare --latents.views` does elsewhere.
+      workers: processes per host that read batches; 0 reads in the main process.
+      threads: batches read concurrently in every process: one is fastest for small images, which
+        are bound by Python's lock, several for photographs and remote storage.
+      prefetch: batches that each worker reads ahead, and batches that wait on the devices.
+      shuffle: whether to shuffle each epoch.
+      max_bad_fraction: fraction of unreadable records beyond which the run stops.
+      cache: with `cache.views` a run first encodes all records into its folder, as
+        `jaxdiff prepare --latents.views` does.
     """
 
     source: AnySource | PriorPreservation | CachedLatents
@@ -77,7 +77,7 @@ class DataConfig:
 
     @property
     def gives_latents(self) -> bool:
-        """Whether batches hold latents in the place of images."""
+        """Whether batches hold latents instead of images."""
         return self.cache.views > 0 or isinstance(self.source, CachedLatents)
 
     @property
@@ -88,12 +88,12 @@ class DataConfig:
         return self.cache.text
 
 
-class _Good(TypedDict):
-    """One usable record, and the error of the unusable one that it replaces, if it does."""
+class _Example(TypedDict):
+    """One usable record, and the error of the unusable one that it replaces, if any."""
 
     x: np.ndarray  # uint8 [h, w, 3] or moments of latents, [h, w, 2 c]
     caption: str
-    text: np.ndarray | None  # the caption's features, where they are cached
+    text: np.ndarray | None  # cached features of the caption
     size_crop: Int32[np.ndarray, " 6"]
     bad: list[str]
 
@@ -106,7 +106,7 @@ class _Read:
 
     def __call__(
         self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
-    ) -> _Good | RecordError:
+    ) -> _Example | RecordError:
         source, transforms, text = self.data.source, self.data.transforms, None
         try:
             if isinstance(source, CachedLatents):
@@ -127,7 +127,7 @@ class _Collate:
     tokenize: Tokenize | None
     name: str  # "image" or "latents"
 
-    def __call__(self, records: Sequence[_Good]) -> dict[str, Any]:
+    def __call__(self, records: Sequence[_Example]) -> dict[str, Any]:
         bad = [name for record in records for name in record["bad"]]
         text = self.tokenize and self.tokenize([record["caption"] for record in records])
         features = [record["text"] for record in records if record["text"] is not None]
@@ -154,24 +154,24 @@ def make_dataset(
 
     A batch holds `image` uint8 [b, h, w, 3], `text` as `tokenize` returns it, `size_crop` int32
     [b, 6], the number of unusable records, `skipped`, and their errors, `bad`. Another record of
-    the batch takes the place of an unusable one. With `CachedLatents` there are `latents` in the
-    place of `image`, [b, h, w, 2 c] in the type that they are stored in: means of z, then
-    logarithms of its variance; and, if they were cached, `text_features` [b, m], the encoded
-    captions as `Conditioner.pack` returns them.
+    the batch replaces an unusable one. `CachedLatents` give `latents` [b, h, w, 2 c] in place of
+    `image`, in their stored type: means of z, then logarithms of its variance; and `text_features`
+    [b, m], captions encoded by `Conditioner.pack`, if cached.
 
-    Each epoch is shuffled by `seed`. With `Buckets`, h and w differ from batch to batch, and
-    a few records come twice (`BucketPlan`); the sizes of all images are read first.
+    With `Buckets`, h and w differ between batches, some records repeat (`BucketPlan`), and the
+    sizes of all images are read first.
 
     Args:
-      data: the records, and how they are read.
+      data: records, transforms and settings.
       tokenize: of the captions; None leaves text out.
       batch_size: records of a batch, on all hosts together.
-      seed: of the order and of all that is random.
-      rows: of each batch, those that this host makes (`host_rows`); all by default.
-      first: number of the first batch, that is of the steps taken before.
+      seed: of the order and the transforms.
+      rows: rows of each batch that this host reads (`host_rows`); all by default.
+      first: number of the first batch: the steps taken before.
 
-    Raises `UserError` for unusable data, or fewer records than a batch; so does the iterator,
-    where a batch has no record that can be used.
+    Raises:
+      UserError: the data are unusable, or fewer than a batch; from the iterator, if no record of a
+        batch is usable.
     """
     data.source.check()
     if isinstance(data.source, CachedLatents):
@@ -186,23 +186,25 @@ def make_dataset(
     read = _ReadRows(order(data, batch_size, seed), batch_size, own)
     collate = _Collate(tokenize, "latents" if isinstance(data.source, CachedLatents) else "image")
     batches = grain.MapDataset.range(first, sys.maxsize).map(read).map(collate)
-    dataset = batches.to_iter_dataset(_reading(data))
+    threads = 0 if data.threads == 1 else data.threads  # 0 reads in the calling thread
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    dataset = batches.to_iter_dataset(options)
     return _in_workers(dataset, data) if data.workers else dataset
 
 
-_Order = Callable[[int, int], _Good | RecordError]
-"""The record in a row of a batch, by the numbers of both."""
+_Order = Callable[[int, int], _Example | RecordError]
+"""Returns a record by the numbers of its batch and row."""
 
 
 @dataclass(frozen=True)
 class _OneShape:
-    """Images of one shape: batch after batch of an endless order of shuffled epochs."""
+    """Images of one shape, in an endless sequence of shuffled epochs."""
 
     examples: grain.MapDataset
     batch_size: int
 
-    def __call__(self, batch: int, row: int) -> _Good | RecordError:
-        return cast(_Good | RecordError, self.examples[batch * self.batch_size + row])
+    def __call__(self, batch: int, row: int) -> _Example | RecordError:
+        return cast(_Example | RecordError, self.examples[batch * self.batch_size + row])
 
 
 def _in_order(data: DataConfig, batch_size: int, seed: int) -> _Order:
@@ -220,7 +222,7 @@ class _ShapeByBatch:
     plan: BucketPlan
     seed: int
 
-    def __call__(self, batch: int, row: int) -> _Good | RecordError:
+    def __call__(self, batch: int, row: int) -> _Example | RecordError:
         shape, epoch, records = self.plan.batch(batch)
         index = int(records[row])
         return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shape)
@@ -238,17 +240,8 @@ def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
     return _ShapeByBatch(data, plan, seed)
 
 
-def _reading(data: DataConfig) -> grain.ReadOptions:
-    """One thread is that which makes the batches: a second to wait for costs more than reading."""
-    threads = 0 if data.threads == 1 else data.threads
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-
-
 def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
-    """Return width and height of every image; an unreadable one counts as square.
-
-    Such a record fails, and is reported, when its turn comes.
-    """
+    """Return width and height of every image; unreadable ones, which fail later, are square."""
     source = data.source
     if isinstance(source, CachedLatents):
         return source.sizes()
@@ -260,7 +253,7 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
             return 1, 1
 
     count = len(source)
-    with ThreadPool(max(data.threads, 8)) as pool:  # bound by the storage, not by the processor
+    with ThreadPool(max(data.threads, 8)) as pool:  # bound by storage, not by the CPU
         sizes = rich.progress.track(
             pool.imap(size, range(count), chunksize=64),
             description="Reading the sizes of the images",
@@ -275,18 +268,18 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
 class _ReadRows:
     """Reads a host's rows of one batch.
 
-    The next good record of the batch takes a bad one's place, whichever host makes that row: hosts
-    need not communicate, and a batch is the same on any number of hosts.
+    The next usable record of the batch replaces an unusable one, whichever host reads that row:
+    hosts need not communicate, and a batch does not depend on their number.
     """
 
     order: _Order
     batch_size: int
     rows: tuple[int, ...]
 
-    def __call__(self, batch: int) -> list[_Good]:
+    def __call__(self, batch: int) -> list[_Example]:
         return [self._filled(batch, row) for row in self.rows]
 
-    def _filled(self, batch: int, row: int) -> _Good:
+    def _filled(self, batch: int, row: int) -> _Example:
         bad: list[str] = []
         for place in range(row, row + self.batch_size):
             made = self.order(batch, place % self.batch_size)
@@ -297,7 +290,7 @@ class _ReadRows:
 
 
 def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
-    """The same, made by `data.workers` processes that take the batches in turn."""
+    """Read batches in `data.workers` processes, which take turns."""
     if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which we do not use
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(
@@ -307,10 +300,9 @@ def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDatas
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Ctrl-C and SIGTERM, which reach all processes of a job, are for the main one.
+    """Ignore Ctrl-C and SIGTERM, and end with the main process.
 
-    It takes batches until it has saved. Grain ends the workers by an event, or kills them; should
-    the main process end without that, they end by themselves.
+    The signals reach all processes of a job, but the main one needs batches until it has saved.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -318,10 +310,9 @@ def _start_worker(_index: int, _count: int) -> None:
 
 
 def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
-    """The rows of a batch that this host's devices hold, ascending.
+    """Return the rows of a batch on this host's devices, ascending.
 
-    Hosts share a batch out without overlap, unless devices of several hold the same rows, as they
-    do where the mesh's axis `tensor` spans them.
+    Rows of different hosts overlap only where the mesh axes `tensor` or `context` span hosts.
     """
     places = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = range(batch_size)
@@ -335,10 +326,7 @@ def device_batches(
     batch_size: int,
     prefetch: int = 2,
 ) -> grain.IterDataset:
-    """Move the arrays of a batch to the devices, `prefetch` batches ahead of their use.
-
-    Each host's rows become its part of global arrays of `batch_size` rows, laid out by `sharding`.
-    """
+    """Move each host's rows into global arrays of `batch_size` rows, `prefetch` batches ahead."""
     rows = host_rows(sharding, batch_size)
 
     def spread(local: np.ndarray) -> jax.Array:

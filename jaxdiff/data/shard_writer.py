@@ -1,8 +1,7 @@
-"""Write the shards of a folder independently of each other, so that finished ones can be kept.
+"""Write the shards of a folder independently of each other, so that a job can be resumed.
 
-The bytes of a shard depend only on the settings and its number: it contains one range of the
-source. It is written under a temporary name and renamed before its progress entry is written, so an
-interrupted job, continued anywhere with the same settings, gives the same bytes.
+The bytes of a shard depend only on the settings and its number. A shard is written under a
+temporary name and renamed before its progress entry is written.
 """
 
 import dataclasses
@@ -67,7 +66,7 @@ class RecordReader:
     transforms: Transforms
 
     def image(self, index: int) -> Record | RecordError:
-        """A usable record, or the reason why it is not."""
+        """Return a record, or the reason why it is unusable."""
         try:
             record = self.source[index]
             self.transforms(record, np.random.default_rng(0))
@@ -76,7 +75,7 @@ class RecordReader:
         return record
 
     def views(self, index: int, count: int) -> "Crops | RecordError":
-        """`count` crops of a record in its nearest shape, or the reason why there are none."""
+        """Return `count` crops of a record in its nearest shape, or why it is unusable."""
         shapes = self.transforms.shapes
         try:
             record, shape = self.source[index], 0
@@ -112,7 +111,7 @@ class ShardProgress:
         write_whole(path, (json.dumps(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
-        """The complete shards by file name."""
+        """Return the complete shards by file name."""
         entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
         shards = [Shard(**json.loads(path.read_bytes())) for path in entries]
         return {shard.file: shard for shard in shards}
@@ -123,7 +122,7 @@ class ShardProgress:
 
 
 def check_same(there: dict[str, Any], provenance: dict[str, Any], folder: epath.Path) -> None:
-    """Raise `UserError` if a folder was begun with another source or other settings."""
+    """Raise `UserError` if a folder has another source or other settings."""
     keys = [key for key in {**there, **provenance} if there.get(key) != provenance.get(key)]
     if keys:
         changes = "; ".join(

@@ -1,4 +1,4 @@
-"""Interface of tokenizers: what the rest of the package asks of a text encoder's tokenizer."""
+"""The interface of tokenizers of text encoders."""
 
 import abc
 import re
@@ -9,15 +9,15 @@ from jaxtyping import Float32, Int32
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case, without punctuation."""
+    """Return the words of a text, in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 class TextTokenizer(abc.ABC):
-    """Texts to token ids of one length; a tokenizer of your own inherits it.
+    """Convert texts to token ids of one length; custom tokenizers inherit from it.
 
-    Instances are immutable and can be pickled. The conditioner whose text encoders read the ids
-    loads and trains them (`Conditioner.load_tokenizers`, `Conditioner.train_tokenizers`).
+    Instances are immutable and can be pickled. `Conditioner.load_tokenizers` and
+    `Conditioner.train_tokenizers` create them.
     """
 
     @abc.abstractmethod
@@ -32,7 +32,7 @@ class TextTokenizer(abc.ABC):
 
     @abc.abstractmethod
     def truncated(self, text: str) -> bool:
-        """Return whether `text` has more tokens than fit, so that its end is lost."""
+        """Return whether `text` has more tokens than fit."""
 
     @property
     def words(self) -> frozenset[str] | None:

@@ -1,7 +1,7 @@
 """Tokenizers of text encoders: texts to token ids and masks of one length.
 
-A `Tokenizer` wraps the object of the `tokenizers` library that every fast tokenizer of
-transformers wraps too, so that any text encoder's tokenizer gives the ids it gives there.
+A `Tokenizer` wraps an object of the `tokenizers` library, as the fast tokenizers of transformers
+do, and gives the same ids.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ from jaxdiff.data.tokenizer_folders import (
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 
-# More words than these are no list that a person looks through.
+# A longer list of words is not stored.
 MOST_WORDS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer(TextTokenizer):
-    """Texts to token ids of one length: prefix, words, suffix, padding.
+    """Convert texts to token ids of one length: prefix, words, suffix, padding.
 
     A text that is too long loses its end, never its prefix or suffix. Instances are immutable,
-    safe to share between threads, and can be pickled. Create one with `load` or `train`.
+    thread-safe, and can be pickled. Create one with `load` or `train`.
 
     Attributes:
       backend: splits a text into tokens, without padding or truncation.
@@ -49,9 +49,9 @@ class Tokenizer(TextTokenizer):
       pad_left: whether padding precedes a text instead of following it.
       prefix: ids before each text: CLIP's start token; none for T5 and Qwen.
       suffix: ids after each text: the end token of CLIP and T5; none for Qwen.
-      added_spellings: the id of an added word of several tokens -> all its ids, itself the first.
-      words: of the captions that the model was trained on, in lower case; None where those are
-        unknown, or more than 10,000. They change no id.
+      added_spellings: ids of an added word of several tokens, by the first of them.
+      words: words of the training captions, in lower case; None if unknown or more than 10,000.
+        They do not affect ids.
     """
 
     backend: tokenizers.Tokenizer
@@ -99,7 +99,7 @@ class Tokenizer(TextTokenizer):
         return self([text])[0], weights
 
     def truncated(self, text: str) -> bool:
-        """Return whether `text` has more tokens than fit, so that its end is lost."""
+        """Return whether `text` has more tokens than fit."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return len(self._expand(encoding.ids)) > self._max_words
 
@@ -129,7 +129,7 @@ class Tokenizer(TextTokenizer):
         return replace(_assemble(stored), words=words)
 
     def with_words(self, more: Iterable[str] | None) -> "Tokenizer":
-        """Return a copy that knows more words; None makes them unknown."""
+        """Return a copy with more known words; None makes the words unknown."""
         known = None if self.words is None or more is None else self.words | frozenset(more)
         return replace(self, words=known)
 
@@ -180,11 +180,8 @@ class Tokenizer(TextTokenizer):
     def load(cls, folder: str, *, length: int | None = None) -> "Tokenizer":
         """Read a folder that `save` wrote, or any that `transformers.AutoTokenizer` reads.
 
-        `vocab.json` and `merges.txt` suffice for CLIP's.
-
-        Args:
-          folder: local, or in a bucket.
-          length: ids per text; by default what the folder states, for CLIP at most 77.
+        `vocab.json` and `merges.txt` suffice for CLIP's. The default length is that of the folder,
+        for CLIP at most 77.
 
         Raises:
           UserError: the folder has no tokenizer, a damaged one, or one without padding; or the
@@ -199,7 +196,7 @@ class Tokenizer(TextTokenizer):
         """Learn a CLIP tokenizer from `captions`: lower-cased byte-level BPE.
 
         Args:
-          captions: texts; the same ones give the same tokenizer.
+          captions: the same ones give the same tokenizer.
           vocab_size: the largest number of ids, at least 514.
           length: ids per text, from 3 to 77.
 
@@ -212,7 +209,7 @@ class Tokenizer(TextTokenizer):
                 "change tokenizer.length."
             )
         words: set[str] = set()
-        backend = learn_clip_bpe(_noting(words, captions), vocab_size)
+        backend = learn_clip_bpe(_collect_words(words, captions), vocab_size)
         stored = StoredTokenizer(backend, length, backend.get_vocab_size() - 1, False, {})
         return replace(
             _assemble(stored), words=frozenset(words) if len(words) <= MOST_WORDS else None
@@ -223,7 +220,7 @@ class Tokenizer(TextTokenizer):
         return self.length - len(self.prefix) - len(self.suffix)
 
     def _place(self, words: int) -> slice:
-        """Where a text of `words` tokens, its prefix and suffix lie among the ids."""
+        """Return the slice of ids for a text of `words` tokens with prefix and suffix."""
         size = len(self.prefix) + words + len(self.suffix)
         return slice(self.length - size, self.length) if self.pad_left else slice(0, size)
 
@@ -239,7 +236,7 @@ class Tokenizer(TextTokenizer):
 
 
 def _assemble(stored: StoredTokenizer) -> Tokenizer:
-    """Switch off the backend's own padding and truncation, and find its prefix and suffix."""
+    """Disable the backend's padding and truncation, and find its prefix and suffix."""
     backend = stored.backend
     backend.no_padding()
     backend.no_truncation()
@@ -255,7 +252,7 @@ def _assemble(stored: StoredTokenizer) -> Tokenizer:
     return Tokenizer(**stored._asdict(), prefix=prefix, suffix=suffix)
 
 
-def _noting(words: set[str], captions: Iterable[str]) -> Iterator[str]:
+def _collect_words(words: set[str], captions: Iterable[str]) -> Iterator[str]:
     """Yield the captions, and add their words to `words`."""
     for caption in captions:
         if len(words) <= MOST_WORDS:
@@ -269,6 +266,6 @@ def _added(name: str) -> AddedToken:
 
 
 def _first_letter(text: str, start: int, end: int) -> int:
-    """Where a token begins, without the space before its word that some tokenizers include."""
+    """Return the start of a token, after the space that some tokenizers include."""
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()) if piece.strip() else start

@@ -1,12 +1,11 @@
 """Folders of tokenizers: jaxdiff's own and those of transformers.
 
-    tokenizer.json         all that jaxdiff's own tokenizer needs
-    vocabulary.txt         beside it: the words of its captions, one a line, where they are known
+    tokenizer.json         jaxdiff's own tokenizer
+    vocabulary.txt         words of the training captions, one per line, if known
     tokenizer_config.json  and more files: any tokenizer that `transformers.AutoTokenizer` reads
-    vocab.json merges.txt  alone: CLIP's
+    vocab.json merges.txt  alone: a CLIP tokenizer
 
-jaxdiff's own is read by the `tokenizers` library in milliseconds. transformers, whose import takes
-about a second, is imported for the others alone.
+transformers, whose import takes about a second, is imported only for other folders than jaxdiff's.
 """
 
 import json
@@ -32,7 +31,7 @@ _UNSTATED = 10**9  # transformers gives a greater length where the folder states
 
 
 class StoredTokenizer(NamedTuple):
-    """What a folder holds; the fields are those of `Tokenizer`."""
+    """The contents of a folder; the fields are those of `Tokenizer`."""
 
     backend: tokenizers.Tokenizer
     length: int
@@ -74,13 +73,13 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
 
 
 def read_words(folder: str) -> frozenset[str] | None:
-    """Return the words that a folder lists; None where it lists none."""
+    """Read the words of a folder; None if it has no list."""
     path = epath.Path(folder) / VOCABULARY
     return frozenset(path.read_text().split()) if path.exists() else None
 
 
 def saved_form(stored: StoredTokenizer) -> bytes:
-    """The content of `tokenizer.json`; see `_spellings` for words of several tokens."""
+    """Return the content of `tokenizer.json`; see `_spellings` for words of several tokens."""
     state = json.loads(stored.backend.to_str())
     later = {i for ids in stored.added_spellings.values() for i in ids[1:]}
     for token in state["added_tokens"]:
@@ -99,7 +98,7 @@ def saved_form(stored: StoredTokenizer) -> bytes:
 def transformers_files(
     stored: StoredTokenizer, *, start_id: int | None, end_id: int | None
 ) -> dict[str, str]:
-    """File name -> content of a folder that `transformers.AutoTokenizer` reads.
+    """Return file name -> content of a folder that `transformers.AutoTokenizer` reads.
 
     CLIP's becomes `vocab.json` and `merges.txt`, which diffusers expects; any other kind becomes
     `tokenizer.json`.
@@ -143,7 +142,7 @@ def _is_clip(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
-    """Backend, stated length, padding id, and whether padding is on the left."""
+    """Return backend, stated length, padding id, and whether padding is on the left."""
     backend = tokenizers.Tokenizer.from_buffer((root / SAVED).read_bytes())
     padding = backend.padding or {"pad_id": backend.token_to_id(END), "direction": "right"}
     stated = (backend.truncation or {}).get("max_length")
@@ -151,12 +150,12 @@ def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int
 
 
 def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
-    """As `_read_saved`, by transformers; a folder that names no kind of tokenizer is CLIP's."""
+    """Read a folder as `_read_saved` does, by transformers; CLIP is the default kind."""
     named = _names_kind(root / _CONFIG, "tokenizer_class") or _names_kind(
         root / "config.json", "model_type"
     )
     kind = {} if named else {"tokenizer_type": "clip"}
-    with _local_copy(root) as folder, _without_advice():
+    with _local_copy(root) as folder, _quiet_transformers():
         from transformers import AutoTokenizer
 
         fast = AutoTokenizer.from_pretrained(
@@ -169,7 +168,7 @@ def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, i
 
 
 def _with_plain_padding(backend: tokenizers.Tokenizer, pad_id: int | None) -> tokenizers.Tokenizer:
-    """Let a CLIP that pads with an ordinary token, as "!", read it in texts as OpenCLIP does.
+    """Encode a CLIP padding token that is an ordinary one, such as "!", in texts as OpenCLIP does.
 
     transformers matches the padding token ahead of the vocabulary: "pea!" becomes "pea</w>" and
     the "!" that starts a word, where OpenCLIP, which trained these encoders, gives "!</w>".
@@ -192,7 +191,7 @@ def _names_kind(file: epath.Path, key: str) -> bool:
 
 @contextmanager
 def _local_copy(root: epath.Path) -> Iterator[str]:
-    """The folder itself, or its small files in a temporary one if it is in a bucket."""
+    """Yield the folder, or a temporary copy of its small files if it is in a bucket."""
     if "://" not in str(root):
         yield str(root)
         return
@@ -204,8 +203,8 @@ def _local_copy(root: epath.Path) -> Iterator[str]:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Silence the warning that transformers' import gives where PyTorch is absent."""
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the warning of transformers' import without PyTorch."""
     logger = logging.getLogger("transformers")
 
     def is_error(record: logging.LogRecord) -> bool:

@@ -1,11 +1,11 @@
-"""From a record to what the model sees: pixels of one size, a caption, what was cut off."""
+"""Transform records to model inputs: pixels of one size, a caption, and size and crop."""
 
 import io
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.data.bad_records import RecordError
@@ -13,15 +13,14 @@ from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.sources.base import LatentRecord, Record
 from jaxdiff.errors import UserError
 
-_LYING = (5, 6, 7, 8)  # EXIF's orientations whose rows are columns
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class Example(NamedTuple):
-    """What one record became.
+    """A transformed record.
 
-    `size_crop` is the height and width of the image as it was stored; the rows above and columns to
-    the left that the crop cut off, in pixels of the result; and the height and width of the result
-    (Podell et al. 2023, section 2.2).
+    `size_crop` is height and width of the stored image; rows above and columns left of the crop, in
+    pixels of the result; height and width of the result (Podell et al. 2023, section 2.2).
     """
 
     image: UInt8[np.ndarray, "h w c"]
@@ -36,24 +35,17 @@ class View(NamedTuple):
     size_crop: Int32[np.ndarray, " 6"]
 
 
-class LatentExample(NamedTuple):
-    """What one record of cached latents became: the moments of one view, [h, w, 2 c]."""
-
-    moments: np.ndarray
-    caption: str
-    size_crop: Int32[np.ndarray, " 6"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
-    """Crops the largest square, resizes it (antialiased) to `size`, and chooses a caption.
+    """Crop the largest square, resize it (antialiased) to `size`, and choose a caption.
 
-    With `buckets` it is the largest crop of another shape that suits the image better, of no more
-    pixels than the square. `flip` mirrors half of the images; leave it off where captions tell left
-    from right.
-    `caption_dropout` is the share of captions replaced by "", which is what classifier-free
-    guidance learns its unconditional model from. An encoded image of more than `max_pixels`
-    pixels is not decoded.
+    Attributes:
+      size: side of the square, in pixels.
+      buckets: crop to the shape of nearest aspect ratio instead.
+      crop: position of the crop.
+      flip: mirror half of the images; disable it if captions distinguish left from right.
+      caption_dropout: fraction of captions replaced by "", for classifier-free guidance.
+      max_pixels: larger encoded images are not decoded.
     """
 
     size: int
@@ -69,25 +61,26 @@ class Transforms:
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(
                 f"data.transforms.caption_dropout is {self.caption_dropout}: "
-                "expected a share from 0 to 1."
+                "expected a fraction from 0 to 1."
             )
         if self.buckets is not None:
             self.buckets.check(self.size)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Heights and widths that images may come out with."""
+        """Possible heights and widths of results."""
         return [(self.size, self.size)] if self.buckets is None else self.buckets.shapes(self.size)
 
     def __call__(
         self, record: Record, rng: np.random.Generator, shape: tuple[int, int] | None = None
     ) -> Example:
-        """The image, uint8 [*shape, 3], one caption of `record`, and the size_crop.
+        """Return an image of `shape`, by default the square, one caption, and the size_crop.
 
-        `shape` is the square unless given. All chance comes from `rng`. Raises `RecordError` where
-        image or caption is unusable.
+        Raises:
+          RecordError: image or caption is unusable.
         """
-        place, turn, choice, dropout = rng.random(4).tolist()  # drawn whatever is set, in one order
+        # The same random numbers are used for all settings.
+        place, turn, choice, dropout = rng.random(4).tolist()
         try:
             caption = _caption(record["captions"], choice)
             mirrored = self.flip and turn < 0.5
@@ -99,27 +92,31 @@ class Transforms:
         return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)
 
     def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
-        """Crops of an image for a cache: at even distances, where the recipe crops at random.
+        """Return crops of an image for a cache: evenly spaced if `crop` is "random".
 
-        Where the recipe mirrors images, every second one is mirrored. Raises `RecordError` as a
-        call does.
+        Every second one is mirrored if `flip` is set.
+
+        Raises:
+          RecordError: image or caption is unusable.
         """
         views, places = [], (count + 1) // 2 if self.flip else count
         height, width = shape
         try:
             _caption(record["captions"], 0.0)
             for i in range(count):
-                turned, place = (i % 2 == 1, i // 2) if self.flip else (False, i)
-                share = (place + 0.5) / places
-                views.append(
-                    View(*self._image(record["image"], share, (width, height), mirrored=turned))
-                )
+                mirrored, place = (i % 2 == 1, i // 2) if self.flip else (False, i)
+                position = (place + 0.5) / places
+                size = width, height
+                image = self._image(record["image"], position, size, mirrored=mirrored)
+                views.append(View(*image))
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         return views
 
-    def of_latents(self, record: LatentRecord, rng: np.random.Generator) -> LatentExample:
-        """One view of cached latents and one caption, by the same chance as of an image."""
+    def of_latents(
+        self, record: LatentRecord, rng: np.random.Generator
+    ) -> tuple[Float[np.ndarray, "h w c"], str, Int32[np.ndarray, " 6"]]:
+        """Return the moments of one view, one caption, and the size_crop."""
         place, _, choice, dropout = rng.random(4).tolist()
         view = int(place * len(record["moments"]))
         try:
@@ -127,12 +124,12 @@ class Transforms:
         except RecordError as error:
             raise RecordError(f"{record['name']}: {error}") from error
         caption = "" if dropout < self.caption_dropout else caption
-        return LatentExample(record["moments"][view], caption, record["size_crop"][view])
+        return record["moments"][view], caption, record["size_crop"][view]
 
     def _image(
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool
     ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
-        """Pixels of this width and height, and the size_crop."""
+        """Return pixels of this width and height, and the size_crop."""
         if isinstance(data, np.ndarray) and data.shape == (*size[::-1], 3):
             pixels, stored, cut = data, size, (0, 0)
         else:
@@ -152,54 +149,52 @@ class Transforms:
     def _fit(
         self, image: Image.Image, place: float, size: tuple[int, int]
     ) -> tuple[UInt8[np.ndarray, "h w c"], tuple[int, int]]:
-        """The largest crop of that shape, at that size, and how much lies to its left and above.
-
-        The latter in pixels of the result.
-        """
+        """Return the largest crop, resized, and the pixels of the result to its left and above."""
         scale = max(length / old for length, old in zip(size, image.size, strict=True))
         sides = [length / scale for length in size]
-        share = place if self.crop == "random" else 0.5
+        position = place if self.crop == "random" else 0.5
         left, top = (
-            round(share * (old - side)) for old, side in zip(image.size, sides, strict=True)
+            round(position * (old - side)) for old, side in zip(image.size, sides, strict=True)
         )
         right, bottom = (
             min(start + side, old)
             for start, side, old in zip((left, top), sides, image.size, strict=True)
         )
-        # Pillow widens the filter when it shrinks, so nothing aliases.
+        # Pillow antialiases when it downsamples.
         fitted = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
         return np.asarray(fitted), (round(left * scale), round(top * scale))
 
     def _decode(self, data: bytes, wanted: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
-        """The image, upright, and its width and height as stored."""
+        """Return the upright image, and its stored width and height."""
         if not data:
             raise RecordError("the image is an empty file")
         try:
-            with Image.open(io.BytesIO(data)) as image:  # reads the header alone
+            with Image.open(io.BytesIO(data)) as image:  # reads only the header
                 width, height = image.size
                 if width * height > self.max_pixels:
                     raise RecordError(
                         f"the image has {width} x {height} pixels, more than the "
                         f"{self.max_pixels} of data.transforms.max_pixels"
                     )
-                # JPEG can decode at a half, a quarter or an eighth; twice what is needed
-                # leaves the antialiasing to the resize.
+                # JPEG decodes at 1/2, 1/4 or 1/8 of its size; twice the result leaves the
+                # antialiasing to the resize.
                 image.draft(None, (2 * max(wanted), 2 * max(wanted)))
                 return _rgb(ImageOps.exif_transpose(image)), _upright_size(image, width, height)
         except RecordError:
             raise
         except UnidentifiedImageError as error:
-            raise RecordError("the image cannot be decoded (it is of no known kind)") from error
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+            raise RecordError("the image cannot be decoded (its format is unknown)") from error
+        except Exception as error:  # Pillow's decoders raise many types on broken files
             raise RecordError(f"the image cannot be decoded ({error})") from error
 
 
 def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
-    """Width and height of a record's image when upright; of an encoded one from its header alone.
+    """Return width and height of a record's upright image; of a file, from its header.
 
-    A PNG is taken to be upright: what tells otherwise may lie at its very end.
+    A PNG counts as upright, since its EXIF data may be at the end.
 
-    Raises `RecordError` where they cannot be told.
+    Raises:
+      RecordError: the size cannot be read.
     """
     if isinstance(data, np.ndarray):
         return _from_pixels(data).size
@@ -211,8 +206,8 @@ def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
 
 
 def _upright_size(image: Image.Image, width: int, height: int) -> tuple[int, int]:
-    lying = image.getexif().get(ExifTags.Base.Orientation) in _LYING
-    return (height, width) if lying else (width, height)
+    transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
+    return (height, width) if transposed else (width, height)
 
 
 def _caption(captions: list[str], choice: float) -> str:
@@ -234,7 +229,7 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels: what is transparent shows white, and 16 bits are scaled to 8."""
+    """Convert to RGB: transparency over white, and 16 bits scaled to 8."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

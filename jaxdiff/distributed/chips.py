@@ -1,8 +1,8 @@
-"""What the makers of accelerators say that these can do: the table of chips.
+"""Peak FLOP/s, memory and bandwidth of accelerators, from their data sheets.
 
-A chip here is what JAX calls a device: one core of two on TPU v2, v3 and 7x, whose figures are
-halved, and the whole chip on all others. What is not in the table is not guessed at. FLOP/s are
-those of dense bfloat16 products; what has no bfloat16 units (V100, T4) is left out.
+A chip is a JAX device: one of two cores on TPU v2, v3 and 7x, with half the chip's figures, and the
+whole chip otherwise. FLOP/s are for dense bfloat16 products; chips without bfloat16 units (V100,
+T4) are left out.
 
 Sources: for TPUs the pages of Google Cloud's documentation on each version
 (cloud.google.com/tpu/docs), for v2 and v3 Jouppi et al. 2020 (Communications of the ACM 63(7)), for
@@ -25,16 +25,16 @@ GIB = 2**30
 
 @runtime_checkable
 class Device(Protocol):
-    """What tells devices apart: a `jax.Device`, or one of a topology that is compiled for."""
+    """A `jax.Device`, or a device of a topology that is compiled for."""
 
     @property
     def platform(self) -> str:
-        """Such as "cpu"."""
+        """The platform, such as "cpu"."""
         ...
 
     @property
     def device_kind(self) -> str:
-        """The maker's name for it."""
+        """The vendor's name of the device."""
         ...
 
 
@@ -43,13 +43,13 @@ class Chip:
     """Figures of one JAX device.
 
     Attributes:
-      kind: how its `device_kind` starts.
-      flops: dense bfloat16 FLOP/s at most.
-      memory: bytes on the chip.
+      kind: prefix of its `device_kind`.
+      flops: peak dense bfloat16 FLOP/s.
+      memory: bytes of device memory.
       bandwidth: bytes/s from and to that memory.
-      interconnect: bytes/s that it can send to the other chips of its slice or machine, over all
-        links together; it receives as many at the same time.
-      source: who says so.
+      interconnect: bytes/s, in one direction, to the other chips of its slice or machine over all
+        links together.
+      source: of the figures.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Chip:
 def _tpu(
     kind: str, flops: float, memory: float, bandwidth: float, interconnect: float, page: str
 ) -> Chip:
-    """Teraflop/s, GiB and GB/s; those of the links together, in one direction."""
+    """Return a chip from TFLOP/s, GiB and GB/s; links together, in one direction."""
     return Chip(
         kind=f"TPU{kind}",
         flops=flops * 1e12,
@@ -77,7 +77,7 @@ def _tpu(
 def _gpu(
     kind: str, flops: float, memory: float, bandwidth: float, interconnect: float, sheet: str
 ) -> Chip:
-    """Likewise, but of NVLink, or PCIe where there is none, what both directions have."""
+    """Return a chip likewise; NVLink, or PCIe without it, counts both directions."""
     return Chip(
         kind=f"NVIDIA {kind}",
         flops=flops * 1e12,
@@ -88,7 +88,7 @@ def _gpu(
     )
 
 
-# The first whose kind a device's starts with counts.
+# The first matching prefix counts.
 CHIPS = (
     _tpu(" v2", 22.5, 8.0, 350.0, 124.0, "Jouppi et al. 2020"),
     _tpu(" v3", 61.5, 16.0, 450.0, 164.0, "Jouppi et al. 2020"),
@@ -115,12 +115,12 @@ CHIPS = (
 
 
 def find_chip(kind: str) -> Chip | None:
-    """The chip whose devices call themselves so (`device_kind`); None if it is not in the table."""
+    """Return the chip with this `device_kind`; None if it is not in the table."""
     return next((chip for chip in CHIPS if kind.startswith(chip.kind)), None)
 
 
 def chip_of(device: Device) -> Chip:
-    """The figures of a device.
+    """Return the data sheet of a device.
 
     Raises:
       UserError: it is not in the table.
@@ -129,14 +129,14 @@ def chip_of(device: Device) -> Chip:
     if chip is None:
         known = ", ".join(dict.fromkeys(chip.kind for chip in CHIPS))
         raise UserError(
-            f"Nothing is known of the speed and memory of a {device.device_kind!r}: expected one "
-            f"of {known}; add the maker's figures to jaxdiff/distributed/chips.py."
+            f"There is no data sheet of a {device.device_kind!r}: expected one of {known}; add its "
+            "figures to jaxdiff/distributed/chips.py."
         )
     return chip
 
 
 def peak_flops(device: Device) -> float | None:
-    """Peak FLOP/s of one device, the denominator of model FLOP utilisation.
+    """Return the peak FLOP/s of one device, the denominator of model FLOP utilisation.
 
     For an accelerator this is the data sheet's dense bfloat16 figure, or None if it is not in the
     table. A CPU is measured at the first call in a process, which takes about a second: the best of

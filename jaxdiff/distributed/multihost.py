@@ -32,12 +32,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Shard arrays that every host holds whole: each host copies the shards of its own devices.
-
-    Args:
-      tree: of NumPy arrays, equal on all hosts.
-      shardings: a tree of the same structure.
-    """
+    """Shard NumPy arrays that are equal on all hosts; each copies the shards of its devices."""
 
     def place(x, sharding):
         x = np.asarray(x)
@@ -84,11 +79,7 @@ def sum_over_hosts(number: int) -> int:
 
 
 class AnyHost:
-    """Logical or of one flag per host, computed on the devices without blocking the host.
-
-    Args:
-      mesh: of all devices of the run.
-    """
+    """Logical or of one flag per host, computed on all devices without blocking the host."""
 
     def __init__(self, mesh: Mesh):
         self._size = mesh.size

@@ -1,4 +1,4 @@
-"""Replicated weights: every device runs one program on its own share of a batch.
+"""Replicated weights: every device runs one program on its part of a batch.
 
 Sampling needs no communication, so no device waits for another and each may take a different number
 of steps. The result for an image does not depend on the number of devices.
@@ -19,11 +19,7 @@ BY_DEVICE = PartitionSpec("data")
 
 
 def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh with the single axis `data`.
-
-    Args:
-      devices: those of this process by default, since each process samples by itself.
-    """
+    """Return a mesh with the single axis `data`, by default over the devices of this process."""
     chosen = jax.local_devices() if devices is None else devices
     return Mesh(np.array(chosen), ("data",), axis_types=(AxisType.Auto,))
 
@@ -39,7 +35,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def per_device(call: Callable[..., Any], mesh: Mesh) -> Any:
-    """Jit `call(weights, *inputs)` to run on each device with its share of the inputs.
+    """Jit `call(weights, *inputs)` to run on each device with its part of the inputs.
 
     Inputs and outputs are trees of arrays that are split over the devices along their first axis;
     the weights are replicated.

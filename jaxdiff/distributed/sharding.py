@@ -1,9 +1,8 @@
-"""Layout of a train state on a mesh, from the logical names of its parameters' axes.
+"""Shard a train state over a mesh, from the logical axis names of its parameters.
 
 Each parameter names its axes, such as ("layers", "embed", "heads"), and `AXIS_RULES` maps these
-names to the axes of the mesh. The moving average and the optimizer's moments have their
-parameter's layout. An axis without a name is free for `fsdp`, so that a network that names nothing
-is sharded by the sizes of its arrays.
+names to mesh axes. The EMA and the optimizer's moments are sharded like their parameters. Unnamed
+axes may be split by `fsdp`: a network without names is sharded by the sizes of its arrays.
 """
 
 import math
@@ -25,8 +24,8 @@ ParamAxes = Mapping[str, Any]
 """The `Axes` of parameters, a nested dict of the structure of the parameters."""
 
 AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
-    # The layer before heads or hidden units splits its outputs over `tensor`, the layer after them
-    # its inputs: one sum is exchanged for the pair (Shoeybi et al. 2019, section 3).
+    # `tensor` splits the outputs of the layer before heads or hidden units and the inputs of the
+    # layer after them: one all-reduce per pair (Shoeybi et al. 2019, section 3).
     "heads": ("tensor", "fsdp"),
     "mlp": ("tensor", "fsdp"),
     "embed": ("fsdp",),
@@ -47,15 +46,10 @@ _Path = tuple[str, ...]
 
 
 def tensor_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Return what `tensor` splits of an array: its first axis that may be split and divides.
-
-    Args:
-      axes: of the array.
-      shape: of the array.
-      mesh: with the axes of `jaxdiff.distributed.mesh`.
+    """Return the spec that splits the first divisible axis that `tensor` may split.
 
     Raises:
-      UserError: `AXIS_RULES` has no such name.
+      UserError: `AXIS_RULES` lacks the name of an axis.
     """
     spec: list[str | None] = [None] * len(shape)
     size = mesh.shape["tensor"]
@@ -67,17 +61,12 @@ def tensor_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
 
 
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Return the layout of an array: by name over `tensor`, its longest free axis over `fsdp`.
+    """Return the spec of an array: `tensor` by name, `fsdp` on its longest free axis.
 
     Vectors, stacked or not, are replicated; small arrays are not split over `fsdp`.
 
-    Args:
-      axes: of the array.
-      shape: of the array.
-      mesh: with the axes of `jaxdiff.distributed.mesh`.
-
     Raises:
-      UserError: `AXIS_RULES` has no such name.
+      UserError: `AXIS_RULES` lacks the name of an axis.
     """
     sides = [length for name, length in zip(axes, shape, strict=True) if name != "layers"]
     if len(sides) < 2:
@@ -91,7 +80,7 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 
 
 def _may_split(mesh_axis: str, axes: Axes) -> list[int]:
-    """Return the indices of the axes that an axis of the mesh may split."""
+    """Return the indices of the axes that a mesh axis may split."""
     for name in axes:
         if name not in AXIS_RULES:
             known = ", ".join(repr(known) for known in AXIS_RULES)
@@ -103,16 +92,11 @@ def _may_split(mesh_axis: str, axes: Axes) -> list[int]:
 
 
 def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes) -> PyTree:
-    """Return a sharding for each leaf of a tree that holds parameters, or what belongs to them.
+    """Return a sharding for each leaf of an abstract train state or a tree of parameters.
 
-    A leaf has the axes of the parameter whose path is the end of its own, if both have the same
-    rank: `opt_state.1.mu.denoiser.patch.kernel` those of `denoiser.patch.kernel`. All axes of other
-    leaves are free.
-
-    Args:
-      abstract: an abstract train state (from `jax.eval_shape`), or a tree of parameters.
-      mesh: with the axes of `jaxdiff.distributed.mesh`.
-      axes: of the parameters; {} for parameters that name nothing.
+    A leaf has the axes of the parameter whose path ends its own, if both have the same rank:
+    `opt_state.1.mu.denoiser.patch.kernel` has those of `denoiser.patch.kernel`. All axes of other
+    leaves are unnamed.
     """
     named = _flat(axes)
 
@@ -129,7 +113,7 @@ def _flat(axes: ParamAxes) -> dict[_Path, Axes]:
 
 
 def _find(named: Mapping[_Path, Axes], path: tuple[Any, ...], rank: int) -> Axes:
-    """Return the axes of the parameter that a leaf at a path belongs to."""
+    """Return the axes of the parameter whose path ends the path of a leaf."""
     keys = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
     for start in range(len(keys)):
         axes = named.get(keys[start:])
@@ -141,13 +125,10 @@ def _find(named: Mapping[_Path, Axes], path: tuple[Any, ...], rank: int) -> Axes
 def check_mesh(
     params: PyTree, axes: ParamAxes, mesh: Mesh | AbstractMesh, *, splits_tokens: bool
 ) -> None:
-    """Raise `UserError` for an axis of the mesh that splits nothing of a model.
+    """Raise `UserError` for a mesh axis that splits nothing of a model.
 
-    Args:
-      params: all parameters of the model, trained and frozen, or their shapes.
-      axes: of the parameters.
-      mesh: with the axes of `jaxdiff.distributed.mesh`.
-      splits_tokens: whether the model's activations are split by `split_tokens`.
+    `params` are all parameters, trained and frozen, or their shapes; `splits_tokens` states whether
+    the model calls `split_tokens`.
     """
     shardings = jax.tree.leaves(state_shardings(params, mesh, axes))
     used = {axis for sharding in shardings for axis in sharding.spec}
@@ -169,24 +150,17 @@ def check_mesh(
 
 
 def traced_mesh() -> AbstractMesh | None:
-    """Return the mesh that XLA lays out the traced program on.
-
-    None where it has none, or a single device, or where each device runs a program of its own.
-    """
+    """Return the mesh of the traced program; None for one device or inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
-    """Return a block's weights as its products take them: whole, but for what `tensor` splits.
+    """Gather a block's weights over `fsdp`; axes that `tensor` splits stay split.
 
-    So each device gathers the weights of one block at a time, and its gradients of them are summed
-    and split again (Zhao et al. 2023). Left to itself, XLA may gather the activations of all images
-    instead. Under the mesh of the program that is traced; without one, the weights as they are.
-
-    Args:
-      params: of one block.
-      axes: of these, without that of the stack.
+    Each device gathers one block at a time, and gradients are reduce-scattered (Zhao et al. 2023).
+    Without the constraint XLA may gather activations instead. Without a mesh, return the weights.
+    `axes` exclude the axis of the stack.
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
@@ -201,10 +175,10 @@ def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
 
 
 def gather_kernel(kernel: Array) -> Array:
-    """Return a convolution's kernel, whole where `context` splits the images that it is applied to.
+    """Gather a convolution's kernel if `context` splits images.
 
-    Of images whose rows are split, and a kernel whose channels are, XLA's partitioner computes
-    wrong convolutions and gradients (jax 0.10.2; jax-ml/jax#16894 reports another such case).
+    XLA's partitioner computes wrong convolutions and gradients where both the rows of images and
+    the channels of kernels are split (jax 0.10.2; jax-ml/jax#16894 reports a similar case).
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["context"] == 1:
@@ -215,24 +189,23 @@ def gather_kernel(kernel: Array) -> Array:
 def split_tokens(x: Array) -> Array:
     """Split images or latents [b, h, w, c] over the mesh: images, and rows over `context`.
 
-    What a denoiser computes from them is split likewise: a transformer's tokens, and the rows of a
-    U-Net's feature maps, whose convolutions exchange the rows at the borders and take their kernels
-    through `gather_kernel`. Under the mesh of the program that is traced; without one, x.
+    Activations follow: a transformer's tokens, and the rows of a U-Net's feature maps, whose
+    convolutions exchange border rows and call `gather_kernel`. Without a mesh, return x.
 
     Raises:
-      UserError: the rows do not divide.
+      UserError: `mesh.context` does not divide the rows.
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["context"] == 1:
         return x
     if x.shape[1] % mesh.shape["context"]:
         raise UserError(
-            f"mesh.context {mesh.shape['context']} does not divide the {x.shape[1]} rows of what "
-            "is modelled: choose a divisor of them."
+            f"mesh.context {mesh.shape['context']} does not divide the {x.shape[1]} rows of images "
+            "or latents: expected a divisor; choose one."
         )
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, "context"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that has the whole array on every device."""
+    """Return the sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""Flags of XLA that the training step is compiled with, by kind of device.
+"""XLA flags for compiling the training step, by kind of device.
 
 The defaults overlap collectives with computation: while one layer is computed, the weights of the
 next are gathered and the gradients of the previous one are summed.
@@ -51,11 +51,11 @@ class CompilerConfig:
     """Flags of XLA for the training step, each `name=value`.
 
     Attributes:
-      tpu: on TPUs; None for those that suit the kind of TPU.
-      gpu: on GPUs; None for those that suit GPUs.
+      tpu: on TPUs; None selects defaults for the kind of TPU.
+      gpu: on GPUs; None selects defaults.
 
     Raises:
-      UserError: for a flag of another form.
+      UserError: a flag has another form.
     """
 
     tpu: tuple[str, ...] | None = None
@@ -66,13 +66,15 @@ class CompilerConfig:
             name, _, value = flag.partition("=")
             if not name.startswith("xla_") or not value:
                 raise UserError(
-                    f"compiler: {flag!r} is no flag of XLA: expected xla_NAME=VALUE, no dashes."
+                    f"compiler: {flag!r} is not an XLA flag: expected xla_NAME=VALUE, no dashes."
                 )
 
     def flags(self, device: Device) -> tuple[str, ...]:
         """Return the flags for a device; none on a CPU."""
         if device.platform == "tpu":
-            return _tpu_flags(device.device_kind) if self.tpu is None else self.tpu
+            chip = find_chip(device.device_kind)
+            default = TPU_FLAGS.get(chip.kind, OVERLAP_TPU) if chip else OVERLAP_TPU
+            return default if self.tpu is None else self.tpu
         if device.platform in ("gpu", "cuda"):
             return OVERLAP_GPU if self.gpu is None else self.gpu
         return ()
@@ -84,11 +86,6 @@ class CompilerConfig:
         """
         pairs = (flag.partition("=") for flag in self.flags(device))
         return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
-
-
-def _tpu_flags(kind: str) -> tuple[str, ...]:
-    chip = find_chip(kind)
-    return TPU_FLAGS.get(chip.kind, OVERLAP_TPU) if chip else OVERLAP_TPU
 
 
 @contextmanager

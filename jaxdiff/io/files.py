@@ -33,6 +33,19 @@ def check_reachable(path: str) -> None:
         ) from error
 
 
+def read_bytes(path: epath.PathLike, wanted: str) -> bytes:
+    """Read a file.
+
+    Raises:
+      UserError: it cannot be read; the message asks for `wanted`, such as "the path of an image".
+    """
+    try:
+        return epath.Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): give {wanted}.") from error
+
+
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Write a file atomically: under a temporary name, then rename it. Creates its folder.
 
@@ -48,5 +61,5 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def partial_path(path: epath.Path) -> epath.Path:
-    """The temporary name of a file while it is written; a killed process leaves it behind."""
+    """Return the temporary name of a file; a killed process may leave such a file behind."""
     return path.parent / f".partial-{path.name}"

@@ -1,7 +1,7 @@
 """Image files with text: PNG in text chunks, WebP and JPEG in EXIF, as web UIs write them.
 
-EXIF's UserComment has the text `parameters`, in UTF-16 after the prefix UNICODE (Exif 2.32, section
-4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
+EXIF's UserComment holds the text `parameters`, in UTF-16 after the prefix UNICODE (Exif 2.32,
+section 4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
 """
 
 import io
@@ -9,10 +9,11 @@ import json
 from typing import Literal
 
 from etils import epath
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
+from jaxdiff.io.files import read_bytes
 
 Format = Literal["png", "webp", "jpg"]
 
@@ -24,12 +25,7 @@ _UNICODE = b"UNICODE\0"
 
 
 def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> bytes:
-    """Encode an image file with texts in it.
-
-    Args:
-      image: to encode.
-      text: by name; web UIs read `parameters`.
-      kind: of the file.
+    """Encode an image file with texts by name; web UIs read `parameters`.
 
     Raises:
       UserError: the texts are too long for EXIF.
@@ -64,16 +60,17 @@ def read_image_text(path: epath.PathLike) -> dict[str, str]:
     Raises:
       UserError: there is no such file, it is of another kind, or is a JPEG.
     """
+    data = read_bytes(path, "the path of an image")
     try:
-        data = epath.Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=["WEBP", "JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG", "WEBP", "JPEG"]) as image:
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                image.load()  # chunks may follow the pixels
+                return {key: str(value) for key, value in image.text.items()}
             kind, exif = image.format, image.getexif()
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        return pictures.read_text(path)  # which reports any other problem
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is not a readable PNG or WebP file ({error}): give the path of one."
+        ) from error
     if kind != "WEBP":
         raise UserError(
             f"{path} is a JPEG file, whose compression changes pixels: expected PNG or WebP, which "

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import read_bytes, write_whole
 
 GAP = 2  # pixels between tiles
 GAP_COLOUR = 224
@@ -60,12 +60,12 @@ def grid(
     tops = [GAP + sum(below[:r]) + r * (height + GAP) for r in range(rows + 1)]
     size = columns * (width + GAP) + GAP, tops[-1]
     canvas = Image.new("RGB", size, (GAP_COLOUR,) * 3)
-    artist = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left, top = GAP + i % columns * (width + GAP), tops[i // columns]
         canvas.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (left, top))
         for j, text in enumerate(lines):
-            artist.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
+            pen.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
     return np.asarray(canvas)
 
 
@@ -95,13 +95,7 @@ def strip(
 
 
 def save_png(path: epath.PathLike, image: Picture, text: dict[str, str] | None = None) -> None:
-    """Write a PNG file atomically, with `text` in its text chunks.
-
-    Args:
-      path: local or remote (`gs://...`); its folder is created.
-      image: the pixels.
-      text: metadata by key, such as the prompt and the seed.
-    """
+    """Write a PNG file atomically, creating its folder, with `text` in its text chunks."""
     write_whole(epath.Path(path), png_bytes(image, text))
 
 
@@ -160,42 +154,13 @@ def animation_bytes(
     return data.getvalue()
 
 
-def read_text(path: epath.PathLike) -> dict[str, str]:
-    """Read the text chunks of a PNG file, as given to `save_png`.
-
-    Raises:
-      UserError: the file is missing or not a PNG file.
-    """
-    try:
-        data = epath.Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the path of a PNG file.") from None
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            image.load()  # chunks may follow the pixels
-            assert isinstance(image, PngImagePlugin.PngImageFile)
-            return {key: str(value) for key, value in image.text.items()}
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(
-            f"{path} is not a readable PNG file ({error}); give the path of one."
-        ) from error
-
-
 def read_picture(path: epath.PathLike, data: bytes | None = None) -> Picture:
-    """Read an image file, rotated by its EXIF orientation, transparency over white.
-
-    Args:
-      path: the file.
-      data: its bytes, if already read.
+    """Read an image file, or its `data`; apply EXIF orientation, and white under transparency.
 
     Raises:
       UserError: the file is missing or not an image.
     """
-    try:
-        data = epath.Path(path).read_bytes() if data is None else data
-    except (OSError, ValueError) as error:  # ValueError: an impossible path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): give the path of an image.") from error
+    data = read_bytes(path, "the path of an image") if data is None else data
     try:
         with Image.open(io.BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image)

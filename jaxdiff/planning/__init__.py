@@ -1,1 +1,1 @@
-"""Ahead-of-time plans for slices of TPUs and GPUs."""
+"""Ahead-of-time plans of memory and time on TPU slices and GPUs."""

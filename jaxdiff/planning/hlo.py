@@ -1,9 +1,7 @@
-"""Reading a compiled program: how often each part of it runs, what it moves, what it exchanges.
+"""Count the runs, memory traffic and collectives of an optimized XLA program.
 
-XLA prints an optimized program as computations, each a list of instructions. The body of a loop
-stands there once, however often it runs, and XLA's own `cost_analysis` counts it once; here
-everything counts as often as it runs. All figures are for one device: a partitioned program is that
-of each of them.
+XLA prints a program as computations, each a list of instructions, and the body of a loop once.
+Unlike `cost_analysis`, the counts here multiply a body by its trips. All figures are per device.
 """
 
 import math
@@ -23,7 +21,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# What neither reads nor writes memory: names for what is there, and the ends of what was started.
+# Opcodes that neither read nor write memory.
 _FREE = {
     "parameter",
     "constant",
@@ -61,27 +59,24 @@ class Instruction(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Collectives of one kind between groups of one size, over one run of the program.
-
-    `sent` is what each device sends if it goes round in a ring, which is the least that it can.
-    """
+    """Collectives of one kind between groups of one size, over one run of the program."""
 
     kind: str
-    group: int  # devices that take part
+    group: int  # devices per group
     count: int
     payload: float  # bytes of the whole arrays that are gathered, reduced or moved
-    sent: float  # bytes
+    sent: float  # bytes that each device sends in a ring, the minimum
 
 
 @dataclass(frozen=True)
 class Program:
-    """The computations of an optimized program, by name, and which of them it starts with."""
+    """The computations of an optimized program by name, and the name of its entry."""
 
     computations: dict[str, list[Instruction]]
     entry: str
 
     def runs(self) -> dict[str, int]:
-        """How often each computation runs; those inside fusions do not, their fusion does."""
+        """Return how often each computation runs; a fusion counts, its computation does not."""
         times: dict[str, int] = defaultdict(int)
 
         def visit(name: str, count: int) -> None:
@@ -92,7 +87,7 @@ class Program:
                     case "while":
                         trips = self._trips(instruction, called)
                         visit(_bare(called["body"]), count * trips)
-                    case "conditional":  # one of them, or none: counted as if each
+                    case "conditional":  # an upper bound: every branch counts
                         for names in called.values():
                             for branch in names.strip("{}").split(","):
                                 visit(_bare(branch), count)
@@ -105,7 +100,7 @@ class Program:
         return dict(times)
 
     def _trips(self, loop: Instruction, called: dict[str, str]) -> int:
-        """How often a loop's body runs: as XLA found out, or the bound in its condition."""
+        """Return the trip count of a loop: XLA's own, or the bound in its condition."""
         known = _TRIPS.search(loop.attributes)
         if known:
             return int(known[1])
@@ -117,7 +112,7 @@ class Program:
         return max(bounds, default=1)
 
     def exchanges(self) -> list[Exchange]:
-        """All collectives, the one that sends most first."""
+        """Return all collectives, those that send most first."""
         found: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
         for name, times in self.runs().items():
             for kind, instruction in self._collectives(name):
@@ -126,15 +121,15 @@ class Program:
                 total = found[kind, group]
                 total[0] += times
                 total[1] += times * payload
-                total[2] += times * payload * _share_sent(kind, group)
+                total[2] += times * payload * _sent_fraction(kind, group)
         exchanges = [Exchange(*key, int(n), size, sent) for key, (n, size, sent) in found.items()]
         return sorted(exchanges, key=lambda exchange: -exchange.sent)
 
     def _collectives(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """Those of a computation and of the fusions in it, with their kinds.
+        """Yield the collectives of a computation and of its fusions, with their kinds.
 
-        On a TPU a collective that goes on beside several products is printed in the fusion of each,
-        all of one chain; and one that deals a sum out is an `all-reduce` and a slice of it.
+        On TPUs a collective that overlaps several products is printed in the fusion of each, with
+        one chain id, and a reduce-scatter as a fusion of an `all-reduce` and a slice.
         """
         chains = set()
         for outer in self.computations[name]:
@@ -150,8 +145,8 @@ class Program:
                     continue
                 if chain:
                     chains.add((chain[1], instruction.result.split("{")[0]))
-                dealt_out = called.startswith("all-reduce-scatter")
-                yield "reduce-scatter" if dealt_out else kind, instruction
+                is_scatter = called.startswith("all-reduce-scatter")
+                yield "reduce-scatter" if is_scatter else kind, instruction
 
     def _payload(self, kind: str, instruction: Instruction, group: int) -> float:
         arrays = [_bytes(a) for a in _ARRAY.finditer(instruction.result)]
@@ -160,15 +155,14 @@ class Program:
         elif instruction.opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
             arrays = arrays[len(arrays) // 2 :][:1]  # operand, result, and counters
         total = float(sum(arrays))
-        # A plain `reduce-scatter` is printed with the part that each device keeps.
+        # The result of a `reduce-scatter` is the part that each device keeps.
         return total * group if instruction.opcode.startswith("reduce-scatter") else total
 
     def traffic(self) -> float:
-        """Bytes from and to the main memory, over one run of the program.
+        """Return the bytes read from and written to main memory in one run of the program.
 
-        Each instruction that runs reads its operands and writes its result, a fusion as a whole;
-        of what a slice is taken from, or put into, the slice alone counts. What XLA has placed in
-        a chip's fast memory does not.
+        An instruction, or a fusion as a whole, reads its operands and writes its result; slices
+        count by their own size. Arrays in a chip's fast memory do not count.
         """
         total = 0.0
         for name, times in self.runs().items():
@@ -176,10 +170,10 @@ class Program:
             for instruction in self.computations[name]:
                 if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
                     continue
-                total += times * self._moved(instruction, types)
+                total += times * self._instruction_traffic(instruction, types)
         return total
 
-    def _moved(self, instruction: Instruction, types: dict[str, str]) -> float:
+    def _instruction_traffic(self, instruction: Instruction, types: dict[str, str]) -> float:
         operands = [_main_memory(types.get(name, "")) for name in instruction.operands]
         result = _main_memory(instruction.result)
         match instruction.opcode:
@@ -189,14 +183,14 @@ class Program:
                 return 2 * operands[1] if len(operands) > 1 else result
             case "fusion":
                 called = dict(_CALLED.findall(instruction.attributes)).get("calls", "")
-                return self._moved_by_fusion(_bare(called), operands, result)
+                return self._fusion_traffic(_bare(called), operands, result)
         if instruction.opcode in ("copy-start", "slice-start"):  # to fast memory, or back
             return float(min(_bytes(a) for a in _ARRAY.finditer(instruction.result) if a[2]))
         if instruction.opcode.endswith("-start"):
             return result
         return sum(operands) + result
 
-    def _moved_by_fusion(self, name: str, operands: list[float], result: float) -> float:
+    def _fusion_traffic(self, name: str, operands: list[float], result: float) -> float:
         inside = self.computations.get(name, [])
         types = {i.name: i.result for i in inside}
         users: dict[str, list[Instruction]] = defaultdict(list)
@@ -221,7 +215,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """The program that `jax.stages.Compiled.as_text` prints."""
+    """Parse the text that `jax.stages.Compiled.as_text` returns."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -229,7 +223,7 @@ def read_program(text: str) -> Program:
         if start and " = " not in line.split("(")[0]:
             current = computations.setdefault(start[2], [])
             entry = start[2] if start[1] else entry
-        elif line.rstrip() == "}":  # what a kernel says of itself may begin with more of them
+        elif line.rstrip() == "}":  # lines of a kernel's own description may follow
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(_instruction(found[2], found[3], found[1] is not None))
@@ -237,7 +231,7 @@ def read_program(text: str) -> Program:
 
 
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    """`f32[2,3]{1,0} add(%a, %b), metadata={...}`, or with a tuple of types in front."""
+    """Parse `f32[2,3]{1,0} add(%a, %b), metadata={...}`; the result may be a tuple of types."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
@@ -251,7 +245,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -275,12 +269,12 @@ def _bytes(array: re.Match[str]) -> int:
 
 
 def _main_memory(result: str) -> float:
-    """Bytes of a type, without the arrays in a memory space of their own."""
+    """Return the bytes of a type, without arrays in other memory spaces."""
     return float(sum(_bytes(a) for a in _ARRAY.finditer(result) if "S(" not in (a[3] or "")))
 
 
 def _group_size(attributes: str) -> int:
-    """Of `replica_groups={{0,1},{2,3}}`, `=[2,2]<=[4]` or `=mesh['a'=2,'b'=2] ... {'b'}`."""
+    """Parse `replica_groups={{0,1},{2,3}}`, `=[2,2]<=[4]` or `=mesh['a'=2,'b'=2] ... {'b'}`."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return listed[1].count(",") + 1
@@ -291,11 +285,11 @@ def _group_size(attributes: str) -> int:
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"('[\w.]+')=(\d+)", named[1])}
         return math.prod(sizes.get(axis.split(":")[0], 1) for axis in named[2].split(","))
-    return 2  # a permutation, between two at a time
+    return 2  # a permutation exchanges between pairs
 
 
-def _share_sent(kind: str, group: int) -> float:
-    """Of the payload, by each device of a ring (Thakur et al. 2005)."""
+def _sent_fraction(kind: str, group: int) -> float:
+    """Return the fraction of the payload that each device of a ring sends (Thakur et al. 2005)."""
     if kind in ("collective-permute", "collective-broadcast"):
         return 1.0
     once = (group - 1) / group

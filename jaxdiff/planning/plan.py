@@ -1,19 +1,18 @@
-"""The plan of a run: its very training step, compiled for devices that need not be there.
+"""Plan a run: compile its training step for devices that need not be attached.
 
-Nothing is allocated and nothing runs: shapes -> shardings -> lowered -> compiled. What comes of it
-is of three kinds, and `ORIGINS` says of each figure which:
+Nothing is allocated or run: shapes -> shardings -> lowered -> compiled. `ORIGINS` states the origin
+of each figure:
 
   XLA's     of the compiled program: memory, collectives, traffic, time to compile
   computed  from shapes: parameters, FLOPs; and from these and the chip's data sheet: times
-  assumed   how much of the chip's speed a run reaches
+  assumed   the model FLOP utilisation that a run reaches
 
-The roofline (Williams et al. 2009): a step takes no less time than its products at the chip's
-highest rate, its traffic at the memory's, or what a chip sends at that of all its links together.
+The roofline (Williams et al. 2009) is the largest of three times: FLOPs at the chip's peak, traffic
+at its memory bandwidth, and bytes sent at the bandwidth of all its links together.
 
-A quick plan has XLA optimize the program as little as it can: U-Nets, whose hundreds of
-convolutions of different shapes take it more than half an hour each otherwise, in minutes. Of
-DiT-XL/2 on 256 chips the collectives are the same then and memory is 4 % more; of the traffic, five
-times too much for want of fusion, nothing is told.
+A quick plan compiles with XLA's least effort: a U-Net takes minutes rather than half an hour. For
+DiT-XL/2 on 256 chips collectives are the same and memory is 4 % larger. Traffic is left out, since
+without fusion it is five times too large.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.chips import peak_flops
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, check_batch, make_mesh
+from jaxdiff.distributed.mesh import MeshConfig, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
@@ -46,13 +45,13 @@ from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 UTILISATION = 0.4
-"""Model FLOP utilisation that days and images per second are stated for."""
+"""Model FLOP utilisation that days and images per second assume."""
 
-_O0 = 9  # XLA's number for its least effort, https://openxla.org/xla/effort_levels
+_LEAST_EFFORT = 9  # https://openxla.org/xla/effort_levels
 
 _SIZE = r"\(?([\d.]+)([KMG])\)?"
 _TOO_LARGE = re.compile(rf"(?:Used|HLO temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}")
-"""What XLA says of a program that does not fit, or of its temporaries, if these alone do not."""
+"""XLA's error for a program, or for its temporaries, that exceed the memory."""
 
 ORIGINS = {
     "parameters": "computed",
@@ -76,10 +75,12 @@ ORIGINS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device while a step runs, as XLA has laid them out.
+    """Bytes per device during a step, in XLA's layout.
 
-    `state` is what the step is given (train state, frozen weights, batch), most of which it updates
-    in place; `temporary` the most that activations, gradients and gathered weights take at a time.
+    Attributes:
+      state: arguments and results: train state, frozen weights, batch.
+      temporary: peak of activations, gradients and gathered weights.
+      program: the code.
     """
 
     state: float
@@ -88,23 +89,22 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.state + self.temporary + self.program
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe needs on some devices, and how fast it can be there.
+    """Requirements and speed of a recipe on a topology.
 
-    Memory, traffic and collectives are those of one device; FLOPs those of all of them. Times are
-    None where nothing is known of the devices, and all of XLA's figures where the program does not
-    fit, for XLA then gives none but `memory_needed`.
+    Memory, traffic and collectives are per device; FLOPs are over all devices. Times are None for
+    devices without a data sheet. Where the program does not fit, XLA states `memory_needed` alone.
     """
 
     recipe: str
     topology: str
     quick: bool
-    stands_in_for: str | None
+    proxy_topology: str | None
     chip: str
     chips: int
     mesh: dict[str, int]
@@ -137,16 +137,15 @@ class Plan:
 
     @property
     def roofline_s(self) -> float | None:
-        """The least time of a step, its collectives behind its products."""
+        """Lower bound on the time of a step, with collectives overlapped."""
         times = [t for t in (self.compute_s, self.memory_s, self.interconnect_s) if t is not None]
         return max(times, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in bytes, seconds and FLOPs, with the origin of each figure."""
-        collectives = [exchange._asdict() for exchange in self.collectives]
+        """Return all figures in bytes, seconds and FLOPs, with the origin of each."""
         return {
             **dataclasses.asdict(self),
-            "collectives": collectives,
+            "collectives": [exchange._asdict() for exchange in self.collectives],
             "fits": self.fits,
             "roofline_s": self.roofline_s,
             "origins": ORIGINS,
@@ -154,28 +153,19 @@ class Plan:
 
 
 def on_slice(config: Config, topology: str, mesh: MeshConfig | None = None) -> Config:
-    """The recipe as it is run on a topology: with what it names for it, or with this mesh."""
-    named = next((s for s in config.slices if s.topology == topology), None)
-    if mesh is None:
-        chosen = named or PlannedTopology(
-            topology=topology, mesh=config.mesh, accumulate=config.train.accumulate
-        )
-    else:
-        chosen = PlannedTopology(topology=topology, mesh=mesh, accumulate=config.train.accumulate)
-    train = dataclasses.replace(config.train, accumulate=chosen.accumulate)
-    return dataclasses.replace(config, mesh=chosen.mesh, train=train)
+    """Return a recipe with the given mesh, or with its own settings for a topology."""
+    planned = next((s for s in config.slices if s.topology == topology), None)
+    if mesh is not None or planned is None:
+        return dataclasses.replace(config, mesh=mesh or config.mesh)
+    train = dataclasses.replace(config.train, accumulate=planned.accumulate)
+    return dataclasses.replace(config, mesh=planned.mesh, train=train)
 
 
 def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Plan:
-    """Compiles the step of a recipe for a topology, on the recipe's own mesh.
-
-    Args:
-      config: the recipe.
-      topology: the devices.
-      quick: have XLA optimize as little as it can.
+    """Compile a recipe's step for a topology, on the recipe's mesh; `quick` with least effort.
 
     Raises:
-      UserError: a mesh or a batch that does not divide.
+      UserError: the mesh or the batch does not divide.
     """
     mesh = make_mesh(config.mesh, topology.devices)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
@@ -191,12 +181,13 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     peak = chip.flops if chip else peak_flops(topology.devices[0]) or 0.0
     traffic = program.traffic() if program and not quick else None
     exchanges = tuple(program.exchanges()) if program else ()
+    host_memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     images_per_s = UTILISATION * peak * devices / per_image if peak else None
     return Plan(
         recipe=config.name,
         topology=topology.name,
         quick=quick,
-        stands_in_for=topology.stands_in_for,
+        proxy_topology=topology.proxy_topology,
         chip=chip.kind if chip else topology.devices[0].device_kind,
         chips=devices,
         mesh=dict(mesh.shape),
@@ -205,13 +196,13 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         remat=remat_of(config),
         steps=config.train.steps,
         flags=config.compiler.flags(topology.devices[0]),
-        parameters=_count(abstract_state(config).params),
-        frozen_parameters=_count(abstract_frozen(config)),
+        parameters=count_params(abstract_state(config).params),
+        frozen_parameters=count_params(abstract_frozen(config)),
         flops_per_image=per_image,
         flops_per_step=per_image * batch_size,
         memory=memory,
         memory_needed=needed,
-        memory_limit=chip.memory if chip else limit or _share_of_memory(devices),
+        memory_limit=chip.memory if chip else limit or host_memory / devices,
         collectives=exchanges,
         traffic=traffic,
         compute_s=executed / devices / peak if peak else None,
@@ -224,12 +215,13 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     )
 
 
-def _count(tree: Any) -> int:
+def count_params(tree: Any) -> int:
+    """Return the number of elements of all arrays of a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def held(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes that each device holds of train state and frozen weights."""
+def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Return the bytes of train state and frozen weights on each device."""
     trees = abstract_state(config), abstract_frozen(config)
     axes = config.task.param_axes()
     shardings = [state_shardings(tree, mesh, axes) for tree in trees]
@@ -240,13 +232,8 @@ def held(config: Config, mesh: Mesh | AbstractMesh) -> int:
     return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
 
 
-def _share_of_memory(devices: int) -> float:
-    """Of this machine's, for each of its simulated devices."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
-
-
 def remat_of(config: Config) -> str | None:
-    """Return what the denoiser's blocks keep for the backward pass; None where there is none."""
+    """Return the remat policy of the denoiser; None for a task without one."""
     task = config.task
     return task.model.denoiser.remat if isinstance(task, DiffusionTask) else None
 
@@ -254,10 +241,10 @@ def remat_of(config: Config) -> str | None:
 def _compile(
     config: Config, mesh: Mesh, quick: bool
 ) -> tuple[Memory | None, float, float | None, str | None]:
-    """Memory, its sum, the compiler's own limit, and the program's text.
+    """Return memory, bytes needed, the compiler's limit, and the program's text.
 
-    Of a program that does not fit there are the sum and the limit alone; where XLA tells that of
-    its temporaries only, the sum is theirs and what a device holds.
+    For a program that does not fit, bytes needed and limit are those of XLA's error. If that states
+    the temporaries only, the bytes of the state are added.
     """
     state, frozen = abstract_state(config), abstract_frozen(config)
     axes = config.task.param_axes()
@@ -266,7 +253,7 @@ def _compile(
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
         with refused_flags_as_user_errors():
-            compiled = lowered.compile({"optimization_level": _O0} if quick else None)
+            compiled = lowered.compile({"optimization_level": _LEAST_EFFORT} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         used = _TOO_LARGE.search(str(error))
         if used is None:
@@ -274,11 +261,14 @@ def _compile(
         unit = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
         needed, limit = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
         if "temporaries" in used[0]:
-            needed += held(config, mesh)
+            needed += state_bytes_per_device(config, mesh)
         return None, needed, limit, None
     stats = compiled.memory_analysis()
     if stats is None:
-        raise UserError("This backend's compiler tells nothing of memory: plan for another one.")
+        raise UserError(
+            "The compiler of this backend reports no memory: expected one that does; choose "
+            "another --topology."
+        )
     memory = Memory(
         state=float(
             stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes

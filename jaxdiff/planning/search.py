@@ -1,4 +1,4 @@
-"""Looking for the mesh, the batch and the remat policy that suit a topology best."""
+"""Search for the fastest mesh, batch size and remat policy on a topology."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any, cast
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import Remat
-from jaxdiff.planning.plan import Plan, held, make_plan
+from jaxdiff.planning.plan import Plan, make_plan, state_bytes_per_device
 from jaxdiff.planning.topology import Topology
 from jaxdiff.training.abstract import check_axes
 from jaxdiff.training.recipe import Config
@@ -17,10 +17,10 @@ _POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
 
 
 def candidates(config: Config, devices: int) -> Iterator[Config]:
-    """Recipes to try on so many devices.
+    """Yield recipes to try on a number of devices.
 
-    Meshes of `data` and `fsdp`, those that take least memory first; the recipe's batch, twice and
-    half of it; every remat policy of a denoiser, those that recompute least first.
+    Batches are the recipe's, twice and half of it; remat policies come in order of recomputation,
+    meshes of `data` and `fsdp` in order of memory, the least first.
     """
     fsdp = [4**i for i in range(10) if devices % 4**i == 0]
     if devices not in fsdp:
@@ -37,7 +37,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
 
 def _tasks(task: Any) -> list[Any]:
-    """Return the task with each of its denoiser's remat policies, if it has any."""
+    """Return the task with each remat policy of its denoiser."""
     if not isinstance(task, DiffusionTask):
         return [task]
     model, denoiser = task.model, cast(Any, task.model.denoiser)
@@ -53,16 +53,16 @@ def search(
     topology: Topology,
     *,
     most: int,
-    say: Callable[[Plan], None],
+    log: Callable[[Plan], None],
     quick: bool = False,
 ) -> list[Plan]:
-    """At most so many plans: what fits first, and of it what takes least time for an image.
+    """Return at most `most` plans: those that fit first, ranked by time per image.
 
-    What cannot fit is not compiled: where the state alone is too large, or where a batch does not
-    fit with more devices to share the weights.
+    Candidates that cannot fit are not compiled: their state is too large, or their batch did not
+    fit on a mesh that shards the weights further. `log` receives each plan.
 
     Raises:
-      UserError: no batch that is tried divides among the devices, or none of them can fit.
+      UserError: no candidate's batch divides among the devices, or none can fit.
     """
     plans: list[Plan] = []
     too_large: set[tuple[Any, int]] = set()
@@ -71,28 +71,28 @@ def search(
         if len(plans) == most or kind in too_large:
             continue
         mesh = make_mesh(candidate.mesh, topology.devices)
-        if topology.chip and held(candidate, mesh) > topology.chip.memory:
+        if topology.chip and state_bytes_per_device(candidate, mesh) > topology.chip.memory:
             continue
         try:
             check_axes(candidate, mesh)
         except UserError:  # more devices than an axis of any parameter can be split over
             continue
         plan = make_plan(candidate, topology, quick=quick)
-        say(plan)
+        log(plan)
         plans.append(plan)
         if not plan.fits:
             too_large.add(kind)
     if not plans:
         raise UserError(
-            f"Nothing of {config.name} fits {topology.name}: its train state is too large for "
-            f"{len(topology.devices)} devices, or train.batch_size {config.train.batch_size} is no "
-            "multiple of their number."
+            f"No plan of {config.name} fits {topology.name}: expected a train state that fits "
+            f"{len(topology.devices)} devices and a train.batch_size ({config.train.batch_size}) "
+            "that is a multiple of their number; choose more devices or another batch size."
         )
     return sorted(plans, key=_rank)
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:
-    """What does not fit comes last, what comes nearest to it first."""
+    """Sort key: plans that fit by time per image, then the others by memory."""
     if not plan.fits:
         return True, plan.memory_needed
     return False, (plan.roofline_s or 0.0) / plan.batch_size

@@ -1,4 +1,4 @@
-"""Plans as tables to read: one in full, several side by side."""
+"""Format plans as tables: one in full, or several side by side."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from jaxdiff.planning.plan import ORIGINS, Plan
 
 
 def plan_table(plan: Plan) -> Table:
-    """Everything that is known of one plan, and who says so."""
+    """Format all figures of one plan, with their origins."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
     table = Table(title=f"{plan.recipe} on {plan.topology}", title_justify="left")
     table.add_column("")
     table.add_column("figure")
-    table.add_column("whose", style="dim")
+    table.add_column("origin", style="dim")
     rows = [
         ("devices", f"{plan.chips} x {plan.chip}, {mesh}", ""),
         ("batch", _batch(plan), ""),
@@ -25,37 +25,37 @@ def plan_table(plan: Plan) -> Table:
         *_collective_rows(plan),
         *_time_rows(plan),
         ("compiled in", f"{plan.compile_s:.0f} s on this machine", "compile_s"),
-        ("flags of XLA", "\n".join(plan.flags) or "none", ""),
+        ("XLA flags", "\n".join(plan.flags) or "none", ""),
     ]
     for name, value, origin in rows:
         table.add_row(name, Text(value), ORIGINS.get(origin, ""))
     notes = []
-    if plan.stands_in_for:
+    if plan.proxy_topology:
         notes.append(
-            f"XLA compiles for GPUs only where there is one: its figures are of the program for "
-            f"{plan.stands_in_for}, an estimate. On such a machine --topology local gives the true."
+            "XLA compiles for GPUs only on a machine with a GPU: its figures are estimates from "
+            f"the program for {plan.proxy_topology}; give --topology local there."
         )
     if plan.quick:
         notes.append(
-            "Quickly compiled: memory is a little too high, traffic is not told, and the "
-            "least time leaves it out."
+            "Compiled with --quick: memory is slightly too high; traffic is unknown and not part "
+            "of the least time."
         )
     table.caption = "\n".join(notes) or None
     return table
 
 
 def summary_table(plans: Sequence[Plan]) -> Table:
-    """One line for each of several plans; what all of them share stands above."""
+    """Format one line for each plan; values that all share are in the title."""
     rows = [_summary(plan) for plan in plans]
     shared = [name for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1]
     title = ", ".join(f"{name} {rows[0][name]}" for name in shared if rows[0][name])
     table = Table(title=title or None, title_justify="left")
-    told = [name for name in rows[0] if name not in shared]
-    for name in told:
-        words = name in ("recipe", "topology", "mesh", "batch", "remat")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    columns = [name for name in rows[0] if name not in shared]
+    for name in columns:
+        is_text = name in ("recipe", "topology", "mesh", "batch", "remat")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[name] for name in told))
+        table.add_row(*(row[name] for name in columns))
     return table
 
 
@@ -97,19 +97,19 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows = [("memory per chip", total, "memory")]
     if plan.memory is not None:
         parts = plan.memory
-        told = f"state {_size(parts.state)}, temporary {_size(parts.temporary)}, program "
-        rows.append(("", told + _size(parts.program), "memory"))
+        text = f"state {_size(parts.state)}, temporary {_size(parts.temporary)}, program "
+        rows.append(("", text + _size(parts.program), "memory"))
     return rows
 
 
 def _collective_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.memory is None:
         return []
-    told = [
+    lines = [
         f"{e.count:,} x {e.kind} of {e.group}: {_size(e.payload)}, sends {_size(e.sent)}"
         for e in plan.collectives
     ]
-    return [("collectives", "\n".join(told) or "none", "collectives")]
+    return [("collectives", "\n".join(lines) or "none", "collectives")]
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -122,8 +122,8 @@ def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
         parts += f", interconnect {_seconds(plan.interconnect_s)}"
     rows = [("least time of a step", f"{_seconds(plan.roofline_s)}: {parts}", "compute_s")]
     if plan.images_per_s and plan.days:
-        told = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
-        rows.append((f"at {plan.utilisation:.0%} utilisation", told, "days"))
+        text = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
+        rows.append((f"at {plan.utilisation:.0%} utilisation", text, "days"))
     return rows
 
 

@@ -1,9 +1,9 @@
-"""The devices that a run is planned for, whether this machine has them or not.
+"""Find the devices that a run is planned for, attached to this machine or not.
 
-v5e:16x16   a slice of TPUs, by libtpu, with no TPU here; v5p:4x4x4 is what is sold as v5p-128
+v5e:16x16   a TPU slice, compiled for by libtpu without a TPU; v5p:4x4x4 is also called v5p-128
 cpu:8       simulated devices of this machine
-local       what this machine has
-h100:8      GPUs that this machine does not have
+local       the devices of this machine
+h100:8      GPUs, attached or not
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jaxdiff.distributed.chips import Chip, chip_of, find_chip
 from jaxdiff.errors import UserError
 
-# How slices are called, and how many sides they have.
+# Kinds of TPU slices, and the number of sides of their shapes.
 _SLICES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 _GPUS = {
     "a100": "NVIDIA A100-SXM",
@@ -27,33 +27,33 @@ _GPUS = {
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
-# XLA compiles for GPUs only where there is one. For others this slice stands in: of all that can be
-# compiled for with no chip, v5p comes nearest to them in memory.
-_STAND_IN = {1: "1x1x1", 2: "1x1x2", 4: "1x2x2", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+# XLA compiles for GPUs only on a machine with one. A v5p slice, the nearest in memory of those that
+# compile without a chip, is the proxy.
+_PROXY = {1: "1x1x1", 2: "1x1x2", 4: "1x2x2", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Devices to compile for, and what they can do.
+    """Devices to compile for, and their data sheet.
 
     Attributes:
-      name: as it was asked for.
-      devices: that the mesh is made of.
-      chip: the figures of each; None of a CPU, which has none.
-      stands_in_for: what the devices are to stand for, if not for themselves.
+      name: as in `--topology`.
+      devices: of the mesh.
+      chip: the data sheet of each device; None for a CPU.
+      proxy_topology: name of the topology that is compiled for in place of this one.
     """
 
     name: str
     devices: tuple[Any, ...]
     chip: Chip | None
-    stands_in_for: str | None = None
+    proxy_topology: str | None = None
 
 
 def find_topology(name: str) -> Topology:
-    """The topology of this name.
+    """Find a topology by name.
 
     Raises:
-      UserError: a name, chip or shape that there is not; too few devices; no libtpu.
+      UserError: the name, chip or shape is unknown; there are too few devices, or no libtpu.
     """
     if name in ("local", "gpu"):
         return _local(name)
@@ -69,10 +69,10 @@ def find_topology(name: str) -> Topology:
         return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
     if kind == "cpu" and shape.isdigit() and int(shape):
         return Topology(name=name, devices=_simulated(int(shape)), chip=None)
-    if kind in _GPUS and shape.isdigit() and int(shape) in _STAND_IN:
-        stand_in = f"v5p:{_STAND_IN[int(shape)]}"
+    if kind in _GPUS and shape.isdigit() and int(shape) in _PROXY:
+        proxy = f"v5p:{_PROXY[int(shape)]}"
         return Topology(
-            name=name, devices=_slice(stand_in), chip=find_chip(_GPUS[kind]), stands_in_for=stand_in
+            name=name, devices=_slice(proxy), chip=find_chip(_GPUS[kind]), proxy_topology=proxy
         )
     raise UserError(
         f"There is no topology {name!r}: expected a slice of {', '.join(_SLICES)} such as "
@@ -82,13 +82,13 @@ def find_topology(name: str) -> Topology:
 
 
 def _slice(name: str) -> tuple[Any, ...]:
-    """Devices that cannot run anything, but can be compiled for."""
+    """Return devices to compile for, without any that runs programs."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"Compiling for {name} needs the package libtpu, which is not installed: run "
             "pip install -e '.[tpu]' in a clone of jaxdiff."
         )
-    # No TPU is used: libtpu need not ask the cloud which one, nor keep it for this process alone.
+    # No TPU is used: libtpu need neither query the metadata server nor lock the device.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
@@ -104,7 +104,7 @@ def _slice(name: str) -> tuple[Any, ...]:
 
 def _simulated(count: int) -> tuple[Any, ...]:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # the devices are there already, however many
+        with contextlib.suppress(RuntimeError):  # the backend is initialised already
             jax.config.update("jax_num_cpu_devices", count)
     there = jax.devices("cpu")
     if len(there) < count:

@@ -1,1 +1,1 @@
-"""Training: one loop, one step, and a file for each thing that can be trained."""
+"""The training loop, the training step, and one module per task."""

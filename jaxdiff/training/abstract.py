@@ -22,18 +22,18 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def abstract_state(config: Config) -> TrainState:
-    """Shapes and types of a recipe's train state, with nothing allocated."""
+    """Return shapes and types of a recipe's train state, without allocating it."""
     return jax.eval_shape(state_initializer(config), {})
 
 
 def state_initializer(config: Config) -> Callable[[Mapping[str, PyTree]], TrainState]:
-    """Return `init_state` of a recipe, a function of its initial parts, traced once."""
+    """Return the jitted `init_state` of a recipe, a function of its initial parts."""
     train = config.train
-    return _traced_once(config.task, config.optimizer, train.steps, config.ema, train.seed)
+    return _jitted_init(config.task, config.optimizer, train.steps, config.ema, train.seed)
 
 
 @functools.lru_cache(maxsize=8)
-def _traced_once(
+def _jitted_init(
     task: Task, optimizer: AdamW, steps: int, ema: Ema, seed: int
 ) -> Callable[[Mapping[str, PyTree]], TrainState]:
     updates = optimizer.build(steps)
@@ -41,13 +41,13 @@ def _traced_once(
 
 
 def abstract_frozen(config: Config) -> PyTree:
-    """Return shapes and types of the frozen parts as a step takes them, with nothing read."""
+    """Return shapes and compute types of the frozen parts, without reading them."""
     stored = abstract_frozen_params(config.task) | config.task.constants(None)
     return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
 
 
 def abstract_batch(config: Config) -> dict[str, Any]:
-    """Return shapes and types of a batch, of square images where there are several shapes."""
+    """Return shapes and types of a batch; with buckets, of the square shape."""
     count, size, task = config.train.batch_size, config.data.transforms.size, config.task
     batch: dict[str, Any] = {"size_crop": jax.ShapeDtypeStruct((count, 6), jnp.int32)}
     text = task.abstract_text(count)
@@ -64,7 +64,7 @@ def abstract_batch(config: Config) -> dict[str, Any]:
 
 
 def flops_per_image(config: Config) -> float:
-    """FLOPs of one image in a training step of a recipe, less what its data have cached."""
+    """Return the FLOPs of one image in a training step, without those of cached features."""
     data = config.data
     return config.task.flops_per_image(
         data.transforms.size, latents=data.gives_latents, text=data.gives_text
@@ -72,7 +72,7 @@ def flops_per_image(config: Config) -> float:
 
 
 def check_axes(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raise `UserError` for an axis of the mesh that splits nothing of a recipe's model."""
+    """Raise `UserError` for a mesh axis that shards nothing of a recipe's model."""
     task, shape = config.task, mesh.shape
     if shape["fsdp"] == shape["tensor"] == shape["context"] == 1:
         return

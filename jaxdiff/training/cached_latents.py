@@ -1,4 +1,4 @@
-"""Checks that cached latents, and text, equal those that a recipe would compute."""
+"""Check that cached latents and text features equal those that a recipe would compute."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 
 def check_cache(config: Config) -> None:
-    """Raise `UserError` for cached latents of other data, or that the task does not use."""
+    """Raise `UserError` for cached latents of other data, or for a task that uses none."""
     source, task, cache = config.data.source, config.task, config.data.cache
     if cache.views or cache.text:
         if isinstance(source, CachedLatents):
@@ -50,8 +50,8 @@ def check_cachable(task: Any, options: LatentOptions) -> DiffusionTask:
         )
     if not isinstance(task, DiffusionTask) or task.model.autoencoder is None:
         raise UserError(
-            "This recipe has no autoencoder to cache latents of: expected a diffusion task whose "
-            "model has one, such as that of configs/produce.py; leave the caching of latents out."
+            "This recipe has no autoencoder whose latents can be cached: expected a diffusion task "
+            "with one, as in configs/produce.py; set data.cache.views to 0."
         )
     if options.text:
         check_text(task)
@@ -59,7 +59,7 @@ def check_cachable(task: Any, options: LatentOptions) -> DiffusionTask:
 
 
 def check_text(task: DiffusionTask) -> None:
-    """Raise `UserError` for a task whose captions' features change in training."""
+    """Raise `UserError` for a task whose text features change during training."""
     if task.trainable.trains_text or task.pretrained.text_encoders is None:
         raise UserError(
             "Text is cached for trained text encoders that stay frozen: set "
@@ -71,13 +71,7 @@ def check_text(task: DiffusionTask) -> None:
 def check_encoders(
     config: Config, frozen: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]
 ) -> None:
-    """Raise `UserError` unless cached data, if there are any, were made by the recipe's encoders.
-
-    Args:
-      config: the recipe.
-      frozen: its frozen parameters, on the host.
-      tokenizers: of its captions.
-    """
+    """Raise `UserError` if cached data were made by other encoders than the recipe's."""
     source, task = config.data.source, config.task
     if not isinstance(source, CachedLatents) or not isinstance(task, DiffusionTask):
         return
@@ -100,7 +94,7 @@ def check_encoders(
 
 
 def encoder_fingerprint(task: DiffusionTask, params: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of the part of an autoencoder's weights that makes latents."""
+    """Return the SHA-256, in hex, of the weights of an autoencoder's encoder."""
     assert task.model.autoencoder is not None
     return weights_fingerprint(task.model.autoencoder.fingerprinted(params["autoencoder"]))
 
@@ -108,7 +102,7 @@ def encoder_fingerprint(task: DiffusionTask, params: Mapping[str, Any]) -> str:
 def text_fingerprint(
     task: DiffusionTask, params: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]
 ) -> str:
-    """SHA-256, in hex, of all that features of captions depend on."""
+    """Return the SHA-256, in hex, of everything that text features depend on."""
     conditioner = task.model.conditioner
     weights = weights_fingerprint(params["text_encoders"])
     made_by = [conditioner.fingerprint(tokenizers), weights, conditioner.packed_size]

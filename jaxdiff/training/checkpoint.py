@@ -1,6 +1,6 @@
-"""Checkpoints of a run: written while it goes on, and checked byte by byte before they are used.
+"""Checkpoints of a run: written in the background, and verified byte by byte before a restore.
 
-Orbax writes and reads the arrays; `checkpoint_folder` says what a complete checkpoint is on disk.
+Orbax writes and reads the arrays; `checkpoint_folder` defines the layout on disk.
 """
 
 import contextlib
@@ -20,22 +20,23 @@ from jaxdiff.errors import UserError
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.training.state import TrainState
 
-# Of a state, what Orbax keeps together as "training"; params and ema can be read without it.
+# Fields that Orbax stores together as "training"; params and ema can be read without them.
 TRAINING = ("step", "key", "opt_state", "task_state", "nonfinite")
-# Devices that hold the same array write a slice of it each. A slice is a program to compile for
-# each shape and device, which small arrays are not worth: the first save would wait for hundreds.
-_LEAST_SLICE = 2**22  # bytes
+# Devices that hold the same array write a slice of it each. Each slice compiles a program per shape
+# and device, which would delay the first save for small arrays.
+_MIN_SLICE = 2**22  # bytes
 DISK_FULL = re.compile("No space left|Disk quota exceeded")
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `folder`, of which the newest `keep` stay.
+    """Save and restore the checkpoints of one run, and keep the newest `keep`.
 
-    Every process of a multi-host run makes one and calls it alike; process 0 does what is to be
-    done once. `folder` may be local or `gs://`, and is made when first needed. `report` gets one
-    sentence for each damaged checkpoint that is passed over.
+    Every process of a multi-host run creates one and makes the same calls. `folder` may be local or
+    `gs://`, and is created on demand. `report` receives one sentence for each damaged checkpoint
+    that is skipped.
 
-    Raises `UserError` if `keep` is below 1.
+    Raises:
+      UserError: `keep` is below 1.
     """
 
     def __init__(
@@ -56,11 +57,10 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_orbax_traceback)
 
     def save(self, state: TrainState) -> None:
-        """Starts to save `state`.
+        """Start to save `state`, after the previous save has finished; raise the error of that.
 
-        Returns once all arrays are copied to the host, so that `state` may be donated; the writing
-        goes on in the background. Waits for a save still in flight and raises its error. Does
-        nothing if the step is the one saved or restored last.
+        Returns once all arrays are on the host, so that `state` may be donated. Does nothing if the
+        step was the last one saved or restored.
         """
         self.wait()
         step = int(state.step)
@@ -72,7 +72,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 checkpoint_folder.clean(self._folder)
             context = ocp.Context()
-            context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_SLICE
+            context.array.saving.min_slice_bytes_for_replica_parallel = _MIN_SLICE
             with context:
                 writing = ocp.save_checkpointables_async(
                     checkpoint_folder.unfinished(self._folder, step), parts, overwrite=True
@@ -83,27 +83,28 @@ class Checkpoints:
             self._pending = self._thread.submit(self._finish, writing.result, step, files)
 
     def wait(self) -> None:
-        """Returns when all is on disk.
+        """Wait until the save is on disk.
 
-        Raises `UserError` if it could not be written, as on a full disk. The part that was written
-        is removed; the checkpoints before it are untouched.
+        Raises:
+          UserError: it could not be written, as on a full disk; earlier checkpoints remain.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, its files not checked; None if there is none."""
+        """Return the step of the newest complete checkpoint, unverified; None if there is none."""
         return max(checkpoint_folder.steps(self._folder), default=None)
 
     def restore(self, abstract: TrainState) -> TrainState | None:
-        """The newest undamaged checkpoint's state.
+        """Restore the newest undamaged checkpoint; return None if the folder has no checkpoint.
 
-        `abstract` holds a `jax.ShapeDtypeStruct` per array. Each device reads just what the
-        struct's sharding gives it, whatever the mesh and the hosts were that saved (no sharding:
-        the first device). Returns None only if the folder holds no checkpoint at all.
+        Args:
+          abstract: a `jax.ShapeDtypeStruct` per array. Each device reads its part of the struct's
+            sharding, on any mesh; without a sharding the first device reads everything.
 
-        Raises `UserError` if none is undamaged, or if the arrays are not those of `abstract`.
+        Raises:
+          UserError: all checkpoints are damaged, or the arrays are not those of `abstract`.
         """
         self.wait()
         step = checkpoint_folder.latest_valid_step(self._folder, self._report)
@@ -116,7 +117,7 @@ class Checkpoints:
         return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
 
     def close(self) -> None:
-        """As `wait`, and ends the thread that writes."""
+        """Wait as `wait` does, and end the writing thread."""
         try:
             self.wait()
         finally:
@@ -127,16 +128,16 @@ class Checkpoints:
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         if is_host_lost(exception):
-            return  # what is being saved waits for the one that is gone
+            return  # the save would wait for the lost host
         try:
             self.close()
         except UserError as error:
             if exception is None:
                 raise
-            self._report(str(error))  # what ended the block is the greater news
+            self._report(str(error))  # the exception that ended the block takes precedence
 
     def _finish(self, written: Callable[[], None], step: int, files: dict[str, str]) -> None:
-        """Completes a save, in the background, once `written` returns."""
+        """Complete a save, in the background, once `written` returns."""
         try:
             written()
             if jax.process_index() == 0:
@@ -145,11 +146,11 @@ class Checkpoints:
             self._fail(step, error)
         self._newest = step
         if jax.process_index() == 0:
-            self._retire(step)
+            self._remove_old(step)
 
-    def _retire(self, step: int) -> None:
-        """Removes the checkpoints that retention gives up now that `step` is complete."""
-        # Newer steps are damaged, or this one would not have followed: they count for nothing.
+    def _remove_old(self, step: int) -> None:
+        """Remove all but the newest `keep` checkpoints up to `step`."""
+        # Newer steps are damaged: the run has resumed before them.
         steps = [old for old in checkpoint_folder.steps(self._folder) if old <= step]
         try:
             for old in steps[: -self._keep]:
@@ -158,13 +159,13 @@ class Checkpoints:
             self._report(f"The checkpoint of step {old} could not be removed: {error}.")
 
     def _fail(self, step: int, error: Exception) -> None:
-        """Raises `error`, as a `UserError` if writing failed, and removes what was written."""
+        """Remove what was written and raise `error`, as a `UserError` if writing failed."""
         if is_host_lost(error):
             raise error
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the next save tries again
                 checkpoint_folder.clean(self._folder)
-        # The C++ that writes arrays raises ValueError, its status code in front.
+        # The C++ code that writes arrays raises ValueError with a status code in front.
         if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
             raise error
         full = "the disk is full" if DISK_FULL.search(str(error)) else str(error)
@@ -177,13 +178,13 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, PyTree]:
-    """The state as Orbax keeps it: each part can be read alone."""
+    """Split a state into the parts that Orbax stores separately."""
     training = {name: getattr(state, name) for name in TRAINING}
     return {"params": state.params, "ema": state.ema, "training": training}
 
 
 def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
-    """Raises `UserError` unless the arrays saved under `path` are those of `parts`."""
+    """Raise `UserError` unless the arrays saved under `path` are those of `parts`."""
     wanted = checkpoint_folder.describe(parts)
     saved = json.loads((path / checkpoint_folder.ARRAYS).read_text())
     saved = {name: array for name, array in saved.items() if name.split("/")[0] in parts}
@@ -199,5 +200,5 @@ def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
 
 
 def _not_orbax_traceback(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of every thread that a failed write passes through; we raise it."""
+    """Filter the tracebacks that Orbax logs on a failed write, which is raised anyway."""
     return not (record.exc_info and "orbax" in record.pathname)

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: frozen parts, and trained parts that start from a model."""
+"""Load the frozen parts of a run, and the pretrained weights of trained parts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,30 +23,29 @@ from jaxdiff.training.tasks.base import Path, PretrainedPart, Task
 def load_parts(parts: Mapping[Path, PretrainedPart], types: Sequence[type] = ()) -> dict[str, Any]:
     """Load parts from their folders, or initialise those without one, on the host.
 
-    Args:
-      parts: by their paths.
-      types: dataclasses that the folders may name beside those of this package.
-
-    Returns:
-      A tree with each part at its path, in the types of its module.
+    Returns a tree with each part at its path, in the types of its module. `types` are dataclasses
+    that the folders may name beside those of this package.
 
     Raises:
       UserError: a folder holds no such part, or one of another size.
     """
     sources = {
-        path: PartSource(part.folder, _path_in_model(path), abstract_params(part.build))
+        # A teacher is the denoiser of its own model.
+        path: PartSource(
+            part.folder, path[1:] if path[0] == "teacher" else path, abstract_params(part.build)
+        )
         for path, part in parts.items()
         if part.folder is not None
     }
     loaded: dict[Path, Any] = read_parts(sources, types)
     for path, part in parts.items():
         if part.folder is None:
-            loaded[path] = jax.device_get(_initialised(part))
+            loaded[path] = jax.device_get(nnx.to_pure_dict(nnx.split(part.build())[1]))
     return tree_of(loaded)
 
 
 def load_frozen(config: Config, out: epath.Path) -> PyTree:
-    """Load the frozen parts from the run's own copy, which is made the first time."""
+    """Load the frozen parts from the run's copy, which the first start writes."""
     parts = config.task.frozen_parts()
     if not parts:
         return {}
@@ -60,15 +59,6 @@ def load_frozen(config: Config, out: epath.Path) -> PyTree:
 
 
 def abstract_frozen_params(task: Task) -> dict[str, Any]:
-    """Return shapes and types of the frozen parts as stored, with nothing read."""
+    """Return shapes and stored types of the frozen parts, without reading them."""
     parts = task.frozen_parts()
     return tree_of({path: abstract_params(part.build) for path, part in parts.items()})
-
-
-def _path_in_model(path: Path) -> Path:
-    """Return where a part is in the model that it comes from; a teacher's is the model's own."""
-    return path[1:] if path[0] == "teacher" else path
-
-
-def _initialised(part: PretrainedPart) -> Any:
-    return nnx.to_pure_dict(nnx.split(part.build())[1])

@@ -1,4 +1,4 @@
-"""Encoding images and captions ahead of training, on all devices of this process."""
+"""Encode images and captions ahead of training, on all devices of this process."""
 
 import io
 import itertools
@@ -37,16 +37,13 @@ from jaxdiff.training.tasks.captions import CaptionTokenizer
 from jaxdiff.training.tasks.diffusion import AUTOENCODER, DiffusionTask
 
 _CHUNK = 16  # records that a worker reads at a time
-_AHEAD = 2  # batches under way on the devices before one is taken from them
+_IN_FLIGHT = 2  # batches on the devices before the host waits for one
 
 
 class LatentEncoder:
-    """The half of an autoencoder that makes latents; each shape of images compiles once.
+    """The encoder of an autoencoder; compiles once per image shape.
 
-    Args:
-      autoencoder: of the model.
-      params: the autoencoder's, on the host, in the type to compute in.
-      options: how.
+    `params` are on the host, in the compute type.
     """
 
     def __init__(self, autoencoder: AutoencoderSpec, params: PyTree, options: LatentOptions):
@@ -64,7 +61,7 @@ class LatentEncoder:
         self._encode = jax.jit(encode)
 
     def __call__(self, images: Sequence[np.ndarray]) -> Float[Array, "b i j c"]:
-        """Return moments of up to `batch_size` images uint8 [h, w, 3]; the batch is always full."""
+        """Return moments of up to `batch_size` images uint8 [h, w, 3], padded to a full batch."""
         full = np.resize(np.stack(images), (self.batch_size, *images[0].shape))
         return self._encode(self._params, jax.device_put(full, self._sharding))
 
@@ -72,11 +69,7 @@ class LatentEncoder:
 class CaptionEncoder:
     """The frozen text encoders of a task.
 
-    Args:
-      task: of the recipe.
-      params: of the model's frozen parts, on the host, in the type to compute in.
-      tokenizers: of the captions.
-      options: how.
+    `params` are those of the model's frozen parts, on the host, in the compute type.
     """
 
     def __init__(
@@ -93,7 +86,7 @@ class CaptionEncoder:
         self._sharding = batch_sharding(mesh)
         encoders = {"text_encoders": params["text_encoders"]}
         self._params = jax.device_put(encoders, replicated(mesh))
-        # bfloat16, a possible compute type, has larger numbers than float16.
+        # bfloat16, a possible compute type, has a larger range than float16.
         largest = float(jnp.finfo(options.dtype).max)
 
         def encode(params: PyTree, inputs: TextInputs) -> Float[Array, "b m"]:
@@ -103,7 +96,7 @@ class CaptionEncoder:
         self._encode = jax.jit(encode)
 
     def __call__(self, captions: list[str]) -> Float[np.ndarray, "b m"]:
-        """Return the features of each caption, as `Conditioner.pack` makes them."""
+        """Return the features of each caption, as packed by `Conditioner.pack`."""
         rows = []
         for start in range(0, len(captions), self._size):
             part = captions[start : start + self._size]
@@ -114,7 +107,7 @@ class CaptionEncoder:
 
 
 class Cache(NamedTuple):
-    """Encoders, and the manifest's description of what they make."""
+    """Encoders, and the manifest's description of their latents."""
 
     encoder: LatentEncoder
     text: CaptionEncoder | None
@@ -123,7 +116,7 @@ class Cache(NamedTuple):
 
 
 def make_cache(config: Config, options: LatentOptions) -> Cache:
-    """Make the encoders of the latents, and the text, that a recipe trains on.
+    """Load the encoders of the latents and text features that a recipe trains on.
 
     Raises:
       UserError: the recipe has no autoencoder, its text encoders are trained, or an option is out
@@ -143,7 +136,7 @@ def make_cache(config: Config, options: LatentOptions) -> Cache:
         },
         types_in(config),
     )
-    # As a step would have them, so that training is the same as if it encoded images itself.
+    # In the compute type of a step, so that training equals that without a cache.
     params = cast(parts, config.train.compute)
     text = None if tokenizers is None else CaptionEncoder(task, params, tokenizers, options)
     space = LatentSpace(
@@ -181,11 +174,11 @@ def write_latents(
         for shard_range in shard_ranges
         for start in range(shard_range.start, shard_range.stop, _CHUNK)
     ]
-    # Of all shards in one go, so that those who read need not wait while a shard is written.
+    # One map over all shards: workers keep reading while a shard is written.
     read = zip(chunks, workers.map(_crops, chunks), strict=True)
     count = 0
     for shard_range, parts in itertools.groupby(read, key=lambda part: part[0][0]):
-        shard = _Shard(cache)
+        shard = _ShardEncoder(cache)
         for (_, indices, _), crops in parts:
             for found in crops:
                 shard.add(found)
@@ -200,8 +193,8 @@ def _crops(reader: RecordReader, chunk: tuple[ShardRange, range, int]) -> list[C
     return [reader.views(index, views) for index in indices]
 
 
-class _Shard:
-    """The records of a shard in their order, their latents filled in as batches come back."""
+class _ShardEncoder:
+    """Encodes the records of a shard in batches of one shape, and restores their order."""
 
     def __init__(self, cache: Cache):
         self._encoder, self._single = cache.encoder, len(cache.space.shapes) == 1
@@ -211,10 +204,10 @@ class _Shard:
         self._crops: list[Crops] = []
         self._moments: list[list[np.ndarray]] = []
         self._waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
-        self._under_way: deque[tuple[list[int], jax.Array]] = deque()
+        self._in_flight: deque[tuple[list[int], jax.Array]] = deque()
 
     def add(self, crops: Crops | RecordError) -> None:
-        """The next record of the source."""
+        """Add the next record of the source."""
         if isinstance(crops, RecordError):
             self.rejects.append(str(crops))
             return
@@ -224,16 +217,18 @@ class _Shard:
             waiting.append((place, view.image))
             if len(waiting) == self._encoder.batch_size:
                 self._send(crops.shape)
-        self._crops.append(crops._replace(views=[v._replace(image=_NONE) for v in crops.views]))
+        self._crops.append(
+            crops._replace(views=[v._replace(image=_NO_PIXELS) for v in crops.views])
+        )
         self._moments.append([])
         if not self._single:
             self.shapes.append(crops.shape)
 
     def finish(self) -> Iterator[bytes]:
-        """All records, encoded."""
+        """Yield all records, encoded."""
         for shape in list(self._waiting):
             self._send(shape)
-        while self._under_way:
+        while self._in_flight:
             self._take()
         for crops, moments, text in zip(self._crops, self._moments, self._texts(), strict=True):
             yield encode_latents(
@@ -262,14 +257,14 @@ class _Shard:
         if not waiting:
             return
         places, images = zip(*waiting, strict=True)
-        self._under_way.append((list(places), self._encoder(images)))
-        if len(self._under_way) > _AHEAD:
+        self._in_flight.append((list(places), self._encoder(images)))
+        if len(self._in_flight) > _IN_FLIGHT:
             self._take()
 
     def _take(self) -> None:
-        places, moments = self._under_way.popleft()
-        for place, one in zip(places, np.asarray(moments), strict=False):  # the rest filled it up
+        places, moments = self._in_flight.popleft()
+        for place, one in zip(places, np.asarray(moments), strict=False):  # the rest is padding
             self._moments[place].append(one)
 
 
-_NONE = np.zeros((0, 0, 3), np.uint8)  # in the place of pixels that have gone to the devices
+_NO_PIXELS = np.zeros((0, 0, 3), np.uint8)  # replaces pixels that are on the devices

@@ -1,4 +1,4 @@
-"""The training loop: a recipe and a folder in, a trained model in that folder out."""
+"""The training loop: train a recipe in a folder, and resume it there."""
 
 import functools
 import logging
@@ -46,7 +46,7 @@ Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Rep
 
 
 class Result(NamedTuple):
-    """How a run ended."""
+    """The end of a run."""
 
     summary: dict[str, Any]  # step, fingerprint, speed
     state: TrainState
@@ -64,24 +64,23 @@ def train(
     finish: Callable[[Result], Report] | None = None,
     log: Callable[[str], None] = print,
 ) -> Result:
-    """Train a recipe to its last step, from where the run in `out` stands.
+    """Train a recipe to its last step, from the newest checkpoint in `out`.
 
     Args:
       config: the recipe.
-      out: the run's folder, local or `gs://`; made if it is not there.
-      fresh: start again, removing an earlier run from the folder.
+      out: the run's folder, local or `gs://`; created if missing.
+      fresh: remove an earlier run from the folder and start at step 0.
       evaluate: runs the evaluators that are due after a step before the last.
       finish: called after the last step, once signals have their usual effect again and the data
         workers have stopped; its report goes to the run's metrics.
       log: called with one sentence at a time.
 
     Returns:
-      The end of the run; not `finished` if SIGTERM or SIGINT stopped it, its state saved.
+      The end of the run; not `finished` if SIGTERM or SIGINT stopped it, after saving its state.
 
     Raises:
-      UserError: a run of another recipe in `out`, data or a mesh that do not fit, no space left,
-        too many bad records, a data worker that dies, or too many updates in a row that are not
-        finite.
+      UserError: `out` holds a run of another recipe; data or mesh do not fit; the disk is full; too
+        many records are bad; a data worker dies; or too many updates in a row are not finite.
     """
     out = epath.Path(out)
     mesh = make_mesh(config.mesh)
@@ -93,7 +92,7 @@ def train(
     config = with_cache(config, out / CACHE)
     host = load_frozen(config, out)
     check_encoders(config, host, tokenizers)
-    # In the type that a step would cast them to, and sharded like what is trained.
+    # In the compute type, and sharded like trained parameters.
     constants = host | config.task.constants(tokenizers)
     placed = state_shardings(constants, mesh, config.task.param_axes())
     frozen = from_host(cast(constants, config.train.compute), placed)
@@ -117,13 +116,13 @@ def train(
         while number < config.train.steps and not stop.should_stop:
             batch, skipped = run.take(batches)
             shape = tuple(x.shape for x in jax.tree.leaves(batch))
-            compiling = nullcontext() if shape in compiled else run.throughput.compiling()
+            compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
             with refused_flags_as_user_errors(), compiling:
                 state, metrics = step(state, frozen, batch)
             compiled.add(shape)
             stop.vote()
             number += 1
-            if pending is not None:  # a step's metrics are read once the next step is on its way
+            if pending is not None:  # read a step's metrics once the next step is dispatched
                 run.read(*pending)
                 stop.poll()
             pending = (number, metrics, skipped)
@@ -131,7 +130,7 @@ def train(
                 checkpoints.save(state)
             due = _due(config, number)
             if due and evaluate is not None:
-                with run.throughput.paused():
+                with run.throughput.timed("pause"):
                     run.writer.write_report(number, evaluate(state, frozen, tokenizers, due))
         if pending is not None:
             run.read(*pending)
@@ -156,9 +155,9 @@ def _due(config: Config, step: int) -> tuple[Evaluator, ...]:
 def compile_step(
     config: Config, mesh: Mesh, shardings: TrainState, frozen_shardings: PyTree
 ) -> TrainStep:
-    """The jitted step of a recipe, sharded in and out; the old state's memory goes to the new.
+    """Jit the step of a recipe with sharded inputs and outputs, donating the old state.
 
-    It is traced under the mesh, by which activations and attention find their places.
+    It is traced under the mesh, from which activations and attention derive their shardings.
     """
     on_any_mesh = make_train_step(
         config.task,
@@ -205,14 +204,14 @@ def _start(
     task = config.task
     parts = load_parts(task.initial_parts(), types_in(config))
     parts |= task.init_from_frozen(frozen, tokenizers)
-    # From the host: an array on one device cannot go to a mesh of several.
+    # From the host: jit cannot move an array from one device to a mesh of several.
     return init(jax.device_get(parts)), shardings
 
 
 def _batches(
     config: Config, tokenizers: Tokenizers, mesh: Mesh, rows: list[int], first: int
 ) -> grain.DatasetIterator:
-    """Iterate over batches on the devices from number `first` on; this host makes `rows`."""
+    """Iterate over batches on the devices from number `first` on; this host reads `rows`."""
     size = config.train.batch_size
     dataset = make_dataset(
         config.data,
@@ -227,10 +226,10 @@ def _batches(
 
 
 class _Preemption:
-    """Whether the run was asked to stop, and whether all hosts know.
+    """Agreement of all hosts on the step after which to stop.
 
-    A signal reaches each host at another moment, or one of them alone; but all must take the same
-    steps. So they vote with every step, and read the result once the next step is under way.
+    A signal reaches hosts at different moments, or a single host, but all must take the same steps.
+    They vote with every step and read the result once the next step is dispatched.
     """
 
     def __init__(self, mesh: Mesh, log: Callable[[str], None]):
@@ -242,16 +241,16 @@ class _Preemption:
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop now: the same at the same step on all hosts."""
+        """Whether to stop now: equal on all hosts at the same step."""
         return self._agreed if self._ballot else self.requested
 
     def vote(self) -> None:
-        """Vote, after a step was sent to the devices."""
+        """Vote, after a step was dispatched."""
         if self._ballot:
             self._votes.append(self._ballot(self.requested))
 
     def poll(self) -> None:
-        """Read the result of the oldest vote, after the results of its step."""
+        """Read the result of the oldest vote."""
         if self._votes:
             self._agreed = bool(self._votes.pop(0))
             if self._agreed and not self.requested:
@@ -260,7 +259,7 @@ class _Preemption:
 
 @contextmanager
 def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preemption]:
-    """Turn the first SIGTERM or SIGINT into a request; a second one has its usual effect."""
+    """Turn the first SIGTERM or SIGINT into a stop request; a second one has its usual effect."""
     stop, before = _Preemption(mesh, log), {}
 
     def request(number, _frame):
@@ -279,11 +278,11 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
 
 
 class _Run:
-    """Counts and reports of one pass through the loop."""
+    """Counts, metrics and progress of one call of `train`."""
 
     def __init__(self, config: Config, out: epath.Path, first: int, rows: int):
         train = config.train
-        self.rows = rows  # of a batch, those that this host makes
+        self.rows = rows  # rows of a batch that this host reads
         self.train = train
         self.bad = BadRecords(config.data.max_bad_fraction)
         self.window: dict[str, np.ndarray] = {}
@@ -303,17 +302,17 @@ class _Run:
         )
 
     def take(self, batches: Any) -> tuple[dict[str, Any], int]:
-        """Return the next batch, and how many bad records it skipped, which are logged."""
-        with self.throughput.waiting():
+        """Return the next batch and its number of skipped records, which are logged."""
+        with self.throughput.timed("wait"):
             try:
                 batch = next(batches)
             except RuntimeError as error:
                 if (died := re.search(WORKER_DIED, str(error))) is None:
                     raise
                 raise UserError(
-                    f"A data worker died (exit code {died[1]}; -9 is what a machine that runs out "
-                    "of memory ends it with): run the same command again, which resumes from the "
-                    "last checkpoint, with a smaller data.workers or data.prefetch."
+                    f"A data worker died (exit code {died[1]}; -9 means out of memory): run the "
+                    "same command again, which resumes from the last checkpoint, with a smaller "
+                    "data.workers or data.prefetch."
                 ) from error
         for name in batch["bad"]:
             logging.getLogger(__name__).warning("Skipped %s", name)
@@ -321,7 +320,7 @@ class _Run:
         return {name: batch[name] for name in ON_DEVICE if name in batch}, batch["skipped"]
 
     def read(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> None:
-        """Adds a step's metrics to those of the window; at its end, writes a line of them.
+        """Add a step's metrics to the window; at the window's end, write a line.
 
         Raises:
           UserError: too many updates in a row were not finite.
@@ -336,11 +335,11 @@ class _Run:
             )
         if in_a_row and is_host0():
             logging.getLogger(__name__).warning(
-                "Step %d changed nothing: its loss or its gradient is not finite.", step
+                "Step %d skipped its update: its loss or its gradient is not finite.", step
             )
         self.throughput.step()
         self._add({"skipped_records": np.asarray(skipped, np.float64)})
-        if in_a_row == 0:  # what was skipped would make the means of the whole line NaN
+        if in_a_row == 0:  # skipped updates would make the means of the line NaN
             self._add(values | {"steps": np.ones(())})
         noise = float(values["max_t"]) if "max_t" in values else None
         if step % self.train.log_every == 0 or step == self.train.steps:
@@ -354,7 +353,7 @@ class _Run:
             self.progress.update(step)
 
     def totals(self) -> dict[str, float]:
-        """Medians over the lines of this process, and the seconds that compilation took."""
+        """Return medians over the lines of this process, and the seconds of compilation."""
         keys = {key for line in self.rates for key in line if key != "compile_s"}
         medians = {k: float(np.median([line[k] for line in self.rates])) for k in sorted(keys)}
         compile_s = sum((line.get("compile_s", 0.0) for line in self.rates), 0.0)
@@ -365,7 +364,7 @@ class _Run:
             self.window[name] = self.window.get(name, 0.0) + value
 
     def _line(self, step: int, last: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Means over the window's updates; sums over counts; totals of what is counted."""
+        """Return means over the window's updates, sums over counts, and total counts."""
         window = dict(self.window)
         steps = window.pop("steps", 0.0)
         line: dict[str, Any] = {
@@ -380,7 +379,7 @@ class _Run:
                 line[name.removesuffix(SUM)] = mean.tolist()
             elif not name.endswith(COUNT):
                 line[name] = (value / steps).tolist()
-        # The optimizer does not count the updates that were skipped.
+        # The optimizer does not count skipped updates.
         line["learning_rate"] = float(self.learning_rate(step - 1 - line["skipped_updates"]))
         self.rates.append(self.throughput.rates())
         return line | self.rates[-1]

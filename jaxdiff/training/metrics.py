@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import jax
 import numpy as np
@@ -165,7 +165,7 @@ class MetricsWriter:
 
 
 def _records_until(step: int, path: epath.Path) -> list[str]:
-    """The lines of `metrics.jsonl` up to a step, without a truncated one."""
+    """Return the lines of `metrics.jsonl` up to a step, without a truncated one."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -197,17 +197,16 @@ def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
 class Throughput:
     """Images per second, the fraction of time spent waiting for data, and model FLOP utilisation.
 
-    The loop marks its phases; the time of `compiling` and `paused` is excluded from the rates:
+    The loop marks its phases; the time of "compile" and "pause" is excluded from the rates:
 
-        with throughput.compiling():  # around the first call of the step, or its compilation
-        with throughput.waiting():    # around the fetch of a batch
-        with throughput.paused():     # around anything but training, such as sampling images
-        throughput.step()             # when the results of a step have arrived
+        with throughput.timed("compile"):  # around the first call of the step, or its compilation
+        with throughput.timed("wait"):     # around the fetch of a batch
+        with throughput.timed("pause"):    # around anything but training, such as sampling images
+        throughput.step()                  # when the results of a step have arrived
 
     Args:
       batch_size: images in a step, over all devices.
-      flops_per_image: model FLOPs of a training step, see `jaxdiff.models.flops`; None reports no
-        utilisation.
+      flops_per_image: model FLOPs of a training step; None reports no utilisation.
       peak_flops: FLOP/s of all devices together; None reports no utilisation.
       clock: time in seconds.
     """
@@ -231,35 +230,23 @@ class Throughput:
         self._spent = {"compile": 0.0, "wait": 0.0, "pause": 0.0}
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: Literal["compile", "wait", "pause"]) -> Iterator[None]:
+        """Measure the time of a context as that of a phase."""
         start = self._clock()
         try:
             yield
         finally:
             self._spent[phase] += self._clock() - start
 
-    def compiling(self):
-        """A context whose time is `compile_s`."""
-        return self._timed("compile")
-
-    def waiting(self):
-        """A context whose time is the numerator of `data_wait`."""
-        return self._timed("wait")
-
-    def paused(self):
-        """A context whose time is excluded."""
-        return self._timed("pause")
-
     def step(self) -> None:
         """Count one finished step."""
         self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """The rates since the last call, or since the start; starts a new window.
+        """Return the rates since the last call, and start a new window.
 
-        Returns:
-          `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are known; and
-          `compile_s` in seconds, if anything was compiled.
+        They are `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are
+        known; and `compile_s` in seconds, if anything was compiled.
         """
         spent = self._spent
         seconds = self._clock() - self._start - spent["compile"] - spent["pause"]
@@ -339,11 +326,7 @@ class Progress:
     ) -> None:
         """Show that `step` steps have been taken; values that are None stay as last shown.
 
-        Args:
-          step: of the whole run.
-          loss: of a recent step.
-          images_per_s: likewise.
-          noise: the highest noise of the curriculum's current level, in [0, 1].
+        `noise` is the highest noise level of the curriculum's current stage, in [0, 1].
         """
         if not self._active:
             return

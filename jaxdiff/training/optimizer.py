@@ -1,6 +1,6 @@
 """AdamW and Muon with weight decay and gradient clipping, and learning-rate schedules.
 
-A schedule is a small frozen dataclass with one method, `factor(step, total_steps)`: the factor on
+A schedule is a frozen dataclass with one method, `factor(step, total_steps)`: the factor on
 the learning rate at update `step`, counted from 0, which may be traced. It is a linear warm-up
 times one of optax's schedules.
 """
@@ -30,7 +30,7 @@ def _check_schedule(name: str, warmup_steps: int, **fractions: float) -> None:
 
 
 def _warmup(step: StepCount, warmup_steps: int) -> Float[Array, "..."]:
-    """(step + 1) / warmup_steps, at most 1: unlike optax's warm-ups not 0 at first."""
+    """Return (step + 1) / warmup_steps, at most 1; unlike optax's warm-ups, not 0 at first."""
     return jnp.minimum(1.0, (jnp.float32(step) + 1) / max(warmup_steps, 1))
 
 
@@ -101,7 +101,7 @@ class WarmupStableDecay:
 
 
 def decayed(params: PyTree) -> PyTree[bool]:
-    """Mask of the parameters that weight decay applies to: kernels of linear layers, convolutions.
+    """Return the mask of parameters with weight decay: kernels of linear layers and convolutions.
 
     Biases, norms, embeddings, positions and CLIP's temperature are excluded. The name decides, not
     the rank, because stacked blocks give every bias a leading axis of depth.
@@ -207,7 +207,7 @@ class Muon(AdamW):
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """The axes of a kernel that are a matrix's rows and columns; None for other parameters."""
+    """Return the axes of a kernel that form a matrix's rows and columns; None for others."""
 
     def matrix(kernel: bool, leaf: Array) -> MuonDimensionNumbers | None:
         first = leaf.ndim % 2  # linear layers have two axes, convolutions four, stacked ones more

@@ -1,4 +1,4 @@
-"""Making the shards of a data set, or of its latents: by hand, or by a run for itself."""
+"""Write the shards of a data set, or of its latents, for `jaxdiff prepare` or for a run."""
 
 import dataclasses
 import os
@@ -33,30 +33,29 @@ from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
 
-# Records of a shard, and shards at most, unless told otherwise.
-_IMAGES, _LATENTS, _MOST = 4096, 1024, 1024
-_LEAST = 512  # records for which a process is worth its start
+# Defaults: images and latents per shard, the largest number of shards.
+_IMAGES, _LATENTS, _MAX_SHARDS = 4096, 1024, 1024
+_RECORDS_PER_WORKER = 512  # fewer are not worth the start of a process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """How the work is cut up."""
+    """How the work is split into shards, processes and machines."""
 
     shards: int | None = None
-    """Files to write; by default one for every 4096 images, or 1024 images' latents, 1024 at
-    most."""
+    """Files to write; by default one per 4096 images, or latents of 1024 images, at most 1024."""
     workers: int | None = None
-    """Processes that read, draw or decode; 0: this one alone. By default one for each core, where
-    there is enough to do."""
+    """Processes that read, render or decode; 0 is this process alone. By default one per core, and
+    at least 512 records each."""
     host: int = 0
-    """Number of this machine, from 0, where several write their share of the shards."""
+    """Index of this machine, from 0, where several write shards."""
     hosts: int = 1
-    """How many machines those are; the last one to finish writes the manifest."""
+    """Number of machines; the last one to finish writes the manifest."""
     latents: LatentOptions = field(default_factory=LatentOptions)
 
 
 def with_cache(config: Config, folder: epath.Path) -> Config:
-    """A recipe that asks for it on the latents in `folder`, which are made now if they are not.
+    """Return a recipe on cached latents in `folder`, encoding missing ones, if it sets `cache`.
 
     Raises:
       UserError: as `write_records`.
@@ -64,11 +63,10 @@ def with_cache(config: Config, folder: epath.Path) -> Config:
     data = config.data
     if not data.cache.views:
         return config
-    assert not isinstance(data.source, CachedLatents)  # as `check_cache` sees to
-    sharing = Sharing(latents=data.cache)
+    assert not isinstance(data.source, CachedLatents)  # see `check_cache`
 
     def write() -> None:
-        write_records(config, data, str(folder), sharing)
+        write_records(config, data, str(folder), Sharing(latents=data.cache))
 
     run_on_host0(write)
     source = CachedLatents(path=str(folder), of=data.source)
@@ -79,37 +77,33 @@ def with_cache(config: Config, folder: epath.Path) -> Config:
 def write_records(
     config: Config | None, data: DataConfig, out: str, sharing: Sharing
 ) -> ShardManifest | None:
-    """Writes the shards that are not there yet, and the manifest once all are.
+    """Write missing shards to the folder `out`, and the manifest once all exist.
 
-    Args:
-      config: the recipe whose autoencoder makes latents; None for images.
-      data: the records, and how they are cropped.
-      out: the folder.
-      sharing: how the work is cut up.
+    `config` is the recipe whose autoencoder encodes latents; None for images.
 
     Returns:
       The manifest; None while other machines have shards to write.
 
     Raises:
-      UserError: unusable data, a folder that holds something else, or one that cannot be written.
+      UserError: the data are unusable, or the folder has other contents or is not writable.
     """
     source = data.source
     if isinstance(source, CachedLatents):
         if source.of is None:
             raise UserError(
-                "The recipe trains on cached latents, and data.source.of does not say of what: "
-                "prepare the recipe whose data.source has the images."
+                "The recipe trains on cached latents but data.source.of does not say of what: "
+                "expected a source of images; set it, or prepare the recipe that has one."
             )
         source = source.of
     _check_sharing(sharing)
     source.check()
     cache = None
     if sharing.latents.views or sharing.latents.text:
-        assert config is not None  # as was checked
+        assert config is not None  # checked by the command
         cache = make_cache(config, sharing.latents)
-    usual = max(1, min(_MOST, -(-len(source) // (_LATENTS if cache else _IMAGES))))
+    usual = max(1, min(_MAX_SHARDS, -(-len(source) // (_LATENTS if cache else _IMAGES))))
     count = min(sharing.shards or usual, len(source))
-    seen = dataclasses.replace(data.transforms, caption_dropout=0.0)  # captions stay as they are
+    seen = dataclasses.replace(data.transforms, caption_dropout=0.0)  # no caption is dropped
     provenance: dict[str, Any] = {
         "source": to_json(source),
         "transforms": to_json(seen if cache else Transforms(size=1, max_pixels=seen.max_pixels)),
@@ -117,7 +111,7 @@ def write_records(
         "latents": cache and dataclasses.asdict(cache.space),
     }
     folder = make_folder(out)
-    return _Work(source, data.transforms, folder, cache, provenance, sharing).run(count)
+    return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -133,8 +127,8 @@ def _check_sharing(sharing: Sharing) -> None:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is to be made, of what, and where."""
+class _ShardJob:
+    """The shards of one folder."""
 
     source: AnySource | PriorPreservation
     transforms: Transforms
@@ -144,21 +138,21 @@ class _Work:
     sharing: Sharing
 
     def run(self, count: int) -> ShardManifest | None:
-        """Writes what is missing of `count` shards, and the manifest once none is."""
+        """Write the missing ones of `count` shards, and the manifest once all exist."""
         manifest = read_manifest(self.folder)
         if manifest is not None:
             check_same(manifest.provenance, self.provenance, self.folder)
-        notes = ShardProgress(self.folder, self.provenance)
+        progress = ShardProgress(self.folder, self.provenance)
         known = {shard.file: shard for shard in manifest.shards} if manifest else {}
-        done = self._whole({**known, **notes.read()})
+        done = self._complete({**known, **progress.read()})
         parts = shard_ranges(len(self.source), count)
         mine = parts[self.sharing.host :: self.sharing.hosts]
         for shard in self._write([part for part in mine if part.file not in done]):
             for reject in shard.rejects:
                 print(f"Skipped {reject}", file=sys.stderr)
             done[shard.file] = shard
-        if self.sharing.hosts > 1:  # what the others wrote meanwhile
-            done |= self._whole(notes.read())
+        if self.sharing.hosts > 1:  # the others may have finished meanwhile
+            done |= self._complete(progress.read())
         if len(done) < count:
             return None
         manifest = ShardManifest(
@@ -169,27 +163,27 @@ class _Work:
         if manifest.records == 0:
             for part in parts:
                 (self.folder / part.file).unlink()
-            notes.remove()
+            progress.remove()
             raise UserError(
-                f"None of the {manifest.rejected} records can be used, as told above: repair them, "
-                "or name other data in data.source."
+                f"None of the {manifest.rejected} records is usable, for the reasons above: repair "
+                "them, or name other data in data.source."
             )
         if self.cache:
             write_empty(self.folder, self.cache)
         manifest.write(self.folder)
-        if self.sharing.hosts == 1:  # or another may be about to read them
-            notes.remove()
+        if self.sharing.hosts == 1:  # other hosts may still read the entries
+            progress.remove()
         return manifest
 
-    def _whole(self, known: dict[str, Shard]) -> dict[str, Shard]:
+    def _complete(self, known: dict[str, Shard]) -> dict[str, Shard]:
         shards = list(known.values())
         found = whole_shards(self.folder, shards)
         return {s.file: s for s, whole in zip(shards, found, strict=True) if whole}
 
     def _write(self, todo: list[ShardRange]) -> Iterator[Shard]:
-        total = sum(part.stop - part.start for part in todo)
         if not todo:
             return
+        total = sum(part.stop - part.start for part in todo)
         reader = RecordReader(source=self.source, transforms=self.transforms)
         workers = Workers(self._workers(total, len(todo)), reader)
         console = Console(stderr=True)
@@ -207,5 +201,5 @@ class _Work:
     def _workers(self, records: int, shards: int) -> int:
         if self.sharing.workers is not None:
             return self.sharing.workers
-        most = min(os.cpu_count() or 1, records // _LEAST)
+        most = min(os.cpu_count() or 1, records // _RECORDS_PER_WORKER)
         return most if self.cache else min(most, shards)

@@ -1,11 +1,11 @@
-"""The recipe of a run: what is trained, on what and how."""
+"""The recipe of a run: model and task, data, optimizer, mesh and schedule."""
 
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
@@ -29,13 +29,13 @@ AnyTask = DiffusionTask | AutoencoderTask | ClipTask | Task
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Tokenizers of a run whose text encoders are not pretrained; others bring their own.
+    """Tokenizer of text encoders that are not pretrained; pretrained ones bring their own.
 
     Attributes:
-      path: a Hugging Face tokenizer folder; None trains CLIP's kind on the run's captions.
-      vocab_size: of a trained one, at most.
+      path: a Hugging Face tokenizer folder; None trains a CLIP tokenizer on the captions.
+      vocab_size: upper bound for a trained one.
       length: tokens of a prompt, start and end included; longer prompts are truncated.
-      records: how many records a trained one reads its captions from.
+      records: number of records whose captions train it.
     """
 
     path: str | None = None
@@ -51,14 +51,13 @@ class TrainConfig:
     Attributes:
       steps: of the run.
       batch_size: images of one step, over all devices and micro-batches.
-      accumulate: micro-batches that a step's batch is split into, one after the other.
+      accumulate: sequential micro-batches of a step's batch.
       compute: type of activations and products; parameters stay float32.
       seed: of initialisation, data order and noise.
-      log_every: steps from one line of metrics to the next.
-      checkpoint_every: steps from one checkpoint to the next; the last step always has one.
-      keep: newest checkpoints that are kept.
-      max_nonfinite: updates skipped in a row, for a loss or gradient that is not finite, after
-        which the run ends.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints; the last step always has one.
+      keep: number of newest checkpoints that are kept.
+      max_nonfinite: consecutive updates with a nonfinite loss or gradient that end the run.
       wandb: whether metrics also go to Weights & Biases.
       evaluate: whether the recipe's evaluators run.
 
@@ -95,8 +94,8 @@ class Config:
 
     Attributes:
       name: of the run; its folder is `runs/NAME` by default.
-      task: the model, its loss, and what of it is trained.
-      data: what it is trained on.
+      task: the model, its loss, and its parameters that are trained.
+      data: records and transforms.
       tokenizer: of text encoders that are not pretrained.
       optimizer: with its learning-rate schedule.
       ema: the moving average of the parameters, which is sampled and exported.
@@ -104,7 +103,7 @@ class Config:
       mesh: of the devices.
       compiler: XLA's flags.
       evaluators: metrics and images, at intervals and at the end.
-      slices: hardware that `jaxdiff plan` plans it for, and the mesh to give it there.
+      slices: topologies for `jaxdiff plan`, with their meshes.
     """
 
     name: str
@@ -121,18 +120,14 @@ class Config:
 
 
 DATASETS = (Produce, OpenMoji)
-"""Sources that come with jaxdiff, which a recipe may name beside those of `jaxdiff.data`."""
+"""Sources that ship with jaxdiff, beside those of `jaxdiff.data`."""
 
 
 def config_from_json(data: Any, types: Sequence[type] = ()) -> Config:
-    """Return the recipe that `to_json` wrote.
-
-    Args:
-      data: what `json.loads` returned.
-      types: dataclasses that are accepted beside those of this package.
+    """Return the recipe that `to_json` wrote; `types` are further dataclasses to accept.
 
     Raises:
-      UserError: it is no recipe of this version.
+      UserError: it is not a recipe of this version.
     """
     return from_json(Config, data, types=(*DATASETS, *types))
 
@@ -140,34 +135,29 @@ def config_from_json(data: Any, types: Sequence[type] = ()) -> Config:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Return `key is A here and B there` for each key in which two recipes differ."""
     a, b = flatten(to_json(ours)), flatten(to_json(theirs))
-    missing: Literal["(none)"] = "(none)"
-    keys = list(dict.fromkeys([*a, *b]))
     return [
-        f"{key} is {a.get(key, missing)!r} here and {b.get(key, missing)!r} there"
-        for key in keys
-        if a.get(key, missing) != b.get(key, missing)
+        f"{key} is {a.get(key, '(none)')!r} here and {b.get(key, '(none)')!r} there"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key, "(none)") != b.get(key, "(none)")
     ]
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Config:
     """Return the `Config` that a recipe's `get_config()` returns.
 
-    As a script does, a recipe may import the modules in its own folder.
-
-    Args:
-      path: of a Python file, or the name of a shipped recipe (`find_recipe`).
+    A recipe may import the modules in its own folder, as a script does.
 
     Raises:
-      UserError: no such recipe, or no `get_config` in it.
+      UserError: there is no such recipe (`find_recipe`), or it defines no `get_config`.
     """
     path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no recipe: expected a Python file; see configs/.")
+        raise UserError(f"{path} is not a recipe: expected a Python file; see configs/.")
     module = importlib.util.module_from_spec(spec)
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.append(folder)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path} defines no get_config(): a recipe returns its Config from it.")
+        raise UserError(f"{path} defines no get_config(): expected one that returns a Config.")
     return module.get_config()

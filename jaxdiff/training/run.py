@@ -1,4 +1,4 @@
-"""A whole run: train, evaluate on the way and at the end."""
+"""A run: train a recipe, and evaluate it at intervals and at the end."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -26,15 +26,15 @@ Log = Callable[[str], None]
 def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = print) -> Result:
     """Train a recipe in the folder `out`, then evaluate it and write `summary.json`.
 
-    The summary is written before the evaluation and again with its figures, so that an evaluator
-    that fails loses nothing. The same command again evaluates a run that was not evaluated yet.
+    The summary is written before the evaluation and again with its figures, so that a failing
+    evaluator loses nothing. Repeating the command evaluates a run that was not evaluated yet.
 
     Raises:
-      UserError: as `jaxdiff.training.loop.train`; or, before any training, for a model or data that
-        the recipe's evaluators cannot evaluate.
+      UserError: as `jaxdiff.training.loop.train`; or, before training, for a model or data that an
+        evaluator does not support.
     """
     folder = epath.Path(out)
-    log = log if is_host0() else _silent
+    log = on_host0(log)
     evaluators = config.evaluators if config.train.evaluate else ()
     for evaluator in evaluators:
         evaluator.check(config.task.model, config.data)
@@ -122,12 +122,13 @@ def run_evaluators(
     return Report(scalars=scalars, images=shown)
 
 
-def _silent(_sentence: str) -> None:
-    """Log nothing: every host but the first."""
+def on_host0(log: Log) -> Log:
+    """Return `log` on the first host, and a function that does nothing on the others."""
+    return log if is_host0() else lambda _: None
 
 
 def _read_summary(folder: epath.Path) -> dict[str, Any]:
-    """Return the summary that an earlier end of the run wrote; {} where none can be read."""
+    """Return the summary of an earlier end of the run; {} where none can be read."""
     try:
         return json.loads((folder / SUMMARY).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run is at one step, and the fingerprint that tells two such states apart."""
+"""The state of a run at one step, and its fingerprint."""
 
 import dataclasses
 import hashlib
@@ -11,23 +11,23 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from jaxdiff.distributed.multihost import to_host
 
-# Fields of a state that its fingerprint covers, in this order.
+# Fields that the fingerprint covers, in order.
 FINGERPRINTED = ("step", "params", "ema", "opt_state")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a step changes; a checkpoint is this and the place in the data.
+    """Everything that a step changes; a checkpoint contains it.
 
     Attributes:
       step: number of steps taken.
-      key: of the run; step n draws from `fold_in(key, n)`.
+      key: of the run; step n uses `fold_in(key, n)`.
       params: float32 masters.
       ema: their exponential moving average, of the same structure.
       opt_state: of the optimizer.
-      task_state: what the task itself carries along, such as the noise curriculum.
-      nonfinite: updates skipped in a row until now, and in all.
+      task_state: state of the task, such as the noise curriculum.
+      nonfinite: skipped updates: consecutive ones until now, and all.
     """
 
     step: Int[Array, ""] | Any
@@ -39,16 +39,15 @@ class TrainState:
     nonfinite: PyTree
 
     def replace(self, **changes) -> "TrainState":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 def fingerprint(state: TrainState) -> str:
-    """SHA-256, in hex, over the bytes of step, params, EMA and optimizer state.
+    """Return the SHA-256, in hex, over the bytes of step, params, EMA and optimizer state.
 
-    Leaves are taken in the order of their tree, each with its path, type and shape, so that two
-    states agree only if they are equal bit for bit. Gathers sharded arrays, one after the other,
-    on every host; so all hosts call it.
+    Leaves enter in the order of their tree, with path, type and shape: equal fingerprints mean
+    bit-equal states. Sharded arrays are gathered on every host, so all hosts must call it.
     """
     digest = hashlib.sha256()
     for name in FINGERPRINTED:
@@ -60,5 +59,5 @@ def fingerprint(state: TrainState) -> str:
 
 
 def no_skips() -> dict[str, jax.Array]:
-    """The counts of `TrainState.nonfinite` at the start."""
+    """Return the initial counts of `TrainState.nonfinite`."""
     return {"in_a_row": jnp.zeros((), jnp.int32), "total": jnp.zeros((), jnp.int32)}

@@ -1,4 +1,4 @@
-"""The training step: a pure function of (state, frozen, batch), sharded from outside."""
+"""The training step: a pure function of (state, frozen, batch); the caller shards it."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -24,9 +24,9 @@ def init_state(
     seed: int,
     initial_params: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> TrainState:
-    """Return the state at step 0. Call it under `jax.eval_shape`, or jitted with shardings.
+    """Return the state at step 0; call it under `jax.eval_shape`, or jitted with shardings.
 
-    `initial_params` holds the parts that start from other weights, at their place in the tree.
+    `initial_params` replace initialised parameters at the same paths.
     """
     params = merge_params(task.init_params(rngs_from_seed(seed)), initial_params)
     return TrainState(
@@ -48,11 +48,11 @@ def make_train_step(
     accumulate: int = 1,
     compute: ComputeType = "float32",
 ) -> TrainStep:
-    """Make one update: gradients, optimizer, moving average, and the task's own state.
+    """Make a step that updates parameters, optimizer state, EMA and the task's state.
 
-    Gradients are taken with respect to the float32 masters through a cast to `compute`. With
-    `accumulate` = k they are averaged over k micro-batches, one after the other. An update whose
-    loss or gradient is not finite changes nothing but the step and the counts of such updates.
+    Gradients are taken with respect to the float32 masters through a cast to `compute`, and
+    averaged over `accumulate` sequential micro-batches. A nonfinite loss or gradient changes only
+    the step and the counts of skipped updates.
     """
 
     def loss(params, frozen, batch, key, task_state, average):
@@ -101,7 +101,7 @@ def _mean_gradient(
         return gradient(state.params, frozen, batch, key, state.task_state, state.ema)
 
     def split(x: Array) -> Float[Array, "k b ..."]:
-        # Every k-th image, so that each device has its share of every part without an exchange.
+        # Every k-th image: each device holds rows of every micro-batch, without communication.
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
     def part_gradient(part: Batch, key: jax.Array, task_state: PyTree):

@@ -1,4 +1,4 @@
-"""The folder of a run: which recipe it holds, and whether this one may continue in it."""
+"""The folder of a run: its recipe, its tokenizers, and whether a recipe can resume there."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 CACHE = "latents"
 
-# Keys that change how a run is carried out and shown, not what it computes.
+# Keys that do not change what a run computes.
 _FREE = (
     "name",
     "mesh",
@@ -53,9 +53,9 @@ _FREE = (
     "train.wandb",
     "train.evaluate",
 )
-# Files of a run, the checkpoints first: after a removal that was cut short, the rest is a run
-# without checkpoints, which starts again under the same recipe.
-_OF_A_RUN = (
+# Files of a run. Checkpoints come first: an interrupted removal leaves a run without checkpoints,
+# which starts again with the same recipe.
+_RUN_FILES = (
     CHECKPOINTS,
     FROZEN,
     CACHE,
@@ -73,15 +73,14 @@ _OF_A_RUN = (
 def open_run(
     config: Config, out: epath.Path, *, fresh: bool, log: Callable[[str], None]
 ) -> dict[str, TextTokenizer]:
-    """Make the run's folder, or continue in it; write its recipe and its tokenizers.
+    """Create the run's folder or resume in it, and write its recipe and tokenizers.
 
     Returns:
       The tokenizers, by the names of the text encoders.
 
     Raises:
-      UserError: the folder cannot be made, or is not the same on all hosts; it holds a run of
-        another recipe (the differing keys are named), an exported model, or checkpoints without a
-        recipe.
+      UserError: the folder cannot be created, or differs between hosts; it holds a run of another
+        recipe (the message names the keys), an exported model, or checkpoints without a recipe.
     """
     run_on_host0(lambda: _prepare(config, out, fresh, log))
     _check_shared(out)
@@ -89,11 +88,9 @@ def open_run(
 
 
 def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
-    """Read the recipe of a run, or that an exported model was trained by.
+    """Read the recipe of a run, an exported model or `shipped:NAME`.
 
-    Args:
-      folder: of a run or an exported model, or `shipped:NAME`.
-      types: dataclasses that are accepted beside those of this package.
+    `types` are further dataclasses to accept.
 
     Raises:
       UserError: there is none, or it cannot be read.
@@ -106,12 +103,12 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
         )
-    read_run_spec(root, data, types)  # refuses what another version wrote
+    read_run_spec(root, data, types)  # raises for files of another version
     return config_from_json(data, types)
 
 
 def find_recipe_of(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config | None:
-    """Return the recipe that a model was trained by; None where its folder has none."""
+    """Return the recipe of a trained model; None if its folder has none."""
     root = model_folder(folder)
     names = (RECIPE, CONFIG) if root.is_dir() else ()
     has_one = any((root / name).exists() and is_recipe(read_json(root / name)) for name in names)
@@ -124,12 +121,11 @@ def write_config(folder: epath.PathLike, config: Config) -> None:
 
 
 def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], None]) -> None:
-    """Do what one host does in the folder."""
+    """Create or check the folder on one host, and write recipe and tokenizers."""
     make_folder(out)
     if (out / MODEL).exists():
         raise UserError(f"{out} holds an exported model rather than a run: choose another --out.")
-    # A run that was stopped before its first checkpoint, by a mistake in its recipe for instance,
-    # has nothing to keep: another recipe may take its place.
+    # Another recipe may replace a run that ended before its first checkpoint.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
     there = read_config(out, types_in(config)) if (out / CONFIG).exists() and not fresh else None
     if fresh or (there is not None and not begun and differences(config, there)):
@@ -148,7 +144,7 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
 
 
 def _check_shared(out: epath.Path) -> None:
-    """Raises `UserError` unless all hosts see the same folder, as they must to save into it."""
+    """Raise `UserError` unless all hosts see the same folder, as saving requires."""
     if jax.process_count() == 1:
         return
     sign = out / f".shared-{broadcast_text(uuid.uuid4().hex)}"
@@ -158,13 +154,13 @@ def _check_shared(out: epath.Path) -> None:
     if blind:
         raise UserError(
             f"{out} is not the same folder on all hosts, {blind} of {jax.process_count()} do not "
-            "see it: give an --out on storage that they share, such as gs://."
+            "see it: expected shared storage; give an --out there, such as gs://."
         )
 
 
 @contextlib.contextmanager
 def disk_full_as_user_error(out: epath.Path) -> Iterator[None]:
-    """Raise a full or read-only disk as a `UserError`, whatever was being written."""
+    """Raise errors of a full or read-only disk as `UserError`."""
     try:
         yield
     except OSError as error:
@@ -177,7 +173,7 @@ def disk_full_as_user_error(out: epath.Path) -> Iterator[None]:
 
 
 def _remove_run(out: epath.Path) -> None:
-    for name in _OF_A_RUN:
+    for name in _RUN_FILES:
         path = out / name
         if path.is_dir():
             path.rmtree()
@@ -194,7 +190,7 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
             f"{config.train.steps}: give {taken} or more, choose another --out, or start again "
             "with --fresh, which removes that run."
         )
-    # A run of another length goes through the same states as long as its learning rates are equal.
+    # A run of another length has the same states as long as its learning rates are equal.
     free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE
     differing = [
         line
@@ -210,7 +206,7 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
 
 
 def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:
-    """Whether the two lengths of the run make no difference to the `taken` updates made so far."""
+    """Whether both lengths of the run give the first `taken` updates the same learning rates."""
 
     def factors(steps: int):
         factor = config.optimizer.schedule.factor
@@ -229,7 +225,7 @@ def _load_tokenizers(config: Config, out: epath.Path) -> dict[str, TextTokenizer
 def _tokenizers(
     config: Config, out: epath.Path, log: Callable[[str], None]
 ) -> Mapping[str, TextTokenizer]:
-    """Return the run's own tokenizers, its text encoders', the recipe's, or newly trained ones."""
+    """Return the tokenizers of the run, the text encoders or the recipe, or train new ones."""
     settings, task = config.tokenizer, config.task
     if task.conditioner is None:
         return {}
@@ -254,7 +250,7 @@ def _tokenizers(
     source = config.data.source
     source.check()
     count = min(settings.records, len(source))
-    # Spread over the data, which may be sorted.
+    # Evenly spaced, since data may be sorted.
     indices = [i * len(source) // count for i in range(count)]
     log(f"Training a tokenizer on the captions of {count} records.")
     return task.conditioner.train_tokenizers(

@@ -72,7 +72,7 @@ def test_a_random_batch_has_the_recipes_shapes(tiny_recipe):
     ("words", "message"),
     [
         (("speed",), "There is no benchmark 'speed': there are train, sample, data, checkpoint"),
-        (("compare", "a.json"), "takes two reports: got 1 words"),
+        (("compare", "a.json"), "got 1 words: expected two reports"),
         (("compare", "a.json", "b.json"), "a.json cannot be read"),
         (("train", "--repeats", "2"), "--repeats is 2"),
         (("train", "--peak-tflops", "-1", "--repeats", "3"), "--peak-tflops is -1"),

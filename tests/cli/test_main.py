@@ -103,7 +103,7 @@ def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
         (("train", "--ou", "x"), "did you mean --out?"),
         (("train", "--fersh"), "did you mean --fresh?"),
         (("train", "--zzzzzzzzzzzz"), "see jaxdiff train --help"),
-        (("train", "--out", "x", "configs/produce.py"), "no place for 'configs/produce.py'"),
+        (("train", "--out", "x", "configs/produce.py"), "unexpected argument 'configs/produce.py'"),
         (("train", "configs/prodce.py"), "did you mean configs/produce.py?"),
         (("train", "prodce"), "did you mean produce?"),
         (("train", "qqqq"), "expected a Python file or one of dit_3b_512, "),
@@ -215,7 +215,7 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, refused):
     (tmp_path / "empty.py").write_text("")
     assert "defines no get_config()" in refused("train", str(tmp_path / "empty.py"))
     (tmp_path / "notes.txt").write_text("")
-    assert "is no recipe" in refused("train", str(tmp_path / "notes.txt"))
+    assert "is not a recipe" in refused("train", str(tmp_path / "notes.txt"))
     assert "There is no recipe" in refused("train", str(tmp_path))
 
 

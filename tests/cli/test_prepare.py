@@ -37,7 +37,7 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
 
 
-def test_prepare_tells_what_it_cannot_do(recipe, tmp_path, refused):
+def test_prepare_refuses_invalid_options(recipe, tmp_path, refused):
     assert "data.source.length is 0" in refused(
         "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
     )
@@ -112,9 +112,9 @@ def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, term
 def test_rejects_are_in_the_manifest_with_their_reasons(images, tmp_path):
     recipe = images(a=(_png(), "x"), b=(b"no", "x"), c=(_png(), "x"))
     assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
-    told = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (told["records"], told["rejected"]) == (2, 1)
-    (reject,) = [reject for shard in told["shards"] for reject in shard["rejects"]]
+    printed = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (printed["records"], printed["rejected"]) == (2, 1)
+    (reject,) = [reject for shard in printed["shards"] for reject in shard["rejects"]]
     assert "b.png: the image cannot be decoded" in reject
 
 
@@ -132,21 +132,21 @@ def test_a_path_is_read_by_what_lies_there(tmp_path, capsys):
         assert source_at(str(tmp_path / name)) == kind(path=str(tmp_path / name))
 
 
-def test_paths_of_nothing_are_told(tmp_path, refused):
+def test_missing_paths_are_refused(tmp_path, refused):
     assert "does not exist: expected a recipe" in refused("prepare", str(tmp_path / "none"), "out")
     (tmp_path / "notes.txt").write_text("x")
     assert "nothing to prepare" in refused("prepare", str(tmp_path), "out")
     (tmp_path / "a.png").write_bytes(_png())
     (tmp_path / "a.txt").write_text("x")
-    told = refused("prepare", str(tmp_path), "out", "--latents.views", "1")
-    assert "Latents need a recipe" in told
+    printed = refused("prepare", str(tmp_path), "out", "--latents.views", "1")
+    assert "Latents need a recipe" in printed
 
 
-def test_impossible_shares_of_the_work_are_told(recipe, tmp_path, refused):
-    for words, told in (
+def test_invalid_options_of_sharing_are_refused(recipe, tmp_path, refused):
+    for words, printed in (
         (("--shards", "0"), "--shards 0"),
         (("--workers", "-1"), "--workers -1"),
         (("--host", "1"), "--host 1 of --hosts 1"),
-        (("--latents.views", "1"), "no autoencoder to cache latents of"),
+        (("--latents.views", "1"), "no autoencoder whose latents can be cached"),
     ):
-        assert told in refused("prepare", recipe, str(tmp_path / "out"), *words)
+        assert printed in refused("prepare", recipe, str(tmp_path / "out"), *words)

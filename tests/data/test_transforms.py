@@ -177,7 +177,7 @@ def test_unusable_captions_are_named_with_the_reason(captions, reason):
         Transforms(size=8)(record, np.random.default_rng(0))
 
 
-def test_impossible_settings_are_told():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match=r"transforms\.size"):
         Transforms(size=0)
     with pytest.raises(UserError, match=r"transforms\.caption_dropout"):

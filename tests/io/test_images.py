@@ -7,12 +7,12 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.errors import UserError
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.io.images import (
     GAP,
     GAP_COLOUR,
     animation_bytes,
     grid,
-    read_text,
     save_png,
     strip,
     to_uint8,
@@ -103,7 +103,7 @@ def test_png_returns_pixels_and_text_of_any_script(tmp_path):
     }
     path = tmp_path / "new" / "picture.png"
     save_png(path, image, text)
-    assert read_text(path) == text
+    assert read_image_text(path) == text
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
     data = path.read_bytes()
     assert data.count(b"tEXt") == 3
@@ -122,20 +122,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_png(path, plain(2)[0], {"seed": "2"})
     monkeypatch.undo()
-    assert read_text(path) == {"seed": "1"}
+    assert read_image_text(path) == {"seed": "1"}
 
 
-def test_read_text_names_the_file_that_is_missing_or_not_a_png(tmp_path):
-    with pytest.raises(UserError, match=r"missing.*does not exist"):
-        read_text(tmp_path / "missing.png")
+def test_read_image_text_names_the_file_that_is_missing_or_not_an_image(tmp_path):
+    with pytest.raises(UserError, match=r"missing.*cannot be read"):
+        read_image_text(tmp_path / "missing.png")
     (tmp_path / "noise.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"noise.*is not a readable PNG"):
-        read_text(tmp_path / "noise.png")
+        read_image_text(tmp_path / "noise.png")
     save_png(tmp_path / "cut.png", np.zeros((64, 64, 3), np.uint8), {"seed": "1"})
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"cut.*is not a readable PNG"):
-        read_text(tmp_path / "cut.png")
+        read_image_text(tmp_path / "cut.png")
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

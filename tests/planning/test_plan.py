@@ -9,7 +9,7 @@ import pytest
 from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention
-from jaxdiff.planning.plan import ORIGINS, Plan, held, make_plan, on_slice
+from jaxdiff.planning.plan import ORIGINS, Plan, make_plan, on_slice, state_bytes_per_device
 from jaxdiff.planning.table import plan_table, summary_table
 from jaxdiff.planning.topology import find_topology
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
@@ -123,7 +123,7 @@ def test_a_program_that_the_compiler_finds_no_memory_for_is_still_planned(
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     plan = make_plan(config, find_topology("cpu:8"))
     assert not plan.fits
-    state = held(config, make_mesh(config.mesh, find_topology("cpu:8").devices))
+    state = state_bytes_per_device(config, make_mesh(config.mesh, find_topology("cpu:8").devices))
     needed = 17.5 * 2**30 + ("temporaries" in error) * state
     assert (plan.memory_needed, plan.memory_limit) == (needed, 15.75 * 2**30)
     assert plan.memory is None

@@ -10,7 +10,7 @@ from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.planning import search as plan_search
-from jaxdiff.planning.plan import held
+from jaxdiff.planning.plan import state_bytes_per_device
 from jaxdiff.planning.search import candidates, search
 from jaxdiff.planning.topology import Topology
 
@@ -67,7 +67,7 @@ def quick(some_plan, monkeypatch):
 @pytest.mark.usefixtures("quick")
 def test_the_fastest_that_fits_comes_first(tiny_recipe):
     planned_so_far = []
-    plans = search(tiny_recipe(batch_size=16), EIGHT, most=99, say=planned_so_far.append)
+    plans = search(tiny_recipe(batch_size=16), EIGHT, most=99, log=planned_so_far.append)
     assert planned_so_far[0].fits is False  # 40 and 2 of 30, with all devices sharing
     assert len(planned_so_far) == len(plans) == 21
     fitting = [plan for plan in plans if plan.fits]
@@ -78,22 +78,21 @@ def test_the_fastest_that_fits_comes_first(tiny_recipe):
 
 @pytest.mark.usefixtures("quick")
 def test_no_more_plans_than_asked_for_are_made(tiny_recipe):
-    assert len(search(tiny_recipe(batch_size=16), EIGHT, most=5, say=lambda _: None)) == 5
+    assert len(search(tiny_recipe(batch_size=16), EIGHT, most=5, log=lambda _: None)) == 5
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_refused(tiny_recipe):
+def test_a_batch_that_does_not_divide_is_refused(tiny_recipe):
     config = tiny_recipe(batch_size=3)
-    with pytest.raises(UserError, match=r"Nothing of tiny fits cpu:8.*batch_size 3"):
-        search(config, EIGHT, most=5, say=lambda _: None)
+    with pytest.raises(UserError, match=r"No plan of tiny fits cpu:8.*batch_size \(3\)"):
+        search(config, EIGHT, most=5, log=lambda _: None)
 
 
-def test_what_each_device_holds_falls_with_the_devices_that_share(tiny_recipe):
+def test_state_bytes_per_device_fall_with_fsdp(tiny_recipe):
     wide = tiny_recipe()
     denoiser = dataclasses.replace(wide.task.model.denoiser, width=256)
     model = dataclasses.replace(wide.task.model, denoiser=denoiser)
     wide = dataclasses.replace(wide, task=dataclasses.replace(wide.task, model=model))
-    sizes = [
-        held(wide, make_mesh(MeshConfig(data=8 // n, fsdp=n), EIGHT.devices)) for n in (1, 4, 8)
-    ]
+    meshes = [make_mesh(MeshConfig(data=8 // n, fsdp=n), EIGHT.devices) for n in (1, 4, 8)]
+    sizes = [state_bytes_per_device(wide, mesh) for mesh in meshes]
     assert sizes[0] / 4 < sizes[1] < sizes[0] / 3.8
     assert sizes[0] / 8 < sizes[2] < sizes[0] / 7

@@ -59,7 +59,7 @@ def test_slices_are_there_without_their_chips(name, count, chip, stands_in):
     assert len(topology.devices) == count
     assert topology.chip is not None
     assert topology.chip.kind == chip
-    assert topology.stands_in_for == stands_in
+    assert topology.proxy_topology == stands_in
 
 
 def test_a_slice_of_a_shape_that_there_is_not_is_refused():

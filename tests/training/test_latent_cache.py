@@ -380,7 +380,7 @@ def test_what_cannot_be_cached_is_refused_before_an_earlier_run_is_removed(
         return str(error.value)
 
     once = LatentOptions(views=1)
-    assert "no autoencoder to cache latents of" in refused(tiny_recipe(), once)
+    assert "no autoencoder whose latents can be cached" in refused(tiny_recipe(), once)
     assert "which need no caching" in refused(cached, once)
     text = LatentOptions(views=1, text=True)
     assert "trained text encoders that stay frozen" in refused(config, text)

@@ -289,7 +289,7 @@ def test_a_skipped_update_is_reported(faked, tmp_path, tiny_recipe, caplog):
     train(tiny_recipe(steps=4), tmp_path, log=quiet)
     reported = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
     assert [line.split(":")[0] for line in reported] == [
-        f"Step {n} changed nothing" for n in (3, 4)
+        f"Step {n} skipped its update" for n in (3, 4)
     ]
 
 

@@ -175,14 +175,14 @@ def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypa
 def test_rates_exclude_compilation_and_pauses():
     clock = Clock()
     throughput = Throughput(8, flops_per_image=1e9, peak_flops=1e11, clock=clock)
-    with throughput.compiling():
+    with throughput.timed("compile"):
         clock.wait(30)
     for _ in range(4):
-        with throughput.waiting():
+        with throughput.timed("wait"):
             clock.wait(0.5)
         clock.wait(1.5)
         throughput.step()
-    with throughput.paused():
+    with throughput.timed("pause"):
         clock.wait(100)
     assert throughput.rates() == pytest.approx(
         {"images_per_s": 4.0, "data_wait": 0.25, "mfu": 0.04, "compile_s": 30}
@@ -192,7 +192,7 @@ def test_rates_exclude_compilation_and_pauses():
 def test_windows_are_independent():
     clock = Clock()
     throughput = Throughput(8, clock=clock)
-    with throughput.waiting():
+    with throughput.timed("wait"):
         clock.wait(1)
     throughput.step()
     assert throughput.rates() == {"images_per_s": 8.0, "data_wait": 1.0}

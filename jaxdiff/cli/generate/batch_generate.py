@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 
 class RowErrors:
-    """Prints why rows are invalid, and counts them."""
+    """Prints the errors of invalid rows, and counts them."""
 
     def __init__(self, name: str):
         self._name = name
@@ -75,9 +75,9 @@ class RowErrors:
 
 
 def generate_file(options: SampleOptions) -> int:
-    """Generate what the folder lacks of a prompt file; return the number of invalid rows.
+    """Generate the missing images of a prompt file; return the number of invalid rows.
 
-    Each process generates a part, and all return the same.
+    Each process generates a part, and all return the same number.
 
     Raises:
       UserError: the file or the model cannot be read.
@@ -109,7 +109,7 @@ def _generate_rows(
     name: str,
     errors: RowErrors,
 ) -> int:
-    """Generate this process's part of what is missing; return the number of its images."""
+    """Generate this process's part of the missing images; return their number."""
     process, processes = jax.process_index(), jax.process_count()
     pipe = open_pipeline(options)
     jobs = _plan(rows, pipe, options, name, errors)
@@ -120,7 +120,7 @@ def _generate_rows(
     _wait_for_all("the manifest is in order")
     if manifest is None:
         manifest = Manifest(folder, name, records, process=process, processes=processes)
-    # In the order of the calls, so that every process gets as many of each kind.
+    # In the order of the calls: every process gets the same number of each kind.
     ordered = [job for call in calls(jobs, 1) for job in call]
     mine = ordered[process::processes]
     missing = [job for job in mine if not manifest.has(job.file)]
@@ -218,17 +218,19 @@ def _job(
 
 
 def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
-    """Yield jobs by call of the pipeline, those of one compiled program after one another.
+    """Yield jobs by call of the pipeline, grouped by compiled program.
 
-    Larger images come later: if memory does not suffice for them, the others are there. Otherwise
-    the order of the first of each kind is kept, and within each kind that of the steps and the
-    rows.
+    Larger images come later: if they exceed the memory, the others exist. Within a program jobs are
+    ordered by steps, then rows.
     """
     programs: dict[Any, dict[Any, list[Job]]] = {}
     for job in jobs:
         some = programs.setdefault(job.settings.group(Varies.PROGRAM), {})
         some.setdefault(job.settings.group(Varies.CALL), []).append(job)
-    ordered = sorted(programs.values(), key=lambda some: math.prod(_first(some).final_size))
+    ordered = sorted(
+        programs.values(),
+        key=lambda some: math.prod(next(iter(some.values()))[0].settings.final_size),
+    )
     for group in itertools.chain.from_iterable(some.values() for some in ordered):
         size = default_batch_size(*group[0].settings.size)
         kinds: dict[Any, list[Job]] = {}
@@ -240,12 +242,8 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
             yield list(itertools.chain.from_iterable(some[i : i + devices]))
 
 
-def _first(groups: dict[Any, list[Job]]) -> ResolvedSettings:
-    return next(iter(groups.values()))[0].settings
-
-
 class _Run(NamedTuple):
-    """What all calls of a command share."""
+    """Objects that all calls of a command share."""
 
     pipe: Pipeline
     manifest: Manifest
@@ -265,7 +263,7 @@ class _Run(NamedTuple):
             )
             total, there = total + written, there + len(call)
             if not written:
-                continue  # failures take no time, and would distort the rate
+                continue  # failures would distort the rate
             rate = written / (time.perf_counter() - start)
             program = call[0].settings.group(Varies.PROGRAM)  # compiled by its first call
             progress.update(there, images_per_s=rate if program in compiled else None)
@@ -278,7 +276,7 @@ class _Run(NamedTuple):
     def _write(
         self, job: Job, image: tuple[np.ndarray, ResolvedSettings] | UserError, seconds: float
     ) -> bool:
-        """Write an image and its line, or report why there is none."""
+        """Write an image and its line, or report its error."""
         try:
             if isinstance(image, UserError):
                 raise image
@@ -294,7 +292,7 @@ class _Run(NamedTuple):
     def _try(
         self, call: Sequence[Job]
     ) -> Sequence[tuple[np.ndarray, ResolvedSettings] | UserError]:
-        """Return an image of each job, or why there is none; one job may fail a whole call."""
+        """Return an image or an error of each job; retry the jobs of a failing call one by one."""
         try:
             made = generate(self.pipe, [job.settings for job in call], preview=self.preview)
             return list(zip(*made, strict=True))

@@ -32,7 +32,7 @@ from jaxdiff.pretrained.load import make_folder
 
 
 def sample_images(options: SampleOptions) -> None:
-    """Generate what the options ask for, write it to a folder, and print where.
+    """Generate images for the options, write them to a folder, and print their paths.
 
     Raises:
       UserError: no model, no prompt, or settings that do not fit the model.
@@ -43,7 +43,7 @@ def sample_images(options: SampleOptions) -> None:
         print_words(options)
         return
     with warnings.catch_warnings():
-        # What the command itself says of a prompt names its line.
+        # The command prints its own warnings, with the line of the prompt.
         warnings.simplefilter("ignore", UnknownWordWarning)
         succeeded = _sample(options)
     if not succeeded:
@@ -54,7 +54,7 @@ def _sample(options: SampleOptions) -> bool:
     if options.prompts is not None:
         return generate_file(options) == 0
     if not is_host0():
-        return True  # the first process generates these few
+        return True  # the first process generates all
     if options.again is not None:
         return reproduce(options)
     generate_prompts(options)
@@ -65,13 +65,13 @@ def print_words(options: SampleOptions) -> None:
     """Print the words that the model knows.
 
     Raises:
-      UserError: there is no list of them.
+      UserError: the model has no list of words.
     """
     words = open_pipeline(options).vocabulary
     if words is None:
         raise UserError(
-            f"{options.model} has no list of the words it knows: any word may do, as for all "
-            "models trained on large collections of captions."
+            f"{options.model} has no list of known words: expected a model that was trained on a "
+            "small vocabulary; use any words with this one."
         )
     print(*sorted(words))
 
@@ -112,7 +112,7 @@ def generate_prompts(options: SampleOptions) -> None:
 
 
 def _settings(options: SampleOptions) -> list[GenerationSettings]:
-    """Return the settings of each prompt, or of each fraction of two."""
+    """Return the settings of each prompt, or of each interpolation between two."""
     shared = options.settings
     if not options.interpolate:
         return [dataclasses.replace(shared, prompt=prompt) for prompt in options.prompt]
@@ -149,7 +149,7 @@ def reproduce(options: SampleOptions) -> bool:
       Whether its pixels are the same.
 
     Raises:
-      UserError: the file does not say how it was made, or another model or image made it.
+      UserError: the file has no settings, or belongs to another model or image.
     """
     file = epath.Path(str(options.again))
     metadata = ImageMetadata.parse(file, read_image_text(file))

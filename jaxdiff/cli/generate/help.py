@@ -14,16 +14,12 @@ _USAGE = """usage: jaxdiff sample PROMPT ... [options]
        jaxdiff sample --prompts FILE [options]"""
 _STATUS = """Exit status: 0 if all images were generated; 1 if rows of --prompts are invalid, or if
 --again generates other pixels; 2 for a user error."""
-_PLUGIN = """As all commands, this one takes --plugin MODULE: a Python module of yours that defines
-types which the model names."""
+_PLUGIN = """Like all commands, this one takes --plugin MODULE, a Python module that defines
+types of your models."""
 
 
 def help_text(*, everything: bool = False) -> str:
-    """Return the help.
-
-    Args:
-      everything: all options by group, rather than the common ones.
-    """
+    """Return the help: the common options, or `everything` by group."""
     fields = [*fields_of(SampleOptions).values(), *setting_flags()]
     fields = [f for f in fields if f.name != "prompt"]
     if not everything:

@@ -1,13 +1,11 @@
-"""`manifest.jsonl`: which images of a prompt file exist, and how each was made.
+"""`manifest.jsonl`: the existing images of a prompt file, with their settings.
 
-A line is one image, as a JSON object: its `record`, which names its `file`, then the `sha256` of
-that file, the `seconds` that it took and, for the best of several images, the `chosen_seed`. A line
-is appended after its file is written, so a file without a line, or with a truncated last line, is
-generated again.
+A line is a JSON object for one image: its `record`, which contains its `file`, then the `sha256` of
+that file, the `seconds` that it took and, for the best of several images, the `chosen_seed`. Lines
+are appended after their files are written; a file without a complete line is generated again.
 
-Each of several processes appends to a `manifest.N.jsonl` of its own. The first process merges these
-into `manifest.jsonl` when all have finished, or when the command is started again, by any number of
-processes.
+Each of several processes appends to its own `manifest.N.jsonl`. The first process merges them into
+`manifest.jsonl` at the end, or when the command is started again.
 """
 
 import hashlib
@@ -31,9 +29,9 @@ _PART = re.compile(r"manifest\.[0-9]+\.jsonl")
 class Manifest:
     """The manifest of a folder, for one prompt file.
 
-    Opening it in the first process drops the lines of this prompt file whose image is no longer
-    wanted, is missing or was changed; lines of other prompt files stay unless their image is about
-    to be replaced. The other processes open it after the first one, which closes it last.
+    Opening it in the first process drops lines of this prompt file whose image is no longer wanted,
+    is missing or was changed, and lines of other prompt files whose image will be replaced. The
+    other processes open it after the first one, which closes it last.
 
     Args:
       folder: of the images.
@@ -55,7 +53,7 @@ class Manifest:
         self._folder, self._is_first = folder, process == 0
         own = MANIFEST if processes == 1 else f"manifest.{process}.jsonl"
         self._path = folder / own
-        # As they are read back: JSON turns tuples into lists.
+        # A JSON round trip turns tuples into lists, as in the lines that are read.
         plain = {record["file"]: json.loads(json.dumps(record)) for record in wanted}
         self._lines: dict[str, Record] = {}
         self._there: set[str] = set()
@@ -71,7 +69,7 @@ class Manifest:
                 partial_path(folder / name).unlink(missing_ok=True)
             self._write_all()
         if processes > 1:
-            self._lines = {}  # from here on those of this process alone
+            self._lines = {}  # from now on those of this process alone
 
     def _parts(self) -> list[epath.Path]:
         """Return the manifests of single processes."""
@@ -87,7 +85,7 @@ class Manifest:
             part.unlink()
 
     def _is_whole(self, record: Record, wanted: Record) -> bool:
-        """Return whether an image is as wanted, and its file unchanged since it was written."""
+        """Return whether an image has the wanted record and its file is unchanged."""
         if {k: v for k, v in record.items() if k not in _RESULTS} != wanted:
             return False
         try:
@@ -97,7 +95,7 @@ class Manifest:
         return hashlib.sha256(data).hexdigest() == record.get("sha256")
 
     def has(self, file: str) -> bool:
-        """Return whether that image existed, as wanted, at the start."""
+        """Return whether an image existed, with the wanted record, at the start."""
         return file in self._there
 
     def add(self, record: Record, data: bytes, seconds: float, **more: Any) -> None:

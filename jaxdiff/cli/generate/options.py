@@ -31,11 +31,7 @@ GROUPS = (PROMPTS, SAMPLING, GUIDANCE, EDITING, MODEL, HOSTS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Options of the command, and settings of its images.
-
-    Attributes without a `Doc` are no flags of their own: `settings` come from the flags of
-    `GenerationSettings`.
-    """
+    """Options of the command; `settings` come from the flags of `GenerationSettings`."""
 
     prompt: Annotated[
         tuple[str, ...],
@@ -140,11 +136,11 @@ class SampleOptions:
 
     @property
     def command_defaults(self) -> CommandDefaults:
-        """The models that rows cannot name."""
+        """The models that rows cannot set."""
         return CommandDefaults(clip_model=self.clip_model, guide_model=self.guide_model)
 
 
-NOT_FLAGS = ("prompt", "name")  # one is positional, the other of one row
+NOT_FLAGS = ("prompt", "name")  # positional, and for rows only
 
 
 def setting_flags(settings: type = GenerationSettings) -> list[Field]:
@@ -187,7 +183,7 @@ def from_flags(
     """
     own = fields_of(SampleOptions)
     values = {f.name: getattr(flags, f.name) for f in setting_flags(settings)}
-    # A switch that is off is not given.
+    # A disabled switch counts as not given.
     values = {name: None if value is False else value for name, value in values.items()}
     options = SampleOptions(
         **{name: getattr(flags, name) for name in own}, settings=settings.read(values, flag)
@@ -198,7 +194,7 @@ def from_flags(
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
 _ANY_IMAGE |= {"lora", "embedding"}
-"""Options that --again takes: an image's file does not state what they do."""
+"""Options that --again accepts, since an image's file does not contain them."""
 
 CONFLICTS = (
     ("strip", "prompts"),
@@ -209,7 +205,7 @@ CONFLICTS = (
     ("interpolate", "num_images"),
     ("interpolate", "best_of"),
 )
-"""Flags that exclude each other; those that rows may set too are in `pipelines/settings.py`."""
+"""Flags that exclude each other; `pipelines/settings.py` has those that rows may set."""
 
 
 def check(options: SampleOptions) -> None:
@@ -240,14 +236,10 @@ def check(options: SampleOptions) -> None:
 
 
 def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> Pipeline:
-    """Load the model that the options name, with its adapters and words.
-
-    Args:
-      options: of the command.
-      dtype: to compute in, unless they state it.
+    """Load the model of the options with its adapters and words; `dtype` is the default type.
 
     Raises:
-      UserError: it cannot be read, or the files are for another one.
+      UserError: it cannot be read, or the files are for another model.
     """
     pipe = load(options.model, dtype=options.dtype or dtype)
     for file, scale in map(file_and_scale, options.lora):
@@ -258,7 +250,7 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
 
 
 def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> Preview | None:
-    """Return a preview that writes `OUT/preview.png`, if one is asked for.
+    """Return a preview that writes `OUT/preview.png`, or None without --preview.
 
     Raises:
       UserError: the autoencoder that decodes it cannot be read, or is for other latents.
@@ -276,25 +268,18 @@ def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> 
 
 
 def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
-    """Return what of a prompt has no effect: an end that is cut off, words that are unknown.
-
-    Args:
-      pipe: with the tokenizers.
-      prompt: the prompt.
-      where: what the warnings call it.
-    """
+    """Return warnings about a truncated prompt and unknown words; `where` names the prompt."""
     warnings = []
     if pipe.truncated(prompt):
         length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
         warnings.append(
-            f"{where} is longer than the {length} tokens that the text encoder takes: its end is "
-            "cut off."
+            f"{where} is longer than the {length} tokens of the text encoder: its end is cut off."
         )
     if unknown := pipe.unknown_words(prompt):
         words = ", ".join(map(repr, unknown))
         warnings.append(
-            f"{where} has words that no caption in training had, and that mean nothing to the "
-            f"model: {words}. `jaxdiff sample --words` lists those it knows."
+            f"{where} has words that no training caption contains: {words}; "
+            "`jaxdiff sample --words` lists the known ones."
         )
     return warnings
 

@@ -18,6 +18,7 @@ from etils import epath
 
 from jaxdiff.config.fields import check_names, fields_of
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import read_bytes
 from jaxdiff.pipelines.resolve import FILES
 from jaxdiff.pipelines.settings import GenerationSettings
 
@@ -26,10 +27,10 @@ COLUMNS = fields_of(GenerationSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """What a row sets for the images of its prompt.
+    """A row of a prompt file.
 
     Attributes:
-      number: of the row in its file, from 0; blank lines are no rows.
+      number: of the row in its file, from 0, without blank lines.
       line: of the file, from 1, where it starts.
       settings: that it sets.
     """
@@ -47,7 +48,7 @@ class BadRow(NamedTuple):
 
 
 class PromptFile(NamedTuple):
-    """What a prompt file holds."""
+    """The valid and invalid rows of a prompt file."""
 
     rows: list[PromptRow]
     bad: list[BadRow]
@@ -59,22 +60,18 @@ def read_prompts(file: epath.PathLike) -> PromptFile:
     Paths in it are relative to its folder, which they may not leave, not even through a link.
 
     Raises:
-      UserError: the file cannot be read, is of another kind or holds no row at all; or its CSV
-        header has an unknown column.
+      UserError: the file cannot be read, has another format or no rows, or its CSV header has an
+        unknown column.
     """
     path = epath.Path(file)
     readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".txt": _lines}
     if path.suffix.lower() not in readers:
         raise UserError(
-            f"{file} is of no known kind: expected a prompt file called .jsonl (a JSON object a "
+            f"{file} has an unknown format: expected a prompt file called .jsonl (a JSON object a "
             "line), .csv (with a header) or .txt (a prompt a line)."
         )
-    try:
-        # A byte that is not UTF-8 invalidates its row alone.
-        content = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{file} cannot be read ({reason}): give a prompt file.") from error
+    # A byte that is not UTF-8 invalidates its row alone.
+    content = read_bytes(path, "a prompt file").decode("utf-8-sig", "surrogateescape")
     rows, bad = [], []
     for number, (line, values) in enumerate(readers[path.suffix.lower()](content)):
         try:
@@ -94,7 +91,7 @@ def slug(text: str, otherwise: str = "prompt") -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or otherwise
 
 
-Read = Iterator[tuple[int, dict[str, Any] | str]]  # line, and its values or why it has none
+Read = Iterator[tuple[int, dict[str, Any] | str]]  # line, and its values or its error
 
 
 def _lines(text: str) -> Read:
@@ -112,7 +109,7 @@ def _json_lines(text: str) -> Read:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            yield i + 1, f"it is no JSON ({reason}): expected an object on a line of its own."
+            yield i + 1, f"it is not JSON ({reason}): expected an object on a line of its own."
             continue
         if isinstance(values, dict):
             yield i + 1, values
@@ -131,7 +128,7 @@ def _csv_rows(text: str) -> Read:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"it is no CSV ({error}): put quotes around cells with commas or quotes."
+            yield line, f"it is not CSV ({error}): put quotes around cells with commas or quotes."
             continue
         if not any(cell.strip() for cell in cells):
             continue

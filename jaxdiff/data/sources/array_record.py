@@ -136,7 +136,7 @@ def _is_array_record(name: str) -> bool:
 
 
 def encode_record(record: Record) -> bytes:
-    """Encode a record as the module's docstring says; pixels, uint8 [h, w, 3], become PNG."""
+    """Encode a record; pixels, uint8 [h, w, 3], become PNG."""
     image = record["image"]
     if isinstance(image, np.ndarray):
         png = io.BytesIO()
@@ -180,7 +180,7 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
 
 
 def write_encoded(path: str, records: Iterable[bytes]) -> int:
-    """`write_array_record` for encoded records."""
+    """Write encoded records as `write_array_record` does."""
     target = epath.Path(path)
     # Two processes may write the same file: an orphaned one, and its successor.
     name = f".partial-{os.getpid()}-{target.name}"

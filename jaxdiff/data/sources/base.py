@@ -19,8 +19,8 @@ class LatentRecord(TypedDict):
     """The latents of one captioned image, in v views.
 
     `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `size_crop` is
-    that of each view, as `jaxdiff.data.transforms.Example` has it; `text`, if it was cached, float
-    [k, m] of k captions, as `Conditioner.pack` of jaxdiff.models returns it.
+    as in `jaxdiff.data.transforms.Example`; `text`, if cached, float [k, m], are the features of k
+    captions from `Conditioner.pack`.
     """
 
     moments: np.ndarray
@@ -35,11 +35,11 @@ class Source(Protocol):
     """Random access to records; constructing one opens no files."""
 
     def __len__(self) -> int:
-        """The number of records."""
+        """Return the number of records."""
         ...
 
     def __getitem__(self, index: int, /) -> Record:
-        """The record at `index`, the same in every call and process."""
+        """Return the record at `index`, the same in every call and process."""
         ...
 
     def check(self) -> None:

@@ -1,16 +1,15 @@
-"""Latents of images, and features of their captions, that were encoded ahead of training.
+"""Cached latents of images and features of their captions.
 
-One record of the ArrayRecord shards is, like one of `jaxdiff.data.sources.array_record`,
+A record of the ArrayRecord shards consists of
 
     4 bytes         `JDL1`
     4 bytes         n, the length of the header, an unsigned little-endian integer
     n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text"}
-    the rest        little-endian float16 or float32 of that shape, [v, h, w, 2 c], and of the shape
-                    "text", [k, m] of k captions, if it is not null
+    the rest        little-endian float16 or float32: moments of `shape` [v, h, w, 2 c], then text
+                    features of shape `text` [k, m] for k captions, if it is not null
 
-of v views of one image: crops, of which half are mirrored if any are. The first c channels are the
-mean of z, the others the logarithm of its variance; so each epoch can draw z anew, and shift and
-scale it as its recipe says.
+The v views are crops of one image, every second one mirrored if `flip` is set. The first c channels
+are the mean of z, the others the logarithm of its variance, from which each epoch samples z.
 """
 
 import io
@@ -42,17 +41,17 @@ from jaxdiff.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions:
-    """Whether and how latents are cached in the place of images: not, unless there are views."""
+    """Settings of cached latents; without views, images are not cached."""
 
     views: int = 0
-    """Crops of each image to encode; every second one is mirrored, if the recipe mirrors. 0 leaves
-    images as they are."""
+    """Crops to encode of each image, every second one mirrored if the recipe flips; 0 caches no
+    latents."""
     text: bool = False
-    """Cache what frozen text encoders say of every caption, and of none, too."""
+    """Also cache the features of every caption, and of the empty one, from frozen text encoders."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Type that mean and logarithm of the variance, and text, are stored in."""
+    """Stored type of moments and text features."""
     batch_size: int = 32
-    """Images, or captions, that a device encodes at a time."""
+    """Images or captions that a device encodes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,8 @@ class CachedLatents:
 
     Attributes:
       path: of the folder.
-      of: what the latents were made of; None where it need not be known. With it, `jaxdiff prepare`
-        makes the folder from this very recipe, and models of the drawn data sets can be scored.
+      of: source of the images. With it, `jaxdiff prepare` writes the folder from this recipe, and
+        evaluators find synthetic data sets.
     """
 
     path: str
@@ -78,20 +77,20 @@ class CachedLatents:
             raise RecordError(f"{self.path} record {index}: {error}") from error
 
     def check(self) -> None:
-        """Raises `UserError` for a folder that is missing, not whole, or of something else."""
+        """Raise `UserError` for a folder that is missing, incomplete, or without latents."""
         if self._manifest is None:
             raise UserError(
                 f"There are no cached latents in {self.path}: make them with `jaxdiff prepare "
                 f"RECIPE {self.path} --latents.views 1`."
             )
         if self.has_text and not (epath.Path(self.path) / EMPTY).exists():
-            raise UserError(f"{self.path} lacks {EMPTY}: run the `jaxdiff prepare` of it again.")
+            raise UserError(f"{self.path} lacks {EMPTY}: run its `jaxdiff prepare` command again.")
         _ = self.space
         if len(self) == 0:
             raise UserError(f"The cache of latents in {self.path} is empty: expected records.")
 
     def check_transforms(self, transforms: Transforms) -> None:
-        """Raises `UserError` for a recipe that crops or mirrors images otherwise than the cache."""
+        """Raise `UserError` for a recipe that crops or flips images differently."""
         space = self.space
         wanted = {
             "shapes": [list(shape) for shape in transforms.shapes],
@@ -104,7 +103,7 @@ class CachedLatents:
                 raise UserError(
                     f"The latents in {self.path} were cached with {name} {there[name]} but the "
                     f"recipe's data.transforms ask for {value}: change these, or prepare the "
-                    "latents anew."
+                    "latents again."
                 )
 
     @property
@@ -114,18 +113,18 @@ class CachedLatents:
 
     @property
     def has_text(self) -> bool:
-        """Whether the features of captions are there too; False as long as nothing is."""
+        """Whether the folder exists and has text features."""
         return self._manifest is not None and self.space.text is not None
 
     def text(self, record: LatentRecord, caption: str) -> Float[np.ndarray, " m"] | None:
-        """The features of one of a record's captions, or of ""; None where none are cached."""
+        """Return the features of one of a record's captions, or of ""; None if not cached."""
         if record["text"] is None:
             return None
         return record["text"][record["captions"].index(caption)] if caption else self._empty
 
     @property
     def space(self) -> LatentSpace:
-        """Of what autoencoder they are, and how images were cropped."""
+        """The encoders of the latents and the settings of crops."""
         manifest = self._manifest
         if manifest is None or manifest.latents is None:
             raise UserError(
@@ -135,9 +134,9 @@ class CachedLatents:
         return manifest.latents
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """Width and height, in pixels, of the crop of each image."""
+        """Return width and height, in pixels, of the crop of each image."""
         shapes = np.array(self.space.shapes)
-        assert self._manifest is not None  # or it would have no space
+        assert self._manifest is not None  # as in `space`
         places = [p for s in self._manifest.shards for p in s.shapes or [0] * s.records]
         return shapes[places, ::-1]
 
@@ -155,7 +154,7 @@ class CachedLatents:
 
 
 def encode_latents(record: LatentRecord) -> bytes:
-    """`record` in the encoding above."""
+    """Encode a record as the module's docstring specifies."""
     moments, text = record["moments"], record["text"]
     header: dict[str, Any] = {
         "name": record["name"],
@@ -171,7 +170,7 @@ def encode_latents(record: LatentRecord) -> bytes:
 
 
 def decode_latents(data: bytes) -> LatentRecord:
-    """The inverse of `encode_latents`.
+    """Decode a record, the inverse of `encode_latents`.
 
     Raises `ValueError`, `KeyError` or `TypeError` for bytes in another encoding.
     """

@@ -155,7 +155,7 @@ def is_image(file: str) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """The captions in a metadata value: a string, a list, or None."""
+    """Return the captions in a metadata value: a string, a list, or None."""
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
 

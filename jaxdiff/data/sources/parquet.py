@@ -114,19 +114,19 @@ class _RowGroups:
         self._lock = threading.Lock()
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The group of row `index`, and the row's index in the group."""
+        """Return the group of row `index`, and the row's index in the group."""
         if not 0 <= index < self.starts[-1]:
             raise IndexError(index)
         group = bisect.bisect_right(self.starts, index) - 1
         return group, index - self.starts[group]
 
     def name(self, group: int, row: int) -> str:
-        """A row's file, and its index in the file."""
+        """Return a row's file, and its index in the file."""
         f, g = self._groups[group]
         return f"{self._names[f]} row {self.starts[group] - self.starts[group - g] + row}"
 
     def read(self, group: int) -> pa.Table:
-        """Image and caption columns of one group."""
+        """Read the image and caption columns of one group."""
         with self._lock:  # concurrent requests for a group read it once
             if group in self._cache:
                 self._cache.move_to_end(group)

@@ -118,7 +118,7 @@ def _lookup(example: Any, key: str) -> Any:
 
 
 def _flat(feature: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a feature tree by key; a sequence counts as its element."""
+    """Yield the leaves of a feature tree by key; a sequence counts as its element."""
     if isinstance(feature, tfds.features.Sequence):
         yield from _flat(feature.feature, prefix)
     elif isinstance(feature, tfds.features.FeaturesDict):

@@ -92,7 +92,7 @@ class WebDataset:
 
 
 def _samples(number: int, tar: epath.Path) -> Iterator[_Sample]:
-    """The samples of a tar file that have an image, in archive order."""
+    """Yield the samples of a tar file that have an image, in archive order."""
     members: dict[str, dict[str, _Member]] = {}
     try:
         with tar.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:

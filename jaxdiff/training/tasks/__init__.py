@@ -1,1 +1,1 @@
-"""What the training loop can train."""
+"""Tasks: a model, its loss, and its parameters that are trained."""

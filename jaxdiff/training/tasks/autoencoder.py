@@ -1,7 +1,4 @@
-"""Training an autoencoder: reconstruction, a small KL divergence, a perceptual distance.
-
-Two of its metrics, `z_mean` and `z_std`, describe the latent space: see `AutoencoderTask`.
-"""
+"""Train an autoencoder: reconstruction, KL divergence and perceptual distance."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +45,9 @@ class Perceptual:
     def distance(
         self, encoder: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b i j 3"]
     ) -> Float[Array, ""]:
-        """Mean squared distance of unit vectors over images, tokens and layers, in [0, 4].
+        """Return the mean squared distance of unit vectors over images, tokens, layers, in [0, 4].
 
-        Images in [-1, 1] of any size are resized to the encoder's.
+        Images in [-1, 1] are resized to the encoder's size.
         """
         a, b = (encoder.hidden_states(self._fit(x)) for x in (images, others))
         return jnp.mean(jnp.sum((_unit(a) - _unit(b)) ** 2, axis=-1))
@@ -65,27 +62,25 @@ class Perceptual:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTask(Task):
-    """Images through a narrow latent space and back (Rombach et al. 2022, section 3.1).
+    """Reconstruct images through a low-dimensional latent space (Rombach et al. 2022, section 3.1).
 
         loss = (1 - l2_fraction) L1 + l2_fraction L2 + kl_weight KL + perceptual.weight D
 
     L1 and L2 are means over the values of an image in [-1, 1]. KL is the divergence of z from the
-    unit normal in nats, per value of the image. So `kl_weight` means the same as in Stable
-    Diffusion's training, where all terms are sums, at any size of image.
+    unit normal in nats, per value of the image, so that `kl_weight` corresponds to Stable
+    Diffusion's at any image size, where all terms are sums.
 
-    So small a weight does not fix the scale of z. A denoiser wants latents of mean 0 and standard
-    deviation 1: take `z_mean` and `z_std` from the last lines of the run's metrics, and in the
-    recipe that trains on these latents set
+    A small weight does not fix the scale of z, and denoisers need latents of mean 0 and standard
+    deviation 1: read `z_mean` and `z_std` from the last lines of the run's metrics, and set in the
+    recipe that trains on these latents
 
         shift_factor = z_mean,  scaling_factor = 1 / z_std.
 
-    Neither enters the training of the autoencoder itself.
-
     Attributes:
       model: the autoencoder.
-      kl_weight: of the divergence from the unit normal.
-      l2_fraction: of squared error in the reconstruction; 0 for absolute error alone.
-      perceptual: a further distance of image and reconstruction; None for none.
+      kl_weight: weight of the divergence.
+      l2_fraction: fraction of squared error in the reconstruction; 0 is absolute error alone.
+      perceptual: perceptual distance of image and reconstruction.
     """
 
     model: AutoencoderConfig
@@ -157,16 +152,16 @@ class AutoencoderTask(Task):
         return loss, {"loss": loss, **metrics}, task_state
 
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
-        """FLOPs of one image there and back, forward and backward, and of the perceptual term."""
+        """Return the FLOPs of encoder, decoder and perceptual term, forward and backward."""
         sides = {"height": size, "width": size}
         total = self.model.encode_flops(**sides) + self.model.decode_flops(**sides)
-        # The encoder sees the image, and the reconstruction forward and backward.
-        seen = 3 * self.perceptual.model.flops() if self.perceptual else 0.0
-        return 3 * total + seen
+        # Forward for the image, forward and backward for the reconstruction.
+        perceptual = 3 * self.perceptual.model.flops() if self.perceptual else 0.0
+        return 3 * total + perceptual
 
 
 def psnr(decoded: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, ""]:
-    """Mean peak signal-to-noise ratio in dB of images, clipped to [-1, 1]."""
+    """Return the mean peak signal-to-noise ratio in dB of images clipped to [-1, 1]."""
     mse = jnp.mean((jnp.clip(decoded, -1, 1) - images) ** 2, axis=(1, 2, 3))
     return jnp.mean(10 * jnp.log10(4 / jnp.maximum(mse, LEAST_MSE)))
 

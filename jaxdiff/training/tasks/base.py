@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it trains."""
+"""The interface between the training loop and tasks."""
 
 import abc
 import dataclasses
@@ -21,20 +21,19 @@ SUM, COUNT = "_sum", "_count"
 
 
 class PretrainedPart(NamedTuple):
-    """A part that comes from a trained model: its folder, and its module."""
+    """A part of a model that may come from a trained model: its folder, and its module."""
 
     folder: str | None  # a run, an exported or published model; None initialises it
     build: Callable[[], nnx.Module]
 
 
 class Task(abc.ABC):
-    """A model, its loss, and what it carries from step to step.
+    """A model, its loss, and state that is carried from step to step.
 
-    A task is a frozen dataclass that inherits from this and overrides what it needs: by default
-    every part is initialised and trained, and nothing is carried along.
+    A task is a frozen dataclass that inherits from this class. By default every part is initialised
+    and trained, and there is no state.
 
-    Parameters are nested dicts. Frozen ones are a tree of their own, so that they are neither
-    trained nor saved with each checkpoint.
+    Parameters are nested dicts. Frozen ones form a separate tree, which checkpoints do not contain.
 
     Attributes:
       model: the specification of the model that is trained.
@@ -49,7 +48,7 @@ class Task(abc.ABC):
         """Initialise the parameters that are trained."""
 
     def param_axes(self) -> dict[str, Any]:
-        """Return the names of the axes of trained and frozen parameters, by which they are sharded.
+        """Return the axis names of trained and frozen parameters, which determine their sharding.
 
         A nested dict of `jaxdiff.distributed.sharding.Axes`, as `models.layers.param_axes` returns
         it. Parameters without an entry are sharded by size, over `mesh.fsdp` alone.
@@ -62,7 +61,7 @@ class Task(abc.ABC):
         return False
 
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
-        """Return the parts that stay as they are, by their path in the tree of parameters."""
+        """Return the frozen parts, by their path in the tree of parameters."""
         return {}
 
     def initial_parts(self) -> dict[Path, PretrainedPart]:
@@ -70,19 +69,19 @@ class Task(abc.ABC):
         return {}
 
     def init_from_frozen(self, frozen: PyTree, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
-        """Return trained parameters that start as a function of the frozen ones, on the host."""
+        """Return trained parameters whose initial values depend on frozen ones, on the host."""
         return {}
 
     def next_state(self, task_state: PyTree, metrics: Metrics) -> PyTree:
-        """Return what is carried to the next step, given the metrics of the whole batch."""
+        """Return the next state, given the metrics of the whole batch."""
         return task_state
 
     def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return arrays that join the frozen parameters; None asks for shapes and types alone."""
+        """Return arrays to add to the frozen parameters; for None, shapes and types alone."""
         return {}
 
     def init_state(self) -> PyTree:
-        """Return what is carried along at the first step, a tree of arrays; () for nothing."""
+        """Return the initial state, a tree of arrays; () for none."""
         return ()
 
     @abc.abstractmethod
@@ -97,13 +96,7 @@ class Task(abc.ABC):
     ) -> tuple[Float[Array, ""], Metrics, PyTree]:
         """Return the mean loss over the batch, metrics (the loss as "loss") and the next state.
 
-        Args:
-          params: what is trained, in the compute type.
-          frozen: the frozen parameters.
-          batch: of the data.
-          key: of this step.
-          task_state: what is carried along.
-          ema: the moving average of `params`, float32.
+        Trained and frozen parameters are in the compute type, `ema` is float32.
         """
 
     @property
@@ -116,24 +109,21 @@ class Task(abc.ABC):
         return None if self.conditioner is None else CaptionTokenizer(self.conditioner, tokenizers)
 
     def abstract_text(self, batch_size: int) -> Any:
-        """Return shapes and types of what `tokenize` makes of a batch; None for no text."""
+        """Return shapes and types of the tokenized captions of a batch; None for no text."""
         return None if self.conditioner is None else self.conditioner.abstract_inputs(batch_size)
 
     def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
-        """Raise `UserError` for tokenizers that the model does not take."""
+        """Raise `UserError` for tokenizers that do not fit the model."""
         if self.conditioner is not None:
             self.conditioner.check_tokenizers(tokenizers)
 
     @abc.abstractmethod
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
-        """FLOPs of one image of side `size` in a training step.
+        """Return the FLOPs of one image of side `size`, in pixels, in a training step.
 
-        Args:
-          size: in pixels.
-          latents: whether its latents are cached, so that no autoencoder runs.
-          text: whether its caption's features are cached, so that no text encoder runs.
+        Cached `latents` save the autoencoder, and cached `text` features the text encoders.
         """
 
     def recomputed_flops(self, size: int) -> float:
-        """FLOPs that the backward pass repeats for one image; no part of `flops_per_image`."""
+        """Return the FLOPs that rematerialisation adds per image; not in `flops_per_image`."""
         return 0.0

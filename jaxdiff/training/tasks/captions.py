@@ -1,4 +1,4 @@
-"""Captions of a batch to the inputs of text encoders."""
+"""Tokenize the captions of a batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxdiff.models.conditioning import Conditioner, TextInputs
 
 @dataclass(frozen=True)
 class CaptionTokenizer:
-    """Tokenizes captions; an empty one, as caption dropout leaves it, counts as absent."""
+    """Tokenizes captions; an empty one, the result of caption dropout, counts as absent."""
 
     conditioner: Conditioner
     tokenizers: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Training CLIP: matching images and captions end up close (Radford et al. 2021)."""
+"""Train CLIP by contrastive learning of images and captions (Radford et al. 2021)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +19,12 @@ from jaxdiff.training.tasks.base import Batch, Metrics, Task
 class ClipTask(Task):
     """The contrastive task: match the captions of a batch to its images, and the reverse.
 
-    Every other pair of the batch is a negative, over all devices; with gradient accumulation, every
-    other pair of the micro-batch.
+    All other pairs of the batch, over all devices, are negatives; with gradient accumulation, those
+    of the micro-batch.
 
     Attributes:
       model: text and image encoder.
-      mask_equal_captions: whether pairs whose captions have equal tokens are left out of the
-        negatives.
+      mask_equal_captions: exclude pairs with equal captions from the negatives.
     """
 
     model: ClipConfig
@@ -64,11 +63,11 @@ class ClipTask(Task):
 
     @property
     def conditioner(self) -> ClipConditioner:
-        """That of the text encoder, whose name is `text`."""
+        """The conditioner of the text encoder, which is named `text`."""
         return ClipConditioner(text=ClipTextEncoder(model=self.model.text))
 
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
-        """FLOPs of one image and its caption, forward and backward."""
+        """Return the FLOPs of one image and its caption, forward and backward."""
         return 3 * (self.model.text.flops() + self.model.vision.flops())
 
 
@@ -82,12 +81,12 @@ def contrastive_loss(
 
     Args:
       embeddings: as many images as texts, in the same order.
-      ignored: the pairs (image, text) that count neither way; never those on the diagonal.
+      ignored: the pairs (image, text) to leave out; never those on the diagonal.
 
     Returns:
-      The loss, and the fractions of images and of texts whose partner is the nearest.
+      The loss, and the fractions of images and of texts that are closest to their partner.
     """
-    # Cosines are multiplied by up to 100: the three digits of bfloat16 products would not do.
+    # Cosines are multiplied by up to 100: bfloat16 products are too coarse.
     cosines = jnp.matmul(embeddings.image, embeddings.text.T, precision=jax.lax.Precision.HIGHEST)
     logits = embeddings.logit_scale * cosines
     if ignored is not None:
@@ -100,6 +99,6 @@ def contrastive_loss(
 
 
 def _equal_to_another(ids: Int[Array, "b n"]) -> Bool[Array, "b b"]:
-    """True where two different captions of the batch have the same tokens."""
+    """Return a mask of pairs of different captions with the same tokens."""
     equal = jnp.all(ids[:, None] == ids[None, :], axis=-1)
     return equal & ~jnp.eye(len(ids), dtype=bool)

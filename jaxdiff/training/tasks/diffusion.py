@@ -1,4 +1,4 @@
-"""Training a denoiser, or adapters or new tokens of one, on pixels or an autoencoder's latents."""
+"""Train a denoiser, its adapters or new tokens, on pixels or on an autoencoder's latents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,11 +25,11 @@ DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """Where a run's first weights come from: a folder, `shipped:NAME` or a hub id; None for none.
+    """Sources of initial weights: folders, `shipped:NAME` or hub ids.
 
     Attributes:
-      denoiser: initialised where it is None.
-      text_encoders: initialised where it is None; their tokenizers come from there too.
+      denoiser: None initialises it.
+      text_encoders: None initialises them; their tokenizers come from the same model.
       autoencoder: required by models that work on latents.
     """
 
@@ -40,15 +40,15 @@ class Pretrained:
 
 @dataclass(frozen=True, kw_only=True)
 class TextualInversion:
-    """A new token for what some images show, trained alone (Gal et al. 2022).
+    """Textual inversion: train the embedding of a new token alone (Gal et al. 2022).
 
     Attributes:
-      word: as captions and prompts spell it; without spaces, and not yet in the vocabulary.
-      initial: a word or several whose embeddings it starts from.
-      vectors: tokens that it takes.
+      word: spelling in captions and prompts; without spaces, and not yet in the vocabulary.
+      initial: words whose embeddings initialise it.
+      vectors: number of its tokens.
 
     Raises:
-      UserError: no tokens, or nothing to start from.
+      UserError: `vectors` is below 1, or `initial` is empty.
     """
 
     word: str = "<my-thing>"
@@ -63,7 +63,7 @@ class TextualInversion:
             )
 
     def first_ids(self, tokenizer: Any) -> Int[np.ndarray, " n"]:
-        """Return the ids of the tokens that it starts from."""
+        """Return the ids of the tokens whose embeddings initialise it."""
         ids = tokenizer([self.initial])[0]
         known = ids[1 : int(np.argmax(ids == tokenizer.end_id))]
         return np.resize(known, self.vectors)
@@ -74,12 +74,12 @@ class Trainable:
     """Which parameters a run trains; the others are frozen.
 
     Attributes:
-      denoiser: all of the denoiser; adapters or a new token take its place.
-      text_encoders: all of the text encoders. Randomly initialised text encoders that are trained
+      denoiser: the whole denoiser, unless `lora` or `inversion` replace it.
+      text_encoders: the whole text encoders. Randomly initialised text encoders that are trained
         jointly tend to collapse: start from trained ones.
       lora: adapters of the denoiser.
-      text_lora: adapters of the text encoders, in the place of their own weights.
-      inversion: a new token, in the place of the denoiser's weights.
+      text_lora: adapters of the text encoders, in place of their weights.
+      inversion: a new token, in place of the denoiser's weights.
     """
 
     denoiser: bool = True
@@ -106,13 +106,13 @@ class DiffusionTask(Task):
 
     Attributes:
       model: the specification.
-      pretrained: where its first weights come from.
-      trainable: which of its parameters are trained.
+      pretrained: sources of its initial weights.
+      trainable: its parameters that are trained.
       objective: the loss.
       curriculum: low noise levels first; None samples all levels from the start.
 
     Raises:
-      UserError: weights are missing that the run does not train.
+      UserError: frozen weights have no source, or options of `trainable` conflict.
     """
 
     model: TextToImage
@@ -228,7 +228,7 @@ class DiffusionTask(Task):
         return {"added_tokens": added}
 
     def model_params(self, params: PyTree, frozen: PyTree) -> dict[str, Any]:
-        """Return all parameters of the model, the scale of adapters included in them."""
+        """Merge trained and frozen parameters of the model; multiply adapters by their scale."""
         trainable, params = self.trainable, dict(params)
         if "adapters" in params:
             adapters = dict(params["adapters"])
@@ -323,13 +323,13 @@ class DiffusionTask(Task):
         return jax.tree.map(repeat, cond)._replace(size_crop=size_crop)
 
     def x0(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b i j c"]:
-        """Encode a batch of images, or take their cached latents; z is sampled by `key` in both."""
+        """Encode a batch of images, or read its cached latents; `key` samples z in both."""
         if "latents" in batch:
             return self.model.latents_from_moments(params, batch["latents"], key)
         return self.model.encode(params, from_uint8(batch["image"]), key)
 
     def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the inputs of the absent prompt, where the objective uses it."""
+        """Return the inputs of an absent prompt, if the objective uses them."""
         if not self.objective.uses_uncond:
             return {}
         conditioner = self.model.conditioner
@@ -339,23 +339,23 @@ class DiffusionTask(Task):
 
     @property
     def conditioner(self) -> Conditioner:
-        """That of the model."""
+        """The conditioner of the model."""
         return self.model.conditioner
 
     def check_tokenizers(self, tokenizers: Mapping[str, Any]) -> None:
-        """Raise `UserError` for tokenizers that the text encoders do not take."""
+        """Raise `UserError` for tokenizers that do not fit the text encoders."""
         inversion = self.trainable.inversion
         added = inversion.vectors if inversion else 0
         self.model.conditioner.check_tokenizers(tokenizers, added)
 
     def denoiser_flops(self, size: int) -> float:
-        """FLOPs of one evaluation of the denoiser for one image of side `size`, in pixels."""
+        """Return the FLOPs of one denoiser evaluation for one image of side `size`, in pixels."""
         height, width, _ = self.model.latent_shape(size, size)
         length = self.model.conditioner.text_length
         return self.model.denoiser.flops(height=height, width=width, text_length=length)
 
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
-        """FLOPs of one image of side `size` in a training step; frozen parts get no gradient."""
+        """Return the FLOPs of one image in a training step; frozen parts get no gradient."""
         trainable, denoiser = self.trainable, self.denoiser_flops(size)
         # Adapters and new tokens need the gradients of layers' inputs, not those of their kernels.
         total = 3 * denoiser if trainable.includes(DENOISER) else 2 * denoiser
@@ -367,5 +367,5 @@ class DiffusionTask(Task):
         return total
 
     def recomputed_flops(self, size: int) -> float:
-        """FLOPs of the denoiser once more, where its blocks keep their inputs alone."""
+        """Return the FLOPs of the denoiser if remat is "full", which recomputes its blocks."""
         return self.denoiser_flops(size) if self.model.denoiser.remat == "full" else 0.0

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.cli.generate import batch_generate
-from jaxdiff.io.images import read_text
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline, load
@@ -98,7 +98,7 @@ def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, mode
         data = (out / line["file"]).read_bytes()
         assert line["sha256"] == hashlib.sha256(data).hexdigest()
         assert line["seconds"] > 0
-        assert json.loads(read_text(out / line["file"])["settings"]) == line["settings"]
+        assert json.loads(read_image_text(out / line["file"])["settings"]) == line["settings"]
 
 
 def test_rows_of_one_kind_share_a_call(sample, prompts, calls):
@@ -204,7 +204,7 @@ def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_
     assert sample("--prompts", prompts(*rows)) == 1
     errors = capsys.readouterr().err
     for line, reason in {
-        2: "it is no JSON",
+        2: "it is not JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
         5: "strength has no effect without init_image: give init_image as well",
@@ -362,7 +362,7 @@ def test_rows_of_several_kinds_compile_once_for_each_kind(sample, prompts, tmp_p
     for line in lines:
         file = tmp_path / "out" / line["file"]
         seed = line.get("chosen_seed", line["seed"])
-        assert read_text(file)["seed"] == str(seed)
+        assert read_image_text(file)["seed"] == str(seed)
         of = line["settings"].get("best_of", 1)
         assert 0 <= seed - line["seed"] < of
         assert ("chosen_seed" in line) == (of > 1)
@@ -425,7 +425,7 @@ def test_rows_may_mix_two_prompts(sample, prompts, model, tmp_path):
     ("words", "expected"),
     [
         (("--prompts", "missing.jsonl"), "cannot be read"),
-        (("--prompts", "a.yaml"), "of no known kind"),
+        (("--prompts", "a.yaml"), "has an unknown format"),
         (("--prompts", "a.jsonl", PEA), "exclude each other"),
         (("--prompts", "a.jsonl", "--strip", "3"), "--strip and --prompts exclude each other"),
         (

@@ -8,7 +8,7 @@ from PIL import Image
 from jaxdiff.cli import main as cli
 from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
 from jaxdiff.cli.parsing import _flags
-from jaxdiff.io.images import read_text
+from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.pipeline import load
 
@@ -43,7 +43,7 @@ def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, cap
 def test_the_text_chunks_say_how_an_image_was_made(sample, model, tmp_path):
     words = ("--num-steps", "2", "--guidance-scale", "1.5", "--negative-prompt", "red")
     assert sample(PEA, "--seed", "4", "--num-images", "2", *words) == 0
-    texts = [read_text(p) for p in sorted((tmp_path / "out").glob("0*.png"))]
+    texts = [read_image_text(p) for p in sorted((tmp_path / "out").glob("0*.png"))]
     assert [text["prompt"] for text in texts] == [PEA, PEA]
     assert [text["seed"] for text in texts] == ["4", "5"]
     assert json.loads(texts[0]["settings"]) == {
@@ -60,7 +60,7 @@ def test_the_text_chunks_say_how_an_image_was_made(sample, model, tmp_path):
 def test_the_pipeline_reproduces_the_image_from_its_text_chunks(sample, model, tmp_path):
     assert sample(TOMATO, "--seed", "11", "--num-steps", "2") == 0
     path = next((tmp_path / "out").glob("0*.png"))
-    text = read_text(path)
+    text = read_image_text(path)
     settings = json.loads(text["settings"])
     again = load(model)(
         [text["prompt"]],
@@ -81,7 +81,7 @@ def test_no_prompt_leads_out_of_the_folder(sample, tmp_path, prompt):
     assert {p.parent for p in written} == {tmp_path / "out"}
     image = next(p for p in written if p.name != "grid.png")
     assert re.fullmatch(r"0000-[a-z0-9-]{1,60}\.png", image.name)
-    assert read_text(image)["prompt"] == prompt
+    assert read_image_text(image)["prompt"] == prompt
 
 
 def test_a_strip_is_written_if_asked_for(sample, tmp_path):
@@ -131,7 +131,7 @@ def test_words_that_the_model_never_saw_are_reported(sample, capsys):
     printed = capsys.readouterr()
     [line] = printed.err.splitlines()
     assert "'a red snow globe'" in line
-    assert "the model: 'snow', 'globe'. " in line
+    assert "contains: 'snow', 'globe';" in line
     assert sample("--words") == 0
     assert capsys.readouterr().out.split() == sorted(
         {*["a", "small", "red", "pea"], *["a", "green", "tomato", "with", "a", "stem"]}

@@ -94,7 +94,7 @@ def test_a_cell_with_line_breaks_does_not_shift_the_reported_lines(tmp_path):
         ({"prompt": None}, "prompt is missing"),
         ({"prompt": " \t"}, "prompt is empty"),
         ({"prompt": 3}, "prompt is 3: expected a text"),
-        ('{"prompt": "\\ud800"}', "prompt is no UTF-8"),
+        ('{"prompt": "\\ud800"}', "prompt is not UTF-8"),
         ({"prompt": "x", "promt": "y"}, "did you mean prompt?"),
         ({"prompt": "x", "image": "y"}, "did you mean init_image?"),
         ({"prompt": "x", "clip_interval": "0.7-0.2"}, "expected LOW-HIGH"),
@@ -144,7 +144,7 @@ def test_a_byte_that_is_no_utf_8_invalidates_one_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a pea\n\xe9clair\na lemon\n")
     rows, bad = read_prompts(tmp_path / "a.txt")
     assert [row.settings.prompt for row in rows] == ["a pea", "a lemon"]
-    assert bad == [BadRow(2, "prompt is no UTF-8: save the file as UTF-8.")]
+    assert bad == [BadRow(2, "prompt is not UTF-8: save the file as UTF-8.")]
 
 
 def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
@@ -177,7 +177,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name, path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.yaml", "x", "of no known kind"),
+        ("a.yaml", "x", "has an unknown format"),
         ("a.txt", "\n \n", "holds no prompt"),
         ("a.csv", "prompt,sed\nx,1\n", "did you mean seed?"),
         ("a.csv", "seed,seed,prompt\n", "'seed' twice"),
