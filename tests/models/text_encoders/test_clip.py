@@ -279,8 +279,8 @@ def test_from_its_first_weights_clip_learns_to_match_pairs():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: text_config(heads=3), "text tower: width 16"),
-        (lambda: vision_config(heads=3), "vision tower: width 16"),
+        (lambda: text_config(heads=3), "text encoder: width 16"),
+        (lambda: vision_config(heads=3), "image encoder: width 16"),
         (lambda: vision_config(patch_size=5), "patches of 5"),
         (
             lambda: ClipConfig(text=text_config(projection_dim=4), vision=vision_config()),
