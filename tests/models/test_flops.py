@@ -43,7 +43,7 @@ AUTOENCODER = AutoencoderConfig(block_out_channels=(64, 128))
 @pytest.fixture(autouse=True)
 def attention_at_once(monkeypatch):
     """Of a loop, as attention is on a CPU, XLA counts the body once."""
-    monkeypatch.setattr(attention, "_MANY", math.inf)
+    monkeypatch.setattr(attention, "_MIN_CPU_LOGITS", math.inf)
 
 
 def counted(model: nnx.Module, call, *inputs) -> float:

@@ -132,7 +132,7 @@ def test_hidden_states_are_counted_from_the_embeddings_to_the_last_block():
 
 @pytest.mark.parametrize("layer", [4, -5])
 def test_a_layer_that_is_not_there_is_refused(layer):
-    with pytest.raises(UserError, match=f"no layer {layer}.*-4 to 3"):
+    with pytest.raises(UserError, match=f"no hidden layer {layer}.*-4 to 3"):
         text()(IDS, hidden_layer=layer)
 
 
@@ -225,7 +225,7 @@ def test_the_vision_encoder_attends_in_both_directions():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(UserError, match="images of 24x16"):
+    with pytest.raises(UserError, match="images are 24x16"):
         vision()(jnp.zeros((1, 16, 24, 3)))
 
 
