@@ -185,8 +185,8 @@ def read_weights(path: epath.Path) -> dict[str, Any]:
             )
         value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
         # Modules in lists have numbers.
-        path = tuple(int(name) if name.isdigit() else name for name in key.split("."))
-        tree[path] = value.astype(np.float32)
+        names = tuple(int(name) if name.isdigit() else name for name in key.split("."))
+        tree[names] = value.astype(np.float32)
     return nnx.traversals.unflatten_mapping(tree)
 
 
