@@ -23,8 +23,7 @@ from diffusers.models.unets.unet_2d_condition import (
 
 from jaxdiff.benchmark.timing import median, time_in_turns
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import bind_init, bind_params
+from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.pretrained import unet_keys
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import to_device
@@ -84,8 +83,7 @@ def _jaxdiff(reference: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], 
 
     @jax.jit
     def predict(params, inputs):
-        model = bind_params(bind_init(UNet2DConditionConfig.build, SD1), params)
-        return model(*inputs)
+        return bind_params(bind_build(SD1), params)(*inputs)
 
     return lambda: np.asarray(predict(params, inputs))
 

@@ -30,7 +30,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params
+from jaxdiff.models.layers import abstract_params, bind_build, bind_params, init_params
 from jaxdiff.pretrained import unet_keys
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
@@ -62,8 +62,8 @@ class DenoiserTask(Task):
         task_state: tuple[()],
         ema: PyTree,
     ) -> Any:
-        """The mean squared error."""
-        network = bind_params(bind_init(type(self.model).build, self.model), params)
+        """Return the mean squared error."""
+        network = bind_params(bind_build(self.model), params)
         cond = Conditioning(batch["text"], batch["mask"], batch["pooled"])
         error = network(batch["x"], batch["t"], cond) - batch["target"]
         loss = jnp.mean(error**2)
@@ -91,7 +91,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
     """
     task, denoiser = _checked(config)
     batch = _batch(config, task, denoiser)
-    params = random_like(abstract_params(bind_init(type(denoiser).build, denoiser)))
+    params = random_like(abstract_params(bind_build(denoiser)))
     contenders = {"jaxdiff": _jaxdiff_step(config, denoiser, params, batch)}
     for name, compiled in (("torch, eager", False), ("torch, compiled", True)):
         contenders[name] = _torch_step(config, denoiser, params, batch, compiled=compiled)
@@ -122,7 +122,7 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
 
 
 def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
-    """The recipe's task and denoiser, checked to be supported on both sides."""
+    """Return the recipe's task and denoiser, checked to be supported on both sides."""
     task = config.task
     denoiser = task.model.denoiser if isinstance(task, DiffusionTask) else None
     if not isinstance(denoiser, Denoiser) or type(config.optimizer) is not AdamW:
@@ -230,14 +230,13 @@ def _torch_step(
 def _torch_model(
     denoiser: Any, params: PyTree
 ) -> tuple[torch.nn.Module, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
-    """The same network with the same weights, and a function that predicts from a batch."""
+    """Return the same network with the same weights, and a function that predicts from a batch."""
     if isinstance(denoiser, DiTConfig):
         dit = TorchDiT(denoiser)
         dit.load_state_dict(to_torch_names(params))
         return dit, lambda b: dit(b["x"], b["t"], b["text"], b["pooled"], b["mask"])
-    settings = {
-        k: v for k, v in unet_keys.write_unet_config(denoiser).items() if k != "_class_name"
-    }
+    settings = unet_keys.write_unet_config(denoiser)
+    del settings["_class_name"]
     model = DiffusersUNet(**settings)
     tensors = unet_keys.unet_to_torch(params)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})

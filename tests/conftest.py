@@ -28,7 +28,10 @@ for flag, value in FLAGS.items():
 
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxdiff", "beartype.beartype")
+# An int is a float to users, pyright and PEP 484, but not to beartype by default.
+install_import_hook(
+    "jaxdiff", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A curriculum over noise levels: t <= level / levels, raised as the model becomes proficient.
+"""A curriculum over noise levels: t <= level / levels, raised during training.
 
 On a rectified flow, where sigma = t, level 1 of 10 means at most 10 % noise. The state is a pytree
 of arrays: it is part of the train state, is updated inside jit and is saved in checkpoints.
@@ -48,11 +48,11 @@ class NoiseCurriculum:
             raise UserError(
                 f"NoiseCurriculum got levels={self.levels}, smoothing={self.smoothing}, "
                 f"steps_per_level={self.steps_per_level}: expected levels >= 1, smoothing in "
-                "[0, 1) and steps_per_level >= 1; give such values."
+                "[0, 1) and steps_per_level >= 1."
             )
 
     def init(self) -> CurriculumState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return CurriculumState(
             level=jnp.ones((), jnp.int32),
             loss=jnp.zeros((), jnp.float32),
@@ -60,11 +60,11 @@ class NoiseCurriculum:
         )
 
     def max_t(self, state: CurriculumState) -> Float[Array, ""]:
-        """The highest time of the current level; scales times sampled from (0, 1]."""
+        """Return the highest time of the current level, a factor on times in (0, 1]."""
         return state.level.astype(jnp.float32) / self.levels
 
     def update(self, state: CurriculumState, loss: Float[Array, ""]) -> CurriculumState:
-        """The state after a step with mean loss `loss`; a non-finite loss changes nothing."""
+        """Return the state after a step with mean loss `loss`; non-finite losses are ignored."""
         steps = state.steps + 1
         # A plain mean until the window is full, so that the first losses do not dominate.
         weight = jnp.maximum(1.0 / steps, 1.0 - self.smoothing)

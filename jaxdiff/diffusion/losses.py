@@ -2,16 +2,16 @@
 
     loss = w_s(log_snr(t)) mean((prediction_s - target_s)^2),  s the space of the loss   (1)
 
-A weighting is stated for the error in eps, and carried to other spaces so that (1) has the same
-value in all of them. With snr = alpha^2 / sigma^2, x_t being known, an error in eps is
+A weighting applies to the error in eps, and is converted to other spaces so that (1) has the same
+value in all of them. With snr = alpha^2 / sigma^2 and x_t fixed, an error in eps is
 
     (error in x0)^2 = (error in eps)^2 / snr
     (error in v)^2 = (error in eps)^2 (1 + 1 / snr)                                     (2)
     (error in velocity)^2 = (error in eps)^2 (1 + 1 / sqrt(snr))^2
 
-and w_s is w_eps over that factor. `UniformWeighting` alone is meant literally: 1 in the space of
-the loss. A weighting multiplies whatever density of times the time sampler has; the
--d log_snr / dt of Kingma & Gao 2023, eq. 8, is not part of it.
+and w_s is w_eps over that factor. The exception is `UniformWeighting`: 1 in the space of the loss.
+A weighting multiplies the density of the time sampler; the -d log_snr / dt of Kingma & Gao 2023,
+eq. 8, is not part of it.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from jaxdiff.errors import UserError
 def _in_space(
     log_weight: Float[Array, " b"], log_snr: Float[Array, " b"], space: Prediction
 ) -> Float[Array, " b"]:
-    """Carries the logarithm of a weight on eps to another space, by eq. 2."""
+    """Convert the logarithm of a weight on eps to a weight in another space, by eq. 2."""
     log_factor = {
         "eps": jnp.zeros_like(log_snr),
         "x0": -log_snr,
@@ -40,12 +40,12 @@ def _in_space(
 
 @dataclass(frozen=True, kw_only=True)
 class UniformWeighting:
-    """One at every level, in whichever space the loss is (Ho et al. 2020, eq. 14, for eps)."""
+    """1 at every level, in the space of the loss (Ho et al. 2020, eq. 14, for eps)."""
 
     def __call__(
         self, log_snr: Float[Array, " b"], space: Prediction = "eps"
     ) -> Float[Array, " b"]:
-        """Ones [b]."""
+        """Return ones [b]."""
         return jnp.ones_like(log_snr)
 
 
@@ -53,7 +53,7 @@ class UniformWeighting:
 class MinSNR:
     """min(snr, gamma) on x0, min(1, gamma / snr) on eps (Hang et al. 2023, section 3.4).
 
-    It keeps the nearly clean levels, whose x0 is easy, from drowning out the others.
+    Bounds the weight of nearly clean levels, whose x0 is easy to predict.
 
     Raises:
         UserError: gamma is not positive.
@@ -68,7 +68,7 @@ class MinSNR:
     def __call__(
         self, log_snr: Float[Array, " b"], space: Prediction = "eps"
     ) -> Float[Array, " b"]:
-        """Weights [b], at most gamma on x0."""
+        """Return weights [b], at most gamma on x0."""
         log_weight = jnp.minimum(0.0, jnp.log(self.gamma) - log_snr)
         return _in_space(log_weight, log_snr, space)
 
@@ -85,7 +85,7 @@ class SigmoidWeighting:
     def __call__(
         self, log_snr: Float[Array, " b"], space: Prediction = "eps"
     ) -> Float[Array, " b"]:
-        """Weights [b], at most 1 on eps."""
+        """Return weights [b], at most 1 on eps."""
         return _in_space(jax.nn.log_sigmoid(self.bias - log_snr), log_snr, space)
 
 
@@ -102,12 +102,12 @@ AnyWeighting = UniformWeighting | MinSNR | SigmoidWeighting | Weighting
 
 
 def loss_by_level(
-    loss: Float[Array, " b"], t: Float[Array, " b"], levels: int = 10
-) -> tuple[Float[Array, " levels"], Float[Array, " levels"]]:
-    """Sums and counts of the loss in `levels` equal bins of t, bin k holding k < t levels <= k + 1.
+    loss: Float[Array, " b"], t: Float[Array, " b"]
+) -> tuple[Float[Array, "10"], Float[Array, "10"]]:
+    """Return sums and counts of the loss in 10 bins of t, where bin k has k < 10 t <= k + 1.
 
     Sums and counts, unlike means, add up over steps and hosts.
     """
-    bins = jnp.clip(jnp.ceil(t * levels).astype(jnp.int32) - 1, 0, levels - 1)
-    member = jax.nn.one_hot(bins, levels, dtype=jnp.float32)
+    bins = jnp.clip(jnp.ceil(t * 10).astype(jnp.int32) - 1, 0, 9)
+    member = jax.nn.one_hot(bins, 10, dtype=jnp.float32)
     return loss @ member, jnp.sum(member, axis=0)

@@ -1,9 +1,9 @@
-"""Training objectives: the loss of a batch, given the model and whatever it is compared with.
+"""Training objectives: the loss of a batch.
 
     loss = w_s(log_snr(t)) mean((prediction_s - target_s)^2),  s the space of the loss   (1)
 
 An `Objective` may also use a frozen teacher, the model's moving average, a second time and a state
-that it carries from step to step, so that distillation and two-time objectives need no other loop.
+that is carried from step to step, for distillation and two-time objectives.
 """
 
 import abc
@@ -29,7 +29,7 @@ Conditioning = Any  # a tree of arrays [b, ...]
 class Predictor(Protocol):
     """A model with its parameters: (x_t, t, cond) to a prediction of the shape of x_t.
 
-    `next_t` is the second time of models that are trained on two; others are called without.
+    `next_t` is the second time of two-time models; None for others.
     """
 
     def __call__(
@@ -44,20 +44,20 @@ class Predictor(Protocol):
 
 
 class LossInputs(NamedTuple):
-    """What an objective may use.
+    """Inputs of an objective.
 
     Attributes:
       model: the model in training.
-      prediction: what it predicts.
+      prediction: type of its prediction.
       schedule: of the noise.
       x0: images or latents, float32.
       cond: conditioning of the captions.
       key: of this step.
-      max_t: greatest time, as a noise curriculum asks.
+      max_t: greatest time, set by a noise curriculum.
       uncond: conditioning of the absent prompt; None unless `Objective.uses_uncond`.
       teacher: the frozen pretrained model; None unless `Objective.uses_teacher`.
       ema: the model with its moving average; None unless `Objective.uses_ema`.
-      state: what the objective carries from step to step.
+      state: of the objective.
       row_weights: weights of the images; None for equal ones.
     """
 
@@ -76,7 +76,7 @@ class LossInputs(NamedTuple):
 
 
 class LossOutputs(NamedTuple):
-    """The contribution of each image.
+    """The loss of each image.
 
     Attributes:
       loss: weighted, float32.
@@ -105,7 +105,7 @@ class Objective(abc.ABC):
     uses_ema = False
 
     def init_state(self) -> Any:
-        """Return what is carried at the first step, a tree of arrays."""
+        """Return the state at the first step, a tree of arrays."""
         return ()
 
     @abc.abstractmethod
@@ -123,11 +123,10 @@ class Denoising(Objective):
       loss_space: the space of the loss; None is that of the prediction.
       times: distribution of the times.
       weighting: of the loss, by log_snr.
-      floor: least sigma and alpha by which an error is divided when it is carried from x0 or eps
-        to another space (JiT: 0.05); it bounds the weights at the ends.
-      noise_offset: standard deviation of a further noise that is the same at all pixels of a
-        channel (Guttenberg 2023, "Diffusion with offset noise": 0.1), without which a network
-        never learns the brightness of whole images.
+      floor: least sigma and alpha by which an error in x0 or eps is divided when it is converted to
+        another space (JiT: 0.05); it bounds the weights at the ends.
+      noise_offset: standard deviation of additional noise that is constant over the pixels of a
+        channel (Guttenberg 2023, "Diffusion with offset noise": 0.1), for dark and bright images.
 
     Raises:
       UserError: floor is not positive, or noise_offset is negative.
@@ -149,7 +148,7 @@ class Denoising(Objective):
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """Add noise to x0 at sampled times, predict, and weight the error.
 
-        The noise of an image depends on (key, its place) alone.
+        The noise of an image depends only on the key and its index.
         """
         x0, batch = inputs.x0.astype(jnp.float32), inputs.x0.shape[0]
         time_key, noise_key = jax.random.split(inputs.key)
@@ -181,13 +180,13 @@ class Denoising(Objective):
         eps: Images,
         t: Float[Array, " b"],
     ) -> Float[Array, " b"]:
-        """Eq. 1 for each image, given the network's output for x_t."""
+        """Return eq. 1 for each image, given the network's output for x_t."""
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         space = self.loss_space or prediction
         error = output - from_x0_eps(prediction, x0, eps, alpha, sigma)
         if space != prediction:
-            # Affine conversions carry an error as they carry an output, with x_t = 0: no two large
-            # numbers are subtracted, and the floor acts on target and prediction alike.
+            # Affine conversions map errors like outputs with x_t = 0: this avoids cancellation, and
+            # the floor applies to target and prediction alike.
             errors = to_x0_eps(
                 prediction, error, jnp.zeros_like(error), alpha, sigma, floor=self.floor
             )

@@ -36,7 +36,7 @@ def _over_images(level: Level) -> Float[Array, "#b 1 1 1"]:
 
 
 def add_noise(schedule: Schedule, x0: Images, eps: Images, t: Level) -> Images:
-    """x_t of eq. 1, for t in [0, 1]."""
+    """Return x_t of eq. 1, for t in [0, 1]."""
     return _over_images(schedule.alpha(t)) * x0 + _over_images(schedule.sigma(t)) * eps
 
 
@@ -70,7 +70,7 @@ def to_x0_eps(
 def from_x0_eps(
     prediction: Prediction, x0: Images, eps: Images, alpha: Level, sigma: Level
 ) -> Images:
-    """The training target of a network that predicts `prediction`, eq. 2."""
+    """Return the training target of a prediction type, eq. 2."""
     if prediction == "eps":
         return eps
     if prediction == "x0":

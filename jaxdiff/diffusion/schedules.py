@@ -69,8 +69,7 @@ class Cosine:
     def __post_init__(self):
         if not self.min_log_snr < 0:
             raise UserError(
-                f"Cosine.min_log_snr is {self.min_log_snr}: expected a negative number; give one "
-                "such as -8."
+                f"Cosine.min_log_snr is {self.min_log_snr}: expected a negative number, such as -8."
             )
 
     def _angle(self, t: Times) -> Times:
@@ -99,14 +98,14 @@ class Cosine:
 
 @functools.lru_cache
 def _noise_to_data(beta_start: float, beta_end: float, num_train_steps: int) -> np.ndarray:
-    """sigma / alpha [num_train_steps] in float64; the product is too inexact in float32."""
+    """Return sigma / alpha [num_train_steps], in float64 for an accurate product."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=np.float64) ** 2
     log_alpha_bar = np.cumsum(np.log1p(-betas))
     return np.sqrt(-np.expm1(log_alpha_bar)) / np.exp(log_alpha_bar / 2)
 
 
 def _zero_terminal(ratio: np.ndarray) -> np.ndarray:
-    """sigma / alpha with alpha shifted to 0 at the last step (Lin et al. 2023, algorithm 1)."""
+    """Return sigma / alpha with alpha 0 at the last step (Lin et al. 2023, algorithm 1)."""
     alpha = 1 / np.hypot(1, ratio)
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     with np.errstate(divide="ignore"):
@@ -142,7 +141,7 @@ class ScaledLinear:
             raise UserError(
                 f"ScaledLinear got beta_start={self.beta_start}, beta_end={self.beta_end}, "
                 f"num_train_steps={self.num_train_steps}: expected 0 < beta_start <= beta_end < 1 "
-                "and at least 2 steps; give such values."
+                "and at least 2 steps."
             )
 
     def _table(self) -> np.ndarray:
@@ -233,8 +232,7 @@ class VarianceExploding:
         if not 0 < self.sigma_min < self.sigma_max or self.rho < 1:
             raise UserError(
                 f"VarianceExploding got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
-                f"rho={self.rho}: expected 0 < sigma_min < sigma_max and rho >= 1; give such "
-                "values."
+                f"rho={self.rho}: expected 0 < sigma_min < sigma_max and rho >= 1."
             )
 
     def alpha(self, t: Times) -> Times:
@@ -279,7 +277,7 @@ class Shifted:
 
     def __post_init__(self):
         if not self.shift > 0:
-            raise UserError(f"Shifted.shift is {self.shift}: give a positive number.")
+            raise UserError(f"Shifted.shift is {self.shift}: expected a positive number.")
 
     def alpha(self, t: Times) -> Times:
         """The base's alpha, renormalised after scaling sigma."""

@@ -46,8 +46,8 @@ class TimeGrid:
     def __post_init__(self):
         if not (self.shift > 0 and self.rho >= 1):
             raise UserError(
-                f"TimeGrid got shift={self.shift}, rho={self.rho}: give a positive shift and a rho "
-                "of at least 1."
+                f"TimeGrid got shift={self.shift}, rho={self.rho}: expected a positive shift and a "
+                "rho of at least 1."
             )
 
     def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
@@ -86,7 +86,7 @@ class TrainStepGrid:
     def __post_init__(self):
         if not 0 <= self.offset < self.num_train_steps:
             raise UserError(
-                f"TrainStepGrid.offset is {self.offset}: give a number from 0 to "
+                f"TrainStepGrid.offset is {self.offset}: expected a number from 0 to "
                 f"{self.num_train_steps - 1}."
             )
 
@@ -135,7 +135,7 @@ class KarrasGrid:
     def __post_init__(self):
         _check_ends(self)
         if self.rho < 1:
-            raise UserError(f"KarrasGrid.rho is {self.rho}: give at least 1, such as 7.")
+            raise UserError(f"KarrasGrid.rho is {self.rho}: expected at least 1, such as 7.")
 
     def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
@@ -179,14 +179,14 @@ def _check_ends(grid: KarrasGrid | LogSnrGrid) -> None:
     if not (0 < grid.last < grid.first <= 1 and grid.max_sigma > 0):
         raise UserError(
             f"{type(grid).__name__} got first={grid.first}, last={grid.last}, "
-            f"max_sigma={grid.max_sigma}: give 0 < last < first <= 1 and a positive max_sigma."
+            f"max_sigma={grid.max_sigma}: expected 0 < last < first <= 1 and max_sigma > 0."
         )
 
 
 def _ends(
     grid: KarrasGrid | LogSnrGrid, i: Index, num_steps: Count
 ) -> tuple[Float[Array, ""], Float[Array, ""], Times]:
-    """sigma / alpha before the first and the last step, and the position of step i in [0, 1]."""
+    """Return sigma / alpha before the first and last step, and step i's position in [0, 1]."""
     dtype = jnp.result_type(float)
     ends = jnp.asarray([grid.first, grid.last], dtype)
     most, least = grid.schedule.sigma(ends) / grid.schedule.alpha(ends)
@@ -197,7 +197,7 @@ def _ends(
 def _time_at(
     grid: KarrasGrid | LogSnrGrid, noise_to_data: Times, i: Index, num_steps: Count
 ) -> Times:
-    """The time at a value of sigma / alpha; exactly `first` and 0 at the ends."""
+    """Return the time at a value of sigma / alpha; exactly `first` and 0 at the ends."""
     i, n = jnp.asarray(i), jnp.asarray(num_steps)
     t = jnp.where(i == 0, grid.first, grid.schedule.time_at(noise_to_data))
     return jnp.where(i < n, t, 0.0).astype(noise_to_data.dtype)
@@ -220,8 +220,8 @@ class ExplicitGrid:
         decreasing = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
         if len(self.times) < 2 or not decreasing or self.times[0] > 1 or self.times[-1] < 0:
             raise UserError(
-                f"ExplicitGrid.times are {self.times}: give at least two decreasing times between "
-                "1 (noise) and 0 (data)."
+                f"ExplicitGrid.times are {self.times}: expected at least two decreasing times "
+                "between 1 (noise) and 0 (data)."
             )
 
     def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
@@ -253,8 +253,8 @@ class ConsistencyGrid:
     def __post_init__(self):
         if not 1 <= self.distilled_steps <= self.num_train_steps:
             raise UserError(
-                f"ConsistencyGrid.distilled_steps is {self.distilled_steps}: give a number from 1 "
-                f"to num_train_steps, {self.num_train_steps}."
+                f"ConsistencyGrid.distilled_steps is {self.distilled_steps}: expected 1 to "
+                f"num_train_steps, {self.num_train_steps}."
             )
 
     def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:

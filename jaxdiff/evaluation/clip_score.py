@@ -52,8 +52,8 @@ class ClipScore(Evaluator):
         check_text_to_image(spec, self)
         if image_source(data) is None:
             raise UserError(
-                f"evaluator {self.name!r} needs images but data.source is cached latents: name "
-                "what they were made of in data.source.of, or leave the evaluator out."
+                f"evaluator {self.name!r} needs images but data.source is cached latents: set "
+                "data.source.of to the original data, or leave the evaluator out."
             )
 
     def evaluate(self, context: EvalContext) -> Report:

@@ -1,4 +1,4 @@
-"""The interface of evaluators: what they are given, and what they report.
+"""The interface of evaluators, their inputs and their reports.
 
 An evaluator is a frozen dataclass in a recipe. Training calls it every `every` steps and at the
 end; `jaxdiff evaluate` calls the same object.
@@ -7,7 +7,7 @@ end; `jaxdiff evaluate` calls the same object.
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,7 +43,7 @@ class Generation:
     """How evaluators generate images, where it differs from the model's own settings.
 
     Attributes:
-      best_of: images generated for each prompt, of which a CLIP chooses one.
+      best_of: images generated for each prompt; a CLIP selects the best.
       clip_model: that CLIP.
       arguments: further arguments of the pipeline.
 
@@ -62,10 +62,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What an evaluator may use.
+    """Inputs of an evaluator.
 
     Attributes:
-      step: of the run; 0 for a model that is in no run.
+      step: of the run; 0 outside of runs.
       spec: of the model.
       params: of the model, its moving average.
       tokenizers: of its text encoders.
@@ -82,7 +82,7 @@ class EvalContext:
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The model as a pipeline, made when it is first used."""
+        """The model as a pipeline."""
         return Pipeline(Bundle(self.spec, self.params, dict(self.tokenizers)))
 
     def generate(self, prompts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -94,10 +94,6 @@ class EvalContext:
             self.pipeline, prompts, n=how.best_of, clip=how.clip_model, **how.arguments
         )
         return ranked.images
-
-    def with_generation(self, generation: Generation) -> "EvalContext":
-        """Return the same context with other settings."""
-        return dataclasses.replace(self, generation=generation)
 
 
 class Evaluator(abc.ABC):
@@ -124,7 +120,7 @@ class Evaluator(abc.ABC):
 
 
 def image_source(data: DataConfig) -> Any:
-    """Return the source of images: of cached latents that which they were made of."""
+    """Return the source of images; for cached latents, that of the original images."""
     source = data.source
     return source.of if isinstance(source, CachedLatents) else source
 
@@ -139,7 +135,6 @@ def check_text_to_image(spec: AnySpec, evaluator: Evaluator) -> TextToImage:
     return spec
 
 
-Generate = Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]]
 Columns = Mapping[str, Mapping[str, float]]  # {"score": {attribute: fraction}, "ceiling": ...}
 
 
@@ -164,6 +159,4 @@ def table(columns_of: Mapping[str, Columns]) -> Report:
 def check_samples(name: str, samples: int) -> None:
     """Raise `UserError` for fewer than two samples."""
     if samples < 2:
-        raise UserError(
-            f"{name}.samples is {samples}: expected at least 2, and 500 for firm figures."
-        )
+        raise UserError(f"{name}.samples is {samples}: expected at least 2, such as 500.")

@@ -1,4 +1,4 @@
-"""Accuracy on OpenMoji's people at work: is the nearest real drawing the prompted one?"""
+"""Accuracy on OpenMoji's people at work: whether the nearest emoji is the prompted one."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +21,7 @@ from jaxdiff.pretrained.bundle import AnySpec
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMojiAccuracy(Evaluator):
-    """Fractions of images nearest to the real drawing of their prompt, held-out combinations.
+    """Fractions of images whose nearest emoji is that of the prompt, held-out combinations.
 
     Attributes:
       samples: prompts.
@@ -43,7 +43,7 @@ class OpenMojiAccuracy(Evaluator):
         size, source = check_text_to_image(spec, self).image_size, image_source(data)
         if not isinstance(source, OpenMoji) or size != source.size:
             raise UserError(
-                f"evaluator {self.name!r} compares images with OpenMoji's drawings: expected "
+                f"evaluator {self.name!r} compares images with OpenMoji's emoji: expected "
                 "data.source to be OpenMoji, of the size of the model's images; leave the "
                 "evaluator out."
             )
@@ -54,6 +54,6 @@ class OpenMojiAccuracy(Evaluator):
         source = image_source(context.data)
         prompts = scoring.held_out_prompts(self.samples)
         images = context.generate([prompt.text for prompt in prompts])
-        drawings = OpenMoji(split="all", size=source.size, cache=source.cache)
-        result = scoring.score_workers(images, [prompt.target for prompt in prompts], drawings)
+        emoji = OpenMoji(split="all", size=source.size, cache=source.cache)
+        result = scoring.score_workers(images, [prompt.target for prompt in prompts], emoji)
         return table({"people at work, held-out combinations": result._asdict()})

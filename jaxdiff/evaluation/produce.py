@@ -1,4 +1,4 @@
-"""Attribute accuracy on rendered produce: does an image show what its prompt names?"""
+"""Attribute accuracy on rendered produce."""
 
 import functools
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from jaxdiff.pretrained.bundle import AnySpec
 
 @dataclass(frozen=True, kw_only=True)
 class ProduceAccuracy(Evaluator):
-    """Fractions of images whose attributes a rule-based detector finds as prompted.
+    """Fractions of images whose attributes, as a rule-based detector finds them, match the prompt.
 
-    Sets: single objects in combinations that training never showed, and in trained ones, and
-    pairs. "ceiling" is the detector on true renderings, "chance" the images against other prompts,
-    and "latents", for models on latents, true renderings after the autoencoder.
+    Sets: single objects in held-out and in trained combinations, and pairs. "ceiling" is the
+    accuracy on rendered scenes, "chance" that of images against other prompts, and "latents", for
+    latent models, that of rendered scenes after the autoencoder.
 
     Attributes:
       samples: prompts of each set.

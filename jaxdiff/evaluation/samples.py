@@ -22,7 +22,7 @@ from jaxdiff.evaluation.evaluator import (
 )
 from jaxdiff.io import images as image_io
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
-from jaxdiff.models.layers import bind_init, bind_params
+from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pretrained.bundle import AnySpec
 
@@ -96,11 +96,10 @@ class Reconstructions(Evaluator):
 @functools.lru_cache(maxsize=2)
 def _reconstruct(spec: Any) -> Any:
     """Return the jitted function (params, images) -> float images."""
-    build = bind_init(type(spec).build, spec)
 
     @jax.jit
     def reconstruct(params, images):
-        model = bind_params(build, params)
+        model = bind_params(bind_build(spec), params)
         return model.decode(model.encode(from_uint8(images)).mode())
 
     return reconstruct

@@ -48,7 +48,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """A number known of a synthetic scene, taken from its first item, with labels for both ends."""
+    """A number of a synthetic scene's first item, with labels for both ends."""
 
     low: str
     high: str
@@ -63,7 +63,7 @@ ATTRIBUTES = {
 
 
 def text_scores(images: Vectors, low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]):
-    """Cosine similarity of each image to `high` minus that to `low`, float [n].
+    """Return the cosine similarity of each image to `high` minus that to `low`, float [n].
 
     All are unit vectors of CLIP's joint space: the score is the coordinate along `high - low`.
     """
@@ -118,7 +118,7 @@ def _ridge(
 def principal_components(
     vectors: Vectors, count: int
 ) -> tuple[Float[np.ndarray, "n k"], list[float]]:
-    """Coordinates along the directions of largest variance, and each direction's fraction of it.
+    """Return coordinates along the principal directions, and each one's fraction of the variance.
 
     Signs are chosen so that the coordinate of largest magnitude is positive.
     """
@@ -130,13 +130,13 @@ def principal_components(
     return along, [float(x**2 / total) for x in s[:count]]
 
 
-def distinctive_words(values: Values, captions: Sequence[str], count: int = 2) -> tuple[str, str]:
-    """The words that distinguish the captions at one end of an axis from those at the other.
+def distinctive_words(values: Values, captions: Sequence[str]) -> tuple[str, str]:
+    """Return the words that distinguish the captions at one end of an axis from the other end.
 
     Compares the lowest with the highest fifth by the number of captions that contain each word.
 
     Returns:
-      Words for the lower and the upper end, the most distinctive first; "" where there is none.
+      At most two words for the lower and the upper end, the most distinctive first; "" for none.
     """
     order: list[int] = np.argsort(values, kind="stable").tolist()
     fifth = max(len(order) // 5, 1)
@@ -148,7 +148,7 @@ def distinctive_words(values: Values, captions: Sequence[str], count: int = 2) -
     for here, there in (counts, counts[::-1]):
         excess = {word: n - there[word] for word, n in here.items() if len(word) > 2}
         ranked = sorted(excess.items(), key=lambda x: (-x[1], x[0]))
-        texts.append(", ".join([word for word, n in ranked if n > 1][:count]))
+        texts.append(", ".join([word for word, n in ranked if n > 1][:2]))
     return texts[0], texts[1]
 
 

@@ -20,8 +20,8 @@ from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import ATTRIBUTES
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
-from jaxdiff.models.layers import bind_init, bind_params
-from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.layers import bind_build, bind_init, bind_params
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, unit_vectors
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.auxiliary_models import load_clip
 from jaxdiff.pipelines.batching import in_full_batches
@@ -31,20 +31,20 @@ from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
-PIXELS_AT_A_TIME = 2**18  # 64 images of 64 x 64: many enough for a device, few enough for any
+PIXELS_AT_A_TIME = 2**18  # 64 images of 64 x 64
 
 
 class Records(NamedTuple):
-    """Some records of a data set, as a model sees them."""
+    """Records of a data set after its transforms."""
 
     images: UInt8[np.ndarray, "n h w 3"]
     captions: list[str]
     names: list[str]
-    truths: dict[str, Float[np.ndarray, " n"]]  # {} where nobody knows what was drawn
+    truths: dict[str, Float[np.ndarray, " n"]]  # attributes of synthetic scenes, else {}
 
 
 class ClipReader(NamedTuple):
-    """A CLIP, and how it reads."""
+    """A CLIP's tokenizer, and functions that embed images and texts as unit vectors."""
 
     tokenizer: TextTokenizer
     images: Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n d"]]
@@ -52,7 +52,7 @@ class ClipReader(NamedTuple):
 
 
 def read_records(config: Config, samples: int, seed: int) -> Records:
-    """So many records of a recipe's data, drawn at random; bad ones are named and left out.
+    """Sample records of a recipe's data at random; bad ones are reported and left out.
 
     Raises:
       UserError: the data are missing or latents, or fewer than 10 of the records can be used.
@@ -60,7 +60,7 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
     source = config.data.source
     if isinstance(source, CachedLatents):
         raise UserError(
-            f"{source.path} holds latents and no images: give the recipe that they were made of."
+            f"{source.path} holds latents: expected images; give the recipe of the original data."
         )
     source.check()
     transforms = dataclasses.replace(
@@ -85,8 +85,8 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
             progress.update(done)
     if len(kept) < 10:
         raise UserError(
-            f"A map of {len(kept)} images says nothing: expected at least 10 records that can be "
-            f"used, of the {count} that were read; repair them, or name other data."
+            f"Only {len(kept)} of {count} records are usable: expected at least 10; repair them, "
+            "or use other data."
         )
     truths = {}
     if isinstance(source, Produce):
@@ -99,7 +99,7 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
 
 
 def read_clip(model: str) -> ClipReader:
-    """The CLIP of a run, of an exported model, or `shipped:produce_clip`.
+    """Load the CLIP of a run, of an exported model, or `shipped:produce_clip`.
 
     Raises:
       UserError: there is no such model, or it is no CLIP.
@@ -109,17 +109,18 @@ def read_clip(model: str) -> ClipReader:
 
     @jax.jit
     def image_vectors(params, images):
-        return _unit(bind_params(build, params).vision(_resized(from_uint8(images), size)).pooled)
+        views = _resized(from_uint8(images), size)
+        return unit_vectors(bind_params(build, params).vision(views).pooled)
 
     @jax.jit
     def text_vectors(params, ids):
-        return _unit(bind_params(build, params).text(ids).pooled)
+        return unit_vectors(bind_params(build, params).text(ids).pooled)
 
     def texts(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(text_vectors(params, tokenizer(list(texts))))
 
-    see = functools.partial(image_vectors, params)
-    return ClipReader(tokenizer, lambda images: _in_batches(see, images, size), texts)
+    embed = functools.partial(image_vectors, params)
+    return ClipReader(tokenizer, lambda images: _in_batches(embed, images, size), texts)
 
 
 def is_clip(config: Config) -> bool:
@@ -133,25 +134,22 @@ def has_autoencoder(config: Config) -> bool:
 
 
 def _autoencoder_of(spec: AnySpec) -> AutoencoderSpec | None:
-    """Return the autoencoder of a model, or that is the model."""
-    return (
-        spec.autoencoder
-        if isinstance(spec, TextToImage)
-        else (spec if isinstance(spec, AutoencoderSpec) else None)
-    )
+    """Return the autoencoder of a text-to-image model, or the model if it is an autoencoder."""
+    if isinstance(spec, TextToImage):
+        return spec.autoencoder
+    return spec if isinstance(spec, AutoencoderSpec) else None
 
 
 def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function from images uint8 [n, h, w, 3] to flat latents float32 [n, d].
 
     Args:
-      config: of a recipe, whose pretrained autoencoder is used, if it has one, where no model is
-        named.
-      model: a run, an exported model or `shipped:NAME` that is an autoencoder or has one; where
-        neither is given it is `shipped:produce_autoencoder`.
+      config: of a recipe; its pretrained autoencoder, if any, is the default of `model`.
+      model: a run, an exported model or `shipped:NAME` that is an autoencoder or has one; by
+        default `shipped:produce_autoencoder`.
 
     Raises:
-      UserError: there is no such model, or no autoencoder in it.
+      UserError: there is no such model, or it has no autoencoder.
     """
     task = config.task
     if model is None and isinstance(task, DiffusionTask) and task.pretrained.autoencoder:
@@ -160,15 +158,13 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
     autoencoder = _autoencoder_of(bundle.spec)
     if autoencoder is None:
         raise UserError(
-            f"There is no autoencoder in {model}, a {type(bundle.spec).__name__}: give "
-            "--autoencoder the folder of a run that is one or has one, or "
-            "shipped:produce_autoencoder."
+            f"{model} is a {type(bundle.spec).__name__} without autoencoder: expected a model with "
+            "one; give its folder, or shipped:produce_autoencoder, as --autoencoder."
         )
     params = bundle.params
     if isinstance(bundle.spec, TextToImage):
         params = params["autoencoder"]
-    build = bind_init(type(autoencoder).build, autoencoder)
-    size = config.data.transforms.size
+    build, size = bind_build(autoencoder), config.data.transforms.size
 
     @jax.jit
     def latents(params, images):
@@ -186,13 +182,8 @@ def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 
     return jax.image.resize(images, (b, size, size, c), "cubic")  # antialiased if it shrinks
 
 
-def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _in_batches(see: Callable[..., jax.Array], images: np.ndarray, side: int) -> np.ndarray:
-    """What a function makes of all images, so many at a time that a device has enough to do."""
+def _in_batches(embed: Callable[..., jax.Array], images: np.ndarray, side: int) -> np.ndarray:
+    """Apply a function to all images, in batches of about `PIXELS_AT_A_TIME`."""
     size = max(1, min(PIXELS_AT_A_TIME // side**2, len(images)))
     with Progress(len(images), unit="image", console=Console(stderr=True)) as progress:
-        return in_full_batches(see, size, images, seen=progress.update)
+        return in_full_batches(embed, size, images, seen=progress.update)

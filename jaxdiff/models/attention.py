@@ -1,13 +1,12 @@
-"""Multi-head attention, by the best kernel of each kind of device, as the networks use it.
+"""Multi-head attention with the fastest kernel of each kind of device.
 
   NVIDIA  cuDNN's flash attention, in bfloat16 or float16 with heads of at most 128 channels
-  TPU     splash attention, where there are too many logits to write them down
-  CPU     piece by piece, likewise
-  else    XLA, which writes the logits down
+  TPU     splash attention, for long sequences
+  CPU     blocks of queries, for long sequences
+  else    XLA, which materializes the logits
 
-A kernel works on what one device has. So under a mesh (that of the program that is traced) queries
-are shared out over images, heads and, where tokens are split, over these; keys and values are then
-gathered, and nothing else is exchanged.
+A kernel works on one device. Under the mesh of the traced program, queries are sharded over images,
+heads and, where tokens are split, tokens; keys and values are then gathered.
 """
 
 import math
@@ -40,17 +39,17 @@ def linear(
     zero: bool = False,
     bias: bool = True,
 ) -> Dense:
-    """A linear layer with Xavier's initialisation, or one that starts at zero."""
+    """Build a linear layer with Xavier or zero initialisation."""
     init = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
     return Dense(inputs, outputs, axes=axes, kernel_init=init, use_bias=bias, rngs=rngs)
 
 
-# On a CPU, from this many products of queries and keys on, they are taken piece by piece: on two
-# cores 4096 positions of 8 heads (Stable Diffusion at 512 pixels) take 0.7 s instead of 4.5.
-_MANY, _PIECE = 2**18, 256
-# On a TPU, from this many on, they are not written down; below it XLA's products are faster.
-_TOO_MANY = 2**20
-_LANES = 128  # of a TPU's vector unit: what the lengths of a block are multiples of
+# A CPU splits attention with at least this many logits into blocks of queries: on two cores 4096
+# positions of 8 heads (Stable Diffusion at 512 pixels) take 0.7 s instead of 4.5.
+_MIN_CPU_LOGITS, _CPU_BLOCK = 2**18, 256
+# A TPU uses splash attention from this many logits on; below it XLA is faster.
+_MIN_SPLASH_LOGITS = 2**20
+_LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
 
 
 def attend(
@@ -79,12 +78,12 @@ def attend(
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """What one device has, by what is quickest on its kind."""
+    """Attend on one device, with its fastest kernel."""
     if mask is not None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
     kernels: dict[str, Callable[..., Array]] = {}
-    if q.shape[1] * k.shape[1] >= _MANY:
-        kernels["cpu"] = _piece_by_piece
+    if q.shape[1] * k.shape[1] >= _MIN_CPU_LOGITS:
+        kernels["cpu"] = _in_blocks
     if _for_splash(q, k, mask):
         kernels["tpu"] = _splash
     if _for_cudnn(q, k):
@@ -98,14 +97,14 @@ def _for_splash(q: Array, k: Array, mask: Array | None) -> bool:
     lengths = q.shape[1], k.shape[1]
     return (
         mask is None
-        and math.prod(lengths) >= _TOO_MANY
+        and math.prod(lengths) >= _MIN_SPLASH_LOGITS
         and all(length % _LANES == 0 for length in lengths)
         and q.dtype in (jnp.bfloat16, jnp.float32)
     )
 
 
 def _for_cudnn(q: Array, k: Array) -> bool:
-    """Tracing it takes a GPU, so that it cannot be one of several kernels elsewhere."""
+    """Whether cuDNN applies; only a process with a GPU can trace it."""
     return (
         jax.default_backend() == "gpu"
         and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -117,21 +116,15 @@ def _for_cudnn(q: Array, k: Array) -> bool:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    """Flash attention (Dao et al. 2022) as NVIDIA has it."""
+    """NVIDIA's flash attention (Dao et al. 2022)."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def _splash(q: Array, k: Array, v: Array) -> Array:
     """Flash attention on a TPU: blocks of logits that never leave the chip's fast memory."""
     n, h, m = q.shape[1], q.shape[2], k.shape[1]
-    block: Any = {
-        "block_q": _block(n),
-        "block_kv": _block(m),
-        "block_q_dkv": _block(n),
-        "block_kv_dkv": _block(m),
-        "block_q_dq": _block(n),
-        "block_kv_dq": _block(m),
-    }
+    block: Any = {f"block_q{pass_}": _block(n) for pass_ in ("", "_dkv", "_dq")}
+    block |= {f"block_kv{pass_}": _block(m) for pass_ in ("", "_dkv", "_dq")}
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((n, m)) for _ in range(h)])
     kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(**block))
     scaled = (q / np.sqrt(q.shape[3]).astype(q.dtype)).swapaxes(1, 2)
@@ -139,17 +132,17 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
 
 
 def _block(length: int) -> int:
-    """The longest of its divisors that are powers of two, from 128 to 512."""
+    """Return the largest power of two from 128 to 512 that divides `length`."""
     return max(size for size in (_LANES, 2 * _LANES, 4 * _LANES) if length % size == 0)
 
 
-def _piece_by_piece(q: Array, k: Array, v: Array) -> Array:
-    """One head of one image, and a few of its queries, at a time.
+def _in_blocks(q: Array, k: Array, v: Array) -> Array:
+    """Attend with one block of queries of one head of one image at a time.
 
-    All logits at once are slow to reach, and XLA's CPU backend is slow at batches of products.
+    All logits together do not fit the cache, and batched products are slow in XLA's CPU backend.
     """
     b, n, h, d = q.shape
-    piece = max(size for size in range(1, _PIECE + 1) if n % size == 0)
+    block = max(size for size in range(1, _CPU_BLOCK + 1) if n % size == 0)
 
     def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
@@ -158,7 +151,7 @@ def _piece_by_piece(q: Array, k: Array, v: Array) -> Array:
             logits = (q @ k.T).astype(jnp.float32) / math.sqrt(d)
             return jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
 
-        return jax.lax.map(some, q.reshape(n // piece, piece, d)).reshape(n, d)
+        return jax.lax.map(some, q.reshape(n // block, block, d)).reshape(n, d)
 
     q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
     return jax.lax.map(head, (q, k, v)).reshape(b, h, n, d).swapaxes(1, 2)
@@ -184,7 +177,7 @@ class Attention(nnx.Module):
         angles: Float[Array, "n half"] | None = None,
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """x, the queries, reads the source where the mask is true; angles turn queries and keys."""
+        """Attend from x to the source where the mask is true; angles rotate queries and keys."""
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1)
             for y in (self.q(x), self.k(source), self.v(source))

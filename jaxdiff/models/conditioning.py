@@ -1,7 +1,7 @@
-"""Conditioning: what a denoiser reads beside x_t and t, and the conditioner that makes it of text.
+"""Conditioning, the inputs of a denoiser beside x_t and t, and conditioners, which encode text.
 
-A conditioner is a frozen dataclass per model family. It alone knows the family's text encoders:
-which hidden layers, joined how, padded how, and what an empty or absent prompt means.
+A conditioner is a frozen dataclass per model family. It defines the text encoders, their hidden
+layers, concatenation and padding, and the meaning of an empty or absent prompt.
 
     prompts --tokenize--> TextInputs --encode(params)--> Conditioning --> denoiser, guidance
 """
@@ -24,26 +24,26 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import bind_init, bind_params
+from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.models.lora import add_adapters
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, TextFeatures
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What Stable Diffusion XL's refiner is given for prompts and for negative prompts."""
+"""Inputs of Stable Diffusion XL's refiner for prompts and for negative prompts."""
 
 
 class Conditioning(NamedTuple):
     """Batch-first arrays; None where a family has no such field.
 
     Attributes:
-      tokens: hidden states of the text, joined over the text encoders.
+      tokens: hidden states of the text, concatenated over the text encoders.
       mask: true for the tokens that count; None where the network reads all of them.
       pooled: one vector for the whole prompt.
       size_crop: original height and width, top and left of the crop, target height and width, in
         pixels (Podell et al. 2023, section 2.2).
       aesthetic_score: of the image, 0 to 10.
-      guidance: the scale that a guidance-distilled network is told.
-      concat: channels that are joined to x_t: mask and masked latents of inpainting networks.
+      guidance: the guidance scale, an input of guidance-distilled networks.
+      concat: channels concatenated to x_t: mask and masked latents of inpainting networks.
       reference: tokens of reference images.
       reference_positions: their positions.
       image_tokens: an image encoder's tokens.
@@ -72,8 +72,8 @@ def full_size_crop(height: int, width: int, count: int) -> Float[Array, "b 6"]:
 def mix(a: Conditioning, b: Conditioning, fraction: Float[Array, " b"]) -> Conditioning:
     """Interpolate between two prompts: (1 - fraction) a + fraction b.
 
-    Tokens that the mask excludes count as zero: a network with a mask has not seen their values. A
-    token counts in the mixture if it counts in a prompt that takes part.
+    Tokens that the mask excludes count as zero. A token of the result is masked in unless both
+    prompts exclude it; a prompt with fraction 0 has no effect.
     """
     a, b = _zero_masked(a), _zero_masked(b)
 
@@ -98,9 +98,9 @@ class TextInputs(NamedTuple):
     Attributes:
       ids: token ids [b, n] by text encoder.
       absent: true for a prompt that was not given, which in some families differs from "".
-      masks: true for tokens of the text, by text encoder; None where `ids` alone say it.
+      masks: true for tokens of the text, by text encoder; None where `ids` determine it.
       weights: weights of the words [b, n] by text encoder; None where all are 1.
-      empty: ids of "" in the places of `ids`; only with `weights`.
+      empty: ids of "" in the shape of `ids`; only with `weights`.
     """
 
     ids: Mapping[str, Any]
@@ -118,7 +118,7 @@ class Conditioner(abc.ABC):
     @property
     @abc.abstractmethod
     def encoders(self) -> Mapping[str, "TextEncoder"]:
-        """The text encoders by name, which is also their place in `params["text_encoders"]`."""
+        """The text encoders by name, the key in `params["text_encoders"]`."""
 
     @property
     @abc.abstractmethod
@@ -164,7 +164,7 @@ class Conditioner(abc.ABC):
         return TextInputs(ids, absent, weights=weights, empty=empty)
 
     def abstract_inputs(self, batch_size: int) -> TextInputs:
-        """Return shapes and types of what `tokenize` makes of so many prompts."""
+        """Return shapes and types of the output of `tokenize` for a batch."""
         ids = {
             name: jax.ShapeDtypeStruct((batch_size, encoder.length), jnp.int32)
             for name, encoder in self.encoders.items()
@@ -174,7 +174,7 @@ class Conditioner(abc.ABC):
     def train_tokenizers(
         self, captions: Iterable[str], *, vocab_size: int, length: int
     ) -> Mapping[str, TextTokenizer]:
-        """Train one tokenizer on captions, for all text encoders; CLIP's kind by default."""
+        """Train one tokenizer on captions, for all text encoders; by default a `Tokenizer`."""
         tokenizer = Tokenizer.train(captions, vocab_size=vocab_size, length=length)
         return dict.fromkeys(self.encoders, tokenizer)
 
@@ -183,7 +183,7 @@ class Conditioner(abc.ABC):
         return {name: Tokenizer.load(f"{folder}/{name}") for name in self.encoders}
 
     def pack(self, cond: Conditioning) -> Float[Array, "b m"]:
-        """Flatten encoded captions to one row each, as they are cached."""
+        """Flatten encoded captions to the rows of a cache."""
         fields = (cond.tokens, cond.pooled, cond.mask)
         return jnp.concatenate([x.reshape(len(x), -1) for x in fields if x is not None], axis=-1)
 
@@ -217,7 +217,7 @@ class Conditioner(abc.ABC):
         return cond
 
     def fingerprint(self, tokenizers: Mapping[str, Any]) -> str:
-        """SHA-256, in hex, of settings and tokenizers: all but the weights that shapes features."""
+        """Return the SHA-256, in hex, of settings and tokenizers, without the weights."""
         words = {name: tokenizers[name].fingerprint for name in self.encoders}
         return hashlib.sha256(json.dumps([to_json(self), words]).encode()).hexdigest()
 
@@ -235,7 +235,7 @@ class Conditioner(abc.ABC):
                 )
 
     def check_tokenizers(self, tokenizers: Mapping[str, Any], added: int = 0) -> None:
-        """Check that each encoder takes its tokenizer's ids, less `added` new tokens.
+        """Check that each encoder accepts its tokenizer's ids, less `added` new tokens.
 
         Raises:
           UserError: another length, or ids beyond the vocabulary.
@@ -273,11 +273,11 @@ class TextEncoder(abc.ABC):
         """FLOPs of one prompt."""
 
     def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:  # noqa: B027
-        """Check that the network takes a tokenizer's ids; by default any."""
+        """Check that the network accepts a tokenizer's ids; by default any."""
 
     def module(self, params: Mapping[str, Any], name: str) -> Any:
-        """Return the network with its part of a model's parameters and adapters."""
-        module = bind_params(bind_init(type(self).build, self), params["text_encoders"][name])
+        """Return the network with its parameters and adapters, given those of a model."""
+        module = bind_params(bind_build(self), params["text_encoders"][name])
         adapters = params.get("adapters", {}).get("text_encoders", {}).get(name)
         if adapters is not None:
             add_adapters(module, adapters)
@@ -286,7 +286,7 @@ class TextEncoder(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextEncoder(TextEncoder):
-    """A CLIP text encoder, and which of its hidden states the denoiser reads.
+    """A CLIP text encoder and the hidden state that the denoiser reads.
 
     Attributes:
       model: the network's size.
@@ -352,10 +352,10 @@ def _weighted(
     empty: Float[Array, "1 n d"],
     weights: Float[Array, "b n"],
 ) -> Float[Array, "b n d"]:
-    """Move tokens away from those of the empty prompt, or toward them.
+    """Scale the difference between tokens and those of the empty prompt.
 
-    ComfyUI does so, and compel for weights above 1. A plain factor would also scale what all
-    prompts have in common.
+    As ComfyUI, and as compel for weights above 1. A plain factor would also scale the component
+    that all prompts share.
     """
     more = (weights - 1)[..., None].astype(empty.dtype)
     return tokens + more * (tokens - empty)
@@ -363,11 +363,11 @@ def _weighted(
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConditioner(Conditioner):
-    """One CLIP text encoder: the small models' and Stable Diffusion 1's and 2's.
+    """One CLIP text encoder, as in the small models and Stable Diffusion 1 and 2.
 
     Attributes:
       text: the encoder.
-      masked: whether the denoiser is told where prompts end; Stable Diffusion reads all tokens.
+      masked: whether attention masks the padding; Stable Diffusion attends to all tokens.
     """
 
     text: ClipTextEncoder
@@ -398,13 +398,13 @@ class ClipConditioner(Conditioner):
         return Conditioning(tokens, text.mask if self.masked else None, text.pooled)
 
     @property
-    def _caches_pooled_alone(self) -> bool:
-        """Whether the tokens are looked up in the embedding table rather than cached."""
+    def _caches_only_pooled(self) -> bool:
+        """Whether the tokens are embedding lookups, which need no cache."""
         return self.text.hidden_layer == 0
 
     def pack(self, cond: Conditioning) -> Float[Array, "b m"]:
-        """Flatten encoded captions; where tokens are mere embeddings, the pooled vector alone."""
-        if self._caches_pooled_alone:
+        """Flatten encoded captions; where tokens are embeddings, only the pooled vector."""
+        if self._caches_only_pooled:
             assert cond.pooled is not None
             return cond.pooled
         return super().pack(cond)
@@ -413,14 +413,14 @@ class ClipConditioner(Conditioner):
         self, rows: Float[Array, "b m"], params: Mapping[str, Any], inputs: TextInputs
     ) -> Conditioning:
         """Invert `pack`."""
-        if self._caches_pooled_alone:  # the layers' outputs are unused, and never computed
+        if self._caches_only_pooled:  # XLA removes the unused layers
             return self.encode(params, inputs)._replace(pooled=rows.astype(jnp.float32))
         return super().unpack(rows, params, inputs)
 
     @property
     def packed_size(self) -> int:
         """Numbers in a row of `pack`."""
-        if self._caches_pooled_alone:
+        if self._caches_only_pooled:
             return self.pooled_width
         return super().packed_size - (0 if self.masked else self.text_length)
 
@@ -429,10 +429,10 @@ class ClipConditioner(Conditioner):
 class StableDiffusionXLConditioner(Conditioner):
     """Stable Diffusion XL's text encoders (Podell et al. 2023, section 2.1).
 
-    Tokens of both are joined by channel; the pooled vector is that of the second.
+    Their tokens are concatenated by channel; the pooled vector is that of the second.
 
     Attributes:
-      text: OpenAI's CLIP; None for the refiner, which has the second one alone.
+      text: OpenAI's CLIP; None for the refiner, which has only the second.
       text_2: OpenCLIP.
       zero_absent: an absent prompt is all zeros, rather than the encoded "".
     """
@@ -444,18 +444,12 @@ class StableDiffusionXLConditioner(Conditioner):
     @property
     def encoders(self) -> Mapping[str, ClipTextEncoder]:
         """`text`, if there is one, and `text_2`."""
-        return (
-            {"text_2": self.text_2}
-            if self.text is None
-            else {
-                "text": self.text,
-                "text_2": self.text_2,
-            }
-        )
+        second = {"text_2": self.text_2}
+        return second if self.text is None else {"text": self.text, **second}
 
     @property
     def text_width(self) -> int:
-        """Width of the joined tokens."""
+        """Width of the concatenated tokens."""
         return sum(encoder.width for encoder in self.encoders.values())
 
     @property

@@ -1,4 +1,4 @@
-"""What Stable Diffusion's autoencoder and U-Net are built of, in the form of their checkpoints."""
+"""Layers of Stable Diffusion's autoencoder and U-Net, in the structure of their checkpoints."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import EMBED, Dense, Remat, checkpoint
 
 Wrap = tuple[bool, bool]
-"""Whether a picture goes on at its other side: below the lowest row, beyond the last column."""
+"""Whether padding is circular, vertically and horizontally."""
 
 WINDOW_AXES: Axes = ("window", "window", "channels", "channels")
 """Names of a convolution kernel's axes."""
@@ -25,9 +25,9 @@ def _convolve(inputs: Array, kernel: Array, *args: Any, **options: Any) -> Array
 
 
 class Conv(nnx.Conv):
-    """A convolution with a square window, with zeros around unless it wraps.
+    """A convolution with a square kernel and zero padding.
 
-    `lora.add_adapters` gives it an adapter, and `wrap_convolutions` makes it wrap around.
+    `lora.add_adapters` adds an adapter, and `wrap_convolutions` makes the padding circular.
     """
 
     lora: Any
@@ -64,7 +64,7 @@ class Conv(nnx.Conv):
     def __call__(
         self, inputs: Float[Array, "b h w c"], out_sharding: None = None
     ) -> Float[Array, "b H W d"]:
-        """Each side divided by the stride, rounded up."""
+        """Convolve; sides are divided by the stride, rounded up."""
         if any(map(any, self.around)):
             inputs = jnp.pad(inputs, ((0, 0), *self.around, (0, 0)), mode="wrap")
         out = super().__call__(inputs, out_sharding)
@@ -79,10 +79,7 @@ class Conv(nnx.Conv):
 
 
 def wrap_convolutions(module: nnx.Module, wrap: Wrap) -> None:
-    """Has the module's convolutions see the other side of a picture in the place of zeros.
-
-    Only for layers as they were built: what wraps once has no zeros left to replace.
-    """
+    """Make the padding of a newly built module's convolutions circular."""
     (down, across), none = wrap, (0, 0)
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, Conv):
@@ -92,14 +89,14 @@ def wrap_convolutions(module: nnx.Module, wrap: Wrap) -> None:
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> Conv:
-    """A convolution that keeps the size of the picture."""
+    """Build a convolution of stride 1, which keeps the size of images."""
     return Conv(inputs, outputs, size, 1, rngs)
 
 
 def fan_in_linear(
     inputs: int, outputs: int, rngs: nnx.Rngs, *, axes: Axes = EMBED, bias: bool = True
 ) -> Dense:
-    """A linear layer over the channels."""
+    """Build a linear layer with `fan_in_normal` initialisation."""
     init = fan_in_normal()
     return Dense(inputs, outputs, axes=axes, use_bias=bias, kernel_init=init, rngs=rngs)
 
@@ -111,14 +108,14 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Normalises each group of each image."""
+        """Normalise each group of each image."""
         return super().__call__(x).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
     """Two convolutions, each after a norm and SiLU, with a residual around them.
 
-    With a `time_width` it is told the time, a vector that is added between the two.
+    With a `time_width`, a projected time embedding is added between the two.
     """
 
     def __init__(

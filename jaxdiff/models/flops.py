@@ -5,11 +5,9 @@
   convolution    2 k^2 c_in c_out h_out w_out  a kernel of k x k, its padding included
 
 A multiplication and its addition count as two. These are model FLOPs (Chowdhery et al. 2022,
-appendix B): what the mathematics needs, whatever the program does. A causal mask saves nothing,
-rematerialization adds nothing, and norms, nonlinearities and embeddings are left out. XLA's
-`cost_analysis` cannot replace them: it counts the body of a scan once.
-
-The networks' configs state their FLOPs with these, for one image or one prompt.
+appendix B): a causal mask saves nothing, rematerialization adds nothing, and norms, nonlinearities
+and embeddings do not count. A backward pass costs two forward passes. XLA's `cost_analysis` cannot
+replace them: it counts the body of a scan once.
 """
 
 
@@ -32,12 +30,3 @@ def residual_block_flops(inputs: int, outputs: int, area: int) -> float:
     """FLOPs of two 3x3 convolutions and, where the width changes, a 1x1 shortcut."""
     shortcut = 0.0 if inputs == outputs else conv_flops(1, inputs, outputs, area)
     return conv_flops(3, inputs, outputs, area) + conv_flops(3, outputs, outputs, area) + shortcut
-
-
-def forward_backward_flops(forward: float) -> float:
-    """FLOPs of a forward and a backward pass: three times the forward pass.
-
-    The backward pass has two products for each of the forward pass: the gradient of the
-    activations and that of the weights. A frozen model costs its forward pass alone.
-    """
-    return 3 * forward

@@ -1,8 +1,7 @@
-"""First weights, drawn so that XLA's CPU backend compiles them quickly.
+"""Initializers that XLA's CPU backend compiles quickly.
 
-The more axes a draw of random numbers has, the longer it takes to compile (jax 0.10.2, CPU): about
-0.2 s with one, 0.7 with two, 4 with the four of a convolution. Drawn flat, then given their shape,
-the numbers are the same.
+Random arrays of more axes take longer to compile (jax 0.10.2, CPU): about 0.2 s for one axis, 0.7
+for two, 4 for the four of a convolution. A flat array that is reshaped has the same numbers.
 """
 
 import functools
@@ -17,16 +16,16 @@ from jaxtyping import Array
 
 
 def normal(std: float) -> Initializer:
-    """A normal distribution of mean 0."""
-    return functools.partial(_draw, std)
+    """Return an initializer of a normal distribution of mean 0."""
+    return functools.partial(_normal, std)
 
 
 def fan_in_normal() -> Initializer:
-    """A normal distribution of variance 1 / fan in (LeCun et al. 1998): outputs are like inputs."""
-    return _draw_by_fan_in
+    """Return an initializer of a normal distribution of variance 1 / fan in (LeCun et al. 1998)."""
+    return _fan_in_normal
 
 
-def _draw(
+def _normal(
     std: float,
     key: Array,
     shape: Sequence[int],
@@ -36,7 +35,7 @@ def _draw(
     return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
-def _draw_by_fan_in(
+def _fan_in_normal(
     key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: None = None
 ) -> Array:
-    return _draw(math.prod(shape[:-1]) ** -0.5, key, shape, dtype)
+    return _normal(math.prod(shape[:-1]) ** -0.5, key, shape, dtype)

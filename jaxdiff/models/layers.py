@@ -14,7 +14,7 @@ from jaxdiff.distributed.sharding import Axes, gather_weights, tensor_spec, trac
 from jaxdiff.errors import UserError
 
 Remat = Literal["none", "dots", "full"]
-"""What a block keeps for the backward pass: everything, its matrix products, or its input alone."""
+"""What a block keeps for the backward pass: everything, its matrix products, or its input only."""
 
 ComputeType = Literal["float32", "bfloat16"]
 
@@ -37,18 +37,18 @@ def axes_of(param: nnx.Variable) -> Axes:
 
 
 def pooled_token_sum(
-    tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, scale: float = 2.0
+    tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None
 ) -> Float[Array, "b d"]:
-    """Sum a prompt's token embeddings, in any order: scale * sum / sqrt(number of tokens).
+    """Sum a prompt's token embeddings: 2 sum / sqrt(number of tokens).
 
     Every token contributes, including those that the encoder's pooled vector ignores. Tokens of
-    unit variance give a vector of variance scale^2. Prompts share more than half of it (the start,
-    the end, "a", "with"); at scale 2 the part that differs has a variance of 1 to 2.
+    unit variance give a vector of variance 4. Prompts share more than half of it (the start, the
+    end, "a", "with"); the part that differs has a variance of 1 to 2.
     """
     if mask is None:
         mask = jnp.ones(tokens.shape[:2], bool)
     mask = mask[..., None].astype(tokens.dtype)
-    return scale * jnp.sum(tokens * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
+    return 2.0 * jnp.sum(tokens * mask, axis=1) / jnp.sqrt(jnp.sum(mask, axis=1))
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
@@ -68,10 +68,7 @@ def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) 
 def checkpoint(
     function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = True
 ) -> Callable[..., Any]:
-    """The function, of whose inside only what `remat` names is kept for the backward pass.
-
-    In the body of a scan `prevent_cse=False` saves a barrier that is not needed there.
-    """
+    """Rematerialize a function; `prevent_cse=False` saves a barrier in the body of a scan."""
     if remat == "none":
         return function
     saves_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -88,7 +85,7 @@ def scan_blocks(
     remat: Remat = "none",
     all_states: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs stacked blocks one after the other, compiled once however deep the stack.
+    """Run stacked blocks in sequence; their body compiles once.
 
     Args:
       blocks: what `stack_blocks` returned.
@@ -113,9 +110,8 @@ def scan_blocks(
 class Dense(nnx.Linear):
     """A linear layer over the last axis, computed as one product of two matrices.
 
-    With leading axes merged, XLA's CPU backend computes the gradient of the kernel without first
-    transposing the activations: a block of the DiT trains 1.2 times as fast. `lora.add_adapters`
-    gives it an adapter.
+    With merged leading axes, XLA's CPU backend computes the kernel's gradient without transposing
+    the activations: a DiT block trains 1.2 times as fast. `lora.add_adapters` adds an adapter.
 
     Args:
       in_features: of the input.
@@ -173,38 +169,36 @@ class PairedDense(Dense):
 
 
 def fourier_features(
-    t: Float[Array, " b"], width: int, *, scale: float = 1000.0, max_period: float = 10_000.0
+    t: Float[Array, " b"], width: int, *, scale: float = 1000.0
 ) -> Float[Array, "b {width}"]:
-    """Cosines, then sines, of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
+    """Return cosines, then sines, of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
 
-    t in [0, 1] is stretched by `scale`, so that networks see the range of DDPM's step index.
+    `scale` maps t in [0, 1] to the range of DDPM's step index.
     """
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(width // 2) / (width // 2))
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(width // 2) / (width // 2))
     angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary_table(
-    positions: Int[Array, "n axes"], head_dim: int, *, base: float = 100.0
-) -> Float[Array, "n {head_dim//2}"]:
-    """Angles of axial rotary embeddings (Su et al. 2021; one share of the head to each axis)."""
+def rotary_table(positions: Int[Array, "n axes"], head_dim: int) -> Float[Array, "n {head_dim//2}"]:
+    """Return the angles of axial rotary embeddings (Su et al. 2021), channels split by axis."""
     axes = positions.shape[1]
     per_axis = head_dim // 2 // axes
-    frequencies = base ** (-jnp.arange(per_axis) / per_axis)
+    frequencies = 100.0 ** (-jnp.arange(per_axis) / per_axis)
     angles = positions[:, :, None] * frequencies
     angles = angles.reshape(positions.shape[0], axes * per_axis)
     return jnp.pad(angles, ((0, 0), (0, head_dim // 2 - axes * per_axis)))
 
 
 def apply_rope(x: Float[Array, "b n heads k"], angles: Float[Array, "n half"]) -> Array:
-    """Turns each pair (x[i], x[i + k/2]) of a head by its position's angle, in float32."""
+    """Rotate each pair (x[i], x[i + k/2]) of a head by its position's angle, in float32."""
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 def absolute_positions(positions: Array, width: int) -> Float[Array, "n {width}"]:
-    """Half the channels say the row, half the column (Dosovitskiy et al. 2021, 2D sin-cos)."""
+    """Return 2D sin-cos embeddings: row, then column (Dosovitskiy et al. 2021)."""
     rows, columns = positions.astype(jnp.float32).T
     return jnp.concatenate(
         [fourier_features(axis, width // 2, scale=1.0) for axis in (rows, columns)], axis=-1
@@ -212,35 +206,35 @@ def absolute_positions(positions: Array, width: int) -> Float[Array, "n {width}"
 
 
 def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n d"]:
-    """Squares of `patch` pixels as tokens, row by row; raises `UserError` where they do not fit."""
+    """Split images into square patches as tokens, row by row; `UserError` if they do not fit."""
     b, h, w, c = x.shape
     if h % patch or w % patch:
         raise UserError(
-            f"An image of {w}x{h} does not split into patches of {patch}; "
-            f"choose a size that is a multiple of {patch}."
+            f"An image of {w}x{h} does not split into patches: expected a size that is a multiple "
+            f"of {patch}."
         )
     x = x.reshape(b, h // patch, patch, w // patch, patch, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
 def unpatchify(x: Float[Array, "b n d"], rows: int, columns: int, patch: int) -> Array:
-    """The inverse of `patchify` for a picture of rows x columns patches."""
+    """Invert `patchify` for images of rows x columns patches."""
     x = x.reshape(x.shape[0], rows, columns, patch, patch, -1)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
 class _Count(np.ndarray):
-    """A count whose reading is a copy: JAX may look at it only after the count has gone on."""
+    """A counter that copies on read, as JAX may read it after the next increment."""
 
     def __getitem__(self, key: Any) -> Any:
         return np.array(super().__getitem__(key))
 
 
 def rngs_from_seed(seed: int) -> nnx.Rngs:
-    """For a module that is built while a program is traced; it draws what `nnx.Rngs(seed)` draws.
+    """Return `nnx.Rngs(seed)` for modules that are built under tracing; the numbers are the same.
 
-    How often they were drawn from is counted on the host. Counted by a traced array, as Flax does
-    it, every draw takes longer than the one before: a full U-Net three times as long altogether.
+    The host counts the keys. Flax counts them in a traced array, which makes each key slower to
+    trace than the one before: a full U-Net takes three times as long.
     """
     rngs = nnx.Rngs(seed)
     count: Any = np.zeros((), np.uint32).view(_Count)
@@ -249,7 +243,7 @@ def rngs_from_seed(seed: int) -> nnx.Rngs:
 
 
 def any_rngs() -> nnx.Rngs:
-    """For a module of which only the shapes are wanted."""
+    """Return random keys for a module whose values are not used, only its shapes."""
     return rngs_from_seed(0)
 
 
@@ -257,21 +251,23 @@ def any_rngs() -> nnx.Rngs:
 def bind_init(make: Callable[..., nnx.Module], *parts: Hashable) -> Callable[[], nnx.Module]:
     """Bind `make(*parts, rngs)` to its arguments, for `abstract_params` and `bind_params`.
 
-    Equal arguments give one and the same function, so that a module is traced once.
+    Equal arguments return the same function, so that a module is traced once.
     """
     return lambda: make(*parts, rngs=any_rngs())
 
 
-def abstract_params(build: Callable[[], nnx.Module]) -> Any:
-    """Return shapes and types of the parameters of `build()` as a nested dict.
+def bind_build(config: Any) -> Callable[[], nnx.Module]:
+    """Bind the `build` method of a network's config, as `bind_init` does."""
+    return bind_init(type(config).build, config)
 
-    Nothing is allocated: `build` only runs abstractly.
-    """
+
+def abstract_params(build: Callable[[], nnx.Module]) -> Any:
+    """Return shapes and types of the parameters of `build()`, a nested dict, without allocation."""
     return nnx.to_pure_dict(_traced(build)[1])
 
 
 def abstract_module(build: Callable[[], nnx.Module]) -> nnx.Module:
-    """Return the module of `build` with the shapes and types of its parameters in their place."""
+    """Return the module of `build` with shapes and types as parameters."""
     return nnx.merge(*_traced(build))
 
 
@@ -286,10 +282,7 @@ def _axes_tree(state: Any, first: int = 0) -> dict[str, Any]:
 
 
 def bind_params(build: Callable[[], nnx.Module], params: Any) -> Any:
-    """Return the module of `build` with these parameters.
-
-    Nothing is allocated: `build` only runs abstractly.
-    """
+    """Return the module of `build` with these parameters; `build` runs abstractly."""
     return nnx.merge(_traced(build)[0], params)
 
 
@@ -306,7 +299,7 @@ def _traced(build: Callable[[], nnx.Module]) -> tuple[Any, Any]:
 def cast(tree: Any, compute: ComputeType) -> Any:
     """Cast floating arrays to the compute type; a module computes in that of its weights.
 
-    Scalars stay as they are: bfloat16 would leave CLIP's logarithmic temperature steps of 2 %.
+    Scalars keep their type: in bfloat16 CLIP's logarithmic temperature would have steps of 2 %.
     """
 
     def convert(leaf):

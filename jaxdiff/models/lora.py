@@ -1,7 +1,7 @@
 """Low-rank adaptation: y = x W + x A B, where only A and B are trained (Hu et al. 2021, eq. 3).
 
-The factor alpha / rank of the paper's section 4.1 is part of B, so that adapters of one layer add
-up to one adapter of the sum of their ranks. A convolution's A has its window, its B is 1x1.
+The factor alpha / rank of the paper's section 4.1 is part of B, so that adapters of one layer
+concatenate to one adapter. A convolution's A has its kernel size; its B is 1x1.
 
 Adapters are a nested dict of parameters that mirrors the network's: the layer at a path has its
 adapter at (*path, "lora").
@@ -53,13 +53,13 @@ class LoraConfig:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def adapts(self, path: str) -> bool:
-        """Whether the layer at `path`, as in `down.0.transformers.1.blocks.attention.q`, is one."""
+        """Whether a layer's path, such as `down.0.transformers.1.blocks.attention.q`, matches."""
         ends = "|".join(re.escape(target).replace(r"\*", r"\d+") for target in self.targets)
         return re.search(rf"(^|\.)({ends})$", path) is not None
 
 
 class Factors(NamedTuple):
-    """An adapter: A is [..., in, rank], B [..., rank, out], dots as of the layer's kernel."""
+    """An adapter: A is [..., in, rank], B [..., rank, out], with the kernel's leading axes."""
 
     down: Any
     up: Any
@@ -70,7 +70,7 @@ class Factors(NamedTuple):
         return jnp.matmul(self.down, self.up)
 
     def beside(self, other: "Factors") -> "Factors":
-        """Concatenate two adapters of a layer to one with the sum of their effects."""
+        """Concatenate two adapters of a layer; their effects add up."""
         return Factors(
             jnp.concatenate([self.down, other.down], axis=-1),
             jnp.concatenate([self.up, other.up], axis=-2),
@@ -103,7 +103,7 @@ def _axes(kernel: nnx.Param) -> Factors:
 
 
 def adapter_axes(module: nnx.Module) -> dict[str, Any]:
-    """Return the axes of adapters of all layers of a module that can have one, a nested dict."""
+    """Return the axes of the adapters of all Dense and Conv layers of a module, a nested dict."""
     layers: Any = nnx.iter_modules(module)
     return tree({p: _axes(x.kernel) for p, x in layers if isinstance(x, Dense | Conv)})
 
@@ -111,10 +111,10 @@ def adapter_axes(module: nnx.Module) -> dict[str, Any]:
 def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dict[str, Any]:
     """Initialise adapters for the layers of a module that `config` names.
 
-    A is uniform (He et al. 2015), B zero, so that nothing changes before the first update.
+    A is uniform (He et al. 2015), B zero, so that outputs are unchanged before the first update.
 
     Raises:
-      UserError: there is no such layer.
+      UserError: no layer matches.
     """
     layers = {
         path: layer
@@ -123,8 +123,8 @@ def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dic
     }
     if not layers:
         raise UserError(
-            f"LoRA: no layer's path ends in any of {', '.join(config.targets)}: name others in "
-            "targets."
+            f"LoRA: no layer's path ends in {', '.join(config.targets)}: expected names of layers "
+            "in targets."
         )
     pairs: dict[Path, Factors] = {
         cast(Path, path): _init(layer.kernel, config, rngs) for path, layer in layers.items()
@@ -144,7 +144,7 @@ def _init(kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs) -> Factors:
 
 
 def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
-    """Give the layers of a module their adapters, a nested dict of parameters."""
+    """Add adapters, a nested dict of parameters, to the layers of a module."""
     for path, pair in factors(adapters).items():
         layer: Any = module
         for name in path:

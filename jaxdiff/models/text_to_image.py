@@ -1,6 +1,6 @@
-"""The model specification: a text-to-image model without its weights, whoever trained it.
+"""The model specification: a text-to-image model without its weights.
 
-Parameters are one tree, whose keys say what a part is:
+Parameters are one tree:
 
     denoiser                     the denoising network
     text_encoders.NAME           by the conditioner's names
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Key, UInt8
 
 from jaxdiff.diffusion.process import Prediction
@@ -34,7 +34,7 @@ from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
     abstract_module,
     abstract_params,
-    bind_init,
+    bind_build,
     bind_params,
     init_params,
     param_axes,
@@ -47,14 +47,14 @@ AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
 
 Params = Mapping[str, Any]
 Images = Float[Array, "b h w 3"]  # in [-1, 1]
-Latents = Float[Array, "b i j c"]  # what is denoised: pixels too
+Latents = Float[Array, "b i j c"]  # the denoiser's space, which may be pixels
 Network = Callable[[Latents, Float[Array, " b"], Conditioning], Latents]
 
 NO_WRAP: Wrap = (False, False)
 
 
 class Part(NamedTuple):
-    """A component of a model: its place in the tree of parameters, and its module."""
+    """A component of a model: its path in the tree of parameters, and its module."""
 
     path: tuple[str, ...]
     build: Callable[[], nnx.Module]
@@ -67,15 +67,15 @@ class TextToImage:
     Attributes:
       name: of the model, for messages and file names.
       denoiser: the network.
-      conditioner: text encoders, and how their outputs become `Conditioning`.
-      autoencoder: between pixels and latents; None where the model works on pixels.
-      prediction: what the network predicts.
+      conditioner: text encoders, which return a `Conditioning`.
+      autoencoder: between pixels and latents; None for models on pixels.
+      prediction: type of the network's prediction.
       schedule: of the noise.
-      image_size: side of the images that it was trained on, in pixels.
-      sampler: how it is sampled unless a caller says otherwise.
+      image_size: side of the training images, in pixels.
+      sampler: default sampler settings.
 
     Raises:
-      UserError: parts that do not fit together.
+      UserError: widths or channels of the parts differ.
     """
 
     name: str = "model"
@@ -100,13 +100,13 @@ class TextToImage:
         channels = self.autoencoder.latent_channels if self.autoencoder else 3
         if channels != reads.channels:
             raise UserError(
-                f"The denoiser works on {reads.channels} channels but the images it is given "
-                f"have {channels}: set denoiser.channels to {channels}."
+                f"The denoiser has {reads.channels} channels but its inputs have {channels}: set "
+                f"denoiser.channels to {channels}."
             )
 
     @property
     def downsampling(self) -> int:
-        """Pixels to one position of what is denoised, along each side."""
+        """Pixels per latent along each side; 1 for models on pixels."""
         return self.autoencoder.downsampling if self.autoencoder else 1
 
     @property
@@ -116,23 +116,21 @@ class TextToImage:
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the network reads a mask and the latents around it."""
+        """Whether the network reads a mask and masked latents."""
         return self.denoiser.extra_channels > 0
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return height, width and channels of what is denoised for images of a size in pixels."""
+        """Return height, width and channels of latents for images of a size in pixels."""
         return height // self.downsampling, width // self.downsampling, self.denoiser.channels
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The components, the denoiser first."""
-        parts = [Part(("denoiser",), bind_init(type(self.denoiser).build, self.denoiser))]
+        parts = [Part(("denoiser",), bind_build(self.denoiser))]
         for name, encoder in self.conditioner.encoders.items():
-            build = bind_init(type(encoder).build, encoder)
-            parts.append(Part(("text_encoders", name), build))
+            parts.append(Part(("text_encoders", name), bind_build(encoder)))
         if self.autoencoder is not None:
-            build = bind_init(type(self.autoencoder).build, self.autoencoder)
-            parts.append(Part(("autoencoder",), build))
+            parts.append(Part(("autoencoder",), bind_build(self.autoencoder)))
         return tuple(parts)
 
     def abstract_params(self) -> dict[str, Any]:
@@ -140,9 +138,9 @@ class TextToImage:
         return tree_of({part.path: abstract_params(part.build) for part in self.parts})
 
     def param_axes(self) -> dict[str, Any]:
-        """Return the names of the axes of all parameters, by which they are sharded.
+        """Return the names of the axes of all parameters, adapters and added tokens included.
 
-        Adapters of all layers and added tokens are included. See `jaxdiff.distributed.sharding`.
+        `jaxdiff.distributed.sharding` maps them to mesh axes.
         """
         axes: dict[tuple[str, ...], Any] = {p.path: param_axes(p.build) for p in self.parts}
         for part in self.parts:
@@ -172,11 +170,9 @@ class TextToImage:
 
         Args:
           params: of the model.
-          wrap: whether images continue at their other side, vertically and horizontally.
+          wrap: whether padding is circular, vertically and horizontally.
         """
-        network = bind_params(
-            bind_init(type(self.denoiser).build, self.denoiser), params["denoiser"]
-        )
+        network = bind_params(bind_build(self.denoiser), params["denoiser"])
         adapters = params.get("adapters", {}).get("denoiser")
         if adapters is not None:
             add_adapters(network, adapters)
@@ -198,7 +194,7 @@ class TextToImage:
         vae_mode: VaeMode = "full",
         wrap: Wrap = NO_WRAP,
     ) -> Latents:
-        """Encode images in [-1, 1] to what is denoised; without a key, to the mode."""
+        """Encode images in [-1, 1] to latents; without a key, to the mode."""
         if self.autoencoder is None:
             return images
         autoencoder = self._autoencoder(params, wrap)
@@ -213,7 +209,7 @@ class TextToImage:
         vae_mode: VaeMode = "full",
         wrap: Wrap = NO_WRAP,
     ) -> Images:
-        """Decode what is denoised to images, about in [-1, 1]."""
+        """Decode latents to images, about in [-1, 1]."""
         if self.autoencoder is None:
             return latents
         autoencoder = self._autoencoder(params, wrap)
@@ -228,8 +224,7 @@ class TextToImage:
 
     def _autoencoder(self, params: Params, wrap: Wrap) -> Any:
         assert self.autoencoder is not None
-        build = bind_init(type(self.autoencoder).build, self.autoencoder)
-        autoencoder = bind_params(build, params["autoencoder"])
+        autoencoder = bind_params(bind_build(self.autoencoder), params["autoencoder"])
         wrap_convolutions(autoencoder, wrap)
         return autoencoder
 
@@ -241,17 +236,11 @@ def from_uint8(images: UInt8[Array, "b h w 3"]) -> Images:
 
 def tree_of(parts: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Return a nested dict of parts, given by their paths."""
-    tree: dict[str, Any] = {}
-    for path, value in parts.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree
+    return traverse_util.unflatten_dict(parts)
 
 
 def merge_params(*trees: Params) -> dict[str, Any]:
-    """Join partial trees of parameters that have no part in common."""
+    """Merge trees of parameters that have no part in common."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for name, value in tree.items():

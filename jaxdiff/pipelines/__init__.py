@@ -1,1 +1,1 @@
-"""The pipeline from prompts to images, and what is done with one."""
+"""The pipeline from prompts to images, and functions that use it."""

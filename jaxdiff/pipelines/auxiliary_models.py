@@ -1,4 +1,4 @@
-"""Second models: a CLIP that scores or guides images, and the guide model of autoguidance."""
+"""Auxiliary models: a CLIP that scores or guides images, and the guide model of autoguidance."""
 
 import functools
 from collections.abc import Sequence
@@ -91,17 +91,17 @@ def load_guide(
     mesh: Mesh,
     types: Sequence[type] = (),
 ) -> LoadedGuide:
-    """Load a model for autoguidance of another one.
+    """Load the guide model of autoguidance.
 
     Args:
       model: to load.
       own: the model that it guides.
       dtype: to compute in; None is that of the weights.
       mesh: of the devices.
-      types: dataclasses that its description may name.
+      types: dataclasses that its specification may name.
 
     Raises:
-      UserError: there is no such model, or it does not fit.
+      UserError: there is no such model, or it is of another kind than `own`.
     """
     bundle, spec = load_bundle(model, types=types), own.spec
     assert isinstance(spec, TextToImage)
@@ -111,18 +111,18 @@ def load_guide(
             "guide.model."
         )
     theirs = bundle.spec
-    differ = {
+    differs = {
         "another tokenizer": _tokenizers(bundle) != _tokenizers(own),
         "another schedule": theirs.schedule != spec.schedule,
         "other latents": not _same_latents(bundle, own),
         "a network of other inputs": _channels(theirs) != _channels(spec),
     }
-    if any(differ.values()):
-        what = next(name for name, differs in differ.items() if differs)
-        raise UserError(
-            f"{model} has {what} than {spec.name}: expected a model of the same kind in "
-            "guide.model, such as an earlier or shorter run of the same recipe."
-        )
+    for what, is_other in differs.items():
+        if is_other:
+            raise UserError(
+                f"{model} has {what} than {spec.name}: expected a model of the same kind in "
+                "guide.model, such as an earlier or shorter run of the same recipe."
+            )
     params = bundle.params if dtype is None else cast(bundle.params, dtype)
     return LoadedGuide(theirs, replicate(params, mesh))
 

@@ -18,21 +18,21 @@ PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
 
 
 def default_batch_size(width: int, height: int) -> int:
-    """Return how many images of a size each device samples at a time by default."""
+    """Return the default number of images that each device samples at a time."""
     pixels, most = PIXELS_AT_A_TIME["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     return max(1, min(most, pixels // (width * height)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A callback with options; no callback changes any bit of the images.
+    """A callback with options; callbacks do not change the images.
 
     Attributes:
       show: called as (step, images, indices) with the number of steps taken, the estimates of the
-        images in progress, uint8 [m, h, w, 3], and their places among all images of the call.
+        images in progress, uint8 [m, h, w, 3], and their indices among all images of the call.
       every: steps between two calls.
-      decoder: a `Pipeline` whose autoencoder decodes the estimates (`with_autoencoder`, such as a
-        tiny one); by default the pipeline that samples.
+      decoder: a `Pipeline` that decodes the estimates, such as one with a tiny autoencoder
+        (`with_autoencoder`); by default the pipeline that samples.
 
     Raises:
       UserError: every is less than 1.
@@ -51,7 +51,7 @@ Callback = Preview | Callable[[int, UInt8[np.ndarray, "m h w 3"]], None]
 
 
 def as_preview(callback: Callback) -> Preview:
-    """Return a plain function (step, images) as a `Preview` of every step."""
+    """Return a function (step, images) as a `Preview` of every step."""
     if isinstance(callback, Preview):
         return callback
     return Preview(show=lambda step, images, indices: callback(step, images))
@@ -63,11 +63,11 @@ def in_full_batches(
     *rows: np.ndarray,
     seen: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Return `call` of all rows, `size` at a time, padding the last batch.
+    """Map `call` over rows in batches of `size`, padding the last one.
 
     Args:
-      call: takes as many arrays as there are `rows`, and returns one with as many rows as each.
-      size: of a batch; another one compiles another program.
+      call: maps one batch of each array of `rows` to an array of the same length.
+      size: of a batch; another size compiles another program.
       rows: arrays of the same length.
       seen: called with the number of rows so far.
     """
@@ -80,12 +80,12 @@ def in_full_batches(
 
 
 class SampleBatch(NamedTuple):
-    """Images that one device samples at a time: of the same number of steps, at most a full batch.
+    """Images that one device samples at a time, at most a full batch, with the same steps.
 
     Attributes:
       indices: of the images.
       num_steps: of the time grid.
-      first: the first step that is taken.
+      first: index of the first step.
     """
 
     indices: Sequence[int]
@@ -94,10 +94,7 @@ class SampleBatch(NamedTuple):
 
 
 def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> list[SampleBatch]:
-    """Group images by their number of steps, those with most steps first.
-
-    Devices whose batches follow one another then have about the same amount of work.
-    """
+    """Group images by their number of steps, in descending order, which balances the devices."""
     kinds: dict[tuple[int, int], list[int]] = {}
     for i, kind in enumerate(zip(num_steps, first, strict=True)):
         kinds.setdefault(kind, []).append(i)
@@ -110,7 +107,7 @@ def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> l
 
 
 class Watch(NamedTuple):
-    """How often to show estimates of x0, and to whom: (step, estimates, indices)."""
+    """A callback (step, estimates of x0, indices), called every `every` steps."""
 
     every: int
     show: Callable[[int, Float[np.ndarray, "m h w c"], Sequence[int]], None]
@@ -132,9 +129,9 @@ def sample_batches(
       params: on all devices.
       inputs: of all images, on the host.
       batches: of `make_batches`.
-      size: images of a full batch; smaller ones are padded.
-      devices: how many there are.
-      watch: shown the estimates on the way.
+      size: images of a full batch; smaller batches are padded.
+      devices: number of devices.
+      watch: called with intermediate estimates.
     """
     made = []
     for start in range(0, len(batches), devices):
@@ -145,7 +142,7 @@ def sample_batches(
         taken = 0
         for steps in _segments(run, None if watch is None else watch.every):
             part, state = program(params, rows, steps, state)
-            # Zero, but for images whose last step this was.
+            # Nonzero only for images that took their last step.
             images = part if images is None else images + np.asarray(part)
             taken += int(np.max(steps.end - steps.begin))
             if watch is not None:
@@ -162,14 +159,14 @@ def sample_batches(
 def _padded(
     inputs: SampleInputs, some: Sequence[SampleBatch], size: int, devices: int
 ) -> SampleInputs:
-    """Return the inputs of some batches; devices that have none repeat the first batch."""
+    """Return the inputs of some batches; idle devices repeat the first batch."""
     each = [np.resize(batch.indices, size) for batch in some]
     index = np.concatenate([*each, *[each[0]] * (devices - len(some))])
     return jax.tree.map(lambda values: values[index], inputs)
 
 
 def _all_steps(some: Sequence[SampleBatch], devices: int) -> Steps:
-    """Return all steps of each batch; none on devices that have no batch."""
+    """Return all steps of each batch; none on idle devices."""
     idle = devices - len(some)
     num_steps = np.array([b.num_steps for b in some] + [some[0].num_steps] * idle, np.int32)
     first = np.array([b.first for b in some] + [some[0].first] * idle, np.int32)
@@ -178,7 +175,7 @@ def _all_steps(some: Sequence[SampleBatch], devices: int) -> Steps:
 
 
 def _segments(steps: Steps, every: int | None) -> Iterator[Steps]:
-    """Yield the same steps, at most `every` at a time on each device."""
+    """Split steps into segments of at most `every` on each device."""
     longest = int(np.max(steps.end - steps.begin))
     every = longest if every is None else every
     for taken in range(0, longest, every):
@@ -187,7 +184,7 @@ def _segments(steps: Steps, every: int | None) -> Iterator[Steps]:
 
 
 def _zero_state(program: Any, params: Any, inputs: SampleInputs, steps: Steps) -> Any:
-    """Return a state of the right shape; jit caches the shapes by those of the arguments."""
+    """Return a state of zeros; jit caches its shapes."""
     state = program.eval_shape(params, inputs, steps, None)[1]
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
 
@@ -195,7 +192,7 @@ def _zero_state(program: Any, params: Any, inputs: SampleInputs, steps: Steps) -
 def _in_order(
     made: Sequence[tuple[Sequence[SampleBatch], jax.Array]], size: int, n: int
 ) -> Float[np.ndarray, "n k h w c"]:
-    """Reorder images on the host, where another number of them compiles nothing."""
+    """Restore the order of images on the host, without compilation."""
     pairs = [
         (batch.indices, images[i * size : i * size + len(batch.indices)])
         for some, images in ((some, np.asarray(images)) for some, images in made)

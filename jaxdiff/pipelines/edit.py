@@ -37,24 +37,24 @@ def invert(
     guidance_scale: Number | Sequence[Number] = 1.0,
     **arguments: Any,
 ) -> Float32[np.ndarray, "n i j c"]:
-    """Find the noise that images come from, by DDIM inversion (`sampling/ddim_inversion.py`).
+    """Invert images to noise by DDIM inversion (`sampling/ddim_inversion.py`).
 
     `pipe(prompts, latents=invert(pipe, images, prompts), sampler=Sampler(solver=DDIM()),
-    guidance_scale=1)`, with as many steps, reproduces the images about as well as the autoencoder.
+    guidance_scale=1)`, with the same num_steps, reconstructs the images up to the autoencoder.
 
     Args:
       pipe: to invert.
       images: uint8 [n, h, w, 3] or one image.
-      prompts: what they show, one for all or one each.
-      rounds: evaluations in each step; more undo a step of DDIM more exactly.
-      guidance_scale: strong guidance cannot be undone.
+      prompts: descriptions of the images, one for all or one each.
+      rounds: evaluations per step; more invert a step of DDIM more exactly.
+      guidance_scale: of the inversion; strong guidance is not invertible.
       arguments: others of `pipe`, such as num_steps.
 
     Returns:
       Noise of about unit variance, for `latents`.
 
     Raises:
-      UserError: images of another kind, or as `pipe` raises.
+      UserError: images of another shape or type, or as `pipe` raises.
     """
     n = 1 if np.ndim(images) == 3 else len(images)
     prompts = prompt_list(prompts)
@@ -78,14 +78,14 @@ def variations(
     guidance_scale: Number | Sequence[Number] = 1.0,
     **arguments: Any,
 ) -> np.ndarray:
-    """Sample images similar to this one: its noise, rotated toward the noise of seeds.
+    """Sample variations of an image: its inverted noise, interpolated with the noise of seeds.
 
     Args:
       pipe: to sample with.
       image: uint8 [h, w, 3], or one each [n, h, w, 3].
-      amount: how far, one for all or one each: 0 is the image as reconstructed from its own noise,
-        1 the seed's own image.
-      prompts: what it shows, or what the variations are to show; one for all or one each.
+      amount: fraction of the seed's noise, one for all or one each: 0 reconstructs the image, 1 is
+        independent of it.
+      prompts: descriptions of the image or its variations, one for all or one each.
       seeds: n of them.
       guidance_scale: of the variations; the inversion is unguided.
       arguments: others of `pipe`.
@@ -125,10 +125,10 @@ def interpolate(
 
     Args:
       pipe: to sample with.
-      prompts: of the first and last image; twice the same varies the seeds alone.
+      prompts: of the first and last image; equal prompts interpolate only the noise.
       frames: number of images, 2 or more.
-      seeds: of the noise at both ends, interpolated in between.
-      images: uint8 [2, h, w, 3] whose noise is at the ends instead; the prompts describe them, or
+      seeds: of the noise at both ends.
+      images: uint8 [2, h, w, 3] to invert for the noise at both ends; the prompts describe them, or
         are "".
       arguments: others of `pipe`.
 
@@ -166,18 +166,17 @@ def upscale(
     overlap: float = 0.5,
     **arguments: Any,
 ) -> np.ndarray:
-    """Enlarge images, and sample their details through windows of the model's own size.
+    """Enlarge images, and sample details in windows of the training size.
 
     Args:
       pipe: to sample with.
       images: uint8 [n, h, w, 3], or one image for all prompts.
-      prompts: what they show, n of them.
+      prompts: descriptions of the images, n of them.
       factor: of their sides.
-      strength: how much noise they get, from 0 to 1, one for all or one each: more adds more
-        detail, but each window then samples objects of its own.
+      strength: amount of noise, from 0 to 1, one for all or one each: more noise adds detail, but
+        also new objects in each window.
       overlap: of the windows, as a fraction of their sides.
-      arguments: others of `pipe`; by default the autoencoder works by tiles, where the images are
-        larger than one, or by images, where they wrap.
+      arguments: others of `pipe`; vae_mode is "tiling" by default, or "slicing" if images wrap.
 
     Returns:
       Images [n, factor * h, factor * w, 3].
@@ -219,8 +218,8 @@ def extend(
 ) -> InitImage:
     """Place an image on a larger canvas, with a mask of the new region (outpainting).
 
-    The canvas continues the image's edges, whose colours sampling then starts from. Negative
-    numbers crop: `left=-16, right=16` pans to the right.
+    The edges of the image fill the canvas. Negative numbers crop: `left=-16, right=16` pans to the
+    right.
 
     Args:
       image: to extend.
@@ -233,13 +232,13 @@ def extend(
       An `InitImage` for `pipe(prompts, init=extend(image, right=16))`.
 
     Raises:
-      UserError: nothing of the image is left.
+      UserError: the crop is empty.
     """
     height, width = image.shape[:2]
     cut = image[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
     if cut.size == 0:
         raise UserError(
-            f"left={left}, top={top}, right={right}, bottom={bottom} leave nothing of an image of "
+            f"left={left}, top={top}, right={right}, bottom={bottom} crop all of an image of "
             f"{width}x{height}: expected to keep a part of it."
         )
     more = ((max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0)))

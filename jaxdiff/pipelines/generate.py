@@ -15,7 +15,7 @@ from jaxdiff.pipelines.resolve import ResolvedSettings
 
 
 class Generated(NamedTuple):
-    """Images, and the settings of each, with the seed that `best_of` has chosen."""
+    """Images, and the settings of each, with the seed selected by `best_of`."""
 
     images: UInt8[np.ndarray, "n h w 3"]
     settings: list[ResolvedSettings]
@@ -24,7 +24,7 @@ class Generated(NamedTuple):
 def generate(
     pipe: Pipeline, settings: Sequence[ResolvedSettings], *, preview: Preview | None = None
 ) -> Generated:
-    """Generate images, keep the best of each, and upscale.
+    """Generate images, select the best of each, and upscale.
 
     Args:
       pipe: to sample with.
@@ -32,7 +32,7 @@ def generate(
       preview: shows images in progress.
 
     Raises:
-      UserError: settings that do not fit the model, or an input that is gone or was changed.
+      UserError: settings that do not fit the model, or an input that is missing or changed.
     """
     first = settings[0]
     tried = [s for one in settings for s in _candidates(one)]
@@ -56,12 +56,12 @@ def generate(
 def snapshots(
     pipe: Pipeline, settings: Sequence[ResolvedSettings], num: int
 ) -> UInt8[np.ndarray, "k n h w 3"]:
-    """Return estimates of images on the way, before upscaling; not of variations.
+    """Return intermediate estimates of images, before upscaling; not of variations.
 
     Args:
       pipe: to sample with.
       settings: of the images, of one `group(Varies.CALL)`.
-      num: k, how many of each.
+      num: k, estimates of each image.
     """
     prompts = [_prompt(s) for s in settings]
     return pipe.snapshots(prompts, num, **_call(pipe, settings, None))
@@ -95,7 +95,7 @@ def _sample(
 
 
 def _arguments(settings: Sequence[ResolvedSettings], preview: Preview | None) -> dict[str, Any]:
-    """Return the arguments of a pipeline and of its edits alike."""
+    """Return the arguments that a pipeline and its edits share."""
     return {
         "negative_prompt": [s.settings.negative_prompt for s in settings],
         "seeds": [s.seed for s in settings],
@@ -109,7 +109,7 @@ def _arguments(settings: Sequence[ResolvedSettings], preview: Preview | None) ->
 def _call(
     pipe: Pipeline, settings: Sequence[ResolvedSettings], preview: Preview | None
 ) -> dict[str, Any]:
-    """Return the arguments of a pipeline for images that are no variations."""
+    """Return the arguments of a pipeline, for images other than variations."""
     first = settings[0]
     arguments = _arguments(settings, preview) | {"size": first.size}
     if first.settings.init_image is not None:

@@ -1,11 +1,11 @@
-"""The text in the file of a generated image, and how to reproduce the image from it.
+"""Metadata in the files of generated images, from which images are reproduced.
 
-A file has these texts (`io/image_files.py` says where):
+A file has these texts (`io/image_files.py`):
 
     prompt, seed, model, model_fingerprint
     settings     JSON: `GenerationSettings`, without the prompt and the seed
-    details      JSON: the resolved sampler and all else that decides the pixels
-    parameters   the same for people, and for tools that read the files of web UIs
+    details      JSON: the resolved sampler and everything else that determines the pixels
+    parameters   the same in the format of web UIs
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
 
-# What web UIs call a solver, where it is not the name of its class.
+# Names of solvers in web UIs, where they differ from ours.
 SAMPLERS = {
     "DPMSolverPP2M": "DPM++ 2M",
     "DPMSolverPP2MSDE": "DPM++ 2M SDE",
@@ -57,7 +57,7 @@ def fingerprint_of(model: str) -> str:
 
 
 def record(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
-    """Return all that decides the pixels of an image, for JSON."""
+    """Return everything that determines the pixels of an image, for JSON."""
     return {
         "prompt": resolved.prompt,
         "seed": resolved.seed,
@@ -112,7 +112,7 @@ def file_text(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, str]:
 
 
 def parameters(resolved: ResolvedSettings, solver: str, model: str, fingerprint: str) -> str:
-    """Return the text that web UIs write into their files under this name, and read from there.
+    """Return the text "parameters" of web UIs.
 
     Args:
       resolved: of the image.
@@ -145,7 +145,7 @@ def _quoted(value: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMetadata:
-    """What the file of an image states.
+    """The metadata in an image's file.
 
     Attributes:
       path: of the file, for messages.
@@ -164,14 +164,14 @@ class ImageMetadata:
         """Parse what `file_text` wrote into a file.
 
         Raises:
-          UserError: there is no such text, or it was changed.
+          UserError: there is no metadata, or it was changed.
         """
         needed = ("prompt", "seed", "settings", "details", "model", "model_fingerprint")
         missing = [name for name in needed if name not in text]
         if missing:
             raise UserError(
-                f"{path} does not say how it was made (it has no text {', '.join(missing)}): "
-                "expected a file as jaxdiff wrote it, whose text no other program has removed."
+                f"{path} has no metadata {', '.join(missing)}: expected a file as jaxdiff wrote "
+                "it; other programs may remove its text."
             )
         try:
             settings, found = json.loads(text["settings"]), json.loads(text["details"])
@@ -193,19 +193,19 @@ class ImageMetadata:
         """Return the settings that reproduce the image.
 
         Args:
-          pipe: the model that made it.
-          files: `init_image` and `mask`, which the file states by their digests alone.
-          command: the auxiliary models that made it, if any.
+          pipe: the model that generated it.
+          files: `init_image` and `mask`, of which the file has digests.
+          command: its auxiliary models, if any.
 
         Raises:
-          UserError: a model or an input is another one, or the text was changed.
+          UserError: a model or an input differs, or the metadata was changed.
         """
         if self.text["model_fingerprint"] != pipe.fingerprint:
             raise UserError(
                 f"{self.path} was made by the model {self.text['model']} with the fingerprint "
                 f"{self.text['model_fingerprint'][:10]}, not by {pipe.spec.name} with "
-                f"{pipe.fingerprint[:10]}: give the one that made it with --model, with the same "
-                "--lora, --embedding and --dtype."
+                f"{pipe.fingerprint[:10]}: give that model as --model, with the same --lora, "
+                "--embedding and --dtype."
             )
         for name in FILES:
             self._check_input(name, getattr(files, name))
@@ -233,7 +233,7 @@ class ImageMetadata:
         return resolved
 
     def _check_input(self, name: str, given: epath.Path | None) -> None:
-        """Raise `UserError` unless an input is the one that the file states, or neither is."""
+        """Raise `UserError` unless an input is that of the file, or neither is set."""
         stated = self.settings.get(name)
         digest = given and open_input(given).sha256
         try:
@@ -242,7 +242,7 @@ class ImageMetadata:
             if stated is None:
                 raise UserError(f"{self.path} was made without {flag(name)}: leave that out.")
             raise UserError(
-                f"{self.path} was made from {stated['file']}: give that file, as it was then, as "
+                f"{self.path} was made from {stated['file']}: give that file, unchanged, as "
                 f"{flag(name)}."
             )
         except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A user's arguments, checked, as the arrays that the program takes."""
+"""Check a user's arguments, and convert them to the program's arrays."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ Output = Literal["uint8", "float", "latents"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """A mixture of two prompts: (1 - fraction) a + fraction b, of their encoded text.
+    """An interpolation between two encoded prompts: (1 - fraction) a + fraction b.
 
     Attributes:
-      a: a prompt, which may be composed of several.
-      b: a prompt, which may not.
+      a: a prompt, which may be composed.
+      b: a prompt, not composed.
       fraction: of b, from 0 to 1.
 
     Raises:
@@ -62,10 +62,10 @@ class InitImage:
 
     Attributes:
       image: uint8 or float in [0, 1], [n, h, w, 3] or one for all; its size is the result's.
-      mask: 1 where the image is replaced and 0 where every pixel is kept, [n, h, w] or one for all;
-        without one all of the image may change.
-      strength: how much noise the image gets, from 0 to 1, and so how much it may change, one for
-        all or one each; 0.6 by default, 1 with a mask.
+      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all;
+        None replaces all.
+      strength: amount of noise added to the image, from 0 to 1, one for all or one each; 0.6 by
+        default, 1 with a mask.
     """
 
     image: np.ndarray
@@ -98,7 +98,7 @@ class SampleRequest:
             )
 
     def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
-        """Return the settings, inherited from the model's where there are none."""
+        """Return the settings; those that are None inherit the model's."""
         sampler = Sampler(guidance=self.guidance).inherit(
             (self.sampler or Sampler()).inherit(model)
         )
@@ -106,11 +106,11 @@ class SampleRequest:
 
 
 class UnknownWordWarning(UserWarning):
-    """A prompt has words that no caption in training had."""
+    """A prompt has words that do not occur in the training captions."""
 
 
 def prompt_list(prompts: Any) -> list[Prompt]:
-    """Return prompts as a list; one by itself is a list of one.
+    """Return prompts as a list.
 
     Raises:
       UserError: there are none, or one is neither text nor `Mix`.
@@ -150,7 +150,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def one_each(name: str, values: Any, n: int) -> list[Any]:
-    """Return a list of n values; one, by itself or in a list, stands for all.
+    """Return a list of n values; a single value, or a list of one, is repeated.
 
     Raises:
       UserError: there are neither one nor n.
@@ -216,7 +216,7 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
 
 
 def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """Return one image for each of n prompts; one may stand for all.
+    """Return one image for each of n prompts; a single image is repeated.
 
     Raises:
       UserError: neither uint8 nor float in [0, 1], or not [h, w, 3], [1, h, w, 3] or [n, h, w, 3].
@@ -262,22 +262,22 @@ def _broadcast(name: str, values: np.ndarray, n: int) -> np.ndarray:
 
 
 def first_step(strength: float, num_steps: int) -> int:
-    """Return the first step that is taken, later for a smaller strength; at least one is taken.
+    """Return the index of the first step, later for a smaller strength; at least one is taken.
 
     Raises:
       UserError: strength is outside [0, 1].
     """
     if not 0 <= strength <= 1:
         raise UserError(
-            f"strength is {strength}: expected from 0, which changes hardly anything, to 1, which "
-            "keeps nothing but what the mask does."
+            f"strength is {strength}: expected a number from 0, little change, to 1, which "
+            "replaces all that the mask allows."
         )
-    # A product such as 0.3 * 10 may be just below the intended integer.
+    # A product such as 0.3 * 10 may round below the integer.
     return num_steps - max(1, min(num_steps, int(strength * num_steps + 1e-6)))
 
 
 def first_steps(init: InitImage | None, num_steps: Sequence[int]) -> list[int]:
-    """Return the first step that each image takes.
+    """Return the index of each image's first step.
 
     Raises:
       UserError: a strength outside [0, 1], or neither one nor one each.
@@ -293,18 +293,18 @@ def first_steps(init: InitImage | None, num_steps: Sequence[int]) -> list[int]:
 def image_size(
     request: SampleRequest, spec: TextToImage, images: np.ndarray | None
 ) -> tuple[int, int]:
-    """Return width and height: as asked, or those of images or latents, or the model's own.
+    """Return width and height: as requested, or of images or latents, or the training size.
 
     Raises:
-      UserError: they contradict each other, or the model cannot sample them.
+      UserError: they contradict each other, or are no multiples of the model's.
     """
     size = request.size
     if images is not None:
         theirs = images.shape[2], images.shape[1]
         if size is not None and tuple(size) != theirs:
             raise UserError(
-                f"size is {size[0]}x{size[1]} but image is {theirs[0]}x{theirs[1]}: leave out "
-                "size, or resize the image."
+                f"size is {size[0]}x{size[1]} but image is {theirs[0]}x{theirs[1]}: omit size, or "
+                "resize the image."
             )
         size = theirs
     elif size is None and request.latents is not None:
@@ -328,8 +328,8 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
         raise UserError(
-            f"size is {width}x{height}: expected multiples of {multiple}, as the model needs; its "
-            f"own size is {spec.image_size}x{spec.image_size}."
+            f"size is {width}x{height}: expected multiples of {multiple}; the training size is "
+            f"{spec.image_size}x{spec.image_size}."
         )
     return width, height
 
@@ -348,9 +348,9 @@ def sample_inputs(
       request: of the user.
       spec: of the model.
       tokenizers: its tokenizers.
-      guidance_scale: where the request has none.
+      guidance_scale: default of the request's.
       images: to start from, checked.
-      shape: of what is denoised.
+      shape: of the latents.
 
     Raises:
       UserError: an argument that does not fit.
@@ -415,15 +415,15 @@ def size_of_ratio(ratio: str, area: int, multiple: int) -> tuple[int, int]:
         raise UserError(f"The ratio is {ratio!r}: expected WIDTH:HEIGHT, such as 16:9.")
     if min(wanted, 1 / wanted) * area < multiple**2:
         raise UserError(
-            f"The ratio {ratio} of about {area} pixels would make a side shorter than {multiple}, "
-            "the model's least: expected one nearer to 1:1."
+            f"The ratio {ratio} at about {area} pixels has a side below {multiple}, the model's "
+            "least: expected one nearer to 1:1."
         )
 
     def nearest(side: float) -> int:
         below = max(1, int(side / multiple)) * multiple
         return min(below, below + multiple, key=lambda near: abs(math.log(near / side)))
 
-    # Each side by itself: of the errors of ratio and area, |a - b| + |a + b| = 2 max(|a|, |b|).
+    # Rounding each side minimises the errors of ratio and area: |a-b| + |a+b| = 2 max(|a|, |b|).
     return nearest(math.sqrt(area * wanted)), nearest(math.sqrt(area / wanted))
 
 
@@ -433,7 +433,7 @@ def slerp(
     """Interpolate between two noises along the arc (Shoemake 1985), which keeps their norm."""
     cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
     angle = np.arccos(np.clip(cosine, -1, 1))
-    if np.sin(angle) < 1e-4:  # one and the same
+    if np.sin(angle) < 1e-4:  # equal noises
         return a
     weights = np.sin([(1 - fraction) * angle, fraction * angle]) / np.sin(angle)
     return (weights[0] * a + weights[1] * b).astype(np.float32)

@@ -22,14 +22,15 @@ from jaxdiff.pretrained.merging import merge_into, split_adapters
 def apply_lora(
     pipe: Pipeline, file: epath.PathLike, *, scale: float = 1.0, merge: bool = False
 ) -> Pipeline:
-    """Return a pipeline with the adapters of a LoRA file, beside those that it has.
+    """Return a pipeline with the adapters of a LoRA file, in addition to its own.
 
     Args:
-      pipe: of the model that the file is for; it stays as it is.
+      pipe: of the model that the file is for; unchanged.
       file: of diffusers, PEFT or kohya, safetensors, or a folder with
         `pytorch_lora_weights.safetensors`.
       scale: factor on the adapters' effect.
-      merge: add them to the weights, for the speed of the plain model; `remove` keeps them then.
+      merge: add them to the weights, for the speed of the plain model; `remove_lora` then has no
+        effect.
 
     Raises:
       UserError: the file is damaged, of another kind, or for another model.
@@ -41,7 +42,7 @@ def apply_lora(
 
 
 def remove_lora(pipe: Pipeline) -> Pipeline:
-    """Return a pipeline without the adapters that `apply_lora` put beside the weights."""
+    """Return a pipeline without the unmerged adapters of `apply_lora`."""
     return pipe.with_bundle(detach(pipe.bundle))
 
 
@@ -54,21 +55,18 @@ def scaled(adapters: Adapters, scale: float) -> dict[str, dict[Path, Factors]]:
 
 
 def adapters_of(bundle: Bundle) -> dict[str, dict[Path, Factors]]:
-    """Return the adapters that a model has beside its weights."""
+    """Return the unmerged adapters of a model."""
     adapters = split_adapters(bundle.params.get("adapters", {}))
     return {part: dict(pairs) for part, pairs in adapters.items()}
 
 
 def merge(bundle: Bundle, adapters: Adapters) -> Bundle:
-    """Add adapters to a model's weights; those beside them stay there."""
+    """Merge adapters into a model's weights; its unmerged ones stay unmerged."""
     return bundle._replace(params=merge_into(bundle.params, adapters))
 
 
 def attach(bundle: Bundle, adapters: Adapters) -> Bundle:
-    """Put adapters beside a model's weights, and beside those that are there already.
-
-    All adapters of a part are padded with zeros to its largest rank.
-    """
+    """Add adapters to a model without merging, each part padded with zeros to its largest rank."""
     own, weights = adapters_of(bundle), detach(bundle).params
     trees: dict[str, Any] = {}
     for part in {**own, **adapters}:
@@ -87,7 +85,7 @@ def attach(bundle: Bundle, adapters: Adapters) -> Bundle:
 
 
 def detach(bundle: Bundle) -> Bundle:
-    """Return the model without its adapters."""
+    """Return the model without its unmerged adapters."""
     kept = {name: part for name, part in bundle.params.items() if name != "adapters"}
     return bundle._replace(params=kept)
 

@@ -1,4 +1,4 @@
-"""What a user loads: prompts in, images out."""
+"""The pipeline: prompts to images."""
 
 import dataclasses
 import functools
@@ -78,13 +78,12 @@ def load(
     """Load a text-to-image model for sampling.
 
     Args:
-      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in the form
-        of diffusers; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model
-        of the Hugging Face hub.
-      dtype: to compute in; by default the type of the weights, but float32 on a CPU, which has no
-        units for less.
-      devices: to sample on, each a share of the images; by default all of this process.
-      types: dataclasses, such as a network of yours, that the model's description may name.
+      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in diffusers'
+        layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
+        Hugging Face hub.
+      dtype: to compute in; by default the type of the weights, but float32 on a CPU.
+      devices: to sample on; by default all of this process.
+      types: dataclasses, such as a network of yours, that the specification may name.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
@@ -97,16 +96,16 @@ class Pipeline:
     """A text-to-image model, ready to sample.
 
     `pipe(prompts)` returns images. Prompts, seeds, guidance scales and the number of steps are
-    arguments of one compiled loop: another value, or another number of images, compiles nothing. To
-    the last bit, an image depends on its prompt, its seed and its settings alone, not on its place,
-    on other images, or on the number of devices.
+    arguments of one compiled loop: other values, or another number of images, do not recompile. All
+    bits of an image depend only on its prompt, seed and settings, not on its index, on other
+    images, or on the number of devices.
 
     Attributes:
       spec: the model.
       params: its parameters, on all devices.
       tokenizers: by text encoder.
-      dtype: that it computes in; None is that of the weights.
-      types: dataclasses that the descriptions of further models may name.
+      dtype: to compute in; None is that of the weights.
+      types: dataclasses that the specifications of further models may name.
     """
 
     spec: TextToImage
@@ -142,12 +141,12 @@ class Pipeline:
 
     @property
     def bundle(self) -> Bundle:
-        """The model, in the type that it computes in."""
+        """The model, in the compute type."""
         return Bundle(self.spec, self.params, self.tokenizers)
 
     @property
     def devices(self) -> list[Any]:
-        """The devices that it samples on."""
+        """The devices."""
         return list(self._mesh.devices.flat)
 
     @functools.cached_property
@@ -157,7 +156,7 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the model was trained on, the default of `size`."""
+        """Side of the training images, the default of `size`."""
         return self.spec.image_size
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
@@ -211,34 +210,33 @@ class Pipeline:
         """Sample one image for each prompt.
 
         Args:
-          prompts: one prompt or n; text beyond what the encoder takes is cut off (`truncated`).
+          prompts: one prompt or n; text beyond the encoder's length is cut off (`truncated`).
             Words may have a weight, `a (red:1.3) pea`, a prompt may be composed of several,
             `"a pea":1 "red":-0.5`, and `Mix` interpolates two.
-          negative_prompt: to steer away from, one for all or one each. None is absent, which some
-            model families treat differently from "".
+          negative_prompt: guides away from a text, one for all or one each. None is absent, which
+            some model families treat differently from "".
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
           guidance_scale: of classifier-free guidance, one for all or one each.
           size: width and height; by default those of `latents` or `init`, or the training images'.
-          latents: initial noise [n, i, j, c] of unit variance, in the place of the seeds' own.
+          latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
           init: images to start from, with a mask and a strength.
           sampler: settings such as the solver; another solver compiles another program.
           guidance: options of guidance other than the scale.
-          output: "uint8", "float" (float32 in [0, 1]), or "latents": what is denoised, latents or
-            pixels from -1 to 1.
-          batch_size: images that each device samples at a time, whatever their number; by default
-            chosen by size and kind of device. Another one compiles another program, whose sums are
-            rounded differently: by about 1e-5 of an image's range.
+          output: "uint8", "float" (float32 in [0, 1]), or "latents": latents, or pixels in [-1, 1].
+          batch_size: images that each device samples at a time; the default depends on size and
+            kind of device. Another size compiles another program with different rounding, about
+            1e-5 of an image's range.
           callback: called as (step, images) after every step with the estimates of the images in
-            progress, uint8 [m, h, w, 3], or a `Preview`. It changes no bit of the result.
+            progress, uint8 [m, h, w, 3], or a `Preview`.
 
-        Settings that are None are those of `sampler`, then of the model.
+        Settings that are None inherit those of `sampler`, then of the model.
 
         Returns:
           Images [n, h, w, 3], or latents.
 
         Raises:
-          UserError: an argument that does not fit, in one sentence.
+          UserError: an invalid argument.
         """
         request = SampleRequest(
             prompts=prompts,
@@ -260,11 +258,11 @@ class Pipeline:
     def snapshots(
         self, prompts: Prompt | Sequence[Prompt], num: int, **arguments: Any
     ) -> np.ndarray:
-        """Sample, and return estimates of the images on the way.
+        """Sample, and return intermediate estimates of the images.
 
         Args:
           prompts: as for `__call__`.
-          num: k, how many, at equal distances; the last one is that of the last step.
+          num: k, number of estimates at equal distances; the last is that of the last step.
           arguments: others of `__call__`.
 
         Returns:
@@ -285,13 +283,12 @@ class Pipeline:
         self._warn_of_unknown_words(prompts)
         if spec.is_inpainting and (init is None or init.mask is None):
             raise UserError(
-                f"{spec.name} is for inpainting: expected an image and a mask, 1 where it is to "
-                "be replaced, in init."
+                f"{spec.name} is for inpainting: expected init with an image and a mask, 1 where "
+                "the image is replaced."
             )
         if sampler.vae_mode == "tiling" and any(sampler.wrap):
             raise UserError(
-                'vae_mode is "tiling", whose tiles have edges that do not wrap: expected '
-                '"slicing" or "full".'
+                'vae_mode is "tiling", whose tiles do not wrap: expected "slicing" or "full".'
             )
         steps = step_counts(
             sampler.num_steps if request.num_steps is None else request.num_steps, n
@@ -317,7 +314,7 @@ class Pipeline:
             windows=self._windows(size, sampler, batch_size),
             num_snapshots=num_snapshots,
         )
-        program_spec, params, inputs = self._with_second_models(
+        program_spec, params, inputs = self._with_auxiliary_models(
             program_spec, inputs, prompts, sampler.guidance
         )
         sampled = sample_batches(
@@ -335,8 +332,8 @@ class Pipeline:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))
         if unknown:
             warnings.warn(
-                f"No caption in training had {', '.join(map(repr, unknown))}, which mean nothing "
-                f"to {model_name(self.spec)}: `vocabulary` has the words that it knows.",
+                f"No caption in training had {', '.join(map(repr, unknown))}: use words of the "
+                f"`vocabulary` of {model_name(self.spec)}.",
                 UnknownWordWarning,
                 stacklevel=4,
             )
@@ -352,7 +349,7 @@ class Pipeline:
 
         return Watch(preview.every, show)
 
-    def _with_second_models(
+    def _with_auxiliary_models(
         self,
         program: SamplerSpec,
         inputs: SampleInputs,
@@ -380,22 +377,21 @@ class Pipeline:
     def _windows(
         self, size: tuple[int, int], sampler: ResolvedSampler, batch_size: int
     ) -> Windows | None:
-        """Return the windows of an image of this size; None denoises it as a whole."""
+        """Return the windows of an image of this size; None for the whole image."""
         wrap, overlap = sampler.wrap, sampler.overlap
         if overlap is None and (not any(wrap) or self.spec.denoiser.wraps):
             return None
         if self.spec.is_inpainting:
             raise UserError(
-                f"{self.spec.name} is for inpainting, and samples an image as a whole: leave out "
-                "overlap."
+                f"{self.spec.name} is for inpainting, which does not support windows: omit overlap."
             )
         width, height = size if overlap is None else (self.image_size, self.image_size)
         if not any(wrap) and size[0] <= width and size[1] <= height:
             return None
         if sampler.guidance.has_state:
             raise UserError(
-                "Guidance with a state, such as apg.momentum, is of the whole image, and this one "
-                "is sampled through windows: leave it out."
+                "Guidance with a state, such as apg.momentum, does not support windows: omit it, "
+                "or overlap."
             )
         rows, columns, _ = self.spec.latent_shape(height, width)
         return Windows(
@@ -418,9 +414,8 @@ class Pipeline:
 
         Args:
           seeds: n of them.
-          variation_seeds: other seeds, one for all or one each, toward whose noise it is rotated.
-          variation_strength: how far, one for all or one each: 0 is the seed's own noise, 1 the
-            other's.
+          variation_seeds: other seeds, one for all or one each, whose noise is interpolated with.
+          variation_strength: fraction of the other noise, one for all or one each.
           size: width and height of the image; the training images' by default.
 
         Raises:
@@ -439,7 +434,7 @@ class Pipeline:
         return np.stack([slerp(*one) for one in each])
 
     def truncated(self, prompt: Prompt) -> bool:
-        """Whether the end of a prompt is cut off, as the text encoder takes no more tokens."""
+        """Whether a prompt is longer than the text encoder's length, and is cut off."""
         texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
         return any(
             tokenizer.truncated(part.text)
@@ -450,17 +445,14 @@ class Pipeline:
 
     @property
     def vocabulary(self) -> frozenset[str] | None:
-        """The words of the captions it was trained on, in lower case; None where unknown."""
+        """The words of the training captions, in lower case; None if unknown."""
         known = [tokenizer.words for tokenizer in self.tokenizers.values()]
         if not known or any(words is None for words in known):
             return None
         return frozenset().union(*(words or () for words in known))
 
     def unknown_words(self, prompt: Prompt) -> list[str]:
-        """Return the words of a prompt that the model never saw, which mean nothing to it.
-
-        Nothing where `vocabulary` is unknown.
-        """
+        """Return the words of a prompt that are not in `vocabulary`; [] if that is unknown."""
         known = self.vocabulary
         if known is None:
             return []
@@ -479,10 +471,7 @@ class Pipeline:
         return size_of_ratio(ratio, self.image_size**2, self.spec.size_multiple)
 
     def autoencode(self, images: np.ndarray) -> np.ndarray:
-        """Encode and decode images uint8 [n, h, w, 3]: the best that this model could sample.
-
-        A model that works on pixels returns them as they are.
-        """
+        """Encode and decode images uint8 [n, h, w, 3]; models on pixels return them unchanged."""
         if self.spec.autoencoder is None:
             return images
         size = default_batch_size(*images.shape[2:0:-1]) * self._mesh.size
@@ -490,12 +479,7 @@ class Pipeline:
         return in_full_batches(autoencode, size, images)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Decode what is denoised, [n, i, j, c], to images uint8 [n, h, w, 3].
-
-        Args:
-          latents: of unit variance, as the denoiser estimates them; or pixels.
-          batch_size: images decoded at a time; by default chosen for the size.
-        """
+        """Decode latents [n, i, j, c] of unit variance, or pixels, to images uint8 [n, h, w, 3]."""
         height, width = (side * self.spec.downsampling for side in latents.shape[1:3])
         size = (batch_size or default_batch_size(width, height)) * self._mesh.size
         decode = functools.partial(compiled_decoder(self.spec, self._mesh), self.params)

@@ -1,6 +1,6 @@
 """The compiled sampler: from token ids, seeds and images to images.
 
-`SampleInputs` is all that changes without recompiling, `SamplerSpec` all that recompiles.
+A change of `SamplerSpec` recompiles; a change of `SampleInputs` does not.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ from jaxdiff.sampling.multidiffusion import Windows, windowed
 from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 from jaxdiff.sampling.solver import StatefulDenoiser
 
-NUM_PROGRAMS = 16  # compiled programs that are kept
+NUM_PROGRAMS = 16  # compiled programs in the cache
 
 
 class SampleInputs(NamedTuple):
-    """What may change without recompiling: arrays with one row per image, None where absent.
+    """Inputs that do not recompile: arrays with one row per image, None where absent.
 
     Attributes:
       text: the prompts.
@@ -56,7 +56,7 @@ class SampleInputs(NamedTuple):
       composed_weights: of the first prompt, then of these.
       image: to start from.
       mask: 1 where the image is replaced.
-      noise: of unit variance, in the place of the seeds' own.
+      noise: of unit variance, instead of that of the seeds.
       clip_ids: prompts for CLIP guidance.
       clip_scale: its scale.
       guide_scale: of autoguidance.
@@ -79,13 +79,11 @@ class SampleInputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Which steps each device takes, counted from 0.
-
-    A device with begin == end has nothing to sample.
+    """The steps of each device, counted from 0; a device with begin == end is idle.
 
     Attributes:
       num_steps: of the time grid.
-      first: the first step of the run, later than 0 where it starts from an image.
+      first: the first step of the run, above 0 for runs that start from an image.
       begin: the first step of this segment.
       end: the step after its last.
     """
@@ -98,18 +96,18 @@ class Steps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerSpec:
-    """All that a program depends on, beside the number of images at a time.
+    """Static arguments of a program, beside the batch size.
 
     Attributes:
-      model: the model; its name and its own sampler do not matter.
-      sampler: settings; those that `SampleInputs` and `Steps` carry do not matter.
-      shape: of what is denoised, [h, w, c].
-      mesh: the devices, each of which samples its own images.
-      is_latent: return what is denoised (of `DDIMInverse`: noise) rather than images.
+      model: the model; its name and sampler are ignored.
+      sampler: settings; those in `SampleInputs` and `Steps` are ignored.
+      shape: of the latents, [h, w, c].
+      mesh: the devices, each with its own images.
+      is_latent: return latents (of `DDIMInverse`: noise) rather than images.
       clip: the model of CLIP guidance.
       guide: the model of autoguidance.
       windows: of MultiDiffusion.
-      num_snapshots: estimates on the way, returned in the place of the image.
+      num_snapshots: number of intermediate estimates, returned instead of the image.
     """
 
     model: TextToImage
@@ -158,9 +156,9 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
     """Return the jitted sampler of a specification; the batch size is static too.
 
     It is called as (params, inputs, steps, state). params is the model's tree, with those of the
-    second models at `clip` and `guide`; steps has one entry per device; state is what the last
-    segment returned. It returns images [n, 1, ...] or snapshots [n, k, ...], all zero before the
-    last step, and the state, whose last element ends with the last estimate of x0.
+    auxiliary models at `clip` and `guide`; steps has one entry per device; state is the result of
+    the last segment. It returns images [n, 1, ...] or snapshots [n, k, ...], zero before the last
+    step, and the state, whose last element ends with the last estimate of x0.
     """
 
     def run(params, inputs, steps, state):
@@ -199,11 +197,11 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
 def _denoiser(
     spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, num_steps: Int[Array, ""]
 ) -> StatefulDenoiser:
-    """Return the guided network, as solvers see it."""
+    """Return the guided denoiser."""
     model, windows, guidance = spec.model, spec.windows, spec.sampler.guidance
-    # The size that the network reads is that of what it sees.
-    seen = (windows.height, windows.width) if windows else spec.shape[:2]
-    size = seen[0] * model.downsampling, seen[1] * model.downsampling
+    # The size condition is that of the network's input.
+    height, width = (windows.height, windows.width) if windows else spec.shape[:2]
+    size = height * model.downsampling, width * model.downsampling
     wrap = NO_WRAP if windows else spec.sampler.wrap
     guide = None
     if spec.guide is not None:
@@ -308,7 +306,7 @@ def _zero_init_until(
 def _start(
     spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, first: Int[Array, ""]
 ) -> dict[str, Any]:
-    """Return the arguments of `sample` that say where it starts: at noise, or at data."""
+    """Return the arguments of `sample` for its initial state: noise, or data."""
     sampler = spec.sampler
     init = _init_latents(spec, params, inputs, first)
     if isinstance(sampler.solver, DDIMInverse):
@@ -326,7 +324,7 @@ def _start(
 def _init_latents(
     spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, first: Int[Array, ""]
 ) -> InitLatents | None:
-    """Return the latents of the images to start from."""
+    """Return the latents of the initial images."""
     if inputs.image is None:
         return None
     model, sampler = spec.model, spec.sampler
@@ -334,7 +332,7 @@ def _init_latents(
     x0 = model.encode(params, image, vae_mode=sampler.vae_mode, wrap=sampler.wrap)
     if inputs.mask is None:
         return InitLatents(x0, first_step=first)
-    # An inpainting network reads the mask, and keeps what is to be kept.
+    # Inpainting networks read the mask themselves.
     mask = None if model.is_inpainting else latent_mask(inputs.mask, model.downsampling)
     return InitLatents(x0, mask, first_step=first, from_noise=True)
 
@@ -342,7 +340,7 @@ def _init_latents(
 def _unit_noise(
     spec: SamplerSpec, num_steps: Int[Array, ""], x: Float[Array, "k b i j c"]
 ) -> Float[Array, "k b i j c"]:
-    """Return latents as they are, and inverted noise with the variance that `sample` expects."""
+    """Scale inverted noise to unit variance, as `sample` expects; other latents are unchanged."""
     sampler = spec.sampler
     if not isinstance(sampler.solver, DDIMInverse) or sampler.init_noise == "unit":
         return x
@@ -355,7 +353,7 @@ def _decode(
     inputs: SampleInputs,
     x: Float[Array, "k b i j c"],
 ) -> Float[Array, "k b h w 3"]:
-    """Decode latents to images from 0 to 1; pixels that the mask keeps are kept exactly."""
+    """Decode latents to images in [0, 1]; pixels that the mask keeps are exact."""
     sampler = spec.sampler
     flat = x.reshape(-1, *x.shape[2:])
     images = spec.model.decode(params, flat, vae_mode=sampler.vae_mode, wrap=sampler.wrap)

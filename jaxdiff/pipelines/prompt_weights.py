@@ -4,9 +4,9 @@ r"""Weights in prompts: of words, `a (red:1.3) pea`, and of whole prompts, `"a c
     part     = '"' text '":' number          composed by eq. 2 of `guidance/cfg.py`
     text     = (character | '(' text ':' number ')')*
 
-Weights of nested groups multiply. Everything else is text: a parenthesis without a number before
-its end, a quotation without a number after it. A backslash before a parenthesis, a quotation mark,
-a colon or a backslash makes it text.
+Weights of nested groups multiply. Everything else is text: a parenthesis that does not end in a
+number, a quotation without a number after it. A backslash escapes a parenthesis, a quotation mark,
+a colon or a backslash.
 """
 
 import re
@@ -21,7 +21,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import Conditioner, TextInputs
 
-LARGEST = 10.0  # a larger weight is a typing error, such as a missing point
+LARGEST = 10.0  # a larger weight is most likely a typo
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _PART = re.compile(rf'\s*"((?:\\.|[^"\\])*)"\s*:\s*({_NUMBER})(?=\s|$)')
@@ -29,26 +29,26 @@ _WEIGHT = re.compile(r"\s*([-+.,\d]+)\s*")
 
 
 class WeightedText(NamedTuple):
-    """A piece of a prompt, and the weight of its words."""
+    """A segment of a prompt, and the weight of its words."""
 
     text: str
     weight: float = 1.0
 
 
 class PromptPart(NamedTuple):
-    """One of the prompts that a prompt is composed of, and its weight."""
+    """One part of a composed prompt, and its weight."""
 
     texts: tuple[WeightedText, ...]
     weight: float = 1.0
 
     @property
     def text(self) -> str:
-        """The words without their weights."""
+        """The text without weights."""
         return "".join(piece.text for piece in self.texts)
 
 
 def parse_prompt(prompt: str) -> tuple[PromptPart, ...]:
-    """Parse a prompt; most have one part, of one piece.
+    """Parse a prompt into its parts.
 
     Raises:
       UserError: a weight is no number, out of range or without words, or there is text outside of
@@ -70,7 +70,7 @@ def parse_prompt(prompt: str) -> tuple[PromptPart, ...]:
 
 
 def plain(prompt: str) -> str:
-    """Return the words alone, of composed prompts those of parts with a positive weight.
+    """Return the text without weights; of composed prompts, parts with a positive weight.
 
     Raises:
       UserError: as `parse_prompt`.
@@ -80,7 +80,7 @@ def plain(prompt: str) -> str:
 
 
 def _pieces(text: str) -> tuple[WeightedText, ...]:
-    """Split a text by weight, neighbours of one weight joined."""
+    """Split a text into segments of equal weight."""
     open_groups: list[list[WeightedText]] = [[]]
     for token in re.findall(r'\\[()":\\]|[()]|[^()\\]+|\\', text):
         if token == "(":
@@ -131,7 +131,7 @@ def _weight(number: str, prompt: str) -> float:
     if not re.fullmatch(_NUMBER, number) or abs(float(number)) > LARGEST:
         raise UserError(
             f"{number} in the prompt {prompt!r} is no weight: expected a number from {-LARGEST:g} "
-            f"to {LARGEST:g}; put a backslash before what is not a weight."
+            f"to {LARGEST:g}; escape text by a backslash."
         )
     return float(number)
 
@@ -163,19 +163,18 @@ def tokenize(
       conditioner: of the model.
       tokenizers: its tokenizers.
       prompts: n texts; None is a prompt that is not given.
-      composed: whether they may be composed of several.
+      composed: whether composed prompts are allowed.
 
     Raises:
-      UserError: as `parse_prompt`, or a composed prompt where none may be.
+      UserError: as `parse_prompt`, or a composed prompt is not allowed.
     """
-
     parsed = [parse_prompt(prompt or "") for prompt in prompts]
     most = max(len(parts) for parts in parsed)
     single = all(len(parts) == 1 and parts[0].weight == 1 for parts in parsed)
     if not (composed or single):
         raise UserError(
-            "Only prompts themselves may be composed of several: expected at most weights of words "
-            "(words:1.3) in negative prompts and in the second prompt of a mixture."
+            "Negative prompts and the second prompt of a mixture cannot be composed: expected at "
+            "most weights of words (words:1.3)."
         )
     count = 1 if single else max(2, 1 << (most - 1).bit_length())  # few counts, few programs
     empty = PromptPart((WeightedText(""),), 0.0)

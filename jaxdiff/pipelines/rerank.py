@@ -1,4 +1,4 @@
-"""Sample several images per prompt and keep the one that a CLIP scores highest."""
+"""Sample several images per prompt and select the one with the highest CLIP score."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Ranked(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The places of the best among all candidates, and the scores of all."""
+    """The indices of the best candidates, and the scores of all."""
 
     best: Int[np.ndarray, " n"]
     scores: Float32[np.ndarray, "n k"]
@@ -41,7 +41,7 @@ def rank(
     n: int,
     clip: str = DEFAULT_CLIP,
 ) -> Ranking:
-    """Score candidates, of which each n in a row belong together.
+    """Score groups of n consecutive candidates.
 
     Args:
       images: the candidates.
@@ -73,15 +73,15 @@ def best_of_n(
       prompts: one, or a list.
       n: images per prompt.
       clip: the model that scores them, as `ClipGuidance.model`.
-      seeds: of the first image of each prompt, one for all or one each, the others counting up; by
-        default no seed is used twice.
+      seeds: of the first image of each prompt, one for all or one each; the others count up. By
+        default all are different.
       arguments: of `pipe`, one for all; not `output`.
 
     Raises:
       UserError: n is less than 1, or as `pipe` raises.
     """
     if n < 1:
-        raise UserError(f"n is {n}: expected how many images to choose from, 1 or more.")
+        raise UserError(f"n is {n}: expected a number of images per prompt, 1 or more.")
     prompts = prompt_list(prompts)
     count = len(prompts)
     first = one_each("seeds", range(0, count * n, n) if seeds is None else seeds, count)

@@ -1,4 +1,4 @@
-"""Resolve what a user asks of an image into what a pipeline samples it by."""
+"""Resolve the settings of an image into the arguments of a pipeline."""
 
 import dataclasses
 import hashlib
@@ -43,11 +43,11 @@ _INHERITED = (
     "apg",
     "cfg_zero_star",
 )
-"""Fields that are dropped where the model's sampler has the same value."""
+"""Fields that become None where they equal those of the model's sampler."""
 
 
 class InputFile(NamedTuple):
-    """An image to start from, or a mask."""
+    """An initial image, or a mask."""
 
     path: epath.Path
     sha256: str
@@ -57,11 +57,11 @@ class InputFile(NamedTuple):
         """Return its pixels.
 
         Raises:
-          UserError: it is gone, or of another size than it was.
+          UserError: it is missing, or its size has changed.
         """
         picture = pictures.read_picture(self.path)
         if picture.shape[1::-1] != self.size:
-            raise UserError(f"{self.path} was changed since the start: start again.")
+            raise UserError(f"{self.path} has changed since the start: start again.")
         return picture
 
 
@@ -82,9 +82,9 @@ def open_input(path: epath.PathLike) -> InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandDefaults:
-    """Models that only the owner of a process may name, never a row of a file or a client.
+    """Auxiliary models, which only the command line sets, not prompt files or clients.
 
-    None is the one of the model's own sampler, if it has one, and then the package's CLIP.
+    None is that of the model's sampler, if any, and then the package's CLIP.
 
     Attributes:
       clip_model: the CLIP of `clip_scale` and `best_of`.
@@ -108,12 +108,12 @@ _NO_MODELS, _NO_DEFAULTS = CommandDefaults(), GenerationSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings:
-    """One image: its settings, with nothing left to inherit but from the model's sampler.
+    """The settings of one image; only the model's sampler is inherited.
 
     Attributes:
-      settings: all that has an effect.
-      sampler: of them, over the model's.
-      files: `init_image` and `mask`, where there are any.
+      settings: those that have an effect.
+      sampler: derived from them; it overrides the model's.
+      files: `init_image` and `mask`, if any.
       clip_model: the CLIP of `best_of`.
     """
 
@@ -150,15 +150,15 @@ class ResolvedSettings:
         return self.settings.group(level)
 
     def replace(self, **changes: object) -> "ResolvedSettings":
-        """Return the same with other settings that the sampler does not depend on."""
+        """Replace settings that do not affect the sampler."""
         settings = dataclasses.replace(self.settings, **changes)
         return dataclasses.replace(self, settings=settings)
 
     def copies(self, count: int) -> list["ResolvedSettings"]:
-        """Return so many, with seeds that count up such that none is used twice.
+        """Return copies with ascending seeds, none used twice.
 
         Raises:
-          UserError: there are not so many seeds.
+          UserError: a seed exceeds the largest.
         """
         tried = self.settings.best_of or 1
         last = LARGEST_SEED - count * tried + 1
@@ -179,12 +179,12 @@ def resolve_settings(
     """Resolve the settings of an image: its own, then `defaults`, then the model's sampler.
 
     Args:
-      own: what is set for this image.
+      own: settings of this image.
       pipe: to sample with.
       command: models of the command.
-      defaults: what is set for all images.
-      called: what messages call a field.
-      opened: reads a file; it may cache, since many images may share one.
+      defaults: settings of all images.
+      called: maps a field to its name in messages.
+      opened: reads a file; may cache, since images may share files.
 
     Raises:
       UserError: settings that exclude each other or do not fit the model, or an image that cannot
@@ -242,13 +242,13 @@ def _size(
 def _with_defaults(
     asked: GenerationSettings, model: ResolvedSampler, size: tuple[int, int]
 ) -> GenerationSettings:
-    """Fill in what is recorded even where it is the default."""
+    """Fill in defaults that are always recorded."""
     varies = asked.variation is not None
     defaults = GenerationSettings(
         prompt=asked.prompt,
         seed=0,
         num_steps=model.num_steps,
-        # A variation is unguided: guidance would lead away from the image.
+        # Guidance would move a variation away from the image.
         guidance_scale=1.0 if varies else float(model.guidance_scale),
         solver=None if varies else _solver_name(model.solver),
         strength=(1.0 if asked.mask else IMAGE_STRENGTH)
@@ -280,7 +280,7 @@ def _without_inherited(
 def _sampler(
     asked: GenerationSettings, model: ResolvedSampler, command: CommandDefaults
 ) -> Sampler:
-    """Return a sampler with what is asked; all else is None, and inherits."""
+    """Return a sampler of these settings; other fields are None, and inherit."""
     own, apg, zero, solver = model.guidance, None, None, None
     if asked.apg is not None:
         apg = dataclasses.replace(own.apg or APG(), eta=asked.apg)
@@ -297,7 +297,9 @@ def _sampler(
         apg=apg,
         cfg_zero_star=zero,
         clip=_clip(asked, command),
-        guide=_guide(asked, command),
+        guide=None
+        if asked.guide_scale is None or command.guide_model is None
+        else Autoguidance(model=command.guide_model, scale=asked.guide_scale),
     )
     return Sampler(
         solver=solver,
@@ -319,12 +321,6 @@ def _clip(asked: GenerationSettings, command: CommandDefaults) -> ClipGuidance |
     )
 
 
-def _guide(asked: GenerationSettings, command: CommandDefaults) -> Autoguidance | None:
-    if asked.guide_scale is None or command.guide_model is None:
-        return None
-    return Autoguidance(model=command.guide_model, scale=asked.guide_scale)
-
-
 def recorded(resolved: ResolvedSettings) -> dict[str, object]:
     """Return the settings as JSON, without the prompt and the seed, files by their digest."""
     settings = resolved.settings.to_json()
@@ -334,6 +330,6 @@ def recorded(resolved: ResolvedSettings) -> dict[str, object]:
 
 
 NOT_RECORDED = ("prompt", "seed", "name")
-"""Fields with a place of their own in a record, and that of the file's name."""
+"""Fields that a record has elsewhere, and the file's name."""
 
 assert {*FILES, *_INHERITED, *NOT_RECORDED} <= fields_of(GenerationSettings).keys()

@@ -1,8 +1,8 @@
-"""`GenerationSettings`: all that a user may ask of an image, and which options go together.
+"""`GenerationSettings`: the options of an image, and the rules between them.
 
-Flags, columns of prompt files, the JSON in image files and grouping are derived from its fields, so
-an option costs one field here and the code that uses it: in `pipelines/resolve.py` if it sets the
-sampler, else in `pipelines/generate.py`.
+Flags, columns of prompt files, the JSON in image files and grouping derive from its fields. A new
+option is one field here and its use: in `pipelines/resolve.py` if it sets the sampler, else in
+`pipelines/generate.py`.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from jaxdiff.errors import UserError
 from jaxdiff.pipelines.inputs import LARGEST_SEED
 from jaxdiff.sampling.solvers import SOLVERS
 
-LARGEST_SIDE = 8192  # pixels; a longer one, most likely a typo, would exhaust all memory
+LARGEST_SIDE = 8192  # pixels; a longer side, most likely a typo, exhausts memory
 
 PROMPTS, SAMPLING, GUIDANCE, EDITING = "Prompts and output", "Sampling", "Guidance", "Editing"
 """Groups of options in the long help."""
 
 
 class Varies(enum.IntEnum):
-    """How far images of one compiled program may differ in a field.
+    """The scope in which images share a field's value.
 
-    PROGRAM: another value compiles another program; the default of a field without a mark.
-    CALL: one value for each call of the pipeline.
-    BATCH: one value for each batch of a device.
-    IMAGE: any value for each image, but all or none have one.
-    FREE: any value for each image, or none.
+    PROGRAM: another value compiles another program; the default.
+    CALL: one value per call of the pipeline.
+    BATCH: one value per batch of a device.
+    IMAGE: one value per image; all or none have one.
+    FREE: one value per image, or none.
     """
 
     PROGRAM = 0
@@ -55,21 +55,21 @@ class Varies(enum.IntEnum):
 
 
 class Requires(NamedTuple):
-    """A field has no effect without another one, and a default where that is set."""
+    """A field requires another one; `default` applies where that is set."""
 
     name: str
     default: Any = None
 
 
 class NoOp(NamedTuple):
-    """A value that has no effect, and stands for none."""
+    """A value without effect, equivalent to None."""
 
     value: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """All that a user may ask of an image; None inherits, in the end the model's own."""
+    """The options of an image; None inherits, ultimately from the model."""
 
     prompt: Annotated[
         str,
@@ -276,7 +276,7 @@ class GenerationSettings:
 
         Args:
           values: by the names of fields; None sets nothing.
-          called: what messages call a field.
+          called: maps a field to its name in messages.
 
         Raises:
           UserError: there is no such field, or no such value.
@@ -294,16 +294,15 @@ class GenerationSettings:
         return dataclasses.replace(self, **{name: getattr(other, name, None) for name in unset})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that are set as JSON, such that `read` returns them again."""
+        """Return the fields that are set as JSON: the inverse of `read`."""
         fields = fields_of(type(self))
         return {name: fields[name].to_json(value) for name, value in self.given().items()}
 
     def group(self, level: Varies) -> tuple[Any, ...]:
-        """Return what images that differ in no more than a level have in common.
+        """Return a key that is equal for images of one program, call or batch.
 
         Args:
-          level: PROGRAM for images of one compiled program, CALL for those that one call can
-            generate, BATCH for those that one device can at a time.
+          level: PROGRAM, CALL or BATCH.
         """
         parts = []
         for f in fields_of(type(self)).values():
@@ -318,21 +317,21 @@ class GenerationSettings:
 CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
     "variation": (
         ("mask", "strength", "solver", "mix_prompt", "clip_scale", "resample_steps", "guide_scale"),
-        "DDIM inverts and generates a variation, and finds its noise without these",
+        "a variation inverts and samples by DDIM without these",
     ),
     "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
 }
-"""Fields, others that each of them excludes, and why."""
+"""Fields, with the others that they exclude, and the reason."""
 
 
 def without_no_ops(
     settings: GenerationSettings, except_for: tuple[str, ...] = ()
 ) -> GenerationSettings:
-    """Return settings without the values that have no effect.
+    """Return settings without values that have no effect.
 
     Args:
-      settings: to clear.
-      except_for: fields whose values override something of the model.
+      settings: of an image.
+      except_for: fields whose values override the model's.
     """
     marks = {name: f.mark(NoOp) for name, f in fields_of(type(settings)).items()}
     changes = {
@@ -346,12 +345,12 @@ def without_no_ops(
 def with_requirements(
     settings: GenerationSettings, own: GenerationSettings, called: Callable[[str], str] = str
 ) -> GenerationSettings:
-    """Return settings without those that lack the field they require, and with their defaults.
+    """Apply `Requires`: set defaults, and drop inherited fields without the one they require.
 
     Args:
-      settings: of an image, with what it inherits.
-      own: what its user has set for this image alone.
-      called: what messages call a field.
+      settings: of an image, with inherited values.
+      own: the values set for this image.
+      called: maps a field to its name in messages.
 
     Raises:
       UserError: `own` sets a field without the one that it requires.
@@ -370,7 +369,7 @@ def with_requirements(
                 f"{called(rule.name)} as well."
             )
         else:
-            changes[name] = None  # inherited, for the images that have the other one
+            changes[name] = None  # inherited, for images that set the required field
     return dataclasses.replace(settings, **changes)
 
 
@@ -382,6 +381,6 @@ def check_conflicts(settings: GenerationSettings, called: Callable[[str], str] =
             raise UserError(f"{called(name)} and {wrong[0]} exclude each other: {why}.")
     if settings.seamless and settings.vae_mode == "tiling":
         raise UserError(
-            f"{called('seamless')} and {called('vae_mode')} tiling exclude each other: tiles of "
-            "the autoencoder do not continue at the other side; choose slicing."
+            f"{called('seamless')} and {called('vae_mode')} tiling exclude each other: tiles do "
+            "not wrap; expected slicing."
         )

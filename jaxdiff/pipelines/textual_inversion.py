@@ -1,4 +1,4 @@
-"""New words of a model: embeddings of textual inversion beside its vocabulary."""
+"""Add words of textual inversion to a model."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from jaxdiff.pretrained.embeddings import Word, read_embedding
 
 
 def apply_embedding(pipe: Pipeline, file: epath.PathLike, *, word: str | None = None) -> Pipeline:
-    """Return a pipeline that knows one more word.
+    """Return a pipeline with the word of a textual inversion file.
 
     Args:
-      pipe: of the model that the file is for; it stays as it is.
-      file: of textual inversion, safetensors, or a folder with `learned_embeds.safetensors`.
-      word: how prompts name it; by default as the file does.
+      pipe: of the model that the file is for; unchanged.
+      file: safetensors, or a folder with `learned_embeds.safetensors`.
+      word: its name in prompts; by default that of the file.
 
     Raises:
-      UserError: the file is damaged or for another model, or the word exists already.
+      UserError: the file is damaged or for another model, or the word exists.
     """
     learned = read_embedding(file, pipe.spec)
     bundle = add_word(pipe.bundle, learned._replace(word=word or learned.word))
@@ -39,8 +39,8 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
     given = {name: rows.shape[-1] for name, rows in word.rows.items()}
     if given != widths:
         raise UserError(
-            f"The vectors of {word.word} are of widths {list(given.values())}, those of the words "
-            f"of {spec.name} {list(widths.values())}: they are for another model; load that one."
+            f"The vectors of {word.word} are of widths {list(given.values())}: expected "
+            f"{list(widths.values())}, those of {spec.name}; load the model that it is for."
         )
     (count,) = {len(rows) for rows in word.rows.values()}
     added, tokenizers = {}, {}
@@ -54,8 +54,7 @@ def add_word(bundle: Bundle, word: Word) -> Bundle:
         if size != tokenizer.vocab_size:
             raise UserError(
                 f"The tokenizer of {spec.name} has {tokenizer.vocab_size} tokens and its text "
-                f"encoder {size}: expected the same number; new words cannot be added to this "
-                "model."
+                f"encoder {size}: expected equal numbers; use another model for new words."
             )
         added[name], tokenizers[name] = rows, tokenizer.with_word(word.word, count)
     return bundle._replace(params={**params, "added_tokens": added}, tokenizers=tokenizers)

@@ -1,4 +1,4 @@
-"""Formats of other libraries, and this package's own: reading and writing trained models.
+"""Read and write trained models, in this package's format and those of other libraries.
 
-`key_mapping` has the mechanism; beside it is one small table for each network.
+`key_mapping` renames parameters by one table per network.
 """

@@ -1,4 +1,4 @@
-"""An autoencoder of diffusers by itself: `config.json`, `diffusion_pytorch_model.safetensors`."""
+"""Folders of diffusers' autoencoders: `config.json`, `diffusion_pytorch_model.safetensors`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def read_autoencoder_spec(folder: epath.PathLike) -> PublishedAutoencoder:
     """Read the specification of an autoencoder.
 
     Raises:
-      UserError: the config is missing, or asks for what jaxdiff does not have.
+      UserError: the config is missing, or has unsupported values.
     """
     root = epath.Path(folder)
     config, what = read_json(root / CONFIG), f"{root.name}/{CONFIG}"
@@ -39,14 +39,14 @@ def read_autoencoder_spec(folder: epath.PathLike) -> PublishedAutoencoder:
 def read_autoencoder_folder(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> tuple[PublishedAutoencoder, dict[str, Any]]:
-    """Read an autoencoder by itself, or as a part of a checkpoint: specification and parameters.
+    """Read an autoencoder's specification and parameters.
 
     Args:
       folder: with `config.json` and `diffusion_pytorch_model.safetensors`.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
-      UserError: a file is missing or damaged, or is of a kind that jaxdiff does not have.
+      UserError: a file is missing or damaged, or of an unsupported kind.
     """
     root = epath.Path(folder)
     spec, tensors = read_autoencoder_spec(root), open_weights(root, WEIGHTS)

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.models.layers import abstract_params, bind_build
+from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
@@ -42,11 +42,11 @@ AUTOENCODER_NAMES = {
     "post_quant_conv": "post_quant_conv",
 }
 
-# Checkpoints from before diffusers 0.18, Stable Diffusion 1.x among them, name the attention so.
+# Names before diffusers 0.18, as in Stable Diffusion 1.x.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _renew(name: str) -> str:
+def _current_name(name: str) -> str:
     return re.sub(
         r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
         lambda match: _OLD_ATTENTION[match[0]],
@@ -54,26 +54,22 @@ def _renew(name: str) -> str:
     )
 
 
-_READ = {
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "latent_channels",
-    "norm_num_groups",
-    "scaling_factor",
-    "shift_factor",
-    "use_quant_conv",
-    "use_post_quant_conv",
-    "mid_block_add_attention",
-    "down_block_types",
-    "up_block_types",
-    "sample_size",
+_KEYS: Keys = {
+    "latent_channels": ("latent_channels", 4),
+    "block_out_channels": ("block_out_channels", (64,)),
+    "layers_per_block": ("layers_per_block", 1),
+    "norm_num_groups": ("norm_num_groups", 32),
+    "mid_block_add_attention": ("mid_block_add_attention", True),
+    "use_quant_conv": ("use_quant_conv", True),
+    "use_post_quant_conv": ("use_post_quant_conv", True),
+    "scaling_factor": ("scaling_factor", 0.18215),
+    "sample_size": ("sample_size", 32),
 }
+_OTHER = {"in_channels", "out_channels", "down_block_types", "up_block_types", "shift_factor"}
 
 _FIXED: Fixed = {
     "act_fn": ("silu",),
-    "force_upcast": None,  # float16 overflows; the caller chooses the type of the weights
+    "force_upcast": None,  # for float16; the caller chooses the type of the weights
     "latents_mean": (None,),
     "latents_std": (None,),
 }
@@ -87,7 +83,7 @@ def read_autoencoder_config(
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    check_config(what, config, _READ, _FIXED)
+    check_config(what, config, {*_KEYS, *_OTHER}, _FIXED)
     kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     channels = {config.get("in_channels", 3), config.get("out_channels", 3)}
     if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"} or len(channels) > 1:
@@ -98,29 +94,21 @@ def read_autoencoder_config(
         )
     return AutoencoderConfig(
         image_channels=channels.pop(),
-        latent_channels=config.get("latent_channels", 4),
-        block_out_channels=tuple(config.get("block_out_channels", (64,))),
-        layers_per_block=config.get("layers_per_block", 1),
-        norm_num_groups=config.get("norm_num_groups", 32),
-        mid_block_add_attention=config.get("mid_block_add_attention", True),
-        use_quant_conv=config.get("use_quant_conv", True),
-        use_post_quant_conv=config.get("use_post_quant_conv", True),
-        scaling_factor=config.get("scaling_factor", 0.18215),
         shift_factor=config.get("shift_factor") or 0.0,
-        sample_size=config.get("sample_size", 32),
+        **read_keys(config, _KEYS),
     )
 
 
 def write_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
-    """diffusers' config, from which `read_autoencoder_config` reads ours again.
+    """Return diffusers' config: the inverse of `read_autoencoder_config`.
 
     Raises:
       UserError: diffusers has no such autoencoder.
     """
     if config.patch_size > 1:
         raise UserError(
-            f"An autoencoder on patches of {config.patch_size} pixels is none of diffusers'; only "
-            "one of patch_size 1 can be exported so."
+            f"diffusers has no autoencoder of patch_size {config.patch_size}: expected 1; export "
+            "the model in another format."
         )
     levels = len(config.block_out_channels)
     return {
@@ -129,16 +117,8 @@ def write_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
         "out_channels": config.image_channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": list(config.block_out_channels),
-        "layers_per_block": config.layers_per_block,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "mid_block_add_attention": config.mid_block_add_attention,
-        "use_quant_conv": config.use_quant_conv,
-        "use_post_quant_conv": config.use_post_quant_conv,
-        "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor or None,
-        "sample_size": config.sample_size,
+        **write_keys(config, _KEYS),
     }
 
 
@@ -149,9 +129,9 @@ def autoencoder_from_torch(
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(bind_init(type(config).build, config))
-    renewed = Renamed(tensors, _renew)
-    return from_torch_names(renewed, AUTOENCODER_NAMES, abstract, **options)
+    renamed = Renamed(tensors, _current_name)
+    abstract = abstract_params(bind_build(config))
+    return from_torch_names(renamed, AUTOENCODER_NAMES, abstract, **options)
 
 
 def autoencoder_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

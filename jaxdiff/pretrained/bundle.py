@@ -41,18 +41,17 @@ CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
 
 AnySpec = TextToImage | ClipConfig | AnyAutoencoder
 
-# What `safetensors.numpy` reads lacks bfloat16.
+# `safetensors.numpy` does not read bfloat16.
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Bundle(NamedTuple):
-    """A trained model, wherever it came from.
+    """A trained model.
 
     Attributes:
       spec: the model without its weights, an `AnySpec`.
-      params: its weights, a nested dict; of a text-to-image model as `models/text_to_image.py`
-        describes it.
-      tokenizers: by the names of the text encoders; empty where the model reads no text.
+      params: its weights, a nested dict (see `models/text_to_image.py`).
+      tokenizers: by the names of the text encoders; empty for models without text.
     """
 
     spec: Any
@@ -74,7 +73,7 @@ def spec_from_json(data: Any, types: Sequence[type] = ()) -> AnySpec:
 
 
 def model_name(spec: AnySpec) -> str:
-    """Return what messages call a model."""
+    """Return the name of a model for messages."""
     return spec.name if isinstance(spec, TextToImage) else type(spec).__name__
 
 
@@ -92,7 +91,7 @@ def write_bundle(
     dtype: str = "bfloat16",
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model's folder, its specification last: a folder with one is complete.
+    """Write a model's folder; the specification comes last and marks it as complete.
 
     Args:
       folder: to write into.
@@ -106,8 +105,8 @@ def write_bundle(
     root = epath.Path(folder)
     if (root / CHECKPOINTS).exists():
         raise UserError(
-            f"{folder} is the folder of a run, whose checkpoints an exported model would hide: "
-            "choose another one to write into."
+            f"{folder} is the folder of a run: expected another one; an exported model would hide "
+            "its checkpoints."
         )
     for name in (CONFIG, RECIPE):
         (root / name).unlink(missing_ok=True)
@@ -130,7 +129,7 @@ def read_exported(
       types: dataclasses that are accepted beside those of this package.
 
     Raises:
-      UserError: the folder is damaged, or its weights are not those of its specification.
+      UserError: the folder is damaged, or its weights do not match its specification.
     """
     root, spec = epath.Path(folder), spec_from_json(data, types)
     params = read_weights(root / MODEL)
@@ -185,13 +184,10 @@ def read_weights(path: epath.Path) -> dict[str, Any]:
                 "the model again."
             )
         value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
-        tree[path_of(key)] = value.astype(np.float32)
+        # Modules in lists have numbers.
+        names = tuple(int(name) if name.isdigit() else name for name in key.split("."))
+        tree[names] = value.astype(np.float32)
     return nnx.traversals.unflatten_mapping(tree)
-
-
-def path_of(key: str, separator: str = ".") -> tuple[str | int, ...]:
-    """Return the path that a key joins; modules in lists have numbers."""
-    return tuple(int(name) if name.isdigit() else name for name in key.split(separator))
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
@@ -201,7 +197,7 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def check_params(params: Mapping[str, Any], spec: AnySpec, folder: str) -> None:
-    """Check that weights are those of a specification, adapters and added tokens included.
+    """Check that weights match a specification, adapters and added tokens included.
 
     Raises:
       UserError: some are missing, unexpected or of another shape; it names them.
@@ -244,7 +240,7 @@ def check_fit(params: PyTree, abstract: PyTree, folder: str) -> None:
 def _raise_if_wrong(wrong: list[str], folder: str) -> None:
     if wrong:
         raise UserError(
-            f"The weights in {folder} are not those of its specification: {'; '.join(wrong[:3])}"
+            f"The weights in {folder} do not match its specification: {'; '.join(wrong[:3])}"
             f"{' ...' if len(wrong) > 3 else ''}; restore its config.json, or export it again."
         )
 
@@ -269,8 +265,8 @@ def part_of(bundle: Bundle, path: tuple[str, ...], folder: str) -> Any:
     for name in path:
         if not isinstance(node, Mapping) or name not in node:
             raise UserError(
-                f"The model in {folder} has no part {'.'.join(path)!r}: expected a model that has "
-                "one; name another folder."
+                f"The model in {folder} has no part {'.'.join(path)!r}: expected a model with it; "
+                "give another folder."
             )
         node = node[name]
     return node

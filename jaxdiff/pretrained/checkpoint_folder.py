@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are complete, which are damaged, and the parameters in one.
+"""Checkpoints on disk: completeness, damage, parameters.
 
 A checkpoint is a folder named by its step:
 
@@ -6,13 +6,12 @@ A checkpoint is a folder named by its step:
     checkpoints/30/arrays.json              type and shape of every array, by its path
     checkpoints/30/SHA256SUMS               of all these files, in the format of `sha256sum -c`
 
-The position in the data needs no file: it is the step (`jaxdiff.data.loader`).
+The step determines the position in the data (`jaxdiff.data.loader`).
 
-All of it is written to `30.saving`, the checksums last, and a rename makes it `30`. So a folder
-with a step's name was complete once, and what is missing or differs now is damage, which is
-reported; a save that was killed leaves a `30.saving`, which the next save removes. Object stores
-cannot rename a folder. There the checksums, written last, complete it, and a folder without them
-is a save that was killed.
+A save writes to `30.saving`, the checksums last, and renames it to `30`. A folder with a step's
+name was therefore complete once, and missing or different files are damage, which is reported. A
+killed save leaves a `30.saving`, which the next save removes. Object stores cannot rename folders:
+there a folder is complete if it has checksums.
 """
 
 import hashlib
@@ -77,8 +76,8 @@ def latest_valid_step(folder: epath.Path, report: Report, part: str | None = Non
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == all_damaged:
         raise UserError(
-            f"Every checkpoint in {folder} is damaged: expected at least one whose files are as "
-            "they were written; restore one from a copy, or start over with --fresh."
+            f"Every checkpoint in {folder} is damaged: expected at least one whose checksums "
+            "match; restore one from a copy, or start over with --fresh."
         )
     return None if found == none else found
 
@@ -91,7 +90,7 @@ def load_params(
 ) -> tuple[dict[str, Any], int]:
     """Load the parameters, or their average, of the newest undamaged checkpoint, and its step.
 
-    Nothing else of it is read or checked. The arrays are on this process's first device.
+    Other files are neither read nor checked. The arrays are on this process's first device.
 
     Raises:
       UserError: there is no checkpoint, or none is undamaged.
@@ -109,9 +108,9 @@ def load_params(
 
 
 def placed(parts: PyTree) -> PyTree:
-    """Give every abstract leaf a sharding: by default this process's first device.
+    """Set the sharding of abstract leaves, by default this process's first device.
 
-    Without one Orbax restores to the sharding that was saved, whose devices may not exist here.
+    Otherwise Orbax restores the saved sharding, whose devices may not exist here.
     """
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -143,12 +142,12 @@ def _saved_params(path: epath.Path, which: str) -> dict[str, Any]:
 
 
 def unfinished(folder: epath.Path, step: int) -> epath.Path:
-    """Return the folder that a checkpoint is written to."""
+    """Return the folder of a checkpoint during a save."""
     return folder / (f"{step}.saving" if is_local(folder) else str(step))
 
 
 def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
-    """Add `files` to what Orbax has written, then the checksums, and rename the folder."""
+    """Complete a save of Orbax: write `files` and the checksums, and rename the folder."""
     written, final = unfinished(folder, step), folder / str(step)
     for name, text in files.items():
         (written / name).write_text(text)
@@ -162,7 +161,7 @@ def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
 
 
 def remove_checkpoint(path: epath.Path) -> None:
-    """Remove a checkpoint; one that is removed in part does not count as complete."""
+    """Remove a checkpoint; a partly removed one is incomplete."""
     if is_local(path):
         path = path.rename(path.with_name(f"{path.name}.old"))
     else:
@@ -171,7 +170,7 @@ def remove_checkpoint(path: epath.Path) -> None:
 
 
 def clean(folder: epath.Path) -> None:
-    """Remove what killed or failed saves and removals have left."""
+    """Remove the leftovers of killed or failed saves and removals."""
     if folder.exists():
         good = {str(step) for step in steps(folder)}
         for path in folder.iterdir():
@@ -180,7 +179,7 @@ def clean(folder: epath.Path) -> None:
 
 
 def _damage(path: epath.Path, part: str | None = None) -> str | None:
-    """Return what is wrong with the first bad file of a checkpoint, or of one of its parts."""
+    """Describe the first damaged file of a checkpoint, or of one of its parts; None if intact."""
 
     def needed(name: str) -> bool:
         return part is None or "/" not in name or name.startswith(f"{part}/")

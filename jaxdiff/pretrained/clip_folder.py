@@ -1,4 +1,4 @@
-"""A CLIP as transformers keeps it: `config.json`, `model.safetensors` and its tokenizer's files."""
+"""Folders of transformers' CLIP: `config.json`, `model.safetensors` and the tokenizer's files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,28 +25,28 @@ def read_clip_spec(folder: epath.PathLike) -> ClipConfig:
     """Read the specification of a CLIP.
 
     Raises:
-      UserError: the config is missing, or asks for what jaxdiff does not have.
+      UserError: the config is missing, or has unsupported values.
     """
     path = epath.Path(folder) / CONFIG
     return clip_keys.read_clip_config(read_json(path), str(path))
 
 
 def read_clip_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
-    """Read the tokenizer, as that of `text`."""
+    """Read the tokenizer."""
     return {"text": Tokenizer.load(str(folder))}
 
 
 def read_clip_folder(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> Bundle:
-    """Read a CLIP of OpenAI, OpenCLIP or anyone who publishes it so.
+    """Read a CLIP in transformers' layout.
 
     Args:
       folder: with a config that `is_clip_config` accepts.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
-      UserError: a file is missing or damaged, or asks for what jaxdiff does not have.
+      UserError: a file is missing or damaged, or has unsupported values.
     """
     root, spec = epath.Path(folder), read_clip_spec(folder)
     params = clip_keys.clip_from_torch(open_weights(root, "model"), spec, place=place)

@@ -16,7 +16,7 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVision,
     ClipVisionConfig,
 )
-from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
@@ -62,29 +62,30 @@ CLIP_NAMES = {
 }
 
 
-# Names that transformers 5 gives the tensors of one encoder alone begin with these.
+# Prefixes of transformers 5 for checkpoints of a single encoder.
 _BARE = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
 def _full_name(name: str, config: AnyClipConfig) -> str | None:
     if name.endswith(".position_ids"):
-        return None  # old checkpoints store the row 0, 1, 2 ... beside the positions' embeddings
+        return None  # old checkpoints store the indices of position_embedding
     if not name.startswith(_BARE):
         return name
     return f"{'text' if isinstance(config, ClipTextConfig) else 'vision'}_model.{name}"
 
 
-_TEXT_READ = {
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "projection_dim",
-    "eos_token_id",
+_BLOCK_KEYS: Keys = {
+    "num_hidden_layers": ("depth", 12),
+    "hidden_act": ("activation", "quick_gelu"),
 }
+_TEXT_KEYS: Keys = {
+    **_BLOCK_KEYS,
+    "vocab_size": ("vocab_size", 49408),
+    "max_position_embeddings": ("length", 77),
+    "hidden_size": ("width", 512),
+    "num_attention_heads": ("heads", 8),
+}
+_TEXT_READ = {*_TEXT_KEYS, "intermediate_size", "projection_dim", "eos_token_id"}
 
 # Without effect on a trained encoder's outputs.
 _IGNORED = """
@@ -95,15 +96,13 @@ _IGNORED = """
 
 _TEXT_FIXED: Fixed = dict.fromkeys(_IGNORED.split()) | {"layer_norm_eps": (1e-5,)}
 
-_ENDS_AT_LARGEST = (
-    2  # the wrong id in OpenAI's configs, which transformers takes to mean the largest
-)
+_ENDS_AT_LARGEST = 2  # a wrong id in OpenAI's configs, for which transformers uses the largest id
 
 
 def read_text_config(
     config: Mapping[str, Any], *, projected: bool, what: str = "text_encoder/config.json"
 ) -> ClipTextConfig:
-    """Read our config from that of transformers' CLIPTextModel or, `projected`, ...WithProjection.
+    """Read our config from that of transformers' CLIPTextModel (`projected`: ...WithProjection).
 
     Raises:
       UserError: the config asks for something that this encoder does not have.
@@ -111,32 +110,27 @@ def read_text_config(
     check_config(what, config, _TEXT_READ, _TEXT_FIXED)
     end_id = config.get("eos_token_id", 49407)
     return ClipTextConfig(
-        vocab_size=config.get("vocab_size", 49408),
-        length=config.get("max_position_embeddings", 77),
-        **_layers(config, what, width=512, heads=8, hidden=2048),
+        **_size(config, what, _TEXT_KEYS, hidden=2048),
         projection_dim=config.get("projection_dim", 512) if projected else None,
         end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
     )
 
 
-_VISION_READ = {
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "image_size",
-    "patch_size",
-    "projection_dim",
+_VISION_KEYS: Keys = {
+    **_BLOCK_KEYS,
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+    "hidden_size": ("width", 768),
+    "num_attention_heads": ("heads", 12),
 }
+_VISION_READ = {*_VISION_KEYS, "intermediate_size", "projection_dim"}
 _VISION_FIXED: Fixed = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
 
 
 def read_clip_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
     """Read our config of both encoders from that of transformers' CLIPModel.
 
-    Old files list, for each encoder, every option of any model of transformers; only those that a
-    CLIP has are checked.
+    Old files list all options of transformers for each encoder; only CLIP's are checked.
 
     Raises:
       UserError: the config asks for something that these encoders do not have.
@@ -156,47 +150,32 @@ def read_clip_config(config: Mapping[str, Any], what: str = "config.json") -> Cl
     return ClipConfig(
         text=read_text_config(text, projected=True, what=f"{what}, text_config"),
         vision=ClipVisionConfig(
-            image_size=vision.get("image_size", 224),
-            patch_size=vision.get("patch_size", 32),
-            **_layers(vision, f"{what}, vision_config", width=768, heads=12, hidden=3072),
+            **_size(vision, f"{what}, vision_config", _VISION_KEYS, hidden=3072),
             projection_dim=end,
         ),
     )
 
 
-def _layers(
-    config: Mapping[str, Any], what: str, *, width: int, heads: int, hidden: int
-) -> dict[str, Any]:
-    """Return either encoder's layers by our names, given transformers' defaults."""
-    activation = config.get("hidden_act", "quick_gelu")
+def _size(config: Mapping[str, Any], what: str, keys: Keys, *, hidden: int) -> dict[str, Any]:
+    """Return the fields of either encoder; `hidden` is the default of intermediate_size."""
+    fields = read_keys(config, keys)
+    activation = fields["activation"]
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(
             f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu; use another model."
         )
-    width = config.get("hidden_size", width)
-    return {
-        "width": width,
-        "depth": config.get("num_hidden_layers", 12),
-        "heads": config.get("num_attention_heads", heads),
-        "mlp_ratio": config.get("intermediate_size", hidden) / width,
-        "activation": activation,
-    }
+    return {**fields, "mlp_ratio": config.get("intermediate_size", hidden) / fields["width"]}
 
 
 def write_text_config(config: ClipTextConfig) -> dict[str, Any]:
-    """Return transformers' config, from which `read_text_config` reads the same."""
+    """Return transformers' config: the inverse of `read_text_config`."""
     kind = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
     projection = {"projection_dim": config.projection_dim} if config.projection_dim else {}
     return projection | {
         "architectures": [kind],
         "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.length,
-        "hidden_size": config.width,
+        **write_keys(config, _TEXT_KEYS),
         "intermediate_size": round(config.width * config.mlp_ratio),
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "hidden_act": config.activation,
         "eos_token_id": _ENDS_AT_LARGEST if config.end_id is None else config.end_id,
     }
 

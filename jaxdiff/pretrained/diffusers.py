@@ -1,6 +1,6 @@
-"""Stable Diffusion checkpoints as diffusers keeps them: a folder with `model_index.json`.
+"""Stable Diffusion checkpoints in diffusers' layout: a folder with `model_index.json`.
 
-model_index.json                      the kind of pipeline, and which parts there are
+model_index.json                      the class of the pipeline, and its parts
 unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
 text_encoder/  text_encoder_2/        config.json, model.safetensors
 tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
@@ -53,7 +53,7 @@ PIPELINES = (
 )
 
 ENCODERS = {"text": "text_encoder", "text_2": "text_encoder_2"}
-"""Folders of text encoders by our names; XL's refiner has the second one alone."""
+"""Folders of text encoders by our names; XL's refiner has only the second."""
 
 _STEPS, _GUIDANCE = 50, {False: 7.5, True: 5.0}  # diffusers' defaults, of 1.x and 2.x, and of XL
 
@@ -67,7 +67,7 @@ def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
     """Read the specification of a Stable Diffusion checkpoint.
 
     Raises:
-      UserError: a config is missing, or asks for what jaxdiff does not have.
+      UserError: a config is missing, or has unsupported values.
     """
     root = epath.Path(folder)
     index = _index(root)
@@ -96,14 +96,14 @@ def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
 def read_diffusers(
     folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> Bundle:
-    """Read a Stable Diffusion checkpoint, each tensor in the type that it is stored in.
+    """Read a Stable Diffusion checkpoint, with tensors in their stored type.
 
     Args:
       folder: with `model_index.json`.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
-      UserError: a part is missing or damaged, or is of a kind that jaxdiff does not have.
+      UserError: a part is missing or damaged, or of an unsupported kind.
     """
     root, spec = epath.Path(folder), read_diffusers_spec(folder)
     tokenizers = read_diffusers_tokenizers(root)
@@ -121,7 +121,7 @@ def read_diffusers(
 
 
 def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
-    """Read the tokenizers of the text encoders that there are, each with its own padding.
+    """Read the tokenizers of all text encoders.
 
     Raises:
       UserError: one is missing or damaged.
@@ -146,8 +146,8 @@ def _index(root: epath.Path) -> dict[str, Any]:
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise UserError(
-            f"{root / INDEX} is of a {kind}, which jaxdiff does not have: expected "
-            f"{', '.join(PIPELINES)}; convert the model to one of them."
+            f"{root / INDEX} names {kind}, which jaxdiff does not support: expected "
+            f"{', '.join(PIPELINES)}; use another model."
         )
     return index
 
@@ -182,16 +182,15 @@ def _conditioner(
 
 
 def _clip_encoders(spec: TextToImage) -> dict[str, ClipTextEncoder]:
-    """Return the text encoders, which are CLIP's in all checkpoints that are read and written."""
+    """Return the text encoders, which are CLIP's in all supported checkpoints."""
     encoders = spec.conditioner.encoders
     return {name: e for name, e in encoders.items() if isinstance(e, ClipTextEncoder)}
 
 
 def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
-    """Write a folder that diffusers opens, its index last: a folder with an index is complete.
+    """Write a folder that diffusers loads; the index comes last and marks it as complete.
 
-    Each tensor is written in the type that it has here. Adapters and added tokens become part of
-    the weights.
+    Tensors keep their type. Adapters and added tokens are merged into the weights.
 
     Raises:
       UserError: diffusers has no such model.
@@ -237,7 +236,7 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
 
 
 def _check(bundle: Bundle) -> None:
-    """Check that a model is one of Stable Diffusion's."""
+    """Check that a model has Stable Diffusion's networks."""
     spec = bundle.spec
     if (
         not isinstance(spec, TextToImage)
@@ -247,9 +246,9 @@ def _check(bundle: Bundle) -> None:
         or set(bundle.tokenizers) != set(spec.conditioner.encoders)
     ):
         raise UserError(
-            f"{model_name(spec)} is no Stable Diffusion model: expected a UNet2DConditionConfig as "
-            "denoiser, a ClipConditioner or StableDiffusionXLConditioner with tokenizers, and an "
-            "autoencoder; export it in another format."
+            f"{model_name(spec)} is no Stable Diffusion model: expected a UNet2DConditionConfig, a "
+            "ClipConditioner or StableDiffusionXLConditioner with tokenizers, and an autoencoder; "
+            "export it in another format."
         )
 
 
@@ -262,9 +261,9 @@ def _scheduling(spec: TextToImage) -> Scheduling:
         or not isinstance(solver, tuple(SCHEDULERS.values()))
     ):
         raise UserError(
-            f"A {type(schedule).__name__} schedule with a {type(grid).__name__} and "
-            f"{type(solver).__name__} is none of diffusers' schedulers: expected ScaledLinear, one "
-            f"of {', '.join(kind.__name__ for kind in GRIDS)}, and one of "
+            f"diffusers has no scheduler with {type(schedule).__name__}, {type(grid).__name__} and "
+            f"{type(solver).__name__}: expected ScaledLinear, one of "
+            f"{', '.join(kind.__name__ for kind in GRIDS)}, and one of "
             f"{', '.join(kind.__name__ for kind in SCHEDULERS.values())}; change the model's "
             "sampler."
         )

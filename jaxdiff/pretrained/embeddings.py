@@ -1,10 +1,10 @@
-"""Files of textual inversion: the embeddings of a new word.
+"""Textual inversion files: the embeddings of a new word.
 
     {WORD: [n, d]}, {WORD: [d]}              diffusers, for one text encoder
     {"clip_l": [n, d], "clip_g": [n, e]}     for Stable Diffusion XL's two
     {"emb_params": [n, d]}                   of the web UIs
 
-A file that does not state the word has it as its name.
+The word of a file that does not state it is the file's name.
 """
 
 from collections.abc import Mapping
@@ -35,14 +35,14 @@ class Word(NamedTuple):
 
 
 def read_embedding(file: epath.PathLike, spec: TextToImage) -> Word:
-    """Read the word of a file, for the text encoders of a model.
+    """Read the word and embeddings of a file.
 
     Args:
       file: safetensors, or a folder with `learned_embeds.safetensors`.
-      spec: of the model that it is for.
+      spec: of the model.
 
     Raises:
-      UserError: the file is damaged, pickled, or of something else.
+      UserError: the file is damaged, pickled, or no embedding for this model.
     """
     path = epath.Path(file)
     path = path / FILE if path.is_dir() else path
@@ -55,8 +55,8 @@ def read_embedding(file: epath.PathLike, spec: TextToImage) -> Word:
     if len(names) != len(encoders) or set(keys.values()) != set(names):
         raise UserError(
             f"{path} holds {', '.join(names[:3]) or 'nothing'}: expected "
-            f"{' and '.join(_XL.values())} for the two text encoders of XL, and one tensor for any "
-            "other model; check which model it is for."
+            f"{' and '.join(_XL.values())} for Stable Diffusion XL, or one tensor for other "
+            "models; load the model that it was trained on."
         )
     rows = {name: _rows(tensors[key], path) for name, key in keys.items()}
     if len({len(vectors) for vectors in rows.values()}) > 1:
@@ -72,8 +72,8 @@ def _rows(value: Any, path: epath.Path) -> Float[np.ndarray, "n d"]:
     vectors = np.atleast_2d(np.asarray(value, np.float32))
     if vectors.ndim != 2 or len(vectors) == 0:
         raise UserError(
-            f"{path} holds an array of shape {vectors.shape}: expected one or several vectors of a "
-            "word; check that it is an embedding."
+            f"{path} holds an array of shape {vectors.shape}: expected [n, d]; check that it is an "
+            "embedding."
         )
     return vectors
 

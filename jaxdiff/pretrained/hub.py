@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, by their ids."""
+"""Download models of the Hugging Face hub."""
 
 import re
 
@@ -27,16 +27,16 @@ _WEIGHTS = re.compile(
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name could be an id, OWNER/NAME, and is no local folder."""
+    """Whether a name has the form OWNER/NAME and is no local folder."""
     is_file = model.endswith(".safetensors")
     return _ID.fullmatch(model) is not None and not is_file and not epath.Path(model).exists()
 
 
 def download(model: str) -> epath.Path:
-    """Return the folder of a hub's model in the user's cache, downloaded the first time.
+    """Download a model into the user's cache, unless it is there, and return its folder.
 
-    Only what jaxdiff reads is downloaded: safetensors in one precision, configs, tokenizers.
-    Without a connection the cached copy is used.
+    Downloads safetensors in one precision, configs and tokenizers. Without a connection it returns
+    the cached copy.
 
     Raises:
       UserError: there is no such model, it has no safetensors, or it cannot be downloaded.
@@ -48,32 +48,30 @@ def download(model: str) -> epath.Path:
         raise _download_error(model, error) from error
     except Exception as error:  # no connection: its class depends on the hub's HTTP client
         try:
-            names, cached = (
-                [file.path for file in huggingface_hub.get_cached_repo_tree(model)],
-                True,
-            )
+            names = [file.path for file in huggingface_hub.get_cached_repo_tree(model)]
+            cached = True
         except (CachedRepoTreeNotFoundError, OSError):
             raise _download_error(model, error) from error
     files = wanted(names)
     if not any(map(_is_weights, files)):
         raise UserError(
-            f"{model} has no weights that jaxdiff reads: expected safetensors, as pickled ones are "
-            "never opened; use a variant of the model that has them."
+            f"{model} has no weights that jaxdiff reads: expected safetensors, since pickle files "
+            "can run code; use a variant of the model that has them."
         )
     return _fetch(model, files, cached)
 
 
 def download_tokenizer() -> epath.Path:
-    """Return the folder of CLIP's tokenizer in the user's cache, downloaded the first time.
+    """Download CLIP's tokenizer into the user's cache, and return its folder.
 
     Raises:
-      UserError: it cannot be downloaded.
+      UserError: the download fails.
     """
     return _fetch(CLIP, ["vocab.json", "merges.txt", "tokenizer_config.json"], cached=False)
 
 
 def _fetch(model: str, files: list[str], cached: bool) -> epath.Path:
-    """Return the folder of these files; `cached` asks for those downloaded before alone."""
+    """Download files and return their folder; `cached` uses only earlier downloads."""
     try:
         folder = huggingface_hub.snapshot_download(
             model, allow_patterns=files, local_files_only=cached
@@ -92,9 +90,9 @@ def _download_error(model: str, error: Exception) -> UserError:
 
 
 def wanted(files: list[str]) -> list[str]:
-    """Return the files of a repository that jaxdiff reads; half precision only without another.
+    """Return the files to download; half precision only where there is no other.
 
-    A repository without `model_index.json` is one model by itself: an autoencoder, a CLIP.
+    A repository without `model_index.json` is a single network: an autoencoder or a CLIP.
     """
     is_pipeline = "model_index.json" in files
     small, folders = (_SMALL, _PARTS) if is_pipeline else (_TOKENIZER, ("",))

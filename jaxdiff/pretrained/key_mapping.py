@@ -1,14 +1,14 @@
-"""A network's parameters as the tensors of a PyTorch checkpoint, and back, by a table.
+"""Map a network's parameters to the tensors of a PyTorch checkpoint, and back, by a table.
 
 A table maps the path of one of our modules (or parameters) to its name there:
 
     "blocks.attention.q": "text_model.encoder.layers.{layer}.self_attn.q_proj"
     "encoder.levels.*.blocks.*": "encoder.down_blocks.{}.resnets.{}"
 
-`*` is an index in a list, and fills the `{}` in order; `{layer}` means that our parameters have all
-layers stacked along a leading axis. The entry with the longest matching path applies, and the rest
-of the path is the same in both. Layouts follow from the parameter: `kernel` is transposed (linear)
-or permuted from HWIO to OIHW (convolution) and called `weight` there, as is `scale`.
+`*` is an index in a list, and fills the `{}` in order; `{layer}` marks layers that our parameters
+stack along a leading axis. The entry with the longest matching path applies; the remaining path is
+the same in both. `kernel` is transposed (linear) or permuted from HWIO to OIHW (convolution) and
+called `weight` there, as is `scale`.
 """
 
 import itertools
@@ -28,8 +28,8 @@ Path = tuple[str | int, ...]
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 _SHOWN = 5  # names in an error message
-_READERS = 4  # tensors read at a time: what is in memory beside the parameters
-_LINE = 64  # bytes of a cache line; JAX's CPU backend uses arrays aligned to it without a copy
+_READERS = 4  # tensors read, and held in memory, at a time
+_LINE = 64  # bytes of a cache line; JAX's CPU backend does not copy arrays aligned to it
 
 
 class Tensor(NamedTuple):
@@ -54,8 +54,7 @@ class Tensor(NamedTuple):
         if not self.is_kernel:
             out[...] = value
             return
-        # Copy as many rows at a time as fill a cache line: numpy's own order writes one number of a
-        # line at a time, which is a third as fast.
+        # Copy the rows of one cache line at a time, three times as fast as numpy's order.
         size = _LINE // value.itemsize
         for start in range(0, len(value), size):
             rows = slice(start, start + size)
@@ -114,7 +113,7 @@ def from_torch_names(
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
-    advice = "check that the config is the one that belongs to this checkpoint"
+    advice = "check that the config belongs to this checkpoint"
     flat, theirs = flatten_params(params), shapes(tensors)
     located = {path: locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
@@ -140,13 +139,13 @@ def from_torch_names(
             tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...])
         return place(ours)
 
-    with ThreadPoolExecutor(_READERS) as pool:  # numpy copies beside the interpreter
+    with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
         ours = dict(zip(located, pool.map(read, located), strict=True))
     return traverse_util.unflatten_dict(ours)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an empty array whose memory JAX can use without a copy."""
+    """Return an empty array that JAX does not copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE

@@ -1,7 +1,7 @@
-"""A trained model from a folder, a file, or a name, whoever wrote it.
+"""Load a trained model of any supported format.
 
-Wherever a model's folder is expected, `shipped:NAME` is one that comes with jaxdiff, and
-OWNER/NAME, where there is no such folder, one of the Hugging Face hub.
+A model is a folder, a file, `shipped:NAME` for one that comes with jaxdiff, or OWNER/NAME, where
+there is no such folder, for one of the Hugging Face hub.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,10 @@ Key = TypeVar("Key")
 
 
 class PartSource(NamedTuple):
-    """Where the weights of one part of a model come from.
+    """The source of the weights of one part of a model.
 
     Attributes:
-      folder: of a model; anything that `load_bundle` reads.
+      folder: a model, as for `load_bundle`.
       path: of the part in the parameters of a text-to-image model.
       abstract: shapes and types that are expected.
     """
@@ -50,10 +50,10 @@ class PartSource(NamedTuple):
 
 
 def model_folder(model: epath.PathLike) -> epath.Path:
-    """Return the path of a model: as it is, or where `shipped:NAME` or a hub's model is stored.
+    """Return the path of a model; models of the hub are downloaded.
 
     Raises:
-      UserError: no model of that name comes with jaxdiff, or can be downloaded from the hub.
+      UserError: there is no shipped model of that name, or the download fails.
     """
     kind, _, name = str(model).partition(":")
     if kind != "shipped":
@@ -101,7 +101,7 @@ def load_bundle(
 
 
 def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
-    """Read a model's specification, of whatever `load_bundle` takes, without its weights.
+    """Read a model's specification, as for `load_bundle`, without its weights.
 
     Raises:
       UserError: there is no model, or its description cannot be read.
@@ -122,7 +122,7 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
 def read_tokenizers(
     folder: epath.PathLike, types: Sequence[type] = ()
 ) -> Mapping[str, TextTokenizer]:
-    """Read a model's tokenizers, of whatever `load_bundle` takes, without its weights.
+    """Read a model's tokenizers, as for `load_bundle`, without its weights.
 
     Raises:
       UserError: they cannot be read.
@@ -138,7 +138,7 @@ def read_tokenizers(
 
 
 def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> dict[Key, PyTree]:
-    """Read parts of trained models, on the host, in the types that are expected.
+    """Read parts of trained models, on the host, in the expected types.
 
     Raises:
       UserError: a model has no such part, or one of another size.
@@ -157,10 +157,10 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
 
 
 def make_folder(folder: epath.PathLike) -> epath.Path:
-    """Return a folder to write into, made if there is none.
+    """Create a folder unless it exists.
 
     Raises:
-      UserError: it cannot be made: a file has its name, or its parent is not writable.
+      UserError: a file has its name, or its parent is not writable.
     """
     path = epath.Path(folder)
     try:

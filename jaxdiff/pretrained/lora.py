@@ -6,7 +6,7 @@
     lora_unet_input_blocks_1_1_ ... _to_q.lora_down.weight kohya, by the original names of the U-Net
 
 The factor on an adapter's output is alpha / rank: kohya stores a tensor `alpha` with each pair,
-PEFT stores it in the file's metadata, and without either it is the rank.
+PEFT stores it in the file's metadata; by default alpha is the rank.
 """
 
 import functools
@@ -56,7 +56,7 @@ _ENDS = {
 
 
 class _Layer(NamedTuple):
-    """A layer of ours; `index` is its place in a stack of `depth`, None where it is alone."""
+    """A layer of ours; `index` is its index in a stack of `depth`, None for single layers."""
 
     part: str
     path: Path
@@ -96,7 +96,7 @@ def _layers(spec: TextToImage) -> dict[str, _Layer]:
 
 
 def _names(spec: TextToImage) -> dict[str, _Layer]:
-    """Return the layers by every name that a file may have for them."""
+    """Return the layers by all names that files use."""
     names = dict(_layers(spec))
     for name, layer in _layers(spec).items():
         folder, _, theirs = name.partition(".")
@@ -111,8 +111,8 @@ def _names(spec: TextToImage) -> dict[str, _Layer]:
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """Return the name of the layer, and which of its tensors it is; None if it is not of LoRA."""
-    # A processor's to_q_lora is to_q in later files; its output layer is the first of a list.
+    """Split a tensor's name into layer and kind; None for tensors that are not of LoRA."""
+    # A processor's to_q_lora is to_q in later files; its output layer is to_out.0.
     name = re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", name)
     name = name.replace(".to_out.lora.", ".to_out.0.lora.")
     for end, kind in _ENDS.items():
@@ -128,13 +128,13 @@ def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, F
 
     Args:
       file: safetensors, or a folder with `pytorch_lora_weights.safetensors`.
-      spec: of the model that they are for.
+      spec: of the model.
 
     Returns:
       Adapters by part, `denoiser` or the name of a text encoder, then by the path of the layer.
 
     Raises:
-      UserError: the file is damaged, pickled, of another kind of adapter, or of another model.
+      UserError: the file is damaged, pickled, of another kind of adapter, or for another model.
     """
     path = epath.Path(file)
     path = path / FILE if path.is_dir() else path
@@ -152,8 +152,8 @@ def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, F
     if strange:
         raise UserError(
             f"{path} has {len(strange)} tensors that are no LoRA of this model's layers, such as "
-            f"{strange[0]}: expected pairs like lora_A and lora_B, or lora_down and lora_up, for "
-            "the layers of the model that it was trained on; load that model."
+            f"{strange[0]}: expected pairs like lora_A and lora_B, or lora_down and lora_up; load "
+            "the model that the file was trained on."
         )
     stated = _metadata_alphas(tensors)
     alphas = {part: stated[folder] for part, folder in FOLDERS.items() if folder in stated}
@@ -175,7 +175,7 @@ def _pair(
     down, up = parts["down"], parts["up"]
     rank = len(down)
     *window, inputs, outputs = layer.kernel
-    # A layer may be linear here and a 1x1 convolution there, or the other way round.
+    # A linear layer here may be a 1x1 convolution there, and vice versa.
     ones = [1] * len(window)
     wanted = (rank, inputs, *window), (outputs, rank, *ones)
     if down.size != np.prod(wanted[0]) or up.size != np.prod(wanted[1]):
@@ -190,7 +190,7 @@ def _pair(
 
 
 def _stacked(pairs: Mapping[int | None, Factors], layer: _Layer) -> Factors:
-    """Return all layers of a stack, padded to the largest rank."""
+    """Stack the adapters of all layers, padded to the largest rank."""
     if layer.depth is None:
         return pairs[None]
     rank = max(pair.down.shape[-1] for pair in pairs.values())
@@ -222,7 +222,7 @@ def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> N
     Args:
       file: safetensors, or a folder to write `pytorch_lora_weights.safetensors` into.
       adapters: by part and path, with their scale in `up`.
-      spec: of the model that they are for.
+      spec: of the model.
     """
     path = epath.Path(file)
     path = path / FILE if path.suffix != ".safetensors" else path

@@ -1,25 +1,19 @@
-"""Adapters and added tokens as part of a model's weights, as other libraries' formats need them."""
+"""Merge adapters and added tokens into a model's weights, for other libraries' formats."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import AnyConditioner, ClipTextEncoder
-from jaxdiff.models.lora import Factors, Path, factors, merge_adapters
+from jaxdiff.models.lora import Adapters, Factors, Path, factors, merge_adapters
 from jaxdiff.models.text_to_image import Params
 from jaxdiff.pretrained.bundle import Bundle
 
-Layers = Mapping[Path, Factors]
-
 
 def merge_additions(bundle: Bundle) -> Bundle:
-    """Make a model's adapters and added tokens part of its networks.
-
-    Tokenizers stay as they are: they have the added words already.
-    """
+    """Merge a model's adapters and added tokens into its networks' weights."""
     params = dict(bundle.params)
     adapters, rows = params.pop("adapters", {}), params.pop("added_tokens", {})
     if adapters:
@@ -36,15 +30,15 @@ def merge_additions(bundle: Bundle) -> Bundle:
     return bundle._replace(spec=spec, params={**params, "text_encoders": encoders})
 
 
-def split_adapters(adapters: Params) -> dict[str, Layers]:
+def split_adapters(adapters: Params) -> dict[str, dict[Path, Factors]]:
     """Return `params["adapters"]` by part, `denoiser` or the name of a text encoder."""
     parts = {name: adapters[name] for name in ("denoiser",) if name in adapters}
     parts |= adapters.get("text_encoders", {})
     return {name: factors(part) for name, part in parts.items()}
 
 
-def merge_into(params: Params, adapters: Mapping[str, Layers]) -> dict[str, Any]:
-    """Add adapters, by part as `split_adapters` returns them, to the networks' weights."""
+def merge_into(params: Params, adapters: Adapters) -> dict[str, Any]:
+    """Add adapters to the networks' weights."""
     params, encoders = dict(params), dict(params["text_encoders"])
     for name, layers in adapters.items():
         if name == "denoiser":
@@ -55,7 +49,7 @@ def merge_into(params: Params, adapters: Mapping[str, Layers]) -> dict[str, Any]
 
 
 def _with_vocabulary(conditioner: AnyConditioner, name: str, size: int) -> AnyConditioner:
-    """State a larger vocabulary, and the end token, which is no longer the last."""
+    """Set a larger vocabulary, and the id of the end token, which is no longer the last."""
     encoder = conditioner.encoders[name]
     if not isinstance(encoder, ClipTextEncoder):
         raise UserError(

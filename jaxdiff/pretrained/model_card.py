@@ -1,7 +1,7 @@
 """The model card of an exported model: README.md beside its weights.
 
-A card is derived from the specification, the recipe (`recipe.json`) and the figures of
-`jaxdiff evaluate` (`evaluation.json`); what none of them states is left out.
+Its sources are the specification, the recipe (`recipe.json`) and the figures of `jaxdiff evaluate`
+(`evaluation.json`).
 """
 
 import json
@@ -27,7 +27,7 @@ CARD, EVALUATION = "README.md", "evaluation.json"
 
 
 class DataCard(NamedTuple):
-    """A data set that comes with jaxdiff: what it is, and the SPDX name of its license."""
+    """Description and SPDX license of a data set that comes with jaxdiff."""
 
     about: str
     license: str
@@ -89,7 +89,7 @@ _ABOUT = {
 
 @dataclass(frozen=True, kw_only=True)
 class CardInputs:
-    """What a card is derived from.
+    """The contents of a card.
 
     Attributes:
       name: of the model.
@@ -97,9 +97,9 @@ class CardInputs:
       kind: a key of `_ABOUT`: "text-to-image", "clip", "autoencoder", "diffusers", "lora" or
         "embedding".
       spec: JSON of the specification; None for an added token.
-      parameters: how many numbers the weights hold; None leaves the line out.
-      recipe: JSON of the recipe, if it is known.
-      evaluation: JSON of the figures, if there are any.
+      parameters: number of parameters; None omits it.
+      recipe: JSON of the recipe, if known.
+      evaluation: JSON of the figures, if any.
     """
 
     name: str
@@ -169,13 +169,13 @@ def write_card(folder: epath.PathLike, card: str) -> None:
 def bundle_card(
     bundle: Bundle, folder: epath.PathLike, kind: str, recipe: Mapping[str, Any] | None
 ) -> str:
-    """Return the card of a model that is written in another project's layout.
+    """Return the card of a model in another library's layout.
 
     Args:
       bundle: the model.
       folder: that it is written to.
-      kind: "diffusers" or "lora", whose card counts the adapters alone.
-      recipe: JSON of the recipe, if it is known.
+      kind: "diffusers" or "lora", whose card counts only the adapters.
+      recipe: JSON of the recipe, if known.
     """
     spec, params = bundle.spec, bundle.params
     if kind == "lora":
@@ -193,7 +193,7 @@ def bundle_card(
 
 
 def _stored_parameters(path: epath.Path) -> int:
-    """Return how many numbers a safetensors file holds, from its header."""
+    """Return the number of parameters in a safetensors file, from its header."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -201,12 +201,11 @@ def _stored_parameters(path: epath.Path) -> int:
 
 
 def _model(spec: Mapping[str, Any] | None) -> list[str]:
-    """Return the table of a text-to-image model's parts; nothing for others."""
+    """Return the table of a text-to-image model's parts; [] for others."""
     if spec is None or "denoiser" not in spec:
         return []
     autoencoder = spec.get("autoencoder")
     sampler = spec.get("sampler") or {}
-    guidance = sampler.get("guidance_scale")
     rows = {
         "denoiser": f"`{spec['denoiser']['type']}`",
         "conditioner": f"`{spec['conditioner']['type']}`",
@@ -215,13 +214,13 @@ def _model(spec: Mapping[str, Any] | None) -> list[str]:
         "noise schedule": f"`{spec['schedule']['type']}`",
         "image size": f"{spec['image_size']} pixels",
         "steps by default": sampler.get("num_steps"),
-        "guidance scale by default": guidance,
+        "guidance scale by default": sampler.get("guidance_scale"),
     }
     return ["## Model", _table(("part", "value"), rows)]
 
 
 def _training(recipe: Mapping[str, Any] | None) -> list[str]:
-    """Return the section on how a model was trained; nothing where that is unknown."""
+    """Return the section on training; [] without a recipe."""
     if recipe is None:
         return []
     name, train = recipe["name"], recipe["train"]
@@ -242,7 +241,7 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
 
 
 def _source(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the source of images, below the latents or the prior that wrap it."""
+    """Return the source of images inside wrappers such as cached latents."""
     source = recipe["data"]["source"]
     while inner := source.get("of") or source.get("own"):
         source = inner
@@ -258,14 +257,14 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _bases(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the models that parts of this one come from, each once."""
+    """Return the pretrained models of this one's parts, without repetition."""
     pretrained = recipe["task"].get("pretrained") or {}
     values = [value for key, value in pretrained.items() if key != "type" and value]
     return list(dict.fromkeys(values))
 
 
 def _license(recipe: Mapping[str, Any] | None) -> tuple[str | None, str]:
-    """Return the SPDX name of the weights' license, if it is known, and the section's text."""
+    """Return the SPDX name of the weights' license, if known, and the section's text."""
     if recipe is None:
         return None, "Not stated here: the license of the model that these weights come from."
     known = DATA_CARDS.get(_source(recipe)["type"])
@@ -278,7 +277,7 @@ def _license(recipe: Mapping[str, Any] | None) -> tuple[str | None, str]:
 
 
 def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
-    """Return the section with the figures; a scalar NAME/COLUMN stands in the row of NAME."""
+    """Return the section with the figures; a scalar NAME/COLUMN is in the row of NAME."""
     if evaluation is None:
         return []
     figures = evaluation["figures"]

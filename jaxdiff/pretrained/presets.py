@@ -1,4 +1,4 @@
-"""Sizes of the published Stable Diffusion models, for recipes and for files that state none."""
+"""Configs of the published Stable Diffusion models, for recipes and for single files."""
 
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
@@ -29,7 +29,7 @@ REFINER = UNet2DConditionConfig(
     added_width=2560,
 )
 CLIP_L = ClipTextConfig()
-# Without the last block, which is never read; diffusers' copies leave it out too.
+# Without the last block, which is unused, as in diffusers' checkpoints.
 OPENCLIP_H = ClipTextConfig(width=1024, depth=23, heads=16, activation="gelu")
 OPENCLIP_G = ClipTextConfig(
     width=1280, depth=32, heads=20, activation="gelu", projection_dim=1280, end_id=49407

@@ -1,4 +1,4 @@
-"""A run's folder as a model: the specification in its recipe, and its newest moving average.
+"""Read a run's folder as a model: its recipe's specification and its newest moving average.
 
 config.json           the recipe as JSON; task.model is the specification
 tokenizers/NAME/      tokenizer.json, one per text encoder
@@ -57,8 +57,8 @@ def read_run_spec(
     model = task.get("model") if isinstance(task, Mapping) else None
     if model is None or "sampling" in data:
         raise UserError(
-            f"{folder} was written by jaxdiff 0.1, whose models this version does not read: train "
-            "or export it again with this version."
+            f"{folder} was written by jaxdiff 0.1: expected this version's format; train or export "
+            "it again."
         )
     return spec_from_json(model, types)
 
@@ -78,7 +78,7 @@ def read_run(
       types: dataclasses that are accepted beside those of this package.
 
     Raises:
-      UserError: there is no undamaged checkpoint, or it is of another model.
+      UserError: there is no undamaged checkpoint, or it belongs to another model.
     """
     root, spec = epath.Path(folder), read_run_spec(folder, data, types)
     params, _ = load_params(root / CHECKPOINTS)
@@ -92,7 +92,7 @@ def read_run(
 
 
 def recipe_json(folder: epath.PathLike) -> dict[str, Any] | None:
-    """Return how a run, or an exported model, was trained, as JSON; None where that is unknown."""
+    """Return the recipe of a run or an exported model as JSON; None if unknown."""
     root = epath.Path(folder)
     for name in (CONFIG, RECIPE):
         if (root / name).exists() and is_recipe(data := read_json(root / name)):
@@ -101,7 +101,7 @@ def recipe_json(folder: epath.PathLike) -> dict[str, Any] | None:
 
 
 def read_word(folder: epath.PathLike) -> Word | None:
-    """Return the word that a run of textual inversion learnt; None where it learnt none."""
+    """Return the word of a run of textual inversion; None for other runs."""
     data = recipe_json(folder)
     inversion = _trainable(data).get("inversion") if data else None
     if not isinstance(inversion, Mapping):
@@ -116,7 +116,7 @@ def _trainable(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _scaled(params: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the factor alpha / rank, which a recipe states, part of a run's adapters."""
+    """Multiply a run's adapters by its recipe's alpha / rank."""
     adapters = params.get("adapters")
     if adapters is None:
         return dict(params)

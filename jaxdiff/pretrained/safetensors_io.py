@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk, read one at a time."""
+"""Read the tensors of a checkpoint on disk one at a time."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
 
 Shape = tuple[int, ...]
-Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, by its shape alone
+Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, determined by the shape
 
 
 _TYPES = {
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 class _Place(NamedTuple):
-    """Where a tensor is stored."""
+    """The location of a tensor."""
 
     file: epath.Path
     first: int  # byte of the file
@@ -43,10 +43,9 @@ class _Place(NamedTuple):
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """Tensors by name, of one or several safetensors files; only their headers are held.
+    """Memory-mapped tensors of one or several safetensors files, by name.
 
-    A tensor is the file itself, mapped into memory as long as the array is referenced: nothing is
-    copied, and no more of the file than that one tensor counts as memory in use.
+    Only headers are kept. A tensor's memory map lives as long as its array.
     """
 
     def __init__(self, files: list[epath.Path]):
@@ -104,10 +103,10 @@ class Renamed(Mapping[str, np.ndarray]):
 
 
 def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
-    """Return an array of JAX; one that is on a device already stays where it is."""
+    """Place an array on the default device; JAX arrays keep theirs."""
     if isinstance(tensor, jax.Array):
         return tensor
-    # In C order first: JAX would compile the reordering of every shape.
+    # JAX would compile a transposition for every shape that is not in C order.
     return jax.device_put(np.ascontiguousarray(tensor))
 
 
@@ -126,8 +125,7 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
       stem: `model` or `diffusion_pytorch_model`.
 
     Raises:
-      UserError: there are none, a file is damaged, a shard is missing, or they are pickled, which
-        jaxdiff never opens.
+      UserError: there are none, a file is damaged, a shard is missing, or they are pickled.
     """
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
@@ -138,8 +136,8 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
             return TensorFiles(_shards(index))
     if folder.exists() and any(folder.glob("*.bin")):
         raise UserError(
-            f"{folder} holds pickled weights alone, which could run code and are never opened: "
-            f"expected {stem}.safetensors; use the model's safetensors variant."
+            f"{folder} holds only pickled weights, which can run code: expected "
+            f"{stem}.safetensors; use the model's safetensors variant."
         )
     raise UserError(
         f"{folder} holds no weights: expected {stem}.safetensors, {stem}.fp16.safetensors, or "
@@ -148,7 +146,7 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
-    """Return the files that an index names, all in its own folder."""
+    """Return the files of an index, which must be in its folder."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -168,7 +166,7 @@ def _check(file: epath.Path) -> dict[str, str]:
     """Check the header against the file with the format's own library; return its metadata."""
     if not is_local(file):
         raise UserError(
-            f"{file} is in cloud storage, from which jaxdiff reads only its own models: copy the "
+            f"{file} is in cloud storage, where jaxdiff reads only its own format: copy the "
             "model's folder to this machine."
         )
     try:
@@ -181,7 +179,7 @@ def _check(file: epath.Path) -> dict[str, str]:
 
 
 def _places(file: epath.Path) -> dict[str, _Place]:
-    """Return where the tensors of a file that `_check` accepts are stored."""
+    """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -189,8 +187,8 @@ def _places(file: epath.Path) -> dict[str, _Place]:
     for name, entry in header.items():
         if entry["dtype"] not in _TYPES:
             raise UserError(
-                f"{file}: {name} has numbers of type {entry['dtype']}, which jaxdiff does not "
-                f"read: expected one of {', '.join(_TYPES)}; use another variant of the model."
+                f"{file}: {name} is of type {entry['dtype']}: expected one of "
+                f"{', '.join(_TYPES)}; use another variant of the model."
             )
     return {
         name: _Place(

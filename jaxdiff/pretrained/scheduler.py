@@ -1,4 +1,4 @@
-"""How a checkpoint is to be sampled, from diffusers' `scheduler_config.json`."""
+"""Schedule and sampler of a checkpoint, from diffusers' `scheduler_config.json`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -108,7 +108,7 @@ GRIDS = (TrainStepGrid, KarrasGrid, LogSnrGrid, ConsistencyGrid)
 
 
 class Scheduling(NamedTuple):
-    """A checkpoint's noise and how it is sampled; `init_noise` is that of `Sampler`."""
+    """A checkpoint's schedule and sampler; `init_noise` is that of `Sampler`."""
 
     schedule: ScaledLinear
     prediction: Prediction
@@ -117,7 +117,7 @@ class Scheduling(NamedTuple):
     init_noise: Literal["unit", "schedule"]
 
 
-def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
+def read_scheduling(config: Mapping[str, Any]) -> Scheduling:
     """Read schedule, prediction type, solver and time grid of a checkpoint.
 
     Raises:
@@ -127,16 +127,16 @@ def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
     kinds = list(dict.fromkeys(key[0] for key in SCHEDULERS))
     if kind not in kinds:
         raise UserError(
-            f"{what}: jaxdiff does not have {kind}: expected {', '.join(kinds)}; change "
-            "_class_name to one of them, with which the same network samples as well."
+            f"{WHAT}: jaxdiff does not support {kind}: expected {', '.join(kinds)}; change "
+            "_class_name, as the network works with any of them."
         )
     config = {**_MISSING, **_MISSING_OF.get(kind, {}), **config}
     by_noise = _NOISE_SPACINGS if kind in _SPACED_BY_NOISE else {}
-    check_config(what, config, {*_READ, *by_noise, *_READ_OF.get(kind, ())}, _FIXED)
+    check_config(WHAT, config, {*_READ, *by_noise, *_READ_OF.get(kind, ())}, _FIXED)
     prediction, spacing = config.get("prediction_type", "epsilon"), config["timestep_spacing"]
     if prediction not in PREDICTIONS or spacing not in ("leading", "trailing", "linspace"):
         raise UserError(
-            f"{what}: prediction_type is {prediction!r} and timestep_spacing {spacing!r}: expected "
+            f"{WHAT}: prediction_type is {prediction!r} and timestep_spacing {spacing!r}: expected "
             f"{', '.join(PREDICTIONS)}, and leading, trailing or linspace; change the config."
         )
     schedule = ScaledLinear(
@@ -145,13 +145,13 @@ def read_scheduling(config: Mapping[str, Any], what: str = WHAT) -> Scheduling:
         num_train_steps=config.get("num_train_timesteps", 1000),
         zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
     )
-    solver, grid = _solver(kind, config, what), _grid(kind, config, schedule, what)
+    solver, grid = _solver(kind, config), _grid(kind, config, schedule)
     starts_at_sigma = kind in _EULERS and spacing != "leading"
     init_noise = "schedule" if starts_at_sigma else "unit"
     return Scheduling(schedule, PREDICTIONS[prediction], solver, grid, init_noise)
 
 
-def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
+def _solver(kind: str, config: Mapping[str, Any]) -> AnySolver:
     if kind == "HeunDiscreteScheduler":
         return Heun(variable="sigma")
     if kind == _LCM:
@@ -161,7 +161,7 @@ def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
         variant = config.get("solver_type", "bh2")
         if variant not in ("bh1", "bh2"):
             raise UserError(
-                f"{what}: solver_type is {variant!r}: expected bh1 or bh2; change the config."
+                f"{WHAT}: solver_type is {variant!r}: expected bh1 or bh2; change the config."
             )
         return UniPC(variant=variant)
     if kind != _DPM:
@@ -169,14 +169,14 @@ def _solver(kind: str, config: Mapping[str, Any], what: str) -> AnySolver:
     algorithm, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
     if (kind, algorithm, order) not in SCHEDULERS:
         raise UserError(
-            f"{what}: algorithm_type is {algorithm!r} and solver_order {order!r}: expected "
+            f"{WHAT}: algorithm_type is {algorithm!r} and solver_order {order!r}: expected "
             "dpmsolver++ with 2, or sde-dpmsolver++ with 1 or 2; change the config."
         )
     return SCHEDULERS[(kind, algorithm, order)]()
 
 
 def _grid(
-    kind: str, config: Mapping[str, Any], schedule: ScaledLinear, what: str
+    kind: str, config: Mapping[str, Any], schedule: ScaledLinear
 ) -> TrainStepGrid | KarrasGrid | LogSnrGrid | ConsistencyGrid:
     steps, spacing = schedule.num_train_steps, config["timestep_spacing"]
     if kind == _LCM:
@@ -187,9 +187,8 @@ def _grid(
             continue
         if kind in _EULERS and spacing != "linspace":
             raise UserError(
-                f"{what}: {key} with timestep_spacing {spacing!r} spaces from a noise that depends "
-                "on the number of steps, which jaxdiff does not have: expected linspace; change "
-                "the config."
+                f"{WHAT}: {key} is set and timestep_spacing is {spacing!r}, which jaxdiff does not "
+                "support: expected linspace; change the config."
             )
         return by_noise(schedule=schedule, last=1 / steps)
     has_end = kind in ("DDIMScheduler", "PNDMScheduler")
@@ -205,7 +204,7 @@ def _grid(
 
 
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
-    """Return a config that diffusers reads, and from which `read_scheduling` returns the same.
+    """Return diffusers' config: the inverse of `read_scheduling`.
 
     Raises:
       UserError: diffusers has no such solver, or not with this grid.
@@ -215,8 +214,8 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
     kind = str(kind)
     if isinstance(solver, Heun) and solver != Heun(variable="sigma"):
         raise UserError(
-            "This Heun is none of diffusers' schedulers: expected Heun(variable='sigma') without "
-            "churn; change the model's solver."
+            "diffusers has no such Heun: expected Heun(variable='sigma') without churn; change the "
+            "model's solver."
         )
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     config = {

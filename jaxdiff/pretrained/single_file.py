@@ -1,12 +1,12 @@
-"""Stable Diffusion as one safetensors file in the layout of the code it was first trained with.
+"""Stable Diffusion as one safetensors file in the layout of its original training code.
 
     model.diffusion_model.*            the U-Net
     first_stage_model.*                the autoencoder
     cond_stage_model.*                 the text encoder of 1.x (CLIP) and 2.x (OpenCLIP)
     conditioner.embedders.N.*          those of XL
 
-Such a file holds weights alone. The names in it identify the model, and the rest is as it was
-published; 2.x is taken to be the variant for 768 pixels, which predicts v unless the file says eps.
+Such a file holds only weights. Tensor names identify the model; everything else is as published.
+2.x is the variant for 768 pixels, which predicts v unless the file states eps.
 """
 
 import dataclasses
@@ -59,12 +59,12 @@ class Variant(NamedTuple):
     """One published generation.
 
     Attributes:
-      mark: the name of a tensor that it has, and later ones of `VARIANTS` alone have too.
+      mark: the name of a tensor that no earlier entry of `VARIANTS` has.
       network: the U-Net.
       conditioner: the text encoders.
       prefixes: the beginnings of the text encoders' tensor names, by encoder.
-      sampler: how it is sampled.
-      prediction: of the network, where the file states none.
+      sampler: default sampler settings.
+      prediction: of the network, unless the file states it.
       autoencoder: its size.
       size: of the images, in pixels.
     """
@@ -84,8 +84,8 @@ def _leading(solver: PLMS | Euler | DDIM, **changes: Any) -> Sampler:
     return Sampler(solver=solver, grid=grid, init_noise="unit", num_steps=50, guidance_scale=7.5)
 
 
-def _inner(model: ClipTextConfig) -> ClipTextEncoder:
-    """Return XL's reading of an encoder: the last block but one, without the final norm."""
+def _penultimate(model: ClipTextConfig) -> ClipTextEncoder:
+    """Return an encoder of XL: the penultimate hidden state, without the final norm."""
     return ClipTextEncoder(model=model, hidden_layer=-2, final_norm=False)
 
 
@@ -95,7 +95,7 @@ VARIANTS = [
     Variant(
         "conditioner.embedders.1.model.ln_final.weight",
         XL,
-        StableDiffusionXLConditioner(text=_inner(CLIP_L), text_2=_inner(OPENCLIP_G)),
+        StableDiffusionXLConditioner(text=_penultimate(CLIP_L), text_2=_penultimate(OPENCLIP_G)),
         {
             "text": "conditioner.embedders.0.transformer.",
             "text_2": "conditioner.embedders.1.model.",
@@ -107,7 +107,7 @@ VARIANTS = [
     Variant(
         "conditioner.embedders.0.model.ln_final.weight",
         REFINER,
-        StableDiffusionXLConditioner(text_2=_inner(OPENCLIP_G)),
+        StableDiffusionXLConditioner(text_2=_penultimate(OPENCLIP_G)),
         {"text_2": "conditioner.embedders.0.model."},
         _XL_SAMPLER,
         autoencoder=AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
@@ -143,16 +143,14 @@ def read_original_spec(file: epath.PathLike) -> TextToImage:
 
 
 def read_original(
-    file: epath.PathLike,
-    *,
-    tokenizer: Tokenizer | None = None,
-    place: Callable[[np.ndarray], Any] = to_device,
+    file: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
 ) -> Bundle:
-    """Read a Stable Diffusion checkpoint in one file, each tensor in the type that it has there.
+    """Read a Stable Diffusion checkpoint in one file, with tensors in their stored type.
+
+    The file has no tokenizer: CLIP's is downloaded from the hub.
 
     Args:
       file: safetensors.
-      tokenizer: CLIP's, which no such file holds; from the hub unless given.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
@@ -174,24 +172,17 @@ def read_original(
     for name, encoder in variant.conditioner.encoders.items():
         parts = Renamed(tensors, text_rename(variant.prefixes[name], encoder.model))
         params["text_encoders"][name] = clip_keys.clip_from_torch(parts, encoder.model, place=place)
-    return Bundle(spec, params, _tokenizers(variant, tokenizer))
+    return Bundle(spec, params, _tokenizers(variant))
 
 
-def read_original_tokenizers(
-    file: epath.PathLike, tokenizer: Tokenizer | None = None
-) -> dict[str, Tokenizer]:
-    """Return CLIP's tokenizer for each text encoder, padded as the model in `file` expects.
-
-    Args:
-      file: safetensors.
-      tokenizer: CLIP's; from the hub unless given.
-    """
+def read_original_tokenizers(file: epath.PathLike) -> dict[str, Tokenizer]:
+    """Return CLIP's tokenizer for each text encoder, padded as the model in `file` expects."""
     file = epath.Path(file)
-    return _tokenizers(_identify(file, TensorFiles([file]))[0], tokenizer)
+    return _tokenizers(_identify(file, TensorFiles([file]))[0])
 
 
-def _tokenizers(variant: Variant, tokenizer: Tokenizer | None) -> dict[str, Tokenizer]:
-    plain = tokenizer or Tokenizer.load(str(download_tokenizer()))
+def _tokenizers(variant: Variant) -> dict[str, Tokenizer]:
+    plain = Tokenizer.load(str(download_tokenizer()))
     return {
         name: plain.with_pad(OPENCLIP_PAD) if prefix.endswith(_OPENCLIP_PREFIX) else plain
         for name, prefix in variant.prefixes.items()
@@ -199,7 +190,7 @@ def _tokenizers(variant: Variant, tokenizer: Tokenizer | None) -> dict[str, Toke
 
 
 def _identify(file: epath.Path, tensors: TensorFiles) -> tuple[Variant, TextToImage]:
-    """Return the published model that a file is of, and its specification."""
+    """Return the published model of a file, and its specification."""
     variant = next((variant for variant in VARIANTS if variant.mark in tensors), None)
     stem = tensors.shapes.get(f"{UNET}input_blocks.0.0.weight")
     if variant is None or stem is None:
@@ -224,7 +215,7 @@ _PREDICTIONS: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon":
 
 
 def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, ScaledLinear]:
-    """Return prediction and schedule as the file states them, or else as published.
+    """Return prediction and schedule as the file states them, else as published.
 
     A file states them in its metadata (Stability AI's ModelSpec 1.0.1, `modelspec.prediction_type`)
     or, as later models of XL's shape do, by empty tensors named `v_pred` and `ztsnr`.
@@ -237,7 +228,7 @@ def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, Sc
 def _table_rename(
     prefix: str, table: Mapping[str, str], inner: Mapping[str, str]
 ) -> Callable[[str], str | None]:
-    """Rename by the longest entry that a name begins with, then within a residual block."""
+    """Rename the longest prefix in `table`, then modules within a residual block."""
 
     def rename(name: str) -> str | None:
         if not name.startswith(prefix):

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.models.layers import abstract_params, bind_build
+from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 TINY_NAMES = {
@@ -24,15 +24,13 @@ TINY_NAMES = {
 
 KIND = "AutoencoderTiny"
 
-_READ = {
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "encoder_block_out_channels",
-    "decoder_block_out_channels",
-    "num_encoder_blocks",
-    "num_decoder_blocks",
+_KEYS: Keys = {
+    "latent_channels": ("latent_channels", 4),
+    "num_encoder_blocks": ("encoder_blocks", (1, 3, 3, 3)),
+    "num_decoder_blocks": ("decoder_blocks", (3, 3, 3, 1)),
 }
+_WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels")
+_CHANNELS = ("in_channels", "out_channels")
 
 _FIXED: Fixed = {
     "act_fn": ("relu",),
@@ -41,7 +39,7 @@ _FIXED: Fixed = {
     "scaling_factor": (1.0,),
     "shift_factor": (0.0,),
     "block_out_channels": None,  # diffusers writes the encoder's a second time
-    "latent_magnitude": None,  # of latents kept as images of 8 bits
+    "latent_magnitude": None,  # for latents stored as 8-bit images
     "latent_shift": None,
     "force_upcast": None,
 }
@@ -55,39 +53,26 @@ def read_tiny_autoencoder_config(
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    check_config(what, config, _READ, _FIXED)
-    four = (64,) * 4
-    widths = {
-        *config.get("encoder_block_out_channels", four),
-        *config.get("decoder_block_out_channels", four),
-    }
-    channels = {config.get("in_channels", 3), config.get("out_channels", 3)}
+    check_config(what, config, {*_KEYS, *_WIDTHS, *_CHANNELS}, _FIXED)
+    widths = {width for key in _WIDTHS for width in config.get(key, (64,) * 4)}
+    channels = {config.get(key, 3) for key in _CHANNELS}
     if len(widths) > 1 or len(channels) > 1:
         raise UserError(
             f"{what} has layers of widths {sorted(widths)} and images of {sorted(channels)} "
             "channels: expected one width, and as many channels out as in; use another one."
         )
     return TinyAutoencoderConfig(
-        image_channels=channels.pop(),
-        latent_channels=config.get("latent_channels", 4),
-        width=widths.pop(),
-        encoder_blocks=tuple(config.get("num_encoder_blocks", (1, 3, 3, 3))),
-        decoder_blocks=tuple(config.get("num_decoder_blocks", (3, 3, 3, 1))),
+        image_channels=channels.pop(), width=widths.pop(), **read_keys(config, _KEYS)
     )
 
 
 def write_tiny_autoencoder_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
-    """Return diffusers' config, from which `read_tiny_autoencoder_config` reads the same."""
-    widths = [config.width] * len(config.encoder_blocks)
+    """Return diffusers' config: the inverse of `read_tiny_autoencoder_config`."""
     return {
         "_class_name": KIND,
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "latent_channels": config.latent_channels,
-        "encoder_block_out_channels": widths,
-        "decoder_block_out_channels": widths,
-        "num_encoder_blocks": list(config.encoder_blocks),
-        "num_decoder_blocks": list(config.decoder_blocks),
+        **dict.fromkeys(_CHANNELS, config.image_channels),
+        **dict.fromkeys(_WIDTHS, [config.width] * len(config.encoder_blocks)),
+        **write_keys(config, _KEYS),
     }
 
 
@@ -98,8 +83,7 @@ def tiny_autoencoder_from_torch(
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(bind_init(type(config).build, config))
-    return from_torch_names(tensors, TINY_NAMES, abstract, **options)
+    return from_torch_names(tensors, TINY_NAMES, abstract_params(bind_build(config)), **options)
 
 
 def tiny_autoencoder_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

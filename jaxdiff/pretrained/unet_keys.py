@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained.config_check import Fixed, check_config, each
+from jaxdiff.models.layers import abstract_params, bind_build
+from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, each, read_keys, write_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 
@@ -48,10 +48,16 @@ UNET_NAMES = {
     "conv_out": "conv_out",
 }
 
-_READ = {
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
+WHAT = "unet/config.json"
+
+_KEYS: Keys = {
+    "in_channels": ("in_channels", 4),
+    "out_channels": ("out_channels", 4),
+    "block_out_channels": ("block_out_channels", (320, 640, 1280, 1280)),
+    "norm_num_groups": ("norm_num_groups", 32),
+    "projection_class_embeddings_input_dim": ("added_width", None),
+}
+_OTHER = {
     "down_block_types",
     "up_block_types",
     "layers_per_block",
@@ -60,12 +66,8 @@ _READ = {
     "cross_attention_dim",
     "use_linear_projection",
     "upcast_attention",
-    "norm_num_groups",
     "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
 }
-
-# Keys of diffusers' config that this network supports with these values only.
 FIXED: Fixed = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
@@ -107,76 +109,68 @@ _DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
 _UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
-def read_unet_config(
-    config: Mapping[str, Any], what: str = "unet/config.json"
-) -> UNet2DConditionConfig:
+def read_unet_config(config: Mapping[str, Any]) -> UNet2DConditionConfig:
     """Read our config from diffusers' `UNet2DConditionModel` config; keys have its defaults.
 
     Raises:
       UserError: the config asks for something that this network does not have.
     """
-    widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
-    levels = len(widths)
-    check_config(what, config, _READ, FIXED)
+    check_config(WHAT, config, {*_KEYS, *_OTHER}, FIXED)
+    fields = read_keys(config, _KEYS)
+    levels = len(fields["block_out_channels"])
     down = tuple(config.get("down_block_types", (_DOWN[1],) * (levels - 1) + (_DOWN[0],)))
     attends = [kind == _DOWN[1] for kind in down]
     up = tuple(config.get("up_block_types", [_UP[attend] for attend in reversed(attends)]))
     if set(down) - set(_DOWN) or up != tuple(_UP[attend] for attend in reversed(attends)):
         raise UserError(
-            f"{what}: down_block_types are {down} and up_block_types {up}: expected "
+            f"{WHAT}: down_block_types are {down} and up_block_types {up}: expected "
             f"{' and '.join(_DOWN)}, and {' and '.join(_UP)} in the opposite order; use another "
             "model."
         )
-    layers = each(
-        f"{what}: transformer_layers_per_block",
-        config.get("transformer_layers_per_block", 1),
-        levels,
+
+    def per_level(key: str, default: int) -> tuple[Any, ...]:
+        return each(f"{WHAT}: {key}", config.get(key, default), levels)
+
+    layers = per_level("transformer_layers_per_block", 1)
+    cross, depths = (
+        set(per_level("cross_attention_dim", 1280)),
+        set(per_level("layers_per_block", 2)),
     )
-    cross = set(
-        each(f"{what}: cross_attention_dim", config.get("cross_attention_dim", 1280), levels)
-    )
-    per_level = set(each(f"{what}: layers_per_block", config.get("layers_per_block", 2), levels))
-    if len(cross) > 1 or len(per_level) > 1:
+    if len(cross) > 1 or len(depths) > 1:
         raise UserError(
-            f"{what}: cross_attention_dim is {sorted(cross)} and layers_per_block "
-            f"{sorted(per_level)}: expected one value of each for all levels; use another model."
+            f"{WHAT}: cross_attention_dim is {sorted(cross)} and layers_per_block "
+            f"{sorted(depths)}: expected one value of each for all levels; use another model."
         )
     return UNet2DConditionConfig(
-        in_channels=config.get("in_channels", 4),
-        out_channels=config.get("out_channels", 4),
-        block_out_channels=widths,
-        layers_per_block=per_level.pop(),
+        **fields,
+        layers_per_block=depths.pop(),
         transformer_layers=tuple(
             n if attend else 0 for n, attend in zip(layers, attends, strict=True)
         ),
         middle_transformer_layers=layers[-1],
-        heads=each(f"{what}: attention_head_dim", config.get("attention_head_dim", 8), levels),
+        heads=per_level("attention_head_dim", 8),
         cross_attention_dim=cross.pop(),
         use_linear_projection=bool(config.get("use_linear_projection")),
         upcast_attention=bool(config.get("upcast_attention")),
-        norm_num_groups=config.get("norm_num_groups", 32),
-        added_width=config.get("projection_class_embeddings_input_dim"),
         time_id_width=config.get("addition_time_embed_dim") or 256,
     )
 
 
 def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
-    """Return diffusers' config, from which `read_unet_config` reads the same."""
+    """Return diffusers' config: the inverse of `read_unet_config`."""
     attends = [depth > 0 for depth in config.transformer_layers]
     # diffusers has an entry for each level, attention or not; the last is the middle's.
     layers = [depth or 1 for depth in config.transformer_layers]
     layers[-1] = config.middle_transformer_layers
     if attends[-1] and layers[-1] != config.transformer_layers[-1]:
         raise UserError(
-            f"A U-Net of {config.transformer_layers[-1]} transformer blocks at the last level and "
-            f"{layers[-1]} in the middle has no config in diffusers: expected equal numbers; make "
-            "them equal."
+            f"The U-Net has {config.transformer_layers[-1]} transformer blocks at the last level "
+            f"and {layers[-1]} in the middle: expected equal numbers, as in diffusers; change "
+            "transformer_layers or middle_transformer_layers."
         )
     return {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": list(config.block_out_channels),
+        **write_keys(config, _KEYS),
         "down_block_types": [_DOWN[attend] for attend in attends],
         "up_block_types": [_UP[attend] for attend in reversed(attends)],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -186,10 +180,8 @@ def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
         "cross_attention_dim": config.cross_attention_dim,
         "use_linear_projection": config.use_linear_projection,
         "upcast_attention": config.upcast_attention,
-        "norm_num_groups": config.norm_num_groups,
         "addition_embed_type": None if config.added_width is None else "text_time",
         "addition_time_embed_dim": None if config.added_width is None else config.time_id_width,
-        "projection_class_embeddings_input_dim": config.added_width,
     }
 
 
@@ -200,8 +192,7 @@ def unet_from_torch(
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    abstract = abstract_params(bind_init(type(config).build, config))
-    return from_torch_names(tensors, UNET_NAMES, abstract, **options)
+    return from_torch_names(tensors, UNET_NAMES, abstract_params(bind_build(config)), **options)
 
 
 def unet_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -7,14 +7,14 @@ Its inverse is the solution z of
     z = z' + (tau - tau') u(z, tau)                                                (1)
 
 Evaluated at z' instead, (1) is the inversion of Dhariwal & Nichol 2021, appendix F, whose error
-grows with the length of the steps. Solved by fixed-point iteration (Pan et al. 2023, AIDI, eq. 6)
-it undoes the very steps of DDIM. Let k, from 0 to 1, be how far a denoiser's estimate follows x_t,
-relative to the most that it could. One iteration then multiplies the error by about
+grows with the length of the steps. Fixed-point iteration (Pan et al. 2023, AIDI, eq. 6) inverts the
+steps of DDIM exactly. Let k, from 0 to 1, be the relative sensitivity of a denoiser's estimate to
+x_t. One iteration then multiplies the error by about
 
     (tau - tau') ((1 - k) / tau - k / (1 - tau))                                   (2)
 
 so that few iterations are enough, except for details that the denoiser removes (k = 0) in the last
-step into tau' = 0: no noise maps to those.
+step into tau' = 0: no noise maps to these.
 """
 
 from dataclasses import dataclass
@@ -40,11 +40,10 @@ def reverse_grid(grid: Grid) -> Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class DDIMInverse:
-    """Eq. 1, on a grid that goes from data to noise; it undoes `DDIM` and `Euler`.
+    """Eq. 1 on a grid from data to noise; inverts `DDIM` and `Euler`.
 
     Attributes:
-      rounds: evaluations of the denoiser in each step; the first is at the point that the direction
-        of the last step leads to.
+      rounds: evaluations per step; the first one extrapolates the direction of the last step.
 
     Raises:
       UserError: rounds is less than 1.

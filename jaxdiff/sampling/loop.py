@@ -1,7 +1,7 @@
 """The sampling loop, and its random numbers.
 
-An image depends on its seed alone: the keys of image i are folded from (seeds[i], purpose, step),
-so neither its place in the batch nor the size of the batch matters.
+The keys of image i are folded from (seeds[i], purpose, step): an image depends neither on its index
+in the batch nor on the batch size.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -27,25 +27,25 @@ INITIAL_NOISE, STEP_NOISE = 0, 1  # purposes of keys
 
 
 def keys_from_seeds(seeds: Integer[Array, " b"], purpose: int) -> Key[Array, " b"]:
-    """Return one key per seed; the generator is named, so that no setting of JAX changes images."""
+    """Return one key per seed, of a fixed generator whatever JAX's settings."""
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(seeds)
     return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 
 
 def noise_from_seeds(seeds: Integer[Array, " b"], shape: tuple[int, int, int]) -> Images:
-    """Sample standard normal noise [b, *shape], float32; each image depends on its seed alone."""
+    """Sample standard normal noise [b, *shape], float32; each image depends only on its seed."""
     keys = keys_from_seeds(seeds, INITIAL_NOISE)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 class InitLatents(NamedTuple):
-    """What sampling starts from in the place of pure noise.
+    """Latents from which sampling starts instead of pure noise.
 
     Attributes:
       x0: latents, or pixels, to start from.
       mask: 1 where x0 is replaced and 0 where it is kept; None replaces all of it.
-      first_step: the first step that is taken.
-      from_noise: whether, at first step 0, sampling starts from pure noise.
+      first_step: index of the first step.
+      from_noise: whether a run from step 0 starts from pure noise.
     """
 
     x0: Images
@@ -54,16 +54,16 @@ class InitLatents(NamedTuple):
     from_noise: bool = False
 
 
-LoopState = Any  # the tree of arrays that goes from step to step
+LoopState = Any  # the loop's carry, a tree of arrays
 
 
 class Segment(NamedTuple):
-    """Some consecutive steps of a run that is taken in several calls.
+    """Consecutive steps of a run that takes several calls.
 
     Attributes:
       begin: the first step of the segment.
       end: the step after its last.
-      state: what the segment before it returned; the run's first segment ignores the values.
+      state: returned by the segment before; the first segment of a run ignores its values.
     """
 
     begin: Int[Array, ""]
@@ -106,7 +106,7 @@ def sample(
     seeds, nor any array that `denoiser` closes over, recompiles.
 
     Args:
-      denoiser: of x_t; `stateless` makes one of a plain function.
+      denoiser: of x_t; `stateless` wraps a function.
       solver: takes the steps.
       schedule: of the noise.
       grid: the times.
@@ -119,10 +119,10 @@ def sample(
       init: start at its first step, from its x0 with as much noise (SDEdit, Meng et al. 2022,
         algorithm 1). Where its mask is 0, x is set to x0 with the noise of the time after each
         step (RePaint, Lugmayr et al. 2022, eq. 8, with one noise for all times).
-      resample_steps: how often each step is taken, static, with fresh noise in between (RePaint,
+      resample_steps: times that each step is taken, static, with fresh noise in between (RePaint,
         section 4.2, and Bansal et al. 2023, section 3.4), which harmonises the replaced region with
-        what is kept, or with guidance.
-      segment: take these steps only.
+        its surroundings, or with guidance.
+      segment: take only these steps.
     """
     path = _Path(schedule, grid, jnp.asarray(num_steps, jnp.int32), noise, init)
     keys = keys_from_seeds(seeds, STEP_NOISE)
@@ -133,8 +133,8 @@ def sample(
         x, states, snapshots = carry
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         x, x0, states = _step(denoiser, solver, path, i, x, states, step_keys, resample_steps)
-        # Later slots are written too, and overwritten by later steps: with fewer steps than slots
-        # none stays empty.
+        # Also fill later slots, which later steps overwrite: with fewer steps than slots none is
+        # empty.
         snapshots = jnp.where(slots >= i * num_snapshots // path.num_steps, x0, snapshots)
         return x, states, snapshots
 
@@ -154,7 +154,7 @@ def sample(
 
 
 class _Path(NamedTuple):
-    """The times of a run, its noise, and the latents that it starts from."""
+    """The times, noise and initial latents of a run."""
 
     schedule: Schedule
     grid: Grid
@@ -208,7 +208,7 @@ def _step(
 
 
 def _renoise(x: Images, s: Step, keys: Key[Array, " b"]) -> Images:
-    """Go from the end of a step back to its beginning by independent noise.
+    """Return from the end of a step to its start by independent noise.
 
     Eq. 1 of `process` between the two times, with the original proportion of data.
     """

@@ -1,14 +1,12 @@
 """Images larger than the network's training size, and tileable images, by overlapping windows.
 
 At every step the windows of x are denoised independently, and their estimates of x0 are averaged
-(Bar-Tal et al. 2023, MultiDiffusion, eq. 5, whose least-squares solution for a solver's step is
-that of its estimate, as the step is affine in it). Weights fall off smoothly toward the edges of a
-window, where the network sees the least context. Along an axis that wraps, windows continue at the
-other side and begin at another offset at each time, so that none of their edges stays in one place
-(Frolov et al. 2024, SpotDiffusion, section 3); there they need not overlap. A window that covers
-all of an axis keeps its place until the layout has formed (t < 0.5): a network with absolute
-position embeddings that sees the image from another offset at every time would otherwise agree with
-itself on the background alone.
+(Bar-Tal et al. 2023, MultiDiffusion, eq. 5; a solver's step is affine in the estimate, so averaging
+either is the same). Weights fall off smoothly toward the edges of a window, where the network has
+the least context. Along an axis that wraps, windows continue at the other side and start at a
+random offset at each time (Frolov et al. 2024, SpotDiffusion, section 3); they need not overlap
+there. A window that covers all of an axis has no offset until the layout has formed (t < 0.5):
+under random offsets a network with absolute position embeddings renders only background.
 """
 
 import math
@@ -20,29 +18,24 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from jaxdiff.diffusion.process import Images
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import Scalar, State, StatefulDenoiser
 
 ROLL_BELOW_T = 0.5
-"""The time below which a window that covers all of an axis that wraps has random offsets along it.
-Of 8 prompts for one object the shipped model, a flow, renders 7 as tiles with offsets below 0.7,
-and all below 0.5, in 30 steps; 3 or 4 with offsets at all times, in 12 to 100. Below 0.3 seams
-remain (2026-11-28)."""
+"""Windows that cover all of an axis that wraps have random offsets below this time. The shipped
+model renders 8 of 8 single-object prompts as tiles with 0.5, 7 with 0.7, and 3 or 4 with 1; with
+0.3 seams remain (30 steps, 2026-11-28)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How an image is divided into windows.
+    """The division of an image into windows.
 
     Attributes:
-      height: of a window, in latents, or pixels where the model works on those.
+      height: of a window, in latents.
       width: likewise.
-      overlap: the smallest fraction of a window that its neighbour covers too.
+      overlap: least overlap of neighbours, as a fraction of a window, in [0, 1).
       wrap: whether windows continue at the other side, vertically and horizontally.
       at_a_time: windows that are denoised together.
-
-    Raises:
-      UserError: an overlap outside [0, 1).
     """
 
     height: int
@@ -51,20 +44,13 @@ class Windows:
     wrap: tuple[bool, bool] = (False, False)
     at_a_time: int = 1
 
-    def __post_init__(self):
-        if not 0 <= self.overlap < 1:
-            raise UserError(
-                f"overlap is {self.overlap}: expected the fraction of a window that the next "
-                "one covers too, from 0 to less than 1, such as 0.5."
-            )
-
 
 def windowed(
     denoiser: StatefulDenoiser, windows: Windows, height: int, width: int
 ) -> StatefulDenoiser:
-    """Return a denoiser of images of this size, given one of windows; the same if one is enough.
+    """Return a denoiser of images of this size, given a denoiser of windows.
 
-    Windows share one state: a denoiser with a state of its own for each image cannot be windowed.
+    Windows share one state: denoisers with a state per image are not supported.
     """
     rows, row_weights = _cut(height, windows.height, windows.overlap, windows.wrap[0])
     columns, column_weights = _cut(width, windows.width, windows.overlap, windows.wrap[1])

@@ -1,4 +1,4 @@
-"""How a model is sampled: the settings that a model states and a caller may override."""
+"""Sampler settings: defaults of a model, which a caller may override."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from jaxdiff.sampling.solvers import AnySolver
 from jaxdiff.sampling.solvers_ode import DPMSolverPP2M
 
 VaeMode = Literal["full", "slicing", "tiling"]
-"""What an autoencoder takes at a time: the whole batch, one image, or one tile of one image."""
+"""What an autoencoder processes at a time: the whole batch, one image, or one tile of an image."""
 
 
 def check_num_steps(num_steps: int) -> None:
-    """Raise `UserError` for a number of steps that no solver can take."""
+    """Raise `UserError` for less than one step."""
     if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}: a sampler takes at least 1 step.")
+        raise UserError(f"num_steps is {num_steps}: expected at least 1 step.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Sampler:
       guidance: all other options of guidance.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
       init_noise: "unit" starts from noise of variance 1, as diffusers does with Stable Diffusion;
-        "schedule" from that of the schedule at the first time, which is a little less.
-      resample_steps: how often each step is taken, with fresh noise in between (RePaint); more
-        make inpainted areas fit what is kept.
-      vae_mode: what the autoencoder takes at a time.
-      wrap: whether images continue at their other side, vertically and horizontally.
-      overlap: of MultiDiffusion windows, as a fraction of their sides; unset denoises the image
-        as a whole.
+        "schedule" from sigma of the first time, which is slightly less.
+      resample_steps: times that each step is taken, with fresh noise in between (RePaint); more
+        steps harmonise inpainted areas with their surroundings.
+      vae_mode: what the autoencoder processes at a time.
+      wrap: whether images are tileable, vertically and horizontally.
+      overlap: of MultiDiffusion windows, as a fraction of their sides; None denoises the image as a
+        whole.
 
     Raises:
       UserError: a number out of range.
@@ -64,8 +64,8 @@ class Sampler:
             raise UserError(f"resample_steps is {self.resample_steps}: expected 1 or more.")
         if self.overlap is not None and not 0 <= self.overlap < 1:
             raise UserError(
-                f"overlap is {self.overlap}: expected the fraction of a window that the next one "
-                "covers too, from 0 to less than 1, such as 0.5."
+                f"overlap is {self.overlap}: expected a fraction of the windows' sides, from 0 to "
+                "less than 1, such as 0.5."
             )
 
     def inherit(self, other: "Sampler") -> "Sampler":

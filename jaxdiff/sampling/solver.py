@@ -1,4 +1,4 @@
-"""What a solver is: one step along the path from noise to data.
+"""The interface of solvers: one step along the path from noise to data.
 
 The probability-flow ODE of x_t = alpha x0 + sigma eps, in terms of the denoiser D(x, t) = E[x0]:
 
@@ -8,15 +8,15 @@ Between two times, with D held constant, x moves to
 
     x' = (sigma' / sigma) x + (alpha' - alpha sigma' / sigma) D                    (2)
 
-which is DDIM (Song et al. 2021, eq. 12, eta = 0). It contains no logarithm and no division by
-alpha, so it holds at t = 1 where alpha may be 0 and into t = 0 where sigma' is 0. Solvers differ in
-what takes the place of D. A stochastic solver applies (2) down to a fraction `kept` of sigma' and
-restores the rest with fresh noise n,
+which is DDIM (Song et al. 2021, eq. 12, eta = 0). It has no logarithm and no division by alpha, so
+it holds at t = 1 where alpha may be 0 and into t = 0 where sigma' is 0. Solvers replace D by other
+estimates. A stochastic solver applies (2) down to a fraction `kept` of sigma' and adds fresh noise
+n,
 
     x' = [(2) with kept sigma' for sigma'] + sqrt(1 - kept^2) sigma' n             (3)
 
-No solver knows what a network predicts. A solver of your own is any frozen dataclass with the two
-methods of `Solver`; pass it as `Sampler(solver=...)`.
+Solvers do not depend on the prediction type. A solver of your own is a frozen dataclass with the
+two methods of `Solver`, passed as `Sampler(solver=...)`.
 """
 
 from collections.abc import Callable
@@ -30,23 +30,17 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.diffusion.process import Images
 
 Scalar = Float[Array, ""]
-State = Any  # a tree of arrays that a denoiser carries from step to step; () where there is none
+State = Any  # a denoiser's tree of arrays, carried from step to step; () for none
 SolverState = Any  # likewise of a solver
 Denoise = Callable[[Images, Scalar, State], tuple[Images, State]]  # (x_t, t, state) -> (x0, state)
-
-
-def no_state(x: Images) -> State:
-    """Return the state of a denoiser that has none."""
-    del x
-    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatefulDenoiser:
     """A denoiser and its initial state.
 
-    The sampling loop passes the state from step to step. Every evaluation within a step sees the
-    state from before the step, and the first one returns the next state.
+    The sampling loop passes the state from step to step. All evaluations within a step use the
+    state before the step, and the first one returns the next state.
 
     Attributes:
       denoise: (x_t, t, state) -> (x0, state).
@@ -54,18 +48,18 @@ class StatefulDenoiser:
     """
 
     denoise: Denoise
-    init_state: Callable[[Images], State] = no_state
+    init_state: Callable[[Images], State] = lambda x: ()
 
 
 def stateless(denoise: Callable[[Images, Scalar], Images]) -> StatefulDenoiser:
-    """Return a plain function (x_t, t) -> x0 as a denoiser without state."""
+    """Return a function (x_t, t) -> x0 as a denoiser without state."""
     return StatefulDenoiser(denoise=lambda x, t, state: (denoise(x, t), state))
 
 
 def map_x0(
     denoiser: StatefulDenoiser, change: Callable[[Images, Scalar], Images]
 ) -> StatefulDenoiser:
-    """Return the denoiser with its estimates changed by (x0, t) -> x0."""
+    """Apply a function (x0, t) -> x0 to a denoiser's estimates."""
 
     def denoise(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         x0, state = denoiser.denoise(x, t, state)
@@ -75,7 +69,7 @@ def map_x0(
 
 
 class Step(NamedTuple):
-    """One interval of the time grid: time, alpha and sigma at both of its ends."""
+    """One interval of the time grid: time, alpha and sigma at both ends."""
 
     t: Scalar
     alpha: Scalar
@@ -121,8 +115,7 @@ class Solver(Protocol):
         """Move x from s.t to s.next_t.
 
         Args:
-          denoise: (x_t, t, state) -> (x0, state), called as often as the solver likes, each time
-            with the `state` given here.
+          denoise: (x_t, t, state) -> (x0, state), called any number of times with this `state`.
           x: x_t [b, h, w, c] at s.t.
           solver_state: from `init` or the last step.
           state: the denoiser's.
@@ -130,6 +123,14 @@ class Solver(Protocol):
           keys: random keys, one per image, new at each step.
         """
         ...
+
+
+class OneStep:
+    """Base of solvers without state."""
+
+    def init(self, x: Images) -> SolverState:
+        """Return no state."""
+        return ()
 
 
 def ddim_update(x: Images, x0: Images, s: Step) -> Images:
@@ -141,7 +142,7 @@ def ddim_update(x: Images, x0: Images, s: Step) -> Images:
 def ddim_update_with_noise(
     x: Images, x0: Images, s: Step, kept: Scalar, fresh: Scalar, keys: Key[Array, " b"]
 ) -> Images:
-    """Apply eq. 3, with fresh = sqrt(1 - kept^2), which the caller may know more exactly."""
+    """Apply eq. 3, with fresh = sqrt(1 - kept^2), which the caller may compute more exactly."""
     down = ddim_update(x, x0, s._replace(next_sigma=kept * s.next_sigma))
     return down + fresh * s.next_sigma * noise_like(x, keys)
 
@@ -179,7 +180,7 @@ def no_estimate(x: Images) -> LastEstimate:
 
 
 def extrapolate(x0: Images, last: LastEstimate, s: Step) -> tuple[Images, LastEstimate]:
-    """Extrapolate x0 to the middle of the step in log(alpha / sigma); return the next state too."""
+    """Extrapolate x0 to the middle of the step in log(alpha / sigma), and return the next state."""
     half_log_snr = jnp.log(s.alpha / s.sigma)
     h = jnp.log(s.next_alpha / s.next_sigma) - half_log_snr
     fraction = h / (2 * (half_log_snr - last.half_log_snr))

@@ -1,4 +1,4 @@
-"""All solvers, and the names by which a command line or a prompt file selects them."""
+"""All solvers, and their names on the command line and in prompt files."""
 
 from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
@@ -34,4 +34,4 @@ AnySolver = (
     | LCM
     | Solver
 )
-"""The solvers of this package, and anyone's that follows the protocol."""
+"""The solvers of this package, or any that follows the protocol."""

@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE, with `DDIM`'s eta and `Heun`'s churn beside it.
+"""Solvers of the probability-flow ODE; `DDIM`'s eta and `Heun`'s churn add noise.
 
 Equation numbers are those of `solver`.
 """
@@ -16,6 +16,7 @@ from jaxdiff.diffusion.schedules import AnySchedule
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import (
     Denoise,
+    OneStep,
     SolverState,
     State,
     Step,
@@ -29,7 +30,7 @@ from jaxdiff.sampling.solver import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM:
+class DDIM(OneStep):
     """Song et al. 2021, eq. 12 and 16, first order; eta = 0 is the ODE, eta = 1 is ancestral.
 
     Eq. 16 is written for schedules of any norm: its 1 - alpha_t / alpha_{t-1}, over its
@@ -43,10 +44,6 @@ class DDIM:
 
     def __post_init__(self):
         check_eta(self)
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,
@@ -71,17 +68,13 @@ def check_eta(solver: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Euler:
+class Euler(OneStep):
     """Euler's method on the straightened path: first order, one evaluation per step.
 
     z = x / (alpha + sigma) against tau = sigma / (alpha + sigma) is a rectified flow whatever the
     schedule, and dz / d tau = eps - x0 there. Since eq. 2 keeps its form under such a rescaling,
     this is also Euler's method in sigma / alpha (Karras et al. 2022, eq. 4), and DDIM at eta = 0.
     """
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,
@@ -139,10 +132,10 @@ class Churn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heun:
+class Heun(OneStep):
     """Heun's method: two evaluations, second order (Karras et al. 2022, algorithm 1).
 
-    As there, the step into sigma = 0 is Euler's and evaluates once.
+    As in the paper, the step into sigma = 0 is Euler's and evaluates once.
 
     Attributes:
         variable: of integration. "straight" is tau = sigma / (alpha + sigma) of `Euler`, which
@@ -153,10 +146,6 @@ class Heun:
 
     variable: Literal["straight", "sigma"] = "straight"
     churn: Churn | None = None
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,
@@ -194,11 +183,11 @@ class Heun:
 class DPMSolverPP2M:
     """Second-order multistep DPM-Solver++ (Lu et al. 2022b, algorithm 2), one evaluation per step.
 
-    D is extrapolate from this estimate of x0 and the last one to the middle of the step, in
+    D is extrapolated from this estimate of x0 and the last one to the middle of the step, in
     lambda = log(alpha / sigma). Steps from or to an infinite lambda, and the first, are of first
-    order. Order 2 takes steps that are short in lambda: over an even grid all the way into
-    sigma = 0, where the last ones are not, the error falls as h^2 log(1 / h) instead (slopes of
-    1.3 to 1.8 from 80 to 640 steps), and `TimeGrid(rho=1.5)` makes up for it.
+    order. Second order requires steps that are short in lambda. The last steps of a uniform grid
+    into sigma = 0 are not: the error falls as h^2 log(1 / h) (slopes of 1.3 to 1.8 from 80 to 640
+    steps), which `TimeGrid(rho=1.5)` compensates.
     """
 
     def init(self, x: Images) -> SolverState:
@@ -240,7 +229,7 @@ _ADAMS_BASHFORTH = np.array(
 
 @dataclass(frozen=True, kw_only=True)
 class PLMS:
-    """Pseudo linear multistep (Liu et al. 2022, PNDM, section 3.3): eq. 2 with eps extrapolate.
+    """Pseudo linear multistep (Liu et al. 2022, PNDM, section 3.3): eq. 2 with eps extrapolated.
 
     Adams-Bashforth's weights of the last four estimates of eps. The first step is Heun's in eps
     and evaluates twice; at alpha = 0, where eps does not determine x0, eq. 2 precedes it. Stable

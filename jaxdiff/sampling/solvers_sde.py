@@ -1,7 +1,7 @@
-"""Stochastic solvers (eq. 3 of `solver`), and consistency models' jumps to x0 and back.
+"""Stochastic solvers (eq. 3 of `solver`), and sampling of consistency models.
 
-Fresh noise corrects the denoiser's errors, over many steps. The result has the ODE's distribution.
-The noise of an image depends on its keys alone.
+Over many steps, fresh noise corrects the denoiser's errors. The distribution is that of the ODE.
+The noise of an image depends only on its keys.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from jaxdiff.diffusion.process import Images
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import (
     Denoise,
+    OneStep,
     Scalar,
     SolverState,
     State,
@@ -30,17 +31,13 @@ from jaxdiff.sampling.solvers_ode import DDIM, check_eta
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPM:
+class DDPM(OneStep):
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2, eq. 6 and 7).
 
     x' is a sample of q(x' | x, x0) with the denoiser's x0, and the smaller of the paper's two
     variances ("fixed_small" in diffusers). `DDIM` with eta = 1 is the same (Song
     et al. 2021, section 4.1).
     """
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,
@@ -69,7 +66,7 @@ class EulerAncestral(DDIM):
 
 
 def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
-    """Exact for a constant x0: eq. 3 with kept = e^(-eta h) (Lu et al. 2022b, eq. 3.5, eta = 1)."""
+    """Apply eq. 3 with kept = e^(-eta h), exact for constant x0 (Lu et al. 2022b, eq. 3.5)."""
     if eta == 0:
         return ddim_update(x, x0, s)
     kept: Scalar = noise_ratio(s) ** eta
@@ -77,7 +74,7 @@ def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMSolverPPSDE:
+class DPMSolverPPSDE(OneStep):
     """First-order SDE-DPM-Solver++ (Lu et al. 2022b, section 5), one evaluation per step.
 
     Solves the reverse SDE with eta^2 of the usual noise exactly for a constant x0.
@@ -91,10 +88,6 @@ class DPMSolverPPSDE:
 
     def __post_init__(self):
         check_eta(self)
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,
@@ -137,7 +130,7 @@ class DPMSolverPP2MSDE(DPMSolverPPSDE):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LCM:
+class LCM(OneStep):
     """Multistep sampling of a consistency model (Luo et al. 2023, algorithm 3).
 
     For networks distilled to jump from any x_t to the end of its path:
@@ -161,10 +154,6 @@ class LCM:
                 f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}: "
                 "expected positive numbers."
             )
-
-    def init(self, x: Images) -> SolverState:
-        """Return no state."""
-        return ()
 
     def step(
         self,

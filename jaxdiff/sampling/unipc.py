@@ -11,8 +11,8 @@ c_1 + c_2 = -phi_1, r_1 c_1 + c_2 = -2 phi_2, where
 
     phi_k = sum_{j >= 1} (-h)^j / (j + k)!,                                                    (1)
 
-with which both are exact for a D that is linear in lambda. D' is the evaluation that the next step
-begins with, so the corrector costs none.
+with which both are exact for a D that is linear in lambda. D' is the first evaluation of the next
+step, so the corrector costs none.
 """
 
 import math

@@ -299,11 +299,10 @@ def test_images_are_generated_with_the_arguments_of_the_generation(context, monk
     base = context(Produce())
     plain = Recording(0, base.spec, {}, {}, base.data)
     plain.generate(["a", "b"])
-    guided = plain.with_generation(Generation(arguments={"guidance_scale": 1.5}))
-    guided.generate(["a"])
-    chosen = plain.with_generation(
-        Generation(best_of=3, clip_model="mine", arguments={"batch_size": 2})
-    )
+    guidance = Generation(arguments={"guidance_scale": 1.5})
+    dataclasses.replace(plain, generation=guidance).generate(["a"])
+    best_of_3 = Generation(best_of=3, clip_model="mine", arguments={"batch_size": 2})
+    chosen = dataclasses.replace(plain, generation=best_of_3)
     assert chosen.generate(["c"]).shape == (1, 8, 8, 3)
     assert calls == [
         (["a", "b"], {}),

@@ -57,7 +57,7 @@ def test_records_are_chosen_by_the_seed(config, images):
 def test_cached_latents_have_no_images(config):
     source = CachedLatents(path="latents")
     data = dataclasses.replace(config.data, source=source)
-    with pytest.raises(UserError, match="latents holds latents and no images"):
+    with pytest.raises(UserError, match="latents holds latents: expected images"):
         read_records(dataclasses.replace(config, data=data), 12, seed=0)
 
 
@@ -77,5 +77,5 @@ def test_latents_are_those_of_the_autoencoder(config, recipes, images, model):
 
 
 def test_a_model_without_an_autoencoder_is_refused(config):
-    with pytest.raises(UserError, match="no autoencoder in shipped:produce_clip, a ClipConfig"):
+    with pytest.raises(UserError, match="shipped:produce_clip is a ClipConfig without autoencoder"):
         read_autoencoder(config, "shipped:produce_clip")

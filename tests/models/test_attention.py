@@ -15,9 +15,9 @@ def random(*shape):
 
 
 @pytest.mark.parametrize(("n", "m"), [(520, 6), (521, 6), (512, 512)])
-def test_piece_by_piece_is_the_same_attention(n, m, monkeypatch):
-    """Gradients too, and where no number of pieces divides the queries."""
-    monkeypatch.setattr(attention, "_MANY", 1)
+def test_attention_in_blocks_of_queries_is_the_same(n, m, monkeypatch):
+    """Gradients too, and where no number of blocks divides the queries."""
+    monkeypatch.setattr(attention, "_MIN_CPU_LOGITS", 1)
     inputs = random(2, n, 2, 4), random(2, m, 2, 4), random(2, m, 2, 4)
 
     def gradient(attend):
@@ -32,7 +32,7 @@ def test_piece_by_piece_is_the_same_attention(n, m, monkeypatch):
     )
 
 
-def test_only_many_products_are_taken_piece_by_piece():
+def test_only_long_sequences_are_split_into_blocks():
     def loops(n):
         jaxpr = jax.make_jaxpr(attention.attend)(*(random(1, n, 1, 4),) * 3)
         return "scan" in str(jaxpr)
@@ -42,7 +42,7 @@ def test_only_many_products_are_taken_piece_by_piece():
 
 
 def test_half_precision_stays_half_precision(monkeypatch):
-    monkeypatch.setattr(attention, "_MANY", 1)
+    monkeypatch.setattr(attention, "_MIN_CPU_LOGITS", 1)
     q = random(1, 8, 1, 4).astype(jnp.bfloat16)
     out = attention.attend(q, q, q)
     assert out.dtype == jnp.bfloat16

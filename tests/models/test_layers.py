@@ -16,8 +16,8 @@ def test_the_pooled_sum_is_that_of_the_tokens_under_the_mask():
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(2, 6, 8)).astype(np.float32)
     mask = np.arange(6) < np.array([[2], [6]])
-    found = pooled_token_sum(jnp.asarray(tokens), jnp.asarray(mask), scale=3.0)
-    expected = [3 * tokens[0, :2].sum(0) / 2**0.5, 3 * tokens[1].sum(0) / 6**0.5]
+    found = pooled_token_sum(jnp.asarray(tokens), jnp.asarray(mask))
+    expected = [2 * tokens[0, :2].sum(0) / 2**0.5, 2 * tokens[1].sum(0) / 6**0.5]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -159,9 +159,9 @@ def test_a_unet_that_reads_no_pooled_text_takes_any(xl):
 
 
 def test_channels_that_do_not_fit_are_refused(pixels, latents):
-    with pytest.raises(UserError, match=r"works on 4 channels .* set denoiser\.channels to 3"):
+    with pytest.raises(UserError, match=r"has 4 channels .* set denoiser\.channels to 3"):
         dataclasses.replace(pixels, denoiser=dataclasses.replace(pixels.denoiser, channels=4))
-    with pytest.raises(UserError, match=r"works on 6 channels .* set denoiser\.channels to 3"):
+    with pytest.raises(UserError, match=r"has 6 channels .* set denoiser\.channels to 3"):
         dataclasses.replace(latents, autoencoder=None)
 
 

@@ -92,7 +92,7 @@ def test_panning_crops_the_other_side():
     assert canvas.shape == IMAGE.shape
     np.testing.assert_array_equal(canvas[:, :4], IMAGE[:, 2:])
     np.testing.assert_array_equal(mask[0], [0, 0, 0, 0, 1, 1])
-    with pytest.raises(UserError, match="leave nothing of an image of 6x4"):
+    with pytest.raises(UserError, match="crop all of an image of 6x4"):
         extend(IMAGE, left=-6)
 
 

@@ -270,7 +270,7 @@ def test_the_default_batch_size_depends_on_the_images():
 
 def test_words_that_it_never_saw_are_said_once(pipeline):
     assert pipeline.unknown_words('"a (snow:1.2) pea":1 "red dog":-0.5') == ["snow", "dog"]
-    with pytest.warns(UnknownWordWarning, match="No caption in training had 'snow', 'dog', which"):
+    with pytest.warns(UnknownWordWarning, match="No caption in training had 'snow', 'dog': use"):
         pipeline(["a snow pea", "a red dog"], num_steps=1)
 
 

@@ -222,5 +222,5 @@ def test_an_input_is_identified_by_its_bytes(tmp_path):
     assert first == InputFile(first.path, first.sha256, (4, 2))
     Image.new("RGB", (4, 2), "red").save(tmp_path / "a.png")
     assert open_input(tmp_path / "a.png").sha256 != first.sha256
-    with pytest.raises(UserError, match="was changed since the start"):
+    with pytest.raises(UserError, match="has changed since the start"):
         first._replace(size=(2, 2)).read()

@@ -80,7 +80,7 @@ def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make):
     for init in (None, InitImage(image=image)):
         with pytest.raises(UserError, match="small is for inpainting: expected an image and"):
             pipe(PEA, init=init)
-    with pytest.raises(UserError, match="leave out overlap"):
+    with pytest.raises(UserError, match="omit overlap"):
         pipe(PEA, init=InitImage(image=image, mask=mask), sampler=Sampler(overlap=0.5))
 
 

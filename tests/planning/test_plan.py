@@ -132,7 +132,7 @@ def test_a_program_that_the_compiler_finds_no_memory_for_is_still_planned(
 
 def test_flops_agree_with_those_that_xla_counts_of_the_whole_step(tiny_recipe, monkeypatch):
     """Of one block, for XLA counts the body of a scan once; lowered for one device."""
-    monkeypatch.setattr(attention, "_MANY", 2**30)
+    monkeypatch.setattr(attention, "_MIN_CPU_LOGITS", 2**30)
     base = tiny_recipe()
     frozen_text = dataclasses.replace(base.task, trainable=Trainable())
     task = with_denoiser(frozen_text, width=256, depth=1, patch_size=2)

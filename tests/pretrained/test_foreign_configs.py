@@ -93,7 +93,7 @@ def test_a_scheduler_comes_back(scheduling):
         (autoencoder_keys.read_autoencoder_config, {"latents_mean": [0.1]}, "latents_mean"),
         (autoencoder_keys.read_autoencoder_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
         (lambda c: clip_keys.read_text_config(c, projected=False), {"hidden_act": "relu"}, "relu"),
-        (read_scheduling, {"_class_name": "KarrasVeScheduler"}, "does not have KarrasVe"),
+        (read_scheduling, {"_class_name": "KarrasVeScheduler"}, "does not support KarrasVe"),
         (read_scheduling, {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
         (read_scheduling, STATED | {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (read_scheduling, STATED | {"use_karras_sigmas": True}, "use_karras_sigmas"),

@@ -195,5 +195,5 @@ def test_a_missing_file_is_reported(tmp_path):
 
 def test_other_denoisers_have_no_such_files(tmp_path, small_bundle):
     save_file(tensors(), tmp_path / FILE)
-    with pytest.raises(UserError, match="denoiser of small is a DiTConfig: expected Stable"):
+    with pytest.raises(UserError, match="denoiser of small is of type DiTConfig: expected Stable"):
         read_lora(tmp_path, small_bundle.spec)

@@ -95,5 +95,5 @@ def test_numbers_of_an_unknown_type_are_reported(folder):
     (path := folder / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + bytes(8)
     )
-    with pytest.raises(UserError, match="a has numbers of type F8_E5M2"):
+    with pytest.raises(UserError, match="a is of type F8_E5M2"):
         TensorFiles([path])

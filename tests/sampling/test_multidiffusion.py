@@ -8,6 +8,7 @@ import pytest
 from jaxdiff.errors import UserError
 from jaxdiff.sampling import multidiffusion
 from jaxdiff.sampling.multidiffusion import Windows
+from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solver import stateless
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
@@ -86,4 +87,4 @@ def test_windows_of_an_axis_that_wraps_have_another_offset_at_each_time():
 
 def test_an_overlap_of_1_is_refused():
     with pytest.raises(UserError, match=r"overlap is 1.0: expected"):
-        Windows(height=4, width=4, overlap=1.0)
+        Sampler(overlap=1.0)

@@ -29,7 +29,6 @@ PROFESSIONS = (
     "guard",
     "detective",
 )
-GENDERS = ("woman", "man", "person")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 _TONE = re.compile(rf" ?\b({'|'.join(sorted(TONES, key=len, reverse=True))}) skin tone")
@@ -87,7 +86,7 @@ class Worker(NamedTuple):
 
 
 def worker(name: str) -> Worker | None:
-    """The person at work that an emoji's `name` describes; None without a profession."""
+    """Return the person at work that an emoji's `name` describes; None without a profession."""
     rest, tones = _without_tones(_plain(name))
     match = _WORKER.fullmatch(rest)
     if match is None:
@@ -96,7 +95,7 @@ def worker(name: str) -> Worker | None:
 
 
 def captions(name: str, *, flag: bool) -> list[str]:
-    """Captions of the emoji `name` in lower case, without and with an article.
+    """Return captions of the emoji `name` in lower case, without and with an article.
 
     With `flag`, the emoji is the flag of the country `name`.
     """
@@ -139,7 +138,7 @@ def _skin(tones: list[str], phrase: str) -> str:
 
 
 def _phrase(rest: str) -> str:
-    """The name's words in the order of spoken English."""
+    """Return the name's words in the order of spoken English."""
     if match := _FEATURE.fullmatch(rest):
         who, what = match.groups()
         if what == "bald":

@@ -46,7 +46,7 @@ class OpenMojiScore(NamedTuple):
 
 
 def held_out_prompts(count: int) -> list[WorkerPrompt]:
-    """`count` prompts that cycle through the held-out emoji, and in each cycle change captions."""
+    """Return `count` prompts that cycle through the held-out emoji, with varying captions."""
     emojis = OpenMoji(split="held_out").emojis
     prompts = []
     for i in range(count):
@@ -87,10 +87,7 @@ def score_workers(
 
 
 def _rolled(wanted: list[Worker]) -> list[Worker]:
-    """For each worker, the one half of the distinct workers further.
-
-    Rolling the prompts instead could compare an image with its own emoji, as prompts repeat.
-    """
+    """Roll workers by half of the distinct ones, so that repeated prompts never match."""
     distinct = list(dict.fromkeys(wanted))
     half = max(1, len(distinct) // 2)
     other = dict(zip(distinct, [*distinct[-half:], *distinct[:-half]], strict=True))
@@ -100,7 +97,7 @@ def _rolled(wanted: list[Worker]) -> list[Worker]:
 def _fractions(
     images: list[np.ndarray], wanted: list[Worker], real: dict[Worker, np.ndarray]
 ) -> dict[str, float]:
-    """The fraction of images whose nearest emoji has the wanted gender, tone, and both."""
+    """Return the fractions of images whose nearest emoji has the wanted gender, tone, and both."""
     correct = []
     for image, target in zip(images, wanted, strict=True):
         distances = {
@@ -109,7 +106,7 @@ def _fractions(
             if worker.profession == target.profession
         }
         least = min(distances.values())
-        # Emoji with equal pixels have equal distances: all of them are the nearest.
+        # Emoji with equal pixels are all nearest.
         nearest = [worker for worker, distance in distances.items() if distance == least]
         correct.append(
             (
@@ -122,7 +119,7 @@ def _fractions(
 
 
 def _blurred(image: UInt8[np.ndarray, "s s 3"]) -> Float[np.ndarray, "s s 3"]:
-    """A Gaussian blur of 1/64 of the side, which tolerates small shifts of thin lines."""
+    """Blur by 1/64 of the side, which tolerates small shifts of thin lines."""
     blur = ImageFilter.GaussianBlur(image.shape[0] / 64)
     return np.asarray(Image.fromarray(image).filter(blur), np.float32)
 

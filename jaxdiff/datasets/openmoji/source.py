@@ -40,7 +40,7 @@ class Emoji(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMoji(PickledFields):
-    """The 3,953 of 4,495 colour emoji of OpenMoji 17 that the package `emoji` has a name for.
+    """The 3,953 of 4,495 colour emoji of OpenMoji 17 with a name in the package `emoji`.
 
     Images are uint8 [size, size, 3] over white. The split "train" excludes the combinations of
     profession, gender and skin tone in `Worker.held_out`, "held_out" has only those, "all" has
@@ -60,7 +60,7 @@ class OpenMoji(PickledFields):
 
     def __post_init__(self):
         if self.size < 1:
-            raise UserError(f"data.source.size is {self.size}: give at least 1.")
+            raise UserError(f"data.source.size is {self.size}: expected at least 1.")
 
     def __len__(self) -> int:
         return len(self.emojis)
@@ -70,11 +70,11 @@ class OpenMoji(PickledFields):
         return {"image": self.image(index), "captions": emoji.captions, "name": emoji.name}
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The pixels of record `index`."""
+        """Return the pixels of record `index`."""
         return np.array(self._images[self.emojis[index].row])
 
     def check(self) -> None:
-        """Render the emoji if necessary; raise `UserError` if the extra is missing."""
+        """Render the emoji unless cached; raise `UserError` if the extra is missing."""
         _ = self._images
 
     @cached_property
@@ -123,7 +123,7 @@ def _package(name: str) -> Any:
 
 
 def _names() -> dict[str, str]:
-    """Unicode names by the emoji's characters, without variation selectors."""
+    """Return Unicode names by the emoji's characters, without variation selectors."""
     found = {}
     for characters, entry in _package("emoji").EMOJI_DATA.items():
         found.setdefault(characters.replace(_SELECTOR, ""), entry["en"].strip(":"))

@@ -117,7 +117,7 @@ def _match_assigned(
 
 
 def _direction(offset: np.ndarray, radius: float) -> tuple[int, int]:
-    """The sign along the longer axis; (0, 0) within the radius."""
+    """Return the sign along the longer axis; (0, 0) within the radius."""
     axis = int(np.argmax(np.abs(offset)))
     if abs(offset[axis]) < radius:
         return (0, 0)
@@ -126,14 +126,14 @@ def _direction(offset: np.ndarray, radius: float) -> tuple[int, int]:
 
 
 def _components(mask: Mask, least: int) -> list[Mask]:
-    """Connected components of at least `least` pixels."""
+    """Return connected components of at least `least` pixels."""
     labels, count = cast(tuple[np.ndarray, int], ndimage.label(mask))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     return [labels == part for part in range(1, count + 1) if sizes[part] >= least]
 
 
 def _stem_owners(dark: Mask, bodies: list[Mask]) -> set[int]:
-    """Indices of bodies with a stem: each dark component belongs to the body it touches most.
+    """Return indices of bodies with a stem: a dark component belongs to the body it touches most.
 
     A stem's root lies along its own body, while its tip may touch another one.
     """
@@ -175,20 +175,20 @@ def _describe(
 
 
 def _extent(x: np.ndarray, y: np.ndarray) -> float:
-    """The largest width over all directions."""
+    """Return the largest width over all directions."""
     angle = np.linspace(0, np.pi, 36, endpoint=False)
     along = x[:, None] * np.cos(angle) + y[:, None] * np.sin(angle)
     return float(np.ptp(along, axis=0).max() + 1)
 
 
 def _size(extent: float) -> Size | None:
-    """The nearest size, if the extent is within 25 % of it."""
+    """Return the nearest size, if the extent is within 25 % of it."""
     size = min(SIZES, key=lambda name: abs(np.log(extent / EXTENT[name])))
     return size if abs(extent / EXTENT[size] - 1) < 0.25 else None
 
 
 def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: np.ndarray) -> Colour | None:
-    """The colour nearest to the mean hue of the body's more saturated half, within 25 degrees."""
+    """Return the colour nearest to the mean hue of the more saturated half, within 25 degrees."""
     red, green, blue = pixels[chroma >= np.median(chroma)].mean(0) / 255
     hue = 360 * colorsys.rgb_to_hsv(red, green, blue)[0]
     away = {name: abs((hue - HUE[name] + 180) % 360 - 180) for name in COLOURS}
@@ -198,7 +198,7 @@ def _colour(pixels: Float32[np.ndarray, "n 3"], chroma: np.ndarray) -> Colour | 
 
 @functools.cache
 def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.ndarray, "s p"]]:
-    """Every kind in many poses: kinds, coverage of the window's pixels, and its squares."""
+    """Return kinds in many poses, their coverage of the window's pixels, and its squares."""
     axis = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2
     x, y = axis[None, :], axis[:, None]
     kinds, covers = [], []
@@ -227,7 +227,7 @@ def _silhouettes() -> tuple[list[Kind], Float32[np.ndarray, "s p"], Float32[np.n
 def _nearest_kind(
     cover: Float32[np.ndarray, "h w"], visible: Mask, centre: np.ndarray, extent: float
 ) -> tuple[Kind | None, float]:
-    """The kind of the best-matching silhouette, and its misfit.
+    """Return the kind of the best-matching silhouette, and its misfit.
 
     Pixels that a stem covers are ignored.
     """
@@ -254,7 +254,7 @@ def _nearest_kind(
 
 @functools.cache
 def _window_positions() -> tuple[Float32[np.ndarray, "k p"], Float32[np.ndarray, "k p"]]:
-    """x and y of the window's pixels from its centre, at every shift; the first shift is 0."""
+    """Return x and y of the window's pixels from its centre, at every shift, first 0."""
     axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
     shift_y, shift_x, y, x = np.meshgrid(SHIFTS, SHIFTS, axis, axis, indexing="ij")
     pixels = WINDOW * WINDOW

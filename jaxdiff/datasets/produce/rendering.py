@@ -43,7 +43,7 @@ Shape = Callable[[Plane, Plane], tuple[Plane, Plane]]  # (x, y) -> signed distan
 
 
 def _tube(x: Plane, y: Plane, spine_x: Plane, spine_y: Plane, radius: Plane) -> Plane:
-    """Distance to a union of discs along a spine."""
+    """Return the distance to a union of discs along a spine."""
     distance = np.hypot(x[..., None] - spine_x, y[..., None] - spine_y) - radius
     return distance.min(-1)
 
@@ -186,7 +186,7 @@ class Template:
 
 @functools.cache
 def template(kind: Kind) -> Template:
-    """The template of a kind, in units of its longest extent."""
+    """Return the template of a kind, in units of its longest extent."""
     shape, stem_at, stem_towards = SHAPES[kind]
     grid = np.linspace(-1.5, 1.5, 301)
     x, y = np.meshgrid(grid, grid)
@@ -237,7 +237,7 @@ class _Pose:
 
 
 def turning(degrees: float, mirror: float) -> Float64[np.ndarray, "2 2"]:
-    """From a template's axes (y up) to the image's (y down); `mirror` is 1, or -1 to flip x."""
+    """Map a template's axes (y up) to the image's (y down); `mirror` is 1, or -1 to flip x."""
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     return np.array([[cos, -sin], [sin, cos]]) @ np.diag([mirror, -1.0])
 
@@ -274,7 +274,7 @@ def _pose(item: Item, mirror: float, rng: np.random.Generator) -> _Pose:
 
 
 def _places(scene: Scene, poses: list[_Pose], rng: np.random.Generator) -> list[np.ndarray]:
-    """Centres in pixels of a 64-pixel image, such that objects are separate and inside it."""
+    """Return centres, in pixels of a 64-pixel image, of separate objects inside it."""
     if scene.position is not None:
         jitter = rng.uniform(-1.5, 1.5, 2)
         centres = [np.array(DIRECTIONS[scene.position]) * POSITION_OFFSET + jitter]
@@ -308,7 +308,7 @@ def _separate(centres: list[np.ndarray], poses: list[_Pose], along: int) -> None
 
 
 def _places_of_three(poses: list[_Pose], rng: np.random.Generator) -> list[np.ndarray]:
-    """In a row if there is enough space, else in a triangle."""
+    """Return centres in a row if there is enough space, else in a triangle."""
     widths = np.array([pose.box[1, 0] - pose.box[0, 0] for pose in poses])
     gap = (64 - widths.sum()) / 4
     if gap >= GAP and rng.random() < 0.5:
@@ -339,7 +339,7 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> UInt8[np.n
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A light background of low saturation, and often a table of another tint."""
+    """Render a light background of low saturation, and often a table of another tint."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     tint = np.array(
         colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.02, 0.1), rng.uniform(0.9, 0.98))
@@ -358,7 +358,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 def _window(
     image: np.ndarray, low: np.ndarray, high: np.ndarray, scale: float
 ) -> tuple[np.ndarray, Plane, Plane]:
-    """The image region between two corners, with its x and y in 64-pixel units."""
+    """Return the image region between two corners, with its x and y in 64-pixel units."""
     size = len(image)
     x0, y0 = np.clip(np.floor(low * scale), 0, size - 1).astype(int)
     x1, y1 = np.clip(np.ceil(high * scale), 1, size).astype(int)
@@ -373,7 +373,7 @@ def _paint(window: np.ndarray, colour: np.ndarray, distance: Plane, scale: float
 
 
 def coverage(distance: Plane) -> Plane:
-    """The fraction of a pixel inside the shape, from its distance to the edge in pixels."""
+    """Return the fraction of a pixel inside a shape, from its distance to the edge in pixels."""
     inside = np.clip(0.5 - distance, 0, 1)
     return inside * inside * (3 - 2 * inside)
 

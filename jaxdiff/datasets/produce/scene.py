@@ -81,11 +81,6 @@ def held_out(kind: Kind, colour: Colour) -> bool:
     return COLOURS.index(colour) == (KINDS.index(kind) + 4) % len(COLOURS)
 
 
-def allowed_in_training(scene: Scene) -> bool:
-    """Whether the scene has no held-out item."""
-    return not any(held_out(item.kind, item.colour) for item in scene.items)
-
-
 def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 

@@ -21,7 +21,7 @@ SIZE = 64  # pixels: the only image size that `detect` supports
 def evaluation_scenes(
     n: int, split: Split, kind: Literal["single", "two"] = "single"
 ) -> list[Scene]:
-    """The first `n` of a fixed sequence of scenes; in held-out pairs the first item is held out."""
+    """Return the first `n` of a fixed sequence of scenes; pairs hold out the first item."""
     sample = sample_single if kind == "single" else sample_pair
     seeds = (SEED, split == "held_out", kind == "two")
     return [sample(np.random.default_rng((*seeds, i)), split) for i in range(n)]
@@ -30,7 +30,7 @@ def evaluation_scenes(
 def score_scenes(
     images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """The fraction of images, uint8, that show each attribute of their scene, and all ("joint").
+    """Return the fraction of uint8 images with each attribute of their scene, and all ("joint").
 
     An attribute is averaged over the scenes that have it.
     """
@@ -53,6 +53,6 @@ def render_scenes(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n h w 3"]:
 def chance(
     images: Sequence[np.ndarray] | UInt8[np.ndarray, "n h w 3"], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """The score of images against scenes rolled by half their number, none (of n > 1) its own."""
+    """Score images against other scenes: the scenes rolled by half their number."""
     order = np.roll(np.arange(len(scenes)), max(1, len(scenes) // 2)).tolist()
     return score_scenes(images, [scenes[i] for i in order])

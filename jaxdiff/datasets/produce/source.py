@@ -87,7 +87,7 @@ class Produce:
         }
 
     def scene(self, index: int) -> Scene:
-        """The scene that record `index` shows."""
+        """Return the scene of record `index`."""
         return self._scene(index)[0]
 
     @property
@@ -155,15 +155,10 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> st
 
 
 def full_caption(scene: Scene) -> str:
-    """The caption that names every attribute, with fixed wording."""
+    """Return the caption that names every attribute, with fixed wording."""
     phrases = [
-        _phrase(
-            item.kind,
-            [item.size, item.colour],
-            "with" if item.stem else "without",
-            scene.count,
-        )
-        for item in scene.items
+        _phrase(i.kind, [i.size, i.colour], "with" if i.stem else "without", scene.count)
+        for i in scene.items
     ]
     if scene.relation is not None:
         return f"{phrases[0]} {RELATION_WORDS[scene.relation][0]} {phrases[1]}"
@@ -195,7 +190,7 @@ def _colour_word(item: Item, rng: np.random.Generator) -> str:
 
 
 def _phrase(kind: Kind, words: list[str], stem: str, count: int) -> str:
-    """Maps e.g. ("pea", ["small", "green"], "with", 2) to "two small green peas with stems"."""
+    """Map e.g. ("pea", ["small", "green"], "with", 2) to "two small green peas with stems"."""
     noun = kind if count == 1 else _plural(kind)
     text = " ".join([*words, noun])
     if count > 1:

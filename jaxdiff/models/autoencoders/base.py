@@ -1,4 +1,4 @@
-"""Interface of autoencoders: what the rest of the package asks of a network's config."""
+"""Interface of autoencoder configs."""
 
 import abc
 import dataclasses
@@ -12,8 +12,8 @@ class AutoencoderSpec(abc.ABC):
 
     The module that `build` makes has `encode(images, vae_mode) -> z` with `z.mode()`,
     `z.sample(key)` and its moments `z.mean`, `z.logvar`; `decode(z, vae_mode) -> images`; and
-    `to_latents(z)`, `from_latents(latents)` between z and the latents of unit variance that a
-    denoiser sees. Images are in [-1, 1], NHWC.
+    `to_latents(z)`, `from_latents(latents)` between z and the denoiser's latents of unit variance.
+    Images are in [-1, 1], NHWC.
 
     Attributes:
       latent_channels: of the latents.
@@ -26,7 +26,7 @@ class AutoencoderSpec(abc.ABC):
     @property
     @abc.abstractmethod
     def downsampling(self) -> int:
-        """Pixels to one latent, along each side."""
+        """Pixels per latent, along each side."""
 
     @abc.abstractmethod
     def build(self, *, rngs: nnx.Rngs) -> Any:

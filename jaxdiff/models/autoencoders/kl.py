@@ -30,16 +30,15 @@ class AutoencoderConfig(AutoencoderSpec):
       latent_channels: of the latents.
       block_out_channels: one width for each resolution, finest first; each next halves the sides.
       layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
-      patch_size: side of the square of pixels that becomes one position of the finest resolution,
-        as channels; 1 in Stable Diffusion. More saves most of the cost of full-size convolutions.
+      patch_size: side of the square of pixels that becomes one position of the finest resolution;
+        1 in Stable Diffusion. Larger patches avoid convolutions at full resolution.
       norm_num_groups: of the group norms; divides every width.
       mid_block_add_attention: self-attention at the coarsest resolution.
       use_quant_conv: a 1x1 convolution after the encoder.
       use_post_quant_conv: a 1x1 convolution before the decoder.
-      scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, so that they have unit
-        variance, which the schedules assume.
+      scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, which have unit variance.
       shift_factor: the mean of z.
-      sample_size: pixels along the sides of a tile, where images go through in tiles.
+      sample_size: side of a tile in pixels, for vae_mode "tiling".
       remat: what a residual block keeps for the backward pass.
     """
 
@@ -62,12 +61,12 @@ class AutoencoderConfig(AutoencoderSpec):
         if odd:
             raise UserError(
                 f"autoencoder: {self.norm_num_groups} norm groups do not divide the width "
-                f"{odd[0]}; choose block_out_channels as multiples of norm_num_groups."
+                f"{odd[0]}: expected block_out_channels that are multiples of norm_num_groups."
             )
 
     @property
     def downsampling(self) -> int:
-        """Pixels to one latent, along each side."""
+        """Pixels per latent, along each side."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
     def build(self, *, rngs: nnx.Rngs) -> "Autoencoder":
@@ -120,28 +119,28 @@ class AutoencoderConfig(AutoencoderSpec):
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution over z, float32; works under `jax.vmap` too."""
+    """A diagonal normal distribution over z, float32."""
 
     mean: Float[Array, "*b h w c"]
     logvar: Float[Array, "*b h w c"]
 
     def sample(self, key: Key[Array, ""]) -> Float[Array, "*b h w c"]:
-        """One z for each image."""
+        """Sample z."""
         noise = jax.random.normal(key, self.mean.shape)
         return self.mean + jnp.exp(self.logvar / 2) * noise
 
     def mode(self) -> Float[Array, "*b h w c"]:
-        """The most likely z."""
+        """Return the most likely z."""
         return self.mean
 
     def kl(self) -> Float[Array, "*b"]:
-        """Nats from the unit normal, summed over z (Kingma & Welling 2014, appendix B)."""
+        """Return the KL divergence from N(0, 1) in nats (Kingma & Welling 2014, appendix B)."""
         nats = (self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar) / 2
         return jnp.sum(nats, axis=(-3, -2, -1))
 
 
 def _downsample(channels: int, rngs: nnx.Rngs):
-    # Padded at the far sides alone, as the published weights want it.
+    # The published weights pad only the far sides.
     return Conv(channels, channels, 3, 2, rngs, sides=((0, 1), (0, 1)))
 
 
@@ -171,7 +170,7 @@ class SpatialAttention(nnx.Module):
         self.out = fan_in_linear(channels, channels, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Adds what each position reads from all."""
+        """Add the output of attention."""
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, 1, c)
         y = attend(self.q(y), self.k(y), self.v(y))
@@ -188,7 +187,7 @@ class KlMiddle(nnx.Module):
         self.second = _block(channels, channels, config, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The same shape."""
+        """Return the same shape."""
         x = self.first(x)
         if self.attention is not None:
             x = self.attention(x)
@@ -196,7 +195,7 @@ class KlMiddle(nnx.Module):
 
 
 class KlLevel(nnx.Module):
-    """The residual blocks of one resolution, and the convolution for leaving it, if any."""
+    """The residual blocks of one resolution, and its resampling convolution, if any."""
 
     def __init__(
         self,
@@ -213,14 +212,14 @@ class KlLevel(nnx.Module):
         self.resample = resample
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        """Runs the residual blocks; the caller resamples."""
+        """Run the residual blocks; the caller resamples."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 class Encoder(nnx.Module):
-    """Images to the moments of z: mean and logvar, one after the other along the channels."""
+    """Images to the moments of z: mean and logvar, concatenated by channel."""
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = config.block_out_channels
@@ -236,7 +235,7 @@ class Encoder(nnx.Module):
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """From images to `2 * latent_channels` channels."""
+        """Map images to `2 * latent_channels` channels."""
         b, h, w, _ = x.shape
         patches = patchify(x, self.patch_size)
         x = self.conv_in(patches.reshape(b, h // self.patch_size, w // self.patch_size, -1))
@@ -266,7 +265,7 @@ class Decoder(nnx.Module):
         self.conv_out = conv(widths[-1], config.patch_channels, 3, rngs)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """From z to images."""
+        """Map z to images."""
         x = self.middle(self.conv_in(z))
         for level in self.levels:
             x = level(x)
@@ -281,8 +280,8 @@ class Decoder(nnx.Module):
 class Autoencoder(nnx.Module):
     """Images in [-1, 1] to a distribution over z and back; computes in the dtype of its weights.
 
-    `encode` and `decode` speak of z, as the network has it; what a denoiser sees are latents,
-    shifted and scaled to unit variance by `to_latents`.
+    `encode` returns z and `decode` takes it. `to_latents` shifts and scales z to the denoiser's
+    latents of unit variance.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
@@ -294,11 +293,11 @@ class Autoencoder(nnx.Module):
         self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
     def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
-        """The distribution of z, of sides `h / downsampling` and `w / downsampling`.
+        """Return the distribution of z, of sides `h / downsampling` and `w / downsampling`.
 
         Args:
           images: in [-1, 1].
-          vae_mode: what goes through at a time; in tiles, z is not quite the same.
+          vae_mode: how much is encoded at a time; "tiling" changes z slightly.
 
         Raises:
           UserError: the sides are no multiples of `config.downsampling`.
@@ -306,8 +305,8 @@ class Autoencoder(nnx.Module):
         h, w, side = *images.shape[1:3], self.config.downsampling
         if h % side or w % side:
             raise UserError(
-                f"autoencoder: images of {w}x{h} cannot be encoded; "
-                f"their sides must be multiples of {side}: crop or resize them."
+                f"autoencoder: images of {w}x{h} cannot be encoded: expected sides that are "
+                f"multiples of {side}; crop or resize them."
             )
         tile, tile_out = self.config.sample_size, self.config.sample_size // side
         x = images.astype(self.encoder.conv_in.kernel.dtype)
@@ -322,16 +321,14 @@ class Autoencoder(nnx.Module):
     def decode(
         self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Images, float32, about in [-1, 1]: the network does not clip them.
+        """Return images, float32, about in [-1, 1], not clipped.
 
         Args:
-          z: of an image each.
-          vae_mode: what goes through at a time; in tiles, images are not quite the same.
+          z: of the images.
+          vae_mode: how much is decoded at a time; "tiling" changes images slightly.
         """
-        tile, tile_out = (
-            self.config.sample_size // self.config.downsampling,
-            self.config.sample_size,
-        )
+        tile_out = self.config.sample_size
+        tile = tile_out // self.config.downsampling
         z = z.astype(self.decoder.conv_in.kernel.dtype)
         return apply_vae_mode(self._images, z, vae_mode, tile, tile_out).astype(jnp.float32)
 
@@ -339,9 +336,9 @@ class Autoencoder(nnx.Module):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-        """What a denoiser sees: z, shifted and scaled to unit variance."""
+        """Shift and scale z to latents of unit variance."""
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def from_latents(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-        """The inverse of `to_latents`."""
+        """Invert `to_latents`."""
         return latents / self.config.scaling_factor + self.config.shift_factor

@@ -1,4 +1,4 @@
-"""Sliced and tiled encoding and decoding: large images in the memory of one piece."""
+"""Sliced and tiled encoding and decoding, which bound the memory of large images."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.sampling.sampler import VaeMode
 
-OVERLAP = 0.25  # of a tile's side with the next one, where the two are blended; as in diffusers
+OVERLAP = 0.25  # fraction of a tile's side that blends into the next one; as in diffusers
 
 Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]
 
@@ -16,7 +16,7 @@ Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]
 def apply_vae_mode(
     network: Network, x: Float[Array, "b h w c"], vae_mode: VaeMode, tile: int, tile_out: int
 ) -> Float[Array, "b h2 w2 c2"]:
-    """Apply `network` to as much of x at a time as `vae_mode` says (`tile_by_tile`)."""
+    """Apply `network` to the batch, image by image, or tile by tile."""
     if vae_mode == "full":
         return network(x)
     if vae_mode == "slicing" or max(x.shape[1:3]) <= tile:
@@ -25,23 +25,22 @@ def apply_vae_mode(
 
 
 def one_by_one(network: Network, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-    """`network(x)` for one image at a time."""
+    """Apply `network` to one image at a time."""
     return jax.lax.map(lambda image: network(image[None])[0], x)
 
 
 def tile_by_tile(
     network: Network, x: Float[Array, "b h w c"], tile: int, tile_out: int
 ) -> Float[Array, "b h2 w2 c2"]:
-    """`network(x)` for one tile at a time, each blended linearly into its neighbours.
+    """Apply `network` to one tile at a time, and blend each linearly into its neighbours.
 
-    What a tile does not see, it cannot heed: colours may differ a little from tile to tile, which
-    the blending hides.
+    A tile has no context beyond its edges, so colours may differ a little between tiles.
 
     Args:
-      network: whose output is as much larger or smaller than its input, everywhere.
+      network: scales the sides of its input by tile_out / tile.
       x: images or latents.
       tile: side of a tile.
-      tile_out: side of what the network makes of it.
+      tile_out: side of the network's output for a tile.
     """
     height, width = x.shape[1:3]
     stride, blend = int(tile * (1 - OVERLAP)), int(tile_out * OVERLAP)
@@ -63,7 +62,7 @@ def tile_by_tile(
 
 
 def _by_shape(network: Network, pieces: dict[tuple[int, int], Array]) -> dict:
-    """The network on every piece; tiles at the edges are smaller, and compiled apart."""
+    """Apply the network to all tiles, grouped by shape: tiles at the edges are smaller."""
     done = {}
     for shape in dict.fromkeys(piece.shape for piece in pieces.values()):
         places = [place for place, piece in pieces.items() if piece.shape == shape]
@@ -74,7 +73,7 @@ def _by_shape(network: Network, pieces: dict[tuple[int, int], Array]) -> dict:
 
 
 def _blend(before: Array, tile: Array, extent: int, axis: int) -> Array:
-    """The tile, whose first `extent` rows (or columns) come over from the last ones of `before`."""
+    """Blend the last `extent` rows or columns of `before` into the first ones of `tile`."""
     extent = min(extent, before.shape[axis], tile.shape[axis])
     ramp = jnp.arange(extent) / extent
     ramp = ramp[:, None, None] if axis == 1 else ramp[:, None]

@@ -1,7 +1,7 @@
 """The tiny autoencoder of the TAESD family, for previews and quick decoding.
 
 Distilled from Stable Diffusion's (github.com/madebyollin/taesd): convolutions of one width and
-ReLU, no norms, no attention. It reads and makes the very latents that a denoiser sees.
+ReLU, no norms, no attention. Its z are the denoiser's latents.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.flops import conv_flops
 
-BOUND = 3.0  # latents are squeezed into -BOUND to BOUND before they are decoded
+BOUND = 3.0  # the decoder maps latents to (-BOUND, BOUND) by tanh first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class TinyAutoencoderConfig(AutoencoderSpec):
       width: of every layer.
       encoder_blocks: residual blocks at each resolution, finest first; each next halves the sides.
       decoder_blocks: likewise, coarsest first.
-      sample_size: pixels along the sides of a tile, where images go through in tiles.
+      sample_size: side of a tile in pixels, for vae_mode "tiling".
     """
 
     image_channels: int = 3
@@ -46,12 +46,12 @@ class TinyAutoencoderConfig(AutoencoderSpec):
         if len(self.encoder_blocks) != len(self.decoder_blocks):
             raise UserError(
                 f"tiny autoencoder: encoder_blocks {self.encoder_blocks} and decoder_blocks "
-                f"{self.decoder_blocks} are of different lengths; give one number a resolution."
+                f"{self.decoder_blocks} differ in length: expected one number per resolution."
             )
 
     @property
     def downsampling(self) -> int:
-        """Pixels to one latent, along each side."""
+        """Pixels per latent, along each side."""
         return 2 ** (len(self.encoder_blocks) - 1)
 
     def build(self, *, rngs: nnx.Rngs) -> "TinyAutoencoder":
@@ -79,43 +79,38 @@ class Block(nnx.Module):
         self.conv1, self.conv2, self.conv3 = (Conv(width, width, 3, 1, rngs) for _ in range(3))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The same shape."""
+        """Return the same shape."""
         y = self.conv2(jax.nn.relu(self.conv1(x)))
         return jax.nn.relu(self.conv3(jax.nn.relu(y)) + x)
 
 
 class Relu(nnx.Module):
-    """Without parameters; it has a place in the checkpoints' list of layers."""
+    """ReLU as a module: checkpoints count it in their list of layers."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """What is negative becomes 0."""
+        """Apply ReLU."""
         return jax.nn.relu(x)
 
 
-class Enlarge(nnx.Module):
-    """Nearest neighbours, to twice the size; without parameters, too."""
+class Upsample(nnx.Module):
+    """Nearest-neighbour upsampling by 2, a module for the same reason."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Twice the height and width."""
+        """Double height and width."""
         return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class Layers(nnx.Module):
-    """One half: layers that run one after the other, in the type of their weights."""
+    """The encoder or the decoder: layers in sequence, in the type of their weights."""
 
     def __init__(self, first: Conv, *rest: nnx.Module):
         self.layers = nnx.List([first, *rest])
 
-    @property
-    def dtype(self) -> Any:
-        """The type of the weights."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Apply all layers."""
         first = self.layers[0]
         assert isinstance(first, Conv)
-        return first.kernel[...].dtype
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Through all of them."""
-        x = x.astype(self.dtype)
+        x = x.astype(first.kernel[...].dtype)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -136,7 +131,7 @@ def _decoder(config: TinyAutoencoderConfig, rngs: nnx.Rngs) -> Layers:
     first, layers = Conv(config.latent_channels, width, 3, 1, rngs), list[nnx.Module]([Relu()])
     for i, count in enumerate(config.decoder_blocks):
         if i:
-            layers += [Enlarge(), Conv(width, width, 3, 1, rngs, bias=False)]
+            layers += [Upsample(), Conv(width, width, 3, 1, rngs, bias=False)]
         layers += [Block(width, rngs) for _ in range(count)]
     return Layers(first, *layers, Conv(width, config.image_channels, 3, 1, rngs))
 
@@ -150,12 +145,7 @@ class TinyAutoencoder(nnx.Module):
         self.decoder = _decoder(config, rngs)
 
     def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
-        """The latents, as a distribution without any variance.
-
-        Args:
-          images: in [-1, 1].
-          vae_mode: what goes through at a time.
-        """
+        """Return latents of images in [-1, 1], as a distribution of variance 0."""
         tile = self.config.sample_size
         mean = apply_vae_mode(
             self.encoder, (images + 1) / 2, vae_mode, tile, tile // self.config.downsampling
@@ -166,21 +156,16 @@ class TinyAutoencoder(nnx.Module):
     def decode(
         self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Images, float32, about in [-1, 1].
-
-        Args:
-          z: latents.
-          vae_mode: what goes through at a time.
-        """
+        """Return images of latents, float32, about in [-1, 1]."""
         tile = self.config.sample_size
         x = jnp.tanh(z / BOUND) * BOUND
         images = apply_vae_mode(self.decoder, x, vae_mode, tile // self.config.downsampling, tile)
         return images.astype(jnp.float32) * 2 - 1
 
     def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-        """What `encode` gives is what a denoiser sees."""
+        """Return z, which is of unit variance."""
         return z
 
     def from_latents(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-        """The inverse of `to_latents`."""
+        """Invert `to_latents`."""
         return latents

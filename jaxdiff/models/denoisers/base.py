@@ -1,4 +1,4 @@
-"""Interface of denoisers: what the rest of the package asks of a network's config."""
+"""Interface of denoiser configs."""
 
 import abc
 import dataclasses
@@ -13,15 +13,15 @@ class Denoiser(abc.ABC):
     """Config of a denoising network; a network's own is a frozen dataclass that inherits it.
 
     The module that `build` makes is called as `network(x_t, t, cond)`, with x_t [b, h, w, c], t [b]
-    in [0, 1] and a `Conditioning`, and returns a float32 prediction [b, h, w, c]. It reads from the
-    conditioning what it needs and ignores the rest. It computes in the type of its weights.
+    in [0, 1] and a `Conditioning`, and returns a float32 prediction [b, h, w, c]. It ignores fields
+    of the conditioning that it does not need, and computes in the type of its weights.
 
-    Its layers name the axes of their kernels (`models.layers.Dense`, `models.convolutions.Conv`),
-    by which `mesh.tensor` and `mesh.fsdp` shard them; without names `fsdp` shards them by size.
-    Under `mesh.context` other convolutions than `Conv` need `distributed.sharding.gather_kernel`.
+    `mesh.tensor` and `mesh.fsdp` shard kernels by the names of their axes (`models.layers.Dense`,
+    `models.convolutions.Conv`); without names `fsdp` shards them by size. Under `mesh.context`
+    other convolutions than `Conv` need `distributed.sharding.gather_kernel`.
 
     Attributes:
-      channels: of what is denoised: 3 for pixels, else the autoencoder's.
+      channels: of the latents: 3 for pixels, else the autoencoder's.
       remat: what blocks keep for the backward pass.
       text_width: width of the text tokens that it reads; None for any.
       pooled_width: width of the pooled text vector that it reads; None for any, or none.
@@ -54,8 +54,8 @@ class Denoiser(abc.ABC):
 
     @property
     def wraps(self) -> bool:
-        """Whether `wrap_convolutions` alone makes its images continue at their other side.
+        """Whether circular padding (`wrap_convolutions`) is enough for tileable images.
 
-        True for networks of convolutions without position embeddings.
+        True for convolutional networks without position embeddings.
         """
         return False

@@ -69,8 +69,8 @@ class DiTConfig(Denoiser):
     def __post_init__(self):
         if self.width % (4 * self.heads):
             raise UserError(
-                f"DiT: width {self.width} does not split into {self.heads} heads of a multiple of "
-                "4 channels; choose width as a multiple of 4 x heads."
+                f"DiT: width {self.width} does not split into {self.heads} heads: expected a "
+                "multiple of 4 x heads."
             )
 
     def build(self, *, rngs: nnx.Rngs) -> "DiT":
@@ -84,14 +84,14 @@ class DiTConfig(Denoiser):
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the SwiGLU, a multiple of 32 that vector units like."""
+        """Hidden width of the SwiGLU, rounded to a multiple of 32."""
         return round(self.width * self.mlp_ratio / 32) * 32
 
     def flops(self, *, height: int, width: int, text_length: int) -> float:
         """FLOPs of one evaluation on one image.
 
         Args:
-          height: of the image or latents that the denoiser reads.
+          height: of the latents.
           width: likewise.
           text_length: tokens of the prompt, padding included.
         """
@@ -133,12 +133,12 @@ class SwiGLU(nnx.Module):
         self.down = linear(hidden, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """The same shape."""
+        """Return the same shape."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class DiTBlock(nnx.Module):
-    """Self-attention, attention to the text, SwiGLU; the first and the last modulated and gated."""
+    """Self-attention, cross-attention, SwiGLU; the first and the last modulated and gated."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.width
@@ -162,7 +162,7 @@ class DiTBlock(nnx.Module):
         angles: Float[Array, "n half"],
         mask: Bool[Array, "b n"] | None,
     ) -> Float[Array, "b n d"]:
-        """The same shape; `cond` is time and pooled text, `text` the words."""
+        """Return the same shape; `cond` embeds time and pooled text, `text` is the tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(cond), 6, axis=-1)
         h = _modulate(self.norm1(x), shift1, scale1)
         x = x + gate1[:, None] * self.attention(h, h, angles=angles, mask=mask)
@@ -172,7 +172,7 @@ class DiTBlock(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts one quantity of the same shape as x_t; the model specification says which."""
+    """The network; its prediction has the shape of x_t."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -230,7 +230,7 @@ class DiT(nnx.Module):
         if config.text == "joint":
             num_image = tokens.shape[1]
             tokens = jnp.concatenate([tokens, self.text(words)], axis=1)
-            # The encoder has encoded the order of the text: its tokens are not rotated.
+            # Text tokens already encode their order: they are not rotated.
             angles = jnp.pad(angles, ((0, words.shape[1]), (0, 0)))
             if cond.mask is not None:
                 mask = jnp.pad(cond.mask, ((0, 0), (num_image, 0)), constant_values=True)

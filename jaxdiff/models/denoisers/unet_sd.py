@@ -1,4 +1,4 @@
-"""Stable Diffusion's U-Net, in the form of its checkpoints: 1.x, 2.x, XL base, XL refiner.
+"""Stable Diffusion's U-Net, in the structure of its checkpoints: 1.x, 2.x, XL base, XL refiner.
 
 Rombach et al. 2022, section 3.3 (the network and its attention to text); Podell et al. 2023,
 sections 2.1 and 2.2 (XL: deep transformers at the coarse levels, conditions on size and crop).
@@ -45,16 +45,16 @@ class UNet2DConditionConfig(Denoiser):
       layers_per_block: residual blocks of a level on the way down; one more on the way up.
       transformer_layers: transformer blocks after each residual block of a level; 0 for none.
       middle_transformer_layers: the same in the middle, where there is at least one.
-      heads: of attention, for each level; the middle has those of the last. (What diffusers calls
-        `attention_head_dim` in these checkpoints' configs.)
+      heads: of attention, for each level; the middle has those of the last. diffusers' configs call
+        it `attention_head_dim`.
       cross_attention_dim: width of the text's tokens.
       use_linear_projection: linear layers in and out of a transformer rather than 1x1 convolutions.
       upcast_attention: queries and keys in float32 whatever the compute type.
       norm_num_groups: of the group norms; divides every width.
-      added_width: of the prompt's one vector and the embedded numbers of size and crop together
-        (XL: 1280 + 6 x 256, its refiner 1280 + 5 x 256); None where the network reads neither.
-      time_id_width: of the embedding of each of those numbers.
-      num_train_steps: of the schedule that it was trained on; t = 1 is the last of them.
+      added_width: of the pooled vector and the embeddings of size and crop, concatenated (XL: 1280
+        + 6 x 256, its refiner 1280 + 5 x 256); None for networks without these inputs.
+      time_id_width: of the embedding of each number of size and crop.
+      num_train_steps: of the training schedule; t = 1 is the last.
       remat: what a residual block and a transformer block keep for the backward pass.
     """
 
@@ -79,15 +79,14 @@ class UNet2DConditionConfig(Denoiser):
         if not len(widths) == len(self.transformer_layers) == len(self.heads):
             raise UserError(
                 f"UNet2DCondition: {len(widths)} block_out_channels, "
-                f"{len(self.transformer_layers)} transformer_layers and {len(self.heads)} heads; "
-                "give one of each for each level."
+                f"{len(self.transformer_layers)} transformer_layers and {len(self.heads)} heads: "
+                "expected one of each per level."
             )
         for width, heads in zip(widths, self.heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise UserError(
-                    f"UNet2DCondition: the width {width} is no multiple of "
-                    f"{self.norm_num_groups} norm groups and of {heads} heads; change "
-                    "block_out_channels, norm_num_groups or heads."
+                    f"UNet2DCondition: block_out_channels has {width}: expected multiples of "
+                    f"{self.norm_num_groups} norm groups and of {heads} heads."
                 )
 
     @property
@@ -97,12 +96,12 @@ class UNet2DConditionConfig(Denoiser):
 
     @property
     def time_width(self) -> int:
-        """Of the vector that tells every residual block the time."""
+        """Width of the time embedding."""
         return 4 * self.block_out_channels[0]
 
     @property
     def channels(self) -> int:
-        """Of the latents that are modelled."""
+        """Channels of the latents."""
         return self.out_channels
 
     @property
@@ -168,7 +167,7 @@ class UNet2DConditionConfig(Denoiser):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of x to a source, which may be x itself."""
+    """Multi-head attention from x to a source, which may be x."""
 
     def __init__(self, width: int, source_width: int, heads: int, upcast: bool, rngs: nnx.Rngs):
         self.heads, self.upcast = heads, upcast
@@ -180,7 +179,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], source: Float[Array, "b m e"]
     ) -> Float[Array, "b n d"]:
-        """What each position of x reads from the source."""
+        """Attend from each position of x to the source."""
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1)
             for y in (self.q(x), self.k(source), self.v(source))
@@ -200,13 +199,13 @@ class GEGLU(nnx.Module):
         self.outer = fan_in_linear(4 * width, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """The same shape."""
+        """Return the same shape."""
         x, gate = self.inner.halves(x)
         return self.outer(x * jax.nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, GEGLU, each after a norm and with a residual."""
+    """Self-attention, cross-attention, GEGLU, each after a norm and with a residual."""
 
     def __init__(self, width: int, heads: int, config: UNet2DConditionConfig, rngs: nnx.Rngs):
         upcast = config.upcast_attention
@@ -221,7 +220,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], tokens: Float[Array, "b m e"]
     ) -> Float[Array, "b n d"]:
-        """The same shape."""
+        """Return the same shape."""
         y = self.norm1(x).astype(x.dtype)
         x = x + self.attention(y, y)
         x = x + self.cross(self.norm2(x).astype(x.dtype), tokens)
@@ -229,7 +228,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Transformer blocks over all positions of a picture, with a residual around them."""
+    """Transformer blocks over all positions, with a residual around them."""
 
     def __init__(
         self, width: int, depth: int, heads: int, config: UNet2DConditionConfig, rngs: nnx.Rngs
@@ -248,7 +247,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], tokens: Float[Array, "b m e"]
     ) -> Float[Array, "b h w c"]:
-        """The same shape."""
+        """Return the same shape."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         y, _ = scan_blocks(self.blocks, y, lambda block, y: block(y, tokens), remat=self.remat)
@@ -281,7 +280,7 @@ class SdLevel(nnx.Module):
         time: Float[Array, "b d"],
         tokens: Float[Array, "b m e"],
     ) -> Float[Array, "b h w f"]:
-        """One residual block and its transformer."""
+        """Apply one residual block and its transformer."""
         x = self.blocks[index](x, time)
         return self.transformers[index](x, tokens) if self.transformers else x
 
@@ -301,7 +300,7 @@ class SdMiddle(nnx.Module):
         time: Float[Array, "b d"],
         tokens: Float[Array, "b m e"],
     ) -> Float[Array, "b h w c"]:
-        """The same shape."""
+        """Return the same shape."""
         return self.second(self.transformer(self.first(x, time), tokens), time)
 
 
@@ -318,7 +317,7 @@ def _block(inputs: int, outputs: int, config: UNet2DConditionConfig, rngs: nnx.R
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts one quantity of the latents' shape; the checkpoint says which."""
+    """The network; its prediction has the shape of the latents."""
 
     def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -334,9 +333,8 @@ class UNet2DConditionModel(nnx.Module):
         for i, width in enumerate(widths):
             last = i + 1 == len(widths)
             inputs = (widths[max(i - 1, 0)],) + (width,) * (config.layers_per_block - 1)
-            self.down.append(
-                SdLevel(inputs, i, None if last else _halve(width, rngs), config, rngs)
-            )
+            down = None if last else Conv(width, width, 3, 2, rngs)
+            self.down.append(SdLevel(inputs, i, down, config, rngs))
             skips += [width] * (config.layers_per_block + (not last))
         self.middle = SdMiddle(config, rngs)
         self.up, before = nnx.List(), widths[-1]
@@ -355,13 +353,13 @@ class UNet2DConditionModel(nnx.Module):
         """Evaluate the network; it computes in the type of its weights, and returns float32.
 
         Args:
-          x: noisy latents, scaled as the training did (variance preserved).
+          x: noisy latents of a variance-preserving schedule.
           t: time in [0, 1]; (i + 1) / num_train_steps is training step i, counted from 0.
           cond: its `tokens`; `concat` where the input has extra channels; XL's networks also read
             `pooled` and `size_crop`, and the refiner `aesthetic_score`.
 
         Raises:
-          UserError: a field is missing that the network reads.
+          UserError: a required field is missing.
         """
         if cond.tokens is None:
             raise UserError("This U-Net reads text: expected Conditioning.tokens.")
@@ -384,7 +382,7 @@ class UNet2DConditionModel(nnx.Module):
             for i in range(len(level.blocks)):
                 x = level.step(i, jnp.concatenate([x, skips.pop()], axis=-1), time, tokens)
             if level.resample is not None:
-                x = level.resample(_enlarge(x, *skips[-1].shape[1:3]))
+                x = level.resample(_upsample(x, *skips[-1].shape[1:3]))
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
     def _time(self, t: Float[Array, " b"], cond: Conditioning, dtype: jnp.dtype) -> Array:
@@ -405,9 +403,8 @@ class UNet2DConditionModel(nnx.Module):
             )
         if added.shape[1] != config.added_width:
             raise UserError(
-                f"This U-Net reads a pooled prompt and numbers of size and crop, embedded in "
-                f"{config.added_width} channels together, but is given {added.shape[1]}; give "
-                "pooled and size_crop of the checkpoint's kind."
+                f"The pooled prompt, size and crop have {added.shape[1]} channels: expected "
+                f"{config.added_width}; give pooled and size_crop of this checkpoint."
             )
         return time + self.added2(jax.nn.silu(self.added1(added.astype(dtype))))
 
@@ -423,12 +420,8 @@ class UNet2DConditionModel(nnx.Module):
         return jnp.concatenate([numbers[:, :4], cond.aesthetic_score[:, None]], axis=-1)
 
 
-def _halve(width: int, rngs: nnx.Rngs) -> Conv:
-    return Conv(width, width, 3, 2, rngs)
-
-
-def _enlarge(x: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b H W c"]:
-    """Nearest neighbours, to twice the size or one less, that of the skip connection."""
+def _upsample(x: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b H W c"]:
+    """Upsample by nearest neighbours to the size of the skip connection: twice, or one less."""
     h, w = x.shape[1:3]
     if (height, width) == (2 * h, 2 * w):
         return x.repeat(2, axis=1).repeat(2, axis=2)

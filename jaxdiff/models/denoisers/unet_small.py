@@ -1,9 +1,9 @@
 """A U-Net on pixels or latents (Ho et al. 2020), for data sets too small for a transformer.
 
 Residual blocks are modulated by time and pooled text (Dhariwal & Nichol 2021, section 3), and at
-the coarse levels one attention reads the picture and the words together (Saharia et al. 2022,
-Imagen, appendix B). A first and a last linear layer trade resolution for channels (Hoogeboom et al.
-2023, section 3.2), which saves most of the cost of full-size convolutions.
+the coarse levels positions attend to positions and text tokens together (Saharia et al. 2022,
+Imagen, appendix B). Linear layers to and from patches avoid convolutions at full resolution
+(Hoogeboom et al. 2023, section 3.2).
 """
 
 from dataclasses import dataclass
@@ -64,13 +64,13 @@ class UNetConfig(Denoiser):
     def __post_init__(self):
         if len(self.attention) != len(self.widths):
             raise UserError(
-                f"UNet: attention has {len(self.attention)} entries for {len(self.widths)} widths; "
-                "give one for each level."
+                f"UNet: attention has {len(self.attention)} entries for {len(self.widths)} widths: "
+                "expected one per level."
             )
         if any(width % self.groups or width % (2 * self.heads) for width in self.widths):
             raise UserError(
-                f"UNet: widths {self.widths} must be multiples of {self.groups} groups and of "
-                f"2 x {self.heads} heads; change widths, groups or heads."
+                f"UNet: widths are {self.widths}: expected multiples of {self.groups} groups and "
+                f"of 2 x {self.heads} heads."
             )
 
     def build(self, *, rngs: nnx.Rngs) -> "UNet":
@@ -86,7 +86,7 @@ class UNetConfig(Denoiser):
         """FLOPs of one evaluation on one image.
 
         Args:
-          height: of the image or latents that the denoiser reads.
+          height: of the latents.
           width: likewise.
           text_length: tokens of the prompt, padding included.
         """
@@ -128,7 +128,7 @@ class UNetConfig(Denoiser):
 
 
 def _conv(inputs: int, outputs: int, rngs: nnx.Rngs, *, size: int = 3, stride: int = 1):
-    # All that the window needs around sides that the stride divides; the odd one at the far side.
+    # "Same" padding for sides that the stride divides, the odd position at the far side.
     sides = ((size - stride) // 2, (size - stride + 1) // 2)
     return Conv(inputs, outputs, size, stride, rngs, sides=(sides, sides))
 
@@ -147,7 +147,7 @@ class ResBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
     ) -> Float[Array, "b h w e"]:
-        """To the block's width, at the same resolution."""
+        """Return the block's width at the same resolution."""
         y = self.conv1(jax.nn.silu(self.norm1(x).astype(x.dtype)))
         shift, scale = jnp.split(self.modulation(cond)[:, None, None], 2, axis=-1)
         y = self.norm2(y).astype(x.dtype) * (1 + scale) + shift
@@ -157,7 +157,7 @@ class ResBlock(nnx.Module):
 
 
 class TextAttention(nnx.Module):
-    """Every position reads all positions and all words."""
+    """Attention from every position to all positions and text tokens."""
 
     def __init__(self, width: int, config: UNetConfig, rngs: nnx.Rngs):
         self.norm = nnx.GroupNorm(width, config.groups, rngs=rngs)
@@ -165,7 +165,7 @@ class TextAttention(nnx.Module):
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
-        """The same shape."""
+        """Return the same shape."""
         b, h, w, c = x.shape
         y = self.norm(x).astype(x.dtype).reshape(b, h * w, c)
         assert text.tokens is not None
@@ -191,7 +191,7 @@ class UNetLevel(nnx.Module):
     def block(
         self, index: int, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
     ) -> Float[Array, "b h w e"]:
-        """One residual block."""
+        """Apply one residual block."""
         graphdef, params = nnx.split(self.blocks[index])
 
         def run(params: Any, x: Array, cond: Array) -> Array:
@@ -200,12 +200,12 @@ class UNetLevel(nnx.Module):
         return checkpoint(run, self.remat)(params, x, cond)
 
     def attend(self, x: Float[Array, "b h w c"], text: Conditioning) -> Float[Array, "b h w c"]:
-        """The attention, where this level has one."""
+        """Apply the attention, if the level has one."""
         return x if self.attention is None else self.attention(x, text)
 
 
 class UNet(nnx.Module):
-    """Predicts one quantity of the same shape as x_t; the model specification says which."""
+    """The network; its prediction has the shape of x_t."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -242,7 +242,7 @@ class UNet(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: Conditioning
     ) -> Float[Array, "b h w c"]:
-        """One evaluation; the compute type is that of the weights, the result float32.
+        """Evaluate the network; it computes in the type of its weights, and returns float32.
 
         Args:
           x: noisy images or latents; h and w are multiples of `config.size_multiple`.
@@ -250,13 +250,13 @@ class UNet(nnx.Module):
           text: its `tokens`, `mask` and `pooled`.
 
         Raises:
-          UserError: if the sides of the image do not halve as often as there are levels.
+          UserError: sides are no multiples of `size_multiple`, or there is no text.
         """
         config, dtype = self.config, self.patch.kernel[...].dtype
         if x.shape[1] % config.size_multiple or x.shape[2] % config.size_multiple:
             raise UserError(
-                f"An image of {x.shape[2]}x{x.shape[1]} does not fit the U-Net; "
-                f"choose sides that are multiples of {config.size_multiple}."
+                f"An image of {x.shape[2]}x{x.shape[1]} does not fit the U-Net: expected sides "
+                f"that are multiples of {config.size_multiple}."
             )
         rows, columns = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         if text.tokens is None or text.pooled is None:
@@ -268,7 +268,7 @@ class UNet(nnx.Module):
         cond = jax.nn.silu(cond + self.words(pooled_token_sum(tokens, text.mask)))
         text = text._replace(tokens=tokens)
 
-        # Convolutions see positions only through the borders; prompts name positions.
+        # Convolutions infer positions only from the borders; prompts name positions.
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
         h = self.patch(patchify(x.astype(dtype), config.patch_size))
         h = h + self.position(absolute_positions(places, width).astype(dtype))

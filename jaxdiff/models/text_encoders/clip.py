@@ -1,7 +1,7 @@
-"""CLIP's text and vision towers (Radford et al. 2021), in OpenAI's and OpenCLIP's variants.
+"""CLIP's text and image encoders (Radford et al. 2021), in OpenAI's and OpenCLIP's variants.
 
-Both towers are pre-norm transformers of the same block. They differ between publishers only in what
-their configs say: the activation, the sizes, how the end token is found.
+Both are pre-norm transformers of the same block. Variants differ in activation, sizes and the
+position of the end token.
 """
 
 import math
@@ -40,17 +40,17 @@ MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 NORM_EPSILON = 1e-5
 
 
-def _check_heads(tower: str, width: int, heads: int):
+def _check_heads(encoder: str, width: int, heads: int):
     if width % heads:
         raise UserError(
-            f"{tower}: width {width} does not split into {heads} heads; "
-            "choose width as a multiple of heads."
+            f"{encoder}: width {width} does not split into {heads} heads: expected a multiple of "
+            "heads."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig:
-    """Size and variant of a text tower; the defaults are those of OpenAI's ViT-L/14.
+    """Size and variant of a text encoder; the defaults are those of OpenAI's ViT-L/14.
 
     Attributes:
       vocab_size: number of token ids.
@@ -78,7 +78,7 @@ class ClipTextConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        _check_heads("CLIP text tower", self.width, self.heads)
+        _check_heads("CLIP text encoder", self.width, self.heads)
 
     def flops(self) -> float:
         """FLOPs of encoding one prompt of `length` tokens, padding included."""
@@ -87,7 +87,7 @@ class ClipTextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
-    """Size and variant of a vision tower; the defaults are those of OpenAI's ViT-L/14.
+    """Size and variant of an image encoder; the defaults are those of OpenAI's ViT-L/14.
 
     Attributes:
       image_size: side of the square images, in pixels; a multiple of `patch_size`.
@@ -112,11 +112,11 @@ class ClipVisionConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        _check_heads("CLIP vision tower", self.width, self.heads)
+        _check_heads("CLIP image encoder", self.width, self.heads)
         if self.image_size % self.patch_size:
             raise UserError(
-                f"CLIP vision tower: patches of {self.patch_size} do not tile images of "
-                f"{self.image_size}; choose image_size as a multiple of patch_size."
+                f"CLIP image encoder: patches of {self.patch_size} do not tile images of "
+                f"{self.image_size}: expected an image_size that is a multiple of patch_size."
             )
 
     def flops(self) -> float:
@@ -127,7 +127,7 @@ class ClipVisionConfig:
 
 
 def _transformer_flops(config: ClipTextConfig | ClipVisionConfig, tokens: int) -> float:
-    """The blocks, and the projection of the pooled token."""
+    """Return the FLOPs of the blocks and of the projection."""
     d, hidden = config.width, round(config.width * config.mlp_ratio)
     block = linear_flops(tokens, d, 4 * d) + attention_flops(tokens, tokens, d)
     block += linear_flops(tokens, d, 2 * hidden)
@@ -136,7 +136,7 @@ def _transformer_flops(config: ClipTextConfig | ClipVisionConfig, tokens: int) -
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Two towers that end in the same space; the `projection_dim` of both must be set and equal."""
+    """Both encoders, of one joint space: the `projection_dim` of both must be set and equal."""
 
     text: ClipTextConfig
     vision: ClipVisionConfig
@@ -145,8 +145,8 @@ class ClipConfig:
         ends = self.text.projection_dim, self.vision.projection_dim
         if None in ends or ends[0] != ends[1]:
             raise UserError(
-                f"CLIP: the towers end in spaces of {ends[0]} (text) and {ends[1]} (vision) "
-                "dimensions; set text.projection_dim and vision.projection_dim to the same number."
+                f"CLIP: projection_dim is {ends[0]} (text) and {ends[1]} (vision): expected equal "
+                "numbers; set text.projection_dim and vision.projection_dim to the same."
             )
 
 
@@ -159,7 +159,7 @@ class TextFeatures(NamedTuple):
 
 
 class ImageFeatures(NamedTuple):
-    """An image as the vision tower sees it: a class token, then the patches row by row."""
+    """An image's hidden states, a class token, then patches row by row; and its pooled vector."""
 
     tokens: Float[Array, "b n d"]
     pooled: Float[Array, "b e"]
@@ -207,7 +207,7 @@ class ClipAttention(nnx.Module):
         self.out = _linear(width, width, out_std, rngs, axes=FROM_HEADS)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
-        """Mixes the tokens; causal: each with those before it and itself alone."""
+        """Attend between all tokens, or if `causal` to earlier ones and the token itself."""
         heads = *x.shape[:2], self.heads, x.shape[2] // self.heads
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
@@ -216,7 +216,7 @@ class ClipAttention(nnx.Module):
 class ClipBlock(nnx.Module):
     """Attention and MLP, each after a layer norm and with a residual around it.
 
-    What leads back into the residual starts smaller the deeper the network, as in OpenAI's code.
+    Output projections have a smaller initial scale in deeper networks, as in OpenAI's code.
     """
 
     def __init__(self, config: ClipTextConfig | ClipVisionConfig, rngs: nnx.Rngs):
@@ -230,8 +230,8 @@ class ClipBlock(nnx.Module):
         self.mlp_out = _linear(hidden, width, out_std, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"], *, causal: bool) -> Float[Array, "b n d"]:
-        """The tokens, mixed; causal: each with those before it and itself alone."""
-        # The norms may hold float32 scales beside bf16 kernels; the sum stays in the kernels' type.
+        """Return the same shape."""
+        # Norms may have float32 scales beside bfloat16 kernels; the sum keeps the kernels' type.
         x = x + self.attention(self.attention_norm(x).astype(x.dtype), causal=causal)
         y = self.mlp_in(self.mlp_norm(x).astype(x.dtype))
         return x + self.mlp_out(_activate(y, self.activation))
@@ -246,13 +246,13 @@ def _run_blocks(
     depth: int,
     layer: int | None,
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
-    """The last hidden state, and the one that `layer` names."""
+    """Return the last hidden state, and the one of index `layer`."""
     count = depth + 1
     index = depth if layer is None else layer
     if not -count <= index < count:
         raise UserError(
-            f"CLIP: there is no layer {layer}; a tower of {depth} blocks has hidden states "
-            f"{-count} to {count - 1}."
+            f"CLIP: there is no hidden layer {layer}: expected {-count} to {count - 1} for "
+            f"{depth} blocks."
         )
     index %= count
     inner = 0 < index < depth
@@ -265,7 +265,7 @@ def _run_blocks(
 
 
 class ClipText(nnx.Module):
-    """The text tower: causal, pooled at the end token."""
+    """The text encoder: causal, pooled at the end token."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         width = config.width
@@ -290,13 +290,13 @@ class ClipText(nnx.Module):
         """Encode tokenized prompts of at most `config.length` tokens.
 
         Stable Diffusion 1.x and 2.x read the last hidden state after the final norm, the default
-        (2.x ships its tower without the last block); "clip skip" on these is an earlier layer,
-        still normalised. XL and 3 read `hidden_layer=-2, final_norm=False`.
+        (2.x comes without the last block); "clip skip" is an earlier layer, still normalised. XL
+        and 3 read `hidden_layer=-2, final_norm=False`.
 
         Args:
-          ids: token ids, each prompt with its end token; what follows it is padding.
-          hidden_layer: which of the `depth + 1` hidden states becomes `tokens`, counted as
-            transformers does: 0 is the embeddings, -1 or None the output of the last block.
+          ids: token ids, each prompt with its end token, followed by padding.
+          hidden_layer: which of the `depth + 1` hidden states becomes `tokens`, counted as in
+            transformers: 0 is the embeddings, -1 or None the output of the last block.
           final_norm: whether the final layer norm is applied to `tokens`.
           added_tokens: embeddings of the ids that follow the vocabulary (textual inversion).
 
@@ -326,21 +326,21 @@ class ClipText(nnx.Module):
         return TextFeatures(tokens, pooled, jnp.arange(ids.shape[1]) <= end[:, None])
 
     def _end(self, ids: Int[Array, "b n"]) -> Int[Array, " b"]:
-        """Return the position of the end token; a prompt without one is taken whole."""
-        if self.config.end_id is None:  # added tokens follow the vocabulary and end nothing
+        """Return the position of the end token, or the last one for prompts without it."""
+        if self.config.end_id is None:  # added tokens follow the vocabulary and are no end tokens
             return jnp.argmax(jnp.where(ids < self.config.vocab_size, ids, -1), axis=1)
         is_end = ids == self.config.end_id
         return jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
 
 
 def normalize_for_clip(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """From [-1, 1] to CLIP's zero mean and unit variance: transformers' `pixel_values`, in NHWC."""
+    """Normalise images in [-1, 1] to transformers' `pixel_values`, in NHWC."""
     mean, std = jnp.array(CLIP_MEAN), jnp.array(CLIP_STD)
     return ((images + 1) / 2 - mean) / std
 
 
 class ClipVision(nnx.Module):
-    """The vision tower: patches and a class token, which is pooled."""
+    """The image encoder: patches and a class token, which is pooled."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.width, config.patch_size
@@ -370,13 +370,13 @@ class ClipVision(nnx.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], *, layer: int | None = None
     ) -> ImageFeatures:
-        """Encodes images in [-1, 1], both sides `config.image_size`; they are normalised in here.
+        """Encode images in [-1, 1], both sides `config.image_size`.
 
         Args:
-          images: in [-1, 1].
-          layer: which of the `depth + 1` hidden states becomes `tokens`, never normalised, counted
-            as transformers does: 0 is what enters the first block, -1 or None the output of the
-            last.
+          images: in [-1, 1]; `normalize_for_clip` is applied here.
+          layer: which of the `depth + 1` hidden states becomes `tokens`, without normalisation,
+            counted as in transformers: 0 is the input of the first block, -1 or None the output of
+            the last.
 
         Returns:
           Features in the dtype of the weights. `pooled` is the last hidden state at the class
@@ -396,10 +396,7 @@ class ClipVision(nnx.Module):
         return ImageFeatures(tokens, pooled)
 
     def hidden_states(self, images: Float[Array, "b h w 3"]) -> Float[Array, "k b n d"]:
-        """All `depth + 1` hidden states: what `tokens` is for each `layer`, in one pass.
-
-        Takes and raises what a call does.
-        """
+        """Return all `depth + 1` hidden states; the same arguments and errors as a call."""
         x = self._embed(images)
         _, states = scan_blocks(
             self.blocks,
@@ -411,12 +408,12 @@ class ClipVision(nnx.Module):
         return jnp.concatenate([x[None], states])
 
     def _embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """What enters the first block."""
+        """Return the input of the first block."""
         config, (b, h, w, _) = self.config, images.shape
         if not h == w == config.image_size:
             raise UserError(
-                f"CLIP: images of {w}x{h} given to a vision tower for "
-                f"{config.image_size}x{config.image_size}; resize them."
+                f"CLIP: images are {w}x{h}: expected {config.image_size}x{config.image_size}; "
+                "resize them."
             )
         dtype = self.patch_embedding.kernel.dtype
         patches = self.patch_embedding(normalize_for_clip(images).astype(dtype))
@@ -426,13 +423,14 @@ class ClipVision(nnx.Module):
         return self.first_norm(x).astype(dtype)
 
 
-def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+def unit_vectors(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Normalise vectors to length 1, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class Clip(nnx.Module):
-    """Both towers and the learned temperature of their cosines."""
+    """Both encoders and the learned temperature of their cosines."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -442,12 +440,12 @@ class Clip(nnx.Module):
         self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
 
     def __call__(self, images: Float[Array, "b h w 3"], ids: Int[Array, "m n"]) -> ClipEmbeddings:
-        """Embeds images in [-1, 1] and tokenized prompts, not necessarily as many of each."""
+        """Embed b images in [-1, 1] and m tokenized prompts."""
         log = self.logit_scale[...].astype(jnp.float32)
-        # At most the limit, but with a gradient beyond it too, or it could not come back.
+        # Clipped in the forward pass only: a zero gradient would keep it at the limit.
         log = log - jax.lax.stop_gradient(jnp.maximum(log - math.log(MAX_LOGIT_SCALE), 0))
         return ClipEmbeddings(
-            _unit(self.vision(images).pooled),
-            _unit(self.text(ids).pooled),
+            unit_vectors(self.vision(images).pooled),
+            unit_vectors(self.text(ids).pooled),
             jnp.exp(log),
         )

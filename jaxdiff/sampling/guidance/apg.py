@@ -27,10 +27,9 @@ class APG:
 
     Attributes:
       eta: weight of the parallel component, from 0 to 1.
-      momentum: weight of earlier steps' differences, more than -1 and less than 1; negative values,
-        -0.75 to -0.5 in the paper, make steps differ from each other.
+      momentum: weight of earlier steps' differences, between -1 and 1; -0.75 to -0.5 in the paper.
       norm_threshold: largest norm of the difference; None for any. The norm grows with the square
-        root of the number of values of an image: the paper has 15 for Stable Diffusion XL.
+        root of the number of values in an image: the paper uses 15 for Stable Diffusion XL.
 
     Raises:
       UserError: a number out of range.

@@ -9,9 +9,9 @@ from jaxdiff.errors import UserError
 class Autoguidance:
     """Guide away from a worse model's estimates (Karras et al. 2024, arXiv 2406.02507, eq. 3).
 
-    The guide model should make the same errors, but larger: the same recipe trained for less time,
-    or smaller. Both see the same prompts, so that unlike classifier-free guidance this does not
-    reduce variety. The two kinds of guidance add up.
+    The guide model should make similar but larger errors: the same recipe with less training, or a
+    smaller network. Both models have the same prompts, so that unlike classifier-free guidance this
+    does not reduce diversity. Both kinds of guidance may be combined.
 
     Attributes:
       model: folder of a run or an exported model, or `shipped:NAME`, with the same tokenizer,

@@ -1,11 +1,11 @@
-"""Classifier-free guidance: make networks a denoiser (x_t, t) -> x0 that follows a prompt.
+"""Classifier-free guidance: a denoiser (x_t, t) -> x0 with guidance toward a prompt.
 
 Classifier-free guidance (Ho & Salimans 2022, eq. 6, with w + 1 = guidance_scale):
 
     guided = cond + (guidance_scale - 1) (cond - uncond)                           (1)
 
-The weights sum to 1, and every prediction type is affine in x0 for a given x_t, so (1) may be
-applied to any of them. Here it is x0. For several prompts with weights (Liu et al. 2022, composable
+The weights sum to 1, and every prediction type is affine in x0 for a given x_t, so (1) holds for
+all of them. Here it is applied to x0. For several prompts with weights (Liu et al. 2022, composable
 diffusion, eq. 11),
 
     cond = uncond + sum_i weight_i (cond_i - uncond)                               (2)
@@ -29,7 +29,7 @@ from jaxdiff.sampling.guidance.guidance import Estimates, Guidance
 from jaxdiff.sampling.guidance.thresholds import Threshold
 from jaxdiff.sampling.solver import Scalar, State, StatefulDenoiser
 
-Cond = Any  # an opaque tree of arrays [b, ...]: what the network reads beside x_t and t
+Cond = Any  # an opaque tree of arrays [b, ...]: the network's inputs beside x_t and t
 ConditionedNetwork = Callable[[Images, Float[Array, " b"], Cond], Images]  # -> prediction
 
 
@@ -58,11 +58,11 @@ class ConditionedModel:
 
     Attributes:
       network: called with as many images and times as conditionings, b or 2 b.
-      prediction: what it predicts.
+      prediction: type of its prediction.
       schedule: of its noise.
       cond: of the prompts.
       uncond: of the negative prompts; a tree of the same structure.
-      composed: what the prompts are composed with.
+      composed: further prompts, if any.
     """
 
     network: ConditionedNetwork
@@ -82,7 +82,7 @@ class ConditionedModel:
         cond, uncond = jnp.split(self._x0(jnp.concatenate([x, x]), t, conds), 2)
         if self.composed is None:
             return cond, uncond
-        # One after the other: an image has the same bits among any number of them.
+        # Sequentially: an image's bits do not depend on the number of prompts.
         weights = self.composed.weights.T[..., None, None, None]
         others = jax.lax.map(lambda cond: self._x0(x, t, cond), self.composed.conds)
         composed = cond + (weights[0] - 1) * (cond - uncond)
@@ -134,20 +134,20 @@ def guided_denoiser(
     def unguided(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         return model.conditional(x, t), state
 
-    def moving(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+    def estimate(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         if (low, high) == (0, 1):
             x0, state = guided(x, t, state)
         else:
             x0, state = jax.lax.cond((low <= t) & (t <= high), guided, unguided, x, t, state)
         return x0 if threshold is None else threshold(x0), state
 
-    def at_rest(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
+    def zero_velocity(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         return zero_velocity_x0(x, schedule.alpha(t), schedule.sigma(t)), state
 
     def denoise(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         if zero_init_until is None:
-            return moving(x, t, state)
-        return jax.lax.cond(t > zero_init_until, at_rest, moving, x, t, state)
+            return estimate(x, t, state)
+        return jax.lax.cond(t > zero_init_until, zero_velocity, estimate, x, t, state)
 
     return StatefulDenoiser(denoise=denoise, init_state=lambda x: _init_state(guidance, x))
 

@@ -1,7 +1,7 @@
 """CFG-Zero*: guidance for flow models in their early, inaccurate steps.
 
-Fan et al. 2025 (arXiv 2503.18886), section 4. The unconditional prediction u is replaced by s* u,
-its multiple that is nearest to the conditional one c,
+Fan et al. 2025 (arXiv 2503.18886), section 4. The unconditional prediction u is replaced by its
+multiple s* u nearest to the conditional one c,
 
     s* = <c, u> / |u|^2,                                                           (1)
 
@@ -24,8 +24,7 @@ class CFGZeroStar:
 
     Attributes:
       optimized_scale: replace u by s* u; for a model that predicts x0, in its velocity.
-      zero_steps: how many steps at the start have velocity 0: 1 of 28 or 2 of 50 in the paper.
-        Images still differ, by their noise.
+      zero_steps: number of initial steps with velocity 0: 1 of 28 or 2 of 50 in the paper.
 
     Raises:
       UserError: zero_steps is negative.

@@ -1,4 +1,4 @@
-"""CLIP guidance: the gradient of CLIP's match between estimate of x0 and prompt.
+"""CLIP guidance: the gradient of CLIP's similarity between the estimate of x0 and the prompt.
 
 By Bayes' rule the score of images under a prompt is that of all images and the gradient of
 log p(prompt | x_t) (Dhariwal & Nichol 2021, eq. 10); as an estimate of x0 that is
@@ -11,8 +11,8 @@ x_t (Efron 2011, Tweedie's formula): with that of independent data of unit varia
 
     x0' = x0 + scale sigma^2 / (alpha^2 + sigma^2)  d match(x0) / d x0                     (2)
 
-which needs no backward pass through the denoiser, whose derivative is least exact at high noise,
-where (1) magnifies it most.
+which needs no backward pass through the denoiser. Its derivative is least exact at high noise,
+where (1) amplifies it most.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ class ClipGuidance:
         an OWNER/NAME of the Hugging Face hub.
       scale: of the gradient; 0 has no effect.
       interval: times of t, from 0 to 1, at which it acts.
-      cutouts: number of random square crops that CLIP sees in the place of the whole image; more
-        make it harder to raise the match by imperceptible noise.
+      cutouts: number of random square crops that CLIP encodes instead of the whole image; more
+        crops suppress adversarial noise.
 
     Raises:
       UserError: a number out of range.
@@ -91,10 +91,9 @@ def with_clip_guidance(
 def clip_views(
     images: Float[Array, "b h w 3"], size: int, cutouts: int, t: Scalar
 ) -> Float[Array, "k {size} {size} 3"]:
-    """Return CLIP's inputs for images in [-1, 1]: each as a whole, or `cutouts` crops of each.
+    """Return CLIP's inputs for images in [-1, 1]: resized, or `cutouts` crops of each.
 
-    The crops differ from time to time, but not from image to image, so that an image does not
-    depend on its place in the batch.
+    Crops depend on the time only, so that an image does not depend on its index in the batch.
     """
     b, height, width, _ = images.shape
     if not cutouts:

@@ -1,4 +1,4 @@
-"""The options of guidance that a user sets, other than the scale."""
+"""Guidance options other than the scale."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from jaxdiff.sampling.solver import Scalar, State
 
 
 class Estimates(NamedTuple):
-    """What a `GuidanceRule` combines.
+    """Inputs of a `GuidanceRule`.
 
     Attributes:
       cond: x0 given the prompts.
@@ -27,7 +27,7 @@ class Estimates(NamedTuple):
       t: the time.
       alpha: of the schedule at t.
       sigma: likewise.
-      prediction: what the network predicts.
+      prediction: type of the network's prediction.
     """
 
     cond: Images
@@ -62,18 +62,18 @@ class Guidance:
     """Guidance options other than the scale; a field that is None inherits the model's.
 
     Attributes:
-      interval: times of t, from 0 to 1, at which classifier-free guidance acts. It harms at the
-        highest noise and has no effect at the lowest (Kynkäänniemi et al. 2024). Outside the
-        interval only the conditional model is evaluated, at half the cost.
-      rescale: from 0 to 1, how far the standard deviation of a guided x0 is taken back to that of
-        the conditional one (Lin et al. 2023, eq. 15-16), image by image.
-      apg: adaptive projected guidance; `APG(eta=1)` switches a model's own off.
-      cfg_zero_star: for flow models; `CFGZeroStar(optimized_scale=False, zero_steps=0)` switches a
-        model's own off.
-      rule: combines the two estimates in the place of classifier-free guidance, `apg` and
+      interval: times in [0, 1] with classifier-free guidance. It is harmful at the highest noise
+        and has no effect at the lowest (Kynkäänniemi et al. 2024). Other times evaluate only the
+        conditional model, at half the cost.
+      rescale: fraction in [0, 1] by which the standard deviation of a guided x0 is rescaled to that
+        of the conditional one (Lin et al. 2023, eq. 15-16), per image.
+      apg: adaptive projected guidance; `APG(eta=1)` disables a model's default.
+      cfg_zero_star: for flow models; `CFGZeroStar(optimized_scale=False, zero_steps=0)` disables a
+        model's default.
+      rule: combines the two estimates instead of classifier-free guidance, `apg` and
         `cfg_zero_star.optimized_scale`.
-      clip: CLIP guidance; a scale of 0 switches a model's own off.
-      guide: autoguidance; a scale of 1 switches a model's own off.
+      clip: CLIP guidance; a scale of 0 disables a model's default.
+      guide: autoguidance; a scale of 1 disables a model's default.
 
     Raises:
       UserError: interval or rescale outside [0, 1].
@@ -112,7 +112,7 @@ class Guidance:
 
     @property
     def zero_steps(self) -> int:
-        """How many steps at the start have velocity 0."""
+        """Number of initial steps with velocity 0."""
         return self.cfg_zero_star.zero_steps if self.cfg_zero_star else 0
 
     @property
@@ -123,9 +123,9 @@ class Guidance:
         return bool(jax.tree.leaves(jax.eval_shape(self.rule.init_state, jnp.zeros((1, 8, 8, 1)))))
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise `UserError` if the velocity would be 0 in all of so many steps."""
+        """Raise `UserError` if the velocity is 0 in all steps."""
         if self.zero_steps >= num_steps:
             raise UserError(
                 f"cfg_zero_star.zero_steps is {self.zero_steps} of {num_steps} steps: expected "
-                "fewer than there are; take more steps, or lower zero_steps."
+                "fewer; increase num_steps, or lower zero_steps."
             )

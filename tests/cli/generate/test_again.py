@@ -210,7 +210,7 @@ def test_another_model_is_refused(sample, generated, tiny_bundle, tmp_path, caps
     assert sample("--again", generated, "--model", tmp_path / "other") == 2
     message = capsys.readouterr().err
     assert f"fingerprint {read_image_text(generated)['model_fingerprint'][:10]}" in message
-    assert "give the one that made it with --model" in message
+    assert "give that model as --model" in message
 
 
 def test_a_model_with_another_sampler_is_refused(sample, generated, model, tmp_path, capsys):
@@ -231,7 +231,7 @@ def test_a_file_without_the_text_is_refused(sample, generated, tmp_path, capsys)
     bare = tmp_path / "bare.png"
     save_png(bare, pixels(generated), {"prompt": PEA})
     assert sample("--again", bare) == 2
-    assert "does not say how it was made" in capsys.readouterr().err
+    assert "has no metadata" in capsys.readouterr().err
     assert sample("--again", tmp_path / "missing.png") == 2
     assert "missing.png cannot be read" in capsys.readouterr().err
 

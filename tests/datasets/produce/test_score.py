@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.datasets.produce.rendering import render
-from jaxdiff.datasets.produce.scene import allowed_in_training
+from jaxdiff.datasets.produce.scene import held_out
 from jaxdiff.datasets.produce.score import (
     chance,
     evaluation_scenes,
@@ -17,8 +17,9 @@ from jaxdiff.datasets.produce.source import Produce
 def test_scenes_are_the_same_at_every_call_and_of_their_split():
     for kind in ("single", "two"):
         assert evaluation_scenes(20, "train", kind) == evaluation_scenes(30, "train", kind)[:20]
-        assert all(allowed_in_training(s) for s in evaluation_scenes(50, "train", kind))
-        assert not any(allowed_in_training(s) for s in evaluation_scenes(50, "held_out", kind))
+        for split in ("train", "held_out"):
+            firsts = [scene.items[0] for scene in evaluation_scenes(50, split, kind)]
+            assert all(held_out(x.kind, x.colour) == (split == "held_out") for x in firsts)
     training = [Produce(split="held_out").scene(i) for i in range(20)]
     assert evaluation_scenes(20, "held_out") != training
 

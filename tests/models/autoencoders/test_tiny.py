@@ -42,5 +42,5 @@ def test_large_latents_are_squeezed(model):
 
 
 def test_halves_of_different_depths_are_refused():
-    with pytest.raises(UserError, match="different lengths"):
+    with pytest.raises(UserError, match="differ in length"):
         TinyAutoencoderConfig(encoder_blocks=(1,))

@@ -111,7 +111,7 @@ def test_sides_that_do_not_halve_are_refused():
 
 
 def test_levels_without_their_attention_or_of_odd_widths_are_refused():
-    with pytest.raises(UserError, match="one for each level"):
+    with pytest.raises(UserError, match="one per level"):
         UNetConfig(widths=(64, 128))
     with pytest.raises(UserError, match="multiples"):
         UNetConfig(widths=(64, 100, 128))

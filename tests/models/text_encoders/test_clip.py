@@ -132,7 +132,7 @@ def test_hidden_states_are_counted_from_the_embeddings_to_the_last_block():
 
 @pytest.mark.parametrize("layer", [4, -5])
 def test_a_layer_that_is_not_there_is_refused(layer):
-    with pytest.raises(UserError, match=f"no layer {layer}.*-4 to 3"):
+    with pytest.raises(UserError, match=f"no hidden layer {layer}.*-4 to 3"):
         text()(IDS, hidden_layer=layer)
 
 
@@ -225,7 +225,7 @@ def test_the_vision_encoder_attends_in_both_directions():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(UserError, match="images of 24x16"):
+    with pytest.raises(UserError, match="images are 24x16"):
         vision()(jnp.zeros((1, 16, 24, 3)))
 
 
@@ -279,8 +279,8 @@ def test_from_its_first_weights_clip_learns_to_match_pairs():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: text_config(heads=3), "text tower: width 16"),
-        (lambda: vision_config(heads=3), "vision tower: width 16"),
+        (lambda: text_config(heads=3), "text encoder: width 16"),
+        (lambda: vision_config(heads=3), "image encoder: width 16"),
         (lambda: vision_config(patch_size=5), "patches of 5"),
         (
             lambda: ClipConfig(text=text_config(projection_dim=4), vision=vision_config()),
