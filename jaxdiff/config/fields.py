@@ -38,12 +38,14 @@ class Doc:
       group: heading in the long help.
       common: whether the short help has it.
       metavar: placeholder of the value; by default that of its constraint.
+      alias: a short flag, such as -q.
     """
 
     text: str
     group: str
     common: bool = False
     metavar: str | None = None
+    alias: str | None = None
 
     @property
     def summary(self) -> str:
