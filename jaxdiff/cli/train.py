@@ -55,10 +55,12 @@ def train_command(arguments: list[str]) -> None:
     if options.show:
         print(describe_recipe(options.config))
         return
-    if options.verbose:
-        jax.config.update("jax_log_compiles", True)
     out = options.out or f"runs/{options.config.name}"
-    with _silenced(options.quiet), join_hosts(options.hosts):
+    with (
+        _silenced(options.quiet),
+        jax.log_compiles(options.verbose),
+        join_hosts(options.hosts),
+    ):
         run_recipe(options.config, out, fresh=options.fresh)
 
 

@@ -1,10 +1,10 @@
-"""Fields of dataclasses that users set, described by metadata of their annotations.
+"""Fields of a dataclass that users set, described by the metadata of their annotations.
 
     strength: Annotated[float | None, Range(0, 1), Doc("Noise added.", "Editing")] = None
 
-Such a field defines a command-line flag with its help, a validated column of a prompt file, and a
-JSON value. The method `check(name, value, kind)` of a constraint converts a JSON value to the
-field's value, or raises `UserError`.
+From one such line come a command-line flag with its help, a column of a prompt file with its check,
+and a value in JSON and back. A constraint has a method `check(name, value, kind)` that takes a
+value as JSON has it and returns what the field holds, or raises `UserError`.
 """
 
 import dataclasses
@@ -34,16 +34,18 @@ class Doc:
     """The help of an option.
 
     Attributes:
-      text: its first sentence is the short help.
+      text: its first sentence stands alone in the short help.
       group: heading in the long help.
-      common: whether the short help lists it.
-      metavar: placeholder of the value; by default that of the constraint.
+      common: whether the short help has it.
+      metavar: placeholder of the value; by default that of its constraint.
+      alias: a short flag, such as -q.
     """
 
     text: str
     group: str
     common: bool = False
     metavar: str | None = None
+    alias: str | None = None
 
     @property
     def summary(self) -> str:
@@ -53,22 +55,22 @@ class Doc:
 
 @typing.runtime_checkable
 class Constraint(Protocol):
-    """The values that a field may have."""
+    """What values a field may have."""
 
     def check(self, name: str, value: Any, kind: Any) -> Any:
-        """Return the field's value; `kind` is its type, and messages use `name`."""
+        """Return the value to hold; `kind` is the type of the field, `name` what messages say."""
         ...
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from low to high, integers in a field of integers."""
+    """Finite numbers from low to high; in a field of integers, whole ones."""
 
     low: int | float = -LARGEST_FLOAT
     high: int | float = LARGEST_FLOAT
 
     def check(self, name: str, value: Any, kind: Any) -> int | float:
-        """Raise `UserError` for other types, NaN, and numbers outside the range."""
+        """Raise `UserError` for other types, and outside the range; NaN is in no range."""
         kinds = (int,) if kind is int else (int, float)
         if type(value) not in kinds or not self.low <= value <= self.high:
             what = "a whole number" if kind is int else "a number"
@@ -79,7 +81,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """One of several strings."""
+    """One of some texts."""
 
     values: tuple[str, ...]
 
@@ -92,7 +94,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Text:
-    """Text in UTF-8; `number` also accepts an integer and returns its digits."""
+    """Text in UTF-8; `number` accepts an integer too, as its digits."""
 
     empty: bool = False
     number: bool = False
@@ -106,7 +108,7 @@ class Text:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{name} is not UTF-8: save the file as UTF-8.") from error
+            raise UserError(f"{name} is no UTF-8: save the file as UTF-8.") from error
         if not self.empty and not value.strip():
             raise UserError(f"{name} is empty: expected a text.")
         return value
@@ -117,7 +119,7 @@ class File(Text):
     """The path of a file."""
 
     def check(self, name: str, value: Any, kind: Any) -> epath.Path:
-        """Raise `UserError` for anything but text."""
+        """Raise `UserError` for what is no text."""
         return epath.Path(super().check(name, value, str))
 
 
@@ -172,14 +174,14 @@ _METAVARS = {Choices: "NAME", File: "FILE", Interval: "LOW-HIGH", Size: "SIZE"}
 
 @dataclass(frozen=True)
 class Field:
-    """One field and the metadata of its annotation.
+    """One field, with what its annotation says.
 
     Attributes:
       name: of the field.
       kind: its type, without None; the first one of a union.
       doc: its help.
       marks: all metadata.
-      default: its default value.
+      default: its value where users set none.
     """
 
     name: str
@@ -194,7 +196,7 @@ class Field:
 
     @property
     def constraint(self) -> Constraint | None:
-        """The constraint on its values."""
+        """What checks its values."""
         return self.mark(Constraint)  # type: ignore[type-abstract]
 
     @property
@@ -204,7 +206,7 @@ class Field:
 
     @property
     def flag_type(self) -> type:
-        """The type of the flag: a number, a switch, or the text of the JSON value."""
+        """How the command line reads it: a number, a switch, or the text that JSON has."""
         return self.kind if self.kind in (int, float, bool) else str
 
     @property
@@ -216,7 +218,7 @@ class Field:
         return _METAVARS.get(type(self.constraint), simple)
 
     def check(self, value: Any, called: str | None = None) -> Any:
-        """Convert a JSON value to the field's value.
+        """Return what the field holds of a value of JSON.
 
         Raises:
           UserError: the value is not allowed.
@@ -226,7 +228,7 @@ class Field:
         return constraint.check(called or self.name, value, self.kind)
 
     def from_cell(self, cell: str) -> Any:
-        """Convert a table cell to a JSON value, or return it as it is for `check` to reject."""
+        """Return a cell of a table as JSON would have it, or as it is, for `check` to refuse."""
         if self.kind is bool:
             return {"true": True, "false": False}.get(cell.lower(), cell)
         if self.kind in (int, float):
@@ -237,9 +239,9 @@ class Field:
         return cell
 
     def to_json(self, value: Any) -> Any:
-        """Convert a value of the field to JSON; the inverse of `check`."""
+        """Return a held value as JSON, such that `check` returns it again."""
         if isinstance(self.constraint, Interval):
-            # Without exponents, which the pattern of `check` rejects.
+            # Without the exponents in which JSON would have a small number.
             return "-".join(np.format_float_positional(end, trim="-") for end in value)
         if isinstance(value, tuple):
             return "x".join(map(str, value))
@@ -265,12 +267,15 @@ def fields_of(cls: type) -> dict[str, Field]:
 def check_fields(
     cls: type, values: Mapping[str, Any], called: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """Convert JSON values, by name, to those of a dataclass's fields; None is left out.
+    """Return what the fields of a dataclass hold of values as JSON has them; None is left out.
 
-    `called` maps a field's name to its name in messages.
+    Args:
+      cls: the dataclass.
+      values: by the names of its fields.
+      called: what messages call a field.
 
     Raises:
-      UserError: a field does not exist, or a value is not allowed.
+      UserError: there is no such field, or no such value.
     """
     fields = fields_of(cls)
     check_names(values, fields)
@@ -289,7 +294,7 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def flag(name: str) -> str:
-    """Return the flag of a field."""
+    """Return what the command line calls a field."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -263,14 +263,15 @@ def test_an_unreachable_bucket_is_reported(refused, monkeypatch):
 
 
 def test_quiet_prints_nothing_and_verbose_logs_compilation(monkeypatch, recipe, capsys):
-    monkeypatch.setattr(train, "run_recipe", lambda *_, **__: print("step 1"))
-    before = jax.config.jax_log_compiles
-    try:
-        assert cli.main(["train", recipe, "-q"]) == 0
-        assert capsys.readouterr().out == ""
-        assert cli.main(["train", recipe]) == 0
-        assert capsys.readouterr().out == "step 1\n"
-        assert cli.main(["train", recipe, "-v"]) == 0
-        assert jax.config.jax_log_compiles
-    finally:
-        jax.config.update("jax_log_compiles", before)
+    logs = []
+
+    def run(*_, **__):
+        print("step 1")
+        logs.append(jax.config.jax_log_compiles)
+
+    monkeypatch.setattr(train, "run_recipe", run)
+    for flags, printed in (("-q",), ""), ((), "step 1\n"), (("-v",), "step 1\n"):
+        assert cli.main(["train", recipe, *flags]) == 0
+        assert capsys.readouterr().out == printed
+    assert logs == [False, False, True]
+    assert not jax.config.jax_log_compiles

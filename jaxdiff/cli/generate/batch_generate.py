@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from jaxdiff.cli.generate.manifest import MANIFEST, Manifest, Record
 from jaxdiff.cli.generate.options import (
@@ -22,6 +21,7 @@ from jaxdiff.cli.generate.options import (
     prompt_warnings,
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
+from jaxdiff.cli.progress import line_console
 from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
@@ -91,7 +91,8 @@ def generate_file(options: SampleOptions) -> int:
         errors.add_shared(row)
     folder = make_folder(options.out)
     generated = _generate_rows(rows, folder, options, name, errors) if rows else 0
-    print(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
+    if not options.quiet:
+        print(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = errors.count()
     if count and is_host0():
         print(
@@ -126,7 +127,7 @@ def _generate_rows(
     missing = [job for job in mine if not manifest.has(job.file)]
     there = len(mine) - len(missing)
     run = _Run(pipe, manifest, errors, options.format, make_preview(options, pipe, folder))
-    console = Console(stderr=True)
+    console = line_console(quiet=options.quiet, verbose=options.verbose)
     with Progress(len(mine), start=there, unit="image", console=console) as progress:
         generated = run.generate(missing, progress, there)
     _wait_for_all("all images are there")
@@ -135,7 +136,7 @@ def _generate_rows(
         print(folder / MANIFEST)
         if options.grid:
             _save_grids(folder, jobs)
-    if there:
+    if there and not options.quiet:
         print(f"{there} images were there already.")
     return generated
 
@@ -196,7 +197,7 @@ def _plan(
             continue
         jobs |= {job.file: job for job in new}
         where = f"{source}, line {row.line}: the prompt"
-        if is_host0():
+        if is_host0() and not options.quiet:
             for warning in prompt_warnings(pipe, row.settings.prompt, where):
                 print(warning, file=sys.stderr)
     return list(jobs.values())

@@ -1,10 +1,14 @@
 """`jaxdiff sample`: prompts to image files."""
 
+import contextlib
 import dataclasses
+import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -16,13 +20,15 @@ from jaxdiff.cli.generate.options import (
     prompt_warnings,
 )
 from jaxdiff.cli.generate.prompt_file import slug
+from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.fields import flag
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
-from jaxdiff.pipelines.generate import generate, snapshots
+from jaxdiff.pipelines.batching import default_batch_size
+from jaxdiff.pipelines.generate import Generated, generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
 from jaxdiff.pipelines.inputs import UnknownWordWarning
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -42,12 +48,23 @@ def sample_images(options: SampleOptions) -> None:
     if options.words:
         print_words(options)
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), jax.log_compiles(options.verbose), _logging(options.quiet):
         # The command prints its own warnings, with the line of the prompt.
-        warnings.simplefilter("ignore", UnknownWordWarning)
+        warnings.simplefilter("ignore", Warning if options.quiet else UnknownWordWarning)
         succeeded = _sample(options)
     if not succeeded:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _logging(quiet: bool) -> Iterator[None]:
+    """Drop log records below errors within the context if `quiet`."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING if quiet else before)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _sample(options: SampleOptions) -> bool:
@@ -87,7 +104,7 @@ def generate_prompts(options: SampleOptions) -> None:
     start = time.perf_counter()
     folder = make_folder(options.out)
     pipe = open_pipeline(options)
-    for prompt in options.prompt:
+    for prompt in () if options.quiet else options.prompt:
         for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt!r}"):
             print(warning, file=sys.stderr)
     settings = [
@@ -97,7 +114,7 @@ def generate_prompts(options: SampleOptions) -> None:
             options.num_images
         )
     ]
-    images, settings = generate(pipe, settings, preview=make_preview(options, pipe, folder))
+    images, settings = _generate(pipe, settings, options, folder)
     for i, (one, image) in enumerate(zip(settings, images, strict=True)):
         _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipe, options.format)
     if options.interpolate:
@@ -106,9 +123,26 @@ def generate_prompts(options: SampleOptions) -> None:
         captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
         _save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
     if options.strip:
-        estimates = snapshots(pipe, settings, options.strip)
+        with show_progress("Sampling the strip", quiet=options.quiet):
+            estimates = snapshots(pipe, settings, options.strip)
         _save_png(folder / "strip.png", pictures.strip(estimates))
-    print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
+    if not options.quiet:
+        print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
+
+
+def _generate(
+    pipe: Pipeline, settings: list[ResolvedSettings], options: SampleOptions, folder: epath.Path
+) -> Generated:
+    """Generate images of one size, as many at a time as all devices take at once."""
+    size = default_batch_size(*settings[0].size) * len(pipe.devices)
+    preview = make_preview(options, pipe, folder)
+    made = []
+    with show_progress("Sampling", len(settings), quiet=options.quiet) as advance:
+        for i in range(0, len(settings), size):
+            made.append(generate(pipe, settings[i : i + size], preview=preview))
+            advance(len(made[-1].images))
+    images = np.concatenate([one.images for one in made])
+    return Generated(images, [used for one in made for used in one.settings])
 
 
 def _settings(options: SampleOptions) -> list[GenerationSettings]:
@@ -157,7 +191,7 @@ def reproduce(options: SampleOptions) -> bool:
     folder = make_folder(options.out)
     pipe = open_pipeline(options, dtype=metadata.details["dtype"])
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
-    (image,), _ = generate(pipe, [settings])
+    (image,), _ = _generate(pipe, [settings], options, folder)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     _save(folder / f"{file.stem}-again", image, settings, pipe, kind)
     if before.shape != image.shape:

@@ -38,7 +38,8 @@ def help_text(*, everything: bool = False) -> str:
 def _entries(fields: Iterable[Field], *, short: bool) -> list[str]:
     lines = []
     for f in fields:
-        heads = [f"  {f.flag} {f.metavar}".rstrip()]
+        alias = f"{f.doc.alias}, " if f.doc.alias else ""
+        heads = [f"  {alias}{f.flag} {f.metavar}".rstrip()]
         if dataclasses.is_dataclass(f.kind):
             heads = [f"  {f.flag}.{sub.name}" for sub in dataclasses.fields(f.kind)]
         text = textwrap.wrap(f.doc.summary if short else f.doc.text, WIDTH - _INDENT)

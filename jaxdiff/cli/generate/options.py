@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 from etils import epath
 
+from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.fields import Doc, Field, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
 from jaxdiff.errors import UserError
@@ -129,6 +130,25 @@ class SampleOptions:
             metavar="MODEL",
         ),
     ] = None
+    quiet: Annotated[
+        bool,
+        Doc(
+            "Print results and errors only: no progress, times or warnings.",
+            PROMPTS,
+            common=True,
+            alias="-q",
+        ),
+    ] = False
+    verbose: Annotated[
+        bool,
+        Doc(
+            "Also log what JAX compiles. Without a terminal, the progress of --prompts is logged, "
+            "too.",
+            PROMPTS,
+            common=True,
+            alias="-v",
+        ),
+    ] = False
     hosts: Annotated[
         Hosts, Doc("Processes that share the rows of --prompts; see docs/launch.md.", HOSTS)
     ] = dataclasses.field(default_factory=Hosts)
@@ -154,7 +174,9 @@ def flags_class(settings: type = GenerationSettings) -> type:
     hints = fields_of(SampleOptions)
     for f in dataclasses.fields(SampleOptions):
         if f.name in hints:
-            kind = Annotated[f.type, tyro.conf.arg(help=hints[f.name].doc.text)]  # type: ignore[valid-type]
+            doc = hints[f.name].doc
+            aliases = (doc.alias,) if doc.alias else None
+            kind = Annotated[f.type, tyro.conf.arg(help=doc.text, aliases=aliases)]  # type: ignore[valid-type]
             default = dataclasses.field(default=f.default, default_factory=f.default_factory)  # type: ignore[call-overload]
             own.append((f.name, kind, default))
     for f in setting_flags(settings):
@@ -193,10 +215,11 @@ def from_flags(
 
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
-_ANY_IMAGE |= {"lora", "embedding"}
+_ANY_IMAGE |= {"lora", "embedding", "quiet", "verbose"}
 """Options that --again accepts, since an image's file does not contain them."""
 
 CONFLICTS = (
+    ("quiet", "verbose"),
     ("strip", "prompts"),
     ("strip", "variation"),
     ("interpolate", "prompts"),
@@ -241,11 +264,12 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
     Raises:
       UserError: it cannot be read, or the files are for another model.
     """
-    pipe = load(options.model, dtype=options.dtype or dtype)
-    for file, scale in map(file_and_scale, options.lora):
-        pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
-    for file in options.embedding:
-        pipe = textual_inversion.apply_embedding(pipe, file)
+    with show_progress(f"Loading {options.model}", quiet=options.quiet):
+        pipe = load(options.model, dtype=options.dtype or dtype)
+        for file, scale in map(file_and_scale, options.lora):
+            pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
+        for file in options.embedding:
+            pipe = textual_inversion.apply_embedding(pipe, file)
     return pipe
 
 

@@ -201,7 +201,7 @@ def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_
         {"prompt": PEA, "name": "Twin"},
         {"prompt": TOMATO},
     ]
-    assert sample("--prompts", prompts(*rows)) == 1
+    assert sample("--prompts", prompts(*rows), "--verbose") == 1
     errors = capsys.readouterr().err
     for line, reason in {
         2: "it is not JSON",

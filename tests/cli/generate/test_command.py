@@ -11,6 +11,7 @@ from jaxdiff.cli.parsing import _flags
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.pipeline import load
+from jaxdiff.pipelines.program import compiled_sampler
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -216,7 +217,39 @@ def test_the_help_fits_one_screen_and_the_long_help_has_every_flag(capsys):
     assert cli.main(["sample", PEA, "--help-all"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    shown = set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
+    shown = set(re.findall(r"^  (?:-[a-z], )?(--[a-z-]+)", text, re.MULTILINE))
     assert shown == {flag.split(".")[0] for flag in _flags(SampleFlags)} | {"--hosts"}
     headings = [line for line in text.splitlines() if line.endswith(":")]
     assert headings == [f"{group}:" for group in GROUPS]
+
+
+def test_quiet_prints_paths_alone(sample, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert sample("a red snow globe", PEA, "-q") == 0
+    names = ("0000-a-red-snow-globe.png", "0001-a-small-red-pea.png", "grid.png")
+    assert capfd.readouterr() == ("".join(f"{out / name}\n" for name in names), "")
+    rows = tmp_path / "rows.txt"
+    rows.write_text(f"a red snow globe\n{PEA}\n")
+    assert sample("--prompts", rows, "--quiet") == 0
+    assert capfd.readouterr() == (f"{out / 'manifest.jsonl'}\n", "")
+
+
+def test_verbose_logs_what_is_compiled(sample, capfd, caplog):
+    compiled_sampler.cache_clear()
+    assert sample(PEA, "-v") == 0
+    assert any("Finished XLA compilation" in line for line in caplog.messages)
+    caplog.clear()
+    compiled_sampler.cache_clear()
+    assert sample(PEA) == 0
+    assert caplog.messages == []
+    assert capfd.readouterr().err == ""
+    assert sample(PEA, "-q", "-v") == 2
+    assert "--quiet and --verbose exclude each other" in capfd.readouterr().err
+
+
+def test_more_images_than_the_devices_take_at_once_are_those_of_one_call(sample, model, tmp_path):
+    assert sample(PEA, "--num-images", "5", "--seed", "3") == 0
+    images = load(model)([PEA] * 5, seeds=range(3, 8))
+    for i, image in enumerate(images):
+        path = tmp_path / "out" / f"000{i}-a-small-red-pea.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
