@@ -57,7 +57,7 @@ def test_the_version_is_that_of_the_metadata(capsys):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"], ["sampel"]])
-def test_what_needs_no_model_starts_without_jax(words):
+def test_commands_without_a_model_start_without_jax(words):
     code = (
         "import sys; from jaxdiff.cli.main import main; main(sys.argv[1:]); "
         "print(*sys.modules, file=sys.stderr)"
