@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 class PeakMemory(NamedTuple):
@@ -48,11 +47,6 @@ def time_in_turns(
             if turn >= warmup:
                 seconds[name].append(clock() - start)
     return seconds
-
-
-def p90(seconds: list[float]) -> float:
-    """Return the 90th percentile."""
-    return float(np.percentile(seconds, 90))
 
 
 def standard_error(seconds: list[float]) -> float:

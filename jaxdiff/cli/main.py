@@ -91,7 +91,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "All commands take --plugin MODULE, a Python module that defines types of your models.",
+            "All commands take --plugin MODULE, a Python module with types of your models.",
             "jaxdiff COMMAND --help lists a command's options, jaxdiff --version the version.",
         ]
     )

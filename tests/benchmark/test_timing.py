@@ -1,6 +1,6 @@
 import pytest
 
-from jaxdiff.benchmark.timing import median, p90, peak_memory, standard_error, time_in_turns
+from jaxdiff.benchmark.timing import median, peak_memory, standard_error, time_in_turns
 
 
 def test_contenders_take_turns_and_the_warm_up_does_not_count():
@@ -16,10 +16,6 @@ def test_one_slow_call_changes_neither_the_median_nor_its_error():
     assert median([*steady, 100.0]) == pytest.approx(median(steady), abs=0.05)
     assert standard_error([*steady, 100.0]) < 0.1
     assert standard_error([2.0] * 4) == 0
-
-
-def test_p90_is_the_90th_percentile():
-    assert p90([float(i) for i in range(11)]) == pytest.approx(9)
 
 
 def test_peak_memory_states_what_it_measures():

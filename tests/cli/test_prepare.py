@@ -94,14 +94,14 @@ def test_prepare_names_and_leaves_out_what_training_could_not_use(images, tmp_pa
     assert ArrayRecord(path=str(tmp_path / "out"))[0]["name"].endswith("good.png")
 
 
-def test_prepare_refuses_data_of_which_nothing_can_be_used(images, tmp_path, refused):
+def test_prepare_refuses_data_without_usable_records(images, tmp_path, refused):
     recipe = images(a=(b"no", "x"), b=(b"no", "x"))
-    assert "None of the 2 records can be used" in refused("prepare", recipe, str(tmp_path / "out"))
+    assert "None of the 2 records is usable" in refused("prepare", recipe, str(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_prepare_shows_how_far_it_is(recipe, tmp_path, capsys, monkeypatch, terminal):
+def test_prepare_shows_its_progress(recipe, tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setattr(preparation, "Console", lambda **to: Console(force_terminal=terminal, **to))
     assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
     text = capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_rejects_are_in_the_manifest_with_their_reasons(images, tmp_path):
     assert "b.png: the image cannot be decoded" in reject
 
 
-def test_a_path_is_read_by_what_lies_there(tmp_path, capsys):
+def test_the_source_of_a_path_depends_on_its_files(tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.png").write_bytes(_png())

@@ -87,7 +87,7 @@ def test_a_path_elsewhere_means_no_shipped_recipe(tmp_path):
         find_recipe(tmp_path / "produce.py")
 
 
-def test_recipes_load_each_other_from_wherever_they_are(tmp_path):
+def test_recipes_load_others_of_their_folder(tmp_path):
     for path in RECIPES.glob("*.py"):
         shutil.copy(path, tmp_path)
     assert load_recipe(tmp_path / "produce_long.py") == load_recipe("produce_long")

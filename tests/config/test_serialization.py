@@ -47,7 +47,7 @@ def _set(data, path, value):
         ("evaluators", [3], r"evaluators\[0\] is 3: expected SampleGrid or"),
     ],
 )
-def test_what_does_not_belong_in_a_recipe_is_refused(data, path, value, message):
+def test_unexpected_values_of_a_recipe_are_refused(data, path, value, message):
     _set(data, path, value)
     with pytest.raises(UserError, match=message):
         config_from_json(data)

@@ -80,7 +80,7 @@ def _assert_equal(batches, expected):
         assert (batch["skipped"], batch["bad"]) == (other["skipped"], other["bad"])
 
 
-def test_a_batch_holds_what_was_promised(source, tokenizer):
+def test_a_batch_has_the_documented_arrays(source, tokenizer):
     (batch,) = _take(_dataset(source, tokenizer), 1)
     assert (batch["image"].shape, batch["image"].dtype) == ((4, 8, 8, 3), np.uint8)
     assert (batch["text"].shape, batch["text"].dtype) == ((4, 8), np.int32)
@@ -160,7 +160,7 @@ def test_captions_vary_between_epochs_and_are_dropped_at_their_fraction(source, 
     assert len({tokens for index, tokens in stream if index == 5}) == 3
 
 
-def test_the_next_of_the_batch_takes_the_place_of_a_bad_record_which_is_named(damaged, tokenizer):
+def test_the_next_record_of_the_batch_replaces_a_bad_one_which_is_named(damaged, tokenizer):
     batches = _take(_dataset(damaged, tokenizer, shuffle=False), 4)
     order = [batch["image"][:, 0, 0, 0].tolist() for batch in batches]
     # Numbers 3, 4 and 9 are bad; the first is followed by the batch's own beginning.

@@ -139,7 +139,7 @@ def test_grey_palette_deep_and_transparent_images_become_rgb():
     assert (_image(transforms, _encode(clear)) == 255).all()
 
 
-def test_photographs_are_turned_as_their_camera_says():
+def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     turned = _image(Transforms(size=8), _encode(_ramp(8, 8), exif=exif.tobytes()))
@@ -185,7 +185,7 @@ def test_invalid_settings_are_refused():
 
 
 @pytest.mark.parametrize(("stored", "shape"), [((30, 60), (8, 16)), ((60, 30), (16, 8))])
-def test_a_shape_like_the_image_s_cuts_nothing_off(stored, shape):
+def test_a_shape_of_equal_aspect_ratio_crops_nothing(stored, shape):
     transforms = Transforms(size=16, buckets=Buckets(step=8))
     made = transforms(_record(_encode(_ramp(*stored))), np.random.default_rng(0), shape)
     assert made.image.shape == (*shape, 3)

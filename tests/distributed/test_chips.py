@@ -58,7 +58,7 @@ def test_an_unknown_chip_is_an_error():
         ("Tesla T4", None),
     ],
 )
-def test_the_peak_of_an_accelerator_is_its_makers_figure(kind, peak):
+def test_the_peak_of_an_accelerator_is_that_of_its_data_sheet(kind, peak):
     assert peak_flops(SimpleNamespace(platform="other", device_kind=kind)) == peak
 
 

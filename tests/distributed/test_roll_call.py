@@ -1,4 +1,4 @@
-"""The roll call: processes that agree go on, all others end with the same error."""
+"""The roll call: processes that agree continue, all others end with the same error."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Layouts follow from the names of axes, and a step is the same on any mesh."""
+"""Specs follow from the names of axes, and a step gives the same result on any mesh."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), norm_num_groups=8)
         (("embed", "embed"), (91, 93), (None, None)),
     ],
 )
-def test_a_layout_follows_from_names_and_sizes(axes, shape, spec):
+def test_a_spec_follows_from_names_and_sizes(axes, shape, spec):
     assert partition_spec(axes, shape, make_mesh(TENSOR)) == PartitionSpec(*spec)
 
 

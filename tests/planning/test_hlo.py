@@ -1,4 +1,4 @@
-"""What a compiled program moves and exchanges, loops counted as often as they run."""
+"""Traffic and collectives of a compiled program, with loop bodies multiplied by their trips."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
     assert program.exchanges() == [Exchange("all-reduce", 4, 5, payload, payload * 2 * 3 / 4)]
 
 
-def test_what_a_tpu_does_at_the_same_time_counts_once():
+def test_overlapped_collectives_of_a_tpu_count_once():
     gathered, summed = 3 * 128 * 2.0, 3 * 64 * 8 * 2.0
     assert read_program(TPU).exchanges() == [
         Exchange("reduce-scatter", 4, 3, summed, summed * 3 / 4),
@@ -91,7 +91,7 @@ def test_what_a_tpu_does_at_the_same_time_counts_once():
     ]
 
 
-def test_what_is_in_fast_memory_is_no_traffic():
+def test_arrays_in_fast_memory_are_not_traffic():
     outside = 64 + 256, 64, 64 * 8 * 2 + 16 * 8 * 2  # of the three fusions
     assert read_program(TPU).traffic() == 3 * sum(outside)
 

@@ -1,4 +1,4 @@
-"""The plan of a run: figures of the very step that trains, for devices of this machine."""
+"""The plan of a run: figures of its training step, for devices of this machine."""
 
 import dataclasses
 import json
@@ -114,9 +114,7 @@ def test_a_plan_that_is_too_large_does_not_fit(plan):
         "temporaries (17.50G) exceeds available HBM (15.75G).",
     ],
 )
-def test_a_program_that_the_compiler_finds_no_memory_for_is_still_planned(
-    error, config, monkeypatch
-):
+def test_a_program_that_exceeds_the_memory_is_still_planned(error, config, monkeypatch):
     def compile_(*_):
         raise jax.errors.JaxRuntimeError(error)
 
@@ -148,7 +146,7 @@ def test_flops_agree_with_those_that_xla_counts_of_the_whole_step(tiny_recipe, m
     assert task.flops_per_image(32) * 8 == pytest.approx(xla, rel=0.05)
 
 
-def test_a_second_forward_pass_is_counted_where_blocks_keep_their_input_alone(tiny_recipe):
+def test_full_remat_counts_a_second_forward_pass(tiny_recipe):
     task = tiny_recipe().task
     full = with_denoiser(task, remat="full")
     assert task.recomputed_flops(32) == 0

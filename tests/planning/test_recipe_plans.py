@@ -1,6 +1,6 @@
-"""Every recipe for slices is planned for them: small ones here, as they are where there is libtpu.
+"""Recipes for slices compile there: reduced ones here, full ones with libtpu.
 
-The latter take minutes each: JAXDIFF_NIGHTLY=1 turns them on.
+The latter take minutes each: JAXDIFF_NIGHTLY=1 enables them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Looking for a mesh: what is tried, and how it is ranked."""
+"""The search for a mesh: its candidates and their ranking."""
 
 import dataclasses
 from dataclasses import dataclass

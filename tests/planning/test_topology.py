@@ -15,7 +15,7 @@ def test_simulated_devices_are_those_of_this_machine():
     assert topology.chip is None
 
 
-def test_what_is_here_can_be_planned_for():
+def test_local_devices_can_be_planned_for():
     assert list(find_topology("local").devices) == jax.devices()
 
 
@@ -53,7 +53,7 @@ def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
         ("h100:8", 8, "NVIDIA H100", "v5p:2x2x2"),
     ],
 )
-def test_slices_are_there_without_their_chips(name, count, chip, stands_in):
+def test_slices_need_no_chips(name, count, chip, stands_in):
     pytest.importorskip("libtpu")
     topology = find_topology(name)
     assert len(topology.devices) == count
@@ -62,7 +62,7 @@ def test_slices_are_there_without_their_chips(name, count, chip, stands_in):
     assert topology.proxy_topology == stands_in
 
 
-def test_a_slice_of_a_shape_that_there_is_not_is_refused():
+def test_a_slice_of_an_unknown_shape_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(UserError, match=r"There is no slice v5e:3x3 .*powers of two"):
         find_topology("v5e:3x3")

@@ -1,4 +1,4 @@
-"""What is restored is what was saved, bit for bit; damage is reported, and never used."""
+"""A restored state equals the saved one bit for bit; damaged checkpoints are reported, not used."""
 
 import contextlib
 import errno
@@ -67,7 +67,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def test_all_of_a_state_comes_back(tmp_path):
+def test_a_state_round_trips(tmp_path):
     saved = make_state(20)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(saved)
@@ -185,7 +185,7 @@ def test_damage_to_any_file_is_found(tmp_path):
     assert checkpoint_folder.latest_valid_step(folder, lambda _: None) == 1
 
 
-def test_if_all_are_damaged_no_run_starts_again(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(tmp_path):
     save_steps(tmp_path, 10, 20)
     truncate(largest_file(tmp_path / "10"))
     (tmp_path / "20" / "SHA256SUMS").unlink()
@@ -193,7 +193,7 @@ def test_if_all_are_damaged_no_run_starts_again(tmp_path):
         restore(tmp_path)
 
 
-def test_a_damaged_step_is_saved_again_when_it_comes_round(tmp_path):
+def test_a_damaged_step_is_saved_again(tmp_path):
     save_steps(tmp_path, 10, 20)
     truncate(largest_file(tmp_path / "20"))
     with Checkpoints(tmp_path, keep=1, report=lambda _: None) as checkpoints:
@@ -217,7 +217,7 @@ def test_a_step_is_not_written_twice(tmp_path):
     assert largest_file(tmp_path / "5").stat().st_mtime_ns == written
 
 
-def test_what_killed_saves_left_counts_for_nothing_and_goes(tmp_path):
+def test_leftovers_of_killed_saves_are_ignored_and_removed(tmp_path):
     save_steps(tmp_path, 10)
     leftovers = ["20.saving", "20.saving.orbax-checkpoint-tmp", "5.old"]
     for name in leftovers:

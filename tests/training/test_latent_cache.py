@@ -264,7 +264,7 @@ def test_the_same_preparation_ends_in_the_same_bytes_after_a_loss(config, cached
     assert {path.name: path.read_bytes() for path in (folder / "cached").iterdir()} == there
 
 
-def test_views_are_crops_of_which_every_second_is_mirrored(config, folder, tokenizer):
+def test_every_second_view_is_mirrored(config, folder, tokenizer):
     images = folder / "wide"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def test_latents_of_another_autoencoder_or_data_or_crop_are_refused(
         _batches(dataclasses.replace(cached, data=flipped), tokenizer, 1)
 
 
-def test_tasks_that_have_no_use_for_latents_refuse_them(cached, tiny_recipe):
+def test_tasks_without_latents_refuse_them(cached, tiny_recipe):
     pixels = dataclasses.replace(tiny_recipe(), data=cached.data)
     with pytest.raises(UserError, match="trains on images"):
         check_cache(pixels)
@@ -367,7 +367,7 @@ def test_a_run_caches_its_own_latents_and_goes_on_from_them(config, cached, fold
     assert shapes[0] == shapes[1]
 
 
-def test_what_cannot_be_cached_is_refused_before_an_earlier_run_is_removed(
+def test_uncachable_recipes_are_refused_before_an_earlier_run_is_removed(
     config, cached, conditioned, tiny_recipe, folder
 ):
     def refused(recipe, cache):

@@ -206,7 +206,7 @@ def faked(monkeypatch):
     return events
 
 
-def test_a_step_is_on_its_way_before_the_metrics_of_the_one_before_are_read(
+def test_a_step_is_dispatched_before_the_metrics_of_the_previous_one_are_read(
     faked, tmp_path, tiny_recipe
 ):
     train(tiny_recipe(steps=4), tmp_path, log=quiet)
@@ -422,7 +422,7 @@ def test_frozen_parts_are_split_and_of_the_type_that_steps_compute_in(
         ({"accumulate": 3}, r"3 micro-batches.* multiple of 24"),
     ],
 )
-def test_what_does_not_fit_the_devices_is_refused_before_anything_is_written(
+def test_batches_that_do_not_fit_the_devices_are_refused_before_any_write(
     changes, message, tmp_path, tiny_recipe
 ):
     mesh = changes.pop("mesh", MeshConfig())

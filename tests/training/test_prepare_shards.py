@@ -42,7 +42,7 @@ def test_shards_follow_the_source_and_the_manifest_lists_them(tmp_path):
     assert set(_files(tmp_path)) == {"manifest.json", *(s["file"] for s in stated["shards"])}
 
 
-def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch):
+def test_missing_shards_are_written_again_with_the_same_bytes(tmp_path, monkeypatch):
     _write(tmp_path)
     whole = _files(tmp_path)
     lost, cut = sorted(tmp_path.glob("*.array_record"))[1:3]
@@ -57,7 +57,7 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(tmp_path, monkeypatch
     assert _files(tmp_path) == whole
 
 
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(recipe_of, tmp_path):
+def test_a_killed_preparation_resumes_and_writes_the_same_bytes(recipe_of, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     recipe = recipe_of("Produce(size=32, length=600)")
     words = [sys.executable, "-m", "jaxdiff.cli.main", "prepare", recipe, str(out)]

@@ -96,7 +96,7 @@ def test_every_dataclass_of_a_recipe_survives_json(cls):
     assert to_json(again) == to_json(value)
 
 
-def test_a_recipe_reaches_what_it_can_be_made_of():
+def test_a_recipe_contains_every_type_that_it_may_have():
     """So the tests over DATACLASSES are not empty."""
     names = {cls.__name__ for cls in DATACLASSES}
     assert {"ImageFolder", "TFDS", "Shifted", "Heun", "MinSNR", "NoiseCurriculum"} <= names

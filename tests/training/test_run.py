@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: a summary, the evaluators' figures, and images."""
+"""Outputs of a run beside its checkpoints: a summary, evaluation figures, and images."""
 
 import dataclasses
 import errno
@@ -169,7 +169,7 @@ def test_a_longer_run_is_evaluated_again(trained, recipe, tmp_path):
     assert summary(tmp_path)["fingerprint"] == "another"
 
 
-def test_what_an_evaluator_cannot_read_is_refused_before_the_training(trained, recipe, tmp_path):
+def test_evaluators_refuse_unsupported_models_before_training(trained, recipe, tmp_path):
     photos = dataclasses.replace(recipe.data, source=ImageFolder(path="photos"))
     for changes, message in (
         ({"data": photos}, "cannot read ImageFolder"),

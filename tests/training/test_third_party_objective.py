@@ -1,4 +1,4 @@
-"""An objective that this package does not know: two times, a teacher, the average, a state."""
+"""A user's objective with two times, a teacher, the EMA and a state."""
 
 import dataclasses
 import json

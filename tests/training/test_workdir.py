@@ -1,4 +1,4 @@
-"""What may go on in a run's folder, and what is refused."""
+"""Recipes that may resume in a run's folder, and those that are refused."""
 
 import dataclasses
 import json
@@ -131,7 +131,7 @@ FALLING = CosineLR(warmup_steps=10)
         (FALLING, 50, 100, True),
     ],
 )
-def test_a_run_may_get_another_length_while_its_learning_rates_stay_those_it_had(
+def test_the_length_may_change_while_past_learning_rates_stay_equal(
     open_in, tmp_path, tiny_recipe, schedule, step, steps, accepted
 ):
     def recipe(steps):
@@ -158,14 +158,14 @@ def test_without_a_checkpoint_any_length_will_do(open_in, tmp_path, tiny_recipe)
     assert read_config(tmp_path) == longer
 
 
-def test_what_never_took_a_step_may_start_as_another_recipe(open_in, tmp_path, tiny_recipe):
+def test_a_run_without_a_step_may_be_replaced_by_another_recipe(open_in, tmp_path, tiny_recipe):
     open_in(tiny_recipe())
     other = tiny_recipe(batch_size=4)
     open_in(other)
     assert read_config(tmp_path) == other
 
 
-def test_a_folder_that_is_no_place_for_a_run_is_refused(open_in, tmp_path, tiny_recipe):
+def test_an_unusable_folder_for_a_run_is_refused(open_in, tmp_path, tiny_recipe):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds an exported model"):
         open_in(tiny_recipe())

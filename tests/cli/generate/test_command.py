@@ -41,7 +41,7 @@ def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, cap
     assert all(str(out / name) in printed for name in names)
 
 
-def test_the_text_chunks_say_how_an_image_was_made(sample, model, tmp_path):
+def test_the_text_chunks_state_the_settings_of_an_image(sample, model, tmp_path):
     words = ("--num-steps", "2", "--guidance-scale", "1.5", "--negative-prompt", "red")
     assert sample(PEA, "--seed", "4", "--num-images", "2", *words) == 0
     texts = [read_image_text(p) for p in sorted((tmp_path / "out").glob("0*.png"))]

@@ -25,7 +25,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_line_is_there_as_soon_as_its_file_and_says_its_hash(folder):
+def test_a_line_follows_its_file_and_states_its_hash(folder):
     assert [line["row"] for line in lines(folder)] == [2, 0, 1]
     assert (folder / "0002.png").read_bytes() == b"pixels 2"
     assert lines(folder)[0]["seconds"] == 0.5
@@ -33,7 +33,7 @@ def test_a_line_is_there_as_soon_as_its_file_and_says_its_hash(folder):
     assert lines(folder)[0]["sha256"] == digest
 
 
-def test_what_is_there_is_known_at_the_next_start(folder):
+def test_existing_images_are_known_at_the_next_start(folder):
     manifest = Manifest(folder, "a.jsonl", [record(i) for i in range(4)])
     assert [manifest.has(f"{i:04d}.png") for i in range(4)] == [True, True, True, False]
     manifest.close()

@@ -67,7 +67,7 @@ def test_lines_are_prompts_and_blank_ones_are_no_rows(tmp_path):
     assert not bad
 
 
-def test_what_is_null_or_an_empty_cell_is_left_out(tmp_path):
+def test_null_and_empty_cells_are_left_out(tmp_path):
     (row,), _ = read_prompts(write(tmp_path, "a.jsonl", {"prompt": "x", "seed": None}))
     assert row.settings.seed is None
     (row,), _ = read_prompts(write(tmp_path, "a.csv", "seed,prompt,size", ",x"))
@@ -86,9 +86,9 @@ def test_a_cell_with_line_breaks_does_not_shift_the_reported_lines(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{'prompt': 1}", "no JSON"),
-        ('{"prompt": "cut', "no JSON"),
-        ("[" * 20_000, "no JSON"),
+        ("{'prompt': 1}", "not JSON"),
+        ('{"prompt": "cut', "not JSON"),
+        ("[" * 20_000, "not JSON"),
         ("[1]", "expected an object"),
         ({}, "prompt is missing"),
         ({"prompt": None}, "prompt is missing"),

@@ -88,7 +88,7 @@ def compiled(task: DiffusionTask):
     return at
 
 
-def test_training_starts_at_a_tenth_of_the_noise_and_the_state_says_so(task, tiny_recipe):
+def test_training_starts_at_a_tenth_of_the_noise_as_the_state_states(task, tiny_recipe):
     curriculum, _ = task.init_state()
     assert float(task.curriculum.max_t(curriculum)) == pytest.approx(0.1)
     in_the_run = abstract_state(tiny_recipe()).task_state
