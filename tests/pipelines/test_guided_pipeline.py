@@ -77,9 +77,9 @@ def test_at_neutral_values_every_bit_is_left_beside_others_that_change(
 
 def test_only_prompts_may_be_composed(pipeline):
     composed = '"red":1 "pea":1'
-    with pytest.raises(UserError, match="Only prompts themselves"):
+    with pytest.raises(UserError, match="second prompt of a mixture cannot be composed"):
         pipeline(PLAIN, negative_prompt=[composed], **SETTINGS)
-    with pytest.raises(UserError, match="Only prompts themselves"):
+    with pytest.raises(UserError, match="second prompt of a mixture cannot be composed"):
         pipeline([Mix(a=PEA, b=composed)] * 3, **SETTINGS)
 
 

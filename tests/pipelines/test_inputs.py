@@ -63,7 +63,7 @@ def test_strength_is_the_fraction_of_steps_that_are_taken():
     assert [first_step(s, 10) for s in (1.0, 0.7, 0.3, 0.05, 0.0)] == [0, 3, 7, 9, 9]
     assert first_step(0.29, 100) == 71
     for strength in (-0.1, 1.1):
-        with pytest.raises(UserError, match="expected from 0"):
+        with pytest.raises(UserError, match="expected a number from 0"):
             first_step(strength, 10)
 
 
@@ -128,5 +128,5 @@ def test_what_is_no_ratio_is_refused(ratio):
 
 
 def test_a_ratio_too_far_from_square_is_refused():
-    with pytest.raises(UserError, match="a side shorter than 16"):
+    with pytest.raises(UserError, match="a side below 16"):
         size_of_ratio("40:1", 64**2, 16)

@@ -101,7 +101,7 @@ def test_weights_go_by_token_and_parts_are_padded(tokenizer):
     assert [tokenizer.backend.id_to_token(i) for i in text.ids["text"][heavy]] == ["red</w>"]
     np.testing.assert_array_equal(further.weights["text"][1, 0].max(), 3)
     np.testing.assert_array_equal(text.empty["text"], tokenizer([""] * n))
-    with pytest.raises(UserError, match="Only prompts themselves"):
+    with pytest.raises(UserError, match="second prompt of a mixture cannot be composed"):
         tokenize(conditioner, tokenizers, prompts)
 
 

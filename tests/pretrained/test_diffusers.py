@@ -255,7 +255,8 @@ def encoded(bundle, prompt) -> np.ndarray:
 def predicted(bundle) -> np.ndarray:
     """Return the denoiser's output for noise and a prompt."""
     spec = bundle.spec
-    inputs = spec.conditioner.tokenize(bundle.tokenizers, ["a red pea"])
+    tokens = spec.conditioner.tokenize(bundle.tokenizers, ["a red pea"])
+    inputs = jax.tree.map(jnp.asarray, tokens)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 4)), jnp.float32)
 
     @jax.jit

@@ -77,7 +77,7 @@ def test_what_is_written_is_read_again(spec, tmp_path):
         ({"clip_l": ONE, "clip_g": TWO}, SD, "holds clip_g, clip_l|holds clip_l, clip_g"),
         ({"<pea>": ONE}, XL, "expected clip_l and clip_g"),
         ({"clip_l": ONE, "clip_g": TWO[:1]}, XL, "different numbers"),
-        ({"<pea>": ONE[None]}, SD, "one or several vectors"),
+        ({"<pea>": ONE[None]}, SD, "expected \\[n, d\\]"),
         ({}, SD, "holds nothing"),
     ],
 )

@@ -179,7 +179,7 @@ def test_a_run_that_learnt_a_word_states_it(small_bundle, tmp_path):
 def test_folders_of_the_first_version_are_refused(config, folder):
     (folder / "config.json").write_text(json.dumps(config))
     for read in (load_bundle, read_spec):
-        with pytest.raises(UserError, match=r"written by jaxdiff 0\.1.*again with this version"):
+        with pytest.raises(UserError, match=r"written by jaxdiff 0\.1: .* export it again"):
             read(folder)
 
 
