@@ -1,7 +1,7 @@
 """Check a user's arguments, and convert them to the program's arrays."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
+from jaxdiff.config.fields import LARGEST_FLOAT
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pipelines.batching import Callback
+from jaxdiff.pipelines.batching import Callback, Preview
 from jaxdiff.pipelines.program import SampleInputs
 from jaxdiff.pipelines.prompt_weights import tokenize
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -96,6 +97,19 @@ class SampleRequest:
             raise UserError(
                 f"output is {self.output!r}: expected {', '.join(map(repr, get_args(Output)))}."
             )
+        for name, kind in (("init", InitImage), ("sampler", Sampler), ("guidance", Guidance)):
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise UserError(
+                    f"{name} is a {type(value).__name__}: expected jaxdiff.{kind.__name__}(...)."
+                )
+        size = self.batch_size
+        if size is not None and not (_is_integer(size) and size >= 1):
+            raise UserError(f"batch_size is {size!r}: expected an integer, at least 1.")
+        if self.callback is not None and not isinstance(self.callback, Preview | Callable):
+            raise UserError(f"callback is {self.callback!r}: expected a function (step, images).")
+        # Once, as an iterator can be read.
+        object.__setattr__(self, "prompts", prompt_list(self.prompts))
 
     def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
         """Return the settings; those that are None inherit the model's."""
@@ -147,6 +161,10 @@ def _as_list(name: str, values: Any) -> list[Any]:
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is {value!r}: expected text that UTF-8 can encode.") from error
 
 
 def one_each(name: str, values: Any, n: int) -> list[Any]:
@@ -175,7 +193,8 @@ def float_array(name: str, values: Any, n: int) -> Float32[np.ndarray, " n"]:
     found = one_each(name, values, n)
     for value in found:
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not (is_number or getattr(value, "ndim", None) == 0) or not math.isfinite(value):
+        is_number = is_number or getattr(value, "ndim", None) == 0
+        if not is_number or not abs(value) <= LARGEST_FLOAT:
             raise UserError(f"{name} is {value!r}: expected a finite number.")
     return np.asarray(found, np.float32)
 
@@ -194,7 +213,7 @@ def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
     """
     values = list(values)
     for seed in values:
-        if not _is_integer(seed) or not 0 <= seed <= LARGEST_SEED:
+        if not _is_integer(seed) or not 0 <= int(seed) <= LARGEST_SEED:
             raise UserError(
                 f"seed {seed!r} is out of range: expected an integer from 0 to {LARGEST_SEED}."
             )
@@ -243,7 +262,10 @@ def check_masks(mask: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "n h w
     Raises:
       UserError: another size, or values out of range.
     """
-    masks = np.asarray(mask, np.float32)
+    masks = np.asarray(mask)
+    if masks.dtype.kind not in "biuf":
+        raise UserError(f"mask is {masks.dtype}: expected numbers from 0 to 1.")
+    masks = masks.astype(np.float32)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or masks.shape[1:] != shape[1:3]:
         raise UserError(f"mask is of shape {masks.shape}: expected that of the image, {shape[:3]}.")
@@ -287,6 +309,7 @@ def first_steps(init: InitImage | None, num_steps: Sequence[int]) -> list[int]:
         return [0] * n
     default = IMAGE_STRENGTH if init.mask is None else 1.0
     strengths = one_each("strength", default if init.strength is None else init.strength, n)
+    float_array("strength", strengths, n)  # raises for what is no number
     return [first_step(float(s), k) for s, k in zip(strengths, num_steps, strict=True)]
 
 
@@ -392,6 +415,8 @@ def _noise(latents: Any, n: int, shape: tuple[int, int, int]) -> np.ndarray | No
         raise UserError(
             f"latents are of shape {noise.shape}: expected {(n, *shape)} for {n} prompts."
         )
+    if not np.isfinite(noise).all():
+        raise UserError("latents have values that are not finite: expected noise of variance 1.")
     return noise
 
 

@@ -299,8 +299,6 @@ class Pipeline:
         batch_size = request.batch_size
         if batch_size is None:
             batch_size = default_batch_size(*size)
-        elif batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: expected at least 1.")
         shape = spec.latent_shape(size[1], size[0])
         inputs = sample_inputs(
             request, spec, self.tokenizers, sampler.guidance_scale, images, shape

@@ -95,6 +95,11 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
     Raises:
       UserError: there is none, or it cannot be read.
     """
+    return config_from_json(_recipe_json(folder, types), types)
+
+
+def _recipe_json(folder: epath.PathLike, types: tuple[type, ...] = ()) -> dict[str, Any]:
+    """Read a recipe, as `read_config`, but leave it JSON."""
     root = model_folder(folder)
     path = root / RECIPE if (root / RECIPE).exists() else root / CONFIG
     data = read_json(path) if path.exists() else None
@@ -103,8 +108,8 @@ def read_config(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config:
             f"{folder} holds no recipe: expected the folder of a run, or of a model that was "
             f"exported with its {RECIPE}; check the path."
         )
-    read_run_spec(root, data, types)  # raises for files of another version
-    return config_from_json(data, types)
+    read_run_spec(root, data, types)  # refuses what another version wrote
+    return data
 
 
 def find_recipe_of(folder: epath.PathLike, types: tuple[type, ...] = ()) -> Config | None:
@@ -127,7 +132,7 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
         raise UserError(f"{out} holds an exported model rather than a run: choose another --out.")
     # Another recipe may replace a run that ended before its first checkpoint.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
-    there = read_config(out, types_in(config)) if (out / CONFIG).exists() and not fresh else None
+    there = _read_own(out, config) if (out / CONFIG).exists() and not fresh else None
     if fresh or (there is not None and not begun and differences(config, there)):
         _remove_run(out)
     elif there is not None:
@@ -141,6 +146,12 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
     config.task.check_tokenizers(tokenizers)
     write_tokenizers(out, tokenizers)
     write_config(out, config)
+
+
+def _read_own(out: epath.Path, config: Config) -> Config:
+    """Read the recipe of the run in `out`, with the evaluators of `config`, which may differ."""
+    data = {**_recipe_json(out, types_in(config)), "evaluators": to_json(config.evaluators)}
+    return config_from_json(data, types_in(config))
 
 
 def _check_shared(out: epath.Path) -> None:

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,9 +13,11 @@ from jaxdiff.pipelines.inputs import (
     SampleRequest,
     UnknownWordWarning,
     check_size,
+    float_array,
     negative_list,
     prompt_list,
     seed_array,
+    step_counts,
 )
 from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.sampling.loop import noise_from_seeds
@@ -206,6 +209,8 @@ def test_a_preview_of_no_steps_is_refused():
         ({"seeds": [1, 2]}, "seeds"),
         ({"seeds": [-1]}, "-1"),
         ({"seeds": [2**32]}, str(2**32)),
+        ({"seeds": -1}, "seed -1 is out of range"),
+        ({"prompts": ["\ud800"]}, "expected text that UTF-8 can encode"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale"),
         ({"num_steps": 0}, "num_steps"),
         ({"num_steps": [1, 2]}, "num_steps"),
@@ -213,6 +218,7 @@ def test_a_preview_of_no_steps_is_refused():
         ({"size": (0, 32)}, "0x32"),
         ({"batch_size": 0}, "batch_size"),
         ({"latents": np.zeros((2, 32, 32, 3), np.float32)}, "latents"),
+        ({"latents": np.full((3, 32, 32, 3), np.nan, np.float32)}, "latents .* not finite"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pipeline, arguments, names):
@@ -234,6 +240,43 @@ def test_values_of_another_type_are_refused_in_one_sentence():
     for seed in (1.5, True, np.float32(2)):
         with pytest.raises(UserError, match="expected an integer"):
             seed_array.__wrapped__([seed])
+
+
+def test_arguments_of_another_type_are_refused_in_one_sentence():
+    def check(**arguments):
+        names = ("init", "sampler", "guidance", "batch_size", "callback")
+        request = SimpleNamespace(**{**dict.fromkeys(names), "output": "uint8", **arguments})
+        SampleRequest.__post_init__.__wrapped__(request)
+
+    for arguments, message in (
+        ({"init": np.zeros((32, 32, 3))}, r"init is a ndarray: expected jaxdiff.InitImage\("),
+        ({"sampler": "ddim"}, r"sampler is a str: expected jaxdiff.Sampler\("),
+        ({"guidance": 3.0}, r"guidance is a float: expected jaxdiff.Guidance\("),
+        ({"batch_size": 1.5}, "batch_size is 1.5: expected an integer"),
+        ({"callback": 3}, "callback is 3: expected a function"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(**arguments)
+    for scale in ("3", None, True, 1e300):
+        with pytest.raises(UserError, match="expected a finite number"):
+            float_array.__wrapped__("guidance_scale", [scale], 1)
+    for steps in ("3", 1.5, True):
+        with pytest.raises(UserError, match="expected an integer, 1 or more"):
+            step_counts.__wrapped__([steps], 1)
+
+
+def test_arguments_whose_meaning_is_plain_are_accepted(pipeline):
+    image = np.random.default_rng(0).random((32, 32, 3))
+    levels = np.rint(image * 255).astype(np.uint8)
+    np.testing.assert_array_equal(
+        pipeline(PEA, init=InitImage(image=image)), pipeline(PEA, init=InitImage(image=levels))
+    )
+    prompts = [PEA, TOMATO, PEA]
+    images = pipeline(prompts, negative_prompt="red", seeds=np.arange(3))
+    for negatives in (["red"], ["red"] * 3):
+        np.testing.assert_array_equal(images, pipeline(prompts, negative_prompt=negatives))
+    assert seed_array.__wrapped__(jnp.arange(3, dtype=jnp.uint32)).tolist() == [0, 1, 2]
+    assert pipeline("").shape == (1, 32, 32, 3)
 
 
 def test_other_sizes_and_outputs_are_refused(tiny_spec):

@@ -9,6 +9,7 @@ from etils import epath
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.optimizer import AdamW, ConstantLR, CosineLR, WarmupStableDecay
 from jaxdiff.training.workdir import _captions, open_run, read_config
@@ -148,6 +149,22 @@ def test_the_length_may_change_while_past_learning_rates_stay_equal(
     else:
         with pytest.raises(UserError, match=f"train.steps is {steps} here and 100 there"):
             open_in(recipe(steps))
+
+
+def test_a_run_whose_evaluator_is_gone_continues(open_in, tmp_path, tiny_recipe):
+    """Its type is known to nobody: evaluators may change freely."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Gone(Evaluator):
+        def evaluate(self, context):
+            return Report()
+
+    open_in(dataclasses.replace(tiny_recipe(), evaluators=(Gone(),)))
+    taken(tmp_path, 4)
+    with pytest.raises(UserError, match="is of type Gone"):
+        read_config(tmp_path)
+    assert open_in(tiny_recipe()) == []
+    assert read_config(tmp_path) == tiny_recipe()
 
 
 def test_without_a_checkpoint_any_length_will_do(open_in, tmp_path, tiny_recipe):
