@@ -75,8 +75,8 @@ def test_all_of_it_is_json_and_every_figure_has_an_origin(plan):
 
 def test_the_table_shows_the_origins(plan):
     table = plan_table(plan)
-    whose = list(table.columns[2].cells)
-    assert {"XLA's", "computed", "assumed", "measured"} <= set(whose)
+    origins = list(table.columns[2].cells)
+    assert {"XLA's", "computed", "assumed", "measured"} <= set(origins)
 
 
 def test_a_table_of_several_states_what_they_share_once(plan):
@@ -95,7 +95,7 @@ def test_a_quick_plan_is_of_the_same_step_and_has_no_traffic(plan, config):
     sent = [sum(e.sent for e in one.collectives) for one in (quick, plan)]
     assert sent[0] == pytest.approx(sent[1], rel=0.05)
     assert (plan.quick, quick.quick, quick.traffic, quick.memory_s) == (False, True, None, None)
-    assert "Quickly compiled" in plan_table(quick).caption
+    assert "Compiled with --quick" in plan_table(quick).caption
     assert plan_table(plan).caption is None
 
 
