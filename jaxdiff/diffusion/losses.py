@@ -63,7 +63,7 @@ class MinSNR:
 
     def __post_init__(self):
         if not self.gamma > 0:
-            raise UserError(f"MinSNR.gamma is {self.gamma}; give a positive number such as 5.")
+            raise UserError(f"MinSNR.gamma is {self.gamma}: expected a positive number, such as 5.")
 
     def __call__(
         self, log_snr: Float[Array, " b"], space: Prediction = "eps"

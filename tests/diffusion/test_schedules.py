@@ -133,5 +133,5 @@ def test_time_at_inverts_the_noise_to_data_ratio(schedule):
     ],
 )
 def test_impossible_settings_are_refused(make):
-    with pytest.raises(UserError, match="give"):
+    with pytest.raises(UserError, match="expected"):
         make()

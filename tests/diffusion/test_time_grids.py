@@ -146,5 +146,5 @@ def test_a_consistency_grid_is_that_of_diffusers():
     ],
 )
 def test_impossible_settings_are_refused(make):
-    with pytest.raises(UserError, match="give"):
+    with pytest.raises(UserError, match="expected"):
         make()

@@ -99,7 +99,7 @@ def test_images_that_wrap_differ_and_depend_on_their_seed_alone(pipeline, images
     np.testing.assert_array_equal(
         pipeline([PEA, TOMATO], seeds=[1, 2], sampler=off, **PLAIN), images
     )
-    with pytest.raises(UserError, match="tiles have edges that do not wrap"):
+    with pytest.raises(UserError, match="tiles do not wrap"):
         pipeline([PEA], sampler=Sampler(wrap=(True, False), vae_mode="tiling"))
 
 
