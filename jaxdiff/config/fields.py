@@ -108,7 +108,7 @@ class Text:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{name} is no UTF-8: save the file as UTF-8.") from error
+            raise UserError(f"{name} is not UTF-8: save the file as UTF-8.") from error
         if not self.empty and not value.strip():
             raise UserError(f"{name} is empty: expected a text.")
         return value

@@ -78,7 +78,9 @@ def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make):
     composed = pipe('"a pea":1 "red":-0.5', init=InitImage(image=image, mask=mask))
     assert composed.shape == (1, 16, 16, 3)
     for init in (None, InitImage(image=image)):
-        with pytest.raises(UserError, match="small is for inpainting: expected an image and"):
+        with pytest.raises(
+            UserError, match="small is for inpainting: expected init with an image and"
+        ):
             pipe(PEA, init=init)
     with pytest.raises(UserError, match="omit overlap"):
         pipe(PEA, init=InitImage(image=image, mask=mask), sampler=Sampler(overlap=0.5))

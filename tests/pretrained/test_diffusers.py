@@ -352,7 +352,7 @@ def test_a_word_is_learnt_saved_and_read(bundle, tmp_path):
 
 def test_a_word_of_another_width_is_refused(folder, tmp_path):
     write_embedding(tmp_path, Word("<pea>", {"text": np.ones((1, 6), np.float32)}))
-    with pytest.raises(UserError, match=r"of widths \[6\].*another model"):
+    with pytest.raises(UserError, match=r"of widths \[6\]: expected \[8\]"):
         textual_inversion.apply_embedding(jaxdiff.load(folder), tmp_path)
 
 
