@@ -33,17 +33,30 @@ def check_reachable(path: str) -> None:
         ) from error
 
 
-def read_bytes(path: epath.PathLike, wanted: str) -> bytes:
+def read_bytes(path: epath.PathLike, wanted: str, *, largest: int | None = None) -> bytes:
     """Read a file.
 
+    Args:
+      path: local or remote.
+      wanted: what the message asks for, such as "the path of an image".
+      largest: bytes that a file may have; None for any number.
+
     Raises:
-      UserError: it cannot be read; the message asks for `wanted`, such as "the path of an image".
+      UserError: it cannot be read, or is larger.
     """
     try:
-        return epath.Path(path).read_bytes()
+        with epath.Path(path).open("rb") as file:
+            data = file.read() if largest is None else file.read(largest + 1)
     except (OSError, ValueError) as error:  # ValueError: an impossible path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): give {wanted}.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): give {wanted}.") from error
+    if largest is not None and len(data) > largest:
+        raise UserError(f"{path} has more than {largest} bytes: give {wanted}.")
+    return data
+
+
+def reason(error: Exception) -> str:
+    """Return why the system refused a file, without its number and path."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:
