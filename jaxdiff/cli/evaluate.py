@@ -1,5 +1,6 @@
 """`jaxdiff evaluate`: run the evaluators of a recipe on a trained model."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
-from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.lock import output_folder
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
@@ -64,6 +66,12 @@ def evaluate_model(options: EvaluateOptions) -> None:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
+    is_shipped = options.run.startswith("shipped:")
+    with contextlib.nullcontext() if is_shipped else held_on_host0(output_folder(options.run)):
+        _evaluate(options, config)
+
+
+def _evaluate(options: EvaluateOptions, config: Config) -> None:
     evaluators = _evaluators(config, options.samples)
     spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:

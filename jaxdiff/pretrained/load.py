@@ -156,23 +156,6 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     return parts
 
 
-def make_folder(folder: epath.PathLike) -> epath.Path:
-    """Create a folder unless it exists.
-
-    Raises:
-      UserError: a file has its name, or its parent is not writable.
-    """
-    path = epath.Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{folder} cannot be made a folder ({reason}): choose another one to write into."
-        ) from error
-    return path
-
-
 def _config(root: epath.Path, folder: epath.PathLike) -> Any:
     if not (root / CONFIG).exists():
         raise UserError(

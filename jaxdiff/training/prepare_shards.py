@@ -28,7 +28,7 @@ from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import make_folder
+from jaxdiff.io.lock import output_folder
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
@@ -110,8 +110,9 @@ def write_records(
         "shards": count,
         "latents": cache and dataclasses.asdict(cache.space),
     }
-    folder = make_folder(out)
-    return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
+    share = f"host{sharing.host}" if sharing.hosts > 1 else None
+    with output_folder(out, share=share) as folder:
+        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:

@@ -9,10 +9,11 @@ from etils import epath
 from jaxtyping import PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
-from jaxdiff.distributed.multihost import broadcast_text, is_host0
+from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.lock import output_folder
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -64,7 +65,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
         _write_summary(folder, result)
         return report
 
-    with disk_full_as_user_error(folder):
+    with held_on_host0(output_folder(folder)), disk_full_as_user_error(folder):
         result = train(
             config,
             folder,

@@ -22,17 +22,17 @@ from jaxdiff.cli.generate.options import (
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
 from jaxdiff.cli.progress import line_console
-from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
+from jaxdiff.distributed.multihost import held_on_host0, is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format, image_bytes
+from jaxdiff.io.lock import output_folder
 from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import FILES, ResolvedSettings, open_input, resolve_settings
 from jaxdiff.pipelines.settings import Varies
-from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.metrics import Progress
 
 LARGEST_GRID = 400  # images; more are too small to see on any screen
@@ -89,8 +89,10 @@ def generate_file(options: SampleOptions) -> int:
     errors = RowErrors(name)
     for row in bad:
         errors.add_shared(row)
-    folder = make_folder(options.out)
-    generated = _generate_rows(rows, folder, options, name, errors) if rows else 0
+    generated = 0
+    if rows:
+        with held_on_host0(output_folder(options.out)):
+            generated = _generate_rows(rows, epath.Path(options.out), options, name, errors)
     if not options.quiet:
         print(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = errors.count()

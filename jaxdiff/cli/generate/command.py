@@ -27,6 +27,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
+from jaxdiff.io.lock import output_folder
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.generate import Generated, generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
@@ -34,7 +35,6 @@ from jaxdiff.pipelines.inputs import UnknownWordWarning
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
-from jaxdiff.pretrained.load import make_folder
 
 
 def sample_images(options: SampleOptions) -> None:
@@ -101,8 +101,12 @@ def generate_prompts(options: SampleOptions) -> None:
     """
     if not options.prompt:
         raise UserError("There is no prompt: give at least one, or a prompt file with --prompts.")
+    with output_folder(options.out) as folder:
+        _generate_prompts(options, folder)
+
+
+def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
     start = time.perf_counter()
-    folder = make_folder(options.out)
     pipe = open_pipeline(options)
     for prompt in () if options.quiet else options.prompt:
         for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt!r}"):
@@ -188,12 +192,26 @@ def reproduce(options: SampleOptions) -> bool:
     file = epath.Path(str(options.again))
     metadata = ImageMetadata.parse(file, read_image_text(file))
     before = pictures.read_picture(file)
-    folder = make_folder(options.out)
+    with output_folder(options.out) as folder:
+        image = _generate_again(metadata, file, options, folder)
+    return _is_same(before, image, file, metadata)
+
+
+def _generate_again(
+    metadata: ImageMetadata, file: epath.Path, options: SampleOptions, folder: epath.Path
+) -> np.ndarray:
     pipe = open_pipeline(options, dtype=metadata.details["dtype"])
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     (image,), _ = _generate(pipe, [settings], options, folder)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     _save(folder / f"{file.stem}-again", image, settings, pipe, kind)
+    return image
+
+
+def _is_same(
+    before: np.ndarray, image: np.ndarray, file: epath.Path, metadata: ImageMetadata
+) -> bool:
+    """Print and return whether the pixels are the same."""
     if before.shape != image.shape:
         print(f"Not the same pixels: {file} was resized after it was generated.")
         return False
