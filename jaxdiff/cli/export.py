@@ -11,6 +11,7 @@ from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.terminal import write_line
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
 from jaxdiff.pretrained.config_check import read_json
@@ -60,7 +61,7 @@ def export_command(arguments: list[str]) -> None:
             f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
         )
     export_model(options)
-    print(f"Wrote {options.out}")
+    write_line(f"Wrote {options.out}")
 
 
 def export_model(options: ExportOptions) -> None:

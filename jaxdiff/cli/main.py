@@ -13,6 +13,7 @@ from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import unfailing_output, write_line, write_text
 
 COMMANDS = {
     "train": "Train a recipe; the same command resumes an interrupted run.",
@@ -29,20 +30,36 @@ COMMANDS = {
 }
 """What each command does. `NAME_command` of the module `jaxdiff.cli.NAME` runs it."""
 
+WRITE_FILES = {"train", "sample", "evaluate", "export", "prepare", "explore"}
+"""Commands whose work is files, which lost output leaves whole."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command with `arguments`, by default those of the process.
 
     Returns the exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
-    sentence to standard error.
+    sentence to standard error. Output that cannot be written does not end a command: the status is
+    that of its work, but 1 where the output was all of it and its reader did not close it.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with unfailing_output() as output:
+        status = _run(words)
+        output.flush()
+        if output.lost:
+            write_line(f"jaxdiff: Lines of standard output were lost: {output.lost}.", stderr=True)
+            status = status or int(next(filter(COMMANDS.get, words), "") not in WRITE_FILES)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command; return the exit status."""
     try:
-        words, plugins = _split_plugins(list(sys.argv[1:] if arguments is None else arguments))
+        words, plugins = _split_plugins(arguments)
         name, rest = (words[0], words[1:]) if words else ("--help", [])
         if name in ("-h", "--help"):
-            print(_usage())
+            write_text(_usage())
         elif name == "--version":
-            print(f"jaxdiff {__version__}")
+            write_line(f"jaxdiff {__version__}")
         elif name in COMMANDS:
             _check_remote_paths(rest)
             command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
@@ -53,11 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
             raise UserError(f"There is no command {name!r}: {hint}")
     except UserError as error:
-        print(f"jaxdiff: {error}", file=sys.stderr)
+        write_line(f"jaxdiff: {error}", stderr=True)
         return 2
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        sys.stderr.close()
-        return 1
     except SystemExit as end:  # raised by tyro after --help, and by commands for status 1
         return int(end.code or 0)
     return 0

@@ -17,6 +17,7 @@ from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_line
 from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
@@ -66,11 +67,11 @@ def prepare_command(arguments: list[str]) -> None:
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:
-        print("This host's shards are written; the last host to finish writes the manifest.")
+        write_line("This host's shards are written; the last host to finish writes the manifest.")
         return
     kind = "records" if manifest.latents is None else "records of latents"
     left = f", left out {manifest.rejected}" if manifest.rejected else ""
-    print(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
+    write_line(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
 
 
 def _folder(out: str | None) -> str:

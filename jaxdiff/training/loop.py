@@ -26,6 +26,7 @@ from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.io.terminal import printable, write_text
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
@@ -62,7 +63,7 @@ def train(
     fresh: bool = False,
     evaluate: Evaluate | None = None,
     finish: Callable[[Result], Report] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = write_text,
 ) -> Result:
     """Train a recipe to its last step, from the newest checkpoint in `out`.
 
@@ -315,7 +316,7 @@ class _Run:
                     "data.workers or data.prefetch."
                 ) from error
         for name in batch["bad"]:
-            logging.getLogger(__name__).warning("Skipped %s", name)
+            logging.getLogger(__name__).warning("Skipped %s", printable(name))
         self.bad.add(batch["skipped"], batch["bad"], self.rows - batch["skipped"])
         return {name: batch[name] for name in ON_DEVICE if name in batch}, batch["skipped"]
 

@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.io.files import is_local, write_whole
+from jaxdiff.io.terminal import console as terminal_console
 
 RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -288,7 +289,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._every, self._clock = every, clock
-        self._console = console or Console()
+        self._console = console or terminal_console()
         self._active = jax.process_index() == 0
         self._printed_at = -math.inf
         self._shown: dict[str, str] = {}

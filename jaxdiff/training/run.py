@@ -13,6 +13,7 @@ from jaxdiff.distributed.multihost import broadcast_text, is_host0
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.terminal import write_text
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -23,7 +24,7 @@ SUMMARY = "summary.json"
 Log = Callable[[str], None]
 
 
-def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = print) -> Result:
+def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = write_text) -> Result:
     """Train a recipe in the folder `out`, then evaluate it and write `summary.json`.
 
     The summary is written before the evaluation and again with its figures, so that a failing
