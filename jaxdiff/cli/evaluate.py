@@ -1,7 +1,6 @@
 """`jaxdiff evaluate`: run the evaluators of a recipe on a trained model."""
 
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import tyro
@@ -14,6 +13,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.terminal import write_line, write_text
+from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
@@ -79,7 +79,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     if options.run.startswith("shipped:"):
         return
     path = epath.Path(options.run) / "evaluation.json"
-    text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
+    text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
     write_line(f"Saved {path}")
 

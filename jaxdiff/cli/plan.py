@@ -1,7 +1,6 @@
 """`jaxdiff plan`: memory and time of a recipe on a TPU slice or GPUs, compiled ahead of time."""
 
 import dataclasses
-import json
 import os
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console, printable, write_text
+from jaxdiff.io.text import format_json
 from jaxdiff.planning.plan import Plan, make_plan, on_slice
 from jaxdiff.planning.search import search
 from jaxdiff.planning.table import plan_table, summary_table
@@ -76,7 +76,7 @@ def plan_command(arguments: list[str]) -> None:
 def _print(plans: list[Plan], options: PlanOptions) -> None:
     if options.json:
         found = [plan.to_json() for plan in plans]
-        write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        write_text(format_json(found[0] if len(found) == 1 else found, indent=2))
         return
     tables = console()
     for plan in plans if not options.search else plans[:1]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from jaxdiff.config.recipe_files import RECIPES, find_recipe, recipe_names
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console, write_line, write_text
+from jaxdiff.io.text import read_text
 
 
 class RecipeSummary(NamedTuple):
@@ -65,8 +66,8 @@ def _field(name: str, text: str) -> str:
 
 def _docstring(path: Path) -> str:
     try:
-        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    except (SyntaxError, UnicodeDecodeError) as error:
+        return ast.get_docstring(ast.parse(read_text(path))) or ""
+    except SyntaxError as error:
         raise UserError(f"{path} is not a recipe: expected a Python file ({error}).") from error
 
 

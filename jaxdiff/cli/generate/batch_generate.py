@@ -25,7 +25,7 @@ from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format, image_bytes
-from jaxdiff.io.terminal import write_line
+from jaxdiff.io.terminal import printable, write_line
 from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
@@ -84,7 +84,7 @@ def generate_file(options: SampleOptions) -> int:
     """
     start = time.perf_counter()
     file = str(options.prompts)
-    name = epath.Path(file).name
+    name = printable(epath.Path(file).name)
     rows, bad = read_prompts(file)
     errors = RowErrors(name)
     for row in bad:
