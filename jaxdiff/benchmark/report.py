@@ -165,7 +165,7 @@ def read_report(path: epath.PathLike) -> dict:
       UserError: the file does not exist, or is not a report.
     """
     report = read_json(path, "a report that --json wrote")
-    if not isinstance(report, dict) or not {"benchmark", "results", "config"} <= set(report):
+    if not {"benchmark", "results", "config"} <= set(report):
         raise UserError(f"{path} is not a benchmark report: expected a file that --json wrote.")
     return report
 
@@ -185,6 +185,16 @@ def compare(before: dict, after: dict) -> str:
             f"The first report is of bench {kinds[0]}, the second of bench {kinds[1]}: "
             "expected two of the same benchmark."
         )
+    try:
+        return _compare(before, after)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"A report is incomplete or edited ({type(error).__name__}: {error}): expected files "
+            "that --json of this version wrote."
+        ) from error
+
+
+def _compare(before: dict, after: dict) -> str:
     shared = [name for name in before["results"] if name in after["results"]]
     if not shared:
         raise UserError("The two reports have no contender in common: expected at least one.")

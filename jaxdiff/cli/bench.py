@@ -21,6 +21,7 @@ from jaxdiff.benchmark.train import time_training
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console, write_line, write_text
+from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import Config
 
 KINDS = ("train", "sample", "data", "checkpoint")
@@ -59,6 +60,8 @@ def run_benchmark(kind: str, options: BenchOptions) -> None:
     Raises:
       UserError: numbers out of range, or what the benchmark itself raises.
     """
+
+    check_text(options.folder or "", "--folder")
 
     def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
         turns = {"warmup": warmup, "repeats": repeats}

@@ -12,7 +12,7 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.terminal import write_line
-from jaxdiff.io.text import read_json
+from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
 from jaxdiff.pretrained.diffusers import write_diffusers
@@ -60,6 +60,7 @@ def export_command(arguments: list[str]) -> None:
         raise UserError(
             f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
         )
+    check_text(options.out, "The output folder")
     export_model(options)
     write_line(f"Wrote {options.out}")
 

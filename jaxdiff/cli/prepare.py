@@ -18,6 +18,7 @@ from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text
 from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
@@ -77,6 +78,7 @@ def prepare_command(arguments: list[str]) -> None:
 def _folder(out: str | None) -> str:
     if out is None:
         raise UserError("The output folder is missing: give it after the recipe.")
+    check_text(out, "The output folder")
     return out
 
 
@@ -86,6 +88,7 @@ def source_at(path: str) -> AnySource:
     Raises:
       UserError: it does not exist, or is of an unknown format.
     """
+    check_text(path, "The path of the images")
     root = epath.Path(path)
     if root.is_dir():
         if (root / "dataset_info.json").exists():

@@ -17,6 +17,7 @@ from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_text
+from jaxdiff.io.text import check_text
 from jaxdiff.planning.plan import count_params, state_bytes_per_device
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
@@ -57,6 +58,7 @@ def train_command(arguments: list[str]) -> None:
         write_text(describe_recipe(options.config))
         return
     out = options.out or f"runs/{options.config.name}"
+    check_text(out, "The folder of the run")
     with (
         _silenced(options.quiet),
         jax.log_compiles(options.verbose),

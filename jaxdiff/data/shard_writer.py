@@ -113,7 +113,12 @@ class ShardProgress:
     def read(self) -> dict[str, Shard]:
         """Return the complete shards by file name."""
         entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
-        shards = [Shard(**read_json(path)) for path in entries]
+        try:
+            shards = [Shard(**read_json(path)) for path in entries]
+        except TypeError as error:
+            raise UserError(
+                f"{self._folder} has entries of another version of jaxdiff ({error}): remove it."
+            ) from error
         return {shard.file: shard for shard in shards}
 
     def remove(self) -> None:

@@ -8,6 +8,7 @@ import codecs
 import json
 import math
 import re
+import reprlib
 from typing import Any
 
 from etils import epath
@@ -122,19 +123,26 @@ def parse_json(data: bytes | str, name: object) -> Any:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{name} is not valid JSON ({reason}{where}): correct it.") from error
+        raise UserError(
+            f"{name} is not valid JSON ({reason}{where}): correct it or copy it again."
+        ) from error
     if _SURROGATE.search(text):  # perhaps half of a pair, alone
         check_text(json.dumps(value, ensure_ascii=False), name)
     return value
 
 
-def read_json(path: epath.PathLike, wanted: str = "a complete copy of its folder") -> Any:
-    """Read a JSON file as `parse_json` does.
+def read_json(
+    path: epath.PathLike, wanted: str = "a complete copy of its folder"
+) -> dict[str, Any]:
+    """Read a file with one JSON object, as `parse_json` does.
 
     Raises:
-      UserError: it cannot be read or is not JSON; the message asks for `wanted`.
+      UserError: it cannot be read or is no JSON object; the message asks for `wanted`.
     """
-    return parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    value = parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is {reprlib.repr(value)}, no JSON object: give {wanted}.")
+    return value
 
 
 def format_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> str:

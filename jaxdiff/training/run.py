@@ -132,10 +132,9 @@ def on_host0(log: Log) -> Log:
 def _read_summary(folder: epath.Path) -> dict[str, Any]:
     """Return the summary of an earlier end of the run; {} where none can be read."""
     try:
-        summary = read_json(folder / SUMMARY)
+        return read_json(folder / SUMMARY)
     except UserError:
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _write_summary(folder: epath.Path, result: Result) -> None:

@@ -106,7 +106,7 @@ def generate_prompts(options: SampleOptions) -> None:
     folder = make_folder(options.out)
     pipe = open_pipeline(options)
     for prompt in () if options.quiet else options.prompt:
-        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt!r}"):
+        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt[:200]!r}"):
             write_line(warning, stderr=True)
     settings = [
         copy
