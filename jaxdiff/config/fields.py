@@ -26,7 +26,7 @@ from jaxdiff.errors import UserError
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LARGEST_INT = int(np.iinfo(np.int32).max)
 
-LONGEST_TEXT = 2**16
+LONGEST_TEXT = 2**17
 """Characters of a prompt or another text; image files hold a few of this length."""
 
 _Mark = TypeVar("_Mark")
