@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +14,8 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line, write_text
+from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
@@ -78,17 +79,17 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
         evaluator.check(spec, config.data)
     generation = _generation(options)
     context = EvalContext(0, spec, params, tokenizers, config.data, generation)
-    report = run_evaluators(evaluators, context, None, on_host0(print))
+    report = run_evaluators(evaluators, context, None, on_host0(write_text))
     settings = _settings(options, spec)
     if not is_host0():
         return
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
     if options.run.startswith("shipped:"):
         return
     path = epath.Path(options.run) / "evaluation.json"
-    text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
+    text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
-    print(f"Saved {path}")
+    write_line(f"Saved {path}")
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:

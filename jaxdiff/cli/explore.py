@@ -31,6 +31,7 @@ from jaxdiff.explore.tsne import tsne
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.workdir import read_config
 
@@ -119,10 +120,10 @@ def explore_data(options: ExploreOptions) -> None:
             ]
             figure = render_figure(records.images, f"{title} in the space of {space.name}", panels)
             pictures.save_png(folder / file, figure)
-            print(folder / file)
+            write_line(folder / file)
         page = render_page(title, records.images, records.captions, spaces)
         write_whole(folder / "index.html", page.encode())
-        print(folder / "index.html")
+        write_line(folder / "index.html")
 
 
 def _split(spec: str) -> tuple[str, str]:

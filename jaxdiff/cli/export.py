@@ -13,9 +13,10 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.diffusers import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import load_bundle, model_folder
@@ -62,8 +63,9 @@ def export_command(arguments: list[str]) -> None:
         raise UserError(
             f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
         )
+    check_text(options.out, "The output folder")
     export_model(options)
-    print(f"Wrote {options.out}")
+    write_line(f"Wrote {options.out}")
 
 
 def export_model(options: ExportOptions) -> None:

@@ -17,6 +17,8 @@ from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text
 from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
@@ -66,16 +68,17 @@ def prepare_command(arguments: list[str]) -> None:
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:
-        print("This host's shards are written; the last host to finish writes the manifest.")
+        write_line("This host's shards are written; the last host to finish writes the manifest.")
         return
     kind = "records" if manifest.latents is None else "records of latents"
     left = f", left out {manifest.rejected}" if manifest.rejected else ""
-    print(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
+    write_line(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
 
 
 def _folder(out: str | None) -> str:
     if out is None:
         raise UserError("The output folder is missing: give it after the recipe.")
+    check_text(out, "The output folder")
     return out
 
 
@@ -85,6 +88,7 @@ def source_at(path: str) -> AnySource:
     Raises:
       UserError: it does not exist, or is of an unknown format.
     """
+    check_text(path, "The path of the images")
     root = epath.Path(path)
     if root.is_dir():
         if (root / "dataset_info.json").exists():

@@ -26,6 +26,9 @@ from jaxdiff.errors import UserError
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LARGEST_INT = int(np.iinfo(np.int32).max)
 
+LONGEST_TEXT = 2**17
+"""Characters of a prompt or another text; image files hold a few of this length."""
+
 _Mark = TypeVar("_Mark")
 
 
@@ -108,7 +111,13 @@ class Text:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{name} is not UTF-8: save the file as UTF-8.") from error
+            raise UserError(f"{name} is not UTF-8: save or type it as UTF-8.") from error
+        if "\0" in value:
+            raise UserError(f"{name} holds a NUL, which is no text: remove it.")
+        if len(value) > LONGEST_TEXT:
+            raise UserError(
+                f"{name} has {len(value)} characters: expected at most {LONGEST_TEXT}; shorten it."
+            )
         if not self.empty and not value.strip():
             raise UserError(f"{name} is empty: expected a text.")
         return value

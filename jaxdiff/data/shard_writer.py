@@ -7,7 +7,6 @@ temporary name and renamed before its progress entry is written.
 import dataclasses
 import hashlib
 import io
-import json
 import multiprocessing
 import signal
 from collections import deque
@@ -30,6 +29,7 @@ from jaxdiff.data.transforms import Transforms, View, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json, read_json
 
 _PROGRESS = ".shards"
 _PROVENANCE = "provenance.json"
@@ -107,13 +107,18 @@ class ShardProgress:
         self._folder = folder / _PROGRESS
         path = self._folder / _PROVENANCE
         if path.exists():
-            check_same(json.loads(path.read_text()), provenance, folder)
-        write_whole(path, (json.dumps(provenance, indent=1) + "\n").encode())
+            check_same(read_json(path), provenance, folder)
+        write_whole(path, (format_json(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
         """Return the complete shards by file name."""
         entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
-        shards = [Shard(**json.loads(path.read_bytes())) for path in entries]
+        try:
+            shards = [Shard(**read_json(path)) for path in entries]
+        except TypeError as error:
+            raise UserError(
+                f"{self._folder} has entries of another version of jaxdiff ({error}): remove it."
+            ) from error
         return {shard.file: shard for shard in shards}
 
     def remove(self) -> None:
@@ -154,7 +159,7 @@ def write_shard(
         rejects=tuple(rejects),
         shapes=tuple(shapes),
     )
-    entry = json.dumps(dataclasses.asdict(shard))
+    entry = format_json(dataclasses.asdict(shard))
     write_whole(folder / _PROGRESS / f"{shard.file}.json", entry.encode())
     return shard
 

@@ -13,7 +13,6 @@ of `file`, `records`, `bytes`, `sha256`, `rejects` (record and reason of each on
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -23,6 +22,7 @@ from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json, read_json
 
 MANIFEST, EMPTY = "manifest.json", "empty_prompt.npy"
 _STATS = 16  # concurrent requests for file sizes: remote storage has a high latency
@@ -93,7 +93,7 @@ class ShardManifest:
     def write(self, folder: epath.Path) -> None:
         """Write the manifest to its folder."""
         counts = {"records": self.records, "rejected": self.rejected}
-        text = json.dumps(counts | dataclasses.asdict(self), indent=1) + "\n"
+        text = format_json(counts | dataclasses.asdict(self), indent=1) + "\n"
         write_whole(folder / MANIFEST, text.encode())
 
 
@@ -104,12 +104,9 @@ def read_manifest(folder: epath.Path) -> ShardManifest | None:
       UserError: it cannot be read.
     """
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy the folder again.") from error
+    data = read_json(path, "the whole folder of shards")
     try:
         return ShardManifest(
             provenance=data["provenance"],

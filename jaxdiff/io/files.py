@@ -78,9 +78,11 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(path)
-    except (OSError, ValueError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise UserError(
             f"{path} cannot be written ({reason(error)}): make room or write access there, or "
             "choose another folder."
@@ -121,11 +123,11 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
 
 
 _OF_FILES = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EACCES EDQUOT EEXIST EFBIG EIO EISDIR ELOOP EMFILE ENAMETOOLONG ENODEV ENOENT ENOSPC "
-        "ENOTDIR ENOTEMPTY ENXIO EPERM EROFS ESTALE ETXTBSY"
-    ).split()
+    {
+        *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
+        *(errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT, errno.ENOSPC),
+        *(errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE),
+    }
 )
 
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import read_bytes
+from jaxdiff.io.text import parse_json
 
 Format = Literal["png", "webp", "jpg"]
 
@@ -77,9 +78,9 @@ def read_image_text(path: epath.PathLike) -> dict[str, str]:
             "are lossless."
         )
     try:
-        others = json.loads(exif[ExifTags.Base.ImageDescription])
+        others = parse_json(exif[ExifTags.Base.ImageDescription], path)
         comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         parameters = comment.removeprefix(_UNICODE).decode("utf-16-be")
         return {str(k): str(v) for k, v in others.items()} | {PARAMETERS: parameters}
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, UserError):
         return {}

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
-from jaxdiff.config.fields import LARGEST_FLOAT
+from jaxdiff.config.fields import LARGEST_FLOAT, LONGEST_TEXT
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import check_text
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback, Preview
 from jaxdiff.pipelines.program import SampleInputs
@@ -46,7 +47,7 @@ class Mix:
 
     def __post_init__(self):
         for prompt in (self.a, self.b):
-            _check_text("A prompt of Mix", prompt)
+            check_prompt("A prompt of Mix", prompt)
         if not math.isfinite(self.fraction):
             raise UserError(
                 f"Mix.fraction is {self.fraction}: expected a number from 0, all of a, to 1, all "
@@ -134,7 +135,7 @@ def prompt_list(prompts: Any) -> list[Prompt]:
         raise UserError("There is no prompt: expected at least one.")
     for prompt in found:
         if not isinstance(prompt, Mix):
-            _check_text("A prompt", prompt)
+            check_prompt("A prompt", prompt)
     return found
 
 
@@ -148,7 +149,7 @@ def negative_list(negatives: Any, n: int) -> list[str | None]:
     found = [negatives] if alone else _as_list("negative_prompt", negatives)
     for negative in found:
         if negative is not None:
-            _check_text("A negative_prompt", negative)
+            check_prompt("A negative_prompt", negative)
     return one_each("negative_prompt", found, n)
 
 
@@ -158,13 +159,15 @@ def _as_list(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _check_text(name: str, value: Any) -> None:
+def check_prompt(name: str, value: Any) -> None:
+    """Raise `UserError` unless a prompt is text of UTF-8, neither with a NUL nor too long."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is {value!r}: expected text that UTF-8 can encode.") from error
+    check_text(value, name)
+    if len(value) > LONGEST_TEXT:
+        raise UserError(
+            f"{name} has {len(value)} characters: expected at most {LONGEST_TEXT}; shorten it."
+        )
 
 
 def one_each(name: str, values: Any, n: int) -> list[Any]:

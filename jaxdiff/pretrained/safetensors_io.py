@@ -1,6 +1,5 @@
 """Read the tensors of a checkpoint on disk one at a time."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
+from jaxdiff.io.text import parse_json, read_json
 
 Shape = tuple[int, ...]
 Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, determined by the shape
@@ -148,11 +148,11 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
 def _shards(index: epath.Path) -> list[epath.Path]:
     """Return the files of an index, which must be in its folder."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of shards ({error}): copy it again.") from error
     for name in names:
-        if name != epath.Path(name).name:
+        if not isinstance(name, str) or name != epath.Path(name).name:
             raise UserError(
                 f"{index} names {name!r}, outside its folder: expected files beside it; do not "
                 "trust this model."
@@ -182,7 +182,7 @@ def _places(file: epath.Path) -> dict[str, _Place]:
     """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length), file)
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in _TYPES:

@@ -26,6 +26,7 @@ from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.io.terminal import printable, write_text
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
@@ -53,6 +54,7 @@ class Result(NamedTuple):
     frozen: PyTree
     tokenizers: Tokenizers
     finished: bool  # False if a signal stopped it before its last step
+    signal: signal.Signals | None = None  # which
 
 
 def train(
@@ -62,7 +64,7 @@ def train(
     fresh: bool = False,
     evaluate: Evaluate | None = None,
     finish: Callable[[Result], Report] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = write_text,
 ) -> Result:
     """Train a recipe to its last step, from the newest checkpoint in `out`.
 
@@ -139,7 +141,9 @@ def train(
         stack.close()
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
         finished = number == config.train.steps
-        result = Result(summary, state, frozen, tokenizers, finished)
+        result = Result(
+            summary, state, frozen, tokenizers, finished, None if finished else stop.signal
+        )
         if finished and finish is not None:
             run.writer.write_report(number, finish(result))
     return result
@@ -234,6 +238,7 @@ class _Preemption:
 
     def __init__(self, mesh: Mesh, log: Callable[[str], None]):
         self.requested = False
+        self.signal = signal.SIGTERM  # what another host got
         self._log = log
         self._ballot = AnyHost(mesh) if jax.process_count() > 1 else None
         self._votes: list[jax.Array] = []
@@ -263,12 +268,14 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
     stop, before = _Preemption(mesh, log), {}
 
     def request(number, _frame):
-        stop.requested = True
+        stop.requested, stop.signal = True, signal.Signals(number)
         name = signal.Signals(number).name
         log(f"{name}: saving, then stopping; send it again to stop at once.")
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+            continue
         before[number] = signal.signal(number, request)
     try:
         yield stop
@@ -315,7 +322,7 @@ class _Run:
                     "data.workers or data.prefetch."
                 ) from error
         for name in batch["bad"]:
-            logging.getLogger(__name__).warning("Skipped %s", name)
+            logging.getLogger(__name__).warning("Skipped %s", printable(name))
         self.bad.add(batch["skipped"], batch["bad"], self.rows - batch["skipped"])
         return {name: batch[name] for name in ON_DEVICE if name in batch}, batch["skipped"]
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
-from rich.console import Console
 
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.loader import DataConfig
@@ -29,6 +27,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import console, write_line
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
@@ -150,7 +149,7 @@ class _ShardJob:
         mine = parts[self.sharing.host :: self.sharing.hosts]
         for shard in self._write([part for part in mine if part.file not in done]):
             for reject in shard.rejects:
-                print(f"Skipped {reject}", file=sys.stderr)
+                write_line(f"Skipped {reject}", stderr=True)
             done[shard.file] = shard
         if self.sharing.hosts > 1:  # the others may have finished meanwhile
             done |= self._complete(progress.read())
@@ -187,8 +186,8 @@ class _ShardJob:
         total = sum(part.stop - part.start for part in todo)
         reader = RecordReader(source=self.source, transforms=self.transforms)
         workers = Workers(self._workers(total, len(todo)), reader)
-        console = Console(stderr=True)
-        with closing(workers), Progress(total, unit="record", console=console) as progress:
+        notes = console(stderr=True)
+        with closing(workers), Progress(total, unit="record", console=notes) as progress:
             if self.cache is None:
                 jobs = [(str(self.folder), part) for part in todo]
                 count = 0

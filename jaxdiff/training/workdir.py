@@ -18,6 +18,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import make_folder
+from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,

@@ -98,7 +98,10 @@ def test_incomparable_reports_are_refused(found, tmp_path):
         compare(found, {**found, "results": {}})
     with pytest.raises(UserError, match="cannot be read"):
         read_report(tmp_path / "none.json")
-    for text in ("{", '{"a": 1}', "[]"):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_report(tmp_path / "bad.json")
+    for text in ('{"a": 1}', "[]"):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match="expected a file that --json wrote"):
             read_report(tmp_path / "bad.json")

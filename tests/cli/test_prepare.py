@@ -102,7 +102,7 @@ def test_prepare_refuses_data_without_usable_records(images, tmp_path, refused):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_prepare_shows_its_progress(recipe, tmp_path, capsys, monkeypatch, terminal):
-    monkeypatch.setattr(preparation, "Console", lambda **to: Console(force_terminal=terminal, **to))
+    monkeypatch.setattr(preparation, "console", lambda **to: Console(force_terminal=terminal, **to))
     assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
     text = capsys.readouterr().err
     for part in ("record 4/4", "left"):

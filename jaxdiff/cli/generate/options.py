@@ -18,6 +18,7 @@ from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.inputs import check_prompt
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pipelines.resolve import FILES, CommandDefaults
@@ -236,6 +237,8 @@ def check(options: SampleOptions) -> None:
     kinds = [bool(options.prompt), options.prompts is not None, options.again is not None]
     if sum(kinds) > 1:
         raise UserError("A prompt, --prompts and --again exclude each other: give one of them.")
+    for prompt in options.prompt:
+        check_prompt("A prompt", prompt)
     if options.num_images < 1:
         raise UserError(f"--num-images is {options.num_images}: expected at least 1.")
     for name, what in (("strip", "estimates"), ("preview", "steps"), ("interpolate", "images")):

@@ -204,7 +204,7 @@ def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_
     assert sample("--prompts", prompts(*rows), "--verbose") == 1
     errors = capsys.readouterr().err
     for line, reason in {
-        2: "it is not JSON",
+        2: "it is not valid JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
         5: "strength has no effect without init_image: give init_image as well",
