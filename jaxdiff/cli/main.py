@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command with `arguments`, by default those of the process.
 
     Returns the exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
-    sentence to standard error; 128 and its number after a signal. Output that cannot be written does not end a command: the status is
-    that of its work, but 1 where the output was all of it and its reader did not close it.
+    sentence to standard error; 128 and its number after a signal. Output that cannot be written
+    does not end a command: the status is that of its work, but 1 where the output was all of it and
+    its reader did not close it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with unfailing_output() as output, _stop_on_signals():

@@ -67,8 +67,8 @@ def train_command(arguments: list[str]) -> None:
     ):
         result = run_recipe(options.config, out, fresh=options.fresh)
     # Status 0 after SIGTERM, which a scheduler sends before it starts the command again.
-    if result.signal in (signal.SIGINT, signal.SIGHUP):
-        raise SystemExit(128 + result.signal)
+    if result.stopped_by is not None and result.stopped_by != signal.SIGTERM:
+        raise SystemExit(128 + result.stopped_by)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -135,6 +135,7 @@ class Stored(NamedTuple):
     age: float
 
 
+@runtime_checkable
 class Store(Protocol):
     """One object in storage with generation preconditions."""
 

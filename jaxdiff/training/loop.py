@@ -54,7 +54,7 @@ class Result(NamedTuple):
     frozen: PyTree
     tokenizers: Tokenizers
     finished: bool  # False if a signal stopped it before its last step
-    signal: signal.Signals | None = None  # which
+    stopped_by: signal.Signals | None = None
 
 
 def train(

@@ -29,7 +29,6 @@ from jaxdiff.pretrained.bundle import (
     write_json,
     write_tokenizers,
 )
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.load import model_folder, read_tokenizers
 from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
