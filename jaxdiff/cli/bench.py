@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import tyro
+from etils import epath
 
 from jaxdiff.benchmark.checkpoint import time_checkpoints
 from jaxdiff.benchmark.data import time_batches
@@ -20,6 +21,7 @@ from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import make_folder
 from jaxdiff.io.terminal import console, write_line, write_text
 from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import Config
@@ -91,6 +93,8 @@ def measure_and_report(
             f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3 "
             "and at least 0."
         )
+    if options.json:
+        make_folder(epath.Path(options.json).parent)  # before the work
     with console(stderr=True).status(f"bench {kind}: compiling, then timing"):
         results = measure(options.config, warmup=options.warmup, repeats=options.repeats)
     given = {
