@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import reason
 from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (
@@ -165,10 +166,9 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
     path = epath.Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise UserError(
-            f"{folder} cannot be made a folder ({reason}): choose another one to write into."
+            f"{folder} cannot be made a folder ({reason(error)}): choose another one to write into."
         ) from error
     return path
 
