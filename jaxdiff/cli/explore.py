@@ -32,6 +32,7 @@ from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.workdir import read_config
 
@@ -132,6 +133,7 @@ def _split(spec: str) -> tuple[str, str]:
     Raises:
       UserError: it is neither of that form nor the name of another axis.
     """
+    check_text(spec, "The axis")
     low, colon, high = (part.strip() for part in spec.partition(":"))
     if not (colon and low and high) or low == high:
         raise UserError(

@@ -67,7 +67,7 @@ def _field(name: str, text: str) -> str:
 def _docstring(path: Path) -> str:
     try:
         return ast.get_docstring(ast.parse(read_text(path))) or ""
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is not a recipe: expected a Python file ({error}).") from error
 
 

@@ -279,8 +279,8 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
     """Return the section with the figures; a scalar NAME/COLUMN is in the row of NAME."""
     if evaluation is None:
         return []
-    figures = evaluation["figures"]
-    rows: dict[str, dict[str, float]] = {}
+    figures = evaluation.get("figures") or {}
+    rows: dict[str, dict[str, float | None]] = {}
     for name, value in figures.items():
         parent, _, column = name.rpartition("/")
         row, column = (parent, column) if parent in figures else (name, "score")
@@ -288,7 +288,7 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        cells = ["" if row.get(column) is None else f"{row[column]:.4g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     settings = {key: value for key, value in evaluation.items() if key != "figures"}
     return ["## Figures", "\n".join(lines), _table(("measured with", "value"), settings)]

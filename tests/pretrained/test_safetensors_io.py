@@ -45,7 +45,16 @@ def test_a_missing_shard_is_reported(folder):
         open_weights(folder, "model")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 9999, "\0"]
+)
+def test_an_index_that_is_none_is_reported(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        open_weights(folder, "model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b", 3])
 def test_a_shard_never_leaves_its_folder(folder, name):
     text = json.dumps({"weight_map": {"a": name}})
     (folder / "model.safetensors.index.json").write_text(text)
