@@ -56,11 +56,10 @@ def invert(
     Raises:
       UserError: images of another shape or type, or as `pipe` raises.
     """
-    n = 1 if np.ndim(images) == 3 else len(images)
-    prompts = prompt_list(prompts)
+    images, prompts = check_images(images), prompt_list(prompts)
     return pipe(
-        prompts * n if len(prompts) == 1 else prompts,
-        init=InitImage(image=check_images(images, n), strength=1.0),  # all steps
+        prompts * len(images) if len(prompts) == 1 else prompts,
+        init=InitImage(image=images, strength=1.0),  # all steps
         sampler=_with_solver(arguments.pop("sampler", None), DDIMInverse(rounds=rounds)),
         guidance_scale=guidance_scale,
         output="latents",
@@ -96,9 +95,9 @@ def variations(
     Raises:
       UserError: as `invert` and `pipe` raise.
     """
-    n, (height, width) = len(seeds), np.shape(image)[-3:-1]
-    prompts = prompt_list(prompts)
-    own = invert(pipe, image, prompts, **arguments)
+    images, prompts, n = check_images(image), prompt_list(prompts), len(seeds)
+    height, width = images.shape[1:3]
+    own = invert(pipe, images, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
     amounts = np.asarray(one_each("amount", amount, n), float)
     each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
@@ -209,7 +208,7 @@ def enlarge(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarr
 
 
 def extend(
-    image: UInt8[np.ndarray, "h w 3"],
+    image: np.ndarray,
     *,
     left: int = 0,
     top: int = 0,
@@ -222,7 +221,7 @@ def extend(
     right.
 
     Args:
-      image: to extend.
+      image: uint8 [h, w, 3].
       left: columns to add or crop.
       top: rows.
       right: columns.
@@ -232,8 +231,9 @@ def extend(
       An `InitImage` for `pipe(prompts, init=extend(image, right=16))`.
 
     Raises:
-      UserError: the crop is empty.
+      UserError: the crop is empty, or an image of another shape or type.
     """
+    image = check_images(image, 1)[0]
     height, width = image.shape[:2]
     cut = image[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
     if cut.size == 0:
