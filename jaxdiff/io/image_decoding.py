@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import logging
 import re
 import sys
 import warnings
@@ -44,7 +45,7 @@ MOST_READS = 10_000
 MOST_LAYERS = 6
 """Channels of a TIFF that are stored apart."""
 
-MOST_SCANS = 100
+MOST_SCANS = 64
 """Passes over the pixels of a progressive JPEG; encoders write about 10."""
 
 _TURNS = {
@@ -239,7 +240,8 @@ def _orientation(image: Image.Image) -> int:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    # libtiff writes what is wrong with a file to stderr, besides the error that Pillow raises.
+    # Both write what is wrong with a file to stderr, besides the error that Pillow raises.
+    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
     for folder in ("../pillow.libs", ".dylibs"):
         for library in (Path(PIL.__file__).parent / folder).glob("libtiff*"):
             with contextlib.suppress(OSError, AttributeError):

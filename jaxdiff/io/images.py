@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from jaxdiff.errors import UserError
@@ -22,7 +22,7 @@ SAME_LEVEL = 8  # of 255; lossy formats change levels by so much
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
-Mask = Float[np.ndarray, "height width"]
+Mask = Float32[np.ndarray, "height width"]
 
 
 def to_uint8(images: Float[Array, "..."] | Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
@@ -220,15 +220,13 @@ def mask_of(image: Image.Image) -> Mask:
     """
     image = upright(image)
     brightness = np.asarray(image.convert("L"))
-    if image.mode == "RGB":
-        return brightness / 255
-    opacity = np.asarray(image.getchannel("A"))
+    opacity = np.asarray(image.getchannel("A")) if image.mode == "RGBA" else np.uint8(255)
     if opacity.min() == 255:
-        return brightness / 255
+        return brightness / np.float32(255)
     if opacity.min() == opacity.max():
         raise ImageError("it is equally transparent everywhere, and so no mask")
-    visible = brightness[opacity >= FAINT].astype(int)
-    differ = np.abs(brightness.astype(int) - opacity).max() > SAME_LEVEL
-    if differ and visible.size and np.ptp(visible) > SAME_LEVEL:
+    visible = brightness[opacity >= FAINT]
+    difference = np.maximum(brightness, opacity) - np.minimum(brightness, opacity)
+    if difference.max() > SAME_LEVEL and visible.size and np.ptp(visible) > SAME_LEVEL:
         raise ImageError("its transparency contradicts its brightness, and either may be the mask")
-    return opacity / 255
+    return opacity / np.float32(255)
