@@ -94,7 +94,7 @@ def open_image(data: bytes, largest: int = LARGEST_IMAGE) -> Iterator[ImageFile.
     if len(data) > LARGEST_FILE:
         raise ImageError(f"it has more than {LARGEST_FILE} bytes")
     file = _LimitedReads(data)
-    with _without_warnings(), _errors():
+    with without_warnings(), _errors():
         image = Image.open(file, formats=_formats())
         _check(image, data, largest)
         if image.format == "PNG":
@@ -114,7 +114,7 @@ def upright(image: Image.Image) -> Image.Image:
     Raises:
       ImageError: it cannot be decoded, or its values have no known range.
     """
-    with _without_warnings(), _errors():
+    with without_warnings(), _errors():
         image.load()
         if 0 in image.size:
             raise ImageError("it has no pixels")
@@ -230,7 +230,7 @@ def _scale_clear_colour(image: Image.Image, bits: int) -> None:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        with _without_warnings():
+        with without_warnings():
             value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF, which Pillow's parser answers with many types
         return 1
@@ -266,7 +266,7 @@ def _errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Hide the warnings of Pillow; `warnings.catch_warnings` would not be safe in threads."""
     filters = cast(list[Any], warnings.filters)
     filters.insert(0, _WARNINGS)

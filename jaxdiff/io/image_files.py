@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.io.image_decoding import ImageError, open_image, upright
+from jaxdiff.io.image_decoding import ImageError, open_image, upright, without_warnings
 from jaxdiff.io.text import check_text, parse_json
 
 Format = Literal["png", "webp", "jpg"]
@@ -91,9 +91,10 @@ def read_image_text(path: epath.PathLike) -> dict[str, str]:
 def _texts_of_exif(image: Image.Image) -> dict[str, str]:
     """Return what `_exif` wrote; {} for EXIF of other programs, or damaged."""
     try:
-        exif = image.getexif()
+        with without_warnings():
+            exif = image.getexif()
+            comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         others = parse_json(exif[ExifTags.Base.ImageDescription], "ImageDescription")
-        comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         parameters = comment.removeprefix(_UNICODE).decode("utf-16-be")
         return {str(k): str(v) for k, v in others.items()} | {PARAMETERS: parameters}
     except Exception:  # of many types, as values may be of any type

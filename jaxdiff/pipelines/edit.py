@@ -9,6 +9,7 @@ from PIL import Image
 
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.inputs import (
+    AnyImages,
     InitImage,
     Integer,
     Mix,
@@ -30,7 +31,7 @@ UPSCALE_STRENGTH = 0.35
 
 def invert(
     pipe: Pipeline,
-    images: np.ndarray,
+    images: AnyImages,
     prompts: Prompt | Sequence[Prompt] = "",
     *,
     rounds: int = 1,
@@ -44,7 +45,7 @@ def invert(
 
     Args:
       pipe: to invert.
-      images: uint8 [n, h, w, 3] or one image.
+      images: uint8 [n, h, w, 3] or one image, or Pillow's.
       prompts: descriptions of the images, one for all or one each.
       rounds: evaluations per step; more invert a step of DDIM more exactly.
       guidance_scale: of the inversion; strong guidance is not invertible.
@@ -56,10 +57,10 @@ def invert(
     Raises:
       UserError: images of another shape or type, or as `pipe` raises.
     """
-    images, prompts = check_images(images), prompt_list(prompts)
+    checked, prompts = check_images(images), prompt_list(prompts)
     return pipe(
-        prompts * len(images) if len(prompts) == 1 else prompts,
-        init=InitImage(image=images, strength=1.0),  # all steps
+        prompts * len(checked) if len(prompts) == 1 else prompts,
+        init=InitImage(image=checked, strength=1.0),  # all steps
         sampler=_with_solver(arguments.pop("sampler", None), DDIMInverse(rounds=rounds)),
         guidance_scale=guidance_scale,
         output="latents",
@@ -69,7 +70,7 @@ def invert(
 
 def variations(
     pipe: Pipeline,
-    image: np.ndarray,
+    image: AnyImages,
     amount: Number | Sequence[Number] = 0.3,
     *,
     prompts: Prompt | Sequence[Prompt] = "",
@@ -117,7 +118,7 @@ def interpolate(
     frames: int,
     *,
     seeds: tuple[Integer, Integer] = (0, 0),
-    images: np.ndarray | None = None,
+    images: AnyImages | None = None,
     **arguments: Any,
 ) -> UInt8[np.ndarray, "k h w 3"]:
     """Sample images between two prompts and two noises, both ends included.
@@ -157,7 +158,7 @@ def interpolate(
 
 def upscale(
     pipe: Pipeline,
-    images: np.ndarray,
+    images: AnyImages,
     prompts: Prompt | Sequence[Prompt],
     *,
     factor: int = 2,
@@ -186,14 +187,13 @@ def upscale(
     if factor < 1:
         raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
     prompts = prompt_list(prompts)
+    enlarged = enlarge(check_images(images, len(prompts)), factor)
     sampler = arguments.pop("sampler", None) or Sampler()
     wraps = any(sampler.inherit(pipe.spec.sampler).wrap or ())
     defaults = Sampler(overlap=overlap, vae_mode="slicing" if wraps else "tiling")
     return pipe(
         prompts,
-        init=InitImage(
-            image=enlarge(check_images(images, len(prompts)), factor), strength=strength
-        ),
+        init=InitImage(image=enlarged, strength=strength),
         sampler=sampler.inherit(defaults),
         **arguments,
     )
@@ -208,7 +208,7 @@ def enlarge(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarr
 
 
 def extend(
-    image: np.ndarray,
+    image: AnyImages,
     *,
     left: int = 0,
     top: int = 0,
@@ -233,9 +233,9 @@ def extend(
     Raises:
       UserError: the crop is empty, or an image of another shape or type.
     """
-    image = check_images(image, 1)[0]
-    height, width = image.shape[:2]
-    cut = image[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
+    (pixels,) = check_images(image, 1)
+    height, width = pixels.shape[:2]
+    cut = pixels[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
     if cut.size == 0:
         raise UserError(
             f"left={left}, top={top}, right={right}, bottom={bottom} crop all of an image of "

@@ -28,6 +28,7 @@ IMAGE_STRENGTH = 0.6
 Integer = int | np.integer
 Number = Integer | float | np.floating
 Output = Literal["uint8", "float", "latents"]
+AnyImages = np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,8 @@ class InitImage:
         default, 1 with a mask.
     """
 
-    image: np.ndarray | Image.Image | Sequence[Image.Image]
-    mask: np.ndarray | Image.Image | Sequence[Image.Image] | None = None
+    image: AnyImages
+    mask: AnyImages | None = None
     strength: Number | Iterable[Number] | None = None
 
 
