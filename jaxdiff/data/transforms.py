@@ -136,14 +136,14 @@ class Transforms:
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool
     ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
         """Return pixels of this width and height, and the size_crop."""
-        if isinstance(data, np.ndarray) and data.shape == (*size[::-1], 3):
-            pixels, stored, cut = data, size, (0, 0)
+        if isinstance(data, np.ndarray):
+            image = _from_pixels(data)
+            stored = image.size
         else:
-            if isinstance(data, np.ndarray):
-                image = _from_pixels(data)
-                stored = image.size
-            else:
-                image, stored = self._decode(data, size)
+            image, stored = self._decode(data, size)
+        if isinstance(data, np.ndarray) and stored == size:
+            pixels, cut = data, (0, 0)
+        else:
             pixels, cut = self._fit(image, place, size)
         if mirrored:
             pixels = np.ascontiguousarray(pixels[:, ::-1])

@@ -155,21 +155,12 @@ def _save_grids(folder: epath.Path, jobs: Sequence[Job]) -> None:
             sizes.setdefault(job.settings.final_size, []).append(job)
     for (width, height), some in sizes.items():
         shown = some[:LARGEST_GRID]
-        images = np.stack([_read_finished(folder / job.file, width, height) for job in shown])
+        images = np.stack([pictures.read_picture(folder / job.file) for job in shown])
         captions = [job.settings.prompt for job in shown] if width >= 48 else None
         which = f"-{width}x{height}" if len(sizes) > 1 else ""
         path = folder / f"grid{which}.png"
         pictures.save_png(path, pictures.grid(images, captions=captions))
         print(path)
-
-
-def _read_finished(path: epath.Path, width: int, height: int) -> pictures.Picture:
-    picture = pictures.read_picture(path)
-    if picture.shape[:2] != (height, width):
-        raise UserError(
-            f"{path} was resized, so that it does not fit the grid: remove it to generate it again."
-        )
-    return picture
 
 
 def _plan(
