@@ -14,7 +14,6 @@ from jaxdiff.data.sources.base import LatentRecord, Record
 from jaxdiff.errors import UserError
 from jaxdiff.io.image_decoding import (
     ImageError,
-    TooManyPixelsError,
     on_white,
     open_image,
     upright,
@@ -173,16 +172,18 @@ class Transforms:
     def _decode(self, data: bytes, wanted: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """Return the upright image, and its stored width and height."""
         try:
-            with open_image(data, self.max_pixels) as image:
+            with open_image(data, largest=sys.maxsize) as image:
+                width, height = image.size
+                if width * height > self.max_pixels:
+                    raise RecordError(
+                        f"the image has {width} x {height} pixels, more than the "
+                        f"{self.max_pixels} of data.transforms.max_pixels"
+                    )
                 stored = upright_size(image, data)
                 # JPEG decodes at 1/2, 1/4 or 1/8 of its size; twice the result leaves the
                 # antialiasing to the resize.
                 image.draft(None, (2 * max(wanted), 2 * max(wanted)))
                 return on_white(upright(image)), stored
-        except TooManyPixelsError as error:
-            raise RecordError(
-                f"the image is too large: {error}; raise data.transforms.max_pixels to use it"
-            ) from error
         except ImageError as error:
             raise RecordError(f"the image cannot be decoded ({error})") from error
 

@@ -72,10 +72,6 @@ class ImageError(Exception):
     """An image cannot be decoded; the message is the reason, for a sentence that names it."""
 
 
-class TooManyPixelsError(ImageError):
-    """An image has more pixels than allowed."""
-
-
 @contextlib.contextmanager
 def open_image(data: bytes, largest: int = LARGEST_IMAGE) -> Iterator[ImageFile.ImageFile]:
     """Open an image file; its pixels are not decoded yet.
@@ -169,9 +165,7 @@ def _check(image: ImageFile.ImageFile, data: bytes, largest: int) -> None:
     """Raise `ImageError` for an image that would take too much memory or time to decode."""
     width, height = image.size
     if width * height > largest:
-        raise TooManyPixelsError(
-            f"it has {width} x {height} pixels, more than the {largest} allowed"
-        )
+        raise ImageError(f"it has {width} x {height} pixels, more than the {largest} allowed")
     jpeg = image.format == "TIFF" or "progressive" in image.info
     if jpeg and data.count(b"\xff\xda") > MOST_SCANS:
         raise ImageError(f"it has more than {MOST_SCANS} scans")
@@ -260,7 +254,7 @@ def _errors() -> Iterator[None]:
         raise ImageError(f"its format is none of {', '.join(FORMATS)}, or it is damaged") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise TooManyPixelsError(f"it has more than {most} pixels") from error
+        raise ImageError(f"it has more than {most} pixels") from error
     except Exception as error:
         raise ImageError(str(error) or type(error).__name__) from error
 
