@@ -64,6 +64,8 @@ _REFUSED = {
     "F": "floating point, whose range is unknown",
     "LAB": "CIE Lab",
 }
+_PROGRESSIVE = re.compile(rb"\xff\xc2\0[\x0b\x11\x14]\x08")  # a frame, 8 bits (ITU T.81, B.2.2)
+_SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\1-\4]")  # of 1 to 4 components (B.2.3)
 _OPAQUE = ("CMYK", "YCbCr", "HSV", "RGBX")
 _WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
@@ -166,8 +168,10 @@ def _check(image: ImageFile.ImageFile, data: bytes, largest: int) -> None:
     width, height = image.size
     if width * height > largest:
         raise ImageError(f"it has {width} x {height} pixels, more than the {largest} allowed")
-    jpeg = image.format == "TIFF" or "progressive" in image.info
-    if jpeg and data.count(b"\xff\xda") > MOST_SCANS:
+    progressive = "progressive" in image.info or (
+        image.info.get("compression") == "jpeg" and _PROGRESSIVE.search(data)  # in a TIFF
+    )
+    if progressive and len(_SCAN.findall(data)) > MOST_SCANS:
         raise ImageError(f"it has more than {MOST_SCANS} scans")
     if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, byte by byte
         raise ImageError("it is a BMP with run-length encoding")

@@ -220,8 +220,8 @@ def mask_of(image: Image.Image) -> Mask:
     """
     image = upright(image)
     brightness = np.asarray(image.convert("L"))
-    opacity = np.asarray(image.getchannel("A")) if image.mode == "RGBA" else np.uint8(255)
-    if opacity.min() == 255:
+    opacity = np.asarray(image.getchannel("A")) if image.mode == "RGBA" else None
+    if opacity is None or opacity.min() == 255:
         return brightness / np.float32(255)
     if opacity.min() == opacity.max():
         raise ImageError("it is equally transparent everywhere, and so no mask")

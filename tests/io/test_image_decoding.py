@@ -281,6 +281,17 @@ def test_a_progressive_jpeg_has_a_limited_number_of_scans():
         read_picture("a", data[:-2] + data[last:-2] * 100 + data[-2:])
 
 
+def test_what_looks_like_scans_in_other_data_is_no_scan(image_files):
+    """A phone's film after a progressive JPEG, and pixels of a TIFF."""
+    film = b"\xff\xda" * 1_000
+    assert read_picture("a", image_files["JPEG progressive"] + film).shape == (16, 16, 3)
+    for compression in ("tiff_lzw", "jpeg", None):
+        options = {} if compression is None else {"compression": compression}
+        tall = Image.fromarray(np.tile(np.uint8([[255, 218]]), (2000, 100)))
+        data = encode(tall, "TIFF", tiffinfo={278: 8}, **options)
+        assert read_picture("a", data).shape == (2000, 200, 3)
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(2**28 + 1)
