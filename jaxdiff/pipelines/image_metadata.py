@@ -236,7 +236,7 @@ class ImageMetadata:
     def _check_input(self, name: str, given: epath.Path | None) -> None:
         """Raise `UserError` unless an input is that of the file, or neither is set."""
         stated = self.settings.get(name)
-        digest = given and open_input(given).sha256
+        digest = given and open_input(given, name == "mask").sha256
         try:
             if digest == (None if stated is None else stated["sha256"]):
                 return

@@ -8,11 +8,14 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
+from PIL import Image
 
 from jaxdiff.config.fields import LARGEST_FLOAT, LONGEST_TEXT
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import check_text
+from jaxdiff.io.image_decoding import ImageError
+from jaxdiff.io.images import mask_of, picture_of
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback, Preview
 from jaxdiff.pipelines.program import SampleInputs
@@ -26,6 +29,7 @@ IMAGE_STRENGTH = 0.6
 Integer = int | np.integer
 Number = Integer | float | np.floating
 Output = Literal["uint8", "float", "latents"]
+AnyImages = np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +67,16 @@ class InitImage:
     """Images to start from.
 
     Attributes:
-      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all; its size is the result's.
-      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all;
-        None replaces all.
+      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all, or Pillow's; its size is the
+        result's.
+      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all, or
+        Pillow's; None replaces all.
       strength: amount of noise added to the image, from 0 to 1, one for all or one each; 0.6 by
         default, 1 with a mask.
     """
 
-    image: np.ndarray
-    mask: np.ndarray | None = None
+    image: AnyImages
+    mask: AnyImages | None = None
     strength: Number | Iterable[Number] | None = None
 
 
@@ -237,13 +242,15 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     return [int(count) for count in found]
 
 
-def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """Return one image for each of n prompts; a single image is repeated.
+def check_images(image: Any, n: int | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+    """Return one image for each of n prompts, by default as many as there are.
+
+    A single image is repeated. Pillow's are read as `io/images.py` reads files.
 
     Raises:
       UserError: neither uint8 nor float in [0, 1], or not [h, w, 3], [1, h, w, 3] or [n, h, w, 3].
     """
-    images = np.asarray(image)
+    images = _array("image", image, picture_of)
     images = images[None] if images.ndim == 3 else images
     if images.ndim == 4 and images.dtype.kind == "f":
         if not (images.min(initial=0) >= 0 and images.max(initial=1) <= 1):
@@ -252,32 +259,58 @@ def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
                 "floats from 0 to 1."
             )
         images = np.rint(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
         raise UserError(
             f"image is {images.dtype} {images.shape}: expected uint8 [n, height, width, 3]."
         )
-    return _broadcast("image", images, n)
+    return _broadcast("image", images, len(images) if n is None else n)
 
 
 def check_masks(mask: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "n h w"]:
     """Return one mask, from 0 to 1, for each of the images [n, h, w, 3].
 
+    Pillow's images are masks as `io/images.py` reads files.
+
     Raises:
       UserError: another size, or values out of range.
     """
-    masks = np.asarray(mask)
+    masks = _array("mask", mask, mask_of)
     if masks.dtype.kind not in "biuf":
         raise UserError(f"mask is {masks.dtype}: expected numbers from 0 to 1.")
     masks = masks.astype(np.float32)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or masks.shape[1:] != shape[1:3]:
         raise UserError(f"mask is of shape {masks.shape}: expected that of the image, {shape[:3]}.")
-    if not (masks.min() >= 0 and masks.max() <= 1):
+    if not (masks.min(initial=0) >= 0 and masks.max(initial=0) <= 1):
         raise UserError(
             f"mask goes from {masks.min():g} to {masks.max():g}: expected 0 where the image is "
             "kept and 1 where it is replaced."
         )
     return _broadcast("mask", masks, shape[0])
+
+
+def _array(name: str, value: Any, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Return an array; `convert` reads Pillow's images.
+
+    Raises:
+      UserError: it is neither an array nor an image that can be read.
+    """
+    try:
+        if isinstance(value, list | tuple):
+            value = [convert(x) if isinstance(x, Image.Image) else x for x in value]
+        array = np.asarray(convert(value) if isinstance(value, Image.Image) else value)
+    except ImageError as error:
+        raise UserError(
+            f"{name} cannot be read ({error}): expected an image of 8 bits per channel."
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} is no array ({error}): expected images of one size.") from error
+    if array.dtype.kind in "USO":
+        raise UserError(
+            f"{name} is a {type(value).__name__}: expected an array, or an image of Pillow such as "
+            "PIL.Image.open(file)."
+        )
+    return array
 
 
 def _broadcast(name: str, values: np.ndarray, n: int) -> np.ndarray:

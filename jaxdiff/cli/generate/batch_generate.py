@@ -179,9 +179,9 @@ def _plan(
     """
     jobs: dict[str, Job] = {}
     shared, opened = options.settings, functools.cache(open_input)
-    for path in (getattr(shared, name) for name in FILES):
-        if path is not None:
-            opened(path)  # an error of the command line, not of a row
+    for name in FILES:
+        if (path := getattr(shared, name)) is not None:
+            opened(path, name == "mask")  # an error of the command line, not of a row
     for row in rows:
         try:
             settings = resolve_settings(

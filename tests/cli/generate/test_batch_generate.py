@@ -284,6 +284,35 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     assert (np.asarray(Image.open(out / "0000-a-small-red-pea.png")) != image).any()
 
 
+def test_rows_start_from_deep_images_and_transparent_masks(
+    sample, prompts, model, tmp_path, capsys
+):
+    grey = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    stroke = np.zeros((32, 32, 4), np.uint8)
+    stroke[:, 16:] = 255
+    Image.fromarray(stroke).save(tmp_path / "stroke.png")
+    stroke[4:8, 16:, :3] = 0
+    Image.fromarray(stroke).save(tmp_path / "ambiguous.png")
+    Image.new("F", (32, 32)).save(tmp_path / "float.tiff")
+    rows = [
+        {"prompt": PEA, "init_image": "deep.png", "mask": "stroke.png", "seed": 1},
+        {"prompt": PEA, "init_image": "deep.png", "mask": "ambiguous.png"},
+        {"prompt": PEA, "init_image": "float.tiff"},
+    ]
+    assert sample("--prompts", prompts(*rows)) == 1
+    errors = capsys.readouterr().err
+    assert "line 2: " in errors
+    assert "its transparency contradicts its brightness" in errors
+    assert "line 3: " in errors
+    assert "its values are floating point" in errors
+    image = np.asarray(Image.open(tmp_path / "out" / "0000-a-small-red-pea.png"))
+    pixels = np.rint(grey / 257).astype(np.uint8)[..., None].repeat(3, -1)
+    init = InitImage(image=pixels, mask=stroke[..., 3] / 255)
+    np.testing.assert_array_equal(image, load(model)(PEA, seeds=1, init=init)[0])
+    np.testing.assert_array_equal(image[:, :16], pixels[:, :16])
+
+
 def devices(monkeypatch, count):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
 
