@@ -7,10 +7,11 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
-from jaxdiff.data.files import files_below
+from jaxdiff.data.files import is_image, is_packed_tar, list_files
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.data.sources.folder import ImageFolder, is_image
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.sources.metadata import is_metadata
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.prior_preservation import AnySource
 from jaxdiff.data.sources.tfds import TFDS
@@ -68,9 +69,10 @@ def prepare_command(arguments: list[str]) -> None:
     if manifest is None:
         print("This host's shards are written; the last host to finish writes the manifest.")
         return
-    kind = "records" if manifest.latents is None else "records of latents"
-    left = f", left out {manifest.rejected}" if manifest.rejected else ""
-    print(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
+    kind = "" if manifest.latents is None else " as latents"
+    count = len(manifest.shards)
+    wrote = f"wrote {manifest.records}{kind} in {count} shard{'s' * (count != 1)}"
+    print(manifest.account.text(wrote))
 
 
 def _folder(out: str | None) -> str:
@@ -89,7 +91,7 @@ def source_at(path: str) -> AnySource:
     if root.is_dir():
         if (root / "dataset_info.json").exists():
             return TFDS(name=path)
-        names = list(files_below(root))
+        names = list_files(root).files
     elif root.is_file() or any(sign in path for sign in "*?["):
         names = [path]
     else:
@@ -97,15 +99,17 @@ def source_at(path: str) -> AnySource:
             f"{path} does not exist: expected a recipe, with a name ending in .py, or images with "
             "captions."
         )
-    if any(name.endswith(".tar") for name in names):
+    if any(name.lower().endswith(".tar") for name in names):
         return WebDataset(path=path)
-    if any(name.endswith(".parquet") for name in names):
+    if any(name.lower().endswith(".parquet") and not is_metadata(name) for name in names):
         return Parquet(path=path)
     if any(".array_record" in name for name in names):
         return ArrayRecord(path=path)
-    if root.is_dir() and any(map(is_image, names)):
+    if root.is_dir() and any(is_image(name) or is_metadata(name) for name in names):
         return ImageFolder(path=path)
+    packed = next((f" but {n}, which is compressed" for n in names if is_packed_tar(n)), "")
     raise UserError(
-        f"{path} contains nothing to prepare: expected a folder of images with captions, or "
-        "Parquet, ArrayRecord or tar files."
+        f"{path} contains nothing to prepare{packed}: "
+        "expected a folder of images with captions, or Parquet, ArrayRecord or uncompressed tar "
+        "files."
     )

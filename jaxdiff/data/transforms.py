@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_CAPTION, NOT_TEXT, TOO_LARGE, RecordError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.sources.base import LatentRecord, Record
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import check_text
 
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -88,7 +89,7 @@ class Transforms:
             pixels, size = record["image"], (width, height)
             image, size_crop = self._image(pixels, place, size, mirrored=mirrored)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)
 
     def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
@@ -110,7 +111,7 @@ class Transforms:
                 image = self._image(record["image"], position, size, mirrored=mirrored)
                 views.append(View(*image))
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return views
 
     def of_latents(
@@ -122,7 +123,7 @@ class Transforms:
         try:
             caption = _caption(record["captions"], choice)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         caption = "" if dropout < self.caption_dropout else caption
         return record["moments"][view], caption, record["size_crop"][view]
 
@@ -174,7 +175,8 @@ class Transforms:
                 if width * height > self.max_pixels:
                     raise RecordError(
                         f"the image has {width} x {height} pixels, more than the "
-                        f"{self.max_pixels} of data.transforms.max_pixels"
+                        f"{self.max_pixels} of data.transforms.max_pixels",
+                        TOO_LARGE,
                     )
                 # JPEG decodes at 1/2, 1/4 or 1/8 of its size; twice the result leaves the
                 # antialiasing to the resize.
@@ -213,13 +215,13 @@ def _upright_size(image: Image.Image, width: int, height: int) -> tuple[int, int
 def _caption(captions: list[str], choice: float) -> str:
     usable = [caption for caption in captions if caption.strip()]
     if not usable:
-        raise RecordError("there is no caption")
-    caption = usable[int(choice * len(usable))]
+        raise RecordError("there is no caption", NO_CAPTION)
     try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError("the caption is not UTF-8") from error
-    return caption
+        for caption in usable:
+            check_text(caption, "the caption")
+    except UserError as error:
+        raise RecordError(str(error), NOT_TEXT) from error
+    return usable[int(choice * len(usable))]
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
