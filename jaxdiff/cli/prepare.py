@@ -7,7 +7,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
-from jaxdiff.data.files import is_image, is_packed_tar, list_files
+from jaxdiff.data.files import is_image, is_packed_tar, is_regular, list_files
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.folder import ImageFolder
@@ -92,7 +92,7 @@ def source_at(path: str) -> AnySource:
         if (root / "dataset_info.json").exists():
             return TFDS(name=path)
         names = list_files(root).files
-    elif root.is_file() or any(sign in path for sign in "*?["):
+    elif is_regular(root) or any(sign in path for sign in "*?["):
         names = [path]
     else:
         raise UserError(

@@ -66,6 +66,11 @@ def image_suffixes() -> str:
     return ", ".join(sorted(_IMAGES))
 
 
+def is_regular(path: epath.Path) -> bool:
+    """Whether a path is a file that ends, unlike a pipe or a device."""
+    return os.path.isfile(path) if is_local(path) else path.is_file()
+
+
 class Listing(NamedTuple):
     """The files in and below a folder, relative to it and sorted, and what cannot be listed."""
 
@@ -217,7 +222,7 @@ def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> DataFiles
       UserError: there is no such file.
     """
     root = epath.Path(path)
-    if root.is_file():
+    if is_regular(root):
         return DataFiles([root], LeftOut())
     left_out = LeftOut()
     if root.is_dir():
@@ -229,7 +234,7 @@ def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> DataFiles
         files = sorted(root / name for name in names)
         missing = f"the folder {path} contains no {kind}"
     elif any(sign in path for sign in "*?["):
-        matches = {f: f.is_file() for f in sorted(_glob(root))}
+        matches = {f: is_regular(f) for f in sorted(_glob(root))}
         files = [f for f, is_file in matches.items() if is_file]
         rejects = [
             Reject(name=printable(str(f)), reason="it is not a file", kind=NO_FILE)
@@ -240,7 +245,7 @@ def data_files(path: str, wanted: Callable[[str], bool], kind: str) -> DataFiles
         missing = f"no file matches {path}"
     else:
         files = []
-        missing = f"{path} does not exist"
+        missing = f"{path} is not a file" if root.exists() else f"{path} does not exist"
     if not files:
         raise UserError(
             f"{missing}: data.source.path must be a {kind}, a glob of them, or a folder of them."

@@ -105,7 +105,9 @@ def test_a_manifest_that_disagrees_is_refused(tmp_path, key, value):
     manifest = json.loads(path.read_text())
     (manifest if key == "found" else manifest["shards"][0])[key] = value
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json (disagrees with itself|is not a manifest)"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json (disagrees with itself|is not a manifest)"
+    ):
         source.check()
 
 

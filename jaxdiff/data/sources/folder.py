@@ -22,6 +22,7 @@ from jaxdiff.data.files import (
     Inventory,
     image_suffixes,
     is_image,
+    is_regular,
     is_unsupported_image,
     list_files,
     suffix_of,
@@ -164,7 +165,7 @@ class ImageFolder:
             file = line.file_name
             if is_unsupported_image(file) and file in files:
                 continue  # rejected with the files that are left
-            if file in files or (root / file).is_file():  # a hidden file, if it is named
+            if file in files or is_regular(root / file):  # a hidden file, if it is named
                 entries.append(_Entry(file, texts_of(line.values.get(self.caption))))
                 inventory.claim(file)
                 continue
