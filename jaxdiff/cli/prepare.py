@@ -7,7 +7,13 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
-from jaxdiff.data.files import is_image, is_packed_tar, is_regular, list_files
+from jaxdiff.data.files import (
+    is_image,
+    is_packed_tar,
+    is_regular,
+    is_unsupported_image,
+    list_files,
+)
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.folder import ImageFolder
@@ -105,11 +111,15 @@ def source_at(path: str) -> AnySource:
         return Parquet(path=path)
     if any(".array_record" in name for name in names):
         return ArrayRecord(path=path)
-    if root.is_dir() and any(is_image(name) or is_metadata(name) for name in names):
+    images = (is_image, is_unsupported_image, is_metadata)
+    if root.is_dir() and any(test(name) for name in names for test in images):
         return ImageFolder(path=path)
-    packed = next((f" but {n}, which is compressed" for n in names if is_packed_tar(n)), "")
+    if any(map(is_packed_tar, names)):
+        raise UserError(
+            f"{path} is a compressed tar file, or contains one: expected uncompressed ones; unpack "
+            "it, and prepare the folder."
+        )
     raise UserError(
-        f"{path} contains nothing to prepare{packed}: "
-        "expected a folder of images with captions, or Parquet, ArrayRecord or uncompressed tar "
-        "files."
+        f"{path} contains nothing to prepare: expected a folder of images with captions, or "
+        "Parquet, ArrayRecord or uncompressed tar files."
     )

@@ -144,6 +144,33 @@ def test_missing_paths_are_refused(tmp_path, refused):
     assert "Latents need a recipe" in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.tar.gz", "is a compressed tar file"),
+        ("a.heic", "a.heic: the format .heic is not supported"),
+        ("a.png", "have no captions"),
+        ("a.md", "contains nothing to prepare"),
+    ],
+)
+def test_folders_without_a_record_are_refused_by_name(tmp_path, refused, name, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(b"x")
+    assert message in refused("prepare", str(tmp_path / "data"), str(tmp_path / "out"))
+
+
+def test_records_that_are_added_need_another_folder(tmp_path, refused, capsys):
+    data, out = tmp_path / "data", str(tmp_path / "out")
+    data.mkdir()
+    for name in "ab":
+        (data / f"{name}.png").write_bytes(_png())
+        (data / f"{name}.txt").write_text("x")
+        if name == "a":
+            assert cli.main(["prepare", str(data), out]) == 0
+            capsys.readouterr()
+    assert "found is 1, now 2" in refused("prepare", str(data), out)
+
+
 def test_invalid_options_of_sharing_are_refused(recipe, tmp_path, refused):
     for words, printed in (
         (("--shards", "0"), "--shards 0"),

@@ -143,7 +143,7 @@ def _index_tar(number: int, tar: epath.Path) -> _Index:
         with tar.open("rb") as file:
             for header in _headers(file):
                 name = _inside(header.name, tar)
-                if header.isdir() or any(part.startswith(".") for part in name.split("/")):
+                if header.isdir() or "/." in f"/{name}":
                     continue
                 if name in members and is_image(name):
                     reject(name, "the archive has a later file of this name", REPEATED)
@@ -259,6 +259,8 @@ def _member(name: str, header: tarfile.TarInfo) -> _Member:
 
 def _followed(member: _Member, members: dict[str, _Member]) -> _Member:
     """Return a member at the position of the file that it links to."""
+    if member.link is None:
+        return member
     name, seen = member.name, set()
     while member.link is not None:
         seen.add(member.name)
