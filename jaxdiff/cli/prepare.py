@@ -7,10 +7,17 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
-from jaxdiff.data.files import files_below
+from jaxdiff.data.files import (
+    is_image,
+    is_packed_tar,
+    is_regular,
+    is_unsupported_image,
+    list_files,
+)
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.data.sources.folder import ImageFolder, is_image
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.sources.metadata import is_metadata
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.prior_preservation import AnySource
 from jaxdiff.data.sources.tfds import TFDS
@@ -70,9 +77,10 @@ def prepare_command(arguments: list[str]) -> None:
     if manifest is None:
         write_line("This host's shards are written; the last host to finish writes the manifest.")
         return
-    kind = "records" if manifest.latents is None else "records of latents"
-    left = f", left out {manifest.rejected}" if manifest.rejected else ""
-    write_line(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
+    kind = "" if manifest.latents is None else " as latents"
+    count = len(manifest.shards)
+    wrote = f"wrote {manifest.records}{kind} in {count} shard{'s' * (count != 1)}"
+    write_line(manifest.account.text(wrote))
 
 
 def _folder(out: str | None) -> str:
@@ -93,23 +101,29 @@ def source_at(path: str) -> AnySource:
     if root.is_dir():
         if (root / "dataset_info.json").exists():
             return TFDS(name=path)
-        names = list(files_below(root))
-    elif root.is_file() or any(sign in path for sign in "*?["):
+        names = list_files(root).files
+    elif is_regular(root) or any(sign in path for sign in "*?["):
         names = [path]
     else:
         raise UserError(
             f"{path} does not exist: expected a recipe, with a name ending in .py, or images with "
             "captions."
         )
-    if any(name.endswith(".tar") for name in names):
+    if any(name.lower().endswith(".tar") for name in names):
         return WebDataset(path=path)
-    if any(name.endswith(".parquet") for name in names):
+    if any(name.lower().endswith(".parquet") and not is_metadata(name) for name in names):
         return Parquet(path=path)
     if any(".array_record" in name for name in names):
         return ArrayRecord(path=path)
-    if root.is_dir() and any(map(is_image, names)):
+    images = (is_image, is_unsupported_image, is_metadata)
+    if root.is_dir() and any(test(name) for name in names for test in images):
         return ImageFolder(path=path)
+    if any(map(is_packed_tar, names)):
+        raise UserError(
+            f"{path} is a compressed tar file, or contains one: expected uncompressed ones; unpack "
+            "it, and prepare the folder."
+        )
     raise UserError(
         f"{path} contains nothing to prepare: expected a folder of images with captions, or "
-        "Parquet, ArrayRecord or tar files."
+        "Parquet, ArrayRecord or uncompressed tar files."
     )

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from etils import epath
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.buckets import nearest_shape
-from jaxdiff.data.shards import Shard
+from jaxdiff.data.shards import Shard, shard_from_json
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
@@ -45,6 +45,10 @@ class ShardRange(NamedTuple):
     shards: int
     start: int
     stop: int
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether a shard accounts for every record of the range."""
+        return shard.records + len(shard.rejects) == self.stop - self.start
 
     @property
     def file(self) -> str:
@@ -107,17 +111,18 @@ class ShardProgress:
         self._folder = folder / _PROGRESS
         path = self._folder / _PROVENANCE
         if path.exists():
-            check_same(read_json(path), provenance, folder)
+            check_same(read_json(path, "another folder"), provenance, folder)
         write_whole(path, (format_json(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
         """Return the complete shards by file name."""
         entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
         try:
-            shards = [Shard(**read_json(path)) for path in entries]
-        except TypeError as error:
+            shards = [shard_from_json(read_json(path, "another folder")) for path in entries]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self._folder} has entries of another version of jaxdiff ({error}): remove it."
+                f"{self._folder} holds an entry of another version of jaxdiff ({error}): choose "
+                "another output folder."
             ) from error
         return {shard.file: shard for shard in shards}
 
@@ -143,7 +148,7 @@ def write_shard(
     folder: epath.Path,
     shard_range: ShardRange,
     records: Iterable[bytes],
-    rejects: Sequence[str],
+    rejects: Sequence[Reject],
     shapes: Sequence[int] = (),
 ) -> Shard:
     """Write a shard and its entry; consuming `records` may extend `rejects` and `shapes`."""
@@ -167,13 +172,13 @@ def write_shard(
 def write_images(reader: RecordReader, job: tuple[str, ShardRange]) -> Shard:
     """Write a shard of the source's images, leaving out unusable records."""
     folder, shard_range = job
-    rejects: list[str] = []
+    rejects: list[Reject] = []
 
     def encoded() -> Iterator[bytes]:
         for index in range(shard_range.start, shard_range.stop):
             record = reader.image(index)
             if isinstance(record, RecordError):
-                rejects.append(str(record))
+                rejects.append(record.reject)
             else:
                 yield encode_record(record)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_CAPTION, NOT_TEXT, TOO_LARGE, RecordError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.sources.base import LatentRecord, Record
 from jaxdiff.errors import UserError
@@ -19,6 +19,7 @@ from jaxdiff.io.image_decoding import (
     upright,
     upright_size,
 )
+from jaxdiff.io.text import check_text
 
 
 class Example(NamedTuple):
@@ -93,7 +94,7 @@ class Transforms:
             pixels, size = record["image"], (width, height)
             image, size_crop = self._image(pixels, place, size, mirrored=mirrored)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)
 
     def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
@@ -115,7 +116,7 @@ class Transforms:
                 image = self._image(record["image"], position, size, mirrored=mirrored)
                 views.append(View(*image))
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return views
 
     def of_latents(
@@ -127,7 +128,7 @@ class Transforms:
         try:
             caption = _caption(record["captions"], choice)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         caption = "" if dropout < self.caption_dropout else caption
         return record["moments"][view], caption, record["size_crop"][view]
 
@@ -177,7 +178,8 @@ class Transforms:
                 if width * height > self.max_pixels:
                     raise RecordError(
                         f"the image has {width} x {height} pixels, more than the "
-                        f"{self.max_pixels} of data.transforms.max_pixels"
+                        f"{self.max_pixels} of data.transforms.max_pixels",
+                        TOO_LARGE,
                     )
                 stored = upright_size(image, data)
                 # JPEG decodes at 1/2, 1/4 or 1/8 of its size; twice the result leaves the
@@ -206,13 +208,13 @@ def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
 def _caption(captions: list[str], choice: float) -> str:
     usable = [caption for caption in captions if caption.strip()]
     if not usable:
-        raise RecordError("there is no caption")
-    caption = usable[int(choice * len(usable))]
+        raise RecordError("there is no caption", NO_CAPTION)
     try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError("the caption is not UTF-8") from error
-    return caption
+        for caption in usable:
+            check_text(caption, "the caption")
+    except UserError as error:
+        raise RecordError(str(error), NOT_TEXT) from error
+    return usable[int(choice * len(usable))]
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

@@ -13,8 +13,6 @@ from PIL import ExifTags, Image
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.io.files import read_bytes
-from jaxdiff.io.text import parse_json
 from jaxdiff.io.image_decoding import ImageError, open_image, upright, without_warnings
 from jaxdiff.io.text import check_text, parse_json
 

@@ -13,9 +13,9 @@ from PIL import Image
 from jaxdiff.config.fields import LARGEST_FLOAT, LONGEST_TEXT
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.io.text import check_text
 from jaxdiff.io.image_decoding import ImageError
 from jaxdiff.io.images import mask_of, picture_of
+from jaxdiff.io.text import check_text
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback, Preview
 from jaxdiff.pipelines.program import SampleInputs

@@ -14,7 +14,6 @@ from jaxtyping import PyTree
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import reason
 from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (

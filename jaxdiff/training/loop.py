@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.config.serialization import to_json, types_in
-from jaxdiff.data.bad_records import BadRecords
+from jaxdiff.data.bad_records import Account, BadRecords, account_of
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, device_batches, host_rows, make_dataset
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.chips import peak_flops
@@ -40,6 +40,8 @@ from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch
 from jaxdiff.training.workdir import CACHE, open_run
+
+_NAMED = 5  # records left out that the log names
 
 Tokenizers = Mapping[str, TextTokenizer]
 Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Report]
@@ -90,8 +92,12 @@ def train(
     check_axes(config, mesh)
     check_cache(config)
     config.data.source.check()  # before an earlier run is removed because of a typo
+    account_of(config.data.source).check(config.data.max_bad_fraction)
     tokenizers = open_run(config, out, fresh=fresh, log=log)
-    config = with_cache(config, out / CACHE)
+    config, account = with_cache(config, out / CACHE)
+    log(account.text())
+    for reject in account.left_out.rejects[:_NAMED]:
+        log(f"Left out {reject}")
     host = load_frozen(config, out)
     check_encoders(config, host, tokenizers)
     # In the compute type, and sharded like trained parameters.
@@ -108,7 +114,7 @@ def train(
         batches = _batches(config, tokenizers, mesh, rows, int(state.step))
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(mesh, log))
-        run = _Run(config, out, int(state.step), len(rows))
+        run = _Run(config, out, int(state.step), len(rows), account)
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
@@ -287,8 +293,9 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
 class _Run:
     """Counts, metrics and progress of one call of `train`."""
 
-    def __init__(self, config: Config, out: epath.Path, first: int, rows: int):
+    def __init__(self, config: Config, out: epath.Path, first: int, rows: int, account: Account):
         train = config.train
+        self.account = account
         self.rows = rows  # rows of a batch that this host reads
         self.train = train
         self.bad = BadRecords(config.data.max_bad_fraction)
@@ -375,7 +382,8 @@ class _Run:
         window = dict(self.window)
         steps = window.pop("steps", 0.0)
         line: dict[str, Any] = {
-            "skipped_records": sum_over_hosts(int(window.pop("skipped_records")))
+            "skipped_records": sum_over_hosts(int(window.pop("skipped_records"))),
+            "left_out_records": len(self.account.left_out.rejects),
         }
         line["skipped_updates"] = int(last["nonfinite"])
         window.pop("nonfinite", None)

@@ -23,7 +23,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float, Int
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import LeftOut, RecordError
+from jaxdiff.data.files import DataFiles
 from jaxdiff.data.shards import EMPTY, LatentSpace, ShardManifest
 from jaxdiff.data.sources.array_record import (
     LATENTS,
@@ -31,6 +32,7 @@ from jaxdiff.data.sources.array_record import (
     checked_manifest,
     open_records,
     pack,
+    record_files,
     unpack,
 )
 from jaxdiff.data.sources.base import LatentRecord
@@ -74,7 +76,7 @@ class CachedLatents:
         try:
             return decode_latents(self._reader[index])
         except UNREADABLE as error:
-            raise RecordError(f"{self.path} record {index}: {error}") from error
+            raise RecordError(str(error), name=f"{self.path} record {index}") from error
 
     def check(self) -> None:
         """Raise `UserError` for a folder that is missing, incomplete, or without latents."""
@@ -150,7 +152,16 @@ class CachedLatents:
 
     @cached_property
     def _reader(self) -> ArrayRecordDataSource:
-        return open_records(self.path, self._manifest)
+        return open_records(self.path, self._files.files, self._manifest)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The files in the folder that are no shards of it."""
+        return self._files.left_out
+
+    @cached_property
+    def _files(self) -> DataFiles:
+        return record_files(self.path, self._manifest)
 
 
 def encode_latents(record: LatentRecord) -> bytes:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from jaxdiff.data.bad_records import LeftOut, left_out_of
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.base import Record, Source
 from jaxdiff.data.sources.folder import ImageFolder
@@ -53,3 +54,8 @@ class PriorPreservation:
             )
         self.own.check()
         self.prior.check()
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What both sources left out."""
+        return left_out_of(self.own) + left_out_of(self.prior)
