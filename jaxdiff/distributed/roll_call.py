@@ -93,7 +93,7 @@ def _report_to_host0(process: ProcessSpec, deadline: float, timeout: float) -> s
             with socket.create_connection(address, timeout=remaining) as connection:
                 connection.sendall(f"{json.dumps([process.count, process.index])}\n".encode())
                 return parse_json(_read_line(connection), "The answer of host 0")
-        except (OSError, ValueError) as error:  # host 0 may start later than this one
+        except (OSError, ValueError, UserError) as error:  # host 0 may start later than this one
             reason = getattr(error, "strerror", None) or str(error) or reason
             time.sleep(0.1)
     return (
@@ -128,7 +128,7 @@ def _reports(server: socket.socket, deadline: float) -> Iterator[tuple[socket.so
         try:
             connection.settimeout(10)
             count, index = parse_json(_read_line(connection), "A report")
-        except (OSError, ValueError, TypeError):  # not one of our processes, a port scan perhaps
+        except (OSError, UserError, ValueError, TypeError):  # a port scan perhaps
             connection.close()
             continue
         yield connection, count, index
