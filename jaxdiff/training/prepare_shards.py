@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io.lock import output_folder
-from jaxdiff.io.terminal import console
+from jaxdiff.io.terminal import console, write_line
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
