@@ -68,13 +68,6 @@ class RecordError(Exception):
         return Reject(name=self._name, reason=self._reason, kind=self._kind)
 
 
-def printable(name: str) -> str:
-    """Return a file's name with escapes for what is not UTF-8 and for control characters."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """What a source found in its files but has no record of.

@@ -19,10 +19,10 @@ from jaxdiff.data.bad_records import (
     UNSUPPORTED,
     LeftOut,
     Reject,
-    printable,
 )
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local, reason
+from jaxdiff.io.terminal import printable
 
 # fmt: off
 _IMAGES = frozenset([

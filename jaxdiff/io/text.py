@@ -99,12 +99,13 @@ def read_text(path: epath.PathLike, wanted: str = "a text file") -> str:
     return decode_text(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
 
 
-def parse_json(data: bytes | str, name: object) -> Any:
+def parse_json(data: bytes | str, name: object, *, by_value: bool = False) -> Any:
     """Parse JSON, with limits on depth and on the digits of numbers.
 
     Args:
       data: text, or bytes as `decode_text` takes them.
       name: what messages call it.
+      by_value: leave bytes that are not UTF-8, as surrogates, for the readers of the values.
 
     Raises:
       UserError: it is not JSON, holds NaN or an infinity, a text that is not Unicode, or two values
@@ -126,7 +127,7 @@ def parse_json(data: bytes | str, name: object) -> Any:
         raise UserError(
             f"{name} is not valid JSON ({reason}{where}): correct it or copy it again."
         ) from error
-    if _SURROGATE.search(text):  # perhaps half of a pair, alone
+    if not by_value and _SURROGATE.search(text):  # perhaps half of a pair, alone
         check_text(json.dumps(value, ensure_ascii=False), name)
     return value
 

@@ -223,7 +223,7 @@ class GenerationSettings:
         epath.Path | None,
         File(),
         Doc(
-            "Image that is white, or opaque among transparency, where to inpaint --init-image.",
+            "Image that is white (or opaque) where to inpaint.",
             EDITING,
             common=True,
         ),

@@ -18,6 +18,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io import files
 from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.training.loop import Result
 from jaxdiff.training.recipe import load_recipe
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -27,9 +28,12 @@ COMMANDS = tuple(cli.COMMANDS)
 def started(monkeypatch):
     """The runs that `train` would have started: recipe, folder and `fresh`."""
     runs = []
-    monkeypatch.setattr(
-        train, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
-    )
+
+    def run(config, out, *, fresh):
+        runs.append((config, out, fresh))
+        return Result({}, None, {}, {}, finished=True)
+
+    monkeypatch.setattr(train, "run_recipe", run)
     return runs
 
 

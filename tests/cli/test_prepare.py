@@ -41,7 +41,7 @@ def test_prepare_refuses_invalid_options(recipe, tmp_path, refused):
     assert "data.source.length is 0" in refused(
         "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
     )
-    assert "cannot be made a folder" in refused("prepare", recipe, recipe)
+    assert "cannot be written to as a folder" in refused("prepare", recipe, recipe)
     assert "output folder is missing" in refused("prepare", recipe)
     assert not (tmp_path / "o").exists()
 

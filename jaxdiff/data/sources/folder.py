@@ -15,7 +15,6 @@ from jaxdiff.data.bad_records import (
     UNLISTED,
     LeftOut,
     RecordError,
-    printable,
     some,
 )
 from jaxdiff.data.files import (
@@ -33,6 +32,7 @@ from jaxdiff.data.sources.columns import check_column
 from jaxdiff.data.sources.metadata import METADATA, Line, read_metadata
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import reason
+from jaxdiff.io.terminal import printable
 
 
 class _Entry(NamedTuple):

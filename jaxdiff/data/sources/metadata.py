@@ -61,7 +61,7 @@ def _text(file: epath.Path) -> str:
 def _json_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines_of(_text(file)), start=1):
         if line.strip():
-            yield number, parse_json(line, f"Line {number} of {file}")
+            yield number, parse_json(line, f"Line {number} of {file}", by_value=True)
 
 
 def _csv_lines(file: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from jaxdiff.data.bad_records import NO_IMAGE, NOT_TEXT, LeftOut, RecordError, printable
+from jaxdiff.data.bad_records import NO_IMAGE, NOT_TEXT, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, data_files
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.captions import texts_of
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import printable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from jaxdiff.data.bad_records import (
     LeftOut,
     RecordError,
     Reject,
-    printable,
     some,
 )
 from jaxdiff.data.files import (
@@ -35,6 +34,7 @@ from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.captions import captions_in
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import reason
+from jaxdiff.io.terminal import printable
 
 _TEXTS = (".txt", ".json")  # the first one that a sample has
 _CHUNK = 2**20

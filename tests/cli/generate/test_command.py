@@ -210,7 +210,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     out = str(tmp_path / "file")
     assert cli.main(["sample", PEA, "--model", str(model), "--out", out]) == 2
-    assert "cannot be made a folder" in capsys.readouterr().err
+    assert "cannot be written to as a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
