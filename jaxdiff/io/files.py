@@ -1,5 +1,6 @@
 """Atomic writes, and checks of local and remote paths."""
 
+import contextlib
 from importlib.util import find_spec
 
 from etils import epath
@@ -69,8 +70,13 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except BaseException:  # a full disk, or Ctrl-C: leave no partial file
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def partial_path(path: epath.Path) -> epath.Path:
