@@ -144,17 +144,31 @@ def from_torch_names(
         first = next(values)
         ours = _aligned(flat[path].shape, first.dtype)
         for layer, value in enumerate(itertools.chain([first], values)):
-            if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise UserError(
-                    f"{what}: {tensor.names()[layer]} holds {value.dtype}: expected floating-point "
-                    "numbers; use a variant that is not quantised."
-                )
+            _check_numbers(value, f"{what}: {tensor.names()[layer]}")
             tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...])
         return place(ours)
 
     with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
         ours = dict(zip(located, pool.map(read, located), strict=True))
     return traverse_util.unflatten_dict(ours)
+
+
+def _check_numbers(value: np.ndarray, name: str) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(
+            f"{name} holds {value.dtype}: expected floating-point numbers; use a variant that is "
+            "not quantised."
+        )
+    # Of the numbers of one sign, NaN and infinity have the largest bits. As integers they are
+    # compared several times as fast as `isfinite` works.
+    size = value.dtype.itemsize
+    plus, minus = np.array([np.inf, -np.inf], value.dtype).view(f"u{size}")
+    positive = value.view(f"i{size}").max(initial=0) < int(plus)
+    if not (positive and value.view(f"u{size}").max(initial=0) < minus):
+        raise UserError(
+            f"{name} holds NaN or infinite numbers: expected finite weights; use another copy of "
+            "the model."
+        )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ def _places(file: epath.Path) -> dict[str, _Place]:
     """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _once(pairs, file))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in _TYPES:
@@ -232,3 +232,13 @@ def _places(file: epath.Path) -> dict[str, _Place]:
         )
         for name, entry in header.items()
     }
+
+
+def _once(pairs: list[tuple[str, Any]], file: epath.Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise UserError(
+            f"{file} repeats a name in its header: expected each tensor once; do not trust this "
+            "file."
+        )
+    return found

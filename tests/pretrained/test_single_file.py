@@ -21,6 +21,7 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.pretrained import autoencoder_keys, clip_keys, single_file, unet_keys
+from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.pretrained.safetensors_io import TensorFiles
 from jaxdiff.pretrained.single_file import VARIANTS, objective_of, read_original, read_original_spec
 from jaxdiff.pretrained.single_file_keys import unet_original_name
@@ -273,6 +274,8 @@ def with_names(*names):
         (with_names(f"{MID}.to_q.weight"), "are the same tensor"),
         (lambda t: t | {f"{VAE}quant_conv.bias": np.ones(3, np.float32)}, "tensors of another sh"),
         (lambda t: t | {f"{VAE}quant_conv.bias": np.ones(8, np.int8)}, "holds int8: expected flo"),
+        (lambda t: t | {f"{VAE}quant_conv.bias": np.full(8, np.nan)}, "quant_conv.bias holds NaN"),
+        (lambda t: t | {f"{VAE}quant_conv.bias": np.full(8, -np.inf, np.float16)}, "or infinite"),
         (lambda t: {"lora_unet_a.lora_up.weight": np.ones(1)}, "adapters; give them by --lora"),
         (lambda t: {"emb_params": np.ones((1, 8))}, "give it by --embedding"),
     ],
@@ -349,3 +352,17 @@ def test_weights_separate_the_two_models_of_2(more, expected, tmp_path):
 def test_other_objectives_are_refused_by_their_marks(names, metadata, message, tmp_path):
     with pytest.raises(UserError, match=message):
         objective_of(XL, marked(tmp_path, names, metadata))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin", "model.gguf"])
+def test_other_files_are_never_opened(name, tmp_path):
+    (tmp_path / name).write_bytes(b"anything")
+    for read_any in (load_bundle, read_spec, read_tokenizers):
+        with pytest.raises(UserError, match=r"expected a folder or a \.safetensors file.* can run"):
+            read_any(tmp_path / name)
+
+
+def test_the_suffix_may_be_of_any_case(tiny, tmp_path):
+    read(tiny[1], tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "MODEL.SAFETENSORS")
+    assert read_spec(tmp_path / "MODEL.SAFETENSORS").prediction == "eps"
