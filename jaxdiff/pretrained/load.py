@@ -89,7 +89,7 @@ def load_bundle(
     root = model_folder(folder)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers(root, place=place)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -109,7 +109,7 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     root = model_folder(folder)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers_spec(root)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -130,7 +130,7 @@ def read_tokenizers(
     root, spec = model_folder(folder), read_spec(folder, types)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers_tokenizers(root)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original_tokenizers(root)
     if clip_folder.is_clip_config(_config(root, folder)):
         return clip_folder.read_clip_tokenizers(root)
@@ -157,6 +157,11 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
 
 
 def _config(root: epath.Path, folder: epath.PathLike) -> Any:
+    if root.is_file():
+        raise UserError(
+            f"{folder} holds no model that jaxdiff opens: expected a folder or a .safetensors "
+            "file, as others, such as .ckpt and .pt, can run code; convert it."
+        )
     if not (root / CONFIG).exists():
         raise UserError(
             f"{folder} holds no model: expected {CONFIG} in it, as the folder of a run or an "

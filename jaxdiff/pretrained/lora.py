@@ -30,7 +30,7 @@ from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.diffusers import ENCODERS
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.safetensors_io import TensorFiles
-from jaxdiff.pretrained.single_file import unet_original_name
+from jaxdiff.pretrained.single_file_keys import unet_original_name
 from jaxdiff.pretrained.unet_keys import UNET_NAMES
 
 FOLDERS = {"denoiser": "unet", **ENCODERS}

@@ -46,14 +46,25 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """Memory-mapped tensors of one or several safetensors files, by name.
 
     Only headers are kept. A tensor's memory map lives as long as its array.
+
+    Raises:
+      UserError: a file is missing or damaged, of an unknown number type, or repeats a tensor of
+        another file.
     """
 
     def __init__(self, files: list[epath.Path]):
+        self.files = files
         self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= _check(file)
-            self._places |= _places(file)
+            places = _places(file)
+            if twice := set(places) & set(self._places):
+                raise UserError(
+                    f"{file} repeats {min(twice)} of another shard: expected each tensor in one "
+                    "file; copy the whole folder again."
+                )
+            self._places |= places
         self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -78,18 +89,30 @@ class Renamed(Mapping[str, np.ndarray]):
         tensors: Mapping[str, np.ndarray],
         rename: Callable[[str], str | Mapping[str, Cut] | None],
     ):
-        """`rename` returns a tensor's new name, or the parts to cut it into, or None to drop it."""
+        """Rename tensors.
+
+        Args:
+          tensors: by their old names.
+          rename: returns a tensor's new name, or the parts to cut it into, or None to drop it.
+
+        Raises:
+          UserError: two tensors have one new name.
+        """
         self._tensors = tensors
         self._parts: dict[str, tuple[str, Cut | None]] = {}
         self.shapes: dict[str, Shape] = {}
         for old, shape in shapes(tensors).items():
             new = rename(old)
-            if isinstance(new, str):
-                self._parts[new], self.shapes[new] = (old, None), shape
-                continue
-            for name, cut in (new or {}).items():
+            parts = {new: None} if isinstance(new, str) else new or {}
+            for name, cut in parts.items():
+                if name in self._parts:
+                    raise UserError(
+                        f"checkpoint: {self._parts[name][0]} and {old} are the same tensor, "
+                        f"{name}: expected it once; copy the model again."
+                    )
                 self._parts[name] = old, cut
-                self.shapes[name] = cut(np.broadcast_to(np.zeros(()), shape)).shape
+                whole = np.broadcast_to(np.zeros(()), shape)
+                self.shapes[name] = shape if cut is None else cut(whole).shape
 
     def __getitem__(self, name: str) -> np.ndarray:
         old, cut = self._parts[name]
@@ -108,6 +131,11 @@ def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
         return tensor
     # JAX would compile a transposition for every shape that is not in C order.
     return jax.device_put(np.ascontiguousarray(tensor))
+
+
+def to_linear(kernel: np.ndarray) -> np.ndarray:
+    """Return a 1x1 convolution as the linear layer that it is; others unchanged."""
+    return kernel.reshape(kernel.shape[:2]) if kernel.shape[2:] == (1, 1) else kernel
 
 
 def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
@@ -147,10 +175,14 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
 
 def _shards(index: epath.Path) -> list[epath.Path]:
     """Return the files of an index, which must be in its folder."""
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards ({error}): copy it again.") from error
+    data = read_json(index, "the index of a model's shards")
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise UserError(
+            f"{index} is no index of shards: expected names of files under weight_map; copy it "
+            "again."
+        )
+    names = sorted(set(shards.values()))
     for name in names:
         if not isinstance(name, str) or name != epath.Path(name).name:
             raise UserError(
