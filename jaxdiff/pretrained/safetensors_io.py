@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +48,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
     Only headers are kept. A tensor's memory map lives as long as its array.
     """
 
-    def __init__(self, files: list[epath.Path]):
+    def __init__(self, files: list[epath.Path], more_types: Mapping[str, Any] | None = None):
+        """`more_types` are number types by the format's names, read beside `_TYPES`."""
         self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= _check(file)
-            self._places |= _places(file)
+            self._places |= _places(file, {**_TYPES, **(more_types or {})})
         self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -178,23 +179,23 @@ def _check(file: epath.Path) -> dict[str, str]:
         raise UserError(f"{file} is damaged or cut off ({error}): copy it again.") from error
 
 
-def _places(file: epath.Path) -> dict[str, _Place]:
+def _places(file: epath.Path, types: Mapping[str, Any]) -> dict[str, _Place]:
     """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in types:
             raise UserError(
                 f"{file}: {name} is of type {entry['dtype']}: expected one of "
-                f"{', '.join(_TYPES)}; use another variant of the model."
+                f"{', '.join(types)}; use another variant of the model."
             )
     return {
         name: _Place(
             file,
             8 + length + entry["data_offsets"][0],
-            np.dtype(_TYPES[entry["dtype"]]),
+            np.dtype(types[entry["dtype"]]),
             tuple(entry["shape"]),
         )
         for name, entry in header.items()
