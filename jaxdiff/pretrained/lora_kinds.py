@@ -130,18 +130,21 @@ class Adapter:
             down = _float32(self._take("down", rank, inputs, *window))
         up = _float32(self._take("up", outputs, inner or rank, *ones))
         if self._config is not None:
-            for role, stated in (("magnitude", self._config.dora), ("up_bias", self._config.bias)):
-                if self._has(role) != stated:
-                    has = "no" if stated else "a"
-                    raise self._error(
-                        f"has {has} {role}, other than {self._config.what} states", "its own config"
-                    )
+            self._check_config(self._config)
         scale = self._scale(rank, self._config)
         with np.errstate(over="ignore"):
             up = up * np.float32(scale)
         if not np.isfinite(up).all():
             raise self._error(f"has a scale of {scale:g}, too large a number", "alpha / rank")
         return Factors(down, up), scale
+
+    def _check_config(self, config: PeftConfig) -> None:
+        for role, stated in (("magnitude", config.dora), ("up_bias", config.bias)):
+            if self._has(role) != stated:
+                has = "no" if stated else "a"
+                raise self._error(
+                    f"has {has} {role}, other than {config.what} states", "its config"
+                )
 
     def _loha(self) -> Callable[[], np.ndarray]:
         outputs, inputs, *window = self._shape
@@ -264,8 +267,8 @@ class Adapter:
         if alpha.size != 1:
             raise self._error(f"has alpha of shape {alpha.shape}", "one number")
         scale = float(_float32(alpha).reshape(())) / rank
-        if stated is not None and not math.isclose(scale, stated, rel_tol=1e-3):
-            raise self._error(f"has a scale of {scale:g}", f"{stated:g} by {self._config.what}")
+        if config is not None and not math.isclose(scale, stated or 0, rel_tol=1e-3):
+            raise self._error(f"has a scale of {scale:g}", f"{stated:g} by {config.what}")
         return scale
 
     @property

@@ -1,57 +1,14 @@
 """LoRA files: every way of naming the layers, scales, and what is refused."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.conditioning import (
-    ClipConditioner,
-    ClipTextEncoder,
-    StableDiffusionXLConditioner,
-)
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Factors
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
 
 WIDTH, RANK = 8, 3
-TEXT = ClipTextEncoder(
-    model=ClipTextConfig(vocab_size=600, length=16, width=WIDTH, depth=2, heads=2)
-)
-SD = TextToImage(
-    denoiser=UNet2DConditionConfig(
-        block_out_channels=(WIDTH, WIDTH),
-        layers_per_block=1,
-        transformer_layers=(0, 2),
-        middle_transformer_layers=1,
-        heads=(2, 2),
-        cross_attention_dim=WIDTH,
-        norm_num_groups=4,
-    ),
-    conditioner=ClipConditioner(text=TEXT, masked=False),
-    autoencoder=AutoencoderConfig(),
-    prediction="eps",
-    schedule=ScaledLinear(),
-    image_size=64,
-)
-PROJECTED = dataclasses.replace(TEXT, model=dataclasses.replace(TEXT.model, projection_dim=WIDTH))
-ADDED = {"added_width": WIDTH + 24, "time_id_width": 4}
-XL = dataclasses.replace(
-    SD,
-    denoiser=dataclasses.replace(SD.denoiser, cross_attention_dim=2 * WIDTH, **ADDED),
-    conditioner=StableDiffusionXLConditioner(text=TEXT, text_2=PROJECTED),
-)
-REFINER = dataclasses.replace(
-    SD,
-    denoiser=dataclasses.replace(SD.denoiser, **ADDED),
-    conditioner=StableDiffusionXLConditioner(text_2=PROJECTED),
-)
 
 QUERY = ("down", 1, "transformers", 0, "blocks", "attention", "q")
 CONV = ("middle", "first", "conv1")
@@ -86,6 +43,11 @@ NAMES = {
 }
 
 
+@pytest.fixture
+def sd(stable_diffusions):
+    return stable_diffusions["SD"]
+
+
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -103,9 +65,9 @@ def tensors(naming="diffusers"):
 
 
 @pytest.mark.parametrize("naming", NAMES)
-def test_every_naming_finds_the_same_layers(naming, tmp_path):
+def test_every_naming_finds_the_same_layers(naming, sd, tmp_path):
     save_file(tensors(naming), tmp_path / FILE)
-    found = read_lora(tmp_path, SD)
+    found = read_lora(tmp_path, sd)
     assert {part: set(pairs) for part, pairs in found.items()} == {
         "denoiser": {QUERY, CONV},
         "text": {WORDS},
@@ -121,14 +83,14 @@ def test_every_naming_finds_the_same_layers(naming, tmp_path):
     np.testing.assert_array_equal(found["text"][WORDS].up[1], normal(5, 4 * WIDTH, RANK).T)
 
 
-def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
+def test_alpha_counts_by_tensor_and_by_metadata(sd, tmp_path):
     kohya = tensors("kohya")
     name = NAMES["kohya"][0].replace("lora_{}.weight", "alpha")
     save_file(kohya | {name: np.array(6.0, np.float32)}, tmp_path / "kohya.safetensors")
     stated = '{"unet.lora_alpha": 6, "unet.r": 3}'
     save_file(tensors(), tmp_path / "peft.safetensors", metadata={"lora_adapter_metadata": stated})
     for file, text_scale in (("kohya", 1), ("peft", 1)):
-        found = read_lora(tmp_path / f"{file}.safetensors", SD)
+        found = read_lora(tmp_path / f"{file}.safetensors", sd)
         up = found["denoiser"][QUERY].up[1]
         np.testing.assert_array_equal(up, 2 * normal(1, WIDTH, RANK).T)
         np.testing.assert_array_equal(
@@ -136,8 +98,9 @@ def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
         )
 
 
-@pytest.mark.parametrize("spec", [SD, XL, REFINER], ids=["SD", "XL", "refiner"])
-def test_it_comes_back(spec, tmp_path):
+@pytest.mark.parametrize("kind", ["SD", "XL", "refiner"])
+def test_it_comes_back(kind, stable_diffusions, tmp_path):
+    spec = stable_diffusions[kind]
     pairs = {"denoiser": {QUERY: Factors(normal(0, 2, WIDTH, RANK), normal(1, 2, RANK, WIDTH))}}
     for name in spec.conditioner.encoders:
         pairs[name] = {WORDS: Factors(normal(2, 2, WIDTH, 1), normal(3, 2, 1, 4 * WIDTH))}
@@ -150,12 +113,12 @@ def test_it_comes_back(spec, tmp_path):
             np.testing.assert_array_equal(found[part][path].up, pair.up)
 
 
-def test_the_second_encoder_of_xl_is_found(tmp_path):
+def test_the_second_encoder_of_xl_is_found(stable_diffusions, tmp_path):
     kohya = {
         name.replace("lora_te_", "lora_te2_"): value for name, value in tensors("kohya").items()
     }
     save_file(kohya, tmp_path / FILE)
-    assert set(read_lora(tmp_path, XL)) == {"denoiser", "text_2"}
+    assert set(read_lora(tmp_path, stable_diffusions["XL"])) == {"denoiser", "text_2"}
 
 
 def change(name, value=None):
@@ -176,21 +139,21 @@ def change(name, value=None):
     ],
     ids=["half", "shape", "layer", "kind"],
 )
-def test_what_does_not_fit_is_refused(there, message, tmp_path):
+def test_what_does_not_fit_is_refused(there, message, sd, tmp_path):
     save_file(there, tmp_path / FILE)
     with pytest.raises(UserError, match=message):
-        read_lora(tmp_path, SD)
+        read_lora(tmp_path, sd)
 
 
-def test_pickled_files_are_never_opened(tmp_path):
+def test_pickled_files_are_never_opened(sd, tmp_path):
     (tmp_path / "style.bin").write_bytes(b"\x80")
     with pytest.raises(UserError, match=r"expected a \.safetensors file"):
-        read_lora(tmp_path / "style.bin", SD)
+        read_lora(tmp_path / "style.bin", sd)
 
 
-def test_a_missing_file_is_reported(tmp_path):
+def test_a_missing_file_is_reported(sd, tmp_path):
     with pytest.raises(UserError, match="There is no file"):
-        read_lora(tmp_path / "nothing.safetensors", SD)
+        read_lora(tmp_path / "nothing.safetensors", sd)
 
 
 def test_other_denoisers_have_no_such_files(tmp_path, small_bundle):
