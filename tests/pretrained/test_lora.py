@@ -1,12 +1,18 @@
 """LoRA files: every way of naming the layers, scales, and what is refused."""
 
+import json
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Factors
-from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
+from jaxdiff.pipelines.lora import scaled
+from jaxdiff.pretrained.key_mapping import flatten_params
+from jaxdiff.pretrained.lora import FILE, PEFT_CONFIG, PEFT_FILE, read_lora, write_lora
+from jaxdiff.pretrained.merging import merge_into
 
 WIDTH, RANK = 8, 3
 
@@ -145,10 +151,131 @@ def test_what_does_not_fit_is_refused(there, message, sd, tmp_path):
         read_lora(tmp_path, sd)
 
 
-def test_pickled_files_are_never_opened(sd, tmp_path):
-    (tmp_path / "style.bin").write_bytes(b"\x80")
+def config_of(folder, **keys):
+    (folder / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, **keys}))
+
+
+def scale_of(found):
+    """The scale of the query's factors, which the file has without."""
+    return (found["denoiser"][QUERY].up[1] / normal(1, WIDTH, RANK).T).mean()
+
+
+PEFT_TENSORS = {
+    name.replace("unet.", "base_model.model."): value
+    for name, value in tensors().items()
+    if name.startswith("unet.")
+}
+
+
+@pytest.mark.parametrize("name", [PEFT_FILE, "style.safetensors"])
+def test_a_folder_of_peft_states_the_scale_beside_the_file(name, sd, tmp_path):
+    save_file(PEFT_TENSORS, tmp_path / name)
+    assert scale_of(read_lora(tmp_path, sd)) == 1
+    config_of(tmp_path, lora_alpha=4 * RANK, alpha_pattern={"to_q": 2 * RANK})
+    np.testing.assert_allclose(scale_of(read_lora(tmp_path, sd)), 2, rtol=1e-6)
+    conv = read_lora(tmp_path / name, sd)["denoiser"][CONV].up[0, 0]
+    np.testing.assert_allclose(conv, 4 * normal(3, WIDTH, RANK, 1, 1)[:, :, 0, 0].T, rtol=1e-6)
+
+
+def test_the_config_of_another_file_is_not_read(sd, tmp_path):
+    config_of(tmp_path, lora_alpha=4 * RANK)
+    save_file(tensors(), tmp_path / FILE)
+    assert scale_of(read_lora(tmp_path, sd)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "scale"),
+    [
+        ({"unet.lora_alpha": 6, "unet.r": 3, "unet.alpha_pattern": {"attn1.to_q": 12}}, 4),
+        ({"unet.lora_alpha": 6, "unet.r": 4, "unet.rank_pattern": {"to_q|conv1": 3}}, 2),
+        ({"unet.lora_alpha": 6, "unet.r": 3, "unet.use_rslora": True}, 6 / 3**0.5),
+        ({"text_encoder.lora_alpha": 6, "text_encoder.r": 3}, 1),
+    ],
+)
+def test_metadata_state_the_scale_of_each_component(stated, scale, sd, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps(stated), "ss_network_alpha": "8"}
+    save_file(tensors(), tmp_path / FILE, metadata=metadata)
+    np.testing.assert_allclose(scale_of(read_lora(tmp_path, sd)), scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stated", ["[1]", '{"unet.r": ', '{"unet.r": 3, "unet.bias": "all"}', "8"])
+def test_metadata_that_cannot_be_heeded_are_refused(stated, sd, tmp_path):
+    save_file(tensors(), tmp_path / FILE, metadata={"lora_adapter_metadata": stated})
+    with pytest.raises(UserError, match="lora_adapter_metadata"):
+        read_lora(tmp_path, sd)
+
+
+MIXED = {
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": normal(
+        0, 2, 8
+    ),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight": normal(
+        1, 8, 2
+    ),
+    "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lokr_w1": normal(2, 2, 4),
+    "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lokr_w2": normal(3, 4, 2),
+    "unet.mid_block.resnets.0.conv1.diff": normal(4, 8, 8, 3, 3),
+    "unet.mid_block.resnets.0.conv1.diff_b": normal(5, 8),
+    "unet.mid_block.resnets.0.norm1.w_norm": normal(6, 8),
+    "lora_te_text_model_encoder_layers_1_mlp_fc1.diff": normal(7, 32, 8),
+    "lora_te_text_model_final_layer_norm.b_norm": normal(8, 8),
+}
+
+
+def test_other_kinds_are_merged_into_the_weights(sd, random_params, tmp_path):
+    params = random_params(sd)
+    save_file(MIXED, tmp_path / FILE)
+    merged = merge_into(params, scaled(read_lora(tmp_path, sd), 0.5))
+    a, b, w1, w2, conv, bias, norm, text, final = MIXED.values()
+    unet, words = params["denoiser"], params["text_encoders"]["text"]
+    expected = {
+        ("denoiser", *QUERY, "kernel"): np.stack([(b @ a).T, np.kron(w1, w2).T]),
+        ("denoiser", *CONV, "kernel"): conv.transpose(2, 3, 1, 0),
+        ("denoiser", *CONV, "bias"): bias,
+        ("denoiser", "middle", "first", "norm1", "scale"): norm,
+        ("text_encoders", "text", *WORDS, "kernel"): np.stack([0 * text.T, text.T]),
+        ("text_encoders", "text", "final_norm", "bias"): final,
+    }
+    assert unet.keys() == merged["denoiser"].keys()
+    assert words.keys() == merged["text_encoders"]["text"].keys()
+    old, new = flatten_params(params), flatten_params(merged)
+    for path, value in old.items():
+        change = np.asarray(new[path]) - value
+        np.testing.assert_allclose(change, 0.5 * expected.get(path, 0 * value), atol=1e-5)
+
+
+def test_a_folder_has_one_file_of_any_name(sd, tmp_path):
+    with pytest.raises(UserError, match=r"has 0 \.safetensors files"):
+        read_lora(tmp_path, sd)
+    save_file(tensors(), tmp_path / "a*[style]?.safetensors")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert set(read_lora(link, sd)) == {"denoiser", "text"}
+    save_file(tensors(), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"has 2 \.safetensors files: .* give the path of the file"):
+        read_lora(tmp_path, sd)
+
+
+def test_numbers_of_one_byte_are_read(sd, tmp_path):
+    small = {name: value.astype(jnp.float8_e4m3fn) for name, value in tensors().items()}
+    save_file(small, tmp_path / FILE)
+    up = read_lora(tmp_path, sd)["denoiser"][QUERY].up[1]
+    np.testing.assert_array_equal(up, normal(1, WIDTH, RANK).T.astype(jnp.float8_e4m3fn))
+
+
+def test_an_empty_file_is_refused(sd, tmp_path):
+    save_file({}, tmp_path / FILE)
+    with pytest.raises(UserError, match="has no tensors: expected those of a LoRA"):
+        read_lora(tmp_path, sd)
+
+
+@pytest.mark.parametrize("name", ["style.bin", "style.pt", "style.ckpt", "style.pth"])
+def test_pickled_files_are_never_opened(name, sd, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80")
     with pytest.raises(UserError, match=r"expected a \.safetensors file"):
-        read_lora(tmp_path / "style.bin", sd)
+        read_lora(tmp_path / name, sd)
+    with pytest.raises(UserError, match="holds only pickled files, which can run code"):
+        read_lora(tmp_path, sd)
 
 
 def test_a_missing_file_is_reported(sd, tmp_path):
