@@ -115,7 +115,7 @@ def _configs(path: epath.Path, tensors: TensorFiles) -> dict[str, PeftConfig]:
     beside = path.parent / PEFT_CONFIG
     is_peft = path.name == PEFT_FILE or any(name.startswith(_PEFT_NAME) for name in tensors)
     if is_peft and beside.exists():
-        configs[""] = read_peft_config(str(beside), read_json(beside))
+        configs[""] = read_peft_config(str(beside), read_json(beside), selects=True)
     return configs
 
 

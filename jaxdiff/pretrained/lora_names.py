@@ -83,6 +83,9 @@ _OTHERS = {
 """Ends of names that mark other methods."""
 
 
+_LONGEST_SHOWN = 160  # characters
+
+
 class Layer(NamedTuple):
     """A layer of ours; `index` is its index in a stack of `depth`, None for single layers.
 
@@ -246,10 +249,15 @@ def _unique(file: object, places: dict[str, Place]) -> dict[str, Place]:
         other = names.setdefault((place.layer.name, place.role), name)
         if other != name:
             raise UserError(
-                f"{file} has two tensors for one place, {other} and {name}: expected one adapter "
-                "for each layer; leave one of them out."
+                f"{file} has two tensors for one place, {_shown(other)} and {_shown(name)}: "
+                "expected one adapter for each layer; leave one of them out."
             )
     return places
+
+
+def _shown(name: str) -> str:
+    """Return a name for a message of one line."""
+    return repr(name[:_LONGEST_SHOWN])[1:-1]
 
 
 def _complaint(file: object, strange: list[str]) -> str:
@@ -257,11 +265,11 @@ def _complaint(file: object, strange: list[str]) -> str:
     for end, method in _OTHERS.items():
         if name := next(filter(re.compile(end).search, strange), None):
             return (
-                f"{file} has {method} ({name}), which jaxdiff does not read: expected LoRA, DoRA, "
-                "LoHa, LoKr or differences of weights; convert it to LoRA."
+                f"{file} has {method} ({_shown(name)}), which jaxdiff does not read: expected "
+                "LoRA, DoRA, LoHa, LoKr or differences of weights; convert it to LoRA."
             )
     return (
         f"{file} has {len(strange)} tensors that are no LoRA of this model's layers, such as "
-        f"{strange[0]}: expected pairs like lora_A and lora_B, or lora_down and lora_up; load "
-        "the model that the file was trained on."
+        f"{_shown(strange[0])}: expected pairs like lora_A and lora_B, or lora_down and lora_up; "
+        "load the model that the file was trained on."
     )

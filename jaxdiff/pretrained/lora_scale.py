@@ -5,13 +5,14 @@ PEFT writes `adapter_config.json` beside its files, diffusers the same keys into
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.config_check import Fixed, check_config
 
 Patterns = list[tuple[re.Pattern[str], float]]
+Selects = Callable[[str], bool]
 
 _DEFAULT = 8  # of both r and lora_alpha
 
@@ -23,16 +24,19 @@ READ = {
     "use_rslora",
     "use_dora",
     "lora_bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
 }
 
 _TRAINED_ON = "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
-_LAYERS = "exclude_modules layers_pattern layers_to_transform target_modules"  # as the tensors show
 _INITIAL = "corda_config eva_config lora_ga_config loftq_config"  # initial values, then trained
 _TRAINING = "ensure_weight_tying lora_dropout runtime_config velora_config"  # not in inference
 _OTHER_LAYERS = "fan_in_fan_out megatron_core qalora_group_size"  # no effect on Linear and Conv2d
 
 FIXED: Fixed = {
-    **dict.fromkeys(f"{_TRAINED_ON} {_LAYERS} {_INITIAL} {_TRAINING} {_OTHER_LAYERS}".split()),
+    **dict.fromkeys(f"{_TRAINED_ON} {_INITIAL} {_TRAINING} {_OTHER_LAYERS}".split()),
     "peft_type": ("LORA",),
     "bias": ("none",),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the model's own weights.
@@ -54,6 +58,8 @@ FIXED: Fixed = {
 _LARGEST_PATTERN = 300
 _QUANTIFIERS = 4
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_ANY_LIST = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+_DIGITS = re.compile(r"(\\d|\[0-9\])[*+]")  # whose runs are short in names of layers
 
 
 class PeftConfig(NamedTuple):
@@ -66,6 +72,7 @@ class PeftConfig(NamedTuple):
       rslora: the scale is alpha / sqrt(rank), instead of alpha / rank.
       dora: adapters have a magnitude.
       bias: adapters have a bias.
+      selects: whether the config selects a layer; adapters of others have no effect in PEFT.
     """
 
     what: str
@@ -76,6 +83,7 @@ class PeftConfig(NamedTuple):
     rslora: bool
     dora: bool
     bias: bool
+    selects: Selects
 
     def scale(self, module: str, rank: int) -> float:
         """Return the factor on the output of an adapter.
@@ -85,8 +93,14 @@ class PeftConfig(NamedTuple):
           rank: of its tensors.
 
         Raises:
-          UserError: the config states another rank.
+          UserError: the config states another rank, or leaves the layer out.
         """
+        if not self.selects(module):
+            raise UserError(
+                f"{self.what}: target_modules, exclude_modules or layers_to_transform leave out "
+                f"{module}, of which the file has tensors: expected the config of this file; copy "
+                "both again."
+            )
         stated = _matching(self.ranks, module, self.rank)
         if stated != rank:
             raise UserError(
@@ -97,8 +111,13 @@ class PeftConfig(NamedTuple):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read_peft_config(what: str, config: Any) -> PeftConfig:
+def read_peft_config(what: str, config: Any, *, selects: bool = False) -> PeftConfig:
     """Read a LoraConfig of PEFT; missing keys have its defaults.
+
+    Args:
+      what: the config, for messages.
+      config: the parsed JSON.
+      selects: the config selects the layers, as in PEFT; in diffusers the tensors do.
 
     Raises:
       UserError: it is none, or asks for something that jaxdiff does not have.
@@ -122,7 +141,48 @@ def read_peft_config(what: str, config: Any) -> PeftConfig:
         flag("use_rslora"),
         flag("use_dora"),
         flag("lora_bias"),
+        _selection(what, config) if selects else lambda module: True,
     )
+
+
+def _selection(what: str, config: Mapping[str, Any]) -> Selects:
+    """Return which layers the keys about them select."""
+
+    def among(key: str) -> Selects | None:
+        stated = config.get(key)
+        if stated is None or stated == [] or stated == "all-linear":
+            return None
+        if isinstance(stated, str):
+            pattern = _compiled(what, key, stated, "{}$")
+            return lambda module: pattern.match(module) is not None
+        if not isinstance(stated, list) or not all(isinstance(x, str) for x in stated):
+            raise UserError(f"{what}: {key} is {str(stated)[:40]!r}: expected names of layers.")
+        return lambda module: any(f".{module}".endswith(f".{x}") for x in stated)
+
+    targets, excluded = among("target_modules"), among("exclude_modules")
+    indices, stated = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    indices = [indices] if isinstance(indices, int) else indices or []
+    stated = [stated] if isinstance(stated, str) else stated
+    for key, values, kind in (
+        ("layers_to_transform", indices, int),
+        ("layers_pattern", stated, str),
+    ):
+        if not isinstance(values, list) or not all(isinstance(x, kind) for x in values):
+            raise UserError(
+                f"{what}: {key} is {str(values)[:40]!r}: expected a list of {kind.__name__}."
+            )
+    form = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
+    patterns = [_compiled(what, "layers_pattern", x, form) for x in stated] or [_ANY_LIST]
+
+    def selects(module: str) -> bool:
+        if (excluded and excluded(module)) or (targets and not targets(module)):
+            return False
+        if module in (config.get("target_modules") or ()):  # a whole name
+            return True
+        found = next(filter(None, (x.match(module) for x in patterns)), None)
+        return not indices or (found is not None and int(found["index"]) in indices)
+
+    return selects
 
 
 def _number(what: str, key: str, value: Any) -> float:
@@ -140,12 +200,12 @@ def _patterns(what: str, key: str, stated: Any) -> Patterns:
     ]
 
 
-def _compiled(what: str, key: str, pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of PEFT, which matches whole ends of a layer's name.
+def _compiled(what: str, key: str, pattern: str, form: str = r"(.*\.)?({})$") -> re.Pattern[str]:
+    """Compile a pattern of PEFT, by default one of whole ends of a layer's name.
 
     Patterns that could take a long time to match are refused.
     """
-    quantifiers = sum(map(pattern.count, "*+{"))
+    quantifiers = sum(map(_DIGITS.sub("", pattern).count, "*+{"))
     if (
         len(pattern) > _LARGEST_PATTERN
         or quantifiers > _QUANTIFIERS
@@ -156,7 +216,8 @@ def _compiled(what: str, key: str, pattern: str) -> re.Pattern[str]:
             f"of a layer, or at most {_QUANTIFIERS} of * and +, none after a group."
         )
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
+        re.compile(pattern)
+        return re.compile(form.replace("{}", f"(?:{pattern})"))
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
             f"{what}: the pattern {pattern[:40]!r} of {key} is no regular expression ({error}): "

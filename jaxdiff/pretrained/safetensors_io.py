@@ -176,7 +176,8 @@ def _check(file: epath.Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut off ({error}): copy it again.") from error
+        why = " ".join(str(error).split())  # a tensor's name may have newlines
+        raise UserError(f"{file} is damaged or cut off ({why}): copy it again.") from error
 
 
 def _places(file: epath.Path, types: Mapping[str, Any]) -> dict[str, _Place]:

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Factors
@@ -15,6 +15,7 @@ from jaxdiff.pretrained.lora import FILE, PEFT_CONFIG, PEFT_FILE, read_lora, wri
 from jaxdiff.pretrained.merging import merge_into
 
 WIDTH, RANK = 8, 3
+NIGHTLY = pytest.mark.nightly
 
 QUERY = ("down", 1, "transformers", 0, "blocks", "attention", "q")
 CONV = ("middle", "first", "conv1")
@@ -261,6 +262,47 @@ def test_numbers_of_one_byte_are_read(sd, tmp_path):
     save_file(small, tmp_path / FILE)
     up = read_lora(tmp_path, sd)["denoiser"][QUERY].up[1]
     np.testing.assert_array_equal(up, normal(1, WIDTH, RANK).T.astype(jnp.float8_e4m3fn))
+
+
+def mutate(found, rng):
+    """Rename, reshape, spoil or drop a tensor."""
+    name = list(found)[rng.integers(len(found))]
+    value = found.pop(name)
+    at = rng.integers(len(name))
+    changes = [
+        {name[:at] + str(rng.choice(list("._aZ0:"))) + name[at + rng.integers(2) :]: value},
+        {f"{name.rsplit('.', 2)[0]}.{rng.choice(ENDS)}": value},
+        {name: np.zeros(rng.integers(0, 9, rng.integers(5)), rng.choice(["f4", "f2", "i1", "?"]))},
+        {name: value * rng.choice(np.array([np.nan, np.inf, 0], np.float32))},
+        {name: np.ascontiguousarray(value.T)},
+        {},
+    ]
+    return found | changes[rng.integers(len(changes))]
+
+
+ENDS = ["lora_A.weight", "lora_up.weight", "alpha", "hada_t1", "lokr_w1", "lokr_t2", "diff_b"]
+ENDS += ["dora_scale", "lora_magnitude_vector", "lora_mid.weight", "w_norm", "lora_B.bias"]
+
+
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 20_000), marks=NIGHTLY)])
+@pytest.mark.filterwarnings("error")
+def test_mutated_files_are_read_or_refused(seeds, sd, tmp_path):
+    found_parts, messages = [], []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        with np.errstate(all="ignore"):
+            found = mutate([tensors(), tensors("kohya"), dict(MIXED)][seed % 3], rng)
+        data = bytearray(save(found, {"lora_adapter_metadata": '{"text_encoder.r": 3}'}))
+        if seed % 4 == 0:
+            data[rng.integers(min(len(data), 2000))] = rng.integers(256)
+        (tmp_path / FILE).write_bytes(data)
+        try:
+            found_parts.append(read_lora(tmp_path, sd))
+        except UserError as error:
+            messages.append(str(error))
+    assert found_parts
+    assert messages
+    assert not [x for x in messages if "\n" in x]
 
 
 def test_an_empty_file_is_refused(sd, tmp_path):

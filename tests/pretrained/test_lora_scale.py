@@ -61,6 +61,48 @@ def test_what_has_no_meaning_is_refused(config, message):
         read_peft_config("config", config)
 
 
+@pytest.mark.parametrize(
+    ("config", "selected"),
+    [
+        ({}, True),
+        ({"target_modules": ["to_q"]}, True),
+        ({"target_modules": ["to_k"]}, False),
+        ({"target_modules": ["o_q"]}, False),
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": r".*attn\d+\.to_(q|k)"}, True),
+        ({"target_modules": "to_q"}, False),
+        ({"exclude_modules": ["attn1.to_q"]}, False),
+        ({"exclude_modules": r".*attn2.*"}, True),
+        ({"target_modules": ["to_q"], "layers_to_transform": [0]}, True),
+        ({"target_modules": ["to_q"], "layers_to_transform": 1}, False),
+        ({"target_modules": [QUERY], "layers_to_transform": [5]}, True),
+        ({"layers_to_transform": [0], "layers_pattern": "transformer_blocks"}, True),
+        ({"layers_to_transform": [0], "layers_pattern": ["layers"]}, False),
+    ],
+)
+def test_adapters_of_layers_that_peft_leaves_out_are_refused(config, selected):
+    found = read_peft_config("config", config, selects=True)
+    assert found.selects(QUERY) == selected
+    assert read_peft_config("metadata", config).scale(QUERY, 8) == 1  # diffusers selects by tensors
+    if not selected:
+        with pytest.raises(UserError, match=r"target_modules, .* leave out mid_block"):
+            found.scale(QUERY, 8)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("value", [1, [1], {"a": 1}, "(", "(a+)+"])
+def test_layers_are_selected_by_names(key, value):
+    with pytest.raises(UserError, match=f"config: .*{key}"):
+        read_peft_config("config", {key: value}, selects=True)
+
+
+@pytest.mark.parametrize("key", ["layers_to_transform", "layers_pattern"])
+@pytest.mark.parametrize("value", [1.5, {"a": 1}, [None], ["(", 1]])
+def test_layers_are_selected_by_numbers(key, value):
+    with pytest.raises(UserError, match=f"config: {key} is"):
+        read_peft_config("config", {key: value}, selects=True)
+
+
 def test_the_rank_of_another_file_is_refused():
     with pytest.raises(UserError, match=r"the rank of .*to_q is 8, but that of its tensors 4"):
         read_peft_config("config", {}).scale(QUERY, 4)
