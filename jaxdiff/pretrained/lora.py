@@ -14,7 +14,7 @@ from etils import epath
 from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import reason, write_whole
 from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
@@ -80,23 +80,29 @@ _SMALL_FLOATS = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
 
 def _find(path: epath.Path) -> epath.Path:
     """Return the file of a folder, and check that a file is of safetensors."""
-    if path.is_dir():
-        files = sorted(x for x in path.iterdir() if x.suffix == ".safetensors")
-        named = [path / name for name in (FILE, PEFT_FILE) if path / name in files]
-        if not files and any(x.suffix in _PICKLED for x in path.iterdir()):
-            raise UserError(
-                f"{path} holds only pickled files, which can run code: expected {FILE}; convert "
-                "them to safetensors."
-            )
-        if not named and len(files) != 1:
-            raise UserError(
-                f"{path} has {len(files)} .safetensors files: expected {FILE}, or one file alone; "
-                "give the path of the file."
-            )
-        return (named or files)[0]
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no LoRA file: expected a .safetensors file; convert it.")
-    return path
+    try:
+        inside = sorted(path.iterdir()) if path.is_dir() else None
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}): give the path of a LoRA file or its folder."
+        ) from error
+    if inside is None:
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is no LoRA file: expected a .safetensors file; convert it.")
+        return path
+    files = [x for x in inside if x.suffix == ".safetensors"]
+    named = [path / name for name in (FILE, PEFT_FILE) if path / name in files]
+    if not files and any(x.suffix in _PICKLED for x in inside):
+        raise UserError(
+            f"{path} holds only pickled files, which can run code: expected {FILE}; convert them "
+            "to safetensors."
+        )
+    if not named and len(files) != 1:
+        raise UserError(
+            f"{path} has {len(files)} .safetensors files: expected {FILE}, or one file alone; give "
+            "the path of the file."
+        )
+    return (named or files)[0]
 
 
 def _configs(path: epath.Path, tensors: TensorFiles) -> dict[str, PeftConfig]:

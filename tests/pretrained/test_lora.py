@@ -320,6 +320,11 @@ def test_pickled_files_are_never_opened(name, sd, tmp_path):
         read_lora(tmp_path, sd)
 
 
+def test_a_path_that_no_file_has_is_reported(sd):
+    with pytest.raises(UserError, match="File name too long"):
+        read_lora("x" * 300 + ".safetensors", sd)
+
+
 def test_a_missing_file_is_reported(sd, tmp_path):
     with pytest.raises(UserError, match="There is no file"):
         read_lora(tmp_path / "nothing.safetensors", sd)

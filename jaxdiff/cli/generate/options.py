@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ from jaxdiff.config.fields import Doc, Field, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.io.files import is_local
 from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
 from jaxdiff.pipelines import lora, textual_inversion
@@ -322,7 +322,7 @@ def file_and_scale(lora: str) -> tuple[str, float]:
         scale = float(text)
     except ValueError:  # a colon of the path, as in gs://
         return lora, 1.0
-    if not file or (is_local(lora) and epath.Path(lora).exists()):
+    if not file or os.path.exists(lora):
         return lora, 1.0
     if not math.isfinite(scale):
         raise UserError(f"--lora {lora}: the scale is {scale}: expected a finite number.")
