@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save, save_file
 
 from jaxdiff.errors import UserError
@@ -320,9 +321,13 @@ def test_pickled_files_are_never_opened(name, sd, tmp_path):
         read_lora(tmp_path, sd)
 
 
-def test_a_path_that_no_file_has_is_reported(sd):
-    with pytest.raises(UserError, match="File name too long"):
-        read_lora("x" * 300 + ".safetensors", sd)
+def test_a_locked_folder_is_reported(sd, tmp_path, monkeypatch):
+    def locked(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", locked)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        read_lora(tmp_path, sd)
 
 
 def test_a_missing_file_is_reported(sd, tmp_path):
