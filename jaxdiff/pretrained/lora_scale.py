@@ -98,8 +98,8 @@ class PeftConfig(NamedTuple):
         if not self.selects(module):
             raise UserError(
                 f"{self.what}: target_modules, exclude_modules or layers_to_transform leave out "
-                f"{module}, of which the file has tensors: expected the config of this file; copy "
-                "both again."
+                f"{module}, but the file has tensors for it: expected the config of this file; "
+                "copy both again."
             )
         stated = _matching(self.ranks, module, self.rank)
         if stated != rank:
