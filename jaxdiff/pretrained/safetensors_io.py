@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
         another file.
     """
 
-    def __init__(self, files: list[epath.Path]):
+    def __init__(self, files: list[epath.Path], more_types: Mapping[str, Any] | None = None):
+        """`more_types` are number types by the format's names, read beside `_TYPES`."""
         self.files = files
         self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= _check(file)
-            places = _places(file)
+            places = _places(file, {**_TYPES, **(more_types or {})})
             if twice := set(places) & set(self._places):
                 raise UserError(
                     f"{file} repeats {min(twice)} of another shard: expected each tensor in one "
@@ -207,26 +208,27 @@ def _check(file: epath.Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut off ({error}): copy it again.") from error
+        why = " ".join(str(error).split())  # a tensor's name may have newlines
+        raise UserError(f"{file} is damaged or cut off ({why}): copy it again.") from error
 
 
-def _places(file: epath.Path) -> dict[str, _Place]:
+def _places(file: epath.Path, types: Mapping[str, Any]) -> dict[str, _Place]:
     """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = parse_json(stream.read(length), file)
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in types:
             raise UserError(
                 f"{file}: {name} is of type {entry['dtype']}: expected one of "
-                f"{', '.join(_TYPES)}; use another variant of the model."
+                f"{', '.join(types)}; use another variant of the model."
             )
     return {
         name: _Place(
             file,
             8 + length + entry["data_offsets"][0],
-            np.dtype(_TYPES[entry["dtype"]]),
+            np.dtype(types[entry["dtype"]]),
             tuple(entry["shape"]),
         )
         for name, entry in header.items()

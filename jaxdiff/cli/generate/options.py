@@ -1,6 +1,8 @@
 """The options of `jaxdiff sample`, and the model that they name."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -267,9 +269,10 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
     Raises:
       UserError: it cannot be read, or the files are for another model.
     """
+    files = list(map(file_and_scale, options.lora))
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         pipe = load(options.model, dtype=options.dtype or dtype)
-        for file, scale in map(file_and_scale, options.lora):
+        for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
@@ -312,9 +315,18 @@ def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
 
 
 def file_and_scale(lora: str) -> tuple[str, float]:
-    """Split FILE:SCALE; FILE alone has a scale of 1."""
-    file, _, scale = lora.rpartition(":")
+    """Split FILE:SCALE; FILE alone, which may have a colon in its path, has a scale of 1.
+
+    Raises:
+      UserError: the scale is not finite.
+    """
+    file, _, text = lora.rpartition(":")
     try:
-        return (file, float(scale)) if file else (lora, 1.0)
+        scale = float(text)
     except ValueError:  # a colon of the path, as in gs://
         return lora, 1.0
+    if not file or os.path.exists(lora):
+        return lora, 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {lora}: the scale is {scale}: expected a finite number.")
+    return file, scale

@@ -12,6 +12,7 @@ from PIL import Image
 from jaxdiff.cli import main as cli
 from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
 from jaxdiff.cli.parsing import _flags
+from jaxdiff.errors import UserError
 from jaxdiff.io import terminal
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
@@ -32,6 +33,19 @@ PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 )
 def test_a_lora_is_a_file_and_perhaps_a_scale(lora, expected):
     assert file_and_scale(lora) == expected
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_the_scale_of_a_lora_is_finite(scale):
+    with pytest.raises(UserError, match=f"--lora style:{scale}: .*expected a finite number"):
+        file_and_scale(f"style:{scale}")
+
+
+def test_a_lora_may_have_a_number_after_a_colon_in_its_name(tmp_path):
+    path = tmp_path / "style:2"
+    path.mkdir()
+    assert file_and_scale(str(path)) == (str(path), 1.0)
+    assert file_and_scale(f"{path}:0.5") == (str(path), 0.5)
 
 
 def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, capsys):
