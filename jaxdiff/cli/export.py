@@ -11,9 +11,9 @@ from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.diffusers import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import load_bundle, make_folder, model_folder

@@ -89,12 +89,13 @@ def read_text(path: epath.PathLike, wanted: str = "a text file") -> str:
     return decode_text(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
 
 
-def parse_json(data: bytes | str, name: object) -> Any:
+def parse_json(data: bytes | str, name: object, *, infinities: bool = False) -> Any:
     """Parse JSON, with limits on depth and on the digits of numbers.
 
     Args:
       data: text, or bytes as `decode_text` takes them.
       name: what messages call it.
+      infinities: accept Infinity and -Infinity, which diffusers writes.
 
     Raises:
       UserError: it is not JSON, holds NaN or an infinity, a text that is not Unicode, or goes
@@ -103,7 +104,8 @@ def parse_json(data: bytes | str, name: object) -> Any:
     text = decode_text(data, name) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     _check_depth(text, name)
     try:
-        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant)
+        constant = _infinity if infinities else _constant
+        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
@@ -113,13 +115,16 @@ def parse_json(data: bytes | str, name: object) -> Any:
     return value
 
 
-def read_json(path: epath.PathLike, wanted: str = "a JSON file") -> Any:
+def read_json(
+    path: epath.PathLike, wanted: str = "a JSON file", *, infinities: bool = False
+) -> Any:
     """Read a JSON file as `parse_json` does.
 
     Raises:
       UserError: it cannot be read or is not JSON; the message asks for `wanted`.
     """
-    return parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    data = read_bytes(path, wanted, largest=LARGEST_TEXT)
+    return parse_json(data, path, infinities=infinities)
 
 
 def _check_depth(text: str, name: object) -> None:
@@ -152,6 +157,10 @@ def _float(digits: str) -> float:
     if len(digits) > LONGEST_NUMBER or not math.isfinite(float(digits)):
         raise ValueError(f"the number {digits[:20]} is out of range")
     return float(digits)
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name != "NaN" else _constant(name)
 
 
 def _constant(name: str) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (
     CONFIG,
@@ -25,7 +26,6 @@ from jaxdiff.pretrained.bundle import (
     read_exported_tokenizers,
     spec_from_json,
 )
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.hub import download, is_hub_id
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device

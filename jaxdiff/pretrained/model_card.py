@@ -18,10 +18,10 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import read_json
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import CONFIG, MODEL, RECIPE, Bundle
-from jaxdiff.pretrained.config_check import read_json
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 

@@ -83,7 +83,7 @@ def test_a_scheduler_comes_back(scheduling):
         (
             unet_keys.read_unet_config,
             {"down_block_types": ["KDownBlock2D"] * 4},
-            "down_block_types are",
+            "down_block_types is .*KDown",
         ),
         (
             unet_keys.read_unet_config,
@@ -107,7 +107,5 @@ def test_what_jaxdiff_does_not_have_is_refused(read, config, message):
         read(config)
 
 
-def test_what_is_off_is_ignored():
-    assert unet_keys.read_unet_config(
-        {"_diffusers_version": "1", "some_new_thing": None, "x": False}
-    )
+def test_comments_and_null_are_ignored():
+    assert unet_keys.read_unet_config({"_diffusers_version": "1", "some_new_thing": None})
