@@ -1,5 +1,6 @@
 """Schedule and sampler of a checkpoint, from diffusers' `scheduler_config.json`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -45,16 +46,14 @@ SCHEDULERS = {
 }
 """Our solvers by diffusers' class, and for one of them by algorithm_type and solver_order."""
 
-# diffusers reads the names of one solver in the config of another so.
-_ALGORITHMS = {
-    "dpmsolver++": "dpmsolver++",
-    "sde-dpmsolver++": "sde-dpmsolver++",
-    "deis": "dpmsolver++",
-}
+# diffusers reads the names of other solvers as bh2.
 _UNIPC_VARIANTS = {"bh1": "bh1", **dict.fromkeys(("bh2", "midpoint", "heun", "logrho"), "bh2")}
 
 # These start at the noise of their first step, which may lie between training steps.
 _EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
+
+# These step in sigma / alpha, which zero terminal SNR would make infinite.
+_IN_SIGMA, _LEAST_ALPHA_BAR = (*_EULERS, _DPM, _UNIPC), 2.0**-24
 
 _NOISE_SPACINGS = {
     "use_karras_sigmas": KarrasGrid,
@@ -129,6 +128,7 @@ _OWN: dict[str, Schema] = {
     "PNDMScheduler": {
         **_COMMON,
         **_EVEN,
+        "prediction_type": Used("epsilon", choice({"epsilon": "eps"})),  # v it averages otherwise
         "skip_prk_steps": Only(True, default=False),
         "set_alpha_to_one": _SWITCH,
     },
@@ -141,7 +141,11 @@ _OWN: dict[str, Schema] = {
         "interpolation_type": Only("linear"),
         "timestep_type": Only("discrete"),
     },
-    "EulerAncestralDiscreteScheduler": {**_COMMON, **_ZERO_SNR},
+    "EulerAncestralDiscreteScheduler": {
+        **_COMMON,
+        **_ZERO_SNR,
+        "prediction_type": Used("epsilon", choice({"epsilon": "eps", "v_prediction": "v"})),
+    },
     "HeunDiscreteScheduler": {**_COMMON, **_SD_BETAS, **_SIGMAS, **_NO_CLIP},
     _DPM: {
         **_COMMON,
@@ -151,7 +155,7 @@ _OWN: dict[str, Schema] = {
         **_FLOW,
         **_ENDS_AT_ZERO,
         "use_lu_lambdas": _SWITCH,
-        "algorithm_type": Used("dpmsolver++", choice(_ALGORITHMS)),
+        "algorithm_type": Used("dpmsolver++", choice(("dpmsolver++", "sde-dpmsolver++"))),
         "solver_order": Used(2, integer(1, 2)),
         "solver_type": Only("midpoint", "logrho", "bh1", "bh2"),  # diffusers reads all as midpoint
         "lower_order_final": Unused("the step to no noise is of first order in any case"),
@@ -246,11 +250,19 @@ def read_scheduling(config: Any, kind: str | None = None) -> Scheduling:
                 f"{WHAT}: {key} is {values[key]} of {steps} num_train_timesteps: expected at most "
                 f"{most}; change the config."
             )
+    is_zero = values.get("rescale_betas_zero_snr", False)
+    if is_zero and values["prediction_type"] == "eps" and spacing != "leading":
+        raise UserError(
+            f"{WHAT}: rescale_betas_zero_snr is true, prediction_type epsilon and timestep_spacing "
+            f"{spacing}: expected v_prediction, sample, or leading, as eps does not determine the "
+            "image in pure noise; change the config."
+        )
     schedule = ScaledLinear(
         beta_start=values["beta_start"],
         beta_end=values["beta_end"],
         num_train_steps=steps,
-        zero_terminal_snr=values.get("rescale_betas_zero_snr", False),
+        zero_terminal_snr=is_zero,
+        terminal_alpha_bar=_LEAST_ALPHA_BAR if is_zero and kind in _IN_SIGMA else 0.0,
     )
     solver, grid = _solver(kind, values), _grid(kind, values, schedule)
     starts_at_sigma = kind in _EULERS and spacing != "leading"
@@ -338,9 +350,10 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
         config["solver_type"] = solver.variant
     if isinstance(solver, LCM):
         config["timestep_scaling"] = solver.time_scale / schedule.num_train_steps
-    for name, ours, theirs in zip(
-        Scheduling._fields, scheduling, read_scheduling(config), strict=True
-    ):
+    read = read_scheduling(config)
+    same_end = dataclasses.replace(schedule, terminal_alpha_bar=read.schedule.terminal_alpha_bar)
+    expected = scheduling._replace(schedule=same_end)
+    for name, ours, theirs in zip(Scheduling._fields, expected, read, strict=True):
         if ours != theirs:
             raise UserError(
                 f"diffusers' {kind} has the {name} {theirs}, and this model {ours}: expected the "
