@@ -52,6 +52,8 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
         )
     try:
         backend, stated, pad_id, pad_left = _read_saved(root) if own else _read_foreign(root)
+    except UserError:
+        raise
     except Exception as error:  # `tokenizers` raises plain Exception for what it cannot parse
         raise UserError(
             f"The tokenizer in {folder} cannot be read ({error}): expected {SAVED}, or the "
@@ -161,6 +163,11 @@ def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, i
 
         fast = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **kind
+        )
+    if fast.truncation_side != "right":
+        raise UserError(
+            f"The tokenizer in {root}: truncation_side is {fast.truncation_side}: expected right; "
+            "give the folder of another tokenizer."
         )
     stated = fast.model_max_length if fast.model_max_length < _UNSTATED else None
     pad_id = fast.eos_token_id if fast.pad_token_id is None else fast.pad_token_id

@@ -7,33 +7,76 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
 from jaxdiff.io.text import read_json
 from jaxdiff.models.text_encoders.clip import CLIP_MEAN, CLIP_STD, ClipConfig
 from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.config_check import Only, Schema, Unused, read_keys
+from jaxdiff.pretrained.config_check import (
+    OFF,
+    Kind,
+    Only,
+    Schema,
+    Unused,
+    Used,
+    integer,
+    optional,
+    read_keys,
+)
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
 
-_RESIZING = Unused("images come in the size of vision_config")
+
+def _edge(value: Any) -> int:
+    """Return the side of square images, of any of the forms that transformers reads."""
+    sides = set(value.values()) if isinstance(value, dict) else {value}
+    return _SIDE.parse(sides.pop() if len(sides) == 1 else None)
+
+
+_SIDE = integer(1, 2**14)
+_EDGE = Used(None, optional(Kind("the image_size of vision_config", _edge)))
+_FORM = Unused("describes the file, or the form of its images")
 IMAGE_KEYS: Schema = {
     "image_mean": Only(list(CLIP_MEAN)),
     "image_std": Only(list(CLIP_STD)),
     "do_normalize": Only(True),
     "do_rescale": Only(True),
     "rescale_factor": Only(1 / 255),
+    "size": _EDGE,
+    "crop_size": _EDGE,
+    "do_pad": OFF,
+    "pad_size": Unused("of do_pad, which must be off"),
     **dict.fromkeys(
-        ("crop_size", "default_to_square", "do_center_crop", "do_resize", "resample", "size"),
-        _RESIZING,
+        ("default_to_square", "do_center_crop", "do_resize", "resample"),
+        Unused("images come in the size of vision_config"),
     ),
-    **dict.fromkeys(
-        ("feature_extractor_type", "image_processor_type", "processor_class"),
-        Unused("describes the file"),
-    ),
+    **dict.fromkeys(("feature_extractor_type", "image_processor_type", "processor_class"), _FORM),
+    **dict.fromkeys(("data_format", "input_data_format", "return_tensors"), _FORM),
+    **dict.fromkeys(("device", "disable_grouping", "image_seq_length"), _FORM),
     "do_convert_rgb": Unused("images have three channels"),
 }
 """Schema of CLIP's `preprocessor_config.json`."""
+
+
+def read_image_config(config: Any, what: str, image_size: int) -> None:
+    """Check that a `preprocessor_config.json` prepares images as the encoder of `Clip` does.
+
+    Args:
+      config: the parsed JSON.
+      what: the file, for the message.
+      image_size: of the image encoder, in pixels.
+
+    Raises:
+      UserError: it would change images of this size otherwise.
+    """
+    values = read_keys(what, config, IMAGE_KEYS)
+    for key in ("size", "crop_size"):
+        if values[key] not in (None, image_size):
+            raise UserError(
+                f"{what}: {key} is {values[key]}: expected {image_size}, the image_size of "
+                "vision_config; use another model."
+            )
 
 
 def is_clip_config(data: Any) -> bool:
@@ -48,9 +91,10 @@ def read_clip_spec(folder: epath.PathLike) -> ClipConfig:
       UserError: the config is missing, or has unsupported values.
     """
     root, wanted = epath.Path(folder), "the whole folder of a model"
-    if (root / IMAGES).exists():
-        read_keys(str(root / IMAGES), read_json(root / IMAGES, wanted), IMAGE_KEYS)
-    return clip_keys.read_clip_config(read_json(root / CONFIG, wanted), str(root / CONFIG))
+    spec = clip_keys.read_clip_config(read_json(root / CONFIG, wanted), str(root / CONFIG))
+    if (images := root / IMAGES).exists():
+        read_image_config(read_json(images, wanted), str(images), spec.vision.image_size)
+    return spec
 
 
 def read_clip_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:

@@ -152,7 +152,7 @@ def read_text_config(
     values = read_keys(what, config, TEXT_KEYS)
     end_id = values["eos_token_id"]
     return ClipTextConfig(
-        **_size(values, TEXT_KEYS),
+        **_size(what, values, TEXT_KEYS),
         projection_dim=_projection(what, values) if projected else None,
         end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
     )
@@ -206,12 +206,18 @@ def read_clip_config(config: Any, what: str = "config.json") -> ClipConfig:
         text=read_text_config(
             encoder("text", TEXT_KEYS), projected=True, what=f"{what}, text_config"
         ),
-        vision=ClipVisionConfig(**_size(vision, VISION_KEYS), projection_dim=end),
+        vision=ClipVisionConfig(**_size(where, vision, VISION_KEYS), projection_dim=end),
     )
 
 
-def _size(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+def _size(what: str, values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """Return the fields of either encoder."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width % heads:
+        raise UserError(
+            f"{what}: hidden_size is {width} and num_attention_heads {heads}: expected a multiple "
+            "of the latter; use another model."
+        )
     fields = named_fields(values, schema)
     return {**fields, "mlp_ratio": values["intermediate_size"] / fields["width"]}
 

@@ -238,7 +238,7 @@ def each(what: str, value: Any, count: int) -> tuple[Any, ...]:
     values = value if isinstance(value, tuple) else (value,) * count
     if len(values) != count:
         raise UserError(
-            f"{what} has {len(values)} values: expected one for all or {count}, one per level; use "
-            "another model."
+            f"{what} has {len(values)} values: expected one for all or {count}, one per level of "
+            "block_out_channels; use another model."
         )
     return values

@@ -179,6 +179,7 @@ def read_diffusers(
     """
     root, spec = epath.Path(folder), read_diffusers_spec(folder)
     tokenizers = read_diffusers_tokenizers(root)
+    _check_ends(spec, tokenizers)
     assert isinstance(spec.denoiser, UNet2DConditionConfig)
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
     params = {"denoiser": unet_keys.unet_from_torch(tensors, spec.denoiser, place=place)}
@@ -192,6 +193,17 @@ def read_diffusers(
         root / "vae", _index(root).classes.get("vae"), place=place
     )
     return Bundle(spec, params, tokenizers)
+
+
+def _check_ends(spec: TextToImage, tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Check that texts end with the token whose features XL reads."""
+    for name in {"text_2"} & set(tokenizers):
+        wanted, end = tokenizers[name].end_id, _clip_encoders(spec)[name].model.end_id
+        if end not in (None, wanted):
+            raise UserError(
+                f"{ENCODERS[name]}/config.json: eos_token_id is {end}: expected {wanted}, with "
+                "which its tokenizer ends texts; use another model."
+            )
 
 
 def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:

@@ -53,7 +53,10 @@ _UNIPC_VARIANTS = {"bh1": "bh1", **dict.fromkeys(("bh2", "midpoint", "heun", "lo
 _EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 
 # These step in sigma / alpha, which zero terminal SNR would make infinite.
-_IN_SIGMA, _LEAST_ALPHA_BAR = (*_EULERS, _DPM, _UNIPC), 2.0**-24
+_IN_SIGMA = (*_EULERS, _DPM, _UNIPC)
+
+LEAST_ALPHA_BAR = 2.0**-24
+"""alpha_bar at the end of a schedule of zero terminal SNR, for solvers in sigma / alpha."""
 
 _NOISE_SPACINGS = {
     "use_karras_sigmas": KarrasGrid,
@@ -262,7 +265,7 @@ def read_scheduling(config: Any, kind: str | None = None) -> Scheduling:
         beta_end=values["beta_end"],
         num_train_steps=steps,
         zero_terminal_snr=is_zero,
-        terminal_alpha_bar=_LEAST_ALPHA_BAR if is_zero and kind in _IN_SIGMA else 0.0,
+        terminal_alpha_bar=LEAST_ALPHA_BAR if is_zero and kind in _IN_SIGMA else 0.0,
     )
     solver, grid = _solver(kind, values), _grid(kind, values, schedule)
     starts_at_sigma = kind in _EULERS and spacing != "leading"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -46,6 +47,7 @@ from jaxdiff.pretrained.presets import (
     XL_SCALING_FACTOR,
 )
 from jaxdiff.pretrained.safetensors_io import Renamed, TensorFiles, to_device
+from jaxdiff.pretrained.scheduler import LEAST_ALPHA_BAR
 from jaxdiff.pretrained.single_file_keys import (
     AUTOENCODER,
     IRRELEVANT,
@@ -337,8 +339,8 @@ _ARCHITECTURE_ENDS: dict[str, Prediction] = {"v": "v", "512": "eps"}
 def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, ScaledLinear]:
     """Return prediction and schedule as the file states them, else as published.
 
-    A file states them in its metadata (Stability AI's ModelSpec 1.0.1) or, as later models of XL's
-    shape do, by empty tensors named `v_pred` and `ztsnr`.
+    A file states them in its metadata (Stability AI's ModelSpec 1.0.1), as later models of XL's
+    shape do by empty tensors named `v_pred` and `ztsnr`, or by a stored table of the schedule.
 
     Raises:
       UserError: it states what jaxdiff does not know or have, or that contradicts its tensors.
@@ -366,12 +368,56 @@ def objective_of(variant: Variant, tensors: TensorFiles) -> tuple[Prediction, Sc
     if "v_pred" in tensors:
         prediction = "v"
     prediction = prediction or _published(variant, tensors)
-    if "ztsnr" in tensors and prediction == "eps":
+    schedule = _schedule(variant, tensors)
+    if schedule.zero_terminal_snr and prediction == "eps":
         raise UserError(
-            f"{file} holds ztsnr but predicts eps, which does not determine images at zero "
-            "terminal SNR: expected v_pred too; use another model."
+            f"{file} has zero terminal SNR (ztsnr) but predicts eps, which does not determine "
+            "images there: expected v_pred too; use another model."
         )
-    return prediction, ScaledLinear(zero_terminal_snr="ztsnr" in tensors)
+    return prediction, schedule
+
+
+# Of zero terminal SNR, as diffusers' Euler scheduler has it.
+_PLAIN = ScaledLinear()
+_ZERO_SNR = ScaledLinear(zero_terminal_snr=True, terminal_alpha_bar=LEAST_ALPHA_BAR)
+
+_ALPHA_BARS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "betas": lambda betas: np.cumprod(1 - betas),
+    "alphas_cumprod": lambda alpha_bars: alpha_bars,
+    "denoiser.sigmas": lambda sigmas: 1 / (1 + np.sort(sigmas) ** 2),
+}
+"""Tables of the schedule that files of the original training code store, as alpha_bar."""
+
+
+def _schedule(variant: Variant, tensors: TensorFiles) -> ScaledLinear:
+    """Return the published schedule, or with zero terminal SNR if the file states that.
+
+    Raises:
+      UserError: the file stores a table of another schedule.
+    """
+    schedule = _ZERO_SNR if "ztsnr" in tensors else _PLAIN
+    for name in tensors:
+        read = _ALPHA_BARS.get(component_of(name)[1])
+        table = np.zeros(0) if read is None else tensors[name].astype(np.float64).ravel()
+        if read is None or not table.any():  # zeros are no schedule
+            continue
+        found = read(table)
+        same = [known for known in (_PLAIN, _ZERO_SNR) if _is_schedule(found, known)]
+        if not same:
+            raise UserError(
+                f"{tensors.files[0]}: {name} is a noise schedule of its own: expected that of "
+                f"{variant.architecture}; use another model."
+            )
+        if same == [_ZERO_SNR]:
+            schedule = _ZERO_SNR
+    return schedule
+
+
+def _is_schedule(alpha_bars: np.ndarray, schedule: ScaledLinear) -> bool:
+    """Whether a table of half precision or more is of this schedule."""
+    count = schedule.num_train_steps
+    expected = np.square(schedule.alpha(jnp.arange(1.0, count + 1) / count))
+    return alpha_bars.shape == (count,) and np.allclose(alpha_bars, expected, rtol=0.02, atol=1e-4)
 
 
 _LEAST_SPREAD_OF_V = 0.09

@@ -39,8 +39,9 @@ _COMPONENTS = {
 _IRRELEVANT = re.compile(
     r"""
     model_ema\..*                                   # a moving average; the weights are used
-    | (betas|alphas_cumprod|alphas_cumprod_prev|lvlb_weights|logvar|denoiser\.sigmas)  # tables of
-    | (sqrt|log|posterior)_\w+                      # the noise schedule, which is the published one
+    | betas|alphas_cumprod|denoiser\.sigmas         # the noise schedule, which is checked apart
+    | alphas_cumprod_prev|lvlb_weights|logvar       # tables that follow from it
+    | (sqrt|log|posterior)_\w+
     | (global_step|epoch|iteration)                 # of training
     | first_stage_model\.(loss|model_ema)\..*       # the autoencoder's training
     | (.*\.)?(position_ids|logit_scale|attn_mask)   # constants; CLIP's temperature

@@ -71,12 +71,15 @@ def read_tiny_autoencoder_config(
     values = read_keys(what, config, TINY_KEYS)
     check_channels(what, values)
     width = values[_WIDTHS[0]][0]
-    for key, blocks in zip(_WIDTHS, _BLOCKS, strict=True):
-        if set(values[key]) != {width} or len(values[key]) != len(values[blocks]):
-            raise UserError(
-                f"{what}: {key} is {list(values[key])}: expected {width} for each of the "
-                f"{len(values[blocks])} {blocks}; use another autoencoder."
-            )
+    if any(
+        values[key] != (width,) * len(values[blocks])
+        for key, blocks in zip(_WIDTHS, _BLOCKS, strict=True)
+    ):
+        found = ", ".join(f"{key} {list(values[key])}" for key in (*_WIDTHS, *_BLOCKS))
+        raise UserError(
+            f"{what} has {found}: expected one width everywhere, once for each number of blocks; "
+            "use another autoencoder."
+        )
     return TinyAutoencoderConfig(width=width, **named_fields(values, TINY_KEYS))
 
 

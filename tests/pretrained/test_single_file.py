@@ -344,7 +344,7 @@ def test_weights_separate_the_two_models_of_2(more, expected, tmp_path):
         ([], {ARCHITECTURE: "stable-diffusion-v1"}, "expected one that begins with stable-diff"),
         ([], {ARCHITECTURE: "stable-diffusion-xl-v1-refiner"}, "is 'stable-diffusion-xl-v1-ref"),
         ([], {ARCHITECTURE: "stable-diffusion-xl-v1-edit"}, "use another model"),
-        (["ztsnr"], {}, "ztsnr but predicts eps"),
+        (["ztsnr"], {}, "zero terminal SNR .* but predicts eps"),
         (["edm_mean", "edm_std"], {}, "Playground v2.5"),
         (["edm_vpred.sigma_max", "edm_vpred.sigma_min", "v_pred"], {}, "CosXL"),
     ],
@@ -352,6 +352,57 @@ def test_weights_separate_the_two_models_of_2(more, expected, tmp_path):
 def test_other_objectives_are_refused_by_their_marks(names, metadata, message, tmp_path):
     with pytest.raises(UserError, match=message):
         objective_of(XL, marked(tmp_path, names, metadata))
+
+
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+ALPHA_BARS = np.cumprod(1 - BETAS)
+ALPHAS = np.sqrt(ALPHA_BARS)
+ZERO_SNR = np.square((ALPHAS - ALPHAS[-1]) * ALPHAS[0] / (ALPHAS[0] - ALPHAS[-1]))
+
+
+def sigmas(alpha_bars):
+    return np.sqrt((1 - alpha_bars) / alpha_bars)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "table", "is_zero"),
+    [
+        ("betas", BETAS, False),
+        ("betas", 1 - ZERO_SNR / np.append(1, ZERO_SNR[:-1]), True),
+        ("alphas_cumprod", ALPHA_BARS, False),
+        ("alphas_cumprod", ZERO_SNR, True),
+        ("state_dict.alphas_cumprod", ALPHA_BARS[:, None], False),
+        ("denoiser.sigmas", sigmas(ALPHA_BARS), False),
+        ("denoiser.sigmas", sigmas(ALPHA_BARS)[::-1], False),
+        ("alphas_cumprod", np.zeros(1000), False),
+    ],
+)
+def test_a_stored_table_of_the_schedule_counts(name, table, is_zero, dtype, tmp_path):
+    tensors = marked(tmp_path, ["v_pred"], {}, {name: np.ascontiguousarray(table, dtype)})
+    schedule = objective_of(XL, tensors)[1]
+    assert schedule.zero_terminal_snr == is_zero
+    assert schedule.terminal_alpha_bar == (2.0**-24 if is_zero else 0)
+
+
+def test_a_marker_of_zero_snr_counts_beside_old_tables(tmp_path):
+    tensors = marked(tmp_path, ["v_pred", "ztsnr"], {}, {"betas": BETAS})
+    assert objective_of(XL, tensors)[1].zero_terminal_snr
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("betas", np.linspace(1e-4, 0.02, 1000)),
+        ("betas", np.linspace(0.00085, 0.012, 1000)),
+        ("betas", BETAS[:500]),
+        ("alphas_cumprod", np.linspace(1, 0, 1000)),
+        ("denoiser.sigmas", np.geomspace(0.002, 80, 1000)),
+    ],
+)
+def test_another_schedule_is_refused_by_its_name(name, table, tmp_path):
+    with pytest.raises(UserError, match=f"{name} is a noise schedule of its own"):
+        objective_of(XL, marked(tmp_path, [], {}, {name: table}))
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin", "model.gguf"])
