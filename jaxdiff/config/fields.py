@@ -149,7 +149,7 @@ class Interval:
 
     def check(self, name: str, value: Any, kind: Any) -> tuple[float, float]:
         """Raise `UserError` for another spelling or order."""
-        number = r"([0-9]*\.?[0-9]+)"
+        number = r"((?:[0-9]+\.)?[0-9]+|\.[0-9]+)"
         match = re.fullmatch(f"{number}-{number}", value) if isinstance(value, str) else None
         low, high = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
         if not 0 <= low <= high <= 1:

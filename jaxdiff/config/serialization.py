@@ -86,13 +86,14 @@ def _object_from_json(
     classes: dict[str, Any] = {
         _name(c): c for c in [*candidates, *named] if dataclasses.is_dataclass(c)
     }
-    if data.get("type") not in classes:
+    name = data.get("type")
+    if not isinstance(name, str) or name not in classes:
         raise UserError(
-            f"{path} is of type {data.get('type')}: expected "
+            f"{path} is of type {name}: expected "
             f"{' or '.join(classes) or 'a value'}; name a type of your own in types=[...] or with "
             f"--plugin, or else {_FOREIGN}"
         )
-    cls = classes[data["type"]]
+    cls = classes[name]
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {name: value for name, value in data.items() if name != "type"}

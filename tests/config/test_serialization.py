@@ -34,6 +34,8 @@ def _set(data, path, value):
         ("train.batchsize", 3, r"train\.batchsize is not a key.*train\.batch_size\?"),
         ("optimiser", {}, r"optimiser is not a key.*config\.optimizer\?"),
         ("data.source.type", "Product", r"data\.source is of type Product: expected ImageFolder"),
+        ("data.source.type", [], r"data\.source is of type \[\]: expected ImageFolder"),
+        ("data.source.type", {"a": 1}, r"data\.source is of type \{'a': 1\}"),
         ("task", None, r"config\.task is None: expected DiffusionTask or"),
         ("task.model", 3, r"task\.model is 3: expected TextToImage"),
         ("task.model.denoiser", 3, r"task\.model\.denoiser is 3: expected DiTConfig or"),
