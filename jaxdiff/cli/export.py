@@ -8,6 +8,7 @@ import jax
 import tyro
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -33,6 +34,7 @@ FORMATS = ("jaxdiff", "diffusers", "lora", "embedding")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Write a trained model as one small folder that `jaxdiff.load` and `--model` read."""

@@ -11,6 +11,8 @@ import tyro
 from rich.console import Console
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.planning.plan import Plan, make_plan, on_slice
@@ -20,6 +22,7 @@ from jaxdiff.planning.topology import Topology, find_topology
 from jaxdiff.training.recipe import Config
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Compile a recipe's training step for any devices, attached or not; print memory and time.
@@ -41,7 +44,7 @@ class PlanOptions:
     no memory traffic, which a search then ranks without."""
     search: bool = False
     """Try meshes, batch sizes and remat policies, and rank those that fit."""
-    most: int = 12
+    most: Count = 12
     """Plans that a search makes at most."""
 
 

@@ -7,6 +7,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
+from jaxdiff.config.checked import checked
 from jaxdiff.data.files import files_below
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
@@ -21,6 +22,7 @@ from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(Sharing):
     """Write records, or their latents, to ArrayRecord shards, which have fast random access.
@@ -35,6 +37,7 @@ class PrepareOptions(Sharing):
     """Output folder, local or gs://."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PreparePathOptions(Sharing):
     """Write captioned images to ArrayRecord shards, which have fast random access.

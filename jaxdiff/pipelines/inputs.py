@@ -1,25 +1,25 @@
 """Check a user's arguments, and convert them to the program's arrays."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
-from jaxdiff.config.fields import LARGEST_FLOAT
+from jaxdiff.config.checked import check_value, checked
+from jaxdiff.config.fields import Count, FieldError, Seed
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pipelines.batching import Callback, Preview
+from jaxdiff.pipelines.batching import Callback
 from jaxdiff.pipelines.program import SampleInputs
 from jaxdiff.pipelines.prompt_weights import tokenize
 from jaxdiff.sampling.guidance.guidance import Guidance
-from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, check_num_steps
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, Steps
 
-LARGEST_SEED = 2**32 - 1
 IMAGE_STRENGTH = 0.6
 
 Integer = int | np.integer
@@ -27,6 +27,7 @@ Number = Integer | float | np.floating
 Output = Literal["uint8", "float", "latents"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Mix:
     """An interpolation between two encoded prompts: (1 - fraction) a + fraction b.
@@ -47,16 +48,12 @@ class Mix:
     def __post_init__(self):
         for prompt in (self.a, self.b):
             _check_text("A prompt of Mix", prompt)
-        if not math.isfinite(self.fraction):
-            raise UserError(
-                f"Mix.fraction is {self.fraction}: expected a number from 0, all of a, to 1, all "
-                "of b."
-            )
 
 
 Prompt = str | Mix
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitImage:
     """Images to start from.
@@ -74,12 +71,13 @@ class InitImage:
     strength: Number | Iterable[Number] | None = None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleRequest:
     """The arguments of `Pipeline.__call__`, which describes them."""
 
-    prompts: Prompt | Sequence[Prompt]
-    negative_prompt: str | Sequence[str | None] | None = None
+    prompts: Prompt | Iterable[Prompt]
+    negative_prompt: str | Iterable[str | None] | None = None
     seeds: Integer | Iterable[Integer] | None = None
     num_steps: Integer | Iterable[Integer] | None = None
     guidance_scale: Number | Iterable[Number] | None = None
@@ -89,27 +87,20 @@ class SampleRequest:
     sampler: Sampler | None = None
     guidance: Guidance | None = None
     output: Output = "uint8"
-    batch_size: int | None = None
+    batch_size: Count | None = None
     callback: Callback | None = None
 
     def __post_init__(self):
-        if self.output not in get_args(Output):
-            raise UserError(
-                f"output is {self.output!r}: expected {', '.join(map(repr, get_args(Output)))}."
-            )
-        for name, kind in (("init", InitImage), ("sampler", Sampler), ("guidance", Guidance)):
-            value = getattr(self, name)
-            if not isinstance(value, kind | None):
-                raise UserError(
-                    f"{name} is a {type(value).__name__}: expected jaxdiff.{kind.__name__}(...)."
-                )
-        size = self.batch_size
-        if size is not None and not (_is_integer(size) and size >= 1):
-            raise UserError(f"batch_size is {size!r}: expected an integer, at least 1.")
-        if self.callback is not None and not isinstance(self.callback, Preview | Callable):
-            raise UserError(f"callback is {self.callback!r}: expected a function (step, images).")
         # Once, as an iterator can be read.
         object.__setattr__(self, "prompts", prompt_list(self.prompts))
+
+    @classmethod
+    def of(cls, **arguments: Any) -> "SampleRequest":
+        """Return the request of a call; errors have the names of its arguments."""
+        try:
+            return cls(**arguments)
+        except FieldError as error:
+            raise error.called(error.field) from None
 
     def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
         """Return the settings; those that are None inherit the model's."""
@@ -190,19 +181,8 @@ def float_array(name: str, values: Any, n: int) -> Float32[np.ndarray, " n"]:
     Raises:
       UserError: there are neither one nor n, or one is no finite number.
     """
-    found = one_each(name, values, n)
-    for value in found:
-        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        is_number = is_number or getattr(value, "ndim", None) == 0
-        if not is_number or not abs(value) <= LARGEST_FLOAT:
-            raise UserError(f"{name} is {value!r}: expected a finite number.")
+    found = [check_value(name, value, float) for value in one_each(name, values, n)]
     return np.asarray(found, np.float32)
-
-
-def _is_integer(value: Any) -> bool:
-    if getattr(value, "ndim", None) == 0:
-        return value.dtype.kind in "iu"
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
@@ -211,13 +191,7 @@ def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
     Raises:
       UserError: one is no integer, or out of range.
     """
-    values = list(values)
-    for seed in values:
-        if not _is_integer(seed) or not 0 <= int(seed) <= LARGEST_SEED:
-            raise UserError(
-                f"seed {seed!r} is out of range: expected an integer from 0 to {LARGEST_SEED}."
-            )
-    return np.asarray([int(seed) for seed in values], np.uint32)
+    return np.asarray([check_value("seed", value, Seed) for value in values], np.uint32)
 
 
 def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
@@ -226,12 +200,7 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     Raises:
       UserError: there are neither one nor n, or one is no positive integer.
     """
-    found = one_each("num_steps", num_steps, n)
-    for count in found:
-        if not _is_integer(count):
-            raise UserError(f"num_steps is {count!r}: expected an integer, 1 or more.")
-        check_num_steps(int(count))
-    return [int(count) for count in found]
+    return [check_value("num_steps", count, Steps) for count in one_each("num_steps", num_steps, n)]
 
 
 def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
@@ -345,9 +314,7 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
     Raises:
       UserError: they are no two multiples of the model's `size_multiple`.
     """
-    if np.shape(size) != (2,) or not all(_is_integer(side) for side in size):
-        raise UserError(f"size is {size!r}: expected (width, height), in pixels.")
-    width, height = size
+    width, height = check_value("size", size, tuple[Count, Count])
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
         raise UserError(

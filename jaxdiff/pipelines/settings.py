@@ -13,9 +13,11 @@ from typing import Annotated, Any, NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
+    LARGEST_SEED,
     Choices,
     Doc,
     File,
@@ -27,8 +29,8 @@ from jaxdiff.config.fields import (
     check_fields,
     fields_of,
 )
+from jaxdiff.diffusion.time_grids import MOST_STEPS
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.inputs import LARGEST_SEED
 from jaxdiff.sampling.solvers import SOLVERS
 
 LARGEST_SIDE = 8192  # pixels; a longer side, most likely a typo, exhausts memory
@@ -67,6 +69,7 @@ class NoOp(NamedTuple):
     value: Any
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """The options of an image; None inherits, ultimately from the model."""
@@ -97,7 +100,7 @@ class GenerationSettings:
     ] = None
     num_steps: Annotated[
         int | None,
-        Range(1, LARGEST_INT),
+        Range(1, MOST_STEPS),
         Doc("Steps of the solver.", SAMPLING, common=True),
         Varies.BATCH,
     ] = None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.files import files_below
 from jaxdiff.data.sources.base import Record
@@ -26,6 +27,7 @@ class _Entry(NamedTuple):
     captions: list[str] | None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """Images in the folder `path` (local or `gs://`) and below it.

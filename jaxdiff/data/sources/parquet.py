@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.files import data_files
 from jaxdiff.data.sources.base import PickledFields, Record
@@ -17,6 +19,7 @@ from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Parquet(PickledFields):
     """The rows of the Parquet file, glob or folder `path` (local or `gs://`).
@@ -32,7 +35,7 @@ class Parquet(PickledFields):
     path: str
     image: str = "image"
     caption: str = "text"
-    cache_mb: int = 512
+    cache_mb: Natural = 512
 
     def __len__(self) -> int:
         return self._row_groups.starts[-1]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.files import data_files
 from jaxdiff.data.sources.base import Record
@@ -34,6 +35,7 @@ class _Sample(NamedTuple):
     text: _Member | None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WebDataset:
     """The samples of the tar file, glob or folder `path` (local or `gs://`).

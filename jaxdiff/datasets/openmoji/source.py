@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.datasets.openmoji.names import Worker, captions, worker
 from jaxdiff.errors import UserError
@@ -38,6 +40,7 @@ class Emoji(NamedTuple):
     worker: Worker | None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OpenMoji(PickledFields):
     """The 3,953 of 4,495 colour emoji of OpenMoji 17 with a name in the package `emoji`.
@@ -55,12 +58,8 @@ class OpenMoji(PickledFields):
 
     split: Literal["train", "held_out", "all"] = "train"
     subset: Literal["all", "workers"] = "all"
-    size: int = 64
+    size: Count = 64
     cache: str | None = None
-
-    def __post_init__(self):
-        if self.size < 1:
-            raise UserError(f"data.source.size is {self.size}: expected at least 1.")
 
     def __len__(self) -> int:
         return len(self.emojis)
