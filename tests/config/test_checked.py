@@ -9,7 +9,7 @@ import pytest
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.generate.options import SampleOptions
 from jaxdiff.config.checked import check_value
-from jaxdiff.config.fields import FieldError, Range
+from jaxdiff.config.fields import FieldError
 from jaxdiff.errors import UserError
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
@@ -19,7 +19,7 @@ def classes(kind, found):
     """All dataclasses that an annotation reaches."""
     for inner in typing.get_args(kind):
         classes(inner, found)
-    if dataclasses.is_dataclass(kind) and kind not in found:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind not in found:
         found[kind] = typing.get_type_hints(kind, include_extras=True)
         for f in dataclasses.fields(kind):
             classes(found[kind][f.name], found)
@@ -29,7 +29,7 @@ def classes(kind, found):
 def floats():
     for root in (Config, SampleOptions, EvaluateOptions):
         for cls, hints in classes(root, {}).items():
-            if cls.__module__.startswith("jaxdiff.") and cls not in (Range,):
+            if cls.__module__.startswith("jaxdiff.") and hasattr(cls.__init__, "__wrapped__"):
                 for f in dataclasses.fields(cls):
                     if float in typing.get_args(hints[f.name]) or hints[f.name] is float:
                         yield cls, f.name
@@ -48,7 +48,7 @@ def test_infinity_is_a_value_where_its_range_says_so():
         AdamW(learning_rate=math.inf)
 
 
-@pytest.mark.parametrize("value", [1.5, True, "1", 2**31, 10**5000])
+@pytest.mark.parametrize("value", [1.5, True, "1", 2**31, pytest.param(10**5000, id="long")])
 def test_an_integer_is_whole_and_within_32_bits(value):
     with pytest.raises(UserError, match="expected a whole number"):
         check_value("steps", value, int)
