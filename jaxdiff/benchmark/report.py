@@ -1,6 +1,5 @@
 """Reports of benchmarks: printed, written as JSON with everything they depend on, compared."""
 
-import json
 import math
 import os
 import platform
@@ -20,7 +19,8 @@ from etils import epath
 
 from jaxdiff.benchmark.timing import standard_error
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import read_bytes, write_whole
+from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json, lines_of, read_json, read_text
 from jaxdiff.training.recipe import Config, flatten, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
@@ -93,8 +93,8 @@ def hardware() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+        lines = lines_of(read_text("/proc/cpuinfo"))
+    except UserError:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
@@ -155,7 +155,7 @@ def _seconds(value: float) -> str:
 
 def write_report(path: epath.PathLike, report: dict) -> None:
     """Write a report atomically."""
-    write_whole(epath.Path(path), (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(epath.Path(path), (format_json(report, indent=2) + "\n").encode())
 
 
 def read_report(path: epath.PathLike) -> dict:
@@ -164,13 +164,8 @@ def read_report(path: epath.PathLike) -> dict:
     Raises:
       UserError: the file does not exist, or is not a report.
     """
-    try:
-        report = json.loads(read_bytes(path, "a report that --json wrote"))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON ({error}): expected a file that --json wrote."
-        ) from error
-    if not isinstance(report, dict) or not {"benchmark", "results", "config"} <= set(report):
+    report = read_json(path, "a report that --json wrote")
+    if not {"benchmark", "results", "config"} <= set(report):
         raise UserError(f"{path} is not a benchmark report: expected a file that --json wrote.")
     return report
 
@@ -190,6 +185,16 @@ def compare(before: dict, after: dict) -> str:
             f"The first report is of bench {kinds[0]}, the second of bench {kinds[1]}: "
             "expected two of the same benchmark."
         )
+    try:
+        return _compare(before, after)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"A report is incomplete or edited ({type(error).__name__}: {error}): expected files "
+            "that --json of this version wrote."
+        ) from error
+
+
+def _compare(before: dict, after: dict) -> str:
     shared = [name for name in before["results"] if name in after["results"]]
     if not shared:
         raise UserError("The two reports have no contender in common: expected at least one.")

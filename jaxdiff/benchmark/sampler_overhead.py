@@ -19,6 +19,7 @@ import tyro
 from jaxdiff.benchmark.timing import time_in_turns
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
+from jaxdiff.io.terminal import write_line
 from jaxdiff.models.conditioning import full_size_crop
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
@@ -100,10 +101,10 @@ def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.
 def print_overheads(options: OverheadOptions) -> None:
     """Print a line for each size."""
     pipeline = load(options.model, devices=jax.local_devices()[:1])
-    print(f"{pipeline.spec.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    write_line(f"{pipeline.spec.name} on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for size in options.sizes:
         found = sampler_overhead(pipeline, size, steps=options.steps, repeats=options.repeats)
-        print(
+        write_line(
             f"{size}x{size}, batch {found.batch}: network {1e3 * found.bare:.2f} ms, sampling step "
             f"{1e3 * found.sampler:.2f} ms: {found.fraction:+.1%}"
         )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from etils import epath
 
 from jaxdiff.benchmark.checkpoint import time_checkpoints
 from jaxdiff.benchmark.data import time_batches
@@ -23,6 +23,9 @@ from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural, Positive, Range
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import make_folder
+from jaxdiff.io.terminal import console, write_line, write_text
+from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import Config
 
 KINDS = ("train", "sample", "data", "checkpoint")
@@ -64,6 +67,8 @@ def run_benchmark(kind: str, options: BenchOptions) -> None:
       UserError: numbers out of range, or what the benchmark itself raises.
     """
 
+    check_text(options.folder or "", "--folder")
+
     def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
         turns = {"warmup": warmup, "repeats": repeats}
         match kind:
@@ -87,7 +92,9 @@ def measure_and_report(
     Raises:
       UserError: numbers out of range, or what `measure` raises.
     """
-    with Console(stderr=True).status(f"bench {kind}: compiling, then timing"):
+    if options.json:
+        make_folder(epath.Path(options.json).parent)  # before the work
+    with console(stderr=True).status(f"bench {kind}: compiling, then timing"):
         results = measure(options.config, warmup=options.warmup, repeats=options.repeats)
     given = {
         f.name: getattr(options, f.name)
@@ -95,23 +102,23 @@ def measure_and_report(
         if f.name not in ("config", "json")
     }
     report = make_report(kind, options.config, given, results)
-    print(format_report(report))
+    write_text(format_report(report))
     if options.json:
         write_report(options.json, report)
-        print(f"Wrote {options.json}")
+        write_line(f"Wrote {options.json}")
 
 
 def bench_compare(before: str, after: str) -> None:
     """Print what changed by more than noise between two reports; raise `UserError` for others."""
-    print(compare(read_report(before), read_report(after)))
+    write_text(compare(read_report(before), read_report(after)))
 
 
 def bench_command(arguments: list[str]) -> None:
     """Run `jaxdiff bench train|sample|data|checkpoint [RECIPE] ...`, or `bench compare A B`."""
     kind, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if kind in ("-h", "--help"):
-        print(f"usage: jaxdiff bench {{{','.join(KINDS)}}} [RECIPE] ...  (--help after each)")
-        print("       jaxdiff bench compare BEFORE.json AFTER.json")
+        write_line(f"usage: jaxdiff bench {{{','.join(KINDS)}}} [RECIPE] ...  (--help after each)")
+        write_line("       jaxdiff bench compare BEFORE.json AFTER.json")
     elif kind == "compare":
         if len(rest) != 2:
             raise UserError(f"jaxdiff bench compare got {len(rest)} words: expected two reports.")

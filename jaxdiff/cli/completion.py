@@ -16,6 +16,7 @@ from jaxdiff.cli.prepare import PrepareOptions
 from jaxdiff.cli.train import TrainOptions
 from jaxdiff.config.recipe_files import DEFAULT_RECIPE
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_text
 from jaxdiff.training.recipe import load_recipe
 
 SHELLS = ("bash", "zsh", "fish")
@@ -35,14 +36,14 @@ def completion_command(arguments: list[str]) -> None:
       UserError: another shell, or none.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print(_USAGE)
+        write_text(_USAGE)
         return
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         raise UserError(
             f"jaxdiff completion got {' '.join(arguments) or 'no shell'}: expected one of "
             f"{', '.join(SHELLS)}."
         )
-    print(completion_script(arguments[0]))
+    write_text(completion_script(arguments[0]))
 
 
 def completion_script(shell: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jaxdiff
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_line, write_text
 
 _SETTINGS = re.compile(
     r"^(JAX_|XLA_|TPU_|LIBTPU_|CUDA_VISIBLE|LD_PRELOAD$|HF_HOME$|HF_HUB_|TF_GPU_|OMP_NUM)"
@@ -23,8 +24,7 @@ def env_command(arguments: list[str]) -> None:
       UserError: there are arguments.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: jaxdiff env\n")
-        print("Print versions, devices and settings for a bug report.")
+        write_text("usage: jaxdiff env\n\nPrint versions, devices and settings for a bug report.")
         return
     if arguments:
         raise UserError(f"jaxdiff env takes no arguments, got {' '.join(arguments)}.")
@@ -38,8 +38,9 @@ def env_command(arguments: list[str]) -> None:
         ("devices", _devices()),
         ("settings", _settings()),
     ):
-        print(f"{title}:")
-        print("\n".join(f"  {line}" for line in lines))
+        write_line(f"{title}:")
+        for line in lines:
+            write_line(f"  {line}")
 
 
 def _system() -> list[str]:

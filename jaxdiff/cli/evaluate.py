@@ -1,7 +1,7 @@
 """`jaxdiff evaluate`: run the evaluators of a recipe on a trained model."""
 
+import contextlib
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import tyro
@@ -11,10 +11,13 @@ from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, NotNegative, Range
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
-from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line, write_text
+from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.pretrained.load import load_bundle
@@ -67,23 +70,29 @@ def evaluate_model(options: EvaluateOptions) -> None:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
+    is_shipped = options.run.startswith("shipped:")
+    with contextlib.nullcontext() if is_shipped else held_on_host0(output_folder(options.run)):
+        _evaluate(options, config)
+
+
+def _evaluate(options: EvaluateOptions, config: Config) -> None:
     evaluators = _evaluators(config, options.samples)
     spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:
         evaluator.check(spec, config.data)
     generation = _generation(options)
     context = EvalContext(0, spec, params, tokenizers, config.data, generation)
-    report = run_evaluators(evaluators, context, None, on_host0(print))
+    report = run_evaluators(evaluators, context, None, on_host0(write_text))
     settings = _settings(options, spec)
     if not is_host0():
         return
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
     if options.run.startswith("shipped:"):
         return
     path = epath.Path(options.run) / "evaluation.json"
-    text = json.dumps({**settings, "figures": report.scalars}, indent=2) + "\n"
+    text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
     write_whole(path, text.encode())
-    print(f"Saved {path}")
+    write_line(f"Saved {path}")
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:

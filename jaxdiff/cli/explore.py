@@ -32,7 +32,9 @@ from jaxdiff.explore.spaces import (
 from jaxdiff.explore.tsne import tsne
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
-from jaxdiff.pretrained.load import make_folder
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.workdir import read_config
 
@@ -85,42 +87,43 @@ def explore_data(options: ExploreOptions) -> None:
     encode = read_autoencoder(
         config, options.autoencoder or (has_autoencoder(config) and own) or None
     )
-    folder = make_folder(options.out)
-    records = read_records(config, options.samples, options.seed)
-    unknown = [spec for spec in specs if spec in ATTRIBUTES and spec not in records.truths]
-    if unknown:
-        raise UserError(
-            f"The axis {unknown[0]} is known only for synthetic produce, not for the data of "
-            f"{config.name}: give two texts instead, such as --x small:large."
-        )
-    embeddings, latents = clip.images(records.images), encode(records.images)
-    scores = _scores(clip, embeddings, texts)
-    views = {
-        "chosen axes": (options.x, options.y),
-        "principal components": ("pc1", "pc2"),
-        "t-SNE": ("tsne1", "tsne2"),
-    }
-    title = f"{len(records.images)} images of {config.name}"
-    spaces = [
-        Space(
-            name,
-            _axes(vectors, records, scores, is_clip=vectors is embeddings),
-            views,
-            nearest_neighbours(vectors, NEIGHBOURS),
-        )
-        for name, vectors in (("CLIP", embeddings), ("the autoencoder", latents))
-    ]
-    for space, file in zip(spaces, ("clip.png", "autoencoder.png"), strict=True):
-        axes = {axis.key: axis for axis in space.axes}
-        panels = [
-            Panel(view, *(axes[key] for key in views[view])) for view in ("chosen axes", "t-SNE")
+    with output_folder(options.out) as folder:
+        records = read_records(config, options.samples, options.seed)
+        unknown = [spec for spec in specs if spec in ATTRIBUTES and spec not in records.truths]
+        if unknown:
+            raise UserError(
+                f"The axis {unknown[0]} is known only for synthetic produce, not for the data of "
+                f"{config.name}: give two texts instead, such as --x small:large."
+            )
+        embeddings, latents = clip.images(records.images), encode(records.images)
+        scores = _scores(clip, embeddings, texts)
+        views = {
+            "chosen axes": (options.x, options.y),
+            "principal components": ("pc1", "pc2"),
+            "t-SNE": ("tsne1", "tsne2"),
+        }
+        title = f"{len(records.images)} images of {config.name}"
+        spaces = [
+            Space(
+                name,
+                _axes(vectors, records, scores, is_clip=vectors is embeddings),
+                views,
+                nearest_neighbours(vectors, NEIGHBOURS),
+            )
+            for name, vectors in (("CLIP", embeddings), ("the autoencoder", latents))
         ]
-        figure = render_figure(records.images, f"{title} in the space of {space.name}", panels)
-        pictures.save_png(folder / file, figure)
-        print(folder / file)
-    page = render_page(title, records.images, records.captions, spaces)
-    write_whole(folder / "index.html", page.encode())
-    print(folder / "index.html")
+        for space, file in zip(spaces, ("clip.png", "autoencoder.png"), strict=True):
+            axes = {axis.key: axis for axis in space.axes}
+            panels = [
+                Panel(view, *(axes[key] for key in views[view]))
+                for view in ("chosen axes", "t-SNE")
+            ]
+            figure = render_figure(records.images, f"{title} in the space of {space.name}", panels)
+            pictures.save_png(folder / file, figure)
+            write_line(folder / file)
+        page = render_page(title, records.images, records.captions, spaces)
+        write_whole(folder / "index.html", page.encode())
+        write_line(folder / "index.html")
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -129,6 +132,7 @@ def _split(spec: str) -> tuple[str, str]:
     Raises:
       UserError: it is neither of that form nor the name of another axis.
     """
+    check_text(spec, "The axis")
     low, colon, high = (part.strip() for part in spec.partition(":"))
     if not (colon and low and high) or low == high:
         raise UserError(

@@ -6,18 +6,21 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.diffusers import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
-from jaxdiff.pretrained.load import load_bundle, make_folder, model_folder
+from jaxdiff.pretrained.load import load_bundle, model_folder
 from jaxdiff.pretrained.lora import write_lora
 from jaxdiff.pretrained.model_card import (
     EVALUATION,
@@ -28,6 +31,7 @@ from jaxdiff.pretrained.model_card import (
     write_card,
 )
 from jaxdiff.pretrained.run_folder import read_word
+from jaxdiff.training.recipe import Config
 from jaxdiff.training.workdir import find_recipe_of
 
 FORMATS = ("jaxdiff", "diffusers", "lora", "embedding")
@@ -61,8 +65,9 @@ def export_command(arguments: list[str]) -> None:
         raise UserError(
             f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
         )
+    check_text(options.out, "The output folder")
     export_model(options)
-    print(f"Wrote {options.out}")
+    write_line(f"Wrote {options.out}")
 
 
 def export_model(options: ExportOptions) -> None:
@@ -76,6 +81,11 @@ def export_model(options: ExportOptions) -> None:
         return
     bundle = load_bundle(options.run)
     config = find_recipe_of(options.run)
+    with output_folder(options.out):
+        _export(options, bundle, config)
+
+
+def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
     recipe = None if config is None else to_json(config)
     if options.format == "jaxdiff":
         _export_bundle(options, bundle, recipe)
@@ -85,7 +95,7 @@ def export_model(options: ExportOptions) -> None:
         bundle = bundle._replace(params=cast(bundle.params))
     if options.format == "diffusers":
         merged = merge(detach(bundle), adapters_of(bundle))
-        write_diffusers(make_folder(options.out), merged)
+        write_diffusers(epath.Path(options.out), merged)
         write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
     else:
         _export_lora(options, bundle)
@@ -93,7 +103,7 @@ def export_model(options: ExportOptions) -> None:
 
 
 def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:
-    folder = make_folder(options.out)
+    folder = epath.Path(options.out)
     write_bundle(folder, bundle, options.dtype or "bfloat16", recipe=recipe)
     figures = model_folder(options.run) / EVALUATION
     if figures.exists() and figures != folder / EVALUATION:
@@ -109,11 +119,12 @@ def _export_embedding(options: ExportOptions) -> None:
             f"{options.run} has no added token: expected a run of a recipe with "
             "task.trainable.inversion, such as configs/sd15_inversion.py."
         )
-    write_embedding(make_folder(options.out), word)
     card = CardInputs(
         name=word.word, folder=options.out, kind="embedding", recipe=read_json(folder / CONFIG)
     )
-    write_card(options.out, model_card(card))
+    with output_folder(options.out) as out:
+        write_embedding(out, word)
+        write_card(out, model_card(card))
 
 
 def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
@@ -123,4 +134,4 @@ def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
             f"{options.run} has no adapters: expected a run of a recipe with task.trainable.lora, "
             "such as configs/sd15_lora.py."
         )
-    write_lora(make_folder(options.out), adapters, bundle.spec)
+    write_lora(options.out, adapters, bundle.spec)

@@ -4,15 +4,21 @@ Only the module of the command that runs is imported, so that `jaxdiff --help` s
 nor a model.
 """
 
+import contextlib
 import difflib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import file_error
+from jaxdiff.io.terminal import unfailing_output, write_line, write_text
 
 COMMANDS = {
     "train": "Train a recipe; the same command resumes an interrupted run.",
@@ -29,20 +35,67 @@ COMMANDS = {
 }
 """What each command does. `NAME_command` of the module `jaxdiff.cli.NAME` runs it."""
 
+WRITE_FILES = {"train", "sample", "evaluate", "export", "prepare", "explore"}
+"""Commands whose work is files, which lost output leaves whole."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command with `arguments`, by default those of the process.
 
     Returns the exit status: 0; 1 for partial failure; 2 for a user error, which is printed as one
-    sentence to standard error.
+    sentence to standard error; 128 and its number after a signal. Output that cannot be written
+    does not end a command: the status is that of its work, but 1 where the output was all of it and
+    its reader did not close it.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with unfailing_output() as output, _stop_on_signals():
+        status = _run(words)
+        output.flush()
+        if output.lost:
+            write_line(f"jaxdiff: Lines of standard output were lost: {output.lost}.", stderr=True)
+            status = status or int(next(filter(COMMANDS.get, words), "") not in WRITE_FILES)
+    return status
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command; `number` says which."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """Raise `Stopped` at the first signal that asks to end; a second one ends at once."""
+    before: dict[signal.Signals, Any] = {}
+
+    def stop(number: int, _frame: object) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        raise Stopped(signal.Signals(number))
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):  # not under nohup
+                before[number] = signal.signal(number, stop)
     try:
-        words, plugins = _split_plugins(list(sys.argv[1:] if arguments is None else arguments))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command; return the exit status."""
+    try:
+        words, plugins = _split_plugins(arguments)
         name, rest = (words[0], words[1:]) if words else ("--help", [])
         if name in ("-h", "--help"):
-            print(_usage())
+            write_text(_usage())
         elif name == "--version":
-            print(f"jaxdiff {__version__}")
+            write_line(f"jaxdiff {__version__}")
         elif name in COMMANDS:
             _check_remote_paths(rest)
             command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
@@ -53,11 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
             raise UserError(f"There is no command {name!r}: {hint}")
     except UserError as error:
-        print(f"jaxdiff: {error}", file=sys.stderr)
+        write_line(f"jaxdiff: {error}", stderr=True)
         return 2
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        sys.stderr.close()
-        return 1
+    except OSError as error:
+        if (refusal := file_error(error)) is None:
+            raise
+        write_line(f"jaxdiff: {refusal}", stderr=True)
+        return 2
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        write_line(f"jaxdiff: {number.name}: stopped; finished files are kept.", stderr=True)
+        return 128 + number
     except SystemExit as end:  # raised by tyro after --help, and by commands for status 1
         return int(end.code or 0)
     return 0

@@ -1,20 +1,19 @@
 """`jaxdiff plan`: memory and time of a recipe on a TPU slice or GPUs, compiled ahead of time."""
 
 import dataclasses
-import json
 import os
-import sys
 from typing import Annotated
 
 import jax
 import tyro
-from rich.console import Console
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import console, printable, write_text
+from jaxdiff.io.text import format_json
 from jaxdiff.planning.plan import Plan, make_plan, on_slice
 from jaxdiff.planning.search import search
 from jaxdiff.planning.table import plan_table, summary_table
@@ -58,17 +57,17 @@ def plan_command(arguments: list[str]) -> None:
             f"{config.name} names no slices: give --topology, such as v5e:16x16 or cpu:8."
         )
     mesh = parse_mesh(options.shape) if options.shape else None
-    console = Console(stderr=True)
+    notes = console(stderr=True)
     plans = []
     for name in names:
-        with console.status(f"Compiling {config.name} for {name}"):
+        with notes.status(printable(f"Compiling {config.name} for {name}")):
             topology = _topology(name)
             if options.search:
                 plans += search(
                     config,
                     topology,
                     most=options.most,
-                    log=lambda p: console.print(_line(p)),
+                    log=lambda p: notes.print(printable(_line(p))),
                     quick=options.quick,
                 )
             else:
@@ -80,13 +79,13 @@ def plan_command(arguments: list[str]) -> None:
 def _print(plans: list[Plan], options: PlanOptions) -> None:
     if options.json:
         found = [plan.to_json() for plan in plans]
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        write_text(format_json(found[0] if len(found) == 1 else found, indent=2))
         return
-    console = Console(file=sys.stdout)
+    tables = console()
     for plan in plans if not options.search else plans[:1]:
-        console.print(plan_table(plan))
+        tables.print(plan_table(plan))
     if len(plans) > 1:
-        console.print(summary_table(plans))
+        tables.print(summary_table(plans))
 
 
 def _line(plan: Plan) -> str:

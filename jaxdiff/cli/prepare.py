@@ -8,16 +8,25 @@ from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
 from jaxdiff.config.checked import checked
-from jaxdiff.data.files import files_below
+from jaxdiff.data.files import (
+    is_image,
+    is_packed_tar,
+    is_regular,
+    is_unsupported_image,
+    list_files,
+)
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.data.sources.folder import ImageFolder, is_image
+from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.sources.metadata import is_metadata
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.prior_preservation import AnySource
 from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_line
+from jaxdiff.io.text import check_text
 from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
@@ -69,16 +78,18 @@ def prepare_command(arguments: list[str]) -> None:
         config = options.config
         manifest = write_records(config, config.data, _folder(options.out), options)
     if manifest is None:
-        print("This host's shards are written; the last host to finish writes the manifest.")
+        write_line("This host's shards are written; the last host to finish writes the manifest.")
         return
-    kind = "records" if manifest.latents is None else "records of latents"
-    left = f", left out {manifest.rejected}" if manifest.rejected else ""
-    print(f"Wrote {manifest.records} {kind} in {len(manifest.shards)} shards{left}.")
+    kind = "" if manifest.latents is None else " as latents"
+    count = len(manifest.shards)
+    wrote = f"wrote {manifest.records}{kind} in {count} shard{'s' * (count != 1)}"
+    write_line(manifest.account.text(wrote))
 
 
 def _folder(out: str | None) -> str:
     if out is None:
         raise UserError("The output folder is missing: give it after the recipe.")
+    check_text(out, "The output folder")
     return out
 
 
@@ -88,27 +99,34 @@ def source_at(path: str) -> AnySource:
     Raises:
       UserError: it does not exist, or is of an unknown format.
     """
+    check_text(path, "The path of the images")
     root = epath.Path(path)
     if root.is_dir():
         if (root / "dataset_info.json").exists():
             return TFDS(name=path)
-        names = list(files_below(root))
-    elif root.is_file() or any(sign in path for sign in "*?["):
+        names = list_files(root).files
+    elif is_regular(root) or any(sign in path for sign in "*?["):
         names = [path]
     else:
         raise UserError(
             f"{path} does not exist: expected a recipe, with a name ending in .py, or images with "
             "captions."
         )
-    if any(name.endswith(".tar") for name in names):
+    if any(name.lower().endswith(".tar") for name in names):
         return WebDataset(path=path)
-    if any(name.endswith(".parquet") for name in names):
+    if any(name.lower().endswith(".parquet") and not is_metadata(name) for name in names):
         return Parquet(path=path)
     if any(".array_record" in name for name in names):
         return ArrayRecord(path=path)
-    if root.is_dir() and any(map(is_image, names)):
+    images = (is_image, is_unsupported_image, is_metadata)
+    if root.is_dir() and any(test(name) for name in names for test in images):
         return ImageFolder(path=path)
+    if any(map(is_packed_tar, names)):
+        raise UserError(
+            f"{path} is a compressed tar file, or contains one: expected uncompressed ones; unpack "
+            "it, and prepare the folder."
+        )
     raise UserError(
         f"{path} contains nothing to prepare: expected a folder of images with captions, or "
-        "Parquet, ArrayRecord or tar files."
+        "Parquet, ArrayRecord or uncompressed tar files."
     )

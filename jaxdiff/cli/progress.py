@@ -8,6 +8,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.io.terminal import console, printable
 
 # JAX reports the first before it compiles a program, and the second after that.
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -31,7 +32,7 @@ def show_progress(
     Yields:
       A function to call with the number of images that have been added.
     """
-    console = Console(stderr=True)
+    line = console(stderr=True)
     columns = [
         rich_progress.SpinnerColumn(),
         rich_progress.TextColumn("{task.description}{task.fields[phase]}", markup=False),
@@ -41,14 +42,14 @@ def show_progress(
         columns[2:2] = [rich_progress.BarColumn(bar_width=20), rich_progress.MofNCompleteColumn()]
     live = rich_progress.Progress(
         *columns,
-        console=console,
+        console=line,
         transient=True,
         # Results go where standard output goes, which may be a file.
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=quiet or not console.is_terminal or not is_host0(),
+        disable=quiet or not line.is_terminal or not is_host0(),
     )
-    task = live.add_task(what, total=total, phase="")
+    task = live.add_task(printable(what), total=total, phase="")
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in (_LOWERED, _COMPILED):
@@ -64,6 +65,6 @@ def show_progress(
 
 def line_console(*, quiet: bool, verbose: bool) -> Console:
     """Return a console for standard error; it writes to a file if `verbose`, and never if quiet."""
-    console = Console(stderr=True)
-    console.quiet = quiet or not (console.is_terminal or verbose)
-    return console
+    line = console(stderr=True)
+    line.quiet = quiet or not (line.is_terminal or verbose)
+    return line

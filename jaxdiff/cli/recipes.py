@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxdiff.config.recipe_files import RECIPES, find_recipe, recipe_names
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import console, write_line, write_text
+from jaxdiff.io.text import read_text
 
 
 class RecipeSummary(NamedTuple):
@@ -31,13 +32,14 @@ def recipes_command(arguments: list[str]) -> None:
       UserError: there is no such recipe, or there are more words.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: jaxdiff recipes [RECIPE]\n")
-        print("List the recipes that ship with jaxdiff, or print the description of one.")
+        write_line("usage: jaxdiff recipes [RECIPE]")
+        write_line("")
+        write_line("List the recipes that ship with jaxdiff, or print the description of one.")
     elif not arguments:
-        Console().print(_table([summarize_recipe(RECIPES / f"{n}.py") for n in recipe_names()]))
+        console().print(_table([summarize_recipe(RECIPES / f"{n}.py") for n in recipe_names()]))
     elif len(arguments) == 1 and not arguments[0].startswith("-"):
         path = find_recipe(arguments[0])
-        print(f"{path}\n\n{_docstring(path)}")
+        write_text(f"{path}\n\n{_docstring(path)}")
     else:
         raise UserError(
             f"jaxdiff recipes takes at most one recipe, got {' '.join(arguments)}: see "
@@ -64,8 +66,8 @@ def _field(name: str, text: str) -> str:
 
 def _docstring(path: Path) -> str:
     try:
-        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    except (SyntaxError, UnicodeDecodeError) as error:
+        return ast.get_docstring(ast.parse(read_text(path))) or ""
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is not a recipe: expected a Python file ({error}).") from error
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -17,6 +18,8 @@ from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import write_text
+from jaxdiff.io.text import check_text
 from jaxdiff.planning.plan import count_params, state_bytes_per_device
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
@@ -55,15 +58,19 @@ def train_command(arguments: list[str]) -> None:
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
     if options.show:
-        print(describe_recipe(options.config))
+        write_text(describe_recipe(options.config))
         return
     out = options.out or f"runs/{options.config.name}"
+    check_text(out, "The folder of the run")
     with (
         _silenced(options.quiet),
         jax.log_compiles(options.verbose),
         join_hosts(options.hosts),
     ):
-        run_recipe(options.config, out, fresh=options.fresh)
+        result = run_recipe(options.config, out, fresh=options.fresh)
+    # Status 0 after SIGTERM, which a scheduler sends before it starts the command again.
+    if result.stopped_by is not None and result.stopped_by != signal.SIGTERM:
+        raise SystemExit(128 + result.stopped_by)
 
 
 @contextlib.contextmanager
@@ -72,7 +79,7 @@ def _silenced(quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

@@ -51,7 +51,7 @@ def checked(cls: _Class) -> _Class:
                     raise FieldError(cls, name, value, str(error)) from None
         construct(self, **values)
 
-    cls.__init__ = constructor
+    setattr(cls, "__init__", constructor)  # noqa: B010  # which a type checker allows
     return cls
 
 
@@ -68,7 +68,7 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
     Raises:
       UserError: the value is not allowed; `name` begins the message.
     """
-    marks: tuple[Any, ...] = ()
+    marks: list[Any] = []
     if typing.get_origin(kind) is Annotated:
         kind, *marks = typing.get_args(kind)
     candidates = members(kind)

@@ -30,6 +30,9 @@ SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)
 LARGEST_INT = int(np.iinfo(np.int32).max)
 LARGEST_SEED = 2**32 - 1
 
+LONGEST_TEXT = 2**17
+"""Characters of a prompt or another text; image files hold a few of this length."""
+
 _Mark = TypeVar("_Mark")
 
 
@@ -177,7 +180,13 @@ class Text:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{name} is not UTF-8: save the file as UTF-8.") from error
+            raise UserError(f"{name} is not UTF-8: save or type it as UTF-8.") from error
+        if "\0" in value:
+            raise UserError(f"{name} holds a NUL, which is no text: remove it.")
+        if len(value) > LONGEST_TEXT:
+            raise UserError(
+                f"{name} has {len(value)} characters: expected at most {LONGEST_TEXT}; shorten it."
+            )
         if not self.empty and not value.strip():
             raise UserError(f"{name} is empty: expected a text.")
         return value
@@ -231,7 +240,8 @@ class Size:
             return value  # which ratios exist depends on the model
         if isinstance(value, tuple) and len(value) == 2:
             side = Range(1, self.largest)
-            return side.check(name, value[0], int), side.check(name, value[1], int)
+            width, height = (side.check(name, length, int) for length in value)
+            return int(width), int(height)
         match = (
             re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value) if isinstance(value, str) else None
         )
@@ -372,7 +382,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _plain(number: int | float) -> str:
+def _plain(number: Any) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import rich.progress
 from absl import flags
 from jaxtyping import Int, Int32
-from rich.console import Console
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Fraction, Natural
@@ -30,6 +29,7 @@ from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import console
 
 # Grain's error for a process that is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
@@ -251,7 +251,7 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
             description="Reading the sizes of the images",
             total=count,
             transient=True,
-            console=Console(stderr=True),
+            console=console(stderr=True),
         )
         return np.array(list(sizes))
 

@@ -7,7 +7,6 @@ temporary name and renamed before its progress entry is written.
 import dataclasses
 import hashlib
 import io
-import json
 import multiprocessing
 import signal
 from collections import deque
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from etils import epath
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.buckets import nearest_shape
-from jaxdiff.data.shards import Shard
+from jaxdiff.data.shards import Shard, shard_from_json
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
@@ -30,6 +29,7 @@ from jaxdiff.data.transforms import Transforms, View, stored_size
 from jaxdiff.data.workers import end_with_parent
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json, read_json
 
 _PROGRESS = ".shards"
 _PROVENANCE = "provenance.json"
@@ -45,6 +45,10 @@ class ShardRange(NamedTuple):
     shards: int
     start: int
     stop: int
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether a shard accounts for every record of the range."""
+        return shard.records + len(shard.rejects) == self.stop - self.start
 
     @property
     def file(self) -> str:
@@ -107,13 +111,19 @@ class ShardProgress:
         self._folder = folder / _PROGRESS
         path = self._folder / _PROVENANCE
         if path.exists():
-            check_same(json.loads(path.read_text()), provenance, folder)
-        write_whole(path, (json.dumps(provenance, indent=1) + "\n").encode())
+            check_same(read_json(path, "another folder"), provenance, folder)
+        write_whole(path, (format_json(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
         """Return the complete shards by file name."""
         entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
-        shards = [Shard(**json.loads(path.read_bytes())) for path in entries]
+        try:
+            shards = [shard_from_json(read_json(path, "another folder")) for path in entries]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self._folder} holds an entry of another version of jaxdiff ({error}): choose "
+                "another output folder."
+            ) from error
         return {shard.file: shard for shard in shards}
 
     def remove(self) -> None:
@@ -138,7 +148,7 @@ def write_shard(
     folder: epath.Path,
     shard_range: ShardRange,
     records: Iterable[bytes],
-    rejects: Sequence[str],
+    rejects: Sequence[Reject],
     shapes: Sequence[int] = (),
 ) -> Shard:
     """Write a shard and its entry; consuming `records` may extend `rejects` and `shapes`."""
@@ -154,7 +164,7 @@ def write_shard(
         rejects=tuple(rejects),
         shapes=tuple(shapes),
     )
-    entry = json.dumps(dataclasses.asdict(shard))
+    entry = format_json(dataclasses.asdict(shard))
     write_whole(folder / _PROGRESS / f"{shard.file}.json", entry.encode())
     return shard
 
@@ -162,13 +172,13 @@ def write_shard(
 def write_images(reader: RecordReader, job: tuple[str, ShardRange]) -> Shard:
     """Write a shard of the source's images, leaving out unusable records."""
     folder, shard_range = job
-    rejects: list[str] = []
+    rejects: list[Reject] = []
 
     def encoded() -> Iterator[bytes]:
         for index in range(shard_range.start, shard_range.stop):
             record = reader.image(index)
             if isinstance(record, RecordError):
-                rejects.append(str(record))
+                rejects.append(record.reject)
             else:
                 yield encode_record(record)
 

@@ -6,23 +6,27 @@
     records-00001-of-00008.array_record
     ...
 
-The manifest is JSON: `records` and `rejected`, the numbers of records written and left out;
-`provenance`, source and settings; `latents`, the latent space, null for images; `shards`, a list
-of `file`, `records`, `bytes`, `sha256`, `rejects` (record and reason of each one left out), and
-`shapes` (per record, where they differ).
+The manifest is JSON: `found`, `records` and `rejected`, the numbers of records found, written and
+left out; `reasons`, the number left out by kind of reason; `provenance`, source and settings;
+`latents`, the latent space, null for images; `left_out`, what the source did not count as records;
+`shards`, a list of `file`, `records`, `bytes`, `sha256`, `rejects` (name, reason and kind of each
+record left out), and `shapes` (per record, where they differ).
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
+from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
 
+from jaxdiff.data.bad_records import Account, LeftOut, Reject
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json, read_json
 
 MANIFEST, EMPTY = "manifest.json", "empty_prompt.npy"
 _STATS = 16  # concurrent requests for file sizes: remote storage has a high latency
@@ -37,7 +41,7 @@ class Shard:
       records: number of records.
       bytes: file size.
       sha256: hex digest of the file.
-      rejects: reason for each record left out.
+      rejects: the records left out.
       shapes: index into the list of shapes, per record; () where there is one shape.
     """
 
@@ -45,7 +49,7 @@ class Shard:
     records: int
     bytes: int
     sha256: str
-    rejects: Sequence[str] = ()
+    rejects: Sequence[Reject] = ()
     shapes: Sequence[int] = ()
 
 
@@ -79,21 +83,35 @@ class ShardManifest:
     provenance: dict[str, Any]
     latents: LatentSpace | None
     shards: Sequence[Shard]
+    found: int
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def records(self) -> int:
         """Records in all shards."""
         return sum(shard.records for shard in self.shards)
 
-    @property
-    def rejected(self) -> int:
-        """Records left out of all shards."""
-        return sum(len(shard.rejects) for shard in self.shards)
+    @cached_property
+    def account(self) -> Account:
+        """All records of the source: those in the shards, and those left out.
+
+        Raises:
+          UserError: they are not all.
+        """
+        rejects = tuple(reject for shard in self.shards for reject in shard.rejects)
+        left_out = self.left_out + LeftOut(rejects=rejects)
+        return Account(found=self.found, used=self.records, left_out=left_out)
 
     def write(self, folder: epath.Path) -> None:
         """Write the manifest to its folder."""
-        counts = {"records": self.records, "rejected": self.rejected}
-        text = json.dumps(counts | dataclasses.asdict(self), indent=1) + "\n"
+        account = self.account
+        counts = {
+            "found": account.found,
+            "records": account.used,
+            "rejected": len(account.left_out.rejects),
+            "reasons": account.reasons,
+        }
+        text = format_json(counts | dataclasses.asdict(self), indent=1) + "\n"
         write_whole(folder / MANIFEST, text.encode())
 
 
@@ -104,23 +122,45 @@ def read_manifest(folder: epath.Path) -> ShardManifest | None:
       UserError: it cannot be read.
     """
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy the folder again.") from error
+    data = read_json(path, "a folder that `jaxdiff prepare` wrote")
     try:
-        return ShardManifest(
+        latents, left_out = data["latents"], data["left_out"]
+        manifest = ShardManifest(
             provenance=data["provenance"],
-            latents=None if data["latents"] is None else LatentSpace(**data["latents"]),
-            shards=[Shard(**shard) for shard in data["shards"]],
+            latents=None if latents is None else LatentSpace(**latents),
+            shards=[shard_from_json(shard) for shard in data["shards"]],
+            found=data["found"],
+            left_out=LeftOut(**left_out | {"rejects": _rejects(left_out)}),
         )
-    except (KeyError, TypeError) as error:
+        _ = manifest.account
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not a manifest of this version of jaxdiff ({error}): run `jaxdiff prepare` "
             "again into another folder."
         ) from error
+    except UserError as error:
+        raise UserError(f"{path} disagrees with itself: {error}") from error
+    return manifest
+
+
+def shard_from_json(data: dict[str, Any]) -> Shard:
+    """Return a shard of a manifest, or one whose entry stands alone.
+
+    Raises `KeyError`, `TypeError` or `ValueError` for other data.
+    """
+    shard = Shard(**data | {"rejects": _rejects(data), "shapes": tuple(data["shapes"])})
+    counts = shard.records, shard.bytes, *shard.shapes
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"the counts of {shard.file} are no natural numbers")
+    if PurePosixPath(shard.file).name != shard.file:
+        raise ValueError(f"{shard.file} is not in its folder")
+    return shard
+
+
+def _rejects(data: dict[str, Any]) -> tuple[Reject, ...]:
+    return tuple(Reject(**reject) for reject in data["rejects"])
 
 
 def whole_shards(folder: epath.Path, shards: Sequence[Shard]) -> list[bool]:

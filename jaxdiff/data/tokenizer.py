@@ -107,15 +107,24 @@ class Tokenizer(TextTokenizer):
         """Return a copy with a new word of `count` tokens, whose ids follow the others.
 
         The tokens are called WORD, WORD_1, WORD_2 and so on, as in diffusers; WORD in a text
-        becomes all of them. Where words overlap, the longest match wins. A word that begins and
-        ends with a letter, digit or underscore is not found inside longer words.
+        becomes all of them, in upper or lower case where the tokenizer ignores case. Where words
+        overlap, the longest match wins. A word that begins and ends with a letter, digit or
+        underscore is not found inside longer words.
 
         Raises:
           UserError: the word is in the vocabulary already, is empty or contains spaces.
         """
         names = [word, *(f"{word}_{i}" for i in range(1, count))]
-        known = self.backend.get_vocab()
-        if not word or word.split() != [word] or any(name in known for name in names):
+        normalize = getattr(self.backend.normalizer, "normalize_str", str)
+        added = {
+            normalize(token.content) for token in self.backend.get_added_tokens_decoder().values()
+        }
+        known = {*self.backend.get_vocab(), *added}
+        if (
+            not word
+            or word.split() != [word]
+            or any(name in known or normalize(name) in added for name in names)
+        ):
             raise UserError(
                 f"{word!r} cannot be a new word: expected one without spaces that the tokenizer "
                 "does not have yet, such as <my-thing>."
@@ -262,7 +271,7 @@ def _collect_words(words: set[str], captions: Iterable[str]) -> Iterator[str]:
 
 def _added(name: str) -> AddedToken:
     whole = re.fullmatch(r"\w(.*\w)?", name) is not None
-    return AddedToken(name, normalized=False, special=False, single_word=whole)
+    return AddedToken(name, normalized=True, special=False, single_word=whole)
 
 
 def _first_letter(text: str, start: int, end: int) -> int:

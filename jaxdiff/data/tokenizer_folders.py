@@ -21,6 +21,7 @@ from etils import epath
 
 from jaxdiff.data.clip_bpe import END, START
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json, read_text
 
 SAVED = "tokenizer.json"
 VOCABULARY = "vocabulary.txt"
@@ -75,7 +76,7 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
 def read_words(folder: str) -> frozenset[str] | None:
     """Read the words of a folder; None if it has no list."""
     path = epath.Path(folder) / VOCABULARY
-    return frozenset(path.read_text().split()) if path.exists() else None
+    return frozenset(read_text(path).split()) if path.exists() else None
 
 
 def saved_form(stored: StoredTokenizer) -> bytes:
@@ -186,7 +187,7 @@ def _with_plain_padding(backend: tokenizers.Tokenizer, pad_id: int | None) -> to
 
 
 def _names_kind(file: epath.Path, key: str) -> bool:
-    return file.exists() and key in json.loads(file.read_bytes())
+    return file.exists() and key in read_json(file)
 
 
 @contextmanager

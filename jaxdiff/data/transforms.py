@@ -1,20 +1,27 @@
 """Transform records to model inputs: pixels of one size, a caption, and size and crop."""
 
-import io
+import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Fraction
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_CAPTION, NOT_TEXT, TOO_LARGE, RecordError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.sources.base import LatentRecord, Record
-
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+from jaxdiff.errors import UserError
+from jaxdiff.io.image_decoding import (
+    ImageError,
+    on_white,
+    open_image,
+    upright,
+    upright_size,
+)
+from jaxdiff.io.text import check_text
 
 
 class Example(NamedTuple):
@@ -83,7 +90,7 @@ class Transforms:
             pixels, size = record["image"], (width, height)
             image, size_crop = self._image(pixels, place, size, mirrored=mirrored)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return Example(image, "" if dropout < self.caption_dropout else caption, size_crop)
 
     def views(self, record: Record, count: int, shape: tuple[int, int]) -> list[View]:
@@ -105,7 +112,7 @@ class Transforms:
                 image = self._image(record["image"], position, size, mirrored=mirrored)
                 views.append(View(*image))
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         return views
 
     def of_latents(
@@ -117,7 +124,7 @@ class Transforms:
         try:
             caption = _caption(record["captions"], choice)
         except RecordError as error:
-            raise RecordError(f"{record['name']}: {error}") from error
+            raise error.of(record["name"]) from error
         caption = "" if dropout < self.caption_dropout else caption
         return record["moments"][view], caption, record["size_crop"][view]
 
@@ -125,14 +132,14 @@ class Transforms:
         self, data: np.ndarray | bytes, place: float, size: tuple[int, int], *, mirrored: bool
     ) -> tuple[UInt8[np.ndarray, "h w c"], Int32[np.ndarray, " 6"]]:
         """Return pixels of this width and height, and the size_crop."""
-        if isinstance(data, np.ndarray) and data.shape == (*size[::-1], 3):
-            pixels, stored, cut = data, size, (0, 0)
+        if isinstance(data, np.ndarray):
+            image = _from_pixels(data)
+            stored = image.size
         else:
-            if isinstance(data, np.ndarray):
-                image = _from_pixels(data)
-                stored = image.size
-            else:
-                image, stored = self._decode(data, size)
+            image, stored = self._decode(data, size)
+        if isinstance(data, np.ndarray) and stored == size:
+            pixels, cut = data, (0, 0)
+        else:
             pixels, cut = self._fit(image, place, size)
         if mirrored:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
@@ -161,32 +168,26 @@ class Transforms:
 
     def _decode(self, data: bytes, wanted: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """Return the upright image, and its stored width and height."""
-        if not data:
-            raise RecordError("the image is an empty file")
         try:
-            with Image.open(io.BytesIO(data)) as image:  # reads only the header
+            with open_image(data, largest=sys.maxsize) as image:
                 width, height = image.size
                 if width * height > self.max_pixels:
                     raise RecordError(
                         f"the image has {width} x {height} pixels, more than the "
-                        f"{self.max_pixels} of data.transforms.max_pixels"
+                        f"{self.max_pixels} of data.transforms.max_pixels",
+                        TOO_LARGE,
                     )
+                stored = upright_size(image, data)
                 # JPEG decodes at 1/2, 1/4 or 1/8 of its size; twice the result leaves the
                 # antialiasing to the resize.
                 image.draft(None, (2 * max(wanted), 2 * max(wanted)))
-                return _rgb(ImageOps.exif_transpose(image)), _upright_size(image, width, height)
-        except RecordError:
-            raise
-        except UnidentifiedImageError as error:
-            raise RecordError("the image cannot be decoded (its format is unknown)") from error
-        except Exception as error:  # Pillow's decoders raise many types on broken files
+                return on_white(upright(image)), stored
+        except ImageError as error:
             raise RecordError(f"the image cannot be decoded ({error})") from error
 
 
 def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
     """Return width and height of a record's upright image; of a file, from its header.
-
-    A PNG counts as upright, since its EXIF data may be at the end.
 
     Raises:
       RecordError: the size cannot be read.
@@ -194,41 +195,25 @@ def stored_size(data: np.ndarray | bytes) -> tuple[int, int]:
     if isinstance(data, np.ndarray):
         return _from_pixels(data).size
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size if image.format == "PNG" else _upright_size(image, *image.size)
-    except Exception as error:  # as in decoding
+        with open_image(data, largest=sys.maxsize) as image:
+            return upright_size(image, data)
+    except ImageError as error:
         raise RecordError(f"the image's size cannot be read ({error})") from error
-
-
-def _upright_size(image: Image.Image, width: int, height: int) -> tuple[int, int]:
-    transposed = image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSED
-    return (height, width) if transposed else (width, height)
 
 
 def _caption(captions: list[str], choice: float) -> str:
     usable = [caption for caption in captions if caption.strip()]
     if not usable:
-        raise RecordError("there is no caption")
-    caption = usable[int(choice * len(usable))]
+        raise RecordError("there is no caption", NO_CAPTION)
     try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError("the caption is not UTF-8") from error
-    return caption
+        for caption in usable:
+            check_text(caption, "the caption")
+    except UserError as error:
+        raise RecordError(str(error), NOT_TEXT) from error
+    return usable[int(choice * len(usable))]
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
         raise RecordError(f"its pixels are {pixels.dtype} {pixels.shape}, not uint8 [h, w, 3]")
     return Image.fromarray(pixels)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: transparency over white, and 16 bits scaled to 8."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

@@ -8,7 +8,6 @@ give address, count and index. A process started without any of these runs alone
 import contextlib
 import os
 import re
-import sys
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
 from jaxdiff.distributed.roll_call import ProcessSpec, roll_call
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import flush_output, write_line
 
 VARIABLES = {
     "address": "JAXDIFF_HOSTS_ADDRESS",
@@ -188,11 +188,10 @@ def _time_limit(seconds: float, timeout: int) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        print(
+        write_line(
             f"jaxdiff: Not all hosts joined within {timeout} s: expected the launcher to start "
             "every process; check the logs of the others, or give more time by --hosts.timeout.",
-            file=sys.stderr,
-            flush=True,
+            stderr=True,
         )
         os._exit(2)
 
@@ -213,18 +212,17 @@ def _exit(error: BaseException) -> NoReturn:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, UserError):
         status = 2
-        print(f"{host}: {error}", file=sys.stderr)
+        write_line(f"{host}: {error}", stderr=True)
     elif is_host_lost(error):
-        print(
+        write_line(
             f"{host}: another host was lost ({str(error).splitlines()[0][:200]}): expected all "
             "hosts to run until the end; start all of them again with the same command to resume "
             "from the last checkpoint.",
-            file=sys.stderr,
+            stderr=True,
         )
     else:
         traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     if jax.process_index() == 0:
         time.sleep(1)  # JAX aborts the others when host 0 ends: let them print their errors first
     os._exit(status)

@@ -3,7 +3,10 @@
 Every host must call these functions, and in the same order. With one host they cost nothing.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +72,18 @@ def run_on_host0(action: Callable[[], None]) -> None:
             message = str(error)
     if message := broadcast_text(message):
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def held_on_host0(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Hold a context on host 0, such as the lock of a folder.
+
+    Raises:
+      UserError: on all hosts, if entering it raises that on host 0.
+    """
+    with contextlib.ExitStack() as stack:
+        run_on_host0(lambda: stack.enter_context(context) and None)
+        yield
 
 
 def sum_over_hosts(number: int) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import parse_json
 
 
 class ProcessSpec(NamedTuple):
@@ -91,8 +92,8 @@ def _report_to_host0(process: ProcessSpec, deadline: float, timeout: float) -> s
             address = host.strip("[]"), int(port)
             with socket.create_connection(address, timeout=remaining) as connection:
                 connection.sendall(f"{json.dumps([process.count, process.index])}\n".encode())
-                return json.loads(_read_line(connection))
-        except (OSError, ValueError) as error:  # host 0 may start later than this one
+                return parse_json(_read_line(connection), "The answer of host 0")
+        except (OSError, ValueError, UserError) as error:  # host 0 may start later than this one
             reason = getattr(error, "strerror", None) or str(error) or reason
             time.sleep(0.1)
     return (
@@ -126,8 +127,8 @@ def _reports(server: socket.socket, deadline: float) -> Iterator[tuple[socket.so
             return
         try:
             connection.settimeout(10)
-            count, index = json.loads(_read_line(connection))
-        except (OSError, ValueError, TypeError):  # not one of our processes, a port scan perhaps
+            count, index = parse_json(_read_line(connection), "A report")
+        except (OSError, UserError, ValueError, TypeError):  # a port scan perhaps
             connection.close()
             continue
         yield connection, count, index

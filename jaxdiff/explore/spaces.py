@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from rich.console import Console
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.cached_latents import CachedLatents
@@ -19,6 +17,7 @@ from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.replicate import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import ATTRIBUTES
+from jaxdiff.io.terminal import console, write_line
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import bind_build, bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, unit_vectors
@@ -70,13 +69,13 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
     count = min(samples, len(source))
     chosen = np.sort(rng.choice(len(source), count, replace=False)).tolist()
     images, captions, names, kept = [], [], [], []
-    with Progress(count, unit="record", console=Console(stderr=True)) as progress:
+    with Progress(count, unit="record", console=console(stderr=True)) as progress:
         for done, index in enumerate(chosen, 1):
             try:
                 record = source[index]
                 image, caption, _ = transforms(record, np.random.default_rng((seed, index)))
             except RecordError as error:
-                print(f"Skipped {error}", file=sys.stderr)
+                write_line(f"Skipped {error}", stderr=True)
             else:
                 images.append(image)
                 captions.append(caption)
@@ -185,5 +184,5 @@ def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 
 def _in_batches(embed: Callable[..., jax.Array], images: np.ndarray, side: int) -> np.ndarray:
     """Apply a function to all images, in batches of about `PIXELS_AT_A_TIME`."""
     size = max(1, min(PIXELS_AT_A_TIME // side**2, len(images)))
-    with Progress(len(images), unit="image", console=Console(stderr=True)) as progress:
+    with Progress(len(images), unit="image", console=console(stderr=True)) as progress:
         return in_full_batches(embed, size, images, seen=progress.update)

@@ -1,5 +1,8 @@
 """Atomic writes, and checks of local and remote paths."""
 
+import contextlib
+import errno
+import os
 from importlib.util import find_spec
 
 from etils import epath
@@ -63,16 +66,78 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     """Write a file atomically: under a temporary name, then rename it. Creates its folder.
 
     Objects in remote storage appear only once complete, so they are written directly.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk; nothing is left of it.
     """
     if not is_local(path):
         path.write_bytes(data)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError | ValueError):
+            raise
+        raise UserError(
+            f"{path} cannot be written ({reason(error)}): make room or write access there, or "
+            "choose another folder."
+        ) from error
 
 
 def partial_path(path: epath.Path) -> epath.Path:
     """Return the temporary name of a file; a killed process may leave such a file behind."""
     return path.parent / f".partial-{path.name}"
+
+
+def make_folder(folder: epath.PathLike) -> epath.Path:
+    """Create an output folder unless it exists, and check that files can be written to it.
+
+    Raises:
+      UserError: a file has its name, or it is not writable, or full.
+    """
+    path = epath.Path(folder)
+    if not is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        if not str(folder).strip():
+            raise ValueError("its name is empty")
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} cannot be written to as a folder ({reason(error)}): choose another one, or "
+            "make room or write access there."
+        ) from error
+    return path
+
+
+_OF_FILES = frozenset(
+    {
+        *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
+        *(errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT, errno.ENOSPC),
+        *(errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE),
+    }
+)
+
+
+def file_error(error: OSError) -> UserError | None:
+    """Return a system's refusal of a file as one sentence; None for errors of another kind."""
+    if error.errno not in _OF_FILES:
+        return None
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return UserError(
+        f"{' and '.join(names) or 'A file'} cannot be read or written "
+        f"({reason(error)}): check the path, its permissions and the free space, then run the "
+        "same command again."
+    )

@@ -6,14 +6,15 @@ section 4.6.5), and ImageDescription all other texts, as JSON. WebP is lossless.
 
 import io
 import json
-from typing import Literal
+from typing import Any, Literal, cast
 
 from etils import epath
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.io.files import read_bytes
+from jaxdiff.io.image_decoding import ImageError, open_image, upright, without_warnings
+from jaxdiff.io.text import check_text, parse_json
 
 Format = Literal["png", "webp", "jpg"]
 
@@ -22,6 +23,7 @@ JPEG_QUALITY = 95
 LARGEST_EXIF = 65_000  # bytes; about the most that a JPEG segment holds
 
 _UNICODE = b"UNICODE\0"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 def image_bytes(image: pictures.Picture, text: dict[str, str], kind: Format) -> bytes:
@@ -55,31 +57,45 @@ def _exif(text: dict[str, str]) -> Image.Exif:
 
 
 def read_image_text(path: epath.PathLike) -> dict[str, str]:
-    """Return the texts of a lossless file, PNG or WebP.
+    """Return the texts of a lossless file, PNG or WebP; {} if there are none.
 
     Raises:
-      UserError: there is no such file, it is of another kind, or is a JPEG.
+      UserError: there is no such file, it is damaged, of another kind, or has a text that is
+        ambiguous or no text.
     """
-    data = read_bytes(path, "the path of an image")
+    data = pictures.read_image_file(path)
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG", "WEBP", "JPEG"]) as image:
-            if isinstance(image, PngImagePlugin.PngImageFile):
-                image.load()  # chunks may follow the pixels
-                return {key: str(value) for key, value in image.text.items()}
-            kind, exif = image.format, image.getexif()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        with open_image(data) as image:
+            if image.format == "PNG":
+                upright(image)  # chunks may follow the pixels
+                found = {key: str(value) for key, value in cast(Any, image).text.items()}
+            elif image.format == "WEBP":
+                found = _texts_of_exif(image)
+            else:
+                raise UserError(
+                    f"{path} is a {image.format} file, whose compression changes pixels or which "
+                    "has no texts: expected PNG or WebP, which are lossless."
+                )
+    except ImageError as error:
         raise UserError(
             f"{path} is not a readable PNG or WebP file ({error}): give the path of one."
         ) from error
-    if kind != "WEBP":
-        raise UserError(
-            f"{path} is a JPEG file, whose compression changes pixels: expected PNG or WebP, which "
-            "are lossless."
-        )
+    for key, value in found.items():
+        check_text(value, f"The text {key!r} of {path}")
+        chunks = (kind + key.encode("latin-1", "replace") + b"\0" for kind in _TEXT_CHUNKS)
+        if sum(data.count(chunk) for chunk in chunks) > 1:
+            raise UserError(f"{path} has several texts {key!r}: take the original file.")
+    return found
+
+
+def _texts_of_exif(image: Image.Image) -> dict[str, str]:
+    """Return what `_exif` wrote; {} for EXIF of other programs, or damaged."""
     try:
-        others = json.loads(exif[ExifTags.Base.ImageDescription])
-        comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        with without_warnings():
+            exif = image.getexif()
+            comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        others = parse_json(exif[ExifTags.Base.ImageDescription], "ImageDescription")
         parameters = comment.removeprefix(_UNICODE).decode("utf-16-be")
         return {str(k): str(v) for k, v in others.items()} | {PARAMETERS: parameters}
-    except (KeyError, ValueError, AttributeError):
+    except Exception:  # of many types, as values may be of any type
         return {}

@@ -2,23 +2,27 @@
 
 import io
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from jaxtyping import Array, Float, Float32, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes, write_whole
+from jaxdiff.io.image_decoding import LARGEST_FILE, ImageError, on_white, open_image, upright
 
 GAP = 2  # pixels between tiles
 GAP_COLOUR = 224
 INK_COLOUR = 32
+FAINT = 16  # opacity, of 255, below which colours of a mask are not compared
+SAME_LEVEL = 8  # of 255; lossy formats change levels by so much
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
+Mask = Float32[np.ndarray, "height width"]
 
 
 def to_uint8(images: Float[Array, "..."] | Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
@@ -155,20 +159,74 @@ def animation_bytes(
 
 
 def read_picture(path: epath.PathLike, data: bytes | None = None) -> Picture:
-    """Read an image file, or its `data`; apply EXIF orientation, and white under transparency.
+    """Read an image file, or its `data`, by the rules of `io/image_decoding.py`, upright.
+
+    White is put under transparency.
 
     Raises:
-      UserError: the file is missing or not an image.
+      UserError: the file is missing, not an image, or refused by those rules.
     """
-    data = read_bytes(path, "the path of an image") if data is None else data
+    return _read(path, data, picture_of)
+
+
+def read_mask(path: epath.PathLike, data: bytes | None = None) -> Mask:
+    """Read an image file, or its `data`, as a mask: 0 where an image is kept, 1 where replaced.
+
+    `mask_of` says how.
+
+    Raises:
+      UserError: as `read_picture`, or its transparency contradicts its brightness.
+    """
+    return _read(path, data, mask_of)
+
+
+def read_image_file(path: epath.PathLike) -> bytes:
+    """Read the bytes of an image file.
+
+    Raises:
+      UserError: it cannot be read, or is too large.
+    """
+    return read_bytes(path, "the path of an image", largest=LARGEST_FILE)
+
+
+def _read(path: epath.PathLike, data: bytes | None, convert: Callable[[Image.Image], Any]) -> Any:
+    data = read_image_file(path) if data is None else data
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            return np.asarray(upright.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise many types on broken files
+        with open_image(data) as image:
+            return convert(image)
+    except ImageError as error:
         raise UserError(
             f"{path} is not a readable image ({error}): give the path of one."
         ) from error
+
+
+def picture_of(image: Image.Image) -> Picture:
+    """Return the pixels of a Pillow image of any mode, upright, with white under transparency.
+
+    Raises:
+      ImageError: it is refused by the rules of `io/image_decoding.py`.
+    """
+    return np.asarray(on_white(upright(image)))
+
+
+def mask_of(image: Image.Image) -> Mask:
+    """Return the mask that a Pillow image of any mode means, upright.
+
+    Opacity is the mask of an image with transparency, in which brightness is that of one colour or
+    equals opacity. Otherwise brightness (Rec. 601) is: black keeps, and white replaces.
+
+    Raises:
+      ImageError: as `picture_of`, or transparency is uniform, or contradicts brightness.
+    """
+    image = upright(image)
+    brightness = np.asarray(image.convert("L"))
+    opacity = np.asarray(image.getchannel("A")) if image.mode == "RGBA" else None
+    if opacity is None or opacity.min() == 255:
+        return brightness / np.float32(255)
+    if opacity.min() == opacity.max():
+        raise ImageError("it is equally transparent everywhere, and so no mask")
+    visible = brightness[opacity >= FAINT]
+    difference = np.maximum(brightness, opacity) - np.minimum(brightness, opacity)
+    if difference.max() > SAME_LEVEL and visible.size and np.ptp(visible) > SAME_LEVEL:
+        raise ImageError("its transparency contradicts its brightness, and either may be the mask")
+    return opacity / np.float32(255)

@@ -8,12 +8,14 @@ import codecs
 import json
 import math
 import re
+import reprlib
 from typing import Any
 
 from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
+from jaxdiff.io.terminal import printable
 
 LARGEST_TEXT = 256 * 2**20
 """Bytes of a text file."""
@@ -23,6 +25,9 @@ DEEPEST_JSON = 64
 
 LONGEST_NUMBER = 400
 """Digits of a number in JSON; a double needs at most 309 before its point."""
+
+# Half of a pair of UTF-16, as it is or as JSON escapes it.
+_SURROGATE = re.compile("[\ud800-\udfff]|\\\\u[dD][89a-fA-F]")
 
 # The longest mark first: that of UTF-32-LE begins with that of UTF-16-LE.
 _MARKS = {
@@ -34,12 +39,14 @@ _MARKS = {
 }
 
 
-def decode_text(data: bytes, name: object) -> str:
+def decode_text(data: bytes, name: object, *, by_line: bool = False) -> str:
     """Return the text of a file, without its byte-order mark.
 
     Args:
       data: UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
       name: what messages call the text.
+      by_line: leave bytes that are not UTF-8 as surrogates, for `check_text` to refuse the lines
+        that have them.
 
     Raises:
       UserError: the bytes are in another encoding, hold a NUL, or are too many.
@@ -47,13 +54,16 @@ def decode_text(data: bytes, name: object) -> str:
     if len(data) > LARGEST_TEXT:
         raise UserError(f"{name} is too long: expected at most {LARGEST_TEXT} bytes of text.")
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
+    codec = _MARKS.get(mark, "utf-8")
     try:
-        text = data[len(mark) :].decode(_MARKS.get(mark, "utf-8"))
+        errors = "surrogateescape" if by_line and codec == "utf-8" else "strict"
+        text = data[len(mark) :].decode(codec, errors)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} is not UTF-8 text (byte {len(mark) + error.start}): save it as UTF-8."
         ) from error
-    check_text(text, name)
+    if "\0" in text or not by_line:
+        check_text(text, name)
     return text
 
 
@@ -64,7 +74,7 @@ def check_text(text: str, name: object) -> None:
       UserError: it does.
     """
     if "\0" in text:
-        raise UserError(f"{name} holds a NUL, which is no text: save it as UTF-8.")
+        raise UserError(f"{name} holds a NUL, which no text has: save or type it as UTF-8.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -89,37 +99,78 @@ def read_text(path: epath.PathLike, wanted: str = "a text file") -> str:
     return decode_text(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
 
 
-def parse_json(data: bytes | str, name: object) -> Any:
+def parse_json(data: bytes | str, name: object, *, by_value: bool = False) -> Any:
     """Parse JSON, with limits on depth and on the digits of numbers.
 
     Args:
       data: text, or bytes as `decode_text` takes them.
       name: what messages call it.
+      by_value: leave bytes that are not UTF-8, as surrogates, for the readers of the values.
 
     Raises:
-      UserError: it is not JSON, holds NaN or an infinity, a text that is not Unicode, or goes
-        beyond the limits.
+      UserError: it is not JSON, holds NaN or an infinity, a text that is not Unicode, or two values
+        of one key, or goes beyond the limits.
     """
     text = decode_text(data, name) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     _check_depth(text, name)
     try:
-        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant)
+        value = json.loads(
+            text,
+            parse_int=_int,
+            parse_float=_float,
+            parse_constant=_constant,
+            object_pairs_hook=_object,
+        )
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{name} is not valid JSON ({reason}{where}): correct it.") from error
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of a pair, which may stand alone
+        raise UserError(
+            f"{name} is not valid JSON ({reason}{where}): correct it or copy it again."
+        ) from error
+    if not by_value and _SURROGATE.search(text):  # perhaps half of a pair, alone
         check_text(json.dumps(value, ensure_ascii=False), name)
     return value
 
 
-def read_json(path: epath.PathLike, wanted: str = "a JSON file") -> Any:
-    """Read a JSON file as `parse_json` does.
+def read_json(
+    path: epath.PathLike, wanted: str = "a complete copy of its folder"
+) -> dict[str, Any]:
+    """Read a file with one JSON object, as `parse_json` does.
 
     Raises:
-      UserError: it cannot be read or is not JSON; the message asks for `wanted`.
+      UserError: it cannot be read or is no JSON object; the message asks for `wanted`.
     """
-    return parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    value = parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is {reprlib.repr(value)}, no JSON object: give {wanted}.")
+    return value
+
+
+def format_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> str:
+    """Return JSON that `parse_json` and other programs read.
+
+    Numbers that are not finite become null, and bytes without a character, as in some file names,
+    escapes such as `\\xe9`. `ascii` escapes all characters that are not ASCII.
+    """
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=False)
+        if not _SURROGATE.search(text):
+            return text
+    except ValueError:  # a number that is not finite
+        pass
+    return json.dumps(_writable(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_writable(key): _writable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", lambda match: printable(match[0]), value)
+    return value
 
 
 def _check_depth(text: str, name: object) -> None:
@@ -140,6 +191,16 @@ def _check_depth(text: str, name: object) -> None:
                 )
         elif token[0] in "]}":
             depth -= 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; JSON does not say which of two values of one key counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"it has the key {key[:40]!r} twice")
+    return found
 
 
 def _int(digits: str) -> int:

@@ -7,14 +7,16 @@ Adapters are a nested dict of parameters that mirrors the network's: the layer a
 adapter at (*path, "lora").
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
@@ -75,10 +77,36 @@ class Factors(NamedTuple):
             jnp.concatenate([self.up, other.up], axis=-2),
         )
 
+    def scaled(self, scale: float) -> "Factors":
+        """Multiply the effect."""
+        return Factors(self.down, self.up * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of a parameter that is not of low rank, or that depends on its value.
+
+    Attributes:
+      kind: of adapter, for messages.
+      apply: from the parameter and a factor on the effect to the changed parameter, in float32.
+      scale: the factor.
+    """
+
+    kind: str
+    apply: Callable[[np.ndarray, float], np.ndarray]
+    scale: float = 1.0
+
+    def scaled(self, scale: float) -> "Change":
+        """Multiply the effect."""
+        return dataclasses.replace(self, scale=self.scale * scale)
+
 
 Path = tuple[str | int, ...]
 Adapters = Mapping[str, Mapping[Path, Factors]]
 """Adapters by part of a model (`denoiser`, `text`, `text_2`), then by the path of the layer."""
+
+Changes = Mapping[str, Mapping[Path, Factors | Change]]
+"""Adapters and changes by part, then by the path of the layer, or of the parameter to change."""
 
 
 class Lora(nnx.Module):
@@ -176,10 +204,17 @@ def scale_adapters(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return tree({path: Factors(pair.down, pair.up * scale) for path, pair in pairs.items()})
 
 
-def merge_adapters(params: Mapping[str, Any], adapters: Mapping[Path, Factors]) -> dict[str, Any]:
-    """Add adapters to the kernels of a network's parameters, summed in float32."""
+def merge_adapters(
+    params: Mapping[str, Any], adapters: Mapping[Path, Factors | Change]
+) -> dict[str, Any]:
+    """Add adapters to a network's parameters, summed in float32, and apply changes."""
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(params))
     for path, pair in adapters.items():
+        if isinstance(pair, Change):
+            old = flat[path]
+            new = pair.apply(np.asarray(old, np.float32), pair.scale).astype(old.dtype)
+            flat[path] = jax.device_put(new, getattr(old, "sharding", None))
+            continue
         kernel = flat[*path, "kernel"]
         change = Factors(*(jnp.asarray(x, jnp.float32) for x in pair)).product
         flat[*path, "kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)

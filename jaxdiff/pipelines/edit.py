@@ -10,6 +10,7 @@ from PIL import Image
 from jaxdiff.config.checked import check_value
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.inputs import (
+    AnyImages,
     InitImage,
     Integer,
     Mix,
@@ -31,7 +32,7 @@ UPSCALE_STRENGTH = 0.35
 
 def invert(
     pipe: Pipeline,
-    images: np.ndarray,
+    images: AnyImages,
     prompts: Prompt | Sequence[Prompt] = "",
     *,
     rounds: int = 1,
@@ -45,7 +46,7 @@ def invert(
 
     Args:
       pipe: to invert.
-      images: uint8 [n, h, w, 3] or one image.
+      images: uint8 [n, h, w, 3] or one image, or Pillow's.
       prompts: descriptions of the images, one for all or one each.
       rounds: evaluations per step; more invert a step of DDIM more exactly.
       guidance_scale: of the inversion; strong guidance is not invertible.
@@ -57,11 +58,10 @@ def invert(
     Raises:
       UserError: images of another shape or type, or as `pipe` raises.
     """
-    n = 1 if np.ndim(images) == 3 else len(images)
-    prompts = prompt_list(prompts)
+    checked, prompts = check_images(images), prompt_list(prompts)
     return pipe(
-        prompts * n if len(prompts) == 1 else prompts,
-        init=InitImage(image=check_images(images, n), strength=1.0),  # all steps
+        prompts * len(checked) if len(prompts) == 1 else prompts,
+        init=InitImage(image=checked, strength=1.0),  # all steps
         sampler=_with_solver(arguments.pop("sampler", None), DDIMInverse(rounds=rounds)),
         guidance_scale=guidance_scale,
         output="latents",
@@ -71,7 +71,7 @@ def invert(
 
 def variations(
     pipe: Pipeline,
-    image: np.ndarray,
+    image: AnyImages,
     amount: Number | Sequence[Number] = 0.3,
     *,
     prompts: Prompt | Sequence[Prompt] = "",
@@ -97,9 +97,9 @@ def variations(
     Raises:
       UserError: as `invert` and `pipe` raise.
     """
-    n, (height, width) = len(seeds), np.shape(image)[-3:-1]
-    prompts = prompt_list(prompts)
-    own = invert(pipe, image, prompts, **arguments)
+    images, prompts, n = check_images(image), prompt_list(prompts), len(seeds)
+    height, width = images.shape[1:3]
+    own = invert(pipe, images, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
     amounts = [check_value("amount", value, float) for value in one_each("amount", amount, n)]
     each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
@@ -119,7 +119,7 @@ def interpolate(
     frames: int,
     *,
     seeds: tuple[Integer, Integer] = (0, 0),
-    images: np.ndarray | None = None,
+    images: AnyImages | None = None,
     **arguments: Any,
 ) -> UInt8[np.ndarray, "k h w 3"]:
     """Sample images between two prompts and two noises, both ends included.
@@ -159,7 +159,7 @@ def interpolate(
 
 def upscale(
     pipe: Pipeline,
-    images: np.ndarray,
+    images: AnyImages,
     prompts: Prompt | Sequence[Prompt],
     *,
     factor: int = 2,
@@ -188,14 +188,13 @@ def upscale(
     if factor < 1:
         raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
     prompts = prompt_list(prompts)
+    enlarged = enlarge(check_images(images, len(prompts)), factor)
     sampler = arguments.pop("sampler", None) or Sampler()
     wraps = any(sampler.inherit(pipe.spec.sampler).wrap or ())
     defaults = Sampler(overlap=overlap, vae_mode="slicing" if wraps else "tiling")
     return pipe(
         prompts,
-        init=InitImage(
-            image=enlarge(check_images(images, len(prompts)), factor), strength=strength
-        ),
+        init=InitImage(image=enlarged, strength=strength),
         sampler=sampler.inherit(defaults),
         **arguments,
     )
@@ -210,7 +209,7 @@ def enlarge(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarr
 
 
 def extend(
-    image: UInt8[np.ndarray, "h w 3"],
+    image: AnyImages,
     *,
     left: int = 0,
     top: int = 0,
@@ -223,7 +222,7 @@ def extend(
     right.
 
     Args:
-      image: to extend.
+      image: uint8 [h, w, 3].
       left: columns to add or crop.
       top: rows.
       right: columns.
@@ -233,10 +232,11 @@ def extend(
       An `InitImage` for `pipe(prompts, init=extend(image, right=16))`.
 
     Raises:
-      UserError: the crop is empty.
+      UserError: the crop is empty, or an image of another shape or type.
     """
-    height, width = image.shape[:2]
-    cut = image[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
+    (pixels,) = check_images(image, 1)
+    height, width = pixels.shape[:2]
+    cut = pixels[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
     if cut.size == 0:
         raise UserError(
             f"left={left}, top={top}, right={right}, bottom={bottom} crop all of an image of "

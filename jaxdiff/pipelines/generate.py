@@ -113,9 +113,7 @@ def _call(
     first = settings[0]
     arguments = _arguments(settings, preview) | {"size": first.size}
     if first.settings.init_image is not None:
-        masks = None
-        if first.settings.mask is not None:
-            masks = _stack(settings, "mask").mean(-1) / 255
+        masks = None if first.settings.mask is None else _stack(settings, "mask")
         strengths = [s.settings.strength or 0.0 for s in settings]
         arguments["init"] = InitImage(
             image=_stack(settings, "init_image"), mask=masks, strength=strengths

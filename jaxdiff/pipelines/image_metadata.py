@@ -23,6 +23,7 @@ from etils import epath
 from jaxdiff.config.fields import fields_of, flag
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import format_json, parse_json
 from jaxdiff.models.layers import ComputeType
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import (
@@ -100,8 +101,8 @@ def file_text(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, str]:
     return {
         **found,
         "seed": str(resolved.seed),
-        "settings": json.dumps(found["settings"]),
-        "details": json.dumps(found["details"] | made),
+        "settings": format_json(found["settings"]),
+        "details": format_json(found["details"] | made),
         "parameters": parameters(
             resolved,
             found["details"]["sampler"]["solver"]["type"],
@@ -174,8 +175,8 @@ class ImageMetadata:
                 "it; other programs may remove its text."
             )
         try:
-            settings, found = json.loads(text["settings"]), json.loads(text["details"])
-        except ValueError as error:
+            settings, found = (parse_json(text[name], path) for name in ("settings", "details"))
+        except UserError as error:
             raise _changed(path) from error
         types = (None, *typing.get_args(ComputeType))
         if (
@@ -223,9 +224,9 @@ class ImageMetadata:
                 raise UserError(
                     f"{self.path} was guided by another {what}: give that as --{name}-model."
                 )
-        if json.loads(json.dumps(recorded(resolved))) != self.settings:
+        if parse_json(format_json(recorded(resolved)), self.path) != self.settings:
             raise _changed(self.path)
-        if json.loads(json.dumps(found["sampler"])) != self.details["sampler"]:
+        if parse_json(format_json(found["sampler"]), self.path) != self.details["sampler"]:
             raise UserError(
                 f"{self.path} was made with another sampler than {pipe.spec.name} has now: restore "
                 "the key sampler in the config.json of the model."
@@ -235,7 +236,7 @@ class ImageMetadata:
     def _check_input(self, name: str, given: epath.Path | None) -> None:
         """Raise `UserError` unless an input is that of the file, or neither is set."""
         stated = self.settings.get(name)
-        digest = given and open_input(given).sha256
+        digest = given and open_input(given, name == "mask").sha256
         try:
             if digest == (None if stated is None else stated["sha256"]):
                 return

@@ -1,18 +1,22 @@
 """Check a user's arguments, and convert them to the program's arrays."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
+from PIL import Image
 
 from jaxdiff.config.checked import check_value, checked
-from jaxdiff.config.fields import Count, FieldError, Seed
+from jaxdiff.config.fields import LONGEST_TEXT, Count, FieldError, Seed
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.image_decoding import ImageError
+from jaxdiff.io.images import mask_of, picture_of
+from jaxdiff.io.text import check_text
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
 from jaxdiff.pipelines.program import SampleInputs
@@ -25,6 +29,7 @@ IMAGE_STRENGTH = 0.6
 Integer = int | np.integer
 Number = Integer | float | np.floating
 Output = Literal["uint8", "float", "latents"]
+AnyImages = np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 @checked
@@ -47,7 +52,7 @@ class Mix:
 
     def __post_init__(self):
         for prompt in (self.a, self.b):
-            _check_text("A prompt of Mix", prompt)
+            check_prompt("A prompt of Mix", prompt)
 
 
 Prompt = str | Mix
@@ -59,15 +64,16 @@ class InitImage:
     """Images to start from.
 
     Attributes:
-      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all; its size is the result's.
-      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all;
-        None replaces all.
+      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all, or Pillow's; its size is the
+        result's.
+      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all, or
+        Pillow's; None replaces all.
       strength: amount of noise added to the image, from 0 to 1, one for all or one each; 0.6 by
         default, 1 with a mask.
     """
 
-    image: np.ndarray
-    mask: np.ndarray | None = None
+    image: AnyImages
+    mask: AnyImages | None = None
     strength: Number | Iterable[Number] | None = None
 
 
@@ -125,7 +131,7 @@ def prompt_list(prompts: Any) -> list[Prompt]:
         raise UserError("There is no prompt: expected at least one.")
     for prompt in found:
         if not isinstance(prompt, Mix):
-            _check_text("A prompt", prompt)
+            check_prompt("A prompt", prompt)
     return found
 
 
@@ -139,7 +145,7 @@ def negative_list(negatives: Any, n: int) -> list[str | None]:
     found = [negatives] if alone else _as_list("negative_prompt", negatives)
     for negative in found:
         if negative is not None:
-            _check_text("A negative_prompt", negative)
+            check_prompt("A negative_prompt", negative)
     return one_each("negative_prompt", found, n)
 
 
@@ -149,13 +155,15 @@ def _as_list(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _check_text(name: str, value: Any) -> None:
+def check_prompt(name: str, value: Any) -> None:
+    """Raise `UserError` unless a prompt is text of UTF-8, neither with a NUL nor too long."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is {value!r}: expected text that UTF-8 can encode.") from error
+    check_text(value, name)
+    if len(value) > LONGEST_TEXT:
+        raise UserError(
+            f"{name} has {len(value)} characters: expected at most {LONGEST_TEXT}; shorten it."
+        )
 
 
 def one_each(name: str, values: Any, n: int) -> list[Any]:
@@ -203,13 +211,15 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     return [check_value("num_steps", count, Steps) for count in one_each("num_steps", num_steps, n)]
 
 
-def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """Return one image for each of n prompts; a single image is repeated.
+def check_images(image: Any, n: int | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+    """Return one image for each of n prompts, by default as many as there are.
+
+    A single image is repeated. Pillow's are read as `io/images.py` reads files.
 
     Raises:
       UserError: neither uint8 nor float in [0, 1], or not [h, w, 3], [1, h, w, 3] or [n, h, w, 3].
     """
-    images = np.asarray(image)
+    images = _array("image", image, picture_of)
     images = images[None] if images.ndim == 3 else images
     if images.ndim == 4 and images.dtype.kind == "f":
         if not (images.min(initial=0) >= 0 and images.max(initial=1) <= 1):
@@ -218,32 +228,58 @@ def check_images(image: Any, n: int) -> UInt8[np.ndarray, "n h w 3"]:
                 "floats from 0 to 1."
             )
         images = np.rint(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
         raise UserError(
             f"image is {images.dtype} {images.shape}: expected uint8 [n, height, width, 3]."
         )
-    return _broadcast("image", images, n)
+    return _broadcast("image", images, len(images) if n is None else n)
 
 
 def check_masks(mask: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "n h w"]:
     """Return one mask, from 0 to 1, for each of the images [n, h, w, 3].
 
+    Pillow's images are masks as `io/images.py` reads files.
+
     Raises:
       UserError: another size, or values out of range.
     """
-    masks = np.asarray(mask)
+    masks = _array("mask", mask, mask_of)
     if masks.dtype.kind not in "biuf":
         raise UserError(f"mask is {masks.dtype}: expected numbers from 0 to 1.")
     masks = masks.astype(np.float32)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or masks.shape[1:] != shape[1:3]:
         raise UserError(f"mask is of shape {masks.shape}: expected that of the image, {shape[:3]}.")
-    if not (masks.min() >= 0 and masks.max() <= 1):
+    if not (masks.min(initial=0) >= 0 and masks.max(initial=0) <= 1):
         raise UserError(
             f"mask goes from {masks.min():g} to {masks.max():g}: expected 0 where the image is "
             "kept and 1 where it is replaced."
         )
     return _broadcast("mask", masks, shape[0])
+
+
+def _array(name: str, value: Any, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Return an array; `convert` reads Pillow's images.
+
+    Raises:
+      UserError: it is neither an array nor an image that can be read.
+    """
+    try:
+        if isinstance(value, list | tuple):
+            value = [convert(x) if isinstance(x, Image.Image) else x for x in value]
+        array = np.asarray(convert(value) if isinstance(value, Image.Image) else value)
+    except ImageError as error:
+        raise UserError(
+            f"{name} cannot be read ({error}): expected an image of 8 bits per channel."
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} is no array ({error}): expected images of one size.") from error
+    if array.dtype.kind in "USO":
+        raise UserError(
+            f"{name} is a {type(value).__name__}: expected an array, or an image of Pillow such as "
+            "PIL.Image.open(file)."
+        )
+    return array
 
 
 def _broadcast(name: str, values: np.ndarray, n: int) -> np.ndarray:

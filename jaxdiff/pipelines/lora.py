@@ -4,14 +4,16 @@ Adapters go by part (`denoiser`, or the name of a text encoder), then by the pat
 factor alpha / rank on their output is part of `up`.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from jaxdiff.models.lora import Adapters, Factors, Path, tree
+from jaxdiff.errors import UserError
+from jaxdiff.models.lora import Adapters, Change, Changes, Factors, Path, tree
 from jaxdiff.models.text_to_image import Params
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
@@ -26,19 +28,26 @@ def apply_lora(
 
     Args:
       pipe: of the model that the file is for; unchanged.
-      file: of diffusers, PEFT or kohya, safetensors, or a folder with
-        `pytorch_lora_weights.safetensors`.
-      scale: factor on the adapters' effect.
+      file: of diffusers, PEFT, kohya or LyCORIS, safetensors, or the folder of one file.
+      scale: factor on the adapters' effect; for DoRA of PEFT, on the change of the direction.
       merge: add them to the weights, for the speed of the plain model; `remove_lora` then has no
-        effect.
+        effect. Needed for other kinds than plain LoRA, such as DoRA, LoHa and LoKr.
 
     Raises:
-      UserError: the file is damaged, of another kind, or for another model.
+      UserError: the file is damaged, of another kind, or for another model, or the scale is not
+        finite.
     """
+    if not math.isfinite(scale):
+        raise UserError(f"The scale of {file} is {scale}: expected a finite number.")
     bundle, adapters = pipe.bundle, scaled(read_lora(file, pipe.spec), scale)
     if merge:
         return pipe.with_bundle(bundle._replace(params=merge_into(bundle.params, adapters)))
-    return pipe.with_bundle(attach(bundle, adapters))
+    kinds = {x.kind for found in adapters.values() for x in found.values() if isinstance(x, Change)}
+    if kinds:
+        raise UserError(
+            f"{file} has {', '.join(sorted(kinds))}, which is not of low rank: expected merge=True."
+        )
+    return pipe.with_bundle(attach(bundle, cast(Adapters, adapters)))
 
 
 def remove_lora(pipe: Pipeline) -> Pipeline:
@@ -46,11 +55,11 @@ def remove_lora(pipe: Pipeline) -> Pipeline:
     return pipe.with_bundle(detach(pipe.bundle))
 
 
-def scaled(adapters: Adapters, scale: float) -> dict[str, dict[Path, Factors]]:
+def scaled(adapters: Changes, scale: float) -> dict[str, dict[Path, Factors | Change]]:
     """Multiply the effect of adapters."""
     return {
-        part: {path: Factors(pair.down, pair.up * scale) for path, pair in pairs.items()}
-        for part, pairs in adapters.items()
+        part: {path: adapter.scaled(scale) for path, adapter in found.items()}
+        for part, found in adapters.items()
     }
 
 
@@ -60,7 +69,7 @@ def adapters_of(bundle: Bundle) -> dict[str, dict[Path, Factors]]:
     return {part: dict(pairs) for part, pairs in adapters.items()}
 
 
-def merge(bundle: Bundle, adapters: Adapters) -> Bundle:
+def merge(bundle: Bundle, adapters: Changes) -> Bundle:
     """Merge adapters into a model's weights; its unmerged ones stay unmerged."""
     return bundle._replace(params=merge_into(bundle.params, adapters))
 

@@ -471,9 +471,14 @@ class Pipeline:
         return size_of_ratio(ratio, self.image_size**2, self.spec.size_multiple)
 
     def autoencode(self, images: np.ndarray) -> np.ndarray:
-        """Encode and decode images uint8 [n, h, w, 3]; models on pixels return them unchanged."""
+        """Encode and decode images uint8 [n, h, w, 3]; models on pixels return them unchanged.
+
+        Raises:
+          UserError: images of another shape or type.
+        """
         if self.spec.autoencoder is None:
             return images
+        images = check_images(images)
         size = default_batch_size(*images.shape[2:0:-1]) * self._mesh.size
         autoencode = functools.partial(compiled_autoencoder(self.spec, self._mesh), self.params)
         return in_full_batches(autoencode, size, images)

@@ -53,32 +53,34 @@ class InputFile(NamedTuple):
     path: epath.Path
     sha256: str
     size: tuple[int, int]
+    is_mask: bool = False
 
-    def read(self) -> pictures.Picture:
+    def read(self) -> pictures.Picture | pictures.Mask:
         """Return its pixels.
 
         Raises:
-          UserError: it is missing, or its size has changed.
+          UserError: it is missing, or has changed.
         """
-        picture = pictures.read_picture(self.path)
-        if picture.shape[1::-1] != self.size:
+        data = pictures.read_image_file(self.path)
+        if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{self.path} has changed since the start: start again.")
-        return picture
+        return _decode(self.path, data, self.is_mask)
 
 
-def open_input(path: epath.PathLike) -> InputFile:
-    """Read an image for its digest and size.
+def open_input(path: epath.PathLike, is_mask: bool = False) -> InputFile:
+    """Read an image, or a mask, for its digest and size.
 
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        data = epath.Path(path).read_bytes()
-    except (OSError, ValueError):
-        data = None  # `read_picture` reports why
-    height, width, _ = pictures.read_picture(path, data).shape
-    digest = hashlib.sha256(data or b"").hexdigest()
-    return InputFile(epath.Path(path), digest, (width, height))
+    data = pictures.read_image_file(path)
+    height, width = _decode(path, data, is_mask).shape[:2]
+    digest = hashlib.sha256(data).hexdigest()
+    return InputFile(epath.Path(path), digest, (width, height), is_mask)
+
+
+def _decode(path: epath.PathLike, data: bytes, is_mask: bool) -> pictures.Picture | pictures.Mask:
+    return (pictures.read_mask if is_mask else pictures.read_picture)(path, data)
 
 
 @checked
@@ -176,7 +178,7 @@ def resolve_settings(
     *,
     defaults: GenerationSettings = _NO_DEFAULTS,
     called: Callable[[str], str] = str,
-    opened: Callable[[epath.Path], InputFile] = open_input,
+    opened: Callable[[epath.Path, bool], InputFile] = open_input,
 ) -> ResolvedSettings:
     """Resolve the settings of an image: its own, then `defaults`, then the model's sampler.
 
@@ -186,7 +188,7 @@ def resolve_settings(
       command: models of the command.
       defaults: settings of all images.
       called: maps a field to its name in messages.
-      opened: reads a file; may cache, since images may share files.
+      opened: `open_input`; may cache, since images may share files.
 
     Raises:
       UserError: settings that exclude each other or do not fit the model, or an image that cannot
@@ -205,7 +207,8 @@ def resolve_settings(
         )
     asked = with_requirements(asked, own, called)
     check_conflicts(asked, called)
-    files = {name: opened(getattr(asked, name)) for name in FILES if getattr(asked, name)}
+    given = {name: getattr(asked, name) for name in FILES if getattr(asked, name)}
+    files = {name: opened(path, name == "mask") for name, path in given.items()}
     asked = _with_defaults(asked, model, _size(asked, files, pipe))
     asked = _without_inherited(asked, pipe.spec.sampler, command)
     resolved = ResolvedSettings(

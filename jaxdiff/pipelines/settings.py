@@ -225,7 +225,11 @@ class GenerationSettings:
     mask: Annotated[
         epath.Path | None,
         File(),
-        Doc("Image that is white where to inpaint --init-image.", EDITING, common=True),
+        Doc(
+            "Image that is white (or opaque) where to inpaint.",
+            EDITING,
+            common=True,
+        ),
         Varies.IMAGE,
         Requires("init_image"),
     ] = None

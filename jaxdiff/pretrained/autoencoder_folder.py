@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxdiff.io.text import read_json
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"

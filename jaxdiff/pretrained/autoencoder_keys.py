@@ -1,6 +1,5 @@
 """The autoencoder's parameters under the tensor names of diffusers' AutoencoderKL."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
-from jaxdiff.pretrained.safetensors_io import Renamed
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, to_linear
 
 
 def _half_names(half: str, level: str, resample: str) -> dict[str, str]:
@@ -42,16 +41,27 @@ AUTOENCODER_NAMES = {
     "post_quant_conv": "post_quant_conv",
 }
 
-# Names before diffusers 0.18, as in Stable Diffusion 1.x.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+"""Names of the original layout and of diffusers before 0.18. Both may have 1x1 convolutions."""
 
 
-def _current_name(name: str) -> str:
-    return re.sub(
-        r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-        lambda match: _OLD_ATTENTION[match[0]],
-        name,
-    )
+def _current_name(name: str) -> str | Mapping[str, Cut]:
+    start, attention, rest = name.partition(".attentions.0.")
+    if not attention:
+        return name
+    module, _, kind = rest.rpartition(".")
+    new = f"{start}{attention}{_ATTENTION.get(module, module)}.{kind}"
+    return {new: to_linear} if kind == "weight" else new
 
 
 _KEYS: Keys = {

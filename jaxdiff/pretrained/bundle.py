@@ -7,7 +7,6 @@ recipe.json            how it was trained; for the record, never needed to load 
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import factors
@@ -139,7 +139,7 @@ def read_exported(
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Write JSON for people to read."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, (format_json(value, indent=2) + "\n").encode())
 
 
 def write_tokenizers(folder: epath.PathLike, tokenizers: Mapping[str, TextTokenizer]) -> None:

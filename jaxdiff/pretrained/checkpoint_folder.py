@@ -15,7 +15,6 @@ there a folder is complete if it has checksums.
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
+from jaxdiff.io.text import decode_text, lines_of, parse_json, read_json
 
 ARRAYS = "arrays.json"
 CHECKSUMS = "SHA256SUMS"
@@ -132,12 +132,14 @@ def describe(parts: PyTree) -> dict[str, str]:
 def _saved_params(path: epath.Path, which: str) -> dict[str, Any]:
     """Return the shapes and types of the parameters in a checkpoint, as a nested dict."""
     tree = {}
-    for name, array in json.loads((path / ARRAYS).read_text()).items():
+    for name, array in read_json(path / ARRAYS).items():
         part, *names = name.split("/")
         if part == which:
             dtype, _, shape = array.partition("[")
             keys = tuple(int(name) if name.isdigit() else name for name in names)
-            tree[keys] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), jnp.dtype(dtype))
+            tree[keys] = jax.ShapeDtypeStruct(
+                parse_json(f"[{shape}", path / ARRAYS), jnp.dtype(dtype)
+            )
     return traverse_util.unflatten_dict(tree)
 
 
@@ -150,7 +152,7 @@ def complete(folder: epath.Path, step: int, files: dict[str, str]) -> None:
     """Complete a save of Orbax: write `files` and the checksums, and rename the folder."""
     written, final = unfinished(folder, step), folder / str(step)
     for name, text in files.items():
-        (written / name).write_text(text)
+        (written / name).write_bytes(text.encode())
     names = sorted(_files(written))
     sums = zip(_digests(written, names), names, strict=True)
     (written / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
@@ -185,10 +187,10 @@ def _damage(path: epath.Path, part: str | None = None) -> str | None:
         return part is None or "/" not in name or name.startswith(f"{part}/")
 
     try:
-        text = (path / CHECKSUMS).read_text()
+        text = decode_text((path / CHECKSUMS).read_bytes(), CHECKSUMS)
         if not re.fullmatch(r"([0-9a-f]{64}  .+\n)+", text):
             return f"{CHECKSUMS} is not as it was written"
-        lines = (line.split("  ", 1) for line in text.splitlines())
+        lines = (line.split("  ", 1) for line in lines_of(text))
         expected = {name: digest for digest, name in lines if needed(name)}
         found = {name for name in _files(path) if needed(name)} - {CHECKSUMS}
         if unlisted := sorted(found - expected.keys()):
@@ -198,7 +200,7 @@ def _damage(path: epath.Path, part: str | None = None) -> str | None:
         for name, digest in zip(expected, _digests(path, list(expected)), strict=True):
             if digest != expected[name]:
                 return f"{name} is not as it was written"
-    except UnicodeDecodeError:
+    except UserError:
         return f"{CHECKSUMS} is not as it was written"
     except OSError as error:
         return str(error)

@@ -7,10 +7,10 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.io.text import read_json
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG = "config.json"

@@ -1,10 +1,7 @@
 """JSON configs of other libraries: every key is read, known to have no effect, or an error."""
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
-
-from etils import epath
 
 from jaxdiff.errors import UserError
 
@@ -25,20 +22,6 @@ def write_keys(fields: Any, keys: Keys) -> dict[str, Any]:
     """Return the config of our fields: the inverse of `read_keys`."""
     values = {theirs: getattr(fields, ours) for theirs, (ours, _) in keys.items()}
     return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
-
-
-def read_json(path: epath.Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-      UserError: there is none, or it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: copy the whole folder of the model.") from error
-    except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"{path} is not valid JSON ({error}): copy it again.") from error
 
 
 def check_config(what: str, config: Mapping[str, Any], read: Collection[str], fixed: Fixed) -> None:

@@ -18,6 +18,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import read_json
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.conditioning import (
@@ -29,7 +30,6 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import autoencoder_folder, clip_keys, unet_keys
 from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.merging import merge_additions
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 from jaxdiff.pretrained.scheduler import (

@@ -64,7 +64,7 @@ def read_embedding(file: epath.PathLike, spec: TextToImage) -> Word:
             f"{path} holds different numbers of vectors: expected the same for both encoders; "
             "check that it is an embedding."
         )
-    has_name = len(names) == 1 and names[0] != _PLAIN
+    has_name = len(names) == 1 and names[0] not in (_PLAIN, *_XL.values())
     return Word(names[0] if has_name else tensors.metadata.get(_WORD, path.stem), rows)
 
 
@@ -74,6 +74,11 @@ def _rows(value: Any, path: epath.Path) -> Float[np.ndarray, "n d"]:
         raise UserError(
             f"{path} holds an array of shape {vectors.shape}: expected [n, d]; check that it is an "
             "embedding."
+        )
+    if not np.isfinite(vectors).all():
+        raise UserError(
+            f"{path} holds NaN or infinite numbers: expected finite vectors; train the embedding "
+            "again, or use another one."
         )
     return vectors
 

@@ -13,10 +13,11 @@ called `weight` there, as is `scale`.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -83,11 +84,15 @@ def locate(path: Path, shape: tuple[int, ...], names: Mapping[str, str]) -> Tens
     raise KeyError(f"the table of names has no entry for {'.'.join(map(str, path))}")
 
 
-def _raise_if_any(what: str, names: list[str], advice: str):
+def listed(names: Collection[str]) -> str:
+    """Return the first few names, and the number of the others, for an error message."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(sorted(names)[:_SHOWN]) + more
+
+
+def _raise_if_any(what: str, names: Collection[str], advice: str):
     if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        listed = ", ".join(sorted(names)[:_SHOWN])
-        raise UserError(f"checkpoint: {what}: {listed}{more}; {advice}.")
+        raise UserError(f"{what}: {listed(names)}; {advice}.")
 
 
 def from_torch_names(
@@ -96,6 +101,8 @@ def from_torch_names(
     params: Mapping[str, Any],
     *,
     place: Callable[[np.ndarray], Any] = np.asarray,
+    what: str = "checkpoint",
+    advice: str = "check that the config belongs to this checkpoint",
 ) -> dict[str, Any]:
     """Read our parameters from a checkpoint's tensors, each in its own dtype.
 
@@ -106,6 +113,8 @@ def from_torch_names(
       names: the table.
       params: nested dict of the network's parameters, which may be abstract: only shapes are read.
       place: called with each parameter in our layout, such as to move it to a device.
+      what: what messages call the tensors.
+      advice: what messages advise.
 
     Returns:
       What `place` returns, as a nested dict of the structure of `params`.
@@ -113,12 +122,11 @@ def from_torch_names(
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
-    advice = "check that the config belongs to this checkpoint"
     flat, theirs = flatten_params(params), shapes(tensors)
     located = {path: locate(path, value.shape, names) for path, value in flat.items()}
     wanted = {name for tensor in located.values() for name in tensor.names()}
-    _raise_if_any("missing tensors", list(wanted - set(theirs)), advice)
-    _raise_if_any("unexpected tensors", list(set(theirs) - wanted), advice)
+    _raise_if_any(f"{what}: missing tensors", wanted - set(theirs), advice)
+    _raise_if_any(f"{what}: unexpected tensors", set(theirs) - wanted, advice)
     misshapen = []
     for path, tensor in located.items():
         shape = flat[path].shape if tensor.depth is None else flat[path].shape[1:]
@@ -128,7 +136,7 @@ def from_torch_names(
             for name in tensor.names()
             if theirs[name] != expected
         ]
-    _raise_if_any("tensors of another shape", misshapen, advice)
+    _raise_if_any(f"{what}: tensors of another shape", misshapen, advice)
 
     def read(path: Path) -> Any:
         tensor = located[path]
@@ -136,12 +144,31 @@ def from_torch_names(
         first = next(values)
         ours = _aligned(flat[path].shape, first.dtype)
         for layer, value in enumerate(itertools.chain([first], values)):
+            _check_numbers(value, f"{what}: {tensor.names()[layer]}")
             tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...])
         return place(ours)
 
     with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
         ours = dict(zip(located, pool.map(read, located), strict=True))
     return traverse_util.unflatten_dict(ours)
+
+
+def _check_numbers(value: np.ndarray, name: str) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(
+            f"{name} holds {value.dtype}: expected floating-point numbers; use a variant that is "
+            "not quantised."
+        )
+    # Of the numbers of one sign, NaN and infinity have the largest bits. As integers they are
+    # compared several times as fast as `isfinite` works.
+    size = value.dtype.itemsize
+    plus, minus = np.array([np.inf, -np.inf], value.dtype).view(f"u{size}")
+    positive = value.view(f"i{size}").max(initial=0) < int(plus)
+    if not (positive and value.view(f"u{size}").max(initial=0) < minus):
+        raise UserError(
+            f"{name} holds NaN or infinite numbers: expected finite weights; use another copy of "
+            "the model."
+        )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (
     CONFIG,
@@ -25,7 +26,6 @@ from jaxdiff.pretrained.bundle import (
     read_exported_tokenizers,
     spec_from_json,
 )
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.hub import download, is_hub_id
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device
@@ -89,7 +89,7 @@ def load_bundle(
     root = model_folder(folder)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers(root, place=place)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -109,7 +109,7 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     root = model_folder(folder)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers_spec(root)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -130,7 +130,7 @@ def read_tokenizers(
     root, spec = model_folder(folder), read_spec(folder, types)
     if diffusers.is_diffusers_folder(root):
         return diffusers.read_diffusers_tokenizers(root)
-    if root.suffix == ".safetensors":
+    if root.suffix.lower() == ".safetensors":
         return single_file.read_original_tokenizers(root)
     if clip_folder.is_clip_config(_config(root, folder)):
         return clip_folder.read_clip_tokenizers(root)
@@ -156,24 +156,12 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     return parts
 
 
-def make_folder(folder: epath.PathLike) -> epath.Path:
-    """Create a folder unless it exists.
-
-    Raises:
-      UserError: a file has its name, or its parent is not writable.
-    """
-    path = epath.Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{folder} cannot be made a folder ({reason}): choose another one to write into."
-        ) from error
-    return path
-
-
 def _config(root: epath.Path, folder: epath.PathLike) -> Any:
+    if root.is_file():
+        raise UserError(
+            f"{folder} holds no model that jaxdiff opens: expected a folder or a .safetensors "
+            "file, as others, such as .ckpt and .pt, can run code; convert it."
+        )
     if not (root / CONFIG).exists():
         raise UserError(
             f"{folder} holds no model: expected {CONFIG} in it, as the folder of a run or an "

@@ -1,219 +1,162 @@
-"""LoRA files of Stable Diffusion: those of diffusers and PEFT, and those of kohya's scripts.
+"""LoRA files of Stable Diffusion: those of diffusers, PEFT, kohya's scripts and LyCORIS.
 
-    unet.down_blocks.0 ... to_q.lora_A.weight              diffusers, PEFT; text_encoder. the same
-    unet.down_blocks.0 ... processor.to_q_lora.down.weight diffusers before PEFT
-    lora_unet_down_blocks_0_ ... _to_q.lora_down.weight    kohya; lora_te_, lora_te1_, lora_te2_
-    lora_unet_input_blocks_1_1_ ... _to_q.lora_down.weight kohya, by the original names of the U-Net
-
-The factor on an adapter's output is alpha / rank: kohya stores a tensor `alpha` with each pair,
-PEFT stores it in the file's metadata; by default alpha is the rank.
+`lora_names` has the spellings of layers, `lora_kinds` the kinds of adapters, and `lora_scale` what
+PEFT's configs state of their scale.
 """
 
-import functools
-import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
-from jaxdiff.models.conditioning import ClipTextEncoder
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.lora import Adapters, Factors, Path
+from jaxdiff.io.files import reason, write_whole
+from jaxdiff.io.text import parse_json, read_json
+from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.clip_keys import TEXT_NAMES
-from jaxdiff.pretrained.diffusers import ENCODERS
-from jaxdiff.pretrained.key_mapping import flatten_params, locate
+from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
+from jaxdiff.pretrained.lora_names import FOLDERS, Layer, Place, layers_of, place_tensors
+from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
 from jaxdiff.pretrained.safetensors_io import TensorFiles
-from jaxdiff.pretrained.single_file import unet_original_name
-from jaxdiff.pretrained.unet_keys import UNET_NAMES
-
-FOLDERS = {"denoiser": "unet", **ENCODERS}
-"""Our parts by their names in a diffusers checkpoint."""
 
 FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-_KOHYA = {"unet": ("unet",), "text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}
-
-_ENDS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_linear_layer.down.weight": "down",
-    "lora_linear_layer.up.weight": "up",
-    "alpha": "alpha",
-}
+_PEFT_NAME = "base_model.model."  # the beginning of names in PEFT's own files
+_METADATA = "lora_adapter_metadata"  # of diffusers: PEFT's keys for each component
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class _Layer(NamedTuple):
-    """A layer of ours; `index` is its index in a stack of `depth`, None for single layers."""
-
-    part: str
-    path: Path
-    kernel: tuple[int, ...]  # without the stack's axis
-    index: int | None
-    depth: int | None
-
-
-@functools.lru_cache(maxsize=4)
-def _layers(spec: TextToImage) -> dict[str, _Layer]:
-    """Return the layers that can have an adapter, by part and name in a diffusers checkpoint."""
-    if not isinstance(spec.denoiser, UNet2DConditionConfig):
-        raise UserError(
-            f"The denoiser of {spec.name} is of type {type(spec.denoiser).__name__}: expected "
-            "Stable Diffusion's U-Net, the only network that LoRA files are for; use another model."
-        )
-    abstract = spec.abstract_params()
-    parts: dict[str, tuple[Any, Mapping[str, str]]] = {
-        "denoiser": (abstract["denoiser"], UNET_NAMES)
-    }
-    for name, encoder in spec.conditioner.encoders.items():
-        if isinstance(encoder, ClipTextEncoder) and name in ENCODERS:
-            parts[name] = (abstract["text_encoders"][name], TEXT_NAMES)
-    layers = {}
-    for part, (params, table) in parts.items():
-        for path, leaf in flatten_params(params).items():
-            if path[-1] != "kernel":
-                continue
-            tensor = locate(path, leaf.shape, table)
-            stacked = tensor.depth is not None
-            kernel = leaf.shape[1:] if stacked else leaf.shape
-            for index, name in enumerate(tensor.names()):
-                place = (index, tensor.depth) if stacked else (None, None)
-                name = f"{FOLDERS[part]}.{name.removesuffix('.weight')}"
-                layers[name] = _Layer(part, path[:-1], kernel, *place)
-    return layers
-
-
-def _names(spec: TextToImage) -> dict[str, _Layer]:
-    """Return the layers by all names that files use."""
-    names = dict(_layers(spec))
-    for name, layer in _layers(spec).items():
-        folder, _, theirs = name.partition(".")
-        calls = [theirs]
-        if layer.part == "denoiser":
-            names[f"base_model.model.{theirs}"] = layer
-            assert isinstance(spec.denoiser, UNet2DConditionConfig)
-            calls.append(unet_original_name(theirs, spec.denoiser))
-        for kind in _KOHYA[folder]:
-            names |= {f"lora_{kind}_{call.replace('.', '_')}": layer for call in calls}
-    return names
-
-
-def _split(name: str) -> tuple[str, str] | None:
-    """Split a tensor's name into layer and kind; None for tensors that are not of LoRA."""
-    # A processor's to_q_lora is to_q in later files; its output layer is to_out.0.
-    name = re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", name)
-    name = name.replace(".to_out.lora.", ".to_out.0.lora.")
-    for end, kind in _ENDS.items():
-        if name.endswith(f".{end}"):
-            return name.removesuffix(f".{end}"), kind
-    return None
-
-
-def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, Factors]]:
-    """Read the adapters in a LoRA file, with their scale in `up`, in float32.
+def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, Factors | Change]]:
+    """Read the adapters in a LoRA file, with their scale, in float32.
 
     Where only some layers of a stack have adapters, the others get zeros.
 
     Args:
-      file: safetensors, or a folder with `pytorch_lora_weights.safetensors`.
+      file: safetensors, or the folder of one, as diffusers and PEFT write it.
       spec: of the model.
 
     Returns:
-      Adapters by part, `denoiser` or the name of a text encoder, then by the path of the layer.
+      By part, `denoiser` or the name of a text encoder: the factors of plain LoRA, with their
+      scale in `up`, by the path of the layer; changes by other kinds by the path of the parameter.
 
     Raises:
-      UserError: the file is damaged, pickled, of another kind of adapter, or for another model.
+      UserError: the file is damaged, empty, pickled, of an unknown kind of adapter, for another
+        model, or holds numbers that are not finite.
     """
-    path = epath.Path(file)
-    path = path / FILE if path.is_dir() else path
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no LoRA file: expected a .safetensors file; convert it.")
-    tensors = TensorFiles([path])
-    layers, found = _names(spec), defaultdict(dict)
-    strange = []
-    for name in tensors:
-        split = _split(name)
-        if split is None or split[0] not in layers:
-            strange.append(name)
-        else:
-            found[layers[split[0]]][split[1]] = np.asarray(tensors[name], np.float32)
-    if strange:
-        raise UserError(
-            f"{path} has {len(strange)} tensors that are no LoRA of this model's layers, such as "
-            f"{strange[0]}: expected pairs like lora_A and lora_B, or lora_down and lora_up; load "
-            "the model that the file was trained on."
-        )
-    stated = _metadata_alphas(tensors)
-    alphas = {part: stated[folder] for part, folder in FOLDERS.items() if folder in stated}
-    pairs = {layer: _pair(layer, parts, alphas, path) for layer, parts in found.items()}
-    adapters: dict[str, dict[Path, Factors]] = defaultdict(dict)
-    for layer in pairs:
-        if layer.path not in adapters[layer.part]:
-            stack = {x.index: f for x, f in pairs.items() if x[:2] == layer[:2]}
-            adapters[layer.part][layer.path] = _stacked(stack, layer)
+    path = _find(epath.Path(file))
+    layers_of(spec)  # another model is refused before a damaged file
+    tensors = TensorFiles([path], _SMALL_FLOATS)
+    if not tensors:
+        raise UserError(f"{path} has no tensors: expected those of a LoRA; copy it again.")
+    places = place_tensors(path, tensors.shapes, spec)
+    configs = _configs(path, tensors)
+    grouped: dict[str, dict[str, Place]] = defaultdict(dict)
+    for name, place in places.items():
+        grouped[place.layer.name][name] = place
+    effects: dict[tuple[str, Path], list[tuple[Layer, Effect]]] = defaultdict(list)
+    for group in grouped.values():
+        first = next(iter(group.values()))
+        found = {place.role: tensors[name] for name, place in group.items()}
+        config = configs.get(first.component)
+        effect = Adapter(path, first.layer, first.module, found, config).read()
+        effects[first.layer.part, first.layer.path].append((first.layer, effect))
+    adapters: dict[str, dict[Path, Factors | Change]] = defaultdict(dict)
+    for (part, layer_path), stack in effects.items():
+        pairs = [(layer, effect.pair) for layer, effect in stack if effect.pair is not None]
+        if pairs:
+            adapters[part][layer_path] = _stacked(pairs)
+        for name in sorted({name for _, effect in stack for name in effect.changes}):
+            adapters[part][*layer_path, name] = _change(name, stack)
     return dict(adapters)
 
 
-def _pair(
-    layer: _Layer, parts: Mapping[str, np.ndarray], alphas: Mapping[str, float], path: epath.Path
-) -> Factors:
-    name = ".".join(map(str, layer.path))
-    if not {"down", "up"} <= set(parts):
-        raise UserError(f"{path} has half a pair for {name}: expected both; copy it again.")
-    down, up = parts["down"], parts["up"]
-    rank = len(down)
-    *window, inputs, outputs = layer.kernel
-    # A linear layer here may be a 1x1 convolution there, and vice versa.
-    ones = [1] * len(window)
-    wanted = (rank, inputs, *window), (outputs, rank, *ones)
-    if down.size != np.prod(wanted[0]) or up.size != np.prod(wanted[1]):
+_SMALL_FLOATS = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+
+
+def _find(path: epath.Path) -> epath.Path:
+    """Return the file of a folder, and check that a file is of safetensors."""
+    try:
+        inside = sorted(path.iterdir()) if path.is_dir() else None
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
         raise UserError(
-            f"{path}: the adapter of {name} is {down.shape} and {up.shape}, expected {wanted[0]} "
-            f"and {wanted[1]}; load the model that it was trained on."
+            f"{path} cannot be read ({reason(error)}): give the path of a LoRA file or its folder."
+        ) from error
+    if inside is None:
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is no LoRA file: expected a .safetensors file; convert it.")
+        return path
+    files = [x for x in inside if x.suffix == ".safetensors"]
+    named = [path / name for name in (FILE, PEFT_FILE) if path / name in files]
+    if not files and any(x.suffix in _PICKLED for x in inside):
+        raise UserError(
+            f"{path} holds only pickled files, which can run code: expected {FILE}; convert them "
+            "to safetensors."
         )
-    alpha = float(parts["alpha"]) if "alpha" in parts else alphas.get(layer.part, rank)
-    down, up = down.reshape(wanted[0]), up.reshape(wanted[1]) * np.float32(alpha / rank)
-    to_ours = (2, 3, 1, 0) if window else (1, 0)
-    return Factors(down.transpose(to_ours), up.transpose(to_ours))
+    if not named and len(files) != 1:
+        raise UserError(
+            f"{path} has {len(files)} .safetensors files: expected {FILE}, or one file alone; give "
+            "the path of the file."
+        )
+    return (named or files)[0]
 
 
-def _stacked(pairs: Mapping[int | None, Factors], layer: _Layer) -> Factors:
-    """Stack the adapters of all layers, padded to the largest rank."""
+def _configs(path: epath.Path, tensors: TensorFiles) -> dict[str, PeftConfig]:
+    """Return what PEFT's configs state, by component; "" is of names without one."""
+    stated: dict[str, dict[str, Any]] = defaultdict(dict)
+    if text := tensors.metadata.get(_METADATA):
+        what = f"{path}, {_METADATA}"
+        config = parse_json(text, what)
+        if not isinstance(config, Mapping):
+            raise UserError(f"{what} is no config of PEFT: expected a JSON object; copy it again.")
+        for key, value in config.items():
+            folder, _, rest = key.partition(".")
+            folder, rest = (folder, rest) if folder in FOLDERS.values() and rest else ("", key)
+            stated[folder][rest] = value
+    configs = {x: read_peft_config(f"{path}, {_METADATA}", keys) for x, keys in stated.items()}
+    beside = path.parent / PEFT_CONFIG
+    is_peft = path.name == PEFT_FILE or any(name.startswith(_PEFT_NAME) for name in tensors)
+    if is_peft and beside.exists():
+        configs[""] = read_peft_config(str(beside), read_json(beside), selects=True)
+    return configs
+
+
+def _stacked(pairs: list[tuple[Layer, Factors]]) -> Factors:
+    """Stack the factors of all layers, padded to the largest rank."""
+    layer = pairs[0][0]
     if layer.depth is None:
-        return pairs[None]
-    rank = max(pair.down.shape[-1] for pair in pairs.values())
-    inputs, outputs = layer.kernel
+        return pairs[0][1]
+    rank = max(pair.down.shape[-1] for _, pair in pairs)
+    inputs, outputs = layer.shapes["kernel"]
     down = np.zeros((layer.depth, inputs, rank), np.float32)
     up = np.zeros((layer.depth, rank, outputs), np.float32)
-    for index, pair in pairs.items():
-        down[index, :, : pair.down.shape[-1]] = pair.down
-        up[index, : pair.up.shape[-2]] = pair.up
+    for at, pair in pairs:
+        assert at.index is not None
+        down[at.index, :, : pair.down.shape[-1]] = pair.down
+        up[at.index, : pair.up.shape[-2]] = pair.up
     return Factors(down, up)
 
 
-def _metadata_alphas(tensors: TensorFiles) -> dict[str, float]:
-    """Return `lora_alpha` by part, where the file states one for all layers of the part."""
-    try:
-        stated = json.loads(tensors.metadata.get("lora_adapter_metadata", "{}"))
-        return {
-            name.removesuffix(".lora_alpha"): float(value)
-            for name, value in stated.items()
-            if name.endswith(".lora_alpha")
-        }
-    except (ValueError, AttributeError, TypeError):
-        return {}
+def _change(name: str, stack: list[tuple[Layer, Effect]]) -> Change:
+    """Return the change of a parameter of a layer, or of all those of a stack."""
+    changes: dict[int | None, Apply] = {
+        layer.index: effect.changes[name] for layer, effect in stack if name in effect.changes
+    }
+
+    def apply(value: np.ndarray, scale: float) -> np.ndarray:
+        if None in changes:
+            return to_ours(changes[None](to_theirs(value), scale))
+        value = value.copy()
+        for index, change in changes.items():
+            value[index] = to_ours(change(to_theirs(value[index]), scale))
+        return value
+
+    kinds = sorted({effect.kind for _, effect in stack if name in effect.changes})
+    return Change(kind=" and ".join(kinds), apply=apply)
 
 
 def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> None:
@@ -227,13 +170,11 @@ def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> N
     path = epath.Path(file)
     path = path / FILE if path.suffix != ".safetensors" else path
     tensors = {}
-    for theirs, layer in _layers(spec).items():
+    for theirs, layer in layers_of(spec).items():
         pair = adapters.get(layer.part, {}).get(layer.path)
         if pair is None:
             continue
-        to_theirs = (3, 2, 0, 1) if len(layer.kernel) == 4 else (1, 0)
         for name, value in zip(("lora_A", "lora_B"), pair, strict=True):
             value = np.asarray(value if layer.index is None else value[layer.index])
-            key = f"{theirs}.{name}.weight"
-            tensors[key] = np.ascontiguousarray(value.transpose(to_theirs))
+            tensors[f"{theirs}.{name}.weight"] = np.ascontiguousarray(to_theirs(value))
     write_whole(path, save(tensors, metadata={"format": "pt"}))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import AnyConditioner, ClipTextEncoder
-from jaxdiff.models.lora import Adapters, Factors, Path, factors, merge_adapters
+from jaxdiff.models.lora import Changes, Factors, Path, factors, merge_adapters
 from jaxdiff.models.text_to_image import Params
 from jaxdiff.pretrained.bundle import Bundle
 
@@ -37,8 +37,8 @@ def split_adapters(adapters: Params) -> dict[str, dict[Path, Factors]]:
     return {name: factors(part) for name, part in parts.items()}
 
 
-def merge_into(params: Params, adapters: Adapters) -> dict[str, Any]:
-    """Add adapters to the networks' weights."""
+def merge_into(params: Params, adapters: Changes) -> dict[str, Any]:
+    """Add adapters and changes to the networks' weights."""
     params, encoders = dict(params), dict(params["text_encoders"])
     for name, layers in adapters.items():
         if name == "denoiser":

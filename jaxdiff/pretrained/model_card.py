@@ -4,7 +4,6 @@ Its sources are the specification, the recipe (`recipe.json`) and the figures of
 (`evaluation.json`).
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import CONFIG, MODEL, RECIPE, Bundle
-from jaxdiff.pretrained.config_check import read_json
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 
@@ -196,7 +195,7 @@ def _stored_parameters(path: epath.Path) -> int:
     """Return the number of parameters in a safetensors file, from its header."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size), path)
     return sum(math.prod(x["shape"]) for key, x in header.items() if key != "__metadata__")
 
 
@@ -280,8 +279,8 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
     """Return the section with the figures; a scalar NAME/COLUMN is in the row of NAME."""
     if evaluation is None:
         return []
-    figures = evaluation["figures"]
-    rows: dict[str, dict[str, float]] = {}
+    figures = evaluation.get("figures") or {}
+    rows: dict[str, dict[str, float | None]] = {}
     for name, value in figures.items():
         parent, _, column = name.rpartition("/")
         row, column = (parent, column) if parent in figures else (name, "score")
@@ -289,7 +288,7 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        cells = ["" if row.get(column) is None else f"{row[column]:.4g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     settings = {key: value for key, value in evaluation.items() if key != "figures"}
     return ["## Figures", "\n".join(lines), _table(("measured with", "value"), settings)]

@@ -15,6 +15,7 @@ from etils import epath
 
 from jaxdiff.config.serialization import from_json
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json
 from jaxdiff.models.lora import LoraConfig, scale_adapters
 from jaxdiff.models.text_to_image import TextToImage, merge_params
 from jaxdiff.pretrained.bundle import (
@@ -29,7 +30,6 @@ from jaxdiff.pretrained.bundle import (
     spec_from_json,
 )
 from jaxdiff.pretrained.checkpoint_folder import load_params
-from jaxdiff.pretrained.config_check import read_json
 from jaxdiff.pretrained.embeddings import Word
 
 FROZEN = "frozen.safetensors"

@@ -1,9 +1,8 @@
 """Read the tensors of a checkpoint on disk one at a time."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
+from jaxdiff.io.text import parse_json, read_json
 
 Shape = tuple[int, ...]
 Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, determined by the shape
@@ -46,14 +46,26 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """Memory-mapped tensors of one or several safetensors files, by name.
 
     Only headers are kept. A tensor's memory map lives as long as its array.
+
+    Raises:
+      UserError: a file is missing or damaged, of an unknown number type, or repeats a tensor of
+        another file.
     """
 
-    def __init__(self, files: list[epath.Path]):
+    def __init__(self, files: list[epath.Path], more_types: Mapping[str, Any] | None = None):
+        """`more_types` are number types by the format's names, read beside `_TYPES`."""
+        self.files = files
         self._places: dict[str, _Place] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= _check(file)
-            self._places |= _places(file)
+            places = _places(file, {**_TYPES, **(more_types or {})})
+            if twice := set(places) & set(self._places):
+                raise UserError(
+                    f"{file} repeats {min(twice)} of another shard: expected each tensor in one "
+                    "file; copy the whole folder again."
+                )
+            self._places |= places
         self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -78,18 +90,30 @@ class Renamed(Mapping[str, np.ndarray]):
         tensors: Mapping[str, np.ndarray],
         rename: Callable[[str], str | Mapping[str, Cut] | None],
     ):
-        """`rename` returns a tensor's new name, or the parts to cut it into, or None to drop it."""
+        """Rename tensors.
+
+        Args:
+          tensors: by their old names.
+          rename: returns a tensor's new name, or the parts to cut it into, or None to drop it.
+
+        Raises:
+          UserError: two tensors have one new name.
+        """
         self._tensors = tensors
         self._parts: dict[str, tuple[str, Cut | None]] = {}
         self.shapes: dict[str, Shape] = {}
         for old, shape in shapes(tensors).items():
             new = rename(old)
-            if isinstance(new, str):
-                self._parts[new], self.shapes[new] = (old, None), shape
-                continue
-            for name, cut in (new or {}).items():
+            parts = {new: None} if isinstance(new, str) else new or {}
+            for name, cut in parts.items():
+                if name in self._parts:
+                    raise UserError(
+                        f"checkpoint: {self._parts[name][0]} and {old} are the same tensor, "
+                        f"{name}: expected it once; copy the model again."
+                    )
                 self._parts[name] = old, cut
-                self.shapes[name] = cut(np.broadcast_to(np.zeros(()), shape)).shape
+                whole = np.broadcast_to(np.zeros(()), shape)
+                self.shapes[name] = shape if cut is None else cut(whole).shape
 
     def __getitem__(self, name: str) -> np.ndarray:
         old, cut = self._parts[name]
@@ -108,6 +132,11 @@ def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
         return tensor
     # JAX would compile a transposition for every shape that is not in C order.
     return jax.device_put(np.ascontiguousarray(tensor))
+
+
+def to_linear(kernel: np.ndarray) -> np.ndarray:
+    """Return a 1x1 convolution as the linear layer that it is; others unchanged."""
+    return kernel.reshape(kernel.shape[:2]) if kernel.shape[2:] == (1, 1) else kernel
 
 
 def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
@@ -147,12 +176,16 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
 
 def _shards(index: epath.Path) -> list[epath.Path]:
     """Return the files of an index, which must be in its folder."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards ({error}): copy it again.") from error
+    data = read_json(index, "the index of a model's shards")
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise UserError(
+            f"{index} is no index of shards: expected names of files under weight_map; copy it "
+            "again."
+        )
+    names = sorted(set(shards.values()))
     for name in names:
-        if name != epath.Path(name).name:
+        if not isinstance(name, str) or name != epath.Path(name).name:
             raise UserError(
                 f"{index} names {name!r}, outside its folder: expected files beside it; do not "
                 "trust this model."
@@ -175,26 +208,27 @@ def _check(file: epath.Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}: check its path.") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut off ({error}): copy it again.") from error
+        why = " ".join(str(error).split())  # a tensor's name may have newlines
+        raise UserError(f"{file} is damaged or cut off ({why}): copy it again.") from error
 
 
-def _places(file: epath.Path) -> dict[str, _Place]:
+def _places(file: epath.Path, types: Mapping[str, Any]) -> dict[str, _Place]:
     """Return the locations of a checked file's tensors."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length), file)
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in types:
             raise UserError(
                 f"{file}: {name} is of type {entry['dtype']}: expected one of "
-                f"{', '.join(_TYPES)}; use another variant of the model."
+                f"{', '.join(types)}; use another variant of the model."
             )
     return {
         name: _Place(
             file,
             8 + length + entry["data_offsets"][0],
-            np.dtype(_TYPES[entry["dtype"]]),
+            np.dtype(types[entry["dtype"]]),
             tuple(entry["shape"]),
         )
         for name, entry in header.items()

@@ -33,7 +33,7 @@ def check_cache(config: Config) -> None:
         )
     source.check()
     if source.has_text:
-        check_text(task)
+        check_text_cache(task)
     if source.of is not None and source.provenance != to_json(source.of):
         raise UserError(
             f"The latents in {source.path} were made of other data than data.source.of names: "
@@ -54,11 +54,11 @@ def check_cachable(task: Any, options: LatentOptions) -> DiffusionTask:
             "with one, as in configs/produce.py; set data.cache.views to 0."
         )
     if options.text:
-        check_text(task)
+        check_text_cache(task)
     return task
 
 
-def check_text(task: DiffusionTask) -> None:
+def check_text_cache(task: DiffusionTask) -> None:
     """Raise `UserError` for a task whose text features change during training."""
     if task.trainable.trains_text or task.pretrained.text_encoders is None:
         raise UserError(

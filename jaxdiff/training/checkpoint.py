@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.distributed.distributed_init import is_host_lost
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.training.state import TrainState
 
@@ -186,7 +187,7 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
 def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
     """Raise `UserError` unless the arrays saved under `path` are those of `parts`."""
     wanted = checkpoint_folder.describe(parts)
-    saved = json.loads((path / checkpoint_folder.ARRAYS).read_text())
+    saved = read_json(path / checkpoint_folder.ARRAYS)
     saved = {name: array for name, array in saved.items() if name.split("/")[0] in parts}
     if differing := sorted(k for k in saved.keys() | wanted if saved.get(k) != wanted.get(k)):
         shown = "; ".join(

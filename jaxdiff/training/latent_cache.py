@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxdiff.config.serialization import types_in
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.shard_writer import Crops, RecordReader, ShardRange, Workers, write_shard
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
 from jaxdiff.data.sources.cached_latents import LatentOptions, encode_latents
@@ -199,7 +199,7 @@ class _ShardEncoder:
     def __init__(self, cache: Cache):
         self._encoder, self._single = cache.encoder, len(cache.space.shapes) == 1
         self._text = cache.text
-        self.rejects: list[str] = []
+        self.rejects: list[Reject] = []
         self.shapes: list[int] = []
         self._crops: list[Crops] = []
         self._moments: list[list[np.ndarray]] = []
@@ -209,7 +209,7 @@ class _ShardEncoder:
     def add(self, crops: Crops | RecordError) -> None:
         """Add the next record of the source."""
         if isinstance(crops, RecordError):
-            self.rejects.append(str(crops))
+            self.rejects.append(crops.reject)
             return
         place = len(self._crops)
         for view in crops.views:

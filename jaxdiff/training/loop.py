@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.config.serialization import to_json, types_in
-from jaxdiff.data.bad_records import BadRecords
+from jaxdiff.data.bad_records import Account, BadRecords, account_of
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, device_batches, host_rows, make_dataset
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.chips import peak_flops
@@ -26,6 +26,7 @@ from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.io.terminal import printable, write_text
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
@@ -40,6 +41,8 @@ from jaxdiff.training.step import TrainStep, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch
 from jaxdiff.training.workdir import CACHE, open_run
 
+_NAMED = 5  # records left out that the log names
+
 Tokenizers = Mapping[str, TextTokenizer]
 Evaluate = Callable[[TrainState, PyTree, Tokenizers, tuple[Evaluator, ...]], Report]
 """Runs evaluators on a state, given the frozen parameters and the tokenizers."""
@@ -53,6 +56,7 @@ class Result(NamedTuple):
     frozen: PyTree
     tokenizers: Tokenizers
     finished: bool  # False if a signal stopped it before its last step
+    stopped_by: signal.Signals | None = None
 
 
 def train(
@@ -62,7 +66,7 @@ def train(
     fresh: bool = False,
     evaluate: Evaluate | None = None,
     finish: Callable[[Result], Report] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = write_text,
 ) -> Result:
     """Train a recipe to its last step, from the newest checkpoint in `out`.
 
@@ -88,8 +92,12 @@ def train(
     check_axes(config, mesh)
     check_cache(config)
     config.data.source.check()  # before an earlier run is removed because of a typo
+    account_of(config.data.source).check(config.data.max_bad_fraction)
     tokenizers = open_run(config, out, fresh=fresh, log=log)
-    config = with_cache(config, out / CACHE)
+    config, account = with_cache(config, out / CACHE)
+    log(account.text())
+    for reject in account.left_out.rejects[:_NAMED]:
+        log(f"Left out {reject}")
     host = load_frozen(config, out)
     check_encoders(config, host, tokenizers)
     # In the compute type, and sharded like trained parameters.
@@ -106,7 +114,7 @@ def train(
         batches = _batches(config, tokenizers, mesh, rows, int(state.step))
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(mesh, log))
-        run = _Run(config, out, int(state.step), len(rows))
+        run = _Run(config, out, int(state.step), len(rows), account)
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
@@ -139,7 +147,9 @@ def train(
         stack.close()
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
         finished = number == config.train.steps
-        result = Result(summary, state, frozen, tokenizers, finished)
+        result = Result(
+            summary, state, frozen, tokenizers, finished, None if finished else stop.signal
+        )
         if finished and finish is not None:
             run.writer.write_report(number, finish(result))
     return result
@@ -234,6 +244,7 @@ class _Preemption:
 
     def __init__(self, mesh: Mesh, log: Callable[[str], None]):
         self.requested = False
+        self.signal = signal.SIGTERM  # what another host got
         self._log = log
         self._ballot = AnyHost(mesh) if jax.process_count() > 1 else None
         self._votes: list[jax.Array] = []
@@ -263,12 +274,14 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
     stop, before = _Preemption(mesh, log), {}
 
     def request(number, _frame):
-        stop.requested = True
+        stop.requested, stop.signal = True, signal.Signals(number)
         name = signal.Signals(number).name
         log(f"{name}: saving, then stopping; send it again to stop at once.")
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+            continue
         before[number] = signal.signal(number, request)
     try:
         yield stop
@@ -280,8 +293,9 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
 class _Run:
     """Counts, metrics and progress of one call of `train`."""
 
-    def __init__(self, config: Config, out: epath.Path, first: int, rows: int):
+    def __init__(self, config: Config, out: epath.Path, first: int, rows: int, account: Account):
         train = config.train
+        self.account = account
         self.rows = rows  # rows of a batch that this host reads
         self.train = train
         self.bad = BadRecords(config.data.max_bad_fraction)
@@ -315,7 +329,7 @@ class _Run:
                     "data.workers or data.prefetch."
                 ) from error
         for name in batch["bad"]:
-            logging.getLogger(__name__).warning("Skipped %s", name)
+            logging.getLogger(__name__).warning("Skipped %s", printable(name))
         self.bad.add(batch["skipped"], batch["bad"], self.rows - batch["skipped"])
         return {name: batch[name] for name in ON_DEVICE if name in batch}, batch["skipped"]
 
@@ -368,7 +382,8 @@ class _Run:
         window = dict(self.window)
         steps = window.pop("steps", 0.0)
         line: dict[str, Any] = {
-            "skipped_records": sum_over_hosts(int(window.pop("skipped_records")))
+            "skipped_records": sum_over_hosts(int(window.pop("skipped_records"))),
+            "left_out_records": len(self.account.left_out.rejects),
         }
         line["skipped_updates"] = int(last["nonfinite"])
         window.pop("nonfinite", None)

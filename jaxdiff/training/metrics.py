@@ -1,6 +1,5 @@
 """Metrics of a run: records on disk, a progress line, and throughput."""
 
-import json
 import math
 import pathlib
 import time
@@ -19,6 +18,8 @@ from tensorboardX import SummaryWriter
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.io.files import is_local, write_whole
+from jaxdiff.io.terminal import console as terminal_console
+from jaxdiff.io.text import format_json, parse_json, read_text
 
 RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -91,7 +92,7 @@ class MetricsWriter:
         known = self._folder / WANDB_ID
         same = resume_from and known.exists()
         run = wandb.init(
-            id=known.read_text().strip() if same else None,
+            id=read_text(known).strip() if same else None,
             resume="allow",
             name=self._folder.name,
             dir=None if self._remote else str(self._folder),
@@ -99,7 +100,7 @@ class MetricsWriter:
         )
         if not same:
             self._folder.mkdir(parents=True, exist_ok=True)
-            known.write_text(run.id)
+            write_whole(known, run.id.encode())
         return run
 
     def _upload(self) -> None:
@@ -117,8 +118,8 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        record = {"step": step} | {name: _jsonable(value) for name, value in metrics.items()}
-        line = json.dumps(record, allow_nan=False)
+        record = {"step": step} | {name: np.asarray(x).tolist() for name, x in metrics.items()}
+        line = format_json(record)
         if self._file is not None:
             self._file.write(f"{line}\n")
         else:
@@ -167,22 +168,15 @@ class MetricsWriter:
 def _records_until(step: int, path: epath.Path) -> list[str]:
     """Return the lines of `metrics.jsonl` up to a step, without a truncated one."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    data = path.read_bytes() if path.exists() else b""
+    for line in data.split(b"\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, path)
+            if record["step"] <= step:
+                lines.append(line.decode())
+        except (UserError, LookupError, TypeError):  # truncated, or of another program
             continue
-        if record["step"] <= step:
-            lines.append(line)
     return lines
-
-
-def _jsonable(value: Any) -> Any:
-    """Convert to a Python number or a list of them, with None for values that are not finite."""
-    plain = np.asarray(value).tolist()
-    if isinstance(plain, list):
-        return [v if math.isfinite(v) else None for v in plain]
-    return plain if math.isfinite(plain) else None
 
 
 def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
@@ -288,7 +282,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._every, self._clock = every, clock
-        self._console = console or Console()
+        self._console = console or terminal_console()
         self._active = jax.process_index() == 0
         self._printed_at = -math.inf
         self._shown: dict[str, str] = {}

@@ -2,18 +2,17 @@
 
 import dataclasses
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
-from rich.console import Console
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
 from jaxdiff.config.serialization import to_json
+from jaxdiff.data.bad_records import Account, Reject, account_of, left_out_of
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.shard_writer import (
     RecordReader,
@@ -24,19 +23,21 @@ from jaxdiff.data.shard_writer import (
     shard_ranges,
     write_images,
 )
-from jaxdiff.data.shards import Shard, ShardManifest, read_manifest, whole_shards
+from jaxdiff.data.shards import MANIFEST, Shard, ShardManifest, read_manifest, whole_shards
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.load import make_folder
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import console, write_line
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
 
 # Defaults: images and latents per shard, the largest number of shards.
 _IMAGES, _LATENTS, _MAX_SHARDS = 4096, 1024, 1024
+_NAMED = 20  # rejects of a shard that are printed
 _RECORDS_PER_WORKER = 512  # fewer are not worth the start of a process
 
 
@@ -57,24 +58,29 @@ class Sharing:
     latents: LatentOptions = field(default_factory=LatentOptions)
 
 
-def with_cache(config: Config, folder: epath.Path) -> Config:
+def with_cache(config: Config, folder: epath.Path) -> tuple[Config, Account]:
     """Return a recipe on cached latents in `folder`, encoding missing ones, if it sets `cache`.
 
+    The account is that of its source's records, those included that could not be encoded.
+
     Raises:
-      UserError: as `write_records`.
+      UserError: as `write_records`, or more than `data.max_bad_fraction` are left out.
     """
     data = config.data
     if not data.cache.views:
-        return config
+        return config, account_of(data.source)
     assert not isinstance(data.source, CachedLatents)  # see `check_cache`
 
     def write() -> None:
         write_records(config, data, str(folder), Sharing(latents=data.cache))
 
     run_on_host0(write)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    manifest.account.check(data.max_bad_fraction)
     source = CachedLatents(path=str(folder), of=data.source)
     done = dataclasses.replace(data, source=source, cache=LatentOptions())
-    return dataclasses.replace(config, data=done)
+    return dataclasses.replace(config, data=done), manifest.account
 
 
 def write_records(
@@ -110,11 +116,13 @@ def write_records(
     provenance: dict[str, Any] = {
         "source": to_json(source),
         "transforms": to_json(seen if cache else Transforms(size=1, max_pixels=seen.max_pixels)),
+        "found": len(source) + len(left_out_of(source).rejects),
         "shards": count,
         "latents": cache and dataclasses.asdict(cache.space),
     }
-    folder = make_folder(out)
-    return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
+    share = f"host{sharing.host}" if sharing.hosts > 1 else None
+    with output_folder(out, share=share) as folder:
+        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -143,28 +151,32 @@ class _ShardJob:
             check_same(manifest.provenance, self.provenance, self.folder)
         progress = ShardProgress(self.folder, self.provenance)
         known = {shard.file: shard for shard in manifest.shards} if manifest else {}
-        done = self._complete({**known, **progress.read()})
         parts = shard_ranges(len(self.source), count)
+        done = self._complete(parts, {**known, **progress.read()})
         mine = parts[self.sharing.host :: self.sharing.hosts]
+        left_out = left_out_of(self.source)
+        self._print(left_out.rejects)
         for shard in self._write([part for part in mine if part.file not in done]):
-            for reject in shard.rejects:
-                print(f"Skipped {reject}", file=sys.stderr)
+            self._print(shard.rejects)
             done[shard.file] = shard
         if self.sharing.hosts > 1:  # the others may have finished meanwhile
-            done |= self._complete(progress.read())
+            done |= self._complete(parts, progress.read())
         if len(done) < count:
             return None
         manifest = ShardManifest(
             provenance=self.provenance,
             latents=self.cache and self.cache.space,
             shards=[done[part.file] for part in parts],
+            found=self.provenance["found"],
+            left_out=left_out,
         )
-        if manifest.records == 0:
+        account = manifest.account
+        if account.used == 0:
             for part in parts:
                 (self.folder / part.file).unlink()
             progress.remove()
             raise UserError(
-                f"None of the {manifest.rejected} records is usable, for the reasons above: repair "
+                f"None of the {account.found} records is usable, for the reasons above: repair "
                 "them, or name other data in data.source."
             )
         if self.cache:
@@ -174,8 +186,15 @@ class _ShardJob:
             progress.remove()
         return manifest
 
-    def _complete(self, known: dict[str, Shard]) -> dict[str, Shard]:
-        shards = list(known.values())
+    def _print(self, rejects: Sequence[Reject]) -> None:
+        for reject in rejects[:_NAMED]:
+            write_line(f"Skipped {reject}", stderr=True)
+        if len(rejects) > _NAMED:
+            more = len(rejects) - _NAMED
+            write_line(f"Skipped {more} more; {MANIFEST} names all", stderr=True)
+
+    def _complete(self, parts: list[ShardRange], known: dict[str, Shard]) -> dict[str, Shard]:
+        shards = [known[p.file] for p in parts if p.file in known and p.holds(known[p.file])]
         found = whole_shards(self.folder, shards)
         return {s.file: s for s, whole in zip(shards, found, strict=True) if whole}
 
@@ -185,8 +204,8 @@ class _ShardJob:
         total = sum(part.stop - part.start for part in todo)
         reader = RecordReader(source=self.source, transforms=self.transforms)
         workers = Workers(self._workers(total, len(todo)), reader)
-        console = Console(stderr=True)
-        with closing(workers), Progress(total, unit="record", console=console) as progress:
+        notes = console(stderr=True)
+        with closing(workers), Progress(total, unit="record", console=notes) as progress:
             if self.cache is None:
                 jobs = [(str(self.folder), part) for part in todo]
                 count = 0

@@ -143,12 +143,19 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     A recipe may import the modules in its own folder, as a script does.
 
     Raises:
-      UserError: there is no such recipe (`find_recipe`), or it defines no `get_config`.
+      UserError: there is no such recipe (`find_recipe`), it is not Python, or it defines no
+        `get_config`.
     """
     path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a recipe: expected a Python file; see configs/.")
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f"{path} is not Python in UTF-8 ({reason}{line}): correct it.") from error
     module = importlib.util.module_from_spec(spec)
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.append(folder)

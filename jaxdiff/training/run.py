@@ -1,6 +1,5 @@
 """A run: train a recipe, and evaluate it at intervals and at the end."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +8,14 @@ from etils import epath
 from jaxtyping import PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
-from jaxdiff.distributed.multihost import broadcast_text, is_host0
+from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
+from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import write_whole
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_text
+from jaxdiff.io.text import format_json, parse_json, read_json
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -23,7 +26,7 @@ SUMMARY = "summary.json"
 Log = Callable[[str], None]
 
 
-def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = print) -> Result:
+def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = write_text) -> Result:
     """Train a recipe in the folder `out`, then evaluate it and write `summary.json`.
 
     The summary is written before the evaluation and again with its figures, so that a failing
@@ -49,7 +52,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
         return run_evaluators(due, context, folder / "samples", log)
 
     def finish(result: Result) -> Report:
-        earlier = json.loads(broadcast_text(json.dumps(_read_summary(folder))))
+        earlier = parse_json(broadcast_text(format_json(_read_summary(folder))), folder / SUMMARY)
         if earlier.get("fingerprint") == result.summary["fingerprint"]:
             result.summary.clear()
             result.summary.update(earlier)  # whose speeds are those of the training
@@ -64,7 +67,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = prin
         _write_summary(folder, result)
         return report
 
-    with disk_full_as_user_error(folder):
+    with held_on_host0(output_folder(folder)), disk_full_as_user_error(folder):
         result = train(
             config,
             folder,
@@ -130,12 +133,12 @@ def on_host0(log: Log) -> Log:
 def _read_summary(folder: epath.Path) -> dict[str, Any]:
     """Return the summary of an earlier end of the run; {} where none can be read."""
     try:
-        return json.loads((folder / SUMMARY).read_text())
-    except (FileNotFoundError, ValueError):
+        return read_json(folder / SUMMARY)
+    except UserError:
         return {}
 
 
 def _write_summary(folder: epath.Path, result: Result) -> None:
     if is_host0():
-        text = json.dumps(result.summary, indent=2) + "\n"
+        text = format_json(result.summary, indent=2) + "\n"
         write_whole(folder / SUMMARY, text.encode())

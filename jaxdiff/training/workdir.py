@@ -17,6 +17,8 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.distributed.multihost import broadcast_text, run_on_host0, sum_over_hosts
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import make_folder
+from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.pretrained.bundle import (
     CHECKPOINTS,
@@ -27,8 +29,7 @@ from jaxdiff.pretrained.bundle import (
     write_json,
     write_tokenizers,
 )
-from jaxdiff.pretrained.config_check import read_json
-from jaxdiff.pretrained.load import make_folder, model_folder, read_tokenizers
+from jaxdiff.pretrained.load import model_folder, read_tokenizers
 from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
 from jaxdiff.training.recipe import Config, config_from_json, differences

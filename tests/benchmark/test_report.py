@@ -98,7 +98,26 @@ def test_incomparable_reports_are_refused(found, tmp_path):
         compare(found, {**found, "results": {}})
     with pytest.raises(UserError, match="cannot be read"):
         read_report(tmp_path / "none.json")
-    for text in ("{", '{"a": 1}', "[]"):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_report(tmp_path / "bad.json")
+    for text in ('{"a": 1}', "[]"):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match="expected a file that --json wrote"):
+        with pytest.raises(UserError, match="that --json wrote"):
             read_report(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"results": 3},
+        {"results": {"a": {}}},
+        {"results": {"a": {"median_s": 1.0, "seconds": []}}},
+        {"results": {"a": {"median_s": "x", "seconds": [1.0]}}},
+        {"results": {"a": {"median_s": 10**399, "seconds": [1.0, 2.0]}}},
+    ],
+)
+def test_reports_that_were_edited_are_refused(found, damage):
+    other = {**copy.deepcopy(found), **damage}
+    with pytest.raises(UserError, match="incomplete or edited"):
+        compare(other, other)

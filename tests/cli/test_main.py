@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io import files
 from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.training.loop import Result
 from jaxdiff.training.recipe import load_recipe
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -26,9 +28,12 @@ COMMANDS = tuple(cli.COMMANDS)
 def started(monkeypatch):
     """The runs that `train` would have started: recipe, folder and `fresh`."""
     runs = []
-    monkeypatch.setattr(
-        train, "run_recipe", lambda config, out, *, fresh: runs.append((config, out, fresh))
-    )
+
+    def run(config, out, *, fresh):
+        runs.append((config, out, fresh))
+        return Result({}, None, {}, {}, finished=True)
+
+    monkeypatch.setattr(train, "run_recipe", run)
     return runs
 
 
@@ -276,3 +281,54 @@ def test_quiet_prints_nothing_and_verbose_logs_compilation(monkeypatch, recipe, 
         assert capsys.readouterr().out == printed
     assert logs == [False, False, True]
     assert not jax.config.jax_log_compiles
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "'''\xe9'''\ndef get_config(): pass\n".encode("latin-1"),
+        "def get_config(): pass\n".encode("utf-16"),
+        b"def get_config(): pass\0\n",
+        b"def get_config(: pass\n",
+        b"x = " + b"(" * 5000,
+    ],
+)
+def test_a_recipe_that_is_not_python_is_refused(tmp_path, refused, data):
+    (tmp_path / "a.py").write_bytes(data)
+    assert "is not Python in UTF-8" in refused("train", str(tmp_path / "a.py"))
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9"), "a\0b"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[(name, "{}") for name in COMMANDS],
+        *[(name, "--{}", "1") for name in COMMANDS],
+        ("{}",),
+        ("recipes", "--plugin", "{}"),
+        ("train", "--name", "{}"),
+        ("train", "--out", "{}"),
+        ("train", "--task.objective", "{}"),
+        ("prepare", "produce.py", "{}"),
+        ("evaluate", "shipped:produce", "--recipe", "{}"),
+        ("export", "shipped:produce", "out", "--format", "{}"),
+        ("explore", "shipped:produce", "--x", "{}"),
+        ("plan", "--topology", "{}"),
+        ("plan", "--topology", "cpu:8", "--mesh", "{}"),
+        ("bench", "compare", "{}", "{}"),
+        ("bench", "checkpoint", "--folder", "{}", "--repeats", "1"),
+    ],
+)
+def test_arguments_that_are_no_text_are_one_line(refused, started, words, text):
+    error = refused(*[word.replace("{}", text) for word in words])
+    assert error.startswith("jaxdiff: ")
+    assert error.count("\n") == 1
+    assert not started
+
+
+@pytest.mark.parametrize("words", [("{}",), ("train", "{}"), ("train", "--{}"), ("export", "{}")])
+def test_control_characters_of_arguments_are_shown_escaped(refused, words):
+    error = refused(*[word.replace("{}", "\x1b[31m\n") for word in words], "out")
+    assert r"\x1b[31m" in error
+    assert "\x1b" not in error
+    assert error.count("\n") == 1

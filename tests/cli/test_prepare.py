@@ -41,7 +41,7 @@ def test_prepare_refuses_invalid_options(recipe, tmp_path, refused):
     assert "data.source.length is 0" in refused(
         "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
     )
-    assert "cannot be made a folder" in refused("prepare", recipe, recipe)
+    assert "cannot be written to as a folder" in refused("prepare", recipe, recipe)
     assert "output folder is missing" in refused("prepare", recipe)
     assert not (tmp_path / "o").exists()
 
@@ -90,7 +90,7 @@ def test_prepare_names_and_leaves_out_what_training_could_not_use(images, tmp_pa
     for name in ("bad.png: the image cannot be", "large.png: the image has", "untold.png: there"):
         assert name in captured.err
     assert "good.png" not in captured.err
-    assert "Wrote 1 records" in captured.out
+    assert "Found 4 records, wrote 1 in 1 shard, left out 3:" in captured.out
     assert ArrayRecord(path=str(tmp_path / "out"))[0]["name"].endswith("good.png")
 
 
@@ -102,7 +102,7 @@ def test_prepare_refuses_data_without_usable_records(images, tmp_path, refused):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_prepare_shows_its_progress(recipe, tmp_path, capsys, monkeypatch, terminal):
-    monkeypatch.setattr(preparation, "Console", lambda **to: Console(force_terminal=terminal, **to))
+    monkeypatch.setattr(preparation, "console", lambda **to: Console(force_terminal=terminal, **to))
     assert cli.main(["prepare", recipe, str(tmp_path / "out"), "--shards", "2"]) == 0
     text = capsys.readouterr().err
     for part in ("record 4/4", "left"):
@@ -115,7 +115,9 @@ def test_rejects_are_in_the_manifest_with_their_reasons(images, tmp_path):
     printed = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (printed["records"], printed["rejected"]) == (2, 1)
     (reject,) = [reject for shard in printed["shards"] for reject in shard["rejects"]]
-    assert "b.png: the image cannot be decoded" in reject
+    assert reject["name"].endswith("b.png")
+    assert "the image cannot be decoded" in reject["reason"]
+    assert printed["reasons"] == {reject["kind"]: 1}
 
 
 def test_the_source_of_a_path_depends_on_its_files(tmp_path, capsys):
@@ -124,7 +126,7 @@ def test_the_source_of_a_path_depends_on_its_files(tmp_path, capsys):
     (photos / "a.png").write_bytes(_png())
     (photos / "a.txt").write_text("an image")
     assert cli.main(["prepare", str(photos), str(tmp_path / "out")]) == 0
-    assert "Wrote 1 records" in capsys.readouterr().out
+    assert "Found 1 record, wrote 1 in 1 shard." in capsys.readouterr().out
     assert source_at(str(photos)) == ImageFolder(path=str(photos))
     assert source_at(str(tmp_path / "out")) == ArrayRecord(path=str(tmp_path / "out"))
     for name, kind in (("x.tar", WebDataset), ("x.parquet", Parquet)):
@@ -140,6 +142,33 @@ def test_missing_paths_are_refused(tmp_path, refused):
     (tmp_path / "a.txt").write_text("x")
     printed = refused("prepare", str(tmp_path), "out", "--latents.views", "1")
     assert "Latents need a recipe" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.tar.gz", "is a compressed tar file"),
+        ("a.heic", "a.heic: the format .heic is not supported"),
+        ("a.png", "have no captions"),
+        ("a.md", "contains nothing to prepare"),
+    ],
+)
+def test_folders_without_a_record_are_refused_by_name(tmp_path, refused, name, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(b"x")
+    assert message in refused("prepare", str(tmp_path / "data"), str(tmp_path / "out"))
+
+
+def test_records_that_are_added_need_another_folder(tmp_path, refused, capsys):
+    data, out = tmp_path / "data", str(tmp_path / "out")
+    data.mkdir()
+    for name in "ab":
+        (data / f"{name}.png").write_bytes(_png())
+        (data / f"{name}.txt").write_text("x")
+        if name == "a":
+            assert cli.main(["prepare", str(data), out]) == 0
+            capsys.readouterr()
+    assert "found is 1, now 2" in refused("prepare", str(data), out)
 
 
 def test_invalid_options_of_sharing_are_refused(recipe, tmp_path, refused):

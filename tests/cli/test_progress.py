@@ -22,7 +22,7 @@ def written(monkeypatch):
             assert stderr
             return Console(file=out, force_terminal=terminal, width=100)
 
-        monkeypatch.setattr(progress, "Console", console)
+        monkeypatch.setattr(progress, "console", console)
         return out
 
     return start

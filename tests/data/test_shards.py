@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from jaxdiff.data.bad_records import LeftOut, Reject
 from jaxdiff.data.shards import LatentSpace, Shard, ShardManifest, read_manifest
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record
 from jaxdiff.data.sources.cached_latents import CachedLatents, decode_latents, encode_latents
@@ -25,7 +26,7 @@ def _folder(path, latents=None):
         write_array_record(str(file), records)
         size = file.stat().st_size
         shards.append(Shard(file=file.name, records=count, bytes=size, sha256="0"))
-    manifest = ShardManifest(provenance={"source": 1}, latents=latents, shards=shards)
+    manifest = ShardManifest(provenance={"source": 1}, latents=latents, shards=shards, found=3)
     manifest.write(epath.Path(path))
     return ArrayRecord(path=str(path))
 
@@ -77,10 +78,46 @@ def test_images_and_latents_are_distinguished(tmp_path):
 
 
 def test_rejected_records_are_counted(tmp_path):
-    shard = Shard(file="x", records=1, bytes=1, sha256="", rejects=["a: broken", "b: empty"])
-    ShardManifest(provenance={}, latents=None, shards=[shard]).write(epath.Path(tmp_path))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert (manifest["records"], manifest["rejected"]) == (1, 2)
+    broken, empty, other = (
+        Reject(name=name, reason="it is so", kind=kind)
+        for name, kind in (("a\udce9", "unreadable"), ("b", "empty"), ("c", "empty"))
+    )
+    shard = Shard(file="x", records=1, bytes=1, sha256="", rejects=[broken, empty])
+    left_out = LeftOut(rejects=[other], others={".md": 2})
+    manifest = ShardManifest(
+        provenance={}, latents=None, shards=[shard], found=4, left_out=left_out
+    )
+    manifest.write(epath.Path(tmp_path))
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert [written[key] for key in ("found", "records", "rejected")] == [4, 1, 3]
+    assert written["reasons"] == {"empty": 2, "unreadable": 1}
+    assert manifest.account.text("wrote 1") == (
+        "Found 4 records, wrote 1, left out 3: 2 empty, 1 unreadable; ignored 2 other files: 2 .md."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("found", 4), ("found", "3"), ("records", True), ("file", "../x")]
+)
+def test_a_manifest_that_disagrees_is_refused(tmp_path, key, value):
+    source = _folder(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (manifest if key == "found" else manifest["shards"][0])[key] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=r"manifest\.json (disagrees with itself|is not a manifest)"
+    ):
+        source.check()
+
+
+def test_files_that_the_manifest_does_not_list_are_left_out(tmp_path):
+    source = _folder(tmp_path)
+    write_array_record(str(tmp_path / "another.array_record"), [])
+    (tmp_path / "notes.md").write_text("x")
+    (reject,) = source.left_out.rejects
+    assert reject.name.endswith("another.array_record")
+    assert source.left_out.others == {".md": 1}
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -259,6 +259,12 @@ def test_impossible_new_words_are_refused(tokenizer, word):
         tokenizer.with_word(word, 1)
 
 
+@pytest.mark.parametrize("word", ["<mine>", "<MINE>"])
+def test_a_new_word_that_differs_in_case_alone_is_refused(word, tokenizer):
+    with pytest.raises(UserError, match="does not have yet"):
+        tokenizer.with_word("<Mine>", 1).with_word(word, 1)
+
+
 def test_tokens_have_the_weight_of_the_text_they_begin_in(tokenizer):
     """The ids are those of the whole text, also where a stretch ends within a word."""
     stretches = [("a photo of ", 1.0), ("a 豆 to", 2.0), ("mato", 3.0), (" with", 0.5)]
@@ -403,7 +409,11 @@ NEW = [  # words with their counts, a text, and the new tokens that it becomes
     ([("EasyNegative", 2), ("EasyNegativeV2", 3)], "EasyNegativeV2,EasyNegative", [2, 3, 4, 0, 1]),
     ([("pix", 2)], "a pix pea", [0, 1]),
     ([("pix", 2)], "a <pix> pea", [0, 1]),
-    ([("pix", 2)], "a pixel pea, unpix, pix_2, Pix", []),
+    ([("pix", 2)], "a pixel pea, unpix, pix_2, Pixel", []),
+    ([("Pix", 2)], "pix, PIX, (Pix), pix's", [0, 1, 0, 1, 0, 1, 0, 1]),
+    ([("<Gr\u00f6\u00dfe>", 1)], "<GR\u00d6\u00dfE><gr\u00f6\u00dfe>", [0, 0]),
+    ([("bad-hands-5", 2)], "(bad-hands-5), bad-hands-55", [0, 1]),
+    ([("1234", 1)], "1234 12345 01234", [0]),
     ([("style", 1), ("style_1", 1)], "a style pea", [0]),
     ([("style", 1), ("style_1", 1)], "a style_1 pea", [1]),
     ([("style_1", 1), ("<style>", 2)], "style_1 <style> <style>_1 style", [0, 1, 2, 2]),

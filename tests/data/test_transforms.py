@@ -158,6 +158,7 @@ def test_exif_orientation_is_applied():
         (_encode(_ramp(64, 64), "JPEG")[:-300], "cannot be decoded"),
         (_encode(np.zeros((11, 10, 3), np.uint8)), "10 x 11 pixels, more than the 100"),
         (np.zeros((4, 4, 3), np.float32), "not uint8"),
+        (np.zeros((8, 8, 3), np.float32), "not uint8"),
         (np.zeros((4, 4), np.uint8), "not uint8"),
     ],
 )

@@ -12,7 +12,7 @@ def test_write_creates_the_folder_and_replaces_the_file(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
-def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_writer_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "a")
     write_whole(path, b"old")
 
@@ -23,6 +23,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
 def test_a_remote_object_is_written_directly(monkeypatch):

@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         save_png(path, plain(2)[0], {"seed": "2"})
     monkeypatch.undo()
     assert read_image_text(path) == {"seed": "1"}

@@ -1,5 +1,6 @@
 import codecs
 import json
+import math
 
 import pytest
 
@@ -7,6 +8,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.text import (
     DEEPEST_JSON,
     decode_text,
+    format_json,
     lines_of,
     parse_json,
     read_json,
@@ -71,6 +73,10 @@ def test_only_newlines_end_a_line():
         "[1,]",
         '"' + "\\" * 100_001,
         r'"\ud83d"',
+        r'{"\udce9": 1}',
+        '"\udce9"',
+        '{"a": 1, "a": 2}',
+        '[{"a": {"b": 1, "b": null}}]',
     ],
 )
 def test_json_beyond_the_limits_is_one_sentence(text):
@@ -99,3 +105,33 @@ def test_json_with_a_mark_is_read(tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
     assert read_json(file) == {"a": 1}
+
+
+def test_a_key_with_one_value_twice_is_read():
+    assert parse_json('{"a": [1], "b": 2, "a": [1]}', "it") == {"a": [1], "b": 2}
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"a"'])
+def test_a_file_of_json_is_an_object(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="no JSON object: give the whole folder"):
+        read_json(tmp_path / "a.json", "the whole folder")
+
+
+def test_bytes_that_are_no_text_are_left_for_the_lines_that_have_them():
+    text = decode_text(b"\xef\xbb\xbfa pea\n\xe9clair\n", "it", by_line=True)
+    assert text == "a pea\n\udce9clair\n"
+    with pytest.raises(UserError, match="NUL"):
+        decode_text(b"a pea\n\0", "it", by_line=True)
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_is_written_is_read(ascii, indent):
+    value = {"a": [math.nan, math.inf, 1.5, True, None], "caf\udce9": ("🫛", "caf\udce9")}
+    text = format_json(value, indent=indent, ascii=ascii)
+    assert parse_json(text.encode(), "it") == {
+        "a": [None, None, 1.5, True, None],
+        r"caf\xe9": ["🫛", r"caf\xe9"],
+    }
+    assert ("🫛" in text) != ascii

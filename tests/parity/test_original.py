@@ -17,6 +17,7 @@ from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained import autoencoder_keys, clip_keys, unet_keys
 from jaxdiff.pretrained import single_file as original
+from jaxdiff.pretrained import single_file_keys as keys
 from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.pretrained.safetensors_io import Renamed
 
@@ -50,31 +51,20 @@ def random_params(build):
     )
 
 
-def inverse(tensors, rename, originals):
-    """Return the tensors under the original names, given candidates."""
-    return {old: tensors[new] for old in originals if (new := rename(old)) in tensors}
+def unet_originals(tensors, config):
+    """The U-Net's tensors under their original names."""
+    prefix = "model.diffusion_model."
+    return {prefix + keys.unet_original_name(name, config): x for name, x in tensors.items()}
 
 
-def unet_originals(config):
-    """Every name that the original layout could have, for `inverse` to choose from."""
-    inner = ["op", "conv", "0", "2", "proj_in", "proj_out", "norm", *original._UNET_BLOCK]
-    for i in range(max(config.transformer_layers)):
-        block = f"transformer_blocks.{i}"
-        inner += [f"{block}.norm{k}" for k in (1, 2, 3)]
-        inner += [f"{block}.attn{a}.{p}" for a in (1, 2) for p in ("to_q", "to_k", "to_v")]
-        inner += [f"{block}.attn{a}.to_out.0" for a in (1, 2)]
-        inner += [f"{block}.ff.net.0.proj", f"{block}.ff.net.2"]
-    blocks = [
-        f"{half}.{i}.{j}"
-        for half in ("input_blocks", "output_blocks")
-        for i in range(16)
-        for j in range(3)
-    ]
-    blocks += ["middle_block.0", "middle_block.1", "middle_block.2"]
-    modules = [f"{block}.{part}" for block in blocks for part in inner]
-    modules += ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2"]
-    modules += ["label_emb.0.0", "label_emb.0.2"]
-    return [f"{original.UNET}{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+def read_as(component, rename):
+    """Return what `Renamed` renames the names of a file's component by."""
+
+    def of_file(name):
+        found, inner = keys.component_of(name)
+        return rename(inner) if found == component else None
+
+    return of_file
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -82,8 +72,7 @@ def test_unet(name):
     config = UNETS[name]
     params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     tensors = unet_keys.unet_to_torch(params)
-    rename = original.unet_rename(config)
-    ldm = inverse(tensors, rename, unet_originals(config))
+    ldm = unet_originals(tensors, config)
     assert len(ldm) == len(tensors)  # each has an original name, and no two the same
 
     theirs = single_file.convert_ldm_unet_checkpoint(
@@ -93,6 +82,7 @@ def test_unet(name):
     assert set(theirs) == set(tensors)
     for key, value in theirs.items():
         np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
+    rename = read_as(keys.UNET, keys.unet_rename(config))
     again = unet_keys.unet_from_torch(Renamed(ldm, rename), config)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -111,14 +101,14 @@ def autoencoder_original(params):
         modules += [
             f"{half}.{level}.{i}.block.{j}.{x}" for i in (0, 1) for j in range(3) for x in inner
         ]
-    rename = original.autoencoder_rename(AUTOENCODER)
+    rename = keys.vae_rename(AUTOENCODER)
     ldm = {}
-    for old in (f"{original.AUTOENCODER}{m}.{k}" for m in modules for k in ("weight", "bias")):
-        new = rename(old)
-        if isinstance(new, str) and new in tensors:
-            ldm[old] = tensors[new]
-        elif isinstance(new, dict):
-            ldm[old] = tensors[next(iter(new))][:, :, None, None]
+    for old in (f"{m}.{kind}" for m in modules for kind in ("weight", "bias")):
+        (new,) = Renamed({rename(old): np.ones((1, 1))}, autoencoder_keys._current_name)
+        if new in tensors:
+            value = tensors[new]
+            kernel = "mid.attn_1" in old and value.ndim == 2
+            ldm[f"first_stage_model.{old}"] = value[:, :, None, None] if kernel else value
     assert len(ldm) == len(tensors)
     return ldm
 
@@ -133,7 +123,7 @@ def test_autoencoder():
     assert set(theirs) == set(tensors)
     for key, value in theirs.items():
         np.testing.assert_array_equal(value.numpy(), tensors[key], err_msg=key)
-    rename = original.autoencoder_rename(AUTOENCODER)
+    rename = read_as(keys.AUTOENCODER, keys.vae_rename(AUTOENCODER))
     again = autoencoder_keys.autoencoder_from_torch(Renamed(ldm, rename), AUTOENCODER)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -174,9 +164,8 @@ def test_openclip():
     theirs = single_file.convert_open_clip_checkpoint(
         None, {k: torch.from_numpy(v) for k, v in ldm.items()}, prefix
     )
-    found = clip_keys.clip_from_torch(
-        Renamed(ldm, original.text_rename(prefix, OPENCLIP)), OPENCLIP
-    )
+    rename = read_as(f"{keys.TEXT} 1", keys.text_rename(OPENCLIP))
+    found = clip_keys.clip_from_torch(Renamed(ldm, rename), OPENCLIP)
     expected = {k: v.numpy() for k, v in theirs.items() if "logit_scale" not in k}
     jax.tree.map(
         np.testing.assert_array_equal, found, clip_keys.clip_from_torch(expected, OPENCLIP)
@@ -197,9 +186,7 @@ def test_a_whole_file_is_loaded(tmp_path, monkeypatch):
     config = UNETS["SD 1"]
     params = random_params(lambda: UNet2DConditionModel(config, rngs=any_rngs()))
     words = random_params(lambda: ClipText(text, rngs=any_rngs()))
-    ldm = inverse(
-        unet_keys.unet_to_torch(params), original.unet_rename(config), unet_originals(config)
-    )
+    ldm = unet_originals(unet_keys.unet_to_torch(params), config)
     for name, value in clip_keys.clip_to_torch(words, text).items():
         ldm[f"cond_stage_model.transformer.{name}"] = value
     ldm["model_ema.decay"] = np.ones(1, np.float32)

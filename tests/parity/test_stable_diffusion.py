@@ -399,3 +399,62 @@ def test_inpainting(channels, tokenizer, from_the_mean, tmp_path):
     inside = mask > 0
     np.testing.assert_allclose(found[inside], expected[inside], atol=1e-3)
     np.testing.assert_array_equal(np.rint(found[~inside] * 255), image[~inside])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [("a red pea", None), ("a red pea", ""), ("", None), ("", "a banana"), (" ", "a banana")],
+)
+def test_only_an_absent_negative_prompt_is_zeros(prompt, negative, tokenizer, tmp_path):
+    theirs = stable_diffusion_xl(tokenizer, SCHEDULERS["Euler"])
+    theirs.save_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    expected = theirs(
+        [prompt],
+        negative_prompt=None if negative is None else [negative],
+        latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        output_type="np",
+    ).images
+    found = jaxdiff.load(tmp_path)(
+        [prompt],
+        negative_prompt=None if negative is None else [negative],
+        latents=latents,
+        num_steps=2,
+        guidance_scale=5.0,
+        output="float",
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+NEW_WORDS = [
+    ([("Pix", 1)], ["a pix pea", "PIX, Pix", "(pix)", "pix's"]),
+    ([("pix", 2)], ["a <pix> pea", "pix,pix", "a pix pea, pix"]),
+    ([("<cat-toy>", 3)], ["a <cat-toy> pea", "<cat-toy><cat-toy>", "a<cat-toy>b"]),
+    ([("<b>", 1), ("<a>", 2)], ["<a> <b>", "<b><a>"]),
+    ([("EasyNegative", 1), ("EasyNegativeV2", 1)], ["a EasyNegativeV2, EasyNegative"]),
+    ([("ng_deepnegative_v1_75t", 2)], ["ng_deepnegative_v1_75t, a pea"]),
+    ([("bad-hands-5", 2)], ["a pea, bad-hands-5"]),
+    ([("1234", 1)], ["1234", "1 1234"]),
+    ([("\u8c46", 1)], ["a \u8c46 pea"]),
+    ([("pea", 1)], ["a pea", "pea pea"]),
+]
+
+
+@pytest.mark.parametrize(("words", "prompts"), NEW_WORDS, ids=lambda x: str(x[0])[:20])
+def test_added_tokens_are_matched_as_diffusers_does(words, prompts, tokenizer, tmp_path):
+    theirs = stable_diffusion(tokenizer, SCHEDULERS["DDIM"])
+    theirs.save_pretrained(tmp_path)
+    ours = jaxdiff.load(tmp_path)
+    for i, (word, count) in enumerate(words):
+        rows = np.random.default_rng(i).normal(size=(count, 32)).astype(np.float32)
+        save_file({"emb_params": rows}, tmp_path / f"{i}.safetensors")
+        theirs.load_textual_inversion(tmp_path, weight_name=f"{i}.safetensors", token=word)
+        ours = textual_inversion.apply_embedding(ours, tmp_path / f"{i}.safetensors", word=word)
+    for prompt in prompts:
+        spelt = theirs.maybe_convert_prompt(prompt, theirs.tokenizer)
+        expected = theirs.tokenizer(spelt, padding="max_length", max_length=77, truncation=True)
+        found = ours.bundle.tokenizers["text"]([prompt])[0]
+        np.testing.assert_array_equal(found, expected.input_ids, err_msg=prompt)

@@ -1,11 +1,14 @@
 """Checked arguments: images, masks, strengths, sizes; and larger canvases."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.edit import extend
+from jaxdiff.pipelines.edit import extend, invert, upscale, variations
 from jaxdiff.pipelines.inputs import (
     check_images,
     check_masks,
@@ -13,6 +16,7 @@ from jaxdiff.pipelines.inputs import (
     size_of_ratio,
     slerp,
 )
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.program import latent_mask
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -46,12 +50,78 @@ def test_other_images_are_refused(image, message):
 
 
 @pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([Image.new("RGB", (4, 6)), Image.new("RGB", (6, 4))], "image is no array"),
+        (Image.new("F", (6, 4)), r"image cannot be read \(its values are floating point"),
+        (IMAGE.astype(np.uint16), "image is uint16"),
+        (IMAGE > 3, "image is bool"),
+        (IMAGE * 1j, "image is complex128"),
+        (np.zeros((0, 6, 3), np.uint8), "image is uint8"),
+        (IMAGE / 127.5 - 1, "values from -1 to"),
+        (np.concatenate([IMAGE, IMAGE[..., :1]], -1), r"uint8 \(1, 4, 6, 4\)"),
+    ],
+)
+def test_what_is_no_image_is_refused_wherever_images_are_given(image, message):
+    pipe = Pipeline.__new__(Pipeline)  # never called
+    for use in (
+        check_images,
+        lambda image: check_images(image, 1),
+        lambda image: extend(image, left=2),
+        lambda image: invert(pipe, image),
+        lambda image: variations(pipe, image),
+        lambda image: upscale(pipe, image, "a pea"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            use(image)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("photo.png", "image is a str: expected an array"),
+        (b"GIF89a", "image is a bytes"),
+        (Path("photo.png"), r"image is a \w*Path"),
+        (None, "image is a NoneType"),
+        ([[1], [2, 3]], "image is no array"),
+    ],
+)
+def test_what_is_no_array_is_refused(image, message):
+    with pytest.raises(UserError, match=message):
+        check_images(image)
+
+
+def test_images_of_pillow_are_read_as_files_are():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.rot90(IMAGE).copy())
+    turned.info["exif"] = exif.tobytes()
+    for image in (Image.fromarray(IMAGE), Image.fromarray(IMAGE).convert("RGBA"), turned):
+        np.testing.assert_array_equal(check_images(image)[0], IMAGE)
+    ycbcr = check_images(Image.fromarray(IMAGE).convert("YCbCr"))[0]
+    assert np.abs(ycbcr.astype(int) - IMAGE).max() <= 2
+    assert check_images([Image.fromarray(IMAGE)] * 3, 3).shape == (3, 4, 6, 3)
+    strokes = Image.fromarray(np.uint8(255 * np.eye(4, 6)[..., None].repeat(4, -1)))
+    for mask in (strokes, strokes.getchannel("A"), strokes.convert("1"), [strokes]):
+        np.testing.assert_array_equal(check_masks(mask, (1, 4, 6, 3))[0], np.eye(4, 6))
+    np.testing.assert_array_equal(extend(Image.fromarray(IMAGE), left=-2).image, IMAGE[:, 2:])
+
+
+@pytest.mark.parametrize(
     ("mask", "message"),
     [
         (np.ones((6, 4)), r"mask is of shape \(1, 6, 4\)"),
         (np.full((4, 6), 255), "goes from 255 to 255"),
         (np.full((4, 6), np.nan), "goes from nan"),
         (np.ones((2, 4, 6)), "mask has 2 for 3 prompts"),
+        (np.uint8(255 * np.eye(4, 6)), "goes from 0 to 255"),
+        (np.ones((4, 6, 1)), r"mask is of shape \(4, 6, 1\)"),
+        ("mask.png", "mask is a str"),
+        ([[0], [0, 1]], "mask is no array"),
+        (np.ones((4, 6)) * 1j, "mask is complex"),
+        (Image.new("RGBA", (6, 4)), "equally transparent everywhere"),
+        (Image.new("L", (5, 4)), r"mask is of shape \(1, 4, 5\)"),
     ],
 )
 def test_other_masks_are_refused(mask, message):

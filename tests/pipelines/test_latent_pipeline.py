@@ -49,6 +49,8 @@ def test_latents_are_decoded(latent_bundle, tmp_path):
     pipe = Pipeline(latent_bundle)
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     back = pipe.autoencode(images)
+    with pytest.raises(UserError, match="values from 0 to 255"):
+        pipe.autoencode(images.astype(np.float32))
 
     @jax.jit
     def ping_pong(params, images):

@@ -9,7 +9,7 @@ from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.models.lora import Factors
+from jaxdiff.models.lora import Change, Factors
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines import lora
@@ -109,6 +109,25 @@ def test_one_is_merged_beside_another(bundle):
     model = merge(attach(bundle, one), two)
     assert_same_change(adapters_of(model), one)
     assert_same(detach(model), merge(bundle, two))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_is_finite(pipeline, scale, tmp_path):
+    with pytest.raises(UserError, match=f"is {scale}: expected a finite number"):
+        lora.apply_lora(pipeline, tmp_path / "style.safetensors", scale=scale)
+
+
+def test_what_is_not_of_low_rank_is_merged_only(pipeline, monkeypatch):
+    path = (*QUERY, "kernel")
+    change = Change(kind="LoKr", apply=lambda value, scale: value + scale)
+    monkeypatch.setattr(lora, "read_lora", lambda file, spec: {"denoiser": {path: change}})
+    with pytest.raises(UserError, match="has LoKr, which is not of low rank: expected merge=True"):
+        lora.apply_lora(pipeline, "style.safetensors")
+    found = lora.apply_lora(pipeline, "style.safetensors", scale=3, merge=True)
+    old, new = (
+        x.params["denoiser"]["blocks"]["attention"]["q"]["kernel"] for x in (pipeline, found)
+    )
+    np.testing.assert_allclose(np.asarray(new) - np.asarray(old), 3, rtol=1e-5)
 
 
 def test_a_file_of_another_model_is_refused(pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Weights in prompts: what is syntax, what is text, and what the program reads."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -28,7 +29,13 @@ def tokenizer():
     ("prompt", "words"),
     [
         ("a (red:1.3) pea", [("a ", 1), ("red", 1.3), (" pea", 1)]),
-        ("(red:.5)(pea:2)", [("red", 0.5), ("pea", 2)]),
+        ("(red:.5)(pea:2)", [("red", 0.5), (" pea", 2)]),
+        ("red(pea:2)", [("red", 1), (" pea", 2)]),
+        ("(red:2)pea", [("red", 2), (" pea", 1)]),
+        ("(red:2),(pea:.5)", [("red", 2), (",", 1), ("pea", 0.5)]),
+        ("(!:2)(?:.5)", [("!", 2), (" ?", 0.5)]),
+        ("(a:1.1:2)", [("a:1.1", 2)]),
+        ("(a (b:2) c:.5)d", [("a ", 0.5), ("b", 1), (" c", 0.5), (" d", 1)]),
         ("(a (red:1.5) pea:2)", [("a ", 2), ("red", 3), (" pea", 2)]),
         ("((red:1.5):2) pea", [("red", 3), (" pea", 1)]),
         ("(a (small) pea : -0.5 )", [("a (small) pea ", -0.5)]),
@@ -49,6 +56,11 @@ def test_groups_with_a_number_have_weights_which_multiply(prompt, words):
         (r"\(red:1.3\) (16\:9)", "(red:1.3) (16:9)"),
         (r"a \small \\ \"pea\"", r'a \small \ "pea"'),
         ("a (red:1) pea", "a red pea"),
+        ("(red:1)(pea:1)", "redpea"),  # weights that are equal are one run, as in AUTOMATIC1111
+        ("(a:nan) (b:inf) (c:1e9)", "(a:nan) (b:inf) (c:1e9)"),
+        (r"(a\:1.1) \(b:2", "(a:1.1) (b:2"),
+        ("[a] [[b]] [a:b:0.5]", "[a] [[b]] [a:b:0.5]"),
+        ("() (:) (()", "() (:) (()"),
     ],
 )
 def test_everything_else_is_text(prompt, text):
@@ -69,6 +81,10 @@ def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
         ("a (red:1,3) pea", "1,3 in the prompt"),
         ("a (red:13) pea", "expected a number from -10 to 10"),
         ("a (:1.3) pea", "has no words"),
+        ("a (b) (c ( :1.3):2)", "has no words"),
+        ("(a:1.2(b", "not closed"),
+        ("((a:5):5)", "multiply to 25"),
+        ("((a:-5):5)", "multiply to -25"),
         ("a (red:1.3 pea (red:1.3", "not closed"),
         ('"a pea":1 red', "'red' in the prompt"),
         ('"a pea":1 "red"', "is no weighted prompt"),
@@ -79,6 +95,45 @@ def test_prompts_are_composed_with_weights_and_words_within_them_have_theirs():
 def test_malformed_weights_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
         parse_prompt(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "(" * 100_000,
+        ")" * 100_000,
+        "(" * 50_000 + "a" + ")" * 50_000,
+        "(" * 50_000 + "a:1" + "):1" * 49_999 + ")",
+        "(a:1.1)" * 15_000,
+        "(a:" + "1" * 100_000 + ")",
+        '"' + '\\"' * 50_000,
+        '"a":1 ' * 20_000,
+        '"a":1 ' * 20_000 + "b",
+    ],
+    ids=lambda prompt: f"{prompt[:9]}",
+)
+def test_long_prompts_are_parsed_at_once_and_quoted_in_part(prompt):
+    start = time.process_time()
+    try:
+        parse_prompt(prompt)
+    except UserError as error:
+        assert len(str(error)) < 500  # noqa: PT017
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plainly"),
+    [
+        ("(red:1.2)(pea:0.8)", "red pea"),
+        ("(red:1.2) (pea:0.8)", "red pea"),
+        ("(red:1.2),(pea:0.8)", "red,pea"),
+        ("red(pea:1.3)", "red pea"),
+        ("(small:1.2)(1:0.8)!", "small 1!"),
+    ],
+)
+def test_groups_that_touch_are_words_of_their_own(prompt, plainly, tokenizer):
+    (part,) = parse_prompt(prompt)
+    np.testing.assert_array_equal(tokenizer.weighted(part.texts)[0], tokenizer([plainly])[0])
 
 
 def test_words_without_weights_are_plain_ids(tokenizer):

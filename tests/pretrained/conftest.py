@@ -1,5 +1,6 @@
-"""A small model with random weights."""
+"""Small models."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,15 @@ import numpy as np
 import pytest
 
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.diffusion.schedules import RectifiedFlow, ScaledLinear
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    ClipTextEncoder,
+    StableDiffusionXLConditioner,
+)
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import Bundle, abstract_of
@@ -47,3 +54,43 @@ def small_bundle(random_params) -> Bundle:
         image_size=16,
     )
     return Bundle(spec, random_params(spec), {"text": tokenizer})
+
+
+@pytest.fixture(scope="session")
+def stable_diffusions() -> dict[str, TextToImage]:
+    """Small models of Stable Diffusion's kinds: SD, XL and its refiner."""
+    width = 8
+    text = ClipTextEncoder(
+        model=ClipTextConfig(vocab_size=600, length=16, width=width, depth=2, heads=2)
+    )
+    sd = TextToImage(
+        denoiser=UNet2DConditionConfig(
+            block_out_channels=(width, width),
+            layers_per_block=1,
+            transformer_layers=(0, 2),
+            middle_transformer_layers=1,
+            heads=(2, 2),
+            cross_attention_dim=width,
+            norm_num_groups=4,
+        ),
+        conditioner=ClipConditioner(text=text, masked=False),
+        autoencoder=AutoencoderConfig(),
+        prediction="eps",
+        schedule=ScaledLinear(),
+        image_size=64,
+    )
+    projected = dataclasses.replace(
+        text, model=dataclasses.replace(text.model, projection_dim=width)
+    )
+    added = {"added_width": width + 24, "time_id_width": 4}
+    xl = dataclasses.replace(
+        sd,
+        denoiser=dataclasses.replace(sd.denoiser, cross_attention_dim=2 * width, **added),
+        conditioner=StableDiffusionXLConditioner(text=text, text_2=projected),
+    )
+    refiner = dataclasses.replace(
+        sd,
+        denoiser=dataclasses.replace(sd.denoiser, **added),
+        conditioner=StableDiffusionXLConditioner(text_2=projected),
+    )
+    return {"SD": sd, "XL": xl, "refiner": refiner}

@@ -43,6 +43,7 @@ ONE, TWO = np.eye(2, 8, dtype=np.float32), np.ones((2, 4), np.float32)
         ({"<pea>": ONE}, "<pea>", 2),
         ({"<pea>": ONE[0]}, "<pea>", 1),
         ({"emb_params": ONE[:1]}, "my-pea", 1),
+        ({"clip_l": ONE}, "my-pea", 2),
     ],
 )
 def test_files_for_one_text_encoder(tensors, word, count, tmp_path):
@@ -79,6 +80,7 @@ def test_what_is_written_is_read_again(spec, tmp_path):
         ({"clip_l": ONE, "clip_g": TWO[:1]}, XL, "different numbers"),
         ({"<pea>": ONE[None]}, SD, "expected \\[n, d\\]"),
         ({}, SD, "holds nothing"),
+        ({"<pea>": ONE * np.nan}, SD, "NaN or infinite"),
     ],
 )
 def test_other_files_are_refused(tensors, spec, message, tmp_path):

@@ -1,57 +1,22 @@
 """LoRA files: every way of naming the layers, scales, and what is refused."""
 
-import dataclasses
+import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from etils import epath
+from safetensors.numpy import load_file, save, save_file
 
-from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.conditioning import (
-    ClipConditioner,
-    ClipTextEncoder,
-    StableDiffusionXLConditioner,
-)
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Factors
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.lora import FILE, read_lora, write_lora
+from jaxdiff.pipelines.lora import scaled
+from jaxdiff.pretrained.key_mapping import flatten_params
+from jaxdiff.pretrained.lora import FILE, PEFT_CONFIG, PEFT_FILE, read_lora, write_lora
+from jaxdiff.pretrained.merging import merge_into
 
 WIDTH, RANK = 8, 3
-TEXT = ClipTextEncoder(
-    model=ClipTextConfig(vocab_size=600, length=16, width=WIDTH, depth=2, heads=2)
-)
-SD = TextToImage(
-    denoiser=UNet2DConditionConfig(
-        block_out_channels=(WIDTH, WIDTH),
-        layers_per_block=1,
-        transformer_layers=(0, 2),
-        middle_transformer_layers=1,
-        heads=(2, 2),
-        cross_attention_dim=WIDTH,
-        norm_num_groups=4,
-    ),
-    conditioner=ClipConditioner(text=TEXT, masked=False),
-    autoencoder=AutoencoderConfig(),
-    prediction="eps",
-    schedule=ScaledLinear(),
-    image_size=64,
-)
-PROJECTED = dataclasses.replace(TEXT, model=dataclasses.replace(TEXT.model, projection_dim=WIDTH))
-ADDED = {"added_width": WIDTH + 24, "time_id_width": 4}
-XL = dataclasses.replace(
-    SD,
-    denoiser=dataclasses.replace(SD.denoiser, cross_attention_dim=2 * WIDTH, **ADDED),
-    conditioner=StableDiffusionXLConditioner(text=TEXT, text_2=PROJECTED),
-)
-REFINER = dataclasses.replace(
-    SD,
-    denoiser=dataclasses.replace(SD.denoiser, **ADDED),
-    conditioner=StableDiffusionXLConditioner(text_2=PROJECTED),
-)
+NIGHTLY = pytest.mark.nightly
 
 QUERY = ("down", 1, "transformers", 0, "blocks", "attention", "q")
 CONV = ("middle", "first", "conv1")
@@ -86,6 +51,11 @@ NAMES = {
 }
 
 
+@pytest.fixture
+def sd(stable_diffusions):
+    return stable_diffusions["SD"]
+
+
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -103,9 +73,9 @@ def tensors(naming="diffusers"):
 
 
 @pytest.mark.parametrize("naming", NAMES)
-def test_every_naming_finds_the_same_layers(naming, tmp_path):
+def test_every_naming_finds_the_same_layers(naming, sd, tmp_path):
     save_file(tensors(naming), tmp_path / FILE)
-    found = read_lora(tmp_path, SD)
+    found = read_lora(tmp_path, sd)
     assert {part: set(pairs) for part, pairs in found.items()} == {
         "denoiser": {QUERY, CONV},
         "text": {WORDS},
@@ -121,14 +91,14 @@ def test_every_naming_finds_the_same_layers(naming, tmp_path):
     np.testing.assert_array_equal(found["text"][WORDS].up[1], normal(5, 4 * WIDTH, RANK).T)
 
 
-def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
+def test_alpha_counts_by_tensor_and_by_metadata(sd, tmp_path):
     kohya = tensors("kohya")
     name = NAMES["kohya"][0].replace("lora_{}.weight", "alpha")
     save_file(kohya | {name: np.array(6.0, np.float32)}, tmp_path / "kohya.safetensors")
     stated = '{"unet.lora_alpha": 6, "unet.r": 3}'
     save_file(tensors(), tmp_path / "peft.safetensors", metadata={"lora_adapter_metadata": stated})
     for file, text_scale in (("kohya", 1), ("peft", 1)):
-        found = read_lora(tmp_path / f"{file}.safetensors", SD)
+        found = read_lora(tmp_path / f"{file}.safetensors", sd)
         up = found["denoiser"][QUERY].up[1]
         np.testing.assert_array_equal(up, 2 * normal(1, WIDTH, RANK).T)
         np.testing.assert_array_equal(
@@ -136,8 +106,9 @@ def test_alpha_counts_by_tensor_and_by_metadata(tmp_path):
         )
 
 
-@pytest.mark.parametrize("spec", [SD, XL, REFINER], ids=["SD", "XL", "refiner"])
-def test_it_comes_back(spec, tmp_path):
+@pytest.mark.parametrize("kind", ["SD", "XL", "refiner"])
+def test_it_comes_back(kind, stable_diffusions, tmp_path):
+    spec = stable_diffusions[kind]
     pairs = {"denoiser": {QUERY: Factors(normal(0, 2, WIDTH, RANK), normal(1, 2, RANK, WIDTH))}}
     for name in spec.conditioner.encoders:
         pairs[name] = {WORDS: Factors(normal(2, 2, WIDTH, 1), normal(3, 2, 1, 4 * WIDTH))}
@@ -150,12 +121,12 @@ def test_it_comes_back(spec, tmp_path):
             np.testing.assert_array_equal(found[part][path].up, pair.up)
 
 
-def test_the_second_encoder_of_xl_is_found(tmp_path):
+def test_the_second_encoder_of_xl_is_found(stable_diffusions, tmp_path):
     kohya = {
         name.replace("lora_te_", "lora_te2_"): value for name, value in tensors("kohya").items()
     }
     save_file(kohya, tmp_path / FILE)
-    assert set(read_lora(tmp_path, XL)) == {"denoiser", "text_2"}
+    assert set(read_lora(tmp_path, stable_diffusions["XL"])) == {"denoiser", "text_2"}
 
 
 def change(name, value=None):
@@ -176,21 +147,192 @@ def change(name, value=None):
     ],
     ids=["half", "shape", "layer", "kind"],
 )
-def test_what_does_not_fit_is_refused(there, message, tmp_path):
+def test_what_does_not_fit_is_refused(there, message, sd, tmp_path):
     save_file(there, tmp_path / FILE)
     with pytest.raises(UserError, match=message):
-        read_lora(tmp_path, SD)
+        read_lora(tmp_path, sd)
 
 
-def test_pickled_files_are_never_opened(tmp_path):
-    (tmp_path / "style.bin").write_bytes(b"\x80")
+def config_of(folder, **keys):
+    (folder / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, **keys}))
+
+
+def scale_of(found):
+    """The scale of the query's factors, which the file has without."""
+    return (found["denoiser"][QUERY].up[1] / normal(1, WIDTH, RANK).T).mean()
+
+
+PEFT_TENSORS = {
+    name.replace("unet.", "base_model.model."): value
+    for name, value in tensors().items()
+    if name.startswith("unet.")
+}
+
+
+@pytest.mark.parametrize("name", [PEFT_FILE, "style.safetensors"])
+def test_a_folder_of_peft_states_the_scale_beside_the_file(name, sd, tmp_path):
+    save_file(PEFT_TENSORS, tmp_path / name)
+    assert scale_of(read_lora(tmp_path, sd)) == 1
+    config_of(tmp_path, lora_alpha=4 * RANK, alpha_pattern={"to_q": 2 * RANK})
+    np.testing.assert_allclose(scale_of(read_lora(tmp_path, sd)), 2, rtol=1e-6)
+    conv = read_lora(tmp_path / name, sd)["denoiser"][CONV].up[0, 0]
+    np.testing.assert_allclose(conv, 4 * normal(3, WIDTH, RANK, 1, 1)[:, :, 0, 0].T, rtol=1e-6)
+
+
+def test_the_config_of_another_file_is_not_read(sd, tmp_path):
+    config_of(tmp_path, lora_alpha=4 * RANK)
+    save_file(tensors(), tmp_path / FILE)
+    assert scale_of(read_lora(tmp_path, sd)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "scale"),
+    [
+        ({"unet.lora_alpha": 6, "unet.r": 3, "unet.alpha_pattern": {"attn1.to_q": 12}}, 4),
+        ({"unet.lora_alpha": 6, "unet.r": 4, "unet.rank_pattern": {"to_q|conv1": 3}}, 2),
+        ({"unet.lora_alpha": 6, "unet.r": 3, "unet.use_rslora": True}, 6 / 3**0.5),
+        ({"text_encoder.lora_alpha": 6, "text_encoder.r": 3}, 1),
+    ],
+)
+def test_metadata_state_the_scale_of_each_component(stated, scale, sd, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps(stated), "ss_network_alpha": "8"}
+    save_file(tensors(), tmp_path / FILE, metadata=metadata)
+    np.testing.assert_allclose(scale_of(read_lora(tmp_path, sd)), scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stated", ["[1]", '{"unet.r": ', '{"unet.r": 3, "unet.bias": "all"}', "8"])
+def test_metadata_that_cannot_be_heeded_are_refused(stated, sd, tmp_path):
+    save_file(tensors(), tmp_path / FILE, metadata={"lora_adapter_metadata": stated})
+    with pytest.raises(UserError, match="lora_adapter_metadata"):
+        read_lora(tmp_path, sd)
+
+
+MIXED = {
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": normal(
+        0, 2, 8
+    ),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight": normal(
+        1, 8, 2
+    ),
+    "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lokr_w1": normal(2, 2, 4),
+    "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lokr_w2": normal(3, 4, 2),
+    "unet.mid_block.resnets.0.conv1.diff": normal(4, 8, 8, 3, 3),
+    "unet.mid_block.resnets.0.conv1.diff_b": normal(5, 8),
+    "unet.mid_block.resnets.0.norm1.w_norm": normal(6, 8),
+    "lora_te_text_model_encoder_layers_1_mlp_fc1.diff": normal(7, 32, 8),
+    "lora_te_text_model_final_layer_norm.b_norm": normal(8, 8),
+}
+
+
+def test_other_kinds_are_merged_into_the_weights(sd, random_params, tmp_path):
+    params = random_params(sd)
+    save_file(MIXED, tmp_path / FILE)
+    merged = merge_into(params, scaled(read_lora(tmp_path, sd), 0.5))
+    a, b, w1, w2, conv, bias, norm, text, final = MIXED.values()
+    unet, words = params["denoiser"], params["text_encoders"]["text"]
+    expected = {
+        ("denoiser", *QUERY, "kernel"): np.stack([(b @ a).T, np.kron(w1, w2).T]),
+        ("denoiser", *CONV, "kernel"): conv.transpose(2, 3, 1, 0),
+        ("denoiser", *CONV, "bias"): bias,
+        ("denoiser", "middle", "first", "norm1", "scale"): norm,
+        ("text_encoders", "text", *WORDS, "kernel"): np.stack([0 * text.T, text.T]),
+        ("text_encoders", "text", "final_norm", "bias"): final,
+    }
+    assert unet.keys() == merged["denoiser"].keys()
+    assert words.keys() == merged["text_encoders"]["text"].keys()
+    old, new = flatten_params(params), flatten_params(merged)
+    for path, value in old.items():
+        change = np.asarray(new[path]) - value
+        np.testing.assert_allclose(change, 0.5 * expected.get(path, 0 * value), atol=1e-5)
+
+
+def test_a_folder_has_one_file_of_any_name(sd, tmp_path):
+    with pytest.raises(UserError, match=r"has 0 \.safetensors files"):
+        read_lora(tmp_path, sd)
+    save_file(tensors(), tmp_path / "a*[style]?.safetensors")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert set(read_lora(link, sd)) == {"denoiser", "text"}
+    save_file(tensors(), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"has 2 \.safetensors files: .* give the path of the file"):
+        read_lora(tmp_path, sd)
+
+
+def test_numbers_of_one_byte_are_read(sd, tmp_path):
+    small = {name: value.astype(jnp.float8_e4m3fn) for name, value in tensors().items()}
+    save_file(small, tmp_path / FILE)
+    up = read_lora(tmp_path, sd)["denoiser"][QUERY].up[1]
+    np.testing.assert_array_equal(up, normal(1, WIDTH, RANK).T.astype(jnp.float8_e4m3fn))
+
+
+def mutate(found, rng):
+    """Rename, reshape, spoil or drop a tensor."""
+    name = list(found)[rng.integers(len(found))]
+    value = found.pop(name)
+    at = rng.integers(len(name))
+    changes = [
+        {name[:at] + str(rng.choice(list("._aZ0:"))) + name[at + rng.integers(2) :]: value},
+        {f"{name.rsplit('.', 2)[0]}.{rng.choice(ENDS)}": value},
+        {name: np.zeros(rng.integers(0, 9, rng.integers(5)), rng.choice(["f4", "f2", "i1", "?"]))},
+        {name: value * rng.choice(np.array([np.nan, np.inf, 0], np.float32))},
+        {name: np.ascontiguousarray(value.T)},
+        {},
+    ]
+    return found | changes[rng.integers(len(changes))]
+
+
+ENDS = ["lora_A.weight", "lora_up.weight", "alpha", "hada_t1", "lokr_w1", "lokr_t2", "diff_b"]
+ENDS += ["dora_scale", "lora_magnitude_vector", "lora_mid.weight", "w_norm", "lora_B.bias"]
+
+
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 20_000), marks=NIGHTLY)])
+@pytest.mark.filterwarnings("error")
+def test_mutated_files_are_read_or_refused(seeds, sd, tmp_path):
+    found_parts, messages = [], []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        with np.errstate(all="ignore"):
+            found = mutate([tensors(), tensors("kohya"), dict(MIXED)][seed % 3], rng)
+        data = bytearray(save(found, {"lora_adapter_metadata": '{"text_encoder.r": 3}'}))
+        if seed % 4 == 0:
+            data[rng.integers(min(len(data), 2000))] = rng.integers(256)
+        (tmp_path / FILE).write_bytes(data)
+        try:
+            found_parts.append(read_lora(tmp_path, sd))
+        except UserError as error:
+            messages.append(str(error))
+    assert found_parts
+    assert messages
+    assert not [x for x in messages if "\n" in x]
+
+
+def test_an_empty_file_is_refused(sd, tmp_path):
+    save_file({}, tmp_path / FILE)
+    with pytest.raises(UserError, match="has no tensors: expected those of a LoRA"):
+        read_lora(tmp_path, sd)
+
+
+@pytest.mark.parametrize("name", ["style.bin", "style.pt", "style.ckpt", "style.pth"])
+def test_pickled_files_are_never_opened(name, sd, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80")
     with pytest.raises(UserError, match=r"expected a \.safetensors file"):
-        read_lora(tmp_path / "style.bin", SD)
+        read_lora(tmp_path / name, sd)
+    with pytest.raises(UserError, match="holds only pickled files, which can run code"):
+        read_lora(tmp_path, sd)
 
 
-def test_a_missing_file_is_reported(tmp_path):
+def test_a_locked_folder_is_reported(sd, tmp_path, monkeypatch):
+    def locked(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", locked)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        read_lora(tmp_path, sd)
+
+
+def test_a_missing_file_is_reported(sd, tmp_path):
     with pytest.raises(UserError, match="There is no file"):
-        read_lora(tmp_path / "nothing.safetensors", SD)
+        read_lora(tmp_path / "nothing.safetensors", sd)
 
 
 def test_other_denoisers_have_no_such_files(tmp_path, small_bundle):

@@ -11,7 +11,10 @@ from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.pretrained.load import SHIPPED
 from jaxdiff.pretrained.model_card import CARD, EVALUATION, CardInputs, folder_card, model_card
 
-EVALUATED = {"samples": 8, "figures": {"one/joint": 0.5, "one/joint/ceiling": 1.0, "loss": 0.25}}
+EVALUATED = {
+    "samples": 8,
+    "figures": {"one/joint": 0.5, "one/joint/ceiling": 1.0, "loss": 0.25, "fid": None},
+}
 
 
 @pytest.fixture
@@ -43,6 +46,7 @@ def test_an_export_has_a_card_from_its_recipe_and_figures(tiny_bundle, recipe, t
     assert "| steps | 6 |" in section(card, "Training")
     assert "| one/joint | 0.5 | 1 |" in section(card, "Figures")
     assert "| loss | 0.25 |  |" in section(card, "Figures")
+    assert "| fid |  |  |" in section(card, "Figures")
     assert "| samples | 8 |" in section(card, "Figures")
     assert json.loads((out / EVALUATION).read_text()) == EVALUATED
 

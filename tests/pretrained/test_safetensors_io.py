@@ -45,7 +45,16 @@ def test_a_missing_shard_is_reported(folder):
         open_weights(folder, "model")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 9999, "\0"]
+)
+def test_an_index_that_is_none_is_reported(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        open_weights(folder, "model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b", 3])
 def test_a_shard_never_leaves_its_folder(folder, name):
     text = json.dumps({"weight_map": {"a": name}})
     (folder / "model.safetensors.index.json").write_text(text)
@@ -97,3 +106,66 @@ def test_numbers_of_an_unknown_type_are_reported(folder):
     )
     with pytest.raises(UserError, match="a is of type F8_E5M2"):
         TensorFiles([path])
+
+
+def write_header(path, header, size):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+
+
+def entry(**changes):
+    return {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64], **changes}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(data_offsets=[-1, 63])},
+        {"a": entry(), "b": entry()},
+        {"a": entry(data_offsets=[8, 72])},
+        {"a": entry(shape=[4, 5])},
+        {"a": entry(shape=[-4, -4])},
+        {"a": entry(shape=[2**62, 2**62])},
+        {"a": entry(shape=[4.0, 4])},
+        {"a": entry(dtype="X")},
+        {"a": {}},
+        {"__metadata__": {"a": 1}, "a": entry()},
+        {"__metadata__": [], "a": entry()},
+        b"null",
+        b"[" * 100_000,
+        b"",
+        b'{"\\ud800": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}',
+    ],
+    ids=str,
+)
+def test_headers_that_contradict_the_file_are_reported(header, folder):
+    write_header(folder / "a.safetensors", header, 64)
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged or cut off"):
+        TensorFiles([folder / "a.safetensors"])
+
+
+@pytest.mark.parametrize("length", [0, 10**8, 2**63, 2**64 - 1])
+def test_lengths_of_headers_that_cannot_be_are_reported(length, folder):
+    (folder / "a.safetensors").write_bytes(length.to_bytes(8, "little") + bytes(64))
+    with pytest.raises(UserError, match="is damaged or cut off"):
+        TensorFiles([folder / "a.safetensors"])
+
+
+def test_a_tensor_is_in_a_file_and_in_a_model_once(folder):
+    one = json.dumps(entry())
+    write_header(folder / "a.safetensors", f'{{"a": {one}, "a": null}}'.encode(), 64)
+    with pytest.raises(UserError, match="twice"):
+        TensorFiles([folder / "a.safetensors"])
+    for name in ("b", "c"):
+        write_header(folder / f"{name}.safetensors", {"a": entry()}, 64)
+    with pytest.raises(UserError, match=r"c\.safetensors repeats a of another shard"):
+        TensorFiles([folder / "b.safetensors", folder / "c.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "\0", "[" * 1000]
+)
+def test_other_indices_are_reported(text, folder):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        open_weights(folder, "model")

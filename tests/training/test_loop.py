@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record
+from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.curriculum import CurriculumState
 from jaxdiff.distributed.mesh import MeshConfig
@@ -283,6 +285,34 @@ def test_records_that_cannot_be_used_are_named_and_counted(
     assert len(reported) >= 3
     assert all("produce/train/7" in line for line in reported)
     assert sum(r["skipped_records"] for r in records(tmp_path)) == len(reported)
+
+
+def _photos(folder, count, lost):
+    """A source of `count` images with a caption, and of `lost` without."""
+    folder.mkdir()
+    for number in range(count + lost):
+        Image.new("RGB", (32, 32)).save(folder / f"{number:03}.png")
+        if number < count:
+            (folder / f"{number:03}.txt").write_text("a green pea")
+    return ImageFolder(path=str(folder))
+
+
+def test_what_the_source_left_out_is_logged_and_counted(faked, tmp_path, tiny_recipe):
+    recipe, said = tiny_recipe(steps=2), []
+    data = dataclasses.replace(recipe.data, source=_photos(tmp_path / "photos", 8, 1))
+    train(dataclasses.replace(recipe, data=data), tmp_path / "run", log=said.append)
+    assert "Found 9 records, left out 1: 1 without a caption." in said
+    assert f"Left out {tmp_path}/photos/008.png: it has no .txt file" in said
+    assert [r["left_out_records"] for r in records(tmp_path / "run")] == [1, 1]
+
+
+def test_too_many_left_out_stop_a_run_before_it_begins(tmp_path, tiny_recipe):
+    recipe = tiny_recipe(steps=2)
+    source = _photos(tmp_path / "photos", 8, 1)
+    data = dataclasses.replace(recipe.data, source=source, max_bad_fraction=0.0)
+    with pytest.raises(UserError, match=r"11\.1% of the 9 records found .*008\.png"):
+        train(dataclasses.replace(recipe, data=data), tmp_path / "run", log=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_skipped_update_is_reported(faked, tmp_path, tiny_recipe, caplog):

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.training import metrics
-from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
+from jaxdiff.training.metrics import RECORDS, MetricsWriter, Progress, Throughput
 
 
 def records(folder):
@@ -75,6 +75,16 @@ def test_values_that_are_not_finite_become_null(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": math.nan, "loss_by_noise": [math.inf, 1.0]})
     assert records(tmp_path) == [{"step": 1, "loss": None, "loss_by_noise": [None, 1.0]}]
+
+
+def test_resuming_drops_lines_that_are_no_records(tmp_path):
+    good = '{"step": 1, "loss": null, "note": "caf\\u00e9"}'
+    lines = ["[" * 100_000, "3", "[]", '{"step": "x"}', "{}", "\0", '{"step": 1, "loss": NaN}']
+    text = "\n".join([*lines, good, '{"step": 1'])
+    (tmp_path / RECORDS).write_bytes(b"\xff\n" + text.encode())
+    with MetricsWriter(tmp_path, resume_from=1):
+        pass
+    assert (tmp_path / RECORDS).read_text() == f"{good}\n"
 
 
 def test_resuming_drops_later_records_and_a_truncated_line(tmp_path):

@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import math
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,6 +19,7 @@ from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.io import terminal
 from jaxdiff.training import run as module
 from jaxdiff.training.loop import Result
 from jaxdiff.training.run import run_recipe
@@ -207,3 +210,33 @@ def test_an_evaluator_of_ones_own_runs_at_its_intervals_and_at_the_end(tmp_path,
     # The parameters that each saw are those of its step.
     leaves = [jax.tree.leaves(context.params)[0] for context in CALLS]
     assert not np.array_equal(leaves[0], leaves[1])
+
+
+@pytest.mark.parametrize("name", ["closed", "full", "none"])
+def test_output_that_cannot_be_written_does_not_end_a_run(
+    recipe, tmp_path, monkeypatch, capsys, name
+):
+    stream = None
+    if name == "full":
+        stream = open("/dev/full", "w")  # noqa: SIM115
+    if name == "closed":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    config = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2))
+    assert run_recipe(config, str(tmp_path / "run")).finished  # with its own `log`
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert summary(tmp_path / "run")["evaluation"] == FIGURES
+    if stream is not None:
+        terminal._discard(stream)
+        stream.close()
+
+
+def test_figures_that_are_not_finite_are_null(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Counting, "evaluate", lambda *_: Report(scalars={"mean": math.nan}))
+    config = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=1))
+    for _ in range(2):  # the second reads the summary of the first
+        run_recipe(config, str(tmp_path), log=quiet)
+        assert summary(tmp_path)["evaluation"] == {"counting/mean": None}

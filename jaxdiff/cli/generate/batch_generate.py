@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,17 +21,18 @@ from jaxdiff.cli.generate.options import (
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
 from jaxdiff.cli.progress import line_console
-from jaxdiff.distributed.multihost import is_host0, sum_over_hosts
+from jaxdiff.distributed.multihost import held_on_host0, is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format, image_bytes
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import printable, write_line
 from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import FILES, ResolvedSettings, open_input, resolve_settings
 from jaxdiff.pipelines.settings import Varies
-from jaxdiff.pretrained.load import make_folder
 from jaxdiff.training.metrics import Progress
 
 LARGEST_GRID = 400  # images; more are too small to see on any screen
@@ -67,7 +67,7 @@ class RowErrors:
         self._print(row)
 
     def _print(self, row: BadRow) -> None:
-        print(f"{self._name}, line {row.line}: {row.reason}", file=sys.stderr)
+        write_line(f"{self._name}, line {row.line}: {row.reason}", stderr=True)
 
     def count(self) -> int:
         """Return the number of rows over all processes."""
@@ -84,21 +84,23 @@ def generate_file(options: SampleOptions) -> int:
     """
     start = time.perf_counter()
     file = str(options.prompts)
-    name = epath.Path(file).name
+    name = printable(epath.Path(file).name)
     rows, bad = read_prompts(file)
     errors = RowErrors(name)
     for row in bad:
         errors.add_shared(row)
-    folder = make_folder(options.out)
-    generated = _generate_rows(rows, folder, options, name, errors) if rows else 0
+    generated = 0
+    if rows:
+        with held_on_host0(output_folder(options.out)):
+            generated = _generate_rows(rows, epath.Path(options.out), options, name, errors)
     if not options.quiet:
-        print(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
+        write_line(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = errors.count()
     if count and is_host0():
-        print(
+        write_line(
             f"{count} of {len(rows) + len(bad)} rows of {name} have no image, for the reasons "
             "above: correct them and start again.",
-            file=sys.stderr,
+            stderr=True,
         )
     return count
 
@@ -133,11 +135,11 @@ def _generate_rows(
     _wait_for_all("all images are there")
     manifest.close()
     if process == 0:
-        print(folder / MANIFEST)
+        write_line(folder / MANIFEST)
         if options.grid:
             _save_grids(folder, jobs)
     if there and not options.quiet:
-        print(f"{there} images were there already.")
+        write_line(f"{there} images were there already.")
     return generated
 
 
@@ -160,7 +162,7 @@ def _save_grids(folder: epath.Path, jobs: Sequence[Job]) -> None:
         which = f"-{width}x{height}" if len(sizes) > 1 else ""
         path = folder / f"grid{which}.png"
         pictures.save_png(path, pictures.grid(images, captions=captions))
-        print(path)
+        write_line(path)
 
 
 def _plan(
@@ -177,9 +179,9 @@ def _plan(
     """
     jobs: dict[str, Job] = {}
     shared, opened = options.settings, functools.cache(open_input)
-    for path in (getattr(shared, name) for name in FILES):
-        if path is not None:
-            opened(path)  # an error of the command line, not of a row
+    for name in FILES:
+        if (path := getattr(shared, name)) is not None:
+            opened(path, name == "mask")  # an error of the command line, not of a row
     for row in rows:
         try:
             settings = resolve_settings(
@@ -199,7 +201,7 @@ def _plan(
         where = f"{source}, line {row.line}: the prompt"
         if is_host0() and not options.quiet:
             for warning in prompt_warnings(pipe, row.settings.prompt, where):
-                print(warning, file=sys.stderr)
+                write_line(warning, stderr=True)
     return list(jobs.values())
 
 

@@ -27,6 +27,8 @@ from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
+from jaxdiff.io.lock import output_folder
+from jaxdiff.io.terminal import write_line
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.generate import Generated, generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
@@ -34,7 +36,6 @@ from jaxdiff.pipelines.inputs import UnknownWordWarning
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
-from jaxdiff.pretrained.load import make_folder
 
 
 def sample_images(options: SampleOptions) -> None:
@@ -90,7 +91,7 @@ def print_words(options: SampleOptions) -> None:
             f"{options.model} has no list of known words: expected a model that was trained on a "
             "small vocabulary; use any words with this one."
         )
-    print(*sorted(words))
+    write_line(" ".join(sorted(words)))
 
 
 def generate_prompts(options: SampleOptions) -> None:
@@ -101,12 +102,16 @@ def generate_prompts(options: SampleOptions) -> None:
     """
     if not options.prompt:
         raise UserError("There is no prompt: give at least one, or a prompt file with --prompts.")
+    with output_folder(options.out) as folder:
+        _generate_prompts(options, folder)
+
+
+def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
     start = time.perf_counter()
-    folder = make_folder(options.out)
     pipe = open_pipeline(options)
     for prompt in () if options.quiet else options.prompt:
-        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt!r}"):
-            print(warning, file=sys.stderr)
+        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt[:200]!r}"):
+            write_line(warning, stderr=True)
     settings = [
         copy
         for one in _settings(options)
@@ -127,7 +132,9 @@ def generate_prompts(options: SampleOptions) -> None:
             estimates = snapshots(pipe, settings, options.strip)
         _save_png(folder / "strip.png", pictures.strip(estimates))
     if not options.quiet:
-        print(f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included.")
+        write_line(
+            f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included."
+        )
 
 
 def _generate(
@@ -160,12 +167,12 @@ def _save(
 ) -> None:
     path = stem.parent / f"{stem.name}.{kind}"
     write_whole(path, image_bytes(image, file_text(settings, pipe), kind))
-    print(path)
+    write_line(path)
 
 
 def _save_png(path: epath.Path, picture: pictures.Picture) -> None:
     pictures.save_png(path, picture)
-    print(path)
+    write_line(path)
 
 
 def _save_interpolation(folder: epath.Path, images: np.ndarray) -> None:
@@ -173,7 +180,7 @@ def _save_interpolation(folder: epath.Path, images: np.ndarray) -> None:
     _save_png(folder / "interpolation.png", pictures.grid(images, columns=len(images)))
     path = folder / "interpolation.webp"
     write_whole(path, pictures.animation_bytes(images, "webp", seconds=0.12))
-    print(path)
+    write_line(path)
 
 
 def reproduce(options: SampleOptions) -> bool:
@@ -188,23 +195,37 @@ def reproduce(options: SampleOptions) -> bool:
     file = epath.Path(str(options.again))
     metadata = ImageMetadata.parse(file, read_image_text(file))
     before = pictures.read_picture(file)
-    folder = make_folder(options.out)
+    with output_folder(options.out) as folder:
+        image = _generate_again(metadata, file, options, folder)
+    return _is_same(before, image, file, metadata)
+
+
+def _generate_again(
+    metadata: ImageMetadata, file: epath.Path, options: SampleOptions, folder: epath.Path
+) -> np.ndarray:
     pipe = open_pipeline(options, dtype=metadata.details["dtype"])
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     (image,), _ = _generate(pipe, [settings], options, folder)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     _save(folder / f"{file.stem}-again", image, settings, pipe, kind)
+    return image
+
+
+def _is_same(
+    before: np.ndarray, image: np.ndarray, file: epath.Path, metadata: ImageMetadata
+) -> bool:
+    """Print and return whether the pixels are the same."""
     if before.shape != image.shape:
-        print(f"Not the same pixels: {file} was resized after it was generated.")
+        write_line(f"Not the same pixels: {file} was resized after it was generated.")
         return False
     difference = np.abs(image.astype(int) - before)
     if difference.any():
-        print(
+        write_line(
             f"Not the same pixels: they differ by up to {difference.max()} of 255, in "
             f"{(difference > 0).mean():.1%} of the values. The first was generated on "
             f"{metadata.details.get('device')} with JAX {metadata.details.get('jax')}: another "
             "device or version rounds differently."
         )
         return False
-    print("The same pixels.")
+    write_line("The same pixels.")
     return True

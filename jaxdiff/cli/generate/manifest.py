@@ -9,14 +9,15 @@ Each of several processes appends to its own `manifest.N.jsonl`. The first proce
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local, partial_path, write_whole
+from jaxdiff.io.text import format_json, parse_json
 
 MANIFEST = "manifest.jsonl"
 
@@ -54,7 +55,9 @@ class Manifest:
         own = MANIFEST if processes == 1 else f"manifest.{process}.jsonl"
         self._path = folder / own
         # A JSON round trip turns tuples into lists, as in the lines that are read.
-        plain = {record["file"]: json.loads(json.dumps(record)) for record in wanted}
+        plain = {
+            record["file"]: parse_json(format_json(record), record["file"]) for record in wanted
+        }
         self._lines: dict[str, Record] = {}
         self._there: set[str] = set()
         for file, record in self._read_all().items():
@@ -123,7 +126,7 @@ def _write(path: epath.Path, lines: dict[str, Record]) -> None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return format_json(record, ascii=False) + "\n"
 
 
 def _place(record: Record) -> tuple[str, int, int, str]:
@@ -140,8 +143,8 @@ def _read(path: epath.Path) -> dict[str, Record]:
     records = {}
     for line in lines:
         try:
-            record = json.loads(line)
-        except ValueError:  # of JSON or of UTF-8
+            record = parse_json(line, path)
+        except UserError:
             continue
         if isinstance(record, dict) and isinstance(record.get("file"), str):
             records[record["file"]] = record

@@ -1,6 +1,8 @@
 """The options of `jaxdiff sample`, and the model that they name."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.inputs import check_prompt
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pipelines.resolve import FILES, CommandDefaults
@@ -244,6 +247,8 @@ def check(options: SampleOptions) -> None:
     kinds = [bool(options.prompt), options.prompts is not None, options.again is not None]
     if sum(kinds) > 1:
         raise UserError("A prompt, --prompts and --again exclude each other: give one of them.")
+    for prompt in options.prompt:
+        check_prompt("A prompt", prompt)
     own = fields_of(SampleOptions).values()
     given = {f.name for f in own if getattr(options, f.name) != f.default} - {"hosts"}
     given |= options.settings.given().keys() - {"prompt"}
@@ -267,9 +272,10 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
     Raises:
       UserError: it cannot be read, or the files are for another model.
     """
+    files = list(map(file_and_scale, options.lora))
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         pipe = load(options.model, dtype=options.dtype or dtype)
-        for file, scale in map(file_and_scale, options.lora):
+        for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
@@ -312,9 +318,18 @@ def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
 
 
 def file_and_scale(lora: str) -> tuple[str, float]:
-    """Split FILE:SCALE; FILE alone has a scale of 1."""
-    file, _, scale = lora.rpartition(":")
+    """Split FILE:SCALE; FILE alone, which may have a colon in its path, has a scale of 1.
+
+    Raises:
+      UserError: the scale is not finite.
+    """
+    file, _, text = lora.rpartition(":")
     try:
-        return (file, float(scale)) if file else (lora, 1.0)
+        scale = float(text)
     except ValueError:  # a colon of the path, as in gs://
         return lora, 1.0
+    if not file or os.path.exists(lora):
+        return lora, 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {lora}: the scale is {scale}: expected a finite number.")
+    return file, scale

@@ -6,7 +6,6 @@ line, and the others are read.
 
 import csv
 import io
-import json
 import os
 import re
 import reprlib
@@ -19,6 +18,7 @@ from etils import epath
 from jaxdiff.config.fields import check_names, fields_of
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
+from jaxdiff.io.text import LARGEST_TEXT, decode_text, lines_of, parse_json
 from jaxdiff.pipelines.resolve import FILES
 from jaxdiff.pipelines.settings import GenerationSettings
 
@@ -71,7 +71,8 @@ def read_prompts(file: epath.PathLike) -> PromptFile:
             "line), .csv (with a header) or .txt (a prompt a line)."
         )
     # A byte that is not UTF-8 invalidates its row alone.
-    content = read_bytes(path, "a prompt file").decode("utf-8-sig", "surrogateescape")
+    data = read_bytes(path, "a prompt file", largest=LARGEST_TEXT)
+    content = decode_text(data, file, by_line=True)
     rows, bad = [], []
     for number, (line, values) in enumerate(readers[path.suffix.lower()](content)):
         try:
@@ -95,21 +96,19 @@ Read = Iterator[tuple[int, dict[str, Any] | str]]  # line, and its values or its
 
 
 def _lines(text: str) -> Read:
-    # Not splitlines(), which also splits at separators of typesetting.
-    for i, line in enumerate(text.split("\n")):
+    for i, line in enumerate(lines_of(text)):
         if line.strip():
             yield i + 1, {"prompt": line.strip()}
 
 
 def _json_lines(text: str) -> Read:
-    for i, line in enumerate(text.split("\n")):
+    for i, line in enumerate(lines_of(text)):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            yield i + 1, f"it is not JSON ({reason}): expected an object on a line of its own."
+            values = parse_json(line, "it")
+        except UserError as error:
+            yield i + 1, str(error)
             continue
         if isinstance(values, dict):
             yield i + 1, values
@@ -119,30 +118,67 @@ def _json_lines(text: str) -> Read:
 
 def _csv_rows(text: str) -> Read:
     """Yield rows by the names in the header; an empty cell sets nothing."""
-    reader = csv.reader(io.StringIO(text, newline=""))
     header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, f"it is not CSV ({error}): put quotes around cells with commas or quotes."
-            continue
-        if not any(cell.strip() for cell in cells):
-            continue
+    for line, cells in _cells(text):
         if header is None:
+            if isinstance(cells, str):
+                raise UserError(f"The header of the prompt file: {cells}")
             header = [cell.strip() for cell in cells]
             _check_header(header)
-        elif len(cells) > len(header):
-            yield line, f"it has {len(cells)} cells for {len(header)} columns: quote its commas."
+        elif isinstance(cells, str):
+            yield line, cells
+        elif len(cells) != len(header):
+            yield (
+                line,
+                (
+                    f"it has {len(cells)} cells for {len(header)} columns: put quotes around cells "
+                    "with commas or newlines, and leave cells empty rather than out."
+                ),
+            )
         else:
-            pairs = zip(header, cells, strict=False)
+            pairs = zip(header, cells, strict=True)
             yield line, {key: COLUMNS[key].from_cell(cell) for key, cell in pairs if cell.strip()}
 
 
+def _cells(text: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the line and the cells, or the error, of each row that is not blank."""
+    before = csv.field_size_limit(len(text) + 1)  # a cell that is cut would leave its end as rows
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, list[str] | str]] = []
+    try:
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+                if any(cell.strip() for cell in cells):
+                    rows.append((line, cells))
+            except csv.Error as error:
+                through = f", through line {reader.line_num}" if reader.line_num > line else ""
+                rows.append(
+                    (
+                        line,
+                        f"it is not CSV ({error}{through}): put quotes around cells with commas, "
+                        "quotes or newlines, and double the quotes inside them.",
+                    )
+                )
+    except StopIteration:
+        yield from rows
+    finally:
+        csv.field_size_limit(before)
+
+
 def _check_header(header: list[str]) -> None:
+    separator = next((sign for sign in ";\t|" if sign in header[0]), None)
+    if separator:
+        raise UserError(
+            f"The header of the prompt file has {separator!r} between its columns: save the file "
+            "with commas."
+        )
+    if "" in header:
+        raise UserError(
+            f"Column {header.index('') + 1} of the prompt file has no name: expected one of "
+            f"{', '.join(COLUMNS)}; name or remove it."
+        )
     try:
         check_names(header, COLUMNS)
     except UserError as error:

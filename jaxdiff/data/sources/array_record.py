@@ -16,7 +16,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,12 +29,13 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.config.checked import checked
-from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.files import data_files
-from jaxdiff.data.shards import ShardManifest, check_shards, read_manifest
+from jaxdiff.data.bad_records import UNLISTED, LeftOut, RecordError
+from jaxdiff.data.files import DataFiles, Inventory, data_files, list_files
+from jaxdiff.data.shards import EMPTY, MANIFEST, ShardManifest, check_shards, read_manifest
 from jaxdiff.data.sources.base import Record
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
+from jaxdiff.io.text import parse_json
 
 IMAGES, LATENTS = b"JDR1", b"JDL1"
 """Signatures of records of images and of cached latents."""
@@ -62,7 +63,7 @@ class ArrayRecord:
         try:
             return decode_record(self._reader[index])
         except UNREADABLE as error:
-            raise RecordError(f"{self.path} record {index}: {error}") from error
+            raise RecordError(str(error), name=f"{self.path} record {index}") from error
 
     def check(self) -> None:
         """Raise `UserError` for missing, empty or foreign files."""
@@ -82,9 +83,22 @@ class ArrayRecord:
                 "expected files written by jaxdiff; read a TensorFlow data set with TFDS."
             ) from error
 
+    @property
+    def left_out(self) -> LeftOut:
+        """The files in the folder that are no shards of it."""
+        return self._files.left_out
+
     @cached_property
     def _reader(self) -> ArrayRecordDataSource:
-        return open_records(self.path, read_manifest(epath.Path(self.path)))
+        return open_records(self.path, self._files.files, self._manifest)
+
+    @cached_property
+    def _manifest(self) -> ShardManifest | None:
+        return read_manifest(epath.Path(self.path))
+
+    @cached_property
+    def _files(self) -> DataFiles:
+        return record_files(self.path, self._manifest)
 
 
 class _Instruction(NamedTuple):
@@ -109,23 +123,41 @@ def checked_manifest(path: str) -> ShardManifest | None:
     return manifest
 
 
-def open_records(path: str, manifest: ShardManifest | None) -> ArrayRecordDataSource:
-    """Open the encoded records of a file, glob or folder, which may have a manifest.
+def record_files(path: str, manifest: ShardManifest | None) -> DataFiles:
+    """Return the ArrayRecord files at `path`: those of the manifest, if there is one.
 
     Raises:
-      UserError: there are no files, or files of another kind.
+      UserError: there are none.
     """
-    folder = epath.Path(path)
     if manifest is None:
-        files: list[Any] = [str(f) for f in data_files(path, _is_array_record, "ArrayRecord file")]
-    else:
-        files = [
-            _Instruction(str(folder / shard.file), 0, shard.records, shard.records)
-            for shard in manifest.shards
+        return data_files(path, _is_array_record, "ArrayRecord file")
+    folder = epath.Path(path)
+    names = [shard.file for shard in manifest.shards]
+    inventory = Inventory(list_files(folder), folder)
+    inventory.claim(*names, MANIFEST, EMPTY)
+    for name in inventory.remaining():
+        if _is_array_record(name):
+            inventory.reject(name, f"{MANIFEST} does not list it", UNLISTED)
+    return DataFiles([folder / name for name in names], inventory.left_out())
+
+
+def open_records(
+    path: str, files: Sequence[epath.Path], manifest: ShardManifest | None
+) -> ArrayRecordDataSource:
+    """Open the encoded records of files, which may have a manifest.
+
+    Raises:
+      UserError: there are files of another kind.
+    """
+    opened: list[Any] = [str(file) for file in files]
+    if manifest is not None:
+        opened = [
+            _Instruction(file, 0, shard.records, shard.records)
+            for file, shard in zip(opened, manifest.shards, strict=True)
             if shard.records
         ]
     try:
-        return ArrayRecordDataSource(files)
+        return ArrayRecordDataSource(opened)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be read as ArrayRecord ({error}): "
@@ -167,7 +199,15 @@ def unpack(magic: bytes, data: bytes) -> tuple[dict[str, Any], bytes]:
     if data[: len(magic)] != magic or len(data) < _START:
         raise ValueError("its records have another encoding")
     end = _START + _LENGTH.unpack_from(data, len(magic))[0]
-    return json.loads(data[_START:end]), data[end:]
+    try:
+        header = parse_json(data[_START:end], "its header")
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    captions = header["captions"]
+    texts = [header["name"], *captions] if isinstance(captions, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its header has no name or no captions")
+    return header, data[end:]
 
 
 def write_array_record(path: str, records: Iterable[Record]) -> int:

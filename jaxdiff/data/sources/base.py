@@ -32,14 +32,22 @@ class LatentRecord(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records; constructing one opens no files."""
+    """Random access to records; constructing one opens no files.
+
+    A source that finds records it cannot use while it indexes its files states them in a property
+    `left_out` (`jaxdiff.data.bad_records.LeftOut`); others need none.
+    """
 
     def __len__(self) -> int:
         """Return the number of records."""
         ...
 
     def __getitem__(self, index: int, /) -> Record:
-        """Return the record at `index`, the same in every call and process."""
+        """Return the record at `index`, the same in every call and process.
+
+        Raises:
+          RecordError: this one record cannot be used.
+        """
         ...
 
     def check(self) -> None:

@@ -25,7 +25,8 @@ from jaxtyping import Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import LeftOut, RecordError
+from jaxdiff.data.files import DataFiles
 from jaxdiff.data.shards import EMPTY, LatentSpace, ShardManifest
 from jaxdiff.data.sources.array_record import (
     LATENTS,
@@ -33,6 +34,7 @@ from jaxdiff.data.sources.array_record import (
     checked_manifest,
     open_records,
     pack,
+    record_files,
     unpack,
 )
 from jaxdiff.data.sources.base import LatentRecord
@@ -78,7 +80,7 @@ class CachedLatents:
         try:
             return decode_latents(self._reader[index])
         except UNREADABLE as error:
-            raise RecordError(f"{self.path} record {index}: {error}") from error
+            raise RecordError(str(error), name=f"{self.path} record {index}") from error
 
     def check(self) -> None:
         """Raise `UserError` for a folder that is missing, incomplete, or without latents."""
@@ -154,7 +156,16 @@ class CachedLatents:
 
     @cached_property
     def _reader(self) -> ArrayRecordDataSource:
-        return open_records(self.path, self._manifest)
+        return open_records(self.path, self._files.files, self._manifest)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The files in the folder that are no shards of it."""
+        return self._files.left_out
+
+    @cached_property
+    def _files(self) -> DataFiles:
+        return record_files(self.path, self._manifest)
 
 
 def encode_latents(record: LatentRecord) -> bytes:

@@ -1,30 +1,51 @@
 """A folder of images, in the Hugging Face layout or with a text file per image."""
 
-import json
+import posixpath
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from jaxdiff.config.checked import checked
-from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.files import files_below
+from jaxdiff.data.bad_records import (
+    NO_CAPTION,
+    NO_IMAGE,
+    UNLISTED,
+    LeftOut,
+    RecordError,
+    some,
+)
+from jaxdiff.data.files import (
+    Inventory,
+    image_suffixes,
+    is_image,
+    is_regular,
+    is_unsupported_image,
+    list_files,
+    suffix_of,
+)
 from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.captions import LARGEST_CAPTIONS, captions_in, texts_of
 from jaxdiff.data.sources.columns import check_column
+from jaxdiff.data.sources.metadata import METADATA, Line, read_metadata
 from jaxdiff.errors import UserError
-
-_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_METADATA = "metadata.jsonl"
+from jaxdiff.io.files import reason
+from jaxdiff.io.terminal import printable
 
 
 class _Entry(NamedTuple):
-    """One image; `captions` is None where they are in its text file."""
+    """One image, with its captions or the name of the text file in which they are."""
 
     file: str
-    captions: list[str] | None
+    captions: list[str] | str
+
+
+class _Index(NamedTuple):
+    entries: list[_Entry]
+    left_out: LeftOut
 
 
 @checked
@@ -32,10 +53,14 @@ class _Entry(NamedTuple):
 class ImageFolder:
     """Images in the folder `path` (local or `gs://`) and below it.
 
-    With a `metadata.jsonl`, each line names an image (`file_name`, relative to the folder) and has
-    its caption or list of captions under the key `caption`. Otherwise each image has a `.txt` file
-    of the same name with one caption per non-empty line. With a `prompt`, that is the caption of
-    every image, and neither is read.
+    A `metadata.jsonl`, `.csv` or `.parquet` describes the images in its folder and below: each line
+    names one (`file_name`, relative to the metadata's folder) and has its caption or list of
+    captions under the key `caption`. An image in a folder without metadata has a `.txt` file of the
+    same name with one caption per non-empty line. With a `prompt`, that is the caption of every
+    image, and neither is read.
+
+    Images without a caption, captions without an image, images that the metadata of their folder do
+    not name, and images of unsupported formats are left out (`left_out`). Hidden files are ignored.
 
     An unreadable image or caption raises `RecordError`, an unusable folder `UserError`.
     """
@@ -45,131 +70,179 @@ class ImageFolder:
     prompt: str | None = None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._index.entries)
 
     def __getitem__(self, index: int, /) -> Record:
-        entry = self._entries[index]
-        file = epath.Path(self.path) / entry.file
+        entry = self._index.entries[index]
+        root = epath.Path(self.path)
+        name, captions = printable(str(root / entry.file)), entry.captions
         try:
-            image = file.read_bytes()
-            captions = entry.captions
-            if captions is None:
-                text = file.with_suffix(".txt").read_bytes().decode()
-                captions = [line.strip() for line in text.splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecordError(f"{file}: {error}") from error
-        return {"image": image, "captions": captions, "name": str(file)}
+            image = _read(root / entry.file)
+            if isinstance(captions, str):
+                text = _read(root / captions, LARGEST_CAPTIONS + 1)
+                file = printable(posixpath.basename(captions))
+                captions = captions_in(text, f"its file of captions {file}")
+        except RecordError as error:
+            raise error.of(name) from error
+        return {"image": image, "captions": captions, "name": name}
 
     def check(self) -> None:
         """Raise `UserError` if the folder is missing, empty or without captions.
 
         Checks that text files exist; they are read with their records.
         """
-        _ = self._entries
+        _ = self._index
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The files of the folder that are no records."""
+        return self._index.left_out
 
     @cached_property
-    def _entries(self) -> list[_Entry]:
+    def _index(self) -> _Index:
         root = epath.Path(self.path)
         if not root.is_dir():
             raise UserError(
                 f"The image folder {self.path} does not exist: "
                 "set data.source.path to a folder of images."
             )
+        listing = list_files(root)
+        inventory = Inventory(listing, root)
+        images = [file for file in listing.files if is_image(file)]
         if self.prompt is not None:
-            images = sorted(f for f in files_below(root) if is_image(f))
             entries = [_Entry(file, [self.prompt]) for file in images]
-        elif (root / _METADATA).exists():
-            entries = self._listed(root / _METADATA)
-            self._check_files(root, entries)
+            inventory.claim(*images)
         else:
-            entries = self._with_text_files(root)
+            folders = _metadata_files(listing.files)
+            listed = [line for file in folders.values() for line in self._lines(root, file)]
+            inventory.claim(*folders.values())
+            entries = self._listed(root, listed, set(listing.files), inventory)
+            free = [file for file in listing.files if not _governed(file, folders)]
+            entries += self._with_text_files(free, inventory)
+            named = {line.file_name for line in listed}
+            for file in images:
+                if _governed(file, folders) and file not in named:
+                    inventory.reject(file, "no metadata of its folder name it", UNLISTED)
+        left_out = inventory.left_out()
         if not entries:
-            raise UserError(
-                f"The folder {self.path} contains no images: expected {_METADATA}, "
-                f"or files ending in {', '.join(sorted(_IMAGES))} with a .txt file each."
-            )
-        return entries
+            raise self._unusable(images, left_out)
+        return _Index(entries, left_out)
 
-    def _listed(self, metadata: epath.Path) -> list[_Entry]:
-        rows = list(self._rows(metadata))
-        if rows:
-            check_column(
-                self.caption,
-                dict.fromkeys(key for row in rows for key in row),
-                key="caption",
-                where=str(metadata),
-            )
-        entries = [_Entry(row["file_name"], _texts(row.get(self.caption))) for row in rows]
-        if rows and not any(text.strip() for entry in entries for text in entry.captions or ()):
-            raise UserError(
-                f"All captions in {metadata} under {self.caption!r} are missing or empty: "
-                "add some, or set data.source.caption to another key."
-            )
-        return entries
-
-    def _rows(self, metadata: epath.Path) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):
-            where = f"Line {number} of {metadata}"
-            if not line.strip():
-                continue
-            try:
-                # A caption that is not UTF-8 invalidates its own record, not the whole file.
-                row = json.loads(line.decode(errors="surrogateescape"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not JSON ({error}): correct that line.") from error
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise UserError(
-                    f'{where} does not name an image: expected {{"file_name": "...", '
-                    f'"{self.caption}": "..."}}; correct that line.'
-                )
-            yield {**row, "file_name": _inside(row["file_name"], where)}
-
-    def _check_files(self, root: epath.Path, entries: list[_Entry]) -> None:
-        folders = {str(PurePosixPath(entry.file).parent) for entry in entries}
-        there = {
-            str(PurePosixPath(folder) / file.name)
-            for folder in folders
-            if (root / folder).is_dir()
-            for file in (root / folder).iterdir()  # one listing is cheaper than many stats
-        }
-        missing = [entry.file for entry in entries if entry.file not in there]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(entries)} files named by {_METADATA} in {self.path} "
-                f"do not exist, among them {', '.join(missing[:3])}: "
-                "add them, or remove their lines."
-            )
-
-    def _with_text_files(self, root: epath.Path) -> list[_Entry]:
-        files = set(files_below(root))
-        images = sorted(f for f in files if is_image(f))
-        if images and not any(str(PurePosixPath(f).with_suffix(".txt")) in files for f in images):
-            raise UserError(
-                f"The images in {self.path} have no captions: write a {_METADATA} with the keys "
+    def _unusable(self, images: list[str], left_out: LeftOut) -> UserError:
+        rejects = left_out.rejects
+        if images and all(reject.kind in (NO_CAPTION, NO_IMAGE) for reject in rejects):
+            return UserError(
+                f"The images in {self.path} have no captions: write a {METADATA[0]} with the keys "
                 f'"file_name" and "{self.caption}", or a .txt file for each image.'
             )
-        return [_Entry(file, None) for file in images]
-
-
-def is_image(file: str) -> bool:
-    """Whether a file's name has the suffix of an image."""
-    return PurePosixPath(file).suffix.lower() in _IMAGES
-
-
-def _texts(value: Any) -> list[str]:
-    """Return the captions in a metadata value: a string, a list, or None."""
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def _inside(file_name: str, where: str) -> str:
-    """Normalise `file_name`; raise `UserError` if it is outside the folder."""
-    path = PurePosixPath(file_name)
-    # Windows drives and UNC names count as absolute on every platform.
-    absolute = path.is_absolute() or PureWindowsPath(file_name).anchor or "://" in file_name
-    if absolute or ".." in path.parts or ".." in PureWindowsPath(file_name).parts:
-        raise UserError(
-            f"{where} names {file_name!r}, which is outside the folder: "
-            "file_name must be relative to the folder and stay inside it."
+        found = f" (left out: {some(rejects)})" if rejects else ""
+        return UserError(
+            f"The folder {self.path} contains no images that can be used{found}: expected "
+            f"{METADATA[0]}, or files ending in {image_suffixes()} with a .txt file each."
         )
-    return str(path)
+
+    def _lines(self, root: epath.Path, file: str) -> list[Line]:
+        """Return the lines of a metadata file, with names relative to the whole folder."""
+        lines = read_metadata(root / file, self.caption)
+        if not lines:
+            return []
+        names = dict.fromkeys(key for line in lines for key in line.values)
+        check_column(self.caption, names, key="caption", where=str(root / file))
+        texts = (text for line in lines for text in texts_of(line.values.get(self.caption)))
+        if not any(text.strip() for text in texts):
+            raise UserError(
+                f"All captions in {root / file} under {self.caption!r} are missing or empty: "
+                "add some, or set data.source.caption to another key."
+            )
+        folder = posixpath.dirname(file)
+        return [line._replace(file_name=posixpath.join(folder, line.file_name)) for line in lines]
+
+    def _listed(
+        self, root: epath.Path, lines: list[Line], files: set[str], inventory: Inventory
+    ) -> list[_Entry]:
+        """Return the images that metadata name; each line is a record, or rejected."""
+        entries = []
+        alike = {}
+        for line in lines:
+            file = line.file_name
+            if is_unsupported_image(file) and file in files:
+                continue  # rejected with the files that are left
+            if file in files or is_regular(root / file):  # a hidden file, if it is named
+                entries.append(_Entry(file, texts_of(line.values.get(self.caption))))
+                inventory.claim(file)
+                continue
+            alike = alike or {_folded(name): name for name in files}
+            near = alike.get(_folded(file))
+            hint = f"; {near} does" if near else ""
+            inventory.reject(file, f"{line.where} names it but it does not exist{hint}", NO_IMAGE)
+        return entries
+
+    def _with_text_files(self, files: list[str], inventory: Inventory) -> list[_Entry]:
+        """Return the images that have a text file of the same name."""
+        texts: dict[str, str] = {}
+        for file in sorted(files, reverse=True):  # of A.TXT and A.txt, the latter
+            if suffix_of(file) == ".txt":
+                texts[posixpath.splitext(file)[0]] = file
+        entries, used = [], set()
+        for file in files:
+            stem = posixpath.splitext(file)[0]
+            text = texts.get(stem)
+            if is_unsupported_image(file):
+                used.add(stem)  # rejected with the files that are left
+            elif not is_image(file):
+                continue
+            elif text is None:
+                inventory.reject(file, "it has no .txt file", NO_CAPTION)
+            else:
+                entries.append(_Entry(file, text))
+                inventory.claim(file)
+                used.add(stem)
+        for stem, text in texts.items():
+            if stem in used:
+                inventory.claim(text)
+            else:
+                inventory.reject(text, "no image has its name", NO_IMAGE)
+        return entries
+
+
+def _read(file: epath.Path, largest: int = -1) -> bytes:
+    """Return a file, or its first `largest` bytes."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(largest)
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
+        raise RecordError(f"{printable(file.name)} cannot be read ({reason(error)})") from error
+
+
+def _metadata_files(files: list[str]) -> dict[str, str]:
+    """Return the metadata file of each folder that has one.
+
+    Raises:
+      UserError: a folder has several.
+    """
+    found: dict[str, str] = {}
+    for file in files:
+        folder, name = posixpath.split(file)
+        if name in METADATA:
+            if folder in found:
+                raise UserError(
+                    f"The images in {folder or 'the folder'} have both {found[folder]} and {file}: "
+                    "expected one file of metadata; remove the other."
+                )
+            found[folder] = file
+    return found
+
+
+def _governed(file: str, folders: dict[str, str]) -> bool:
+    """Whether there are metadata in the folder of a file, or in one above."""
+    return bool(folders) and any(folder in folders for folder in _folders_above(file))
+
+
+def _folders_above(file: str) -> Iterator[str]:
+    while file:
+        file = posixpath.dirname(file)
+        yield file
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

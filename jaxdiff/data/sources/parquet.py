@@ -12,11 +12,13 @@ from etils import epath
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural
-from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.files import data_files
+from jaxdiff.data.bad_records import NO_IMAGE, NOT_TEXT, LeftOut, RecordError
+from jaxdiff.data.files import DataFiles, data_files
 from jaxdiff.data.sources.base import PickledFields, Record
+from jaxdiff.data.sources.captions import texts_of
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
+from jaxdiff.io.terminal import printable
 
 
 @checked
@@ -25,7 +27,7 @@ class Parquet(PickledFields):
     """The rows of the Parquet file, glob or folder `path` (local or `gs://`).
 
     Column `image` is a struct of `bytes` (an encoded file) and `path`, or plain bytes; column
-    `caption` is a string or a list of strings.
+    `caption` is a string or a list of strings, in any of Arrow's encodings of these.
 
     Rows are read in whole row groups, the unit that Parquet decodes. Each process caches up to
     `cache_mb` megabytes of them. Shuffled reading is fast if a host's part of the data fits;
@@ -46,45 +48,87 @@ class Parquet(PickledFields):
         try:
             table = self._row_groups.read(group)
             image, caption = (table.column(c)[row].as_py() for c in (self.image, self.caption))
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise RecordError(f"{name}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise RecordError(f"its caption is not UTF-8 ({error})", NOT_TEXT, name) from error
+        except (OSError, pa.ArrowException) as error:
+            raise RecordError(str(error), name=name) from error
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
-            raise RecordError(f"{name}: its image has no bytes")
-        texts = caption if isinstance(caption, list) else [caption]
-        return {"image": data, "captions": [t for t in texts if t is not None], "name": name}
+            path = image.get("path") if isinstance(image, dict) else None
+            where = f", only the path {printable(str(path))}" if path else ""
+            raise RecordError(f"its image has no bytes{where}", NO_IMAGE, name)
+        return {"image": data, "captions": texts_of(caption), "name": name}
 
     def check(self) -> None:
         """Raise `UserError` for missing files, missing columns, or no rows."""
         if len(self) == 0:
             raise UserError(f"The Parquet files at {self.path} contain no rows: expected images.")
 
+    @property
+    def left_out(self) -> LeftOut:
+        """The files in the folder that are not Parquet."""
+        return self._files.left_out
+
+    @cached_property
+    def _files(self) -> DataFiles:
+        return data_files(self.path, lambda name: name.lower().endswith(".parquet"), "Parquet file")
+
     @cached_property
     def _row_groups(self) -> "_RowGroups":
-        files = data_files(self.path, lambda name: name.endswith(".parquet"), "Parquet file")
-        opened = [(file, _metadata(file)) for file in files]
+        opened = [(file, _metadata(file)) for file in self._files.files]
         for file, metadata in opened:
             self._check_schema(file, metadata.schema.to_arrow_schema())
         return _RowGroups(opened, [self.image, self.caption], self.cache_mb * 1_000_000)
 
     def _check_schema(self, file: epath.Path, schema: pa.Schema) -> None:
-        check_column(self.image, schema.names, key="image", where=str(file))
-        check_column(self.caption, schema.names, key="caption", where=str(file))
+        for key, name in (("image", self.image), ("caption", self.caption)):
+            check_column(name, schema.names, key=key, where=str(file))
+            if schema.names.count(name) > 1:
+                raise UserError(
+                    f"{file} has {schema.names.count(name)} columns {name!r}: expected one; rename "
+                    f"the others, or set data.source.{key} to another column."
+                )
         image, caption = schema.field(self.image).type, schema.field(self.caption).type
         if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
-        if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        if not any(test(_values(image)) for test in _BYTES):
             raise UserError(
                 f"Column {self.image!r} of {file} has type {image}: "
                 "data.source.image must name a column of encoded images."
             )
-        if pa.types.is_list(caption) or pa.types.is_large_list(caption):
-            caption = caption.value_type
-        if not (pa.types.is_string(caption) or pa.types.is_large_string(caption)):
+        text = _values(caption.value_type if any(t(caption) for t in _LISTS) else caption)
+        if not any(test(text) for test in _TEXTS):
             raise UserError(
                 f"Column {self.caption!r} of {file} has type {caption}: "
                 "data.source.caption must name a column of text."
             )
+
+
+# Arrow's encodings of bytes, of text (all null among them) and of lists.
+_BYTES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
+_TEXTS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_null,
+)
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+
+
+def _values(encoded: pa.DataType) -> pa.DataType:
+    """Return the type of the values, of which a dictionary holds each once."""
+    return encoded.value_type if pa.types.is_dictionary(encoded) else encoded
 
 
 def _metadata(file: epath.Path) -> pq.FileMetaData:

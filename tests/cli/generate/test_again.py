@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import shutil
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from jaxdiff.io.images import save_png
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
 from jaxdiff.pretrained.bundle import Bundle, abstract_of, write_bundle
+from tests.io.conftest import chunk, png
 
 PEA = "a small red pea"
 
@@ -234,6 +237,32 @@ def test_a_file_without_the_text_is_refused(sample, generated, tmp_path, capsys)
     assert "has no metadata" in capsys.readouterr().err
     assert sample("--again", tmp_path / "missing.png") == 2
     assert "missing.png cannot be read" in capsys.readouterr().err
+
+
+BOMB = zlib.compress(b"a" * 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("before", "size", "message"),
+    [
+        (chunk(b"zTXt", b"prompt\0\0" + BOMB), 32, "is not a readable PNG or WebP file"),
+        (chunk(b"iTXt", b"prompt\0\1\0\0\0" + BOMB), 32, "is not a readable PNG or WebP file"),
+        (b"", 20_000, "is not a readable PNG or WebP file"),
+        (chunk(b"tEXt", b"parameters\0Steps: 20"), 32, "has no metadata prompt"),
+    ],
+)
+def test_files_of_others_are_refused_in_one_sentence(
+    sample, tmp_path, capsys, before, size, message
+):
+    data = png([bytes(96)] * 32, width=32, before=before)
+    header = struct.pack(">II", 32, 32)
+    data = data.replace(header, struct.pack(">II", size, size), 1)
+    crc = zlib.crc32(data[12:29])
+    (tmp_path / "a.png").write_bytes(data[:29] + struct.pack(">I", crc) + data[33:])
+    assert sample("--again", tmp_path / "a.png") == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.cli.generate import batch_generate
+from jaxdiff.distributed import multihost
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
@@ -132,8 +133,7 @@ def test_it_resumes_and_ends_the_same(sample, prompts, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(batch_generate, "generate", dies_at_the_second)
     for there in (4, 8):
-        with pytest.raises(KeyboardInterrupt):
-            sample("--prompts", file)
+        assert sample("--prompts", file) == 130
         assert len(manifest(out)) == there
         assert len(list(out.iterdir())) == there + 1
     capsys.readouterr()
@@ -204,7 +204,7 @@ def test_invalid_rows_are_reported_and_the_others_rendered(sample, prompts, tmp_
     assert sample("--prompts", prompts(*rows), "--verbose") == 1
     errors = capsys.readouterr().err
     for line, reason in {
-        2: "it is not JSON",
+        2: "it is not valid JSON",
         3: "multiples of 8",
         4: "missing.png cannot be read",
         5: "strength has no effect without init_image: give init_image as well",
@@ -284,6 +284,35 @@ def test_rows_start_from_images_beside_their_file(sample, prompts, model, tmp_pa
     assert (np.asarray(Image.open(out / "0000-a-small-red-pea.png")) != image).any()
 
 
+def test_rows_start_from_deep_images_and_transparent_masks(
+    sample, prompts, model, tmp_path, capsys
+):
+    grey = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    stroke = np.zeros((32, 32, 4), np.uint8)
+    stroke[:, 16:] = 255
+    Image.fromarray(stroke).save(tmp_path / "stroke.png")
+    stroke[4:8, 16:, :3] = 0
+    Image.fromarray(stroke).save(tmp_path / "ambiguous.png")
+    Image.new("F", (32, 32)).save(tmp_path / "float.tiff")
+    rows = [
+        {"prompt": PEA, "init_image": "deep.png", "mask": "stroke.png", "seed": 1},
+        {"prompt": PEA, "init_image": "deep.png", "mask": "ambiguous.png"},
+        {"prompt": PEA, "init_image": "float.tiff"},
+    ]
+    assert sample("--prompts", prompts(*rows)) == 1
+    errors = capsys.readouterr().err
+    assert "line 2: " in errors
+    assert "its transparency contradicts its brightness" in errors
+    assert "line 3: " in errors
+    assert "its values are floating point" in errors
+    image = np.asarray(Image.open(tmp_path / "out" / "0000-a-small-red-pea.png"))
+    pixels = np.rint(grey / 257).astype(np.uint8)[..., None].repeat(3, -1)
+    init = InitImage(image=pixels, mask=stroke[..., 3] / 255)
+    np.testing.assert_array_equal(image, load(model)(PEA, seeds=1, init=init)[0])
+    np.testing.assert_array_equal(image[:, :16], pixels[:, :16])
+
+
 def devices(monkeypatch, count):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:count])
 
@@ -310,6 +339,7 @@ def test_processes_share_the_rows_and_leave_one_manifest(sample, prompts, tmp_pa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     # One after the other instead of both at a time: no waiting, and the same counts of both.
     monkeypatch.setattr(batch_generate, "_wait_for_all", lambda _: None)
+    monkeypatch.setattr(multihost, "broadcast_text", lambda text: text)
     gather = batch_generate.multihost_utils
     monkeypatch.setattr(gather, "process_allgather", lambda x, **_: np.stack([x, x]))
     for process in (1, 0):

@@ -1,13 +1,19 @@
+import io
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from jaxdiff.cli import main as cli
 from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
 from jaxdiff.cli.parsing import _flags
+from jaxdiff.errors import UserError
+from jaxdiff.io import terminal
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.pipeline import load
@@ -27,6 +33,19 @@ PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 )
 def test_a_lora_is_a_file_and_perhaps_a_scale(lora, expected):
     assert file_and_scale(lora) == expected
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_the_scale_of_a_lora_is_finite(scale):
+    with pytest.raises(UserError, match=f"--lora style:{scale}: .*expected a finite number"):
+        file_and_scale(f"style:{scale}")
+
+
+def test_a_lora_may_have_a_number_after_a_colon_in_its_name(tmp_path):
+    path = tmp_path / "style:2"
+    path.mkdir()
+    assert file_and_scale(str(path)) == (str(path), 1.0)
+    assert file_and_scale(f"{path}:0.5") == (str(path), 0.5)
 
 
 def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, capsys):
@@ -205,7 +224,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     out = str(tmp_path / "file")
     assert cli.main(["sample", PEA, "--model", str(model), "--out", out]) == 2
-    assert "cannot be made a folder" in capsys.readouterr().err
+    assert "cannot be written to as a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -253,3 +272,72 @@ def test_more_images_than_the_devices_take_at_once_are_those_of_one_call(sample,
     for i, image in enumerate(images):
         path = tmp_path / "out" / f"000{i}-a-small-red-pea.png"
         np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
+
+
+@pytest.mark.parametrize("out", ["closed", "full", "ascii"])
+def test_output_that_cannot_be_written_loses_no_image(sample, tmp_path, monkeypatch, out):
+    if out == "ascii":
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    elif out == "full":
+        stream = open("/dev/full", "w")  # noqa: SIM115
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    folder = tmp_path / "grün\x1b\n"
+    assert sample(PEA, TOMATO, "--out", folder) == 0
+    assert len(list(folder.glob("000*.png"))) == 2
+    (tmp_path / "a.txt").write_text(f"{PEA}\n{TOMATO}\n")
+    rows = tmp_path / "rows"
+    assert sample("--prompts", tmp_path / "a.txt", "--grid", "--out", rows, "--verbose") == 0
+    assert len((rows / "manifest.jsonl").read_text().splitlines()) == 2
+    if out == "ascii":
+        stream.flush()
+        shown = stream.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+        assert rf"{tmp_path}/gr\xfcn\x1b\n/0000-a-small-red-pea.png" in shown
+    else:
+        terminal._discard(stream)
+        stream.close()
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9"), "a\0b", "pea " * 40_000])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("{}",),
+        (PEA, "{}"),
+        ("--negative-prompt", "{}", PEA),
+        (PEA, "--mix-prompt", "{}"),
+        (PEA, "--init-image", "{}"),
+        (PEA, "--solver", "{}"),
+        (PEA, "--{}", "1"),
+        ("--again", "{}"),
+        ("--prompts", "{}"),
+        (PEA, "--clip-model", "{}", "--best-of", "2"),
+        ("--lora", "{}", PEA),
+        ("--lora", "{}.safetensors", PEA),
+        ("--embedding", "{}.safetensors", PEA),
+    ],
+)
+def test_arguments_that_are_no_text_are_one_sentence(refused, model, tmp_path, text, words):
+    words = [word.replace("{}", text) for word in words]
+    error = refused("sample", "--model", str(model), "--out", str(tmp_path / "o"), *words)
+    assert error.startswith("jaxdiff: ")
+    assert error.count("\n") == 1
+
+
+def test_names_that_are_not_utf_8_are_read_and_written(sample, tmp_path, capsys):
+    folder = os.fsdecode(bytes(tmp_path / "out") + b"\xe9")
+    prompts = os.fsdecode(bytes(tmp_path / "p") + b"\xe9.txt")
+    epath.Path(prompts).write_text(f"{PEA}\n")
+    for generated in (1, 0):
+        assert sample("--prompts", prompts, "--out", folder) == 0
+        assert f"{generated} images in" in capsys.readouterr().out
+    (line,) = (epath.Path(folder) / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompts"] == r"p\xe9.txt"
+    image = os.fsdecode(bytes(tmp_path / "again") + b"\xe9.png")
+    (epath.Path(folder) / "0000-a-small-red-pea.png").rename(image)
+    assert sample("--again", image, "--out", folder) == 0
+    assert r"out\xe9/again\xe9-again.png" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_CAPTION, NO_IMAGE, UNLISTED, RecordError
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.errors import UserError
 
@@ -67,15 +67,22 @@ def test_images_without_captions_are_refused(tmp_path):
         ImageFolder(path=str(tmp_path)).check()
 
 
-def test_error_names_missing_files_of_the_metadata(tmp_path):
+@pytest.mark.parametrize(("there", "hint"), [("b.png", ""), ("GONE.png", "GONE.png does")])
+def test_lines_of_missing_files_are_left_out(tmp_path, there, hint):
     _image(tmp_path / "a.png")
+    _image(tmp_path / there)
     _metadata(
         tmp_path,
         {"file_name": "a.png", "text": "x"},
         {"file_name": "gone.png", "text": "y"},
     )
-    with pytest.raises(UserError, match=r"1 of 2 files .* do not exist, among them gone\.png"):
-        ImageFolder(path=str(tmp_path)).check()
+    source = ImageFolder(path=str(tmp_path))
+    assert len(source) == 1
+    (reject, unlisted) = source.left_out.rejects
+    assert reject.name.endswith("gone.png")
+    assert f"Line 2 of {tmp_path}/metadata.jsonl names it" in reject.reason
+    assert reject.reason.endswith(hint)
+    assert (unlisted.name, unlisted.kind) == (f"{tmp_path}/{there}", UNLISTED)
 
 
 def test_missing_caption_column_suggests_the_nearest(tmp_path):
@@ -126,13 +133,18 @@ def test_unreadable_caption_invalidates_only_its_record(tmp_path):
     source = ImageFolder(path=str(tmp_path))
     source.check()
     assert source[0]["captions"] == ["fine"]
-    with pytest.raises(RecordError, match=r"b\.png.*utf-8"):
+    with pytest.raises(RecordError, match=r"b\.png.*b\.txt is not UTF-8"):
         _ = source[1]
 
 
-def test_image_without_text_file_is_a_bad_record(tmp_path):
+def test_images_without_text_and_texts_without_image_are_left_out(tmp_path):
     for name in "ab":
         _image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("fine")
-    with pytest.raises(RecordError, match=r"b\.png"):
-        _ = ImageFolder(path=str(tmp_path))[1]
+    (tmp_path / "c.txt").write_text("lost")
+    source = ImageFolder(path=str(tmp_path))
+    assert len(source) == 1
+    assert [(r.name, r.kind) for r in source.left_out.rejects] == [
+        (f"{tmp_path}/b.png", NO_CAPTION),
+        (f"{tmp_path}/c.txt", NO_IMAGE),
+    ]

@@ -142,3 +142,9 @@ def test_an_inpainting_network_reads_mask_and_masked_latents():
     other = run(cond._replace(concat=concat.at[0].multiply(-1)))
     assert not np.allclose(other[0], plain[0])
     np.testing.assert_array_equal(other[1], plain[1])
+
+
+@pytest.mark.parametrize("channels", [5, 7, 8, 3])
+def test_inputs_are_latents_or_those_of_inpainting(channels):
+    with pytest.raises(UserError, match=f"in_channels is {channels} for .* or 9 with the mask"):
+        dataclasses.replace(TINY, in_channels=channels)

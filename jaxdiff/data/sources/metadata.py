@@ -1,0 +1,113 @@
+"""Read the metadata files of an image folder: JSON Lines, CSV or Parquet, as Hugging Face names."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import read_bytes
+from jaxdiff.io.text import LARGEST_TEXT, decode_text, lines_of, parse_json
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def is_metadata(file: str) -> bool:
+    """Whether a file's name is that of metadata."""
+    return PurePosixPath(file).name in METADATA
+
+
+class Line(NamedTuple):
+    """One line of a metadata file: the image's path in the file's folder, and all values."""
+
+    where: str
+    file_name: str
+    values: dict[str, Any]
+
+
+def read_metadata(file: epath.Path, caption: str) -> list[Line]:
+    """Read the lines of a metadata file; `caption` is the key of captions, for messages.
+
+    Raises:
+      UserError: the file or one of its lines is malformed, or names a file outside the folder.
+    """
+    readers = {".jsonl": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}
+    lines = []
+    for number, row in readers[file.suffix](file):
+        where = f"Line {number} of {file}"
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(
+                f'{where} does not name an image: expected {{"file_name": "...", "{caption}": '
+                '"..."}; correct that line.'
+            )
+        lines.append(Line(where, _inside(row["file_name"], where), row))
+    return lines
+
+
+def _text(file: epath.Path) -> str:
+    """Return the text of a file; a byte that is not UTF-8, as a surrogate, spoils only its line."""
+    data = read_bytes(file, "a metadata file that can be read", largest=LARGEST_TEXT)
+    try:
+        return decode_text(data, file)
+    except UserError:
+        return data.decode("utf-8-sig", errors="surrogateescape")
+
+
+def _json_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines_of(_text(file)), start=1):
+        if line.strip():
+            yield number, parse_json(line, f"Line {number} of {file}", by_value=True)
+
+
+def _csv_lines(file: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
+    rows = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    try:
+        names = next(rows, [])
+        _check_unique(names, file)
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise UserError(
+                    f"Line {rows.line_num} of {file} has {len(row)} values: expected "
+                    f"{len(names)}, as in its first line; correct that line."
+                )
+            yield rows.line_num, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"Line {rows.line_num} of {file} is not CSV ({error}): correct that line."
+        ) from error
+
+
+def _parquet_rows(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with file.open("rb") as opened:
+            table = pq.read_table(opened)
+        _check_unique(table.column_names, file)
+        yield from enumerate(table.to_pylist(), start=1)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as Parquet ({error}): write it again.") from error
+
+
+def _check_unique(names: list[str], file: epath.Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{file} has several columns {twice[0]!r}: expected one of each name.")
+
+
+def _inside(file_name: str, where: str) -> str:
+    """Normalise `file_name`; raise `UserError` if it is outside the folder."""
+    path = PurePosixPath(file_name)
+    # Windows drives and UNC names count as absolute on every platform.
+    absolute = path.is_absolute() or PureWindowsPath(file_name).anchor or "://" in file_name
+    if absolute or ".." in path.parts or ".." in PureWindowsPath(file_name).parts:
+        raise UserError(
+            f"{where} names {file_name!r}, which is outside the folder: "
+            "file_name must be relative to the folder and stay inside it."
+        )
+    return str(path)

@@ -1,0 +1,146 @@
+"""Folders that cannot be written to, disks that fill up, and signals, for each command."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from jaxdiff.cli import main as cli
+from jaxdiff.io.lock import LOCK, lock_folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_bundle, tmp_path_factory):
+    from jaxdiff.pretrained.bundle import write_bundle
+
+    folder = tmp_path_factory.mktemp("model")
+    write_bundle(folder, tiny_bundle, dtype="float32")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a pea")
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, photos, model_folder, recipe):
+    """`command(name, out)`: the words of a command that writes to `out`."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a pea\na pod\n")
+    sample = ["sample", "--model", str(model_folder), "--num-steps", "1"]
+    words = {
+        "train": ["train", recipe, "--out"],
+        "sample": [*sample, "a pea", "--out"],
+        "sample --prompts": [*sample, "--prompts", str(prompts), "--out"],
+        "prepare": ["prepare", str(photos)],
+        "export": ["export", str(model_folder)],
+        "explore": ["explore", recipe, "--samples", "10", "--out"],
+    }
+    return lambda name, out: [*words[name], str(out)]
+
+
+COMMANDS = ["train", "sample", "sample --prompts", "prepare", "export", "explore"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_in_use_is_refused_in_one_sentence(name, command, tmp_path, refused):
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock_folder(out):
+        assert f"{out} is in use by process {os.getpid()}" in refused(*command(name, out))
+        assert [path.name for path in out.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_in_place_of_the_folder_is_refused_in_one_sentence(name, command, tmp_path, refused):
+    (tmp_path / "out").touch()
+    said = refused(*command(name, tmp_path / "out"))
+    assert "cannot be written to as a folder" in said
+
+
+@pytest.mark.parametrize("name", ["sample", "sample --prompts", "prepare", "export"])
+def test_a_disk_that_fills_up_is_one_sentence(name, command, tmp_path, capsys, monkeypatch):
+    """The system refuses the first large write; the folder has no partial file afterwards."""
+    from etils import epath
+
+    out, path_type = tmp_path / "out", type(epath.Path(tmp_path))
+    write = path_type.write_bytes
+
+    def fill(path, data):
+        if path.name.startswith(".partial-"):
+            write(path, data[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(path_type, "write_bytes", fill)
+    assert cli.main(command(name, out)) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("jaxdiff: ")
+    assert "No space left on device" in said
+    assert not [path for path in out.rglob("*") if path.name.startswith(".partial-")]
+
+
+def test_what_no_code_foresaw_is_one_sentence_too(monkeypatch, refused):
+    def vanish(_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png")
+
+    monkeypatch.setattr("jaxdiff.cli.recipes.recipes_command", vanish)
+    assert "a.png cannot be read or written (No such file or directory)" in refused("recipes")
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch):
+    def fail(_):
+        raise OSError("not of a file")
+
+    monkeypatch.setattr("jaxdiff.cli.recipes.recipes_command", fail)
+    with pytest.raises(OSError, match="not of a file"):
+        cli.main(["recipes"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_one_line(number, monkeypatch, capsys):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(
+        "jaxdiff.cli.recipes.recipes_command", lambda _: signal.raise_signal(number)
+    )
+    assert cli.main(["recipes"]) == 128 + number
+    said = capsys.readouterr()
+    assert said.err == f"jaxdiff: {number.name}: stopped; finished files are kept.\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_images_that_are_finished_stay_after_ctrl_c(model_folder, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a red pea\n" * 3000)
+    words = ["sample", "--model", model_folder, "--num-steps", "1", "--prompts", prompts]
+    words = [sys.executable, "-m", "jaxdiff", *map(str, words), "--out", out]
+    started = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": ""},  # one device
+    )
+    end = time.monotonic() + 120
+    while len(list(out.glob("*.png"))) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130, said
+    assert said.splitlines()[-1] == "jaxdiff: SIGINT: stopped; finished files are kept."
+    assert "Traceback" not in said
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    for path in out.glob("*.png"):
+        Image.open(path).load()

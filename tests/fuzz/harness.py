@@ -1,0 +1,148 @@
+"""Mutated inputs, and what may come of them: it works, or one sentence.
+
+A traceback, a hang, much memory, a file outside of the test's folder or a started process fails.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxdiff.data.bad_records import RecordError
+from jaxdiff.errors import UserError
+
+SECONDS = 10.0
+BYTES = 2 * 2**30
+
+_TOKENS = (
+    [b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r", b"\t", b" ", b'"', b"\\"]
+    + [b"{", b"}", b"[", b"]", b"(", b")", b":", b",", b"..", b"/", b"../../", b"://", b"~", b"%s"]
+    + [b"null", b"true", b"NaN", b"Infinity", b"-1", b"0", b"1e999", b"9" * 400, b"2147483648"]
+    + [b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\\u0000", b"\\ud800", b"[" * 1000, b'{"a":' * 1000]
+    + [(1 << k).to_bytes(8, "little") for k in (0, 8, 16, 31, 32, 62, 63)]
+)
+
+
+def counts(quick: int, nightly: int) -> pytest.MarkDecorator:
+    """Parametrize a test by the number of inputs: some in every run, all of them at night."""
+    return pytest.mark.parametrize(
+        "count", [quick, pytest.param(nightly, marks=pytest.mark.nightly)]
+    )
+
+
+def mutations(corpus: Sequence[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
+    """Yield the corpus, then `count` inputs with one to five random changes each."""
+    yield from corpus
+    rng = random.Random(seed)
+    for _ in range(count):
+        data = bytearray(rng.choice(corpus))
+        for _ in range(rng.randint(1, 5)):
+            _change(data, corpus, rng)
+        yield bytes(data)
+
+
+_VALUES = [None, True, False, -1, 0, 1, 3, 2**31, 2**70, 0.5, -0.0, 1e30, "", "x", "../x", "1"]
+_VALUES += [[], {}, [1, 2], ["a"], [[]], {"type": "x"}, {"a": 1}]
+
+
+def changed_json(data: bytes, rng: random.Random) -> bytes:
+    """Return a JSON document with one value replaced or removed, or a key renamed."""
+    root = json.loads(data)
+    at, keys = root, list(_keys(root))
+    while keys:
+        key = rng.choice(keys)
+        below = list(_keys(at[key]))
+        if not below or rng.random() < 0.3:
+            break
+        at, keys = at[key], below
+    if not keys:
+        return json.dumps(rng.choice(_VALUES)).encode()
+    match rng.randrange(4):
+        case 0:
+            del at[key]
+        case 1 if isinstance(at, dict):
+            at["x"] = at.pop(key)
+        case _:
+            at[key] = rng.choice(_VALUES)
+    return json.dumps(root).encode()
+
+
+def _keys(value: object) -> Iterable[Any]:
+    return value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+
+
+def _change(data: bytearray, corpus: Sequence[bytes], rng: random.Random) -> None:
+    place = rng.randint(0, len(data))
+    span = slice(place, place + rng.choice((1, 2, 4, 8, 64)))
+    match rng.randrange(6):
+        case 0:
+            data[span] = rng.randbytes(len(data[span]))
+        case 1:
+            del data[span]
+        case 2:
+            data[place:place] = rng.choice(_TOKENS)
+        case 3:
+            data[span] = rng.choice(_TOKENS)
+        case 4:
+            other = rng.choice(corpus)
+            data[place:] = other[rng.randint(0, len(other)) :]
+        case 5:
+            data[place:place] = data[span] * rng.choice((1, 2, 100))
+
+
+_started: list[str] = []
+_watching = False
+
+
+def _audit(event: str, _arguments: object) -> None:
+    if _watching and event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        _started.append(event)
+
+
+sys.addaudithook(_audit)
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, *, processes: bool = False) -> Iterator[None]:
+    """Fail if files appear beside `folder`, processes start or much memory is taken.
+
+    Args:
+      folder: the only one in its parent that may change.
+      processes: whether to allow processes.
+    """
+    global _watching
+    before, memory = sorted(os.listdir(folder.parent)), _peak()
+    _started.clear()
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+    assert processes or not _started, _started
+    assert sorted(os.listdir(folder.parent)) == before
+    assert _peak() - memory < BYTES
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def survives(call: Callable[[], object], data: object) -> None:
+    """Call; fail on anything but success and the two exceptions that are one sentence."""
+    start = time.monotonic()
+    try:
+        call()
+    except (UserError, RecordError) as error:
+        if not str(error).strip():
+            raise AssertionError(f"an empty message for {data!r}"[:2000]) from error
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__} for {data!r}"[:2000]) from error
+    assert time.monotonic() - start < SECONDS, data

@@ -1,0 +1,152 @@
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from jaxdiff.errors import UserError
+from jaxdiff.io import lock
+from jaxdiff.io.lock import LOCK, Stored, lock_folder, output_folder
+
+IN_USE = r"in use by process \d+ \(.+\) on .+ since \d{4}-"
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with lock_folder(tmp_path):
+        with pytest.raises(UserError, match=IN_USE), lock_folder(tmp_path):
+            pass
+        with pytest.raises(UserError, match=IN_USE), lock_folder(tmp_path, share="host1"):
+            pass
+    with lock_folder(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hosts_of_one_job_share_a_folder(tmp_path):
+    with lock_folder(tmp_path, share="host0"), lock_folder(tmp_path, share="host1"):
+        for share in (None, "host0"):
+            with pytest.raises(UserError, match=IN_USE), lock_folder(tmp_path, share=share):
+                pass
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_a_crash_releases_the_lock(tmp_path):
+    program = """
+        import sys, time
+        from jaxdiff.io.lock import output_folder
+        with output_folder(sys.argv[1]):
+            print("held", flush=True)
+            time.sleep(60)
+        """
+    words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "out")]
+    other = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with (
+        pytest.raises(UserError, match=rf"in use by process {other.pid} "),
+        output_folder(tmp_path / "out"),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    assert (tmp_path / "out" / LOCK).exists()
+    with output_folder(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "file", "file/below", "loop"])
+def test_a_folder_that_cannot_be_one_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="cannot be written to as a folder"), output_folder(name):
+        pass
+
+
+class Memory:
+    """An object in memory that honours generations; `clock` is the time."""
+
+    def __init__(self):
+        self.clock, self.generation, self.data, self.written = 0.0, 0, b"", 0.0
+        self.changed = threading.Event()
+
+    def read(self) -> Stored | None:
+        if not self.generation:
+            return None
+        return Stored(self.data, self.generation, self.clock - self.written)
+
+    def write(self, data: bytes, generation: int) -> int | None:
+        if generation != self.generation:
+            return None
+        self.generation, self.data, self.written = self.generation + 1, data, self.clock
+        self.changed.set()
+        return self.generation
+
+    def delete(self, generation: int) -> None:
+        if generation == self.generation:
+            self.generation = 0
+
+
+def lease(store: Memory, renew: float = 60.0):
+    return lock._lease(store, "gs://bucket/out", expires=180.0, renew=renew)
+
+
+def test_a_lease_has_one_holder_and_ends_with_it():
+    store = Memory()
+    with lease(store):
+        with pytest.raises(UserError, match=r"gs://bucket/out is " + IN_USE), lease(store):
+            pass
+        assert store.generation == 1
+    assert store.read() is None
+
+
+def test_a_lease_is_renewed_while_it_is_held():
+    store = Memory()
+    with lease(store, renew=0.01):
+        store.clock = 100.0
+        store.changed.clear()
+        assert store.changed.wait(5)
+        store.clock = 200.0  # 100 s after the renewal
+        with pytest.raises(UserError, match=IN_USE), lease(store):
+            pass
+    assert store.read() is None
+
+
+def test_an_expired_lease_is_taken_over_by_one(caplog):
+    store = Memory()
+    crashed = lease(store)
+    crashed.__enter__()
+    store.clock = 181.0
+    with lease(store):
+        taken = store.generation
+        crashed.__exit__(None, None, None)  # does not delete what another holds
+        assert store.generation == taken
+
+
+def test_the_loser_of_a_race_is_refused(monkeypatch):
+    store = Memory()
+    read = store.read
+
+    def late():
+        there = read()
+        store.write(b'{"pid": 7}', store.generation)
+        monkeypatch.setattr(store, "read", read)
+        return there
+
+    monkeypatch.setattr(store, "read", late)
+    with pytest.raises(UserError, match="in use by process 7 "), lease(store):
+        pass
+
+
+def test_a_holder_that_lost_its_lease_says_so(caplog):
+    store = Memory()
+    with lease(store, renew=0.01):
+        store.generation = 7
+        for _ in range(500):
+            if "took over" in caplog.text:
+                break
+            threading.Event().wait(0.01)
+    assert "took over" in caplog.text
+    assert store.generation == 7
