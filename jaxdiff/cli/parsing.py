@@ -12,10 +12,9 @@ from typing import Any
 import tyro
 
 from jaxdiff.cli.peer_flags import peer_flag
-from jaxdiff.config.fields import FieldError
 from jaxdiff.config.recipe_files import DEFAULT_RECIPE
 from jaxdiff.config.serialization import flatten, members, to_json
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import Config, load_recipe
 

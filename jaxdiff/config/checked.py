@@ -7,7 +7,7 @@
         clip_norm: Annotated[float | None, Range(0, math.inf, "(]")] = 1.0
 
 The same check applies to Python, recipes, JSON and flags. Without a constraint in its annotation,
-a float is finite and within float32, an integer within int32, a text UTF-8; a `Literal`, a class
+a float is finite and within float32, and an integer within int32; a `Literal`, a class
 and each element of a tuple are checked too. The constructor holds what the check returns: NumPy's
 scalars become Python's, and lists become tuples.
 """
@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 
-from jaxdiff.config.fields import Constraint, FieldError, Range, Switch, Text, unexpected
+from jaxdiff.config.fields import Constraint, Range, Switch, Text, unexpected
 from jaxdiff.config.serialization import members
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -31,7 +31,7 @@ _CONSTRAINTS: dict[Any, Constraint] = {
     float: Range(),
     int: Range(),
     bool: Switch(),
-    str: Text(empty=True),
+    str: Text(empty=True, any_bytes=True),  # paths are texts
 }
 """What values have that no constraint describes."""
 
@@ -102,7 +102,7 @@ def _check_one(name: str, value: Any, kind: Any) -> Any:
     if origin is tuple:
         return _check_tuple(name, value, kind)
     expected = origin or kind
-    if not isinstance(expected, type) or not _is_checkable(expected):
+    if expected is Any or not isinstance(expected, type) or not _is_checkable(expected):
         return value
     if not isinstance(value, expected):
         raise unexpected(name, value, _called(kind))
@@ -137,8 +137,8 @@ def _called(kind: Any) -> str:
         case origin if origin is Literal:
             return f"one of {', '.join(map(str, inner))}"
         case origin if origin is tuple:
-            many = inner[-1] is Ellipsis
-            return f"a tuple of {'' if many else len(inner)} {_called(inner[0])}".replace("  ", " ")
+            count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+            return f"a tuple of {count}{_called(inner[0]).removeprefix('a ')}s"
         case origin if origin is Callable:
             return "a function"
         case origin if origin in (typing.Union, types.UnionType):

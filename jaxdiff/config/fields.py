@@ -36,24 +36,6 @@ LONGEST_TEXT = 2**17
 _Mark = TypeVar("_Mark")
 
 
-class FieldError(UserError):
-    """A value that a field of a `checked` dataclass does not allow.
-
-    Attributes:
-      cls: the dataclass.
-      field: name of the field.
-      value: what was given.
-    """
-
-    def __init__(self, cls: type, field: str, value: Any, message: str):
-        super().__init__(f"{cls.__name__}.{field}{message}")
-        self.cls, self.field, self.value, self._message = cls, field, value, message
-
-    def called(self, name: str) -> UserError:
-        """Return the error under the name that the user knows the field by."""
-        return UserError(f"{name}{self._message}")
-
-
 @dataclass(frozen=True)
 class Doc:
     """The help of an option.
@@ -165,10 +147,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Text:
-    """Text in UTF-8; `number` accepts an integer too, as its digits."""
+    """Text in UTF-8, or of any bytes; `number` accepts an integer too, as its digits."""
 
     empty: bool = False
     number: bool = False
+    any_bytes: bool = False
 
     def check(self, name: str, value: Any, kind: Any) -> Any:
         """Raise `UserError` for other types, and for blank text unless it may be empty."""
@@ -178,7 +161,7 @@ class Text:
         if not isinstance(value, str):
             raise unexpected(name, value, "a text")
         try:
-            value.encode()
+            value.encode(errors="surrogateescape" if self.any_bytes else "strict")
         except UnicodeEncodeError as error:
             raise UserError(f"{name} is not UTF-8: save or type it as UTF-8.") from error
         if "\0" in value:
@@ -195,6 +178,8 @@ class Text:
 @dataclass(frozen=True)
 class File(Text):
     """The path of a file."""
+
+    any_bytes: bool = True
 
     def check(self, name: str, value: Any, kind: Any) -> epath.Path:
         """Raise `UserError` for what is no text."""
@@ -239,7 +224,7 @@ class Size:
         if isinstance(value, str) and ":" in value:
             return value  # which ratios exist depends on the model
         if isinstance(value, tuple) and len(value) == 2:
-            side = Range(1, self.largest)
+            side = Range(0, self.largest)  # the least depends on the model
             width, height = (side.check(name, length, int) for length in value)
             return int(width), int(height)
         match = (
@@ -392,4 +377,5 @@ def unexpected(name: str, value: Any, expected: str) -> UserError:
         text = reprlib.repr(value)
     except ValueError:  # an integer of thousands of digits
         text = "too long a number"
+    text = " ".join(text.split())  # of an array
     return UserError(f"{name} is {text}: expected {expected}.")

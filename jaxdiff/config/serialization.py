@@ -12,8 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxdiff.config.fields import FieldError
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 
 
 def to_json(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Check a user's arguments, and convert them to the program's arrays."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,12 +12,13 @@ from jaxtyping import Float32, UInt8, UInt32
 from PIL import Image
 
 from jaxdiff.config.checked import check_value, checked
-from jaxdiff.config.fields import LONGEST_TEXT, Count, FieldError, Seed
+from jaxdiff.config.fields import LONGEST_TEXT, Count, Natural, Seed
 from jaxdiff.data.text_tokenizer import TextTokenizer
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io.image_decoding import ImageError
 from jaxdiff.io.images import mask_of, picture_of
 from jaxdiff.io.text import check_text
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
 from jaxdiff.pipelines.program import SampleInputs
@@ -350,7 +352,7 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
     Raises:
       UserError: they are no two multiples of the model's `size_multiple`.
     """
-    width, height = check_value("size", size, tuple[Count, Count])
+    width, height = check_value("size", size, tuple[Natural, Natural])
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
         raise UserError(
@@ -393,13 +395,14 @@ def sample_inputs(
         fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
         mix_fraction = np.asarray(fractions, np.float32)
     scale = guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scales = float_array("guidance_scale", scale, n)
     seeds = range(n) if request.seeds is None else request.seeds
     mask = request.init.mask if request.init is not None else None
     return SampleInputs(
         text=positive.text,
         negative=negative.text,
         seeds=seed_array(one_each("seeds", seeds, n)),
-        guidance_scale=float_array("guidance_scale", scale, n),
+        guidance_scale=_guidance_scales(scales, spec),
         mix_text=mix_text,
         mix_fraction=mix_fraction,
         composed_text=positive.composed_text,
@@ -408,6 +411,25 @@ def sample_inputs(
         mask=None if mask is None or images is None else check_masks(mask, images.shape),
         noise=_noise(request.latents, n, shape),
     )
+
+
+def _guidance_scales(
+    scales: Float32[np.ndarray, " n"], spec: TextToImage
+) -> Float32[np.ndarray, " n"]:
+    """Return the scales of eq. 1 of `sampling/guidance/cfg.py`.
+
+    diffusers' pipelines of Stable Diffusion and XL are unguided at 1 and below, and cards of
+    distilled models ask for 0. Other models follow eq. 1, with a warning below 1.
+    """
+    if isinstance(spec.denoiser, UNet2DConditionConfig):
+        return np.maximum(scales, np.float32(1))
+    if scales.min() < 1:
+        warnings.warn(
+            f"guidance_scale is {scales.min():g}: below 1 it steers towards the negative prompt; 1 "
+            "is unguided.",
+            stacklevel=4,
+        )
+    return scales
 
 
 def _noise(latents: Any, n: int, shape: tuple[int, int, int]) -> np.ndarray | None:

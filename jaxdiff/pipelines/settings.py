@@ -76,7 +76,7 @@ class GenerationSettings:
 
     prompt: Annotated[
         str,
-        Text(),
+        Text(empty=True),
         Doc("What to generate, each prompt in quotes.", PROMPTS, common=True),
         Varies.IMAGE,
     ] = ""
@@ -107,7 +107,11 @@ class GenerationSettings:
     guidance_scale: Annotated[
         float | None,
         Range(),
-        Doc("Prompt adherence; 1 is unguided.", SAMPLING, common=True),
+        Doc(
+            "Prompt adherence; 1 is unguided. So is less, for Stable Diffusion.",
+            SAMPLING,
+            common=True,
+        ),
         Varies.IMAGE,
     ] = None
     size: Annotated[

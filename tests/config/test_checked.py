@@ -9,8 +9,7 @@ import pytest
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.generate.options import SampleOptions
 from jaxdiff.config.checked import check_value
-from jaxdiff.config.fields import FieldError
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
 

@@ -13,9 +13,9 @@ from etils import epath
 
 from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
-from jaxdiff.config.fields import Doc, Field, FieldError, Range, fields_of, flag
+from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
