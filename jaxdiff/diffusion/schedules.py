@@ -101,10 +101,11 @@ def _noise_to_data(beta_start: float, beta_end: float, num_train_steps: int) -> 
     return np.sqrt(-np.expm1(log_alpha_bar)) / np.exp(log_alpha_bar / 2)
 
 
-def _zero_terminal(ratio: np.ndarray) -> np.ndarray:
+def _zero_terminal(ratio: np.ndarray, terminal_alpha_bar: float) -> np.ndarray:
     """Return sigma / alpha with alpha 0 at the last step (Lin et al. 2023, algorithm 1)."""
     alpha = 1 / np.hypot(1, ratio)
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alpha[-1] = terminal_alpha_bar**0.5
     with np.errstate(divide="ignore"):
         return np.sqrt(1 - alpha**2) / alpha
 
@@ -124,15 +125,19 @@ class ScaledLinear:
         num_train_steps: the number of betas.
         zero_terminal_snr: rescale alpha to 0 at t = 1 (Lin et al. 2023, algorithm 1); unsuitable
             for networks that predict eps, which does not determine x0 there.
+        terminal_alpha_bar: alpha^2 at t = 1 after that rescaling; 2^-24 in diffusers' schedulers
+            that step in sigma / alpha, whose multistep solvers need a finite one.
 
     Raises:
-        UserError: betas outside 0 < beta_start <= beta_end < 1, or fewer than two steps.
+        UserError: betas outside 0 < beta_start <= beta_end < 1, fewer than two steps, or a
+            terminal_alpha_bar outside [0, 0.001].
     """
 
     beta_start: Annotated[float, Range(0, 1, "()")] = 0.00085
     beta_end: Annotated[float, Range(0, 1, "()")] = 0.012
     num_train_steps: Annotated[int, Range(2)] = 1000
     zero_terminal_snr: bool = False
+    terminal_alpha_bar: Annotated[float, Range(0, 1e-3)] = 0.0
 
     def __post_init__(self):
         if self.beta_start > self.beta_end:
@@ -144,7 +149,8 @@ class ScaledLinear:
     def _table(self) -> np.ndarray:
         """sigma / alpha [num_train_steps + 1], from t = 0."""
         table = _noise_to_data(self.beta_start, self.beta_end, self.num_train_steps)
-        table = _zero_terminal(table) if self.zero_terminal_snr else table
+        if self.zero_terminal_snr:
+            table = _zero_terminal(table, self.terminal_alpha_bar)
         return np.concatenate([[0.0], table])
 
     def _ratio(self, t: Times) -> Times:

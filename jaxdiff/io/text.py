@@ -99,13 +99,16 @@ def read_text(path: epath.PathLike, wanted: str = "a text file") -> str:
     return decode_text(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
 
 
-def parse_json(data: bytes | str, name: object, *, by_value: bool = False) -> Any:
+def parse_json(
+    data: bytes | str, name: object, *, by_value: bool = False, infinities: bool = False
+) -> Any:
     """Parse JSON, with limits on depth and on the digits of numbers.
 
     Args:
       data: text, or bytes as `decode_text` takes them.
       name: what messages call it.
       by_value: leave bytes that are not UTF-8, as surrogates, for the readers of the values.
+      infinities: accept Infinity and -Infinity, which diffusers writes.
 
     Raises:
       UserError: it is not JSON, holds NaN or an infinity, a text that is not Unicode, or two values
@@ -118,7 +121,7 @@ def parse_json(data: bytes | str, name: object, *, by_value: bool = False) -> An
             text,
             parse_int=_int,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=_infinity if infinities else _constant,
             object_pairs_hook=_object,
         )
     except (ValueError, RecursionError) as error:
@@ -133,14 +136,18 @@ def parse_json(data: bytes | str, name: object, *, by_value: bool = False) -> An
 
 
 def read_json(
-    path: epath.PathLike, wanted: str = "a complete copy of its folder"
+    path: epath.PathLike,
+    wanted: str = "a complete copy of its folder",
+    *,
+    infinities: bool = False,
 ) -> dict[str, Any]:
     """Read a file with one JSON object, as `parse_json` does.
 
     Raises:
       UserError: it cannot be read or is no JSON object; the message asks for `wanted`.
     """
-    value = parse_json(read_bytes(path, wanted, largest=LARGEST_TEXT), path)
+    data = read_bytes(path, wanted, largest=LARGEST_TEXT)
+    value = parse_json(data, path, infinities=infinities)
     if not isinstance(value, dict):
         raise UserError(f"{path} is {reprlib.repr(value)}, no JSON object: give {wanted}.")
     return value
@@ -213,6 +220,10 @@ def _float(digits: str) -> float:
     if len(digits) > LONGEST_NUMBER or not math.isfinite(float(digits)):
         raise ValueError(f"the number {digits[:20]} is out of range")
     return float(digits)
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name != "NaN" else _constant(name)
 
 
 def _constant(name: str) -> Any:

@@ -219,8 +219,8 @@ class Pipeline:
             some model families treat differently from "".
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
-          guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and for
-            Stable Diffusion and XL all below it too.
+          guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and
+            so is less for Stable Diffusion and XL.
           size: width and height; by default those of `latents` or `init`, or the training images'.
           latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
           init: images to start from, with a mask and a strength.

@@ -23,33 +23,42 @@ def is_autoencoder_config(data: Any) -> bool:
     return isinstance(data, dict) and data.get("_class_name") in kinds
 
 
-def read_autoencoder_spec(folder: epath.PathLike) -> PublishedAutoencoder:
+def read_autoencoder_spec(folder: epath.PathLike, kind: str | None = None) -> PublishedAutoencoder:
     """Read the specification of an autoencoder.
+
+    Args:
+      folder: with `config.json`.
+      kind: diffusers' class; None takes the config's.
 
     Raises:
       UserError: the config is missing, or has unsupported values.
     """
     root = epath.Path(folder)
-    config, what = read_json(root / CONFIG), f"{root.name}/{CONFIG}"
-    if config.get("_class_name") == tiny_autoencoder_keys.KIND:
+    config, what = read_json(root / CONFIG, "the whole folder of a model"), f"{root.name}/{CONFIG}"
+    kind = kind or (config.get("_class_name") if isinstance(config, Mapping) else None)
+    if kind == tiny_autoencoder_keys.KIND:
         return tiny_autoencoder_keys.read_tiny_autoencoder_config(config, what)
     return autoencoder_keys.read_autoencoder_config(config, what)
 
 
 def read_autoencoder_folder(
-    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
+    folder: epath.PathLike,
+    kind: str | None = None,
+    *,
+    place: Callable[[np.ndarray], Any] = to_device,
 ) -> tuple[PublishedAutoencoder, dict[str, Any]]:
     """Read an autoencoder's specification and parameters.
 
     Args:
       folder: with `config.json` and `diffusion_pytorch_model.safetensors`.
+      kind: diffusers' class; None takes the config's.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: a file is missing or damaged, or of an unsupported kind.
     """
     root = epath.Path(folder)
-    spec, tensors = read_autoencoder_spec(root), open_weights(root, WEIGHTS)
+    spec, tensors = read_autoencoder_spec(root, kind), open_weights(root, WEIGHTS)
     if isinstance(spec, TinyAutoencoderConfig):
         params = tiny_autoencoder_keys.tiny_autoencoder_from_torch(tensors, spec, place=place)
     else:

@@ -8,7 +8,23 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_build
-from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
+from jaxdiff.pretrained.config_check import (
+    FLAG,
+    Only,
+    Schema,
+    Unused,
+    Used,
+    choice,
+    each,
+    fields_of,
+    integer,
+    number,
+    optional,
+    read_config,
+    several,
+    side,
+    write_keys,
+)
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Cut, Renamed, to_linear
 
@@ -64,49 +80,54 @@ def _current_name(name: str) -> str | Mapping[str, Cut]:
     return {new: to_linear} if kind == "weight" else new
 
 
-_KEYS: Keys = {
-    "latent_channels": ("latent_channels", 4),
-    "block_out_channels": ("block_out_channels", (64,)),
-    "layers_per_block": ("layers_per_block", 1),
-    "norm_num_groups": ("norm_num_groups", 32),
-    "mid_block_add_attention": ("mid_block_add_attention", True),
-    "use_quant_conv": ("use_quant_conv", True),
-    "use_post_quant_conv": ("use_post_quant_conv", True),
-    "scaling_factor": ("scaling_factor", 0.18215),
-    "sample_size": ("sample_size", 32),
+_WIDTH = integer(1, 2**16)
+_BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
+
+AUTOENCODER_KEYS: Schema = {
+    "in_channels": Used(3, _WIDTH, "image_channels"),
+    "out_channels": Used(3, _WIDTH),
+    "latent_channels": Used(4, _WIDTH, "latent_channels"),
+    "block_out_channels": Used([64], several(_WIDTH), "block_out_channels"),
+    "layers_per_block": Used(1, integer(1, 64), "layers_per_block"),
+    "norm_num_groups": Used(32, _WIDTH, "norm_num_groups"),
+    "mid_block_add_attention": Used(True, FLAG, "mid_block_add_attention"),
+    "use_quant_conv": Used(True, FLAG, "use_quant_conv"),
+    "use_post_quant_conv": Used(True, FLAG, "use_post_quant_conv"),
+    "scaling_factor": Used(0.18215, number(0, 1e6), "scaling_factor"),
+    "shift_factor": Used(None, optional(number(-1e6, 1e6))),
+    "sample_size": Used(32, side(1, 2**16, square=False), "sample_size"),
+    "down_block_types": Used([_BLOCKS[0]], several(choice(_BLOCKS[:1]))),
+    "up_block_types": Used([_BLOCKS[1]], several(choice(_BLOCKS[1:]))),
+    "act_fn": Only("silu", "swish"),
+    "force_upcast": Unused("for float16; the caller chooses the type of the weights"),
+    "latents_mean": Only(None),
+    "latents_std": Only(None),
 }
-_OTHER = {"in_channels", "out_channels", "down_block_types", "up_block_types", "shift_factor"}
-
-_FIXED: Fixed = {
-    "act_fn": ("silu",),
-    "force_upcast": None,  # for float16; the caller chooses the type of the weights
-    "latents_mean": (None,),
-    "latents_std": (None,),
-}
+"""Schema of an autoencoder's `config.json`."""
 
 
-def read_autoencoder_config(
-    config: Mapping[str, Any], what: str = "vae/config.json"
-) -> AutoencoderConfig:
+def read_autoencoder_config(config: Any, what: str = "vae/config.json") -> AutoencoderConfig:
     """Read our config from diffusers' `AutoencoderKL` config, whose missing keys have defaults.
 
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    check_config(what, config, {*_KEYS, *_OTHER}, _FIXED)
-    kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-    channels = {config.get("in_channels", 3), config.get("out_channels", 3)}
-    if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"} or len(channels) > 1:
-        raise UserError(
-            f"{what} has blocks {', '.join(sorted(kinds))} and {sorted(channels)} channels: "
-            "expected DownEncoderBlock2D and UpDecoderBlock2D, and as many channels out as in; use "
-            "another autoencoder."
-        )
+    values = read_config(what, config, AUTOENCODER_KEYS)
+    for key in ("down_block_types", "up_block_types"):
+        each(f"{what}: {key}", values[key], len(values["block_out_channels"]))
+    check_channels(what, values)
     return AutoencoderConfig(
-        image_channels=channels.pop(),
-        shift_factor=config.get("shift_factor") or 0.0,
-        **read_keys(config, _KEYS),
+        shift_factor=values["shift_factor"] or 0.0, **fields_of(values, AUTOENCODER_KEYS)
     )
+
+
+def check_channels(what: str, values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an autoencoder with more or fewer channels out than in."""
+    if values["in_channels"] != values["out_channels"]:
+        raise UserError(
+            f"{what}: in_channels is {values['in_channels']} and out_channels "
+            f"{values['out_channels']}: expected equal numbers; use another autoencoder."
+        )
 
 
 def write_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
@@ -123,12 +144,11 @@ def write_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": config.image_channels,
         "out_channels": config.image_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [_BLOCKS[0]] * levels,
+        "up_block_types": [_BLOCKS[1]] * levels,
         "shift_factor": config.shift_factor or None,
-        **write_keys(config, _KEYS),
+        **write_keys(config, AUTOENCODER_KEYS),
     }
 
 

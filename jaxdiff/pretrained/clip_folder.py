@@ -8,12 +8,32 @@ from etils import epath
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.io.text import read_json
-from jaxdiff.models.text_encoders.clip import ClipConfig
+from jaxdiff.models.text_encoders.clip import CLIP_MEAN, CLIP_STD, ClipConfig
 from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.bundle import Bundle
+from jaxdiff.pretrained.config_check import Only, Schema, Unused, read_config
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
-CONFIG = "config.json"
+CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+
+_RESIZING = Unused("images come in the size of vision_config")
+IMAGE_KEYS: Schema = {
+    "image_mean": Only(list(CLIP_MEAN)),
+    "image_std": Only(list(CLIP_STD)),
+    "do_normalize": Only(True),
+    "do_rescale": Only(True),
+    "rescale_factor": Only(1 / 255),
+    **dict.fromkeys(
+        ("crop_size", "default_to_square", "do_center_crop", "do_resize", "resample", "size"),
+        _RESIZING,
+    ),
+    **dict.fromkeys(
+        ("feature_extractor_type", "image_processor_type", "processor_class"),
+        Unused("describes the file"),
+    ),
+    "do_convert_rgb": Unused("images have three channels"),
+}
+"""Schema of CLIP's `preprocessor_config.json`."""
 
 
 def is_clip_config(data: Any) -> bool:
@@ -27,8 +47,10 @@ def read_clip_spec(folder: epath.PathLike) -> ClipConfig:
     Raises:
       UserError: the config is missing, or has unsupported values.
     """
-    path = epath.Path(folder) / CONFIG
-    return clip_keys.read_clip_config(read_json(path), str(path))
+    root, wanted = epath.Path(folder), "the whole folder of a model"
+    if (root / IMAGES).exists():
+        read_config(str(root / IMAGES), read_json(root / IMAGES, wanted), IMAGE_KEYS)
+    return clip_keys.read_clip_config(read_json(root / CONFIG, wanted), str(root / CONFIG))
 
 
 def read_clip_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:

@@ -1,6 +1,6 @@
 """CLIP's parameters under the tensor names of transformers' CLIPModel and its two encoders."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,21 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVision,
     ClipVisionConfig,
 )
-from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
+from jaxdiff.pretrained.config_check import (
+    OFF,
+    Kind,
+    Only,
+    Schema,
+    Unused,
+    Used,
+    choice,
+    fields_of,
+    integer,
+    optional,
+    read_config,
+    side,
+    write_keys,
+)
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
@@ -74,97 +88,132 @@ def _full_name(name: str, config: AnyClipConfig) -> str | None:
     return f"{'text' if isinstance(config, ClipTextConfig) else 'vision'}_model.{name}"
 
 
-_BLOCK_KEYS: Keys = {
-    "num_hidden_layers": ("depth", 12),
-    "hidden_act": ("activation", "quick_gelu"),
-}
-_TEXT_KEYS: Keys = {
-    **_BLOCK_KEYS,
-    "vocab_size": ("vocab_size", 49408),
-    "max_position_embeddings": ("length", 77),
-    "hidden_size": ("width", 512),
-    "num_attention_heads": ("heads", 8),
-}
-_TEXT_READ = {*_TEXT_KEYS, "intermediate_size", "projection_dim", "eos_token_id"}
+_WIDTH = integer(1, 2**16)
+_ENDS = ("", "_dict")
+_SECTION = Kind("an object", lambda value: dict(value or {}))
 
-# Without effect on a trained encoder's outputs.
-_IGNORED = """
-    architectures attention_dropout bos_token_id chunk_size_feed_forward dropout dtype id2label
-    initializer_factor initializer_range is_encoder_decoder label2id model_type output_attentions
-    output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers_version
-"""
-
-_TEXT_FIXED: Fixed = dict.fromkeys(_IGNORED.split()) | {"layer_norm_eps": (1e-5,)}
+# Of transformers' base class, in the files of its versions 2 to 5.
+_WITHOUT_EFFECT = {
+    "describes the file, or the form of the outputs": """
+        architectures chunk_size_feed_forward dtype finetuning_task model_type name_or_path
+        output_attentions output_hidden_states return_dict tokenizer_class torch_dtype torchscript
+        transformers_version use_cache
+    """,
+    "for training, or for a classifier": """
+        attention_dropout dropout gradient_checkpointing id2label initializer_factor
+        initializer_range label2id problem_type use_bfloat16
+    """,
+    "for generation of text": """
+        add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id
+        cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+        early_stopping encoder_no_repeat_ngram_size eos_token_id
+        exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id is_decoder
+        is_encoder_decoder length_penalty max_length min_length no_repeat_ngram_size
+        num_beam_groups num_beams num_return_sequences output_scores pad_token_id prefix
+        remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
+        suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+        tie_word_embeddings top_k top_p typical_p
+    """,
+}
+_BASE: Schema = {
+    **{key: Unused(why) for why, keys in _WITHOUT_EFFECT.items() for key in keys.split()},
+    "pruned_heads": Only({}, [], None),
+}
+_BLOCKS: Schema = {
+    **_BASE,
+    "num_hidden_layers": Used(12, integer(1, 256), "depth"),
+    "hidden_act": Used("quick_gelu", choice(("quick_gelu", "gelu")), "activation"),
+    "layer_norm_eps": Only(1e-5),
+}
+TEXT_KEYS: Schema = {
+    **_BLOCKS,
+    "vocab_size": Used(49408, integer(1, 2**24), "vocab_size"),
+    "max_position_embeddings": Used(77, _WIDTH, "length"),
+    "hidden_size": Used(512, _WIDTH, "width"),
+    "num_attention_heads": Used(8, _WIDTH, "heads"),
+    "intermediate_size": Used(2048, _WIDTH),
+    "projection_dim": Used(512, optional(_WIDTH)),
+    "eos_token_id": Used(49407, integer(0, 2**24)),
+    "use_attention_mask": OFF,  # of diffusers' Stable Diffusion, for other text encoders
+}
+"""Schema of a text encoder's `config.json`."""
 
 _ENDS_AT_LARGEST = 2  # a wrong id in OpenAI's configs, for which transformers uses the largest id
 
 
 def read_text_config(
-    config: Mapping[str, Any], *, projected: bool, what: str = "text_encoder/config.json"
+    config: Any, *, projected: bool, what: str = "text_encoder/config.json"
 ) -> ClipTextConfig:
     """Read our config from that of transformers' CLIPTextModel (`projected`: ...WithProjection).
 
     Raises:
       UserError: the config asks for something that this encoder does not have.
     """
-    check_config(what, config, _TEXT_READ, _TEXT_FIXED)
-    end_id = config.get("eos_token_id", 49407)
+    values = read_config(what, config, TEXT_KEYS)
+    end_id = values["eos_token_id"]
     return ClipTextConfig(
-        **_size(config, what, _TEXT_KEYS, hidden=2048),
-        projection_dim=config.get("projection_dim", 512) if projected else None,
+        **_size(values, TEXT_KEYS),
+        projection_dim=_projection(what, values) if projected else None,
         end_id=None if end_id == _ENDS_AT_LARGEST else end_id,
     )
 
 
-_VISION_KEYS: Keys = {
-    **_BLOCK_KEYS,
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 32),
-    "hidden_size": ("width", 768),
-    "num_attention_heads": ("heads", 12),
+def _projection(what: str, values: Mapping[str, Any]) -> int:
+    if values["projection_dim"] is None:
+        raise UserError(f"{what}: projection_dim is null: expected a number; use another model.")
+    return values["projection_dim"]
+
+
+VISION_KEYS: Schema = {
+    **_BLOCKS,
+    "image_size": Used(224, side(1, 2**14), "image_size"),
+    "patch_size": Used(32, side(1, 2**14), "patch_size"),
+    "hidden_size": Used(768, _WIDTH, "width"),
+    "num_attention_heads": Used(12, _WIDTH, "heads"),
+    "intermediate_size": Used(3072, _WIDTH),
+    "projection_dim": Unused("the config of both encoders states it"),
+    "num_channels": Only(3),
 }
-_VISION_READ = {*_VISION_KEYS, "intermediate_size", "projection_dim"}
-_VISION_FIXED: Fixed = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
+"""Schema of the image encoder's part of CLIP's `config.json`."""
+
+CLIP_KEYS: Schema = {
+    **_BASE,
+    "projection_dim": Used(512, _WIDTH),
+    "logit_scale_init_value": Unused("for training; the weights have the trained value"),
+    **{f"{name}_config{end}": Used(None, _SECTION) for name in ("text", "vision") for end in _ENDS},
+}
+"""Schema of CLIP's `config.json`."""
 
 
-def read_clip_config(config: Mapping[str, Any], what: str = "config.json") -> ClipConfig:
+def read_clip_config(config: Any, what: str = "config.json") -> ClipConfig:
     """Read our config of both encoders from that of transformers' CLIPModel.
-
-    Old files list all options of transformers for each encoder; only CLIP's are checked.
 
     Raises:
       UserError: the config asks for something that these encoders do not have.
     """
-    end = config.get("projection_dim", 512)
+    values = read_config(what, config, CLIP_KEYS)
+    end = values["projection_dim"]
 
-    def encoder(name: str, keys: Collection[str]) -> dict[str, Any]:
-        given = {
-            **(config.get(f"{name}_config") or {}),
-            **(config.get(f"{name}_config_dict") or {}),
-        }
-        return {key: value for key, value in given.items() if key in keys} | {"projection_dim": end}
+    def encoder(name: str, schema: Schema) -> dict[str, Any]:
+        # In old files a second section overrides the first, its missing keys included.
+        first, second = (values[f"{name}_config{end}"] for end in _ENDS)
+        defaults = {k: rule.default for k, rule in schema.items() if not isinstance(rule, Unused)}
+        return {**first, **(defaults if second else {}), **second, "projection_dim": end}
 
-    text = encoder("text", {*_TEXT_READ, "layer_norm_eps"})
-    vision = encoder("vision", {*_VISION_READ, *_VISION_FIXED})
-    check_config(f"{what}, vision_config", vision, _VISION_READ, _VISION_FIXED)
+    where = f"{what}, vision_config"
+    vision = read_config(where, encoder("vision", VISION_KEYS), VISION_KEYS)
     return ClipConfig(
-        text=read_text_config(text, projected=True, what=f"{what}, text_config"),
-        vision=ClipVisionConfig(
-            **_size(vision, f"{what}, vision_config", _VISION_KEYS, hidden=3072),
-            projection_dim=end,
+        text=read_text_config(
+            encoder("text", TEXT_KEYS), projected=True, what=f"{what}, text_config"
         ),
+        vision=ClipVisionConfig(**_size(vision, VISION_KEYS), projection_dim=end),
     )
 
 
-def _size(config: Mapping[str, Any], what: str, keys: Keys, *, hidden: int) -> dict[str, Any]:
-    """Return the fields of either encoder; `hidden` is the default of intermediate_size."""
-    fields = read_keys(config, keys)
-    activation = fields["activation"]
-    if activation not in ("quick_gelu", "gelu"):
-        raise UserError(
-            f"{what}: hidden_act is {activation!r}: expected quick_gelu or gelu; use another model."
-        )
-    return {**fields, "mlp_ratio": config.get("intermediate_size", hidden) / fields["width"]}
+def _size(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """Return the fields of either encoder."""
+    fields = fields_of(values, schema)
+    return {**fields, "mlp_ratio": values["intermediate_size"] / fields["width"]}
 
 
 def write_text_config(config: ClipTextConfig) -> dict[str, Any]:
@@ -174,7 +223,7 @@ def write_text_config(config: ClipTextConfig) -> dict[str, Any]:
     return projection | {
         "architectures": [kind],
         "model_type": "clip_text_model",
-        **write_keys(config, _TEXT_KEYS),
+        **write_keys(config, TEXT_KEYS),
         "intermediate_size": round(config.width * config.mlp_ratio),
         "eos_token_id": _ENDS_AT_LARGEST if config.end_id is None else config.end_id,
     }

@@ -7,8 +7,9 @@ tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.j
 scheduler/                            scheduler_config.json
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -29,7 +30,9 @@ from jaxdiff.models.conditioning import (
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import autoencoder_folder, clip_keys, unet_keys
+from jaxdiff.pretrained.autoencoder_folder import PublishedAutoencoder
 from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
+from jaxdiff.pretrained.config_check import FLAG, Kind, Schema, Unused, Used, read_config
 from jaxdiff.pretrained.merging import merge_additions
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 from jaxdiff.pretrained.scheduler import (
@@ -46,6 +49,7 @@ MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
 
 PIPELINES = (
     "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
@@ -54,6 +58,54 @@ PIPELINES = (
 
 ENCODERS = {"text": "text_encoder", "text_2": "text_encoder_2"}
 """Folders of text encoders by our names; XL's refiner has only the second."""
+
+_PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "scheduler": None,
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+
+
+def _part(classes: tuple[str, ...] | None) -> Kind:
+    """[library, class] of a part, as its class; null or [null, null] for none."""
+
+    def parse(value: Any) -> str | None:
+        library, name = value or (None, None)
+        known = library in ("diffusers", "transformers") and isinstance(name, str)
+        if name is not None and not (known and (classes is None or name in classes)):
+            raise ValueError
+        return name
+
+    names = "a class" if classes is None else " or ".join(classes)
+    return Kind(f'["diffusers" or "transformers", {names}]', parse)
+
+
+_ALONE = {part: Used(None, _part(classes)) for part, classes in _PARTS.items()}
+_COMMON: Schema = {
+    "_class_name": Unused("read before all others"),
+    "safety_checker": Unused("judges finished images"),
+    "requires_safety_checker": Unused("judges finished images"),
+    "feature_extractor": Unused("of the safety checker and of IP-Adapters"),
+    "image_encoder": Unused("of IP-Adapters"),
+}
+INDEX_KEYS: dict[bool, Schema] = {
+    False: {**_COMMON, **{part: _ALONE[part] for part in _ALONE if not part.endswith("_2")}},
+    True: {
+        **_COMMON,
+        **_ALONE,
+        "force_zeros_for_empty_prompt": Used(True, FLAG),
+        "requires_aesthetics_score": Unused("the U-Net's width states it"),
+        "add_watermarker": Unused("marks finished images"),
+    },
+}
+"""Schemas of `model_index.json`, without and with XL."""
+
+# diffusers corrects the scheduler's config of Stable Diffusion 1 and 2 if it lacks these keys.
+_MISSING_IN_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 
 _STEPS, _GUIDANCE = 50, {False: 7.5, True: 5.0}  # diffusers' defaults, of 1.x and 2.x, and of XL
 
@@ -71,26 +123,46 @@ def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
     """
     root = epath.Path(folder)
     index = _index(root)
-    network = read_json(root / "unet" / "config.json")
-    scheduling = read_scheduling(read_json(root / "scheduler" / "scheduler_config.json"))
-    autoencoder = autoencoder_folder.read_autoencoder_spec(root / "vae")
-    is_xl = _has(index, "text_encoder_2")
+    network = _config(root / "unet" / "config.json")
+    denoiser = unet_keys.read_unet_config(network)
+    scheduler = _config(root / "scheduler" / "scheduler_config.json")
+    if not index.is_xl and isinstance(scheduler, Mapping):
+        scheduler = {**_MISSING_IN_SCHEDULER, **scheduler}
+    scheduling = read_scheduling(scheduler, index.classes.get("scheduler"))
+    autoencoder = autoencoder_folder.read_autoencoder_spec(root / "vae", index.classes.get("vae"))
+    _check_networks(denoiser, autoencoder)
     return TextToImage(
         name=root.resolve().name,
-        denoiser=unet_keys.read_unet_config(network),
-        conditioner=_conditioner(root, index, is_xl=is_xl),
+        denoiser=dataclasses.replace(denoiser, num_train_steps=scheduling.schedule.num_train_steps),
+        conditioner=_conditioner(root, index),
         autoencoder=autoencoder,
         prediction=scheduling.prediction,
         schedule=scheduling.schedule,
-        image_size=int(network.get("sample_size") or 64) * autoencoder.downsampling,
+        image_size=unet_keys.default_size(network) * autoencoder.downsampling,
         sampler=Sampler(
             solver=scheduling.solver,
             grid=scheduling.grid,
             init_noise=scheduling.init_noise,
             num_steps=_STEPS,
-            guidance_scale=_GUIDANCE[is_xl],
+            guidance_scale=_GUIDANCE[index.is_xl],
         ),
     )
+
+
+def _check_networks(network: UNet2DConditionConfig, autoencoder: PublishedAutoencoder) -> None:
+    """Check what diffusers' pipelines expect of both, and that they fit together."""
+    latents = autoencoder.latent_channels
+    if network.out_channels != latents or network.extra_channels not in (0, latents + 1):
+        raise UserError(
+            f"{unet_keys.WHAT}: in_channels is {network.in_channels} and out_channels "
+            f"{network.out_channels}: expected the {latents} latent_channels of the autoencoder, "
+            f"or {2 * latents + 1} in_channels for inpainting; use another model."
+        )
+    if isinstance(autoencoder, AutoencoderConfig) and autoencoder.shift_factor:
+        raise UserError(
+            f"vae/config.json: shift_factor is {autoencoder.shift_factor}, which diffusers' Stable "
+            "Diffusion ignores: expected null or 0; use another autoencoder."
+        )
 
 
 def read_diffusers(
@@ -116,7 +188,9 @@ def read_diffusers(
         )
         for name, encoder in _clip_encoders(spec).items()
     }
-    _, params["autoencoder"] = autoencoder_folder.read_autoencoder_folder(root / "vae", place=place)
+    _, params["autoencoder"] = autoencoder_folder.read_autoencoder_folder(
+        root / "vae", _index(root).classes.get("vae"), place=place
+    )
     return Bundle(spec, params, tokenizers)
 
 
@@ -127,10 +201,10 @@ def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
       UserError: one is missing or damaged.
     """
     root = epath.Path(folder)
-    index = _index(root)
+    classes = _index(root).classes
     tokenizers = {}
     for name, encoder in ENCODERS.items():
-        if _has(index, encoder):
+        if encoder in classes:
             path = root / encoder.replace("text_encoder", "tokenizer")
             if not path.exists():
                 raise UserError(
@@ -141,44 +215,61 @@ def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
     return tokenizers
 
 
-def _index(root: epath.Path) -> dict[str, Any]:
-    index = read_json(root / INDEX)
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
+class Index(NamedTuple):
+    """The content of `model_index.json`.
+
+    Attributes:
+      is_xl: whether the pipeline is XL's.
+      zero_absent: XL's `force_zeros_for_empty_prompt`.
+      classes: the class of each part that the pipeline has.
+    """
+
+    is_xl: bool
+    zero_absent: bool
+    classes: dict[str, str]
+
+
+def _index(root: epath.Path) -> Index:
+    index, what = _config(root / INDEX), str(root / INDEX)
+    kind = index.get("_class_name") if isinstance(index, Mapping) else None
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise UserError(
-            f"{root / INDEX} names {kind}, which jaxdiff does not support: expected "
+            f"{what} names {kind}, which jaxdiff does not support: expected "
             f"{', '.join(PIPELINES)}; use another model."
         )
-    return index
+    is_xl = "XL" in kind
+    values = read_config(what, index, INDEX_KEYS[is_xl])
+    classes = {part: values[part] for part in _PARTS if values.get(part) is not None}
+    wanted = "text_encoder_2" if is_xl else "text_encoder"
+    if wanted not in classes:
+        raise UserError(
+            f"{what} names no {wanted}: expected one for a {kind}; copy the whole folder of the "
+            "model."
+        )
+    return Index(is_xl, values.get("force_zeros_for_empty_prompt", False), classes)
 
 
-def _has(index: Mapping[str, Any], part: str) -> bool:
-    return (index.get(part) or [None])[0] is not None
+def _config(path: epath.Path) -> Any:
+    return read_json(path, "the whole folder of a model", infinities=True)
 
 
-def _conditioner(
-    root: epath.Path, index: Mapping[str, Any], *, is_xl: bool
-) -> ClipConditioner | StableDiffusionXLConditioner:
+def _conditioner(root: epath.Path, index: Index) -> ClipConditioner | StableDiffusionXLConditioner:
     encoders = {
         name: ClipTextEncoder(
             model=clip_keys.read_text_config(
-                read_json(root / part / "config.json"), projected=name == "text_2"
+                _config(root / part / "config.json"),
+                projected=name == "text_2",
+                what=f"{part}/config.json",
             ),
-            hidden_layer=-2 if is_xl else None,
-            final_norm=not is_xl,
+            hidden_layer=-2 if index.is_xl else None,
+            final_norm=not index.is_xl,
         )
         for name, part in ENCODERS.items()
-        if _has(index, part)
+        if part in index.classes
     }
-    if not encoders:
-        raise UserError(
-            f"{root / INDEX} names no text encoder: expected {' or '.join(ENCODERS.values())}; "
-            "copy the whole folder of the model."
-        )
-    if not is_xl:
+    if not index.is_xl:
         return ClipConditioner(text=encoders["text"], masked=False)
-    zero_absent = bool(index.get("force_zeros_for_empty_prompt", True))
-    return StableDiffusionXLConditioner(**encoders, zero_absent=zero_absent)
+    return StableDiffusionXLConditioner(**encoders, zero_absent=index.zero_absent)
 
 
 def _clip_encoders(spec: TextToImage) -> dict[str, ClipTextEncoder]:
@@ -198,6 +289,7 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     _check(bundle)
     root, (spec, params, tokenizers) = epath.Path(folder), merge_additions(bundle)
     network, autoencoder, conditioner = spec.denoiser, spec.autoencoder, spec.conditioner
+    _check_networks(network, autoencoder)
     scheduler = write_scheduling(_scheduling(spec))
     network_config = unet_keys.write_unet_config(network)
     network_config["sample_size"] = spec.image_size // spec.downsampling

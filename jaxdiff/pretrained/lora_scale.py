@@ -9,51 +9,52 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.config_check import Fixed, check_config
+from jaxdiff.pretrained.config_check import (
+    FLAG,
+    Kind,
+    Only,
+    Schema,
+    Unused,
+    Used,
+    number,
+    read_config,
+)
 
 Patterns = list[tuple[re.Pattern[str], float]]
 Selects = Callable[[str], bool]
 
 _DEFAULT = 8  # of both r and lora_alpha
 
-READ = {
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
+_ANY = Kind("any", lambda value: value)  # read below, by what it is for
+_NUMBER = number(-1e30, 1e30)
+
+_REASONS = {
+    "of the training": "auto_mapping base_model_name_or_path inference_mode peft_version revision "
+    "task_type ensure_weight_tying lora_dropout runtime_config velora_config",
+    "initial values, which were trained": "corda_config eva_config lora_ga_config loftq_config",
+    "without effect on Linear and Conv2d": "fan_in_fan_out megatron_core qalora_group_size",
 }
 
-_TRAINED_ON = "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
-_INITIAL = "corda_config eva_config lora_ga_config loftq_config"  # initial values, then trained
-_TRAINING = "ensure_weight_tying lora_dropout runtime_config velora_config"  # not in inference
-_OTHER_LAYERS = "fan_in_fan_out megatron_core qalora_group_size"  # no effect on Linear and Conv2d
-
-FIXED: Fixed = {
-    **dict.fromkeys(f"{_TRAINED_ON} {_INITIAL} {_TRAINING} {_OTHER_LAYERS}".split()),
-    "peft_type": ("LORA",),
-    "bias": ("none",),
+SCHEMA: Schema = {
+    "r": Used(_DEFAULT, _NUMBER),
+    "lora_alpha": Used(_DEFAULT, _NUMBER),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), Used(False, FLAG)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "target_modules"), Used(None, _ANY)),
+    **dict.fromkeys(("exclude_modules", "layers_to_transform"), Used(None, _ANY)),
+    "layers_pattern": Used(None, _ANY),
+    **{key: Unused(why) for why, keys in _REASONS.items() for key in keys.split()},
+    "peft_type": Only("LORA"),
+    "bias": Only("none"),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the model's own weights.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "layer_replication": (None, []),
-    "megatron_config": (None,),
-    "modules_to_save": (None, []),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_qalora": (False, None),
+    "init_lora_weights": Only(True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    **dict.fromkeys(("arrow_config", "kasa_config", "megatron_config"), Only(None)),
+    **dict.fromkeys(("alora_invocation_tokens", "layer_replication"), Only(None, [])),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), Only(None, [])),
+    "monteclora_config": Only(None),
+    "trainable_token_indices": Only(None, [], {}),
+    **dict.fromkeys(("use_bdlora", "use_qalora"), Only(None, False)),
 }
-"""Keys of PEFT's LoraConfig that are not read, with the supported values; None for any."""
+"""Keys of PEFT's LoraConfig."""
 
 _LARGEST_PATTERN = 300
 _QUANTIFIERS = 4
@@ -122,26 +123,17 @@ def read_peft_config(what: str, config: Any, *, selects: bool = False) -> PeftCo
     Raises:
       UserError: it is none, or asks for something that jaxdiff does not have.
     """
-    if not isinstance(config, Mapping):
-        raise UserError(f"{what} is no config of PEFT: expected a JSON object; copy it again.")
-    check_config(what, config, READ, FIXED)
-
-    def flag(key: str) -> bool:
-        value = config.get(key, False)
-        if not isinstance(value, bool | None):
-            raise UserError(f"{what}: {key} is {value!r}: expected true or false.")
-        return bool(value)
-
+    values = read_config(what, config, SCHEMA)
     return PeftConfig(
         what,
-        _number(what, "r", config.get("r", _DEFAULT)),
-        _number(what, "lora_alpha", config.get("lora_alpha", _DEFAULT)),
-        _patterns(what, "rank_pattern", config.get("rank_pattern")),
-        _patterns(what, "alpha_pattern", config.get("alpha_pattern")),
-        flag("use_rslora"),
-        flag("use_dora"),
-        flag("lora_bias"),
-        _selection(what, config) if selects else lambda module: True,
+        values["r"],
+        values["lora_alpha"],
+        _patterns(what, "rank_pattern", values["rank_pattern"]),
+        _patterns(what, "alpha_pattern", values["alpha_pattern"]),
+        values["use_rslora"],
+        values["use_dora"],
+        values["lora_bias"],
+        _selection(what, values) if selects else lambda module: True,
     )
 
 
@@ -186,9 +178,7 @@ def _selection(what: str, config: Mapping[str, Any]) -> Selects:
 
 
 def _number(what: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
-        raise UserError(f"{what}: {key} is {str(value)[:40]!r}: expected a number.")
-    return float(value)
+    return read_config(what, {key: value}, {key: Used(None, _NUMBER)})[key]
 
 
 def _patterns(what: str, key: str, stated: Any) -> Patterns:

@@ -8,7 +8,18 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_build
-from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, read_keys, write_keys
+from jaxdiff.pretrained.autoencoder_keys import check_channels
+from jaxdiff.pretrained.config_check import (
+    Only,
+    Schema,
+    Unused,
+    Used,
+    fields_of,
+    integer,
+    read_config,
+    several,
+    write_keys,
+)
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 TINY_NAMES = {
@@ -24,55 +35,58 @@ TINY_NAMES = {
 
 KIND = "AutoencoderTiny"
 
-_KEYS: Keys = {
-    "latent_channels": ("latent_channels", 4),
-    "num_encoder_blocks": ("encoder_blocks", (1, 3, 3, 3)),
-    "num_decoder_blocks": ("decoder_blocks", (3, 3, 3, 1)),
-}
+_WIDTH = integer(1, 2**16)
 _WIDTHS = ("encoder_block_out_channels", "decoder_block_out_channels")
-_CHANNELS = ("in_channels", "out_channels")
+_BLOCKS = ("num_encoder_blocks", "num_decoder_blocks")
+_STORED = Unused("for latents stored as 8-bit images")
 
-_FIXED: Fixed = {
-    "act_fn": ("relu",),
-    "upsample_fn": ("nearest",),
-    "upsampling_scaling_factor": (2,),
-    "scaling_factor": (1.0,),
-    "shift_factor": (0.0,),
-    "block_out_channels": None,  # diffusers writes the encoder's a second time
-    "latent_magnitude": None,  # for latents stored as 8-bit images
-    "latent_shift": None,
-    "force_upcast": None,
+TINY_KEYS: Schema = {
+    "in_channels": Used(3, _WIDTH, "image_channels"),
+    "out_channels": Used(3, _WIDTH),
+    "latent_channels": Used(4, _WIDTH, "latent_channels"),
+    **{key: Used([64] * 4, several(_WIDTH)) for key in _WIDTHS},
+    "num_encoder_blocks": Used([1, 3, 3, 3], several(integer(1, 64)), "encoder_blocks"),
+    "num_decoder_blocks": Used([3, 3, 3, 1], several(integer(1, 64)), "decoder_blocks"),
+    "act_fn": Only("relu"),
+    "upsample_fn": Only("nearest"),
+    "upsampling_scaling_factor": Only(2),
+    "scaling_factor": Only(1.0),
+    "shift_factor": Only(0.0, None),
+    "block_out_channels": Unused("diffusers writes the encoder's widths a second time"),
+    "latent_magnitude": _STORED,
+    "latent_shift": _STORED,
+    "force_upcast": Unused("for float16; the caller chooses the type of the weights"),
 }
+"""Schema of the tiny autoencoder's `config.json`."""
 
 
 def read_tiny_autoencoder_config(
-    config: Mapping[str, Any], what: str = "vae/config.json"
+    config: Any, what: str = "vae/config.json"
 ) -> TinyAutoencoderConfig:
     """Read our config from diffusers' `AutoencoderTiny` config, whose missing keys have defaults.
 
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    check_config(what, config, {*_KEYS, *_WIDTHS, *_CHANNELS}, _FIXED)
-    widths = {width for key in _WIDTHS for width in config.get(key, (64,) * 4)}
-    channels = {config.get(key, 3) for key in _CHANNELS}
-    if len(widths) > 1 or len(channels) > 1:
-        raise UserError(
-            f"{what} has layers of widths {sorted(widths)} and images of {sorted(channels)} "
-            "channels: expected one width, and as many channels out as in; use another one."
-        )
-    return TinyAutoencoderConfig(
-        image_channels=channels.pop(), width=widths.pop(), **read_keys(config, _KEYS)
-    )
+    values = read_config(what, config, TINY_KEYS)
+    check_channels(what, values)
+    width = values[_WIDTHS[0]][0]
+    for key, blocks in zip(_WIDTHS, _BLOCKS, strict=True):
+        if set(values[key]) != {width} or len(values[key]) != len(values[blocks]):
+            raise UserError(
+                f"{what}: {key} is {list(values[key])}: expected {width} for each of the "
+                f"{len(values[blocks])} {blocks}; use another autoencoder."
+            )
+    return TinyAutoencoderConfig(width=width, **fields_of(values, TINY_KEYS))
 
 
 def write_tiny_autoencoder_config(config: TinyAutoencoderConfig) -> dict[str, Any]:
     """Return diffusers' config: the inverse of `read_tiny_autoencoder_config`."""
     return {
         "_class_name": KIND,
-        **dict.fromkeys(_CHANNELS, config.image_channels),
+        "out_channels": config.image_channels,
         **dict.fromkeys(_WIDTHS, [config.width] * len(config.encoder_blocks)),
-        **write_keys(config, _KEYS),
+        **write_keys(config, TINY_KEYS),
     }
 
 

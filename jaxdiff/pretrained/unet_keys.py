@@ -1,5 +1,6 @@
 """Stable Diffusion's U-Net under the tensor names and config keys of diffusers' model."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,24 @@ import numpy as np
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_build
-from jaxdiff.pretrained.config_check import Fixed, Keys, check_config, each, read_keys, write_keys
+from jaxdiff.pretrained.config_check import (
+    FLAG,
+    OFF,
+    Only,
+    Schema,
+    Unused,
+    Used,
+    choice,
+    each,
+    fields_of,
+    integer,
+    one_or_several,
+    optional,
+    read_config,
+    several,
+    side,
+    write_keys,
+)
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
 
@@ -50,110 +68,124 @@ UNET_NAMES = {
 
 WHAT = "unet/config.json"
 
-_KEYS: Keys = {
-    "in_channels": ("in_channels", 4),
-    "out_channels": ("out_channels", 4),
-    "block_out_channels": ("block_out_channels", (320, 640, 1280, 1280)),
-    "norm_num_groups": ("norm_num_groups", 32),
-    "projection_class_embeddings_input_dim": ("added_width", None),
-}
-_OTHER = {
-    "down_block_types",
-    "up_block_types",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "cross_attention_dim",
-    "use_linear_projection",
-    "upcast_attention",
-    "addition_time_embed_dim",
-}
-FIXED: Fixed = {
-    "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None, "text_time"),
-    "addition_embed_type_num_heads": None,
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0.0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "norm_eps": (1e-5,),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "sample_size": None,
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
-
 _DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
 _UP = ("UpBlock2D", "CrossAttnUpBlock2D")
 
+_WIDTH, _LAYERS = integer(1, 2**16), integer(1, 64)
 
-def read_unet_config(config: Mapping[str, Any]) -> UNet2DConditionConfig:
+UNET_KEYS: Schema = {
+    "in_channels": Used(4, _WIDTH, "in_channels"),
+    "out_channels": Used(4, _WIDTH, "out_channels"),
+    "block_out_channels": Used([320, 640, 1280, 1280], several(_WIDTH), "block_out_channels"),
+    "norm_num_groups": Used(32, _WIDTH, "norm_num_groups"),
+    "use_linear_projection": Used(False, FLAG, "use_linear_projection"),
+    "upcast_attention": Used(False, FLAG, "upcast_attention"),
+    "down_block_types": Used([*[_DOWN[1]] * 3, _DOWN[0]], several(choice(_DOWN))),
+    "up_block_types": Used([_UP[0], *[_UP[1]] * 3], several(choice(_UP))),
+    "layers_per_block": Used(2, one_or_several(_LAYERS)),
+    "transformer_layers_per_block": Used(1, one_or_several(_LAYERS)),
+    "attention_head_dim": Used(8, one_or_several(_WIDTH)),
+    "cross_attention_dim": Used(1280, one_or_several(_WIDTH)),
+    "addition_embed_type": Used(None, optional(choice(("text_time",)))),
+    "addition_time_embed_dim": Used(None, optional(_WIDTH)),
+    "projection_class_embeddings_input_dim": Used(None, optional(_WIDTH)),
+    "sample_size": Used(None, optional(side(1, 2**14))),
+    "act_fn": Only("silu", "swish"),
+    "addition_embed_type_num_heads": Unused("of other values of addition_embed_type"),
+    "attention_type": Only("default"),
+    "center_input_sample": OFF,
+    "class_embed_type": Only(None),
+    "class_embeddings_concat": OFF,
+    "conv_in_kernel": Only(3),
+    "conv_out_kernel": Only(3),
+    "cross_attention_norm": Only(None),
+    "downsample_padding": Only(1),
+    "dropout": Only(0.0),
+    "dual_cross_attention": OFF,
+    "encoder_hid_dim": Only(None),
+    "encoder_hid_dim_type": Only(None),
+    "flip_sin_to_cos": Only(True),
+    "freq_shift": Only(0),
+    "mid_block_only_cross_attention": OFF,
+    "mid_block_scale_factor": Only(1),
+    "mid_block_type": Only("UNetMidBlock2DCrossAttn"),
+    "norm_eps": Only(1e-5),
+    "num_attention_heads": Only(None),
+    "num_class_embeds": Only(None),
+    "only_cross_attention": Used(False, one_or_several(FLAG)),
+    "resnet_out_scale_factor": Only(1.0),
+    "resnet_skip_time_act": OFF,
+    "resnet_time_scale_shift": Only("default"),
+    "reverse_transformer_layers_per_block": Only(None),
+    "time_cond_proj_dim": Only(None),
+    "time_embedding_act_fn": Only(None),
+    "time_embedding_dim": Only(None),
+    "time_embedding_type": Only("positional"),
+    "timestep_post_act": Only(None),
+}
+"""Schema of `unet/config.json`."""
+
+
+def read_unet_config(config: Any) -> UNet2DConditionConfig:
     """Read our config from diffusers' `UNet2DConditionModel` config; keys have its defaults.
 
     Raises:
       UserError: the config asks for something that this network does not have.
     """
-    check_config(WHAT, config, {*_KEYS, *_OTHER}, FIXED)
-    fields = read_keys(config, _KEYS)
-    levels = len(fields["block_out_channels"])
-    down = tuple(config.get("down_block_types", (_DOWN[1],) * (levels - 1) + (_DOWN[0],)))
-    attends = [kind == _DOWN[1] for kind in down]
-    up = tuple(config.get("up_block_types", [_UP[attend] for attend in reversed(attends)]))
-    if set(down) - set(_DOWN) or up != tuple(_UP[attend] for attend in reversed(attends)):
+    values = read_config(WHAT, config, UNET_KEYS)
+    levels = len(values["block_out_channels"])
+
+    def per_level(key: str) -> tuple[Any, ...]:
+        return each(f"{WHAT}: {key}", values[key], levels)
+
+    attends = [kind == _DOWN[1] for kind in per_level("down_block_types")]
+    up = [_UP[attend] for attend in reversed(attends)]
+    if list(per_level("up_block_types")) != up:
         raise UserError(
-            f"{WHAT}: down_block_types are {down} and up_block_types {up}: expected "
-            f"{' and '.join(_DOWN)}, and {' and '.join(_UP)} in the opposite order; use another "
+            f"{WHAT}: up_block_types are {list(values['up_block_types'])}: expected {up}, the "
+            "opposite of down_block_types; use another model."
+        )
+    if any(per_level("only_cross_attention")):
+        raise UserError(
+            f"{WHAT}: only_cross_attention is true, which jaxdiff does not support: expected "
+            "false; use another model."
+        )
+    for key in ("cross_attention_dim", "layers_per_block"):
+        if len(set(per_level(key))) > 1:
+            raise UserError(
+                f"{WHAT}: {key} is {list(values[key])}: expected one value for all levels; use "
+                "another model."
+            )
+    added = (values["addition_time_embed_dim"], values["projection_class_embeddings_input_dim"])
+    is_xl = values["addition_embed_type"] is not None
+    if is_xl and None in added:
+        raise UserError(
+            f"{WHAT}: addition_embed_type is text_time, addition_time_embed_dim {added[0]} and "
+            f"projection_class_embeddings_input_dim {added[1]}: expected numbers; use another "
             "model."
         )
-
-    def per_level(key: str, default: int) -> tuple[Any, ...]:
-        return each(f"{WHAT}: {key}", config.get(key, default), levels)
-
-    layers = per_level("transformer_layers_per_block", 1)
-    cross, depths = (
-        set(per_level("cross_attention_dim", 1280)),
-        set(per_level("layers_per_block", 2)),
-    )
-    if len(cross) > 1 or len(depths) > 1:
-        raise UserError(
-            f"{WHAT}: cross_attention_dim is {sorted(cross)} and layers_per_block "
-            f"{sorted(depths)}: expected one value of each for all levels; use another model."
-        )
+    layers = per_level("transformer_layers_per_block")
     return UNet2DConditionConfig(
-        **fields,
-        layers_per_block=depths.pop(),
+        **fields_of(values, UNET_KEYS),
+        layers_per_block=per_level("layers_per_block")[0],
         transformer_layers=tuple(
             n if attend else 0 for n, attend in zip(layers, attends, strict=True)
         ),
         middle_transformer_layers=layers[-1],
-        heads=per_level("attention_head_dim", 8),
-        cross_attention_dim=cross.pop(),
-        use_linear_projection=bool(config.get("use_linear_projection")),
-        upcast_attention=bool(config.get("upcast_attention")),
-        time_id_width=config.get("addition_time_embed_dim") or 256,
+        heads=per_level("attention_head_dim"),
+        cross_attention_dim=per_level("cross_attention_dim")[0],
+        **({"time_id_width": added[0], "added_width": added[1]} if is_xl else {}),
     )
+
+
+def default_size(config: Mapping[str, Any]) -> int:
+    """Return the side of the latents that a checked config states, or else Stable Diffusion's.
+
+    diffusers takes a side below 64 in files of its first versions for a mistake.
+    """
+    side_of = read_config(WHAT, config, UNET_KEYS)["sample_size"] or 64
+    version = re.match(r"0\.(\d+)\.", str(config.get("_diffusers_version")))
+    return max(side_of, 64) if version and int(version[1]) < 9 else side_of
 
 
 def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
@@ -170,7 +202,7 @@ def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
         )
     return {
         "_class_name": "UNet2DConditionModel",
-        **write_keys(config, _KEYS),
+        **write_keys(config, UNET_KEYS),
         "down_block_types": [_DOWN[attend] for attend in attends],
         "up_block_types": [_UP[attend] for attend in reversed(attends)],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -178,9 +210,8 @@ def write_unet_config(config: UNet2DConditionConfig) -> dict[str, Any]:
         "transformer_layers_per_block": layers,
         "attention_head_dim": list(config.heads),
         "cross_attention_dim": config.cross_attention_dim,
-        "use_linear_projection": config.use_linear_projection,
-        "upcast_attention": config.upcast_attention,
         "addition_embed_type": None if config.added_width is None else "text_time",
+        "projection_class_embeddings_input_dim": config.added_width,
         "addition_time_embed_dim": None if config.added_width is None else config.time_id_width,
     }
 

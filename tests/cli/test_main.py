@@ -274,6 +274,7 @@ def test_quiet_prints_nothing_and_verbose_logs_compilation(monkeypatch, recipe, 
     def run(*_, **__):
         print("step 1")
         logs.append(jax.config.jax_log_compiles)
+        return Result({}, None, {}, {}, finished=True)
 
     monkeypatch.setattr(train, "run_recipe", run)
     for flags, printed in (("-q",), ""), ((), "step 1\n"), (("-v",), "step 1\n"):

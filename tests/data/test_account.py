@@ -275,7 +275,6 @@ def test_a_prompt_needs_no_captions(tmp_path):
         ({"metadata.csv": "file_name,text,text\ngood.png,x,y\n"}, "several columns 'text'"),
         ({"metadata.parquet": b"no"}, "cannot be read as Parquet"),
         ({"metadata.jsonl": "[" * 1000}, "Line 1 of .* is nested more than"),
-        ({"metadata.jsonl": '{"file_name": "good.png", "text": "\\ud800"}'}, "Line 1 of .*UTF-8"),
     ],
 )
 def test_metadata_are_read_whole_or_refused(tmp_path, files, message):
@@ -639,5 +638,5 @@ def test_errors_of_records_are_pickled():
 def test_records_have_printable_names(tmp_path):
     write_folder(tmp_path, {b"caf\xe9\n.png": PNG, b"caf\xe9\n.txt": "x"})
     name = ImageFolder(path=str(tmp_path))[0]["name"]
-    assert name == f"{tmp_path}/caf\\udce9\\n.png"
+    assert name == f"{tmp_path}/caf\\xe9\\n.png"
     assert np.array(name).astype("S")  # ASCII

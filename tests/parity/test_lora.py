@@ -27,10 +27,11 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.lora import scaled
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.clip_keys import clip_from_torch
+from jaxdiff.pretrained.config_check import Only
 from jaxdiff.pretrained.diffusers import write_diffusers
 from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.pretrained.lora import PEFT_CONFIG, PEFT_FILE, read_lora
-from jaxdiff.pretrained.lora_scale import FIXED, READ, read_peft_config
+from jaxdiff.pretrained.lora_scale import SCHEMA, read_peft_config
 from jaxdiff.pretrained.merging import merge_into
 from jaxdiff.pretrained.unet_keys import unet_from_torch
 from jaxdiff.sampling.sampler import Sampler
@@ -302,7 +303,7 @@ def test_lycoris(method, tucker, bundles, folders, tmp_path):
 def test_every_key_of_peft_is_known():
     """Keys that are neither read, nor without effect, nor refused: none."""
     keys = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert keys - READ - set(FIXED) == set()
+    assert keys - set(SCHEMA) == set()
     defaults = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
     assert read_peft_config("config", defaults).scale("conv_in", 8) == 1
 
@@ -365,7 +366,9 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(key for key, values in FIXED.items() if values is not None))
+@pytest.mark.parametrize(
+    "key", sorted(key for key, rule in SCHEMA.items() if isinstance(rule, Only))
+)
 def test_keys_that_change_the_model_are_refused_by_name(key, tmp_path, bundles, folders):
     (tmp_path / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", key: CHANGED[key]}))
     save_file(

@@ -210,7 +210,7 @@ def test_a_preview_of_no_steps_is_refused():
         ({"seeds": [-1]}, "-1"),
         ({"seeds": [2**32]}, str(2**32)),
         ({"seeds": -1}, "seed -1 is out of range"),
-        ({"prompts": ["\ud800"]}, "expected text that UTF-8 can encode"),
+        ({"prompts": ["\ud800"]}, "is not UTF-8"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale"),
         ({"num_steps": 0}, "num_steps"),
         ({"num_steps": [1, 2]}, "num_steps"),

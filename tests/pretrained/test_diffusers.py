@@ -359,7 +359,7 @@ def test_a_word_of_another_width_is_refused(folder, tmp_path):
 def test_a_missing_part_is_reported(bundle, tmp_path):
     write_diffusers(tmp_path, bundle(SD))
     (tmp_path / "vae" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"vae/config\.json cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"vae/config\.json cannot be read"):
         load_bundle(tmp_path)
 
 
@@ -391,7 +391,7 @@ def test_tensors_of_another_shape_are_reported_before_any_is_read(folder):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"solver": Heun()}, "no such Heun"), ({"grid": TimeGrid()}, "TimeGrid")],
+    [({"solver": Heun()}, "has the solver Heun"), ({"grid": TimeGrid()}, "TimeGrid")],
 )
 def test_what_diffusers_cannot_do_is_refused(changes, message, bundle, tmp_path):
     sampler = dataclasses.replace(SD.sampler, **changes)

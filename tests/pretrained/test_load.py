@@ -33,7 +33,6 @@ from jaxdiff.pretrained.load import (
     SHIPPED,
     PartSource,
     load_bundle,
-    make_folder,
     read_parts,
     read_spec,
     read_tokenizers,
@@ -309,15 +308,6 @@ def test_nothing_is_written_half(small_bundle, tmp_path, monkeypatch):
         "model.safetensors",
         "tokenizers",
     ]
-
-
-def test_a_folder_is_made_or_its_reason_given(tmp_path):
-    assert make_folder(tmp_path / "a" / "b").is_dir()
-    assert make_folder(tmp_path / "a").is_dir()
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be made a folder"):
-            make_folder(place)
 
 
 def test_the_fingerprint_sees_names_and_values():

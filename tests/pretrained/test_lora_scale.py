@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.lora_scale import FIXED, READ, read_peft_config
+from jaxdiff.pretrained.lora_scale import read_peft_config
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -106,7 +106,3 @@ def test_layers_are_selected_by_numbers(key, value):
 def test_the_rank_of_another_file_is_refused():
     with pytest.raises(UserError, match=r"the rank of .*to_q is 8, but that of its tensors 4"):
         read_peft_config("config", {}).scale(QUERY, 4)
-
-
-def test_no_key_is_declared_twice():
-    assert not READ & set(FIXED)

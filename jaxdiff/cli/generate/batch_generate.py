@@ -24,8 +24,9 @@ from jaxdiff.cli.progress import line_console
 from jaxdiff.distributed.multihost import held_on_host0, is_host0, sum_over_hosts
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
+from jaxdiff.io.files import make_folder
 from jaxdiff.io.image_files import Format, image_bytes
-from jaxdiff.io.lock import output_folder
+from jaxdiff.io.lock import lock_folder
 from jaxdiff.io.terminal import printable, write_line
 from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.generate import generate
@@ -91,8 +92,9 @@ def generate_file(options: SampleOptions) -> int:
         errors.add_shared(row)
     generated = 0
     if rows:
-        with held_on_host0(output_folder(options.out)):
-            generated = _generate_rows(rows, epath.Path(options.out), options, name, errors)
+        folder = make_folder(options.out)
+        with held_on_host0(lock_folder(folder)):
+            generated = _generate_rows(rows, folder, options, name, errors)
     if not options.quiet:
         write_line(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
     count = errors.count()
