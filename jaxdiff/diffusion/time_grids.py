@@ -96,8 +96,10 @@ class TrainStepGrid:
     @property
     def max_steps(self) -> int:
         """The number of steps beyond which two would be at the same time."""
-        is_continuous = self.spacing == "linspace" and not self.rounded
-        return MOST_STEPS if is_continuous else self.num_train_steps - self.skip_last
+        if self.spacing == "linspace" and not self.rounded:
+            return MOST_STEPS
+        beyond = self.offset if self.spacing == "leading" else 0  # clipped to the last step
+        return max(1, self.num_train_steps - self.skip_last - beyond)
 
     def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""

@@ -318,7 +318,8 @@ def test_steps_out_of_range_are_refused(pipeline, steps):
 @pytest.mark.parametrize(
     ("grid", "steps", "most"),
     [
-        (TrainStepGrid(spacing="leading", offset=1), 1001, 1000),
+        (TrainStepGrid(spacing="leading", offset=1), 1000, 999),
+        (TrainStepGrid(spacing="leading"), 1001, 1000),
         (TrainStepGrid(spacing="leading", skip_last=True), 1000, 999),
         (TrainStepGrid(spacing="trailing"), 1001, 1000),
         (TrainStepGrid(spacing="linspace", num_train_steps=100), 101, 100),
