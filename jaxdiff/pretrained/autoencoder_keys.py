@@ -16,11 +16,11 @@ from jaxdiff.pretrained.config_check import (
     Used,
     choice,
     each,
-    fields_of,
     integer,
+    named_fields,
     number,
     optional,
-    read_config,
+    read_keys,
     several,
     side,
     write_keys,
@@ -112,12 +112,12 @@ def read_autoencoder_config(config: Any, what: str = "vae/config.json") -> Autoe
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    values = read_config(what, config, AUTOENCODER_KEYS)
+    values = read_keys(what, config, AUTOENCODER_KEYS)
     for key in ("down_block_types", "up_block_types"):
         each(f"{what}: {key}", values[key], len(values["block_out_channels"]))
     check_channels(what, values)
     return AutoencoderConfig(
-        shift_factor=values["shift_factor"] or 0.0, **fields_of(values, AUTOENCODER_KEYS)
+        shift_factor=values["shift_factor"] or 0.0, **named_fields(values, AUTOENCODER_KEYS)
     )
 
 

@@ -11,7 +11,7 @@ from jaxdiff.io.text import read_json
 from jaxdiff.models.text_encoders.clip import CLIP_MEAN, CLIP_STD, ClipConfig
 from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.config_check import Only, Schema, Unused, read_config
+from jaxdiff.pretrained.config_check import Only, Schema, Unused, read_keys
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
@@ -49,7 +49,7 @@ def read_clip_spec(folder: epath.PathLike) -> ClipConfig:
     """
     root, wanted = epath.Path(folder), "the whole folder of a model"
     if (root / IMAGES).exists():
-        read_config(str(root / IMAGES), read_json(root / IMAGES, wanted), IMAGE_KEYS)
+        read_keys(str(root / IMAGES), read_json(root / IMAGES, wanted), IMAGE_KEYS)
     return clip_keys.read_clip_config(read_json(root / CONFIG, wanted), str(root / CONFIG))
 
 

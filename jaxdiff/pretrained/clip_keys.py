@@ -24,10 +24,10 @@ from jaxdiff.pretrained.config_check import (
     Unused,
     Used,
     choice,
-    fields_of,
     integer,
+    named_fields,
     optional,
-    read_config,
+    read_keys,
     side,
     write_keys,
 )
@@ -149,7 +149,7 @@ def read_text_config(
     Raises:
       UserError: the config asks for something that this encoder does not have.
     """
-    values = read_config(what, config, TEXT_KEYS)
+    values = read_keys(what, config, TEXT_KEYS)
     end_id = values["eos_token_id"]
     return ClipTextConfig(
         **_size(values, TEXT_KEYS),
@@ -191,7 +191,7 @@ def read_clip_config(config: Any, what: str = "config.json") -> ClipConfig:
     Raises:
       UserError: the config asks for something that these encoders do not have.
     """
-    values = read_config(what, config, CLIP_KEYS)
+    values = read_keys(what, config, CLIP_KEYS)
     end = values["projection_dim"]
 
     def encoder(name: str, schema: Schema) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def read_clip_config(config: Any, what: str = "config.json") -> ClipConfig:
         return {**first, **(defaults if second else {}), **second, "projection_dim": end}
 
     where = f"{what}, vision_config"
-    vision = read_config(where, encoder("vision", VISION_KEYS), VISION_KEYS)
+    vision = read_keys(where, encoder("vision", VISION_KEYS), VISION_KEYS)
     return ClipConfig(
         text=read_text_config(
             encoder("text", TEXT_KEYS), projected=True, what=f"{what}, text_config"
@@ -212,7 +212,7 @@ def read_clip_config(config: Any, what: str = "config.json") -> ClipConfig:
 
 def _size(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     """Return the fields of either encoder."""
-    fields = fields_of(values, schema)
+    fields = named_fields(values, schema)
     return {**fields, "mlp_ratio": values["intermediate_size"] / fields["width"]}
 
 

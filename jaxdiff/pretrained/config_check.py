@@ -1,6 +1,6 @@
 """JSON configs of other libraries: each key is used, has no effect, or must have a neutral value.
 
-A `Schema` declares every key of one class of config. `read_config` checks a file against it and
+A `Schema` declares every key of one class of config. `read_keys` checks a file against it and
 returns the values of the keys that are used, with the library's defaults of missing ones.
 """
 
@@ -33,7 +33,7 @@ class Used:
     Attributes:
       default: the library's value of a missing key, as JSON has it.
       kind: of the values.
-      field: our field of this value, for `fields_of` and `write_keys`.
+      field: our field of this value, for `named_fields` and `write_keys`.
     """
 
     default: Any
@@ -72,7 +72,7 @@ class Unused:
 Schema = Mapping[str, Used | Only | Unused]
 
 
-def read_config(what: str, config: Any, schema: Schema) -> dict[str, Any]:
+def read_keys(what: str, config: Any, schema: Schema) -> dict[str, Any]:
     """Check every key of a config, and return the values of those that are used.
 
     Keys whose names begin with `_` are comments. An unknown key may only be null: even false may
@@ -117,14 +117,14 @@ def read_config(what: str, config: Any, schema: Schema) -> dict[str, Any]:
     return values
 
 
-def fields_of(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """Return the values of `read_config` that are fields of ours, by their names."""
+def named_fields(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """Return the values of `read_keys` that are fields of ours, by their names."""
     rules = {key: rule for key, rule in schema.items() if isinstance(rule, Used)}
     return {rule.field: values[key] for key, rule in rules.items() if rule.field}
 
 
 def write_keys(fields: Any, schema: Schema) -> dict[str, Any]:
-    """Return the config of our fields: the inverse of `fields_of`."""
+    """Return the config of our fields: the inverse of `named_fields`."""
     values = {
         key: getattr(fields, rule.field)
         for key, rule in schema.items()

@@ -32,7 +32,7 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import autoencoder_folder, clip_keys, unet_keys
 from jaxdiff.pretrained.autoencoder_folder import PublishedAutoencoder
 from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
-from jaxdiff.pretrained.config_check import FLAG, Kind, Schema, Unused, Used, read_config
+from jaxdiff.pretrained.config_check import FLAG, Kind, Schema, Unused, Used, read_keys
 from jaxdiff.pretrained.merging import merge_additions
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 from jaxdiff.pretrained.scheduler import (
@@ -238,7 +238,7 @@ def _index(root: epath.Path) -> Index:
             f"{', '.join(PIPELINES)}; use another model."
         )
     is_xl = "XL" in kind
-    values = read_config(what, index, INDEX_KEYS[is_xl])
+    values = read_keys(what, index, INDEX_KEYS[is_xl])
     classes = {part: values[part] for part in _PARTS if values.get(part) is not None}
     wanted = "text_encoder_2" if is_xl else "text_encoder"
     if wanted not in classes:

@@ -17,7 +17,7 @@ from jaxdiff.pretrained.config_check import (
     Unused,
     Used,
     number,
-    read_config,
+    read_keys,
 )
 
 Patterns = list[tuple[re.Pattern[str], float]]
@@ -123,7 +123,7 @@ def read_peft_config(what: str, config: Any, *, selects: bool = False) -> PeftCo
     Raises:
       UserError: it is none, or asks for something that jaxdiff does not have.
     """
-    values = read_config(what, config, SCHEMA)
+    values = read_keys(what, config, SCHEMA)
     return PeftConfig(
         what,
         values["r"],
@@ -178,7 +178,7 @@ def _selection(what: str, config: Mapping[str, Any]) -> Selects:
 
 
 def _number(what: str, key: str, value: Any) -> float:
-    return read_config(what, {key: value}, {key: Used(None, _NUMBER)})[key]
+    return read_keys(what, {key: value}, {key: Used(None, _NUMBER)})[key]
 
 
 def _patterns(what: str, key: str, stated: Any) -> Patterns:

@@ -18,7 +18,7 @@ from jaxdiff.pretrained.config_check import (
     choice,
     integer,
     number,
-    read_config,
+    read_keys,
 )
 from jaxdiff.sampling.solvers import AnySolver
 from jaxdiff.sampling.solvers_ode import DDIM, PLMS, DPMSolverPP2M, Euler, Heun
@@ -242,7 +242,7 @@ def read_scheduling(config: Any, kind: str | None = None) -> Scheduling:
             f"{WHAT}: jaxdiff does not support {kind}: expected {', '.join(SCHEDULER_KEYS)}; "
             "change _class_name, as the network works with any of them."
         )
-    values = read_config(WHAT, config, SCHEDULER_KEYS[kind])
+    values = read_keys(WHAT, config, SCHEDULER_KEYS[kind])
     steps, spacing = values["num_train_timesteps"], values.get("timestep_spacing")
     for key, most in (("steps_offset", steps - 1), ("original_inference_steps", steps)):
         if values.get(key, 0) > most:

@@ -14,9 +14,9 @@ from jaxdiff.pretrained.config_check import (
     Schema,
     Unused,
     Used,
-    fields_of,
     integer,
-    read_config,
+    named_fields,
+    read_keys,
     several,
     write_keys,
 )
@@ -68,7 +68,7 @@ def read_tiny_autoencoder_config(
     Raises:
       UserError: the config asks for something that this autoencoder does not have.
     """
-    values = read_config(what, config, TINY_KEYS)
+    values = read_keys(what, config, TINY_KEYS)
     check_channels(what, values)
     width = values[_WIDTHS[0]][0]
     for key, blocks in zip(_WIDTHS, _BLOCKS, strict=True):
@@ -77,7 +77,7 @@ def read_tiny_autoencoder_config(
                 f"{what}: {key} is {list(values[key])}: expected {width} for each of the "
                 f"{len(values[blocks])} {blocks}; use another autoencoder."
             )
-    return TinyAutoencoderConfig(width=width, **fields_of(values, TINY_KEYS))
+    return TinyAutoencoderConfig(width=width, **named_fields(values, TINY_KEYS))
 
 
 def write_tiny_autoencoder_config(config: TinyAutoencoderConfig) -> dict[str, Any]:

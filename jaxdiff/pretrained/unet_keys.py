@@ -18,11 +18,11 @@ from jaxdiff.pretrained.config_check import (
     Used,
     choice,
     each,
-    fields_of,
     integer,
+    named_fields,
     one_or_several,
     optional,
-    read_config,
+    read_keys,
     several,
     side,
     write_keys,
@@ -132,7 +132,7 @@ def read_unet_config(config: Any) -> UNet2DConditionConfig:
     Raises:
       UserError: the config asks for something that this network does not have.
     """
-    values = read_config(WHAT, config, UNET_KEYS)
+    values = read_keys(WHAT, config, UNET_KEYS)
     levels = len(values["block_out_channels"])
 
     def per_level(key: str) -> tuple[Any, ...]:
@@ -166,7 +166,7 @@ def read_unet_config(config: Any) -> UNet2DConditionConfig:
         )
     layers = per_level("transformer_layers_per_block")
     return UNet2DConditionConfig(
-        **fields_of(values, UNET_KEYS),
+        **named_fields(values, UNET_KEYS),
         layers_per_block=per_level("layers_per_block")[0],
         transformer_layers=tuple(
             n if attend else 0 for n, attend in zip(layers, attends, strict=True)
@@ -183,7 +183,7 @@ def default_size(config: Mapping[str, Any]) -> int:
 
     diffusers takes a side below 64 in files of its first versions for a mistake.
     """
-    side_of = read_config(WHAT, config, UNET_KEYS)["sample_size"] or 64
+    side_of = read_keys(WHAT, config, UNET_KEYS)["sample_size"] or 64
     version = re.match(r"0\.(\d+)\.", str(config.get("_diffusers_version")))
     return max(side_of, 64) if version and int(version[1]) < 9 else side_of
 
