@@ -157,9 +157,12 @@ def _usage() -> str:
 
 
 def _check_remote_paths(arguments: list[str]) -> None:
-    """Check that buckets among the arguments can be reached before a command does any work."""
+    """Check that buckets among the arguments can be reached before a command does any work.
+
+    A word with spaces is a prompt.
+    """
     paths = [word.rpartition("=")[2] for word in arguments]
-    remote = [path for path in paths if path.startswith("gs://")]
+    remote = [path for path in paths if "://" in path and path.split() == [path]]
     if remote:
         from jaxdiff.io.files import check_reachable
 

@@ -182,8 +182,11 @@ class File(Text):
     any_bytes: bool = True
 
     def check(self, name: str, value: Any, kind: Any) -> epath.Path:
-        """Raise `UserError` for what is no text."""
-        return epath.Path(super().check(name, value, str))
+        """Raise `UserError` for what is no text, and for addresses other than gs://."""
+        path = super().check(name, value, str)
+        if "://" in str(path) and not str(path).startswith("gs://"):
+            raise unexpected(name, value, "the path of a file")
+        return epath.Path(path)
 
 
 @dataclass(frozen=True)

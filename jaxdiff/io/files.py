@@ -15,12 +15,27 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in str(path)
 
 
+def check_address(path: str) -> None:
+    """Check that a path is local or in a bucket.
+
+    Raises:
+      UserError: it is another address, such as http://.
+    """
+    if not is_local(path) and not path.startswith("gs://"):
+        raise UserError(
+            f"{path} is an address that jaxdiff does not read or write: expected the path of a "
+            "file or folder, or gs://; download it."
+        )
+
+
 def check_reachable(path: str) -> None:
     """Check that a folder in object storage can be accessed.
 
     Raises:
-      UserError: a package is missing, the bucket does not exist, or the user is not signed in.
+      UserError: it is no bucket, a package is missing, the bucket does not exist, or the user is
+        not signed in.
     """
+    check_address(path)
     if find_spec("gcsfs") is None:
         raise UserError(
             "gs:// needs the package gcsfs, which is not installed: run pip install -e '.[gcs]' in "

@@ -54,7 +54,7 @@ def test_lora_files(count, folder, unet_spec):
 
 
 @pytest.mark.parametrize("kind", ["exported", "diffusers", "run"])
-@counts(40, 2000)
+@counts(15, 2000)
 def test_folders_of_models(kind, count, folder, models):
     model = SpoiltFolder(folder / "model", models[kind])
     with guarded(folder):
@@ -65,7 +65,7 @@ def test_folders_of_models(kind, count, folder, models):
                 survives(lambda: read_tokenizers(model.path), data)
 
 
-@counts(40, 2000)
+@counts(8, 2000)
 def test_folders_of_runs(count, folder, models, tiny_recipe):
     """What evaluating, exporting and resuming them read."""
     run = SpoiltFolder(folder / "run", models["run"])
