@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from jaxdiff.errors import UserError
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_IMPORTLIB = os.path.dirname(importlib.__file__)
 
 
 def import_plugins(modules: Sequence[str]) -> tuple[type, ...]:
@@ -49,7 +50,7 @@ def failure_of(name: str, error: BaseException) -> UserError:
     places = [
         f"line {place.lineno} of {place.filename}: "
         for place in traceback.extract_tb(error.__traceback__)
-        if not place.filename.startswith((_PACKAGE, "<frozen"))
+        if not place.filename.startswith((_PACKAGE, _IMPORTLIB, "<frozen"))
     ]
     return UserError(
         f"{name} fails ({''.join(places[:1])}{type(error).__name__}: {error}): correct it."
