@@ -1,6 +1,7 @@
 """Group inputs into fixed-size batches and run them on the devices, in segments for previews."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -199,3 +200,13 @@ def _in_order(
     order = list(itertools.chain.from_iterable(indices for indices, _ in pairs))
     assert len(order) == n
     return np.concatenate([images for _, images in pairs])[np.argsort(order)]
+
+
+def warn_of_broken(images: np.ndarray) -> None:
+    """Warn of images [n, ...] with values that are not finite, as float16 or a huge scale makes."""
+    if broken := sum(not np.isfinite(image).all() for image in images):
+        warnings.warn(
+            f"{broken} of {len(images)} images have values that are not finite, which become "
+            "black: lower guidance_scale, or compute in float32.",
+            stacklevel=4,
+        )

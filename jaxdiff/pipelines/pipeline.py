@@ -29,6 +29,7 @@ from jaxdiff.pipelines.batching import (
     in_full_batches,
     make_batches,
     sample_batches,
+    warn_of_broken,
 )
 from jaxdiff.pipelines.inputs import (
     InitImage,
@@ -327,7 +328,10 @@ class Pipeline:
             self._mesh.size,
             self._watch(request.callback, batch_size),
         )
-        return np.rint(sampled * 255).astype(np.uint8) if request.output == "uint8" else sampled
+        warn_of_broken(sampled)
+        if request.output == "uint8":
+            return np.rint(np.nan_to_num(sampled, posinf=1, neginf=0) * 255).astype(np.uint8)
+        return sampled
 
     def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Seed
+from jaxdiff.config.plugins import failure_of
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
@@ -143,8 +145,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     A recipe may import the modules in its own folder, as a script does.
 
     Raises:
-      UserError: there is no such recipe (`find_recipe`), it is not Python, or it defines no
-        `get_config`.
+      UserError: there is no such recipe (`find_recipe`), it is not Python, it fails, or it defines
+        no `get_config` that returns a `Config`.
     """
     path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
@@ -159,7 +161,18 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     module = importlib.util.module_from_spec(spec)
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.append(folder)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise failure_of(str(path), error) from error
+    if not callable(get_config):
         raise UserError(f"{path} defines no get_config(): expected one that returns a Config.")
-    return module.get_config()
+    if not isinstance(config, Config):
+        raise UserError(
+            f"get_config() of {path} returned {reprlib.repr(config)}: expected a Config."
+        )
+    return config

@@ -400,3 +400,9 @@ def test_models_without_a_vocabulary_say_nothing(pipeline, recwarn):
     assert silent.unknown_words("a snow globe") == []
     silent("a snow globe", num_steps=1)
     assert not [w for w in recwarn if w.category is UnknownWordWarning]
+
+
+def test_images_that_are_not_finite_are_warned_of(pipeline):
+    with pytest.warns(UserWarning, match="1 of 2 images have values that are not finite"):
+        images = pipeline(["a red pea", "a green pea"], guidance_scale=[3.4e38, 2.0], num_steps=2)
+    assert images.shape[0] == 2
