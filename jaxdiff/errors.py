@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake ends in."""
+"""What ends a command: a user's mistake, or a signal."""
+
+import signal
 
 
 class UserError(Exception):
@@ -6,3 +8,11 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command; `number` says which, the text is the line to print."""
+
+    def __init__(self, number: signal.Signals = signal.SIGINT):
+        super().__init__(f"{number.name}: stopped; finished files are kept.")
+        self.number = number

@@ -7,6 +7,7 @@ nor a model.
 import contextlib
 import difflib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
-from jaxdiff.errors import UserError
+from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io.files import file_error
 from jaxdiff.io.terminal import unfailing_output, write_line, write_text
 
@@ -57,32 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends a command; `number` says which."""
-
-    def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
-        self.number = number
-
-
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """Raise `Stopped` at the first signal that asks to end; a second one ends at once."""
+    """Raise `Stopped` at the first signal that asks to end; a second one ends at once.
+
+    Python drops an exception within a destructor or a callback: the signal is then sent again.
+    """
     before: dict[signal.Signals, Any] = {}
+    usual = sys.unraisablehook
 
     def stop(number: int, _frame: object) -> None:
         for other in before:
             signal.signal(other, signal.SIG_DFL)
         raise Stopped(signal.Signals(number))
 
+    def dropped(what: Any) -> None:
+        if not isinstance(what.exc_value, Stopped):
+            usual(what)
+            return
+        for other in before:
+            signal.signal(other, stop)
+        threading.Timer(0.05, os.kill, (os.getpid(), what.exc_value.number)).start()
+
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler):  # not under nohup
                 before[number] = signal.signal(number, stop)
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = usual
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -114,9 +121,9 @@ def _run(arguments: list[str]) -> int:
         write_line(f"jaxdiff: {refusal}", stderr=True)
         return 2
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        write_line(f"jaxdiff: {number.name}: stopped; finished files are kept.", stderr=True)
-        return 128 + number
+        stopped = error if isinstance(error, Stopped) else Stopped()
+        write_line(f"jaxdiff: {stopped}", stderr=True)
+        return 128 + stopped.number
     except SystemExit as end:  # raised by tyro after --help, and by commands for status 1
         return int(end.code or 0)
     return 0

@@ -144,3 +144,44 @@ def test_images_that_are_finished_stay_after_ctrl_c(model_folder, tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     for path in out.glob("*.png"):
         Image.open(path).load()
+
+
+def test_a_signal_within_a_destructor_is_not_lost(monkeypatch, capsys):
+    class Held:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def recipes(_):
+        held = Held()
+        del held
+        time.sleep(10)
+
+    monkeypatch.setattr("jaxdiff.cli.recipes.recipes_command", recipes)
+    assert cli.main(["recipes"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "jaxdiff: SIGTERM: stopped; finished files are kept.\n"
+
+
+def test_images_before_the_disk_is_full_stay_and_the_others_are_named(
+    command, tmp_path, capsys, monkeypatch
+):
+    from etils import epath
+
+    path_type = type(epath.Path(tmp_path))
+    replace = path_type.replace
+
+    def fill(path, target):
+        if str(target).endswith("0001-a-pea.png"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(path_type, "replace", fill)
+    assert cli.main([*command("sample", tmp_path / "out"), "--num-images", "3"]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'out' / '0000-a-pea.png'}\n"
+    assert "images that are missing: 0001-a-pea.png, 0002-a-pea.png." in said.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-a-pea.png"]
+
+
+def test_a_model_is_read_while_its_folder_is_in_use(model_folder, command, tmp_path):
+    with lock_folder(model_folder):
+        assert cli.main(command("sample", tmp_path / "out")) == 0

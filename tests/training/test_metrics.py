@@ -115,7 +115,7 @@ def test_storage_that_cannot_append_receives_whole_files(tmp_path, monkeypatch):
 
     board = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     monkeypatch.setattr(metrics.epath, "Path", Bucket)
-    monkeypatch.setattr(metrics, "SummaryWriter", lambda *_, **__: board)
+    monkeypatch.setattr(metrics, "_TensorBoard", lambda *_, **__: board)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
         assert records(tmp_path) == []
