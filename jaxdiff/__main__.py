@@ -1,5 +1,6 @@
 """Run the command line: `python -m jaxdiff`."""
 
+import signal
 import sys
 
 from jaxdiff.errors import Stopped
@@ -13,7 +14,10 @@ def start() -> int:
         stopped = Stopped()
         print(f"jaxdiff: {stopped}", file=sys.stderr)
         return 128 + stopped.number
-    return main()
+    status = main()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python that ends prints no traceback
+    return status
 
 
 if __name__ == "__main__":
