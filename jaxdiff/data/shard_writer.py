@@ -194,7 +194,8 @@ class Workers:
         self._ahead: deque[Future[Any]] = deque()
         if count:
             context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-            self._pool = ProcessPoolExecutor(count, context, _start, (reader,))
+            with signals_blocked():
+                self._pool = ProcessPoolExecutor(count, context, _start, (reader,))
 
     def map(self, function: Callable[[RecordReader, T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield `function(reader, item)` in order, computing just far enough ahead.

@@ -234,10 +234,11 @@ def _batches(
     )
     sharding = batch_sharding(mesh)
     prefetch = config.data.prefetch
-    batches = iter(device_batches(dataset, sharding, batch_size=size, prefetch=prefetch))
+    batches = device_batches(dataset, sharding, batch_size=size, prefetch=prefetch)
     with signals_blocked():  # in the thread that starts the workers, and so in them
-        batches.start_prefetch()
-    return batches
+        iterator = iter(batches)
+        iterator.start_prefetch()
+    return iterator
 
 
 class _Preemption:
