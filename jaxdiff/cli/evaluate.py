@@ -9,6 +9,8 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, NotNegative, Range
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
@@ -27,6 +29,7 @@ from jaxdiff.training.run import on_host0, run_evaluators
 from jaxdiff.training.workdir import read_config
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Evaluate a trained model; print the figures and save them in its folder."""
@@ -37,15 +40,15 @@ class EvaluateOptions:
     """Folder of `evaluation.json`; the model's by default."""
     recipe: str | None = None
     """Recipe whose evaluators and data are used; by default the one that trained the model."""
-    samples: int = 500
+    samples: Annotated[int, Range(2)] = 500
     """Prompts of each evaluator that counts samples."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images generated at a time; chosen for the device by default."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 is unguided; the model's own by default."""
-    best_of: int = 1
+    best_of: Count = 1
     """Images generated for each prompt; the one that CLIP ranks closest to it is scored."""
-    clip_scale: float = 0.0
+    clip_scale: NotNegative = 0.0
     """Strength of CLIP guidance; 0 is without."""
     clip_model: str = ClipGuidance.model
     """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
@@ -154,12 +157,6 @@ def _generation(options: EvaluateOptions) -> Generation:
 
 
 def _check(options: EvaluateOptions) -> None:
-    if options.samples < 2:
-        raise UserError(
-            f"--samples is {options.samples}: expected at least 2, and 500 for firm figures."
-        )
-    if options.best_of < 1:
-        raise UserError(f"--best-of is {options.best_of}: expected 1 or more.")
     if options.clip_scale and options.best_of > 1:
         raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
     with_clip = options.clip_scale != 0 or options.best_of > 1

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 
 
 def to_json(value: Any) -> Any:
@@ -103,7 +103,11 @@ def _object_from_json(
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in given:
             raise UserError(f"{path}.{name} is missing: {_FOREIGN}")
-    return cls(**{k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()})
+    values = {k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()}
+    try:
+        return cls(**values)
+    except FieldError as error:
+        raise error.called(f"{path}.{error.field}") from None
 
 
 def _fits(data: Any, candidate: Any) -> bool:

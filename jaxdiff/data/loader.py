@@ -19,6 +19,8 @@ import rich.progress
 from absl import flags
 from jaxtyping import Int, Int32
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Fraction, Natural
 from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import BucketPlan
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
@@ -37,6 +39,7 @@ Tokenize = Callable[[list[str]], Any]
 """A picklable function from captions to a tree of arrays [b, ...]."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training data and the input pipeline.
@@ -56,23 +59,12 @@ class DataConfig:
 
     source: AnySource | PriorPreservation | CachedLatents
     transforms: Transforms
-    workers: int = 0
-    threads: int = 1
-    prefetch: int = 2
+    workers: Natural = 0
+    threads: Count = 1
+    prefetch: Count = 2
     shuffle: bool = True
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     cache: LatentOptions = field(default_factory=LatentOptions)
-
-    def __post_init__(self):
-        if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
-            raise UserError(
-                f"data.workers is {self.workers}, data.threads {self.threads} and data.prefetch "
-                f"{self.prefetch}: expected at least 0, 1 and 1."
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(
-                f"data.max_bad_fraction is {self.max_bad_fraction}: expected a number from 0 to 1."
-            )
 
     @property
     def gives_latents(self) -> bool:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.pipelines.program import SampleInputs, Steps
 
 # Default number of pixels sampled at a time, and of images at most. On two CPU cores 4 images of
@@ -23,6 +24,7 @@ def default_batch_size(width: int, height: int) -> int:
     return max(1, min(most, pixels // (width * height)))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Preview:
     """A callback with options; callbacks do not change the images.
@@ -39,12 +41,8 @@ class Preview:
     """
 
     show: Callable[[int, UInt8[np.ndarray, "m h w 3"], Sequence[int]], None]
-    every: int = 1
+    every: Count = 1
     decoder: Any = None
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise UserError(f"every is {self.every}: expected a number of steps, 1 or more.")
 
 
 Callback = Preview | Callable[[int, UInt8[np.ndarray, "m h w 3"]], None]

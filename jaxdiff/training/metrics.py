@@ -17,7 +17,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.record_writer import directory_check
 
 from jaxdiff.errors import UserError

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Seed
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
@@ -27,6 +29,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 AnyTask = DiffusionTask | AutoencoderTask | ClipTask | Task
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Tokenizer of text encoders that are not pretrained; pretrained ones bring their own.
@@ -39,11 +42,12 @@ class TokenizerConfig:
     """
 
     path: str | None = None
-    vocab_size: int = 1024
-    length: int = 32
-    records: int = 10_000
+    vocab_size: Count = 1024
+    length: Count = 32
+    records: Count = 10_000
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch, precision and intervals of a run.
@@ -65,29 +69,20 @@ class TrainConfig:
       UserError: a number that must be positive is not.
     """
 
-    steps: int = 10_000
-    batch_size: int = 64
-    accumulate: int = 1
+    steps: Count = 10_000
+    batch_size: Count = 64
+    accumulate: Count = 1
     compute: ComputeType = "float32"
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep: int = 2
-    max_nonfinite: int = 20
+    seed: Seed = 0
+    log_every: Count = 50
+    checkpoint_every: Count = 1000
+    keep: Count = 2
+    max_nonfinite: Count = 20
     wandb: bool = False
     evaluate: bool = True
 
-    def __post_init__(self):
-        positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        for name in (*positive, "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"train.{name} is {getattr(self, name)}: expected a positive number."
-                )
-        if self.seed < 0:
-            raise UserError(f"train.seed is {self.seed}: expected 0 or a positive number.")
 
-
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A recipe: the model and its task, data, optimizer, mesh, and what is logged.

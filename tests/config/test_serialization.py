@@ -40,7 +40,7 @@ def _set(data, path, value):
         ("train.steps", "many", r"train\.steps is 'many': expected int"),
         ("train.steps", True, r"train\.steps is True: expected int"),
         ("train.steps", 0, r"train\.steps is 0"),
-        ("train.seed", -1, r"train\.seed is -1: expected 0 or a positive"),
+        ("train.seed", -1, r"train\.seed is -1: expected a whole number from 0"),
         ("train.compute", "float8", "expected 'float32' or 'bfloat16'"),
         ("task.trainable.lora", {"type": "LoraConfig", "targets": [1]}, r"targets\[0\] is 1"),
         ("task.model.sampler.wrap", [True], r"sampler\.wrap is \[True\]"),

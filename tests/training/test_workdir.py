@@ -186,7 +186,7 @@ def test_an_unusable_folder_for_a_run_is_refused(open_in, tmp_path, tiny_recipe)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds an exported model"):
         open_in(tiny_recipe())
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot be written to as a folder"):
         open_run(tiny_recipe(), epath.Path(tmp_path / "model.safetensors"), fresh=False, log=print)
 
 

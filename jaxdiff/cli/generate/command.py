@@ -55,6 +55,7 @@ def sample_images(options: SampleOptions) -> None:
     with warnings.catch_warnings(), jax.log_compiles(options.verbose), _logging(options.quiet):
         # The command prints its own warnings, with the line of the prompt.
         warnings.simplefilter("ignore", Warning if options.quiet else UnknownWordWarning)
+        warnings.showwarning = lambda message, *_, **__: write_line(message, stderr=True)
         succeeded = _sample(options)
     if not succeeded:
         sys.exit(1)

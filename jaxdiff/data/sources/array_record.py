@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import UNLISTED, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, Inventory, data_files, list_files
 from jaxdiff.data.shards import EMPTY, MANIFEST, ShardManifest, check_shards, read_manifest
@@ -43,6 +44,7 @@ _START = len(IMAGES) + _LENGTH.size
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
     """Records written by `jaxdiff prepare`, from the file, glob or folder `path`.

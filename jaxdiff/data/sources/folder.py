@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import (
     NO_CAPTION,
     NO_IMAGE,
@@ -47,6 +48,7 @@ class _Index(NamedTuple):
     left_out: LeftOut
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """Images in the folder `path` (local or `gs://`) and below it.
