@@ -1,5 +1,6 @@
-"""The one exception that a user's mistake ends in."""
+"""What ends a command: a user's mistake, or a signal."""
 
+import signal
 from typing import Any
 
 
@@ -26,3 +27,11 @@ class FieldError(UserError):
     def called(self, name: str) -> UserError:
         """Return the error under the name that the user knows the field by."""
         return UserError(f"{name}{self._message}")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command; `number` says which, the text is the line to print."""
+
+    def __init__(self, number: signal.Signals = signal.SIGINT):
+        super().__init__(f"{number.name}: stopped; finished files are kept.")
+        self.number = number

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -14,8 +15,8 @@ from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
-from jaxdiff.io.files import write_whole
-from jaxdiff.io.lock import output_folder
+from jaxdiff.io.files import make_folder, write_whole
+from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line, write_text
 from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
@@ -35,6 +36,8 @@ class EvaluateOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a run or of an exported model, or `shipped:NAME`."""
+    out: str | None = None
+    """Folder of `evaluation.json`; the model's by default."""
     recipe: str | None = None
     """Recipe whose evaluators and data are used; by default the one that trained the model."""
     samples: Annotated[int, Range(2)] = 500
@@ -64,15 +67,31 @@ def evaluate_command(arguments: list[str]) -> None:
 def evaluate_model(options: EvaluateOptions) -> None:
     """Run the evaluators, print their tables, and write `evaluation.json`.
 
-    The figures of a model that comes with jaxdiff are only printed.
+    The figures of a model that comes with jaxdiff are only printed, and so are those of a model
+    whose folder cannot be written to.
 
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
-    is_shipped = options.run.startswith("shipped:")
-    with contextlib.nullcontext() if is_shipped else held_on_host0(output_folder(options.run)):
+    with held_on_host0(_held(options)):
         _evaluate(options, config)
+
+
+@contextlib.contextmanager
+def _held(options: EvaluateOptions) -> Iterator[None]:
+    """Hold the lock of the folder that the figures go to."""
+    with contextlib.ExitStack() as stack:
+        if options.out is not None:
+            stack.enter_context(output_folder(options.out))
+        elif not options.run.startswith("shipped:"):
+            try:
+                make_folder(options.run)
+            except UserError:  # saving says why
+                pass
+            else:
+                stack.enter_context(lock_folder(options.run))
+        yield
 
 
 def _evaluate(options: EvaluateOptions, config: Config) -> None:
@@ -87,12 +106,16 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     if not is_host0():
         return
     write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if options.run.startswith("shipped:"):
+    if options.out is None and options.run.startswith("shipped:"):
         return
-    path = epath.Path(options.run) / "evaluation.json"
+    path = epath.Path(options.out or options.run) / "evaluation.json"
     text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
-    write_whole(path, text.encode())
-    write_line(f"Saved {path}")
+    try:
+        write_whole(path, text.encode())
+    except UserError as error:  # the figures are printed
+        write_line(f"jaxdiff: The figures are printed but not saved: {error}", stderr=True)
+    else:
+        write_line(f"Saved {path}")
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:

@@ -6,7 +6,6 @@ resume on other machines.
 """
 
 import bisect
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from jaxdiff.data.buckets import BucketPlan
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, stored_size
-from jaxdiff.data.workers import end_with_parent
+from jaxdiff.data.workers import end_with_parent, ignore_signals
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console
 
@@ -292,12 +291,11 @@ def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDatas
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, and end with the main process.
+    """Ignore signals that ask to end, and end with the main process.
 
     The signals reach all processes of a job, but the main one needs batches until it has saved.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     end_with_parent()
 
 

@@ -20,7 +20,7 @@ import jax
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
 from jaxdiff.distributed.roll_call import ProcessSpec, roll_call
-from jaxdiff.errors import UserError
+from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io.terminal import flush_output, write_line
 
 VARIABLES = {
@@ -213,6 +213,10 @@ def _exit(error: BaseException) -> NoReturn:
     elif isinstance(error, UserError):
         status = 2
         write_line(f"{host}: {error}", stderr=True)
+    elif isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, Stopped) else Stopped()
+        status = 128 + stopped.number
+        write_line(f"{host}: {stopped}", stderr=True)
     elif is_host_lost(error):
         write_line(
             f"{host}: another host was lost ({str(error).splitlines()[0][:200]}): expected all "
