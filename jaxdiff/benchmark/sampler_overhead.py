@@ -17,23 +17,26 @@ import numpy as np
 import tyro
 
 from jaxdiff.benchmark.timing import time_in_turns
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.conditioning import full_size_crop
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OverheadOptions:
     """Time a sampling step and a bare call of the network."""
 
     model: str = DEFAULT_MODEL
     """A run, an exported model or shipped:NAME, as for `sample.py --model`."""
-    sizes: tuple[int, ...] = (64, 128, 256)
+    sizes: tuple[Count, ...] = (64, 128, 256)
     """Sides of the images."""
-    steps: tuple[int, int] = (4, 24)
+    steps: tuple[Count, Count] = (4, 24)
     """Few and many steps, whose times are subtracted."""
-    repeats: int = 5
+    repeats: Count = 5
     """Timed turns of each."""
 
 

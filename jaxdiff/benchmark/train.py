@@ -14,7 +14,6 @@ from jaxdiff.data.loader import ON_DEVICE, device_batches, host_rows, make_datas
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
-from jaxdiff.errors import UserError
 from jaxdiff.training.abstract import check_axes, flops_per_image
 from jaxdiff.training.loop import compile_step
 from jaxdiff.training.recipe import Config
@@ -105,8 +104,6 @@ def peak_of_device(given: float | None) -> tuple[float | None, str]:
       UserError: the given peak is not positive.
     """
     if given is not None:
-        if given <= 0:
-            raise UserError(f"--peak-tflops is {given}: expected a positive number.")
         return given, f"Utilisation is relative to --peak-tflops {given:g}."
     kind = jax.devices()[0].device_kind
     chip = find_chip(kind)

@@ -20,6 +20,8 @@ from jaxdiff.benchmark.report import (
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural, Positive, Range
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import make_folder
 from jaxdiff.io.terminal import console, write_line, write_text
@@ -29,6 +31,7 @@ from jaxdiff.training.recipe import Config
 KINDS = ("train", "sample", "data", "checkpoint")
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimingOptions:
     """Time a recipe: its file first, then keys of it to change, each followed by its value."""
@@ -36,21 +39,22 @@ class TimingOptions:
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     json: str | None = None
     """File to write the report to."""
-    warmup: int = 3
+    warmup: Natural = 3
     """Repeats before those that count."""
-    repeats: int = 20
+    repeats: Annotated[int, Range(3)] = 20
     """Repeats that count."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions(TimingOptions):
     """Time a recipe: its file first, then keys of it to change, each followed by its value."""
 
     real_data: bool = False
     """bench train: feed the step from the recipe's data; the default repeats one random batch."""
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """bench train: peak TFLOP/s of one device, for a chip that the table lacks."""
-    images: int | None = None
+    images: Count | None = None
     """bench sample: images in a batch; chosen for the device by default."""
     folder: str | None = None
     """bench checkpoint: where to write, local or gs://; a temporary folder by default."""
@@ -88,11 +92,6 @@ def measure_and_report(
     Raises:
       UserError: numbers out of range, or what `measure` raises.
     """
-    if options.repeats < 3 or options.warmup < 0:
-        raise UserError(
-            f"--repeats is {options.repeats} and --warmup {options.warmup}: expected at least 3 "
-            "and at least 0."
-        )
     if options.json:
         make_folder(epath.Path(options.json).parent)  # before the work
     with console(stderr=True).status(f"bench {kind}: compiling, then timing"):

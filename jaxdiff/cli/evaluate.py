@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, NotNegative, Range
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
-from jaxdiff.io.files import write_whole
-from jaxdiff.io.lock import output_folder
+from jaxdiff.io.files import make_folder, write_whole
+from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line, write_text
 from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
@@ -26,23 +29,26 @@ from jaxdiff.training.run import on_host0, run_evaluators
 from jaxdiff.training.workdir import read_config
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Evaluate a trained model; print the figures and save them in its folder."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a run or of an exported model, or `shipped:NAME`."""
+    out: str | None = None
+    """Folder of `evaluation.json`; the model's by default."""
     recipe: str | None = None
     """Recipe whose evaluators and data are used; by default the one that trained the model."""
-    samples: int = 500
+    samples: Annotated[int, Range(2)] = 500
     """Prompts of each evaluator that counts samples."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images generated at a time; chosen for the device by default."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 is unguided; the model's own by default."""
-    best_of: int = 1
+    best_of: Count = 1
     """Images generated for each prompt; the one that CLIP ranks closest to it is scored."""
-    clip_scale: float = 0.0
+    clip_scale: NotNegative = 0.0
     """Strength of CLIP guidance; 0 is without."""
     clip_model: str = ClipGuidance.model
     """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
@@ -61,15 +67,31 @@ def evaluate_command(arguments: list[str]) -> None:
 def evaluate_model(options: EvaluateOptions) -> None:
     """Run the evaluators, print their tables, and write `evaluation.json`.
 
-    The figures of a model that comes with jaxdiff are only printed.
+    The figures of a model that comes with jaxdiff are only printed, and so are those of a model
+    whose folder cannot be written to.
 
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
-    is_shipped = options.run.startswith("shipped:")
-    with contextlib.nullcontext() if is_shipped else held_on_host0(output_folder(options.run)):
+    with held_on_host0(_held(options)):
         _evaluate(options, config)
+
+
+@contextlib.contextmanager
+def _held(options: EvaluateOptions) -> Iterator[None]:
+    """Hold the lock of the folder that the figures go to."""
+    with contextlib.ExitStack() as stack:
+        if options.out is not None:
+            stack.enter_context(output_folder(options.out))
+        elif not options.run.startswith("shipped:"):
+            try:
+                make_folder(options.run)
+            except UserError:  # saving says why
+                pass
+            else:
+                stack.enter_context(lock_folder(options.run))
+        yield
 
 
 def _evaluate(options: EvaluateOptions, config: Config) -> None:
@@ -84,12 +106,16 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     if not is_host0():
         return
     write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if options.run.startswith("shipped:"):
+    if options.out is None and options.run.startswith("shipped:"):
         return
-    path = epath.Path(options.run) / "evaluation.json"
+    path = epath.Path(options.out or options.run) / "evaluation.json"
     text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
-    write_whole(path, text.encode())
-    write_line(f"Saved {path}")
+    try:
+        write_whole(path, text.encode())
+    except UserError as error:  # the figures are printed
+        write_line(f"jaxdiff: The figures are printed but not saved: {error}", stderr=True)
+    else:
+        write_line(f"Saved {path}")
 
 
 def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:
@@ -131,12 +157,6 @@ def _generation(options: EvaluateOptions) -> Generation:
 
 
 def _check(options: EvaluateOptions) -> None:
-    if options.samples < 2:
-        raise UserError(
-            f"--samples is {options.samples}: expected at least 2, and 500 for firm figures."
-        )
-    if options.best_of < 1:
-        raise UserError(f"--best-of is {options.best_of}: expected 1 or more.")
     if options.clip_scale and options.best_of > 1:
         raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
     with_clip = options.clip_scale != 0 or options.best_of > 1

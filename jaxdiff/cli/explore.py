@@ -7,6 +7,8 @@ import numpy as np
 import tyro
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Range, Seed
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import (
     ATTRIBUTES,
@@ -41,15 +43,16 @@ NEIGHBOURS = 12
 LEARNED = ("pc1", "pc2", "tsne1", "tsne2")
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExploreOptions:
     """Map the images of a data set in the spaces of CLIP and of an autoencoder."""
 
     data: Annotated[str, tyro.conf.Positional]
     """A recipe, the folder of a run or model, or shipped:NAME: the data to map."""
-    samples: int = 400
+    samples: Annotated[int, Range(10, MAX_SAMPLES)] = 400
     """Number of records, sampled at random."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of that sample."""
     out: str = "explore"
     """Folder to write."""
@@ -75,10 +78,6 @@ def explore_data(options: ExploreOptions) -> None:
       UserError: no such recipe, model or axis; too few records, or too many; scikit-learn is not
         installed.
     """
-    if not 10 <= options.samples <= MAX_SAMPLES:
-        raise UserError(f"--samples is {options.samples}: expected from 10 to {MAX_SAMPLES}.")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}: expected 0 or a positive number.")
     is_recipe = options.data.endswith(".py")
     config = load_recipe(options.data) if is_recipe else read_config(options.data)
     specs = list(dict.fromkeys([options.x, options.y, *options.axes]))

@@ -9,6 +9,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -37,6 +38,7 @@ FORMATS = ("jaxdiff", "diffusers", "lora", "embedding")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Write a trained model as one small folder that `jaxdiff.load` and `--model` read."""

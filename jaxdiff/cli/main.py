@@ -7,6 +7,7 @@ nor a model.
 import contextlib
 import difflib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
-from jaxdiff.errors import UserError
+from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io.files import file_error
 from jaxdiff.io.terminal import unfailing_output, write_line, write_text
 
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     its reader did not close it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with unfailing_output() as output, _stop_on_signals():
-        status = _run(words)
+    with unfailing_output() as output, _stop_on_signals() as received:
+        status = _run(words, received)
         output.flush()
         if output.lost:
             write_line(f"jaxdiff: Lines of standard output were lost: {output.lost}.", stderr=True)
@@ -57,69 +58,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends a command; `number` says which."""
-
-    def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
-        self.number = number
-
-
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """Raise `Stopped` at the first signal that asks to end; a second one ends at once."""
+def _stop_on_signals() -> Iterator[list[signal.Signals]]:
+    """Raise `Stopped` at the first signal that asks to end; a second one ends at once.
+
+    Python drops an exception within a destructor or a callback: the signal is then sent again.
+
+    Yields:
+      The signals so far.
+    """
+    received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
+    usual = sys.unraisablehook
 
     def stop(number: int, _frame: object) -> None:
         for other in before:
             signal.signal(other, signal.SIG_DFL)
-        raise Stopped(signal.Signals(number))
+        received.append(signal.Signals(number))
+        raise Stopped(received[-1])
+
+    def dropped(what: Any) -> None:
+        if not isinstance(what.exc_value, Stopped):
+            usual(what)
+            return
+        for other in before:
+            signal.signal(other, stop)
+        threading.Timer(0.05, os.kill, (os.getpid(), what.exc_value.number)).start()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler):  # not under nohup
                 before[number] = signal.signal(number, stop)
+    sys.unraisablehook = dropped
     try:
-        yield
+        yield received
     finally:
+        sys.unraisablehook = usual
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], received: list[signal.Signals]) -> int:
     """Run one command; return the exit status."""
     try:
-        words, plugins = _split_plugins(arguments)
-        name, rest = (words[0], words[1:]) if words else ("--help", [])
-        if name in ("-h", "--help"):
-            write_text(_usage())
-        elif name == "--version":
-            write_line(f"jaxdiff {__version__}")
-        elif name in COMMANDS:
-            _check_remote_paths(rest)
-            command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
-            with accept_types(import_plugins(plugins)):
-                command(rest)
-        else:
-            nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
-            raise UserError(f"There is no command {name!r}: {hint}")
-    except UserError as error:
-        write_line(f"jaxdiff: {error}", stderr=True)
-        return 2
-    except OSError as error:
-        if (refusal := file_error(error)) is None:
-            raise
-        write_line(f"jaxdiff: {refusal}", stderr=True)
-        return 2
-    except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        write_line(f"jaxdiff: {number.name}: stopped; finished files are kept.", stderr=True)
-        return 128 + number
+        _dispatch(arguments)
+        return 0
     except SystemExit as end:  # raised by tyro after --help, and by commands for status 1
         return int(end.code or 0)
-    return 0
+    except BaseException as error:
+        # A library that a signal interrupts may raise an error of its own.
+        if received or isinstance(error, KeyboardInterrupt):
+            line = Stopped(*received[:1])
+            status = 128 + line.number
+        elif isinstance(error, UserError):
+            line, status = error, 2
+        elif isinstance(error, OSError) and (refusal := file_error(error)) is not None:
+            line, status = refusal, 2
+        else:
+            raise
+    write_line(f"jaxdiff: {line}", stderr=True)
+    return status
+
+
+def _dispatch(arguments: list[str]) -> None:
+    words, plugins = _split_plugins(arguments)
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help"):
+        write_text(_usage())
+    elif name == "--version":
+        write_line(f"jaxdiff {__version__}")
+    elif name in COMMANDS:
+        _check_remote_paths(rest)
+        command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
+        with accept_types(import_plugins(plugins)):
+            command(rest)
+    else:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
+        raise UserError(f"There is no command {name!r}: {hint}")
 
 
 def _split_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -157,9 +174,12 @@ def _usage() -> str:
 
 
 def _check_remote_paths(arguments: list[str]) -> None:
-    """Check that buckets among the arguments can be reached before a command does any work."""
+    """Check that buckets among the arguments can be reached before a command does any work.
+
+    A word with spaces is a prompt.
+    """
     paths = [word.rpartition("=")[2] for word in arguments]
-    remote = [path for path in paths if path.startswith("gs://")]
+    remote = [path for path in paths if "://" in path and path.split() == [path]]
     if remote:
         from jaxdiff.io.files import check_reachable
 

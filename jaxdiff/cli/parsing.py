@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 import typing
 from typing import Any
 
@@ -13,7 +14,7 @@ import tyro
 from jaxdiff.cli.peer_flags import peer_flag
 from jaxdiff.config.recipe_files import DEFAULT_RECIPE
 from jaxdiff.config.serialization import flatten, members, to_json
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io.text import check_text
 from jaxdiff.training.recipe import Config, load_recipe
 
@@ -44,12 +45,22 @@ def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = 
             if not end.code:
                 raise
             raise UserError(f"{_sentence(box.getvalue())} See {prog} --help.") from None
+        except FieldError as error:
+            raise _called_by_flag(error, arguments) from None
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"{prog} got an unexpected argument {flag!r}: see {prog} --help.")
         raise UserError(f"{prog} does not know {flag}: {_hint(flag, target, default, prog)}")
     return value
+
+
+def _called_by_flag(error: FieldError, arguments: list[str]) -> UserError:
+    """Return the error under the name of the flag that sets the field, if only one can."""
+    flags = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    field = error.field.replace("_", "-")
+    named = [name for name in flags if re.split(r"--|\.", name)[-1] == field]
+    return error.called(named[0]) if len(named) == 1 else error
 
 
 def _hint(flag: str, target: Any, default: Any, prog: str) -> str:

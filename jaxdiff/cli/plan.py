@@ -8,6 +8,8 @@ import jax
 import tyro
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console, printable, write_text
@@ -19,6 +21,7 @@ from jaxdiff.planning.topology import Topology, find_topology
 from jaxdiff.training.recipe import Config
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Compile a recipe's training step for any devices, attached or not; print memory and time.
@@ -40,7 +43,7 @@ class PlanOptions:
     no memory traffic, which a search then ranks without."""
     search: bool = False
     """Try meshes, batch sizes and remat policies, and rank those that fit."""
-    most: int = 12
+    most: Count = 12
     """Plans that a search makes at most."""
 
 

@@ -7,6 +7,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
+from jaxdiff.config.checked import checked
 from jaxdiff.data.files import (
     is_image,
     is_packed_tar,
@@ -30,6 +31,7 @@ from jaxdiff.training.prepare_shards import Sharing, write_records
 from jaxdiff.training.recipe import Config
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(Sharing):
     """Write records, or their latents, to ArrayRecord shards, which have fast random access.
@@ -44,6 +46,7 @@ class PrepareOptions(Sharing):
     """Output folder, local or gs://."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PreparePathOptions(Sharing):
     """Write captioned images to ArrayRecord shards, which have fast random access.

@@ -13,6 +13,7 @@ import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
@@ -25,6 +26,7 @@ from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Train a recipe.

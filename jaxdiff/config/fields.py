@@ -10,13 +10,15 @@ value as JSON has it and returns what the field holds, or raises `UserError`.
 import dataclasses
 import difflib
 import functools
+import math
+import os
 import re
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -24,7 +26,9 @@ from etils import epath
 from jaxdiff.errors import UserError
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)
 LARGEST_INT = int(np.iinfo(np.int32).max)
+LARGEST_SEED = 2**32 - 1
 
 LONGEST_TEXT = 2**17
 """Characters of a prompt or another text; image files hold a few of this length."""
@@ -67,19 +71,65 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from low to high; in a field of integers, whole ones."""
+    """Finite numbers from low to high; in a field of integers, whole ones.
 
-    low: int | float = -LARGEST_FLOAT
-    high: int | float = LARGEST_FLOAT
+    Attributes:
+      low: the least; by default that of float32, or of int32.
+      high: the largest, likewise; infinity makes infinity a value.
+      ends: whether low and high belong to the range, "[" and "]", or not, "(" and ")". A number
+        that float32 rounds to an excluded end is excluded, too.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    ends: Literal["[]", "[)", "(]", "()"] = "[]"
 
     def check(self, name: str, value: Any, kind: Any) -> int | float:
         """Raise `UserError` for other types, and outside the range; NaN is in no range."""
+        number = value.item() if getattr(value, "ndim", None) == 0 else value
         kinds = (int,) if kind is int else (int, float)
-        if type(value) not in kinds or not self.low <= value <= self.high:
-            what = "a whole number" if kind is int else "a number"
-            limits = f" from {_plain(self.low)} to {_plain(self.high)}"
-            raise _unexpected(name, value, what + (limits if self.high < LARGEST_FLOAT else ""))
-        return kind(value)
+        if type(number) not in kinds or not self._contains(number, kind):
+            raise unexpected(name, value, self._expected(kind))
+        return kind(number) + 0  # -0.0 becomes 0.0
+
+    def _contains(self, number: int | float, kind: Any) -> bool:
+        largest = LARGEST_INT if kind is int else LARGEST_FLOAT
+        low = -largest if self.low is None else self.low
+        high = largest if self.high is None else self.high
+        if not low <= number <= high:
+            return False
+        if kind is int:
+            return True
+        if abs(number) > LARGEST_FLOAT:
+            return number in (low, high) and math.isinf(number)
+        rounded = float(np.float32(number))
+        rounded = 0.0 if abs(rounded) < SMALLEST_FLOAT else rounded
+        above = rounded > low or self.ends[0] == "["
+        return above and (rounded < high or self.ends[1] == "]")
+
+    def _expected(self, kind: Any) -> str:
+        what = "whole number" if kind is int else "number"
+        after, before = ("more than " * (self.ends[0] == "("), "less than " * (self.ends[1] == ")"))
+        match self.low, self.high:
+            case None, None:
+                return f"a {what}"
+            case 0, None | math.inf if after:
+                return f"a positive {what}"
+            case low, None | math.inf:
+                return f"a {what}, {after or 'at least '}{_plain(low)}"
+            case None, high:
+                return f"a {what}, {before or 'at most '}{_plain(high)}"
+            case low, high:
+                return f"a {what} from {after}{_plain(low)} to {before}{_plain(high)}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, LARGEST_SEED)]
+Positive = Annotated[float, Range(0, ends="(]")]
+NotNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, "[)")]
 
 
 @dataclass(frozen=True)
@@ -90,26 +140,28 @@ class Choices:
 
     def check(self, name: str, value: Any, kind: Any) -> str:
         """Raise `UserError` for anything else."""
-        if value not in self.values:
-            raise _unexpected(name, value, f"one of {', '.join(self.values)}")
+        if not isinstance(value, str) or value not in self.values:
+            raise unexpected(name, value, f"one of {', '.join(self.values)}")
         return value
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text in UTF-8; `number` accepts an integer too, as its digits."""
+    """Text in UTF-8, or of any bytes; `number` accepts an integer too, as its digits."""
 
     empty: bool = False
     number: bool = False
+    any_bytes: bool = False
 
     def check(self, name: str, value: Any, kind: Any) -> Any:
         """Raise `UserError` for other types, and for blank text unless it may be empty."""
         if self.number and type(value) is int:
             return str(value)
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(value, str):
-            raise _unexpected(name, value, "a text")
+            raise unexpected(name, value, "a text")
         try:
-            value.encode()
+            value.encode(errors="surrogateescape" if self.any_bytes else "strict")
         except UnicodeEncodeError as error:
             raise UserError(f"{name} is not UTF-8: save or type it as UTF-8.") from error
         if "\0" in value:
@@ -127,9 +179,14 @@ class Text:
 class File(Text):
     """The path of a file."""
 
+    any_bytes: bool = True
+
     def check(self, name: str, value: Any, kind: Any) -> epath.Path:
-        """Raise `UserError` for what is no text."""
-        return epath.Path(super().check(name, value, str))
+        """Raise `UserError` for what is no text, and for addresses other than gs://."""
+        path = super().check(name, value, str)
+        if "://" in str(path) and not str(path).startswith("gs://"):
+            raise unexpected(name, value, "the path of a file")
+        return epath.Path(path)
 
 
 @dataclass(frozen=True)
@@ -138,28 +195,30 @@ class Switch:
 
     def check(self, name: str, value: Any, kind: Any) -> bool:
         """Raise `UserError` for anything else."""
-        if type(value) is not bool:
-            raise _unexpected(name, value, "true or false")
-        return value
+        if type(value) not in (bool, np.bool_):
+            raise unexpected(name, value, "true or false")
+        return bool(value)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Two numbers in [0, 1], spelled LOW-HIGH."""
+    """Two numbers in [0, 1], a tuple or spelled LOW-HIGH."""
 
     def check(self, name: str, value: Any, kind: Any) -> tuple[float, float]:
         """Raise `UserError` for another spelling or order."""
-        number = r"([0-9]*\.?[0-9]+)"
+        number = r"((?:[0-9]+\.)?[0-9]+|\.[0-9]+)"
         match = re.fullmatch(f"{number}-{number}", value) if isinstance(value, str) else None
-        low, high = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
-        if not 0 <= low <= high <= 1:
-            raise _unexpected(name, value, "LOW-HIGH from 0 to 1, such as 0.3-1")
-        return low, high
+        ends = tuple(map(float, match.groups())) if match else value
+        if isinstance(ends, tuple) and len(ends) == 2:
+            low, high = (Range(0, 1).check(name, end, float) for end in ends)
+            if low <= high:
+                return low, high
+        raise unexpected(name, value, "LOW-HIGH from 0 to 1, such as 0.3-1")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height in pixels, spelled WIDTHxHEIGHT, or their ratio, spelled WIDTH:HEIGHT."""
+    """Width and height in pixels, a tuple or WIDTHxHEIGHT, or their ratio, WIDTH:HEIGHT."""
 
     largest: int
 
@@ -167,11 +226,15 @@ class Size:
         """Raise `UserError` for another spelling or a side that is too long."""
         if isinstance(value, str) and ":" in value:
             return value  # which ratios exist depends on the model
+        if isinstance(value, tuple) and len(value) == 2:
+            side = Range(0, self.largest)  # the least depends on the model
+            width, height = (side.check(name, length, int) for length in value)
+            return int(width), int(height)
         match = (
             re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value) if isinstance(value, str) else None
         )
         if not match:
-            raise _unexpected(name, value, "WIDTHxHEIGHT, such as 64x64, or a ratio, such as 16:9")
+            raise unexpected(name, value, "WIDTHxHEIGHT, such as 64x64, or a ratio, such as 16:9")
         width, height = int(match[1]), int(match[2])
         if max(width, height) > self.largest:
             raise UserError(f"{name} is {value}: expected at most {self.largest} pixels a side.")
@@ -307,9 +370,15 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _plain(number: int | float) -> str:
+def _plain(number: Any) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def _unexpected(name: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{name} is {reprlib.repr(value)}: expected {expected}.")
+def unexpected(name: str, value: Any, expected: str) -> UserError:
+    """Return the error for a value."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "too long a number"
+    text = " ".join(text.split())  # of an array
+    return UserError(f"{name} is {text}: expected {expected}.")

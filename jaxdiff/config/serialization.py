@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 
 
 def to_json(value: Any) -> Any:
@@ -86,13 +86,14 @@ def _object_from_json(
     classes: dict[str, Any] = {
         _name(c): c for c in [*candidates, *named] if dataclasses.is_dataclass(c)
     }
-    if data.get("type") not in classes:
+    name = data.get("type")
+    if not isinstance(name, str) or name not in classes:
         raise UserError(
-            f"{path} is of type {data.get('type')}: expected "
+            f"{path} is of type {name}: expected "
             f"{' or '.join(classes) or 'a value'}; name a type of your own in types=[...] or with "
             f"--plugin, or else {_FOREIGN}"
         )
-    cls = classes[data["type"]]
+    cls = classes[name]
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {name: value for name, value in data.items() if name != "type"}
@@ -103,7 +104,11 @@ def _object_from_json(
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in given:
             raise UserError(f"{path}.{name} is missing: {_FOREIGN}")
-    return cls(**{k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()})
+    values = {k: from_json(hints[k], v, f"{path}.{k}", types=types) for k, v in given.items()}
+    try:
+        return cls(**values)
+    except FieldError as error:
+        raise error.called(f"{path}.{error.field}") from None
 
 
 def _fits(data: Any, candidate: Any) -> bool:

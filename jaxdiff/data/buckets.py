@@ -7,14 +7,17 @@ Assignment and batches depend only on image sizes and the seed: every host compu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Range
 from jaxdiff.errors import UserError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
     """Shapes with sides that are multiples of `step` and an aspect ratio of at most `max_ratio`.
@@ -22,19 +25,15 @@ class Buckets:
     No shape has more pixels than the square one, so none takes more memory.
     """
 
-    step: int = 64
-    max_ratio: float = 2.0
+    step: Count = 64
+    max_ratio: Annotated[float, Range(1)] = 2.0
 
     def check(self, size: int) -> None:
-        """Raise `UserError` unless `step` divides `size` and `max_ratio` is at least 1."""
-        if self.step < 1 or size % self.step:
+        """Raise `UserError` unless `step` divides `size`."""
+        if size % self.step:
             raise UserError(
                 f"data.transforms.buckets.step is {self.step}: expected a divisor of "
                 f"data.transforms.size, {size}."
-            )
-        if self.max_ratio < 1:
-            raise UserError(
-                f"data.transforms.buckets.max_ratio is {self.max_ratio}: expected 1 or more."
             )
 
     def shapes(self, size: int) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ resume on other machines.
 """
 
 import bisect
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,14 @@ import rich.progress
 from absl import flags
 from jaxtyping import Int, Int32
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Fraction, Natural
 from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import BucketPlan
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, stored_size
-from jaxdiff.data.workers import end_with_parent
+from jaxdiff.data.workers import end_with_parent, ignore_signals
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console
 
@@ -38,6 +39,7 @@ Tokenize = Callable[[list[str]], Any]
 """A picklable function from captions to a tree of arrays [b, ...]."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training data and the input pipeline.
@@ -57,23 +59,12 @@ class DataConfig:
 
     source: AnySource | PriorPreservation | CachedLatents
     transforms: Transforms
-    workers: int = 0
-    threads: int = 1
-    prefetch: int = 2
+    workers: Natural = 0
+    threads: Count = 1
+    prefetch: Count = 2
     shuffle: bool = True
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     cache: LatentOptions = field(default_factory=LatentOptions)
-
-    def __post_init__(self):
-        if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
-            raise UserError(
-                f"data.workers is {self.workers}, data.threads {self.threads} and data.prefetch "
-                f"{self.prefetch}: expected at least 0, 1 and 1."
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(
-                f"data.max_bad_fraction is {self.max_bad_fraction}: expected a number from 0 to 1."
-            )
 
     @property
     def gives_latents(self) -> bool:
@@ -300,12 +291,11 @@ def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDatas
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, and end with the main process.
+    """Ignore signals that ask to end, and end with the main process.
 
     The signals reach all processes of a job, but the main one needs batches until it has saved.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     end_with_parent()
 
 

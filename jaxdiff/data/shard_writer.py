@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from jaxdiff.data.sources.array_record import encode_record, write_encoded
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, View, stored_size
-from jaxdiff.data.workers import end_with_parent
+from jaxdiff.data.workers import end_with_parent, ignore_signals, signals_blocked
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json, read_json
@@ -190,9 +191,11 @@ class Workers:
 
     def __init__(self, count: int, reader: RecordReader):
         self._count, self._reader, self._pool = count, reader, None
+        self._ahead: deque[Future[Any]] = deque()
         if count:
             context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-            self._pool = ProcessPoolExecutor(count, context, _start, (reader,))
+            with signals_blocked():
+                self._pool = ProcessPoolExecutor(count, context, _start, (reader,))
 
     def map(self, function: Callable[[RecordReader, T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield `function(reader, item)` in order, computing just far enough ahead.
@@ -203,10 +206,11 @@ class Workers:
         if self._pool is None:
             yield from (function(self._reader, item) for item in items)
             return
-        ahead: deque[Future[R]] = deque()
+        ahead = self._ahead
         try:
             for item in items:
-                ahead.append(self._pool.submit(_work, function, item))
+                with signals_blocked():  # processes start on demand
+                    ahead.append(self._pool.submit(_work, function, item))
                 if len(ahead) > 2 * self._count:
                     yield ahead.popleft().result()
             while ahead:
@@ -220,6 +224,9 @@ class Workers:
     def close(self) -> None:
         """End the processes; pending work is dropped."""
         if self._pool is not None:
+            if not all(future.done() for future in self._ahead):
+                for process in multiprocessing.active_children():
+                    process.terminate()
             self._pool.shutdown(cancel_futures=True)
 
 
@@ -228,12 +235,20 @@ _reader: RecordReader | None = None  # of a worker process: sent once, not with 
 
 def _work(function: Callable[[RecordReader, T], R], item: T) -> R:
     assert _reader is not None
-    return function(_reader, item)
+    try:
+        return function(_reader, item)
+    except SystemExit:  # its partial file is removed
+        os._exit(128 + signal.SIGTERM)
 
 
 def _start(reader: RecordReader) -> None:
-    """Start a worker, which ignores Ctrl-C and ends with the main process."""
+    """Start a worker, which ends at SIGTERM and with the main process, not at other signals."""
     global _reader
     _reader = reader
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    ignore_signals(signal.SIGINT, signal.SIGHUP)
     end_with_parent()

@@ -146,10 +146,11 @@ class Tokenizer(TextTokenizer):
         """Return a copy that pads with another id."""
         return replace(self, pad_id=pad_id)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """The number of different ids."""
-        return self.backend.get_vocab_size()
+        """The number of ids: one more than the largest, also where not every id has a token."""
+        ids = (*self.backend.get_vocab().values(), self.pad_id, *self.prefix, *self.suffix)
+        return 1 + max(ids)
 
     @property
     def start_id(self) -> int | None:

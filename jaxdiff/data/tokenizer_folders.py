@@ -11,7 +11,7 @@ transformers, whose import takes about a second, is imported only for other fold
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,15 @@ from etils import epath
 
 from jaxdiff.data.clip_bpe import END, START
 from jaxdiff.errors import UserError
-from jaxdiff.io.text import read_json, read_text
+from jaxdiff.io.files import read_bytes
+from jaxdiff.io.text import LARGEST_TEXT, parse_json, read_json, read_text
 
 SAVED = "tokenizer.json"
 VOCABULARY = "vocabulary.txt"
 CLIP_LENGTH = 77
+MOST_IDS = 2**20  # of a tokenizer; the largest published vocabularies have a quarter of that
 _CONFIG = "tokenizer_config.json"
+_VOCAB = "vocab.json"
 _FILE_KINDS = {".json", ".txt", ".model", ".jinja"}  # of a transformers tokenizer folder
 _UNSTATED = 10**9  # transformers gives a greater length where the folder states none
 
@@ -45,20 +48,14 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
     """Read a tokenizer; see `Tokenizer.load`."""
     root = epath.Path(folder)
     own = (root / SAVED).exists() and not (root / _CONFIG).exists()
-    if not own and not any((root / name).exists() for name in (_CONFIG, "vocab.json")):
+    if not own and not any((root / name).exists() for name in (_CONFIG, _VOCAB)):
         raise UserError(
             f"{folder} holds no tokenizer: expected {SAVED}, {_CONFIG}, or vocab.json and "
             "merges.txt; give the folder of a text encoder's tokenizer."
         )
-    try:
+    with _damage_as_user_error(folder):
         backend, stated, pad_id, pad_left = _read_saved(root) if own else _read_foreign(root)
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises plain Exception for what it cannot parse
-        raise UserError(
-            f"The tokenizer in {folder} cannot be read ({error}): expected {SAVED}, or the "
-            "files of a transformers tokenizer; copy the whole folder again."
-        ) from error
+        backend.encode("a")
     if pad_id is None:
         raise UserError(
             f"The tokenizer in {folder} has no padding token: expected pad_token in {_CONFIG}; "
@@ -73,6 +70,25 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
             "set the length."
         )
     return StoredTokenizer(backend, length, pad_id, pad_left, _spellings(backend, by_name=not own))
+
+
+@contextmanager
+def _damage_as_user_error(folder: str) -> Iterator[None]:
+    """Raise `UserError` for what `tokenizers` cannot parse or use.
+
+    It raises plain Exception, or PanicException, a BaseException that it does not export.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"The tokenizer in {folder} cannot be read ({error}): expected {SAVED}, or the "
+            "files of a transformers tokenizer; copy the whole folder again."
+        ) from error
 
 
 def read_words(folder: str) -> frozenset[str] | None:
@@ -146,10 +162,40 @@ def _is_clip(backend: tokenizers.Tokenizer) -> bool:
 
 def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
     """Return backend, stated length, padding id, and whether padding is on the left."""
-    backend = tokenizers.Tokenizer.from_buffer((root / SAVED).read_bytes())
+    backend = tokenizers.Tokenizer.from_buffer(_checked(root / SAVED))
     padding = backend.padding or {"pad_id": backend.token_to_id(END), "direction": "right"}
     stated = (backend.truncation or {}).get("max_length")
     return backend, stated, padding["pad_id"], padding["direction"] == "left"
+
+
+def _checked(file: epath.Path) -> bytes:
+    """Return the content of a `tokenizer.json` whose parts fit together.
+
+    `tokenizers` does not check ids: it aborts on a template with an unknown token, and takes time
+    and memory in proportion to the largest id.
+    """
+    data = read_bytes(file, "the whole folder of a tokenizer", largest=LARGEST_TEXT)
+    state = parse_json(data, SAVED)
+    vocabulary = state["model"]["vocab"]  # a list of Unigram, whose ids are its places
+    ids = [*vocabulary.values()] if isinstance(vocabulary, Mapping) else []
+    ids += [token["id"] for token in state.get("added_tokens") or ()]
+    ids.append((state.get("padding") or {}).get("pad_id", 0))
+    processor = state.get("post_processor") or {}
+    for part in (processor, *processor.get("processors", ())):
+        if part.get("type") == "TemplateProcessing":
+            pieces, known = [*part["single"], *part["pair"]], part["special_tokens"]
+            used = {p["SpecialToken"]["id"] for p in pieces if "SpecialToken" in p}
+            if unknown := used - known.keys():
+                raise ValueError(f"its template has the unknown token {min(unknown)!r}")
+            ids += [i for token in known.values() for i in token["ids"]]
+    _check_ids(ids)
+    return data
+
+
+def _check_ids(ids: Iterable[int]) -> None:
+    """Raise `ValueError` for ids beyond `MOST_IDS`."""
+    if (largest := max(ids, default=0)) >= MOST_IDS:
+        raise ValueError(f"it has the id {largest}: expected less than {MOST_IDS}")
 
 
 def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
@@ -158,6 +204,10 @@ def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, i
         root / "config.json", "model_type"
     )
     kind = {} if named else {"tokenizer_type": "clip"}
+    if (root / SAVED).exists():
+        _checked(root / SAVED)
+    elif (root / _VOCAB).exists():
+        _check_ids(read_json(root / _VOCAB).values())
     with _local_copy(root) as folder, _quiet_transformers():
         from transformers import AutoTokenizer
 

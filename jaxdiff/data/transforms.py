@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Fraction
 from jaxdiff.data.bad_records import NO_CAPTION, NOT_TEXT, TOO_LARGE, RecordError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.sources.base import LatentRecord, Record
@@ -41,6 +43,7 @@ class View(NamedTuple):
     size_crop: Int32[np.ndarray, " 6"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
     """Crop the largest square, resize it (antialiased) to `size`, and choose a caption.
@@ -54,21 +57,14 @@ class Transforms:
       max_pixels: larger encoded images are not decoded.
     """
 
-    size: int
+    size: Count
     buckets: Buckets | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    caption_dropout: float = 0.1
-    max_pixels: int = 64_000_000
+    caption_dropout: Fraction = 0.1
+    max_pixels: Count = 64_000_000
 
     def __post_init__(self):
-        if self.size < 1:
-            raise UserError(f"data.transforms.size is {self.size}: expected at least one pixel.")
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(
-                f"data.transforms.caption_dropout is {self.caption_dropout}: "
-                "expected a fraction from 0 to 1."
-            )
         if self.buckets is not None:
             self.buckets.check(self.size)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import BelowOne, Count
 from jaxdiff.errors import UserError
 
 
@@ -21,6 +23,7 @@ class CurriculumState(NamedTuple):
     steps: Int[Array, ""]  # steps taken at this level
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class NoiseCurriculum:
     """Raises the level when the smoothed loss falls below `threshold`, or after `steps_per_level`.
@@ -32,23 +35,16 @@ class NoiseCurriculum:
         UserError: neither rule is given, or a field is out of range.
     """
 
-    levels: int = 10
+    levels: Count = 10
     threshold: float | None = None
-    steps_per_level: int | None = None
-    smoothing: float = 0.98
+    steps_per_level: Count | None = None
+    smoothing: BelowOne = 0.98
 
     def __post_init__(self):
         if self.threshold is None and self.steps_per_level is None:
             raise UserError(
                 "NoiseCurriculum would never leave its first level: give threshold, "
                 "steps_per_level, or both."
-            )
-        steps = 1 if self.steps_per_level is None else self.steps_per_level
-        if self.levels < 1 or not 0 <= self.smoothing < 1 or steps < 1:
-            raise UserError(
-                f"NoiseCurriculum got levels={self.levels}, smoothing={self.smoothing}, "
-                f"steps_per_level={self.steps_per_level}: expected levels >= 1, smoothing in "
-                "[0, 1) and steps_per_level >= 1."
             )
 
     def init(self) -> CurriculumState:

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Positive
 from jaxdiff.diffusion.process import Prediction
-from jaxdiff.errors import UserError
 
 
 def _in_space(
@@ -38,6 +39,7 @@ def _in_space(
     return jnp.exp(log_weight - log_factor)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class UniformWeighting:
     """1 at every level, in the space of the loss (Ho et al. 2020, eq. 14, for eps)."""
@@ -49,6 +51,7 @@ class UniformWeighting:
         return jnp.ones_like(log_snr)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MinSNR:
     """min(snr, gamma) on x0, min(1, gamma / snr) on eps (Hang et al. 2023, section 3.4).
@@ -59,11 +62,7 @@ class MinSNR:
         UserError: gamma is not positive.
     """
 
-    gamma: float = 5.0
-
-    def __post_init__(self):
-        if not self.gamma > 0:
-            raise UserError(f"MinSNR.gamma is {self.gamma}: expected a positive number, such as 5.")
+    gamma: Positive = 5.0
 
     def __call__(
         self, log_snr: Float[Array, " b"], space: Prediction = "eps"
@@ -73,6 +72,7 @@ class MinSNR:
         return _in_space(log_weight, log_snr, space)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SigmoidWeighting:
     """sigmoid(bias - log_snr) on eps (Kingma & Gao 2023, section 5; Hoogeboom et al. 2024, eq. 11).

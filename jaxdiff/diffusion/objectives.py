@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import NotNegative, Positive
 from jaxdiff.diffusion.losses import AnyWeighting, UniformWeighting
 from jaxdiff.diffusion.process import Images, Prediction, add_noise, from_x0_eps, to_x0_eps
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.diffusion.time_sampling import AnyTimeSampler, Uniform
-from jaxdiff.errors import UserError
 
 Conditioning = Any  # a tree of arrays [b, ...]
 
@@ -113,6 +114,7 @@ class Objective(abc.ABC):
         """Return the loss of each image."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Denoising(Objective):
     """Squared error of the prediction at sampled times, eq. 1.
@@ -135,15 +137,8 @@ class Denoising(Objective):
     loss_space: Prediction | None = None
     times: AnyTimeSampler = field(default_factory=Uniform)
     weighting: AnyWeighting = field(default_factory=UniformWeighting)
-    floor: float = 0.05
-    noise_offset: float = 0.0
-
-    def __post_init__(self):
-        if not self.floor > 0 or self.noise_offset < 0:
-            raise UserError(
-                f"Denoising got floor={self.floor}, noise_offset={self.noise_offset}: expected a "
-                "positive floor, and 0 or more as noise_offset."
-            )
+    floor: Positive = 0.05
+    noise_offset: NotNegative = 0.0
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """Add noise to x0 at sampled times, predict, and weight the error.

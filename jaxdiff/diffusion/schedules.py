@@ -12,13 +12,15 @@ straight path, alpha for variance-exploding ones. `time_at` inverts sigma / alph
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Positive, Range
 from jaxdiff.errors import UserError
 
 LOG_SNR_LIMIT = 40.0  # log_snr is clipped to +-40 to keep loss weights finite at the ends
@@ -51,6 +53,7 @@ def _log_snr(alpha: Times, sigma: Times) -> Times:
     return jnp.clip(2 * (jnp.log(alpha) - jnp.log(sigma)), -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
     """alpha = cos(c t), sigma = sin(c t), c just under pi / 2.
@@ -64,13 +67,7 @@ class Cosine:
         UserError: min_log_snr is not negative.
     """
 
-    min_log_snr: float = -8.0
-
-    def __post_init__(self):
-        if not self.min_log_snr < 0:
-            raise UserError(
-                f"Cosine.min_log_snr is {self.min_log_snr}: expected a negative number, such as -8."
-            )
+    min_log_snr: Annotated[float, Range(high=0, ends="[)")] = -8.0
 
     def _angle(self, t: Times) -> Times:
         return math.atan(math.exp(-self.min_log_snr / 2)) * t
@@ -113,6 +110,7 @@ def _zero_terminal(ratio: np.ndarray, terminal_alpha_bar: float) -> np.ndarray:
         return np.sqrt(1 - alpha**2) / alpha
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinear:
     """The discrete schedule of Stable Diffusion (Rombach et al. 2022), interpolated in time.
@@ -135,23 +133,17 @@ class ScaledLinear:
             terminal_alpha_bar outside [0, 0.001].
     """
 
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    num_train_steps: int = 1000
+    beta_start: Annotated[float, Range(0, 1, "()")] = 0.00085
+    beta_end: Annotated[float, Range(0, 1, "()")] = 0.012
+    num_train_steps: Annotated[int, Range(2)] = 1000
     zero_terminal_snr: bool = False
-    terminal_alpha_bar: float = 0.0
+    terminal_alpha_bar: Annotated[float, Range(0, 1e-3)] = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.terminal_alpha_bar <= 1e-3:
+        if self.beta_start > self.beta_end:
             raise UserError(
-                f"ScaledLinear.terminal_alpha_bar is {self.terminal_alpha_bar}: expected from 0 to "
-                "0.001."
-            )
-        if not 0 < self.beta_start <= self.beta_end < 1 or self.num_train_steps < 2:
-            raise UserError(
-                f"ScaledLinear got beta_start={self.beta_start}, beta_end={self.beta_end}, "
-                f"num_train_steps={self.num_train_steps}: expected 0 < beta_start <= beta_end < 1 "
-                "and at least 2 steps."
+                f"ScaledLinear got beta_start={self.beta_start}, beta_end={self.beta_end}: "
+                "expected 0 < beta_start <= beta_end < 1."
             )
 
     def _table(self) -> np.ndarray:
@@ -198,6 +190,7 @@ class ScaledLinear:
         return jnp.hypot(alpha, sigma)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow:
     """alpha = 1 - t, sigma = t: the straight path (Liu et al. 2022, eq. 1; Lipman et al. 2023)."""
@@ -223,6 +216,7 @@ class RectifiedFlow:
         return alpha + sigma
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class VarianceExploding:
     """alpha = 1, sigma up to sigma_max (Karras et al. 2022, eq. 5 and table 1).
@@ -235,15 +229,15 @@ class VarianceExploding:
         UserError: not 0 < sigma_min < sigma_max, or rho below 1.
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Annotated[float, Range(1)] = 7.0
 
     def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max or self.rho < 1:
+        if self.sigma_min >= self.sigma_max:
             raise UserError(
-                f"VarianceExploding got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
-                f"rho={self.rho}: expected 0 < sigma_min < sigma_max and rho >= 1."
+                f"VarianceExploding got sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
+                "expected 0 < sigma_min < sigma_max."
             )
 
     def alpha(self, t: Times) -> Times:
@@ -269,6 +263,7 @@ class VarianceExploding:
         return alpha
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
     """A schedule with its log_snr lowered by 2 log(shift), for higher resolutions.
@@ -284,11 +279,7 @@ class Shifted:
     base: Cosine | ScaledLinear | RectifiedFlow | VarianceExploding = field(
         default_factory=RectifiedFlow
     )
-    shift: float = 1.0
-
-    def __post_init__(self):
-        if not self.shift > 0:
-            raise UserError(f"Shifted.shift is {self.shift}: expected a positive number.")
+    shift: Positive = 1.0
 
     def alpha(self, t: Times) -> Times:
         """The base's alpha, renormalised after scaling sigma."""

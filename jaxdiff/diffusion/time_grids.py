@@ -6,27 +6,36 @@ does not recompile.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Fraction, Natural, Positive, Range
 from jaxdiff.diffusion.schedules import AnySchedule, Times, shift_time
 from jaxdiff.errors import UserError
 
 Index = int | Int[Array, "*b"]
-Count = int | Int[Array, ""]
+NumSteps = int | Int[Array, ""]
+
+MOST_STEPS = 100_000
+"""Of a sampler; grids multiply them by training steps in int32."""
 
 
 @runtime_checkable
 class Grid(Protocol):
-    """Interface of time grids; one's own is a frozen dataclass with this method."""
+    """Interface of time grids; one's own is a frozen dataclass with this method.
 
-    def __call__(self, i: Index, num_steps: Count, /) -> Float[Array, "*b"]:
+    A grid of few times has an attribute `max_steps` too: more steps than that are refused.
+    """
+
+    def __call__(self, i: Index, num_steps: NumSteps, /) -> Float[Array, "*b"]:
         """Return the time before step i of num_steps: decreasing in i, about 1 at 0."""
         ...
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TimeGrid:
     """t = (1 - i / num_steps)^rho, shifted by `shift_time`.
@@ -40,23 +49,17 @@ class TimeGrid:
         UserError: shift is not positive, or rho is below 1.
     """
 
-    shift: float = 1.0
-    rho: float = 1.0
+    shift: Positive = 1.0
+    rho: Annotated[float, Range(1)] = 1.0
 
-    def __post_init__(self):
-        if not (self.shift > 0 and self.rho >= 1):
-            raise UserError(
-                f"TimeGrid got shift={self.shift}, rho={self.rho}: expected a positive shift and a "
-                "rho of at least 1."
-            )
-
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
         return shift_time(left**self.rho, self.shift)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainStepGrid:
     """The grids of diffusers, on the training steps of a discrete schedule.
@@ -77,20 +80,28 @@ class TrainStepGrid:
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    offset: int = 0
+    offset: Natural = 0
     skip_last: bool = False
     rounded: bool = True
     ends_at: Literal["data", "first_step"] = "data"
-    num_train_steps: int = 1000
+    num_train_steps: Count = 1000
 
     def __post_init__(self):
-        if not 0 <= self.offset < self.num_train_steps:
+        if self.offset >= self.num_train_steps:
             raise UserError(
                 f"TrainStepGrid.offset is {self.offset}: expected a number from 0 to "
                 f"{self.num_train_steps - 1}."
             )
 
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    @property
+    def max_steps(self) -> int:
+        """The number of steps beyond which two would be at the same time."""
+        if self.spacing == "linspace" and not self.rounded:
+            return MOST_STEPS
+        beyond = self.offset if self.spacing == "leading" else 0  # clipped to the last step
+        return max(1, self.num_train_steps - self.skip_last - beyond)
+
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         i, n, total = jnp.asarray(i), jnp.asarray(num_steps), self.num_train_steps
         dtype = jnp.result_type(float)
@@ -107,6 +118,7 @@ class TrainStepGrid:
         return jnp.where(i < n, jnp.minimum((step + 1) / total, 1.0), end).astype(dtype)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class KarrasGrid:
     """Uniform in (sigma / alpha)^(1 / rho), then a last step to 0 (Karras et al. 2022, eq. 5).
@@ -127,23 +139,22 @@ class KarrasGrid:
     """
 
     schedule: AnySchedule
-    rho: float = 7.0
+    rho: Annotated[float, Range(1)] = 7.0
     first: float = 1.0
     last: float = 0.001
-    max_sigma: float = 80.0
+    max_sigma: Positive = 80.0
 
     def __post_init__(self):
         _check_ends(self)
-        if self.rho < 1:
-            raise UserError(f"KarrasGrid.rho is {self.rho}: expected at least 1, such as 7.")
 
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         most, least, fraction = _ends(self, i, num_steps)
         root = most ** (1 / self.rho) * (1 - fraction) + least ** (1 / self.rho) * fraction
         return _time_at(self, root**self.rho, i, num_steps)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LogSnrGrid:
     """Uniform in log_snr, then a last step to 0 (Lu et al. 2022, DPM-Solver, section 3.3).
@@ -163,12 +174,12 @@ class LogSnrGrid:
     schedule: AnySchedule
     first: float = 1.0
     last: float = 0.001
-    max_sigma: float = 80.0
+    max_sigma: Positive = 80.0
 
     def __post_init__(self):
         _check_ends(self)
 
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         most, least, fraction = _ends(self, i, num_steps)
         logarithm = jnp.log(most) * (1 - fraction) + jnp.log(least) * fraction
@@ -176,15 +187,15 @@ class LogSnrGrid:
 
 
 def _check_ends(grid: KarrasGrid | LogSnrGrid) -> None:
-    if not (0 < grid.last < grid.first <= 1 and grid.max_sigma > 0):
+    if not 0 < grid.last < grid.first <= 1:
         raise UserError(
-            f"{type(grid).__name__} got first={grid.first}, last={grid.last}, "
-            f"max_sigma={grid.max_sigma}: expected 0 < last < first <= 1 and max_sigma > 0."
+            f"{type(grid).__name__} got first={grid.first}, last={grid.last}: expected 0 < last < "
+            "first <= 1."
         )
 
 
 def _ends(
-    grid: KarrasGrid | LogSnrGrid, i: Index, num_steps: Count
+    grid: KarrasGrid | LogSnrGrid, i: Index, num_steps: NumSteps
 ) -> tuple[Float[Array, ""], Float[Array, ""], Times]:
     """Return sigma / alpha before the first and last step, and step i's position in [0, 1]."""
     dtype = jnp.result_type(float)
@@ -195,7 +206,7 @@ def _ends(
 
 
 def _time_at(
-    grid: KarrasGrid | LogSnrGrid, noise_to_data: Times, i: Index, num_steps: Count
+    grid: KarrasGrid | LogSnrGrid, noise_to_data: Times, i: Index, num_steps: NumSteps
 ) -> Times:
     """Return the time at a value of sigma / alpha; exactly `first` and 0 at the ends."""
     i, n = jnp.asarray(i), jnp.asarray(num_steps)
@@ -203,6 +214,7 @@ def _time_at(
     return jnp.where(i < n, t, 0.0).astype(noise_to_data.dtype)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ExplicitGrid:
     """A list of times; n + 1 of them define the grid of n steps.
@@ -214,17 +226,17 @@ class ExplicitGrid:
         UserError: fewer than two times, or times that do not decrease within [0, 1].
     """
 
-    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
+    times: tuple[Fraction, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
 
     def __post_init__(self):
         decreasing = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
-        if len(self.times) < 2 or not decreasing or self.times[0] > 1 or self.times[-1] < 0:
+        if not 2 <= len(self.times) <= MOST_STEPS or not decreasing:
             raise UserError(
                 f"ExplicitGrid.times are {self.times}: expected at least two decreasing times "
                 "between 1 (noise) and 0 (data)."
             )
 
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         times = jnp.asarray(self.times, dtype)
@@ -235,29 +247,34 @@ class ExplicitGrid:
         return jnp.where(fraction > 0, times[low] + fraction * (high - times[low]), times[low])
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyGrid:
     """Evenly spaced entries of the steps that a consistency model was distilled on.
 
     The `distilled_steps` times are every k-th training step, from k - 1 to the last (Luo et al.
-    2023, latent consistency models, section 4.3, and diffusers' LCMScheduler). More steps than
-    that repeat some of them.
+    2023, latent consistency models, section 4.3, and diffusers' LCMScheduler).
 
     Raises:
         UserError: not 1 <= distilled_steps <= num_train_steps.
     """
 
-    distilled_steps: int = 50
-    num_train_steps: int = 1000
+    distilled_steps: Count = 50
+    num_train_steps: Count = 1000
 
     def __post_init__(self):
-        if not 1 <= self.distilled_steps <= self.num_train_steps:
+        if self.distilled_steps > self.num_train_steps:
             raise UserError(
                 f"ConsistencyGrid.distilled_steps is {self.distilled_steps}: expected 1 to "
                 f"num_train_steps, {self.num_train_steps}."
             )
 
-    def __call__(self, i: Index, num_steps: Count) -> Float[Array, "*b"]:
+    @property
+    def max_steps(self) -> int:
+        """The number of steps beyond which some would be repeated."""
+        return self.distilled_steps
+
+    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         i, n, count = jnp.asarray(i), jnp.asarray(num_steps), self.distilled_steps
         step = (count - i * count // n) * (self.num_train_steps // count)

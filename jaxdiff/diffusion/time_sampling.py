@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Positive
 from jaxdiff.diffusion.schedules import shift_time
-from jaxdiff.errors import UserError
 
 T_MIN = 1e-5  # at t = 0 there is no noise to remove
 
@@ -26,6 +27,7 @@ def _uniform(key: Key[Array, ""], batch: int, stratified: bool) -> Float[Array, 
     return jnp.clip(u, T_MIN, 1 - T_MIN)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
     """t ~ U(0, 1) (Ho et al. 2020, algorithm 1)."""
@@ -37,6 +39,7 @@ class Uniform:
         return _uniform(key, batch, self.stratified)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
     """logit(t) ~ N(mean, std^2), then t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 19, 23).
@@ -49,15 +52,9 @@ class LogitNormal:
     """
 
     mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    std: Positive = 1.0
+    shift: Positive = 1.0
     stratified: bool = True
-
-    def __post_init__(self):
-        if not (self.std > 0 and self.shift > 0):
-            raise UserError(
-                f"LogitNormal got std={self.std}, shift={self.shift}: expected positive numbers."
-            )
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         """t [batch], float32."""

@@ -17,8 +17,10 @@ from typing import Literal, NoReturn
 
 import jax
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural
 from jaxdiff.distributed.roll_call import ProcessSpec, roll_call
-from jaxdiff.errors import UserError
+from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io.terminal import flush_output, write_line
 
 VARIABLES = {
@@ -38,6 +40,7 @@ _HOST_LOST = re.compile(
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
     """The processes of a run, where no launcher that JAX knows starts them."""
@@ -45,11 +48,11 @@ class Hosts:
     address: str | None = None
     """HOST:PORT of host 0, or JAXDIFF_HOSTS_ADDRESS; detected on TPU pods, under SLURM and under
     Open MPI."""
-    count: int | None = None
+    count: Count | None = None
     """Number of processes, or JAXDIFF_HOSTS_COUNT; 1 ignores the launcher and runs alone."""
-    index: int | None = None
+    index: Natural | None = None
     """Index of this process, from 0, or JAXDIFF_HOSTS_INDEX."""
-    timeout: int = 300
+    timeout: Count = 300
     """Seconds to wait for the other processes."""
 
 
@@ -210,6 +213,10 @@ def _exit(error: BaseException) -> NoReturn:
     elif isinstance(error, UserError):
         status = 2
         write_line(f"{host}: {error}", stderr=True)
+    elif isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, Stopped) else Stopped()
+        status = 128 + stopped.number
+        write_line(f"{host}: {stopped}", stderr=True)
     elif is_host_lost(error):
         write_line(
             f"{host}: another host was lost ({str(error).splitlines()[0][:200]}): expected all "

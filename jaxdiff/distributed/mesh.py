@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Range
 from jaxdiff.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -17,6 +19,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 """Axes that split a batch; devices along `tensor` and `context` hold the same images."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Number of devices along each axis; one of them may be -1: all remaining devices.
@@ -32,12 +35,13 @@ class MeshConfig:
         exchange the rows at the borders.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: Annotated[int, Range(-1)] = -1
+    fsdp: Annotated[int, Range(-1)] = 1
+    tensor: Annotated[int, Range(-1)] = 1
+    context: Annotated[int, Range(-1)] = 1
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PlannedTopology:
     """Hardware that a recipe is planned for, and the settings for it.
@@ -50,7 +54,7 @@ class PlannedTopology:
 
     topology: str
     mesh: MeshConfig
-    accumulate: int = 1
+    accumulate: Count = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxdiff.config.checked import checked
 from jaxdiff.distributed.chips import Device, find_chip
 from jaxdiff.errors import UserError
 
@@ -46,6 +47,7 @@ _REFUSED = re.compile(
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CompilerConfig:
     """Flags of XLA for the training step, each `name=value`.

@@ -2,11 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural, Range
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.errors import UserError
@@ -14,7 +16,6 @@ from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Report,
-    check_samples,
     check_text_to_image,
     image_source,
 )
@@ -23,6 +24,7 @@ from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipScore(Evaluator):
     """Mean cosine of images and captions in a CLIP (Hessel et al. 2021), times 100.
@@ -40,12 +42,9 @@ class ClipScore(Evaluator):
     """
 
     name: ClassVar[str] = "clip_score"
-    samples: int = 64
+    samples: Annotated[int, Range(2)] = 64
     clip_model: str = ClipGuidance.model
-    every: int = 0
-
-    def __post_init__(self):
-        check_samples(self.name, self.samples)
+    every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, or cached latents of unknown images."""

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.errors import UserError
@@ -38,6 +40,7 @@ class Report(NamedTuple):
     text: str = ""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """How evaluators generate images, where it differs from the model's own settings.
@@ -51,13 +54,9 @@ class Generation:
       UserError: best_of below 1.
     """
 
-    best_of: int = 1
+    best_of: Count = 1
     clip_model: str = ClipGuidance.model
     arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.best_of < 1:
-            raise UserError(f"best_of is {self.best_of}: expected 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,3 @@ def table(columns_of: Mapping[str, Columns]) -> Report:
                 end = "" if column == "score" else f"/{column}"
                 scalars[f"{name}/{attribute}{end}"] = value
     return Report(scalars=scalars, text="\n".join(lines))
-
-
-def check_samples(name: str, samples: int) -> None:
-    """Raise `UserError` for fewer than two samples."""
-    if samples < 2:
-        raise UserError(f"{name}.samples is {samples}: expected at least 2, such as 500.")

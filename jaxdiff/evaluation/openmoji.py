@@ -1,8 +1,10 @@
 """Accuracy on OpenMoji's people at work: whether the nearest emoji is the prompted one."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural, Range
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji import score as scoring
 from jaxdiff.datasets.openmoji.source import OpenMoji
@@ -11,7 +13,6 @@ from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Report,
-    check_samples,
     check_text_to_image,
     image_source,
     table,
@@ -19,6 +20,7 @@ from jaxdiff.evaluation.evaluator import (
 from jaxdiff.pretrained.bundle import AnySpec
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OpenMojiAccuracy(Evaluator):
     """Fractions of images whose nearest emoji is that of the prompt, held-out combinations.
@@ -32,11 +34,8 @@ class OpenMojiAccuracy(Evaluator):
     """
 
     name: ClassVar[str] = "openmoji"
-    samples: int = 500
-    every: int = 0
-
-    def __post_init__(self):
-        check_samples(self.name, self.samples)
+    samples: Annotated[int, Range(2)] = 500
+    every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for other data than OpenMoji, or another size."""

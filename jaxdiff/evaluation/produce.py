@@ -2,8 +2,10 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural, Range
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.produce import score as scoring
 from jaxdiff.datasets.produce.source import full_caption
@@ -12,13 +14,13 @@ from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Report,
-    check_samples,
     check_text_to_image,
     table,
 )
 from jaxdiff.pretrained.bundle import AnySpec
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ProduceAccuracy(Evaluator):
     """Fractions of images whose attributes, as a rule-based detector finds them, match the prompt.
@@ -36,11 +38,8 @@ class ProduceAccuracy(Evaluator):
     """
 
     name: ClassVar[str] = "produce"
-    samples: int = 500
-    every: int = 0
-
-    def __post_init__(self):
-        check_samples(self.name, self.samples)
+    samples: Annotated[int, Range(2)] = 500
+    every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for images of another size than the detector's."""

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.distributed.multihost import to_host
@@ -27,6 +29,7 @@ from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pretrained.bundle import AnySpec
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid(Evaluator):
     """A grid of images of some prompts, and a strip of estimates from noise to image.
@@ -40,8 +43,8 @@ class SampleGrid(Evaluator):
     name: ClassVar[str] = "samples"
     has_figures: ClassVar[bool] = False
     prompts: tuple[str, ...]
-    snapshots: int = 8
-    every: int = 0
+    snapshots: Count = 8
+    every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, or no prompts."""
@@ -61,6 +64,7 @@ class SampleGrid(Evaluator):
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Reconstructions(Evaluator):
     """Images of the data in the upper rows, an autoencoder's reconstructions in the lower.
@@ -72,8 +76,8 @@ class Reconstructions(Evaluator):
 
     name: ClassVar[str] = "reconstructions"
     has_figures: ClassVar[bool] = False
-    count: int = 16
-    every: int = 0
+    count: Count = 16
+    every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model other than an autoencoder."""

@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 from etils import epath
 
 from jaxdiff.errors import UserError
+
+_PARTIAL = re.compile(r"\.partial-[0-9]+-[0-9a-f]{16}")
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -15,12 +20,27 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in str(path)
 
 
+def check_address(path: str) -> None:
+    """Check that a path is local or in a bucket.
+
+    Raises:
+      UserError: it is another address, such as http://.
+    """
+    if not is_local(path) and not path.startswith("gs://"):
+        raise UserError(
+            f"{path} is an address that jaxdiff does not read or write: expected the path of a "
+            "file or folder, or gs://; download it."
+        )
+
+
 def check_reachable(path: str) -> None:
     """Check that a folder in object storage can be accessed.
 
     Raises:
-      UserError: a package is missing, the bucket does not exist, or the user is not signed in.
+      UserError: it is no bucket, a package is missing, the bucket does not exist, or the user is
+        not signed in.
     """
+    check_address(path)
     if find_spec("gcsfs") is None:
         raise UserError(
             "gs:// needs the package gcsfs, which is not installed: run pip install -e '.[gcs]' in "
@@ -90,8 +110,20 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def partial_path(path: epath.Path) -> epath.Path:
-    """Return the temporary name of a file; a killed process may leave such a file behind."""
-    return path.parent / f".partial-{path.name}"
+    """Return the temporary name of a file, which is this process's own, and short.
+
+    A killed process leaves such a file behind; `remove_partial` removes it.
+    """
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.parent / f".partial-{os.getpid()}-{digest}"
+
+
+def remove_partial(folder: epath.PathLike) -> None:
+    """Remove the temporary files of killed processes below a local folder."""
+    for path in Path(folder).rglob(".partial-*"):
+        if _PARTIAL.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def make_folder(folder: epath.PathLike) -> epath.Path:

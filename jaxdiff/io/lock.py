@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from etils import epath
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import is_local, make_folder
+from jaxdiff.io.files import is_local, make_folder, remove_partial
 
 LOCK = ".jaxdiff-lock"
 EXPIRES = 180.0  # seconds after the last renewal of a lease
@@ -34,6 +34,8 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 @contextlib.contextmanager
 def lock_folder(folder: epath.PathLike, *, share: str | None = None) -> Iterator[None]:
     """Hold the lock of an existing output folder within the context.
+
+    Where a holder was killed, the next one that does not share removes its temporary files.
 
     Args:
       folder: local or `gs://`.
@@ -74,13 +76,15 @@ def _holder() -> bytes:
     return json.dumps(who).encode()
 
 
-def _refusal(folder: epath.PathLike, holder: bytes) -> UserError:
+def _refusal(folder: epath.PathLike, holder: bytes, expires: float | None = None) -> UserError:
+    """Return the refusal by a holder, whose lease expires in some seconds."""
     who: dict[str, Any] = dict.fromkeys(("host", "pid", "command", "since"), "?")
     with contextlib.suppress(ValueError, TypeError):
         who |= json.loads(holder)
+    lease = "" if expires is None else f"; if it was killed, its lease ends in {expires:.0f} s"
     return UserError(
         f"{folder} is in use by process {who['pid']} ({who['command']}) on {who['host']} since "
-        f"{who['since']}: wait for its end, or choose another folder."
+        f"{who['since']}: wait for its end, or choose another folder{lease}."
     )
 
 
@@ -110,6 +114,8 @@ def _flock(path: epath.Path, folder: epath.PathLike, *, exclusive: bool) -> Iter
                 break
         os.close(file)
     try:
+        if exclusive and os.fstat(file).st_size:  # its holder was killed
+            remove_partial(path.parent)
         with contextlib.suppress(OSError):  # a full disk is for the work to find
             os.truncate(file, 0)
             os.pwrite(file, _holder(), 0)
@@ -159,7 +165,7 @@ def _lease(
     """Hold a lease: written where there is none or an expired one, renewed until the end."""
     there = store.read()
     if there is not None and there.age < expires:
-        raise _refusal(folder, there.data)
+        raise _refusal(folder, there.data, expires - there.age)
     holder = _holder()
     generation = store.write(holder, 0 if there is None else there.generation)
     if generation is None:  # somebody else was faster

@@ -188,7 +188,7 @@ def _check_depth(text: str, name: object) -> None:
     if text.count("[") + text.count("{") <= DEEPEST_JSON:
         return
     depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', text, re.DOTALL):
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
         if token[0] in "[{":
             depth += 1
             if depth > DEEPEST_JSON:

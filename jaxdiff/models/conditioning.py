@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
@@ -284,6 +285,7 @@ class TextEncoder(abc.ABC):
         return module
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipTextEncoder(TextEncoder):
     """A CLIP text encoder and the hidden state that the denoiser reads.
@@ -361,6 +363,7 @@ def _weighted(
     return tokens + more * (tokens - empty)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipConditioner(Conditioner):
     """One CLIP text encoder, as in the small models and Stable Diffusion 1 and 2.
@@ -425,6 +428,7 @@ class ClipConditioner(Conditioner):
         return super().packed_size - (0 if self.masked else self.text_length)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionXLConditioner(Conditioner):
     """Stable Diffusion XL's text encoders (Podell et al. 2023, section 2.1).

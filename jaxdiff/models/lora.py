@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.errors import UserError
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.layers import Dense, axes_of
@@ -27,6 +29,7 @@ from jaxdiff.models.layers import Dense, axes_of
 LORA = "lora"  # the attribute of a layer that is its adapter
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Rank, scale and target layers of adapters that are to be trained.
@@ -41,13 +44,9 @@ class LoraConfig:
       UserError: a rank below 1.
     """
 
-    rank: int = 16
+    rank: Count = 16
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "k", "v", "out")
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"LoRA: the rank is {self.rank}: expected at least 1.")
 
     @property
     def scale(self) -> float:

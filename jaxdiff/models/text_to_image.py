@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Key, UInt8
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import AnySchedule
 from jaxdiff.errors import UserError
@@ -60,6 +62,7 @@ class Part(NamedTuple):
     build: Callable[[], nnx.Module]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TextToImage:
     """A text-to-image model without its weights.
@@ -84,7 +87,7 @@ class TextToImage:
     autoencoder: AnyAutoencoder | None = None
     prediction: Prediction
     schedule: AnySchedule
-    image_size: int
+    image_size: Count
     sampler: Sampler = field(default_factory=Sampler)
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Group inputs into fixed-size batches and run them on the devices, in segments for previews."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.pipelines.program import SampleInputs, Steps
 
 # Default number of pixels sampled at a time, and of images at most. On two CPU cores 4 images of
@@ -23,6 +25,7 @@ def default_batch_size(width: int, height: int) -> int:
     return max(1, min(most, pixels // (width * height)))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Preview:
     """A callback with options; callbacks do not change the images.
@@ -39,12 +42,8 @@ class Preview:
     """
 
     show: Callable[[int, UInt8[np.ndarray, "m h w 3"], Sequence[int]], None]
-    every: int = 1
+    every: Count = 1
     decoder: Any = None
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise UserError(f"every is {self.every}: expected a number of steps, 1 or more.")
 
 
 Callback = Preview | Callable[[int, UInt8[np.ndarray, "m h w 3"]], None]
@@ -201,3 +200,13 @@ def _in_order(
     order = list(itertools.chain.from_iterable(indices for indices, _ in pairs))
     assert len(order) == n
     return np.concatenate([images for _, images in pairs])[np.argsort(order)]
+
+
+def warn_of_broken(images: np.ndarray) -> None:
+    """Warn of images [n, ...] with values that are not finite, as float16 or a huge scale makes."""
+    if broken := sum(not np.isfinite(image).all() for image in images):
+        warnings.warn(
+            f"{broken} of {len(images)} images have values that are not finite, which become "
+            "black: lower guidance_scale, or compute in float32.",
+            stacklevel=4,
+        )

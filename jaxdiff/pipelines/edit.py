@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from jaxdiff.config.checked import check_value
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.inputs import (
     AnyImages,
@@ -100,7 +101,7 @@ def variations(
     height, width = images.shape[1:3]
     own = invert(pipe, images, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
-    amounts = np.asarray(one_each("amount", amount, n), float)
+    amounts = [check_value("amount", value, float) for value in one_each("amount", amount, n)]
     each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
     return pipe(
         prompts * n if len(prompts) == 1 else prompts,

@@ -1,29 +1,31 @@
 """Check a user's arguments, and convert them to the program's arrays."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 from PIL import Image
 
-from jaxdiff.config.fields import LARGEST_FLOAT, LONGEST_TEXT
+from jaxdiff.config.checked import check_value, checked
+from jaxdiff.config.fields import LONGEST_TEXT, Count, Natural, Seed
 from jaxdiff.data.text_tokenizer import TextTokenizer
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io.image_decoding import ImageError
 from jaxdiff.io.images import mask_of, picture_of
 from jaxdiff.io.text import check_text
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pipelines.batching import Callback, Preview
+from jaxdiff.pipelines.batching import Callback
 from jaxdiff.pipelines.program import SampleInputs
 from jaxdiff.pipelines.prompt_weights import tokenize
 from jaxdiff.sampling.guidance.guidance import Guidance
-from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, check_num_steps
+from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, Steps
 
-LARGEST_SEED = 2**32 - 1
 IMAGE_STRENGTH = 0.6
 
 Integer = int | np.integer
@@ -32,6 +34,7 @@ Output = Literal["uint8", "float", "latents"]
 AnyImages = np.ndarray | Image.Image | Sequence[Image.Image]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Mix:
     """An interpolation between two encoded prompts: (1 - fraction) a + fraction b.
@@ -52,16 +55,12 @@ class Mix:
     def __post_init__(self):
         for prompt in (self.a, self.b):
             check_prompt("A prompt of Mix", prompt)
-        if not math.isfinite(self.fraction):
-            raise UserError(
-                f"Mix.fraction is {self.fraction}: expected a number from 0, all of a, to 1, all "
-                "of b."
-            )
 
 
 Prompt = str | Mix
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitImage:
     """Images to start from.
@@ -80,12 +79,13 @@ class InitImage:
     strength: Number | Iterable[Number] | None = None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleRequest:
     """The arguments of `Pipeline.__call__`, which describes them."""
 
-    prompts: Prompt | Sequence[Prompt]
-    negative_prompt: str | Sequence[str | None] | None = None
+    prompts: Prompt | Iterable[Prompt]
+    negative_prompt: str | Iterable[str | None] | None = None
     seeds: Integer | Iterable[Integer] | None = None
     num_steps: Integer | Iterable[Integer] | None = None
     guidance_scale: Number | Iterable[Number] | None = None
@@ -95,27 +95,20 @@ class SampleRequest:
     sampler: Sampler | None = None
     guidance: Guidance | None = None
     output: Output = "uint8"
-    batch_size: int | None = None
+    batch_size: Count | None = None
     callback: Callback | None = None
 
     def __post_init__(self):
-        if self.output not in get_args(Output):
-            raise UserError(
-                f"output is {self.output!r}: expected {', '.join(map(repr, get_args(Output)))}."
-            )
-        for name, kind in (("init", InitImage), ("sampler", Sampler), ("guidance", Guidance)):
-            value = getattr(self, name)
-            if not isinstance(value, kind | None):
-                raise UserError(
-                    f"{name} is a {type(value).__name__}: expected jaxdiff.{kind.__name__}(...)."
-                )
-        size = self.batch_size
-        if size is not None and not (_is_integer(size) and size >= 1):
-            raise UserError(f"batch_size is {size!r}: expected an integer, at least 1.")
-        if self.callback is not None and not isinstance(self.callback, Preview | Callable):
-            raise UserError(f"callback is {self.callback!r}: expected a function (step, images).")
         # Once, as an iterator can be read.
         object.__setattr__(self, "prompts", prompt_list(self.prompts))
+
+    @classmethod
+    def of(cls, **arguments: Any) -> "SampleRequest":
+        """Return the request of a call; errors have the names of its arguments."""
+        try:
+            return cls(**arguments)
+        except FieldError as error:
+            raise error.called(error.field) from None
 
     def resolve_sampler(self, model: Sampler) -> ResolvedSampler:
         """Return the settings; those that are None inherit the model's."""
@@ -198,19 +191,8 @@ def float_array(name: str, values: Any, n: int) -> Float32[np.ndarray, " n"]:
     Raises:
       UserError: there are neither one nor n, or one is no finite number.
     """
-    found = one_each(name, values, n)
-    for value in found:
-        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        is_number = is_number or getattr(value, "ndim", None) == 0
-        if not is_number or not abs(value) <= LARGEST_FLOAT:
-            raise UserError(f"{name} is {value!r}: expected a finite number.")
+    found = [check_value(name, value, float) for value in one_each(name, values, n)]
     return np.asarray(found, np.float32)
-
-
-def _is_integer(value: Any) -> bool:
-    if getattr(value, "ndim", None) == 0:
-        return value.dtype.kind in "iu"
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
@@ -219,13 +201,7 @@ def seed_array(values: Iterable[Integer]) -> UInt32[np.ndarray, " n"]:
     Raises:
       UserError: one is no integer, or out of range.
     """
-    values = list(values)
-    for seed in values:
-        if not _is_integer(seed) or not 0 <= int(seed) <= LARGEST_SEED:
-            raise UserError(
-                f"seed {seed!r} is out of range: expected an integer from 0 to {LARGEST_SEED}."
-            )
-    return np.asarray([int(seed) for seed in values], np.uint32)
+    return np.asarray([check_value("seed", value, Seed) for value in values], np.uint32)
 
 
 def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
@@ -234,12 +210,7 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     Raises:
       UserError: there are neither one nor n, or one is no positive integer.
     """
-    found = one_each("num_steps", num_steps, n)
-    for count in found:
-        if not _is_integer(count):
-            raise UserError(f"num_steps is {count!r}: expected an integer, 1 or more.")
-        check_num_steps(int(count))
-    return [int(count) for count in found]
+    return [check_value("num_steps", count, Steps) for count in one_each("num_steps", num_steps, n)]
 
 
 def check_images(image: Any, n: int | None = None) -> UInt8[np.ndarray, "n h w 3"]:
@@ -381,9 +352,7 @@ def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
     Raises:
       UserError: they are no two multiples of the model's `size_multiple`.
     """
-    if np.shape(size) != (2,) or not all(_is_integer(side) for side in size):
-        raise UserError(f"size is {size!r}: expected (width, height), in pixels.")
-    width, height = size
+    width, height = check_value("size", size, tuple[Natural, Natural])
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
         raise UserError(
@@ -426,13 +395,14 @@ def sample_inputs(
         fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
         mix_fraction = np.asarray(fractions, np.float32)
     scale = guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scales = float_array("guidance_scale", scale, n)
     seeds = range(n) if request.seeds is None else request.seeds
     mask = request.init.mask if request.init is not None else None
     return SampleInputs(
         text=positive.text,
         negative=negative.text,
         seeds=seed_array(one_each("seeds", seeds, n)),
-        guidance_scale=float_array("guidance_scale", scale, n),
+        guidance_scale=_guidance_scales(scales, spec),
         mix_text=mix_text,
         mix_fraction=mix_fraction,
         composed_text=positive.composed_text,
@@ -441,6 +411,25 @@ def sample_inputs(
         mask=None if mask is None or images is None else check_masks(mask, images.shape),
         noise=_noise(request.latents, n, shape),
     )
+
+
+def _guidance_scales(
+    scales: Float32[np.ndarray, " n"], spec: TextToImage
+) -> Float32[np.ndarray, " n"]:
+    """Return the scales of eq. 1 of `sampling/guidance/cfg.py`.
+
+    diffusers' pipelines of Stable Diffusion and XL are unguided at 1 and below, and cards of
+    distilled models ask for 0. Other models follow eq. 1, with a warning below 1.
+    """
+    if isinstance(spec.denoiser, UNet2DConditionConfig):
+        return np.maximum(scales, np.float32(1))
+    if scales.min() < 1:
+        warnings.warn(
+            f"guidance_scale is {scales.min():g}: below 1 it steers towards the negative prompt; 1 "
+            "is unguided.",
+            stacklevel=4,
+        )
+    return scales
 
 
 def _noise(latents: Any, n: int, shape: tuple[int, int, int]) -> np.ndarray | None:

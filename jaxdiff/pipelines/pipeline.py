@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, PyTree
 
+from jaxdiff.config.checked import check_value
+from jaxdiff.config.fields import Count
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
@@ -27,6 +29,7 @@ from jaxdiff.pipelines.batching import (
     in_full_batches,
     make_batches,
     sample_batches,
+    warn_of_broken,
 )
 from jaxdiff.pipelines.inputs import (
     InitImage,
@@ -217,7 +220,8 @@ class Pipeline:
             some model families treat differently from "".
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
-          guidance_scale: of classifier-free guidance, one for all or one each.
+          guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and
+            so is less for Stable Diffusion and XL.
           size: width and height; by default those of `latents` or `init`, or the training images'.
           latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
           init: images to start from, with a mask and a strength.
@@ -238,7 +242,7 @@ class Pipeline:
         Raises:
           UserError: an invalid argument.
         """
-        request = SampleRequest(
+        request = SampleRequest.of(
             prompts=prompts,
             negative_prompt=negative_prompt,
             seeds=seeds,
@@ -271,9 +275,8 @@ class Pipeline:
         Raises:
           UserError: num is less than 1, or as `__call__` raises.
         """
-        if num < 1:
-            raise UserError(f"num is {num}: expected a number of snapshots, 1 or more.")
-        return self._sample(SampleRequest(prompts=prompts, **arguments), num).swapaxes(0, 1)
+        num = check_value("num", num, Count)
+        return self._sample(SampleRequest.of(prompts=prompts, **arguments), num).swapaxes(0, 1)
 
     def _sample(self, request: SampleRequest, num_snapshots: int = 0) -> np.ndarray:
         """Return images [n, 1, ...] or snapshots [n, k, ...]."""
@@ -293,7 +296,8 @@ class Pipeline:
         steps = step_counts(
             sampler.num_steps if request.num_steps is None else request.num_steps, n
         )
-        sampler.guidance.check_steps(min(steps))
+        for count in {min(steps), max(steps)}:
+            sampler.check_steps(count)
         images = None if init is None else check_images(init.image, n)
         size = image_size(request, spec, images)
         batch_size = request.batch_size
@@ -324,7 +328,10 @@ class Pipeline:
             self._mesh.size,
             self._watch(request.callback, batch_size),
         )
-        return np.rint(sampled * 255).astype(np.uint8) if request.output == "uint8" else sampled
+        warn_of_broken(sampled)
+        if request.output == "uint8":
+            return np.rint(np.nan_to_num(sampled, posinf=1, neginf=0) * 255).astype(np.uint8)
+        return sampled
 
     def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))

@@ -28,7 +28,7 @@ LARGEST = 10.0  # a larger weight is most likely a typo
 
 _SHOWN = 80  # characters of a prompt in an error message
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _PART = re.compile(rf'\s*"((?:\\.|[^"\\])*)"\s*:\s*({_NUMBER})(?=\s|$)')
 _WEIGHT = re.compile(r"\s*([-+.,\d]+)\s*")
 

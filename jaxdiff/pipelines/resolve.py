@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from etils import epath
 
-from jaxdiff.config.fields import fields_of
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import LARGEST_SEED, fields_of
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
-from jaxdiff.pipelines.inputs import IMAGE_STRENGTH, LARGEST_SEED, check_size
+from jaxdiff.pipelines.inputs import IMAGE_STRENGTH, check_size
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pipelines.settings import (
@@ -82,6 +83,7 @@ def _decode(path: epath.PathLike, data: bytes, is_mask: bool) -> pictures.Pictur
     return (pictures.read_mask if is_mask else pictures.read_picture)(path, data)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CommandDefaults:
     """Auxiliary models, which only the command line sets, not prompt files or clients.
@@ -222,7 +224,7 @@ def resolve_settings(
         )
     assert asked.num_steps is not None
     merged = resolved.sampler.inherit(pipe.spec.sampler).resolve()
-    merged.guidance.check_steps(asked.num_steps)
+    merged.check_steps(asked.num_steps)
     return resolved
 
 

@@ -13,9 +13,11 @@ from typing import Annotated, Any, NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
+    LARGEST_SEED,
     Choices,
     Doc,
     File,
@@ -27,8 +29,8 @@ from jaxdiff.config.fields import (
     check_fields,
     fields_of,
 )
+from jaxdiff.diffusion.time_grids import MOST_STEPS
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.inputs import LARGEST_SEED
 from jaxdiff.sampling.solvers import SOLVERS
 
 LARGEST_SIDE = 8192  # pixels; a longer side, most likely a typo, exhausts memory
@@ -67,13 +69,14 @@ class NoOp(NamedTuple):
     value: Any
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """The options of an image; None inherits, ultimately from the model."""
 
     prompt: Annotated[
         str,
-        Text(),
+        Text(empty=True),
         Doc("What to generate, each prompt in quotes.", PROMPTS, common=True),
         Varies.IMAGE,
     ] = ""
@@ -97,14 +100,18 @@ class GenerationSettings:
     ] = None
     num_steps: Annotated[
         int | None,
-        Range(1, LARGEST_INT),
+        Range(1, MOST_STEPS),
         Doc("Steps of the solver.", SAMPLING, common=True),
         Varies.BATCH,
     ] = None
     guidance_scale: Annotated[
         float | None,
         Range(),
-        Doc("Prompt adherence; 1 is unguided.", SAMPLING, common=True),
+        Doc(
+            "Prompt adherence; 1 is unguided. So is less, for Stable Diffusion.",
+            SAMPLING,
+            common=True,
+        ),
         Varies.IMAGE,
     ] = None
     size: Annotated[

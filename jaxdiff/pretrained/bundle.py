@@ -23,7 +23,7 @@ from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import read_bytes, write_whole
 from jaxdiff.io.text import format_json
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import abstract_params, bind_init
@@ -170,10 +170,9 @@ def read_weights(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: there is no such file, or it cannot be read.
     """
+    data = read_bytes(path, "the whole folder of the model")
     try:
-        stored = deserialize(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: copy the whole folder of the model.") from error
+        stored = deserialize(data)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut off ({error}): copy it again.") from error
     tree = {}

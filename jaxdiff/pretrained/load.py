@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
 from jaxdiff.pretrained.bundle import (
@@ -55,6 +56,7 @@ def model_folder(model: epath.PathLike) -> epath.Path:
     Raises:
       UserError: there is no shipped model of that name, or the download fails.
     """
+    check_address(str(model))
     kind, _, name = str(model).partition(":")
     if kind != "shipped":
         return download(str(model)) if is_hub_id(str(model)) else epath.Path(model)

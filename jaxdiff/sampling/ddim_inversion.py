@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.time_grids import Grid
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import Denoise, SolverState, State, Step, StepOutput
 
 
@@ -38,6 +39,7 @@ def reverse_grid(grid: Grid) -> Grid:
     return at
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DDIMInverse:
     """Eq. 1 on a grid from data to noise; inverts `DDIM` and `Euler`.
@@ -49,11 +51,7 @@ class DDIMInverse:
       UserError: rounds is less than 1.
     """
 
-    rounds: int = 1
-
-    def __post_init__(self):
-        if self.rounds < 1:
-            raise UserError(f"DDIMInverse.rounds is {self.rounds}: expected at least 1.")
+    rounds: Count = 1
 
     def init(self, x: Images) -> SolverState:
         """Return a direction of 0."""

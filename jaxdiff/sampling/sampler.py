@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from jaxdiff.diffusion.time_grids import AnyGrid, TimeGrid
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import BelowOne, Count, Range
+from jaxdiff.diffusion.time_grids import MOST_STEPS, AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.guidance.thresholds import AnyThreshold
@@ -15,12 +17,11 @@ VaeMode = Literal["full", "slicing", "tiling"]
 """What an autoencoder processes at a time: the whole batch, one image, or one tile of an image."""
 
 
-def check_num_steps(num_steps: int) -> None:
-    """Raise `UserError` for less than one step."""
-    if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}: expected at least 1 step.")
+Steps = Annotated[int, Range(1, MOST_STEPS)]
+"""Number of steps of a solver."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Settings of the sampling loop; a field that is None inherits the model's.
@@ -47,26 +48,15 @@ class Sampler:
 
     solver: AnySolver | None = None
     grid: AnyGrid | None = None
-    num_steps: int | None = None
+    num_steps: Steps | None = None
     guidance_scale: float | None = None
     guidance: Guidance | None = None
     threshold: AnyThreshold | None = None
     init_noise: Literal["unit", "schedule"] | None = None
-    resample_steps: int | None = None
+    resample_steps: Count | None = None
     vae_mode: VaeMode | None = None
     wrap: tuple[bool, bool] | None = None
-    overlap: float | None = None
-
-    def __post_init__(self):
-        if self.num_steps is not None:
-            check_num_steps(self.num_steps)
-        if self.resample_steps is not None and self.resample_steps < 1:
-            raise UserError(f"resample_steps is {self.resample_steps}: expected 1 or more.")
-        if self.overlap is not None and not 0 <= self.overlap < 1:
-            raise UserError(
-                f"overlap is {self.overlap}: expected a fraction of the windows' sides, from 0 to "
-                "less than 1, such as 0.5."
-            )
+    overlap: BelowOne | None = None
 
     def inherit(self, other: "Sampler") -> "Sampler":
         """Return these settings, with another's in the place of those that are None."""
@@ -111,3 +101,13 @@ class ResolvedSampler:
     vae_mode: VaeMode
     wrap: tuple[bool, bool]
     overlap: float | None
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise `UserError` for steps that the grid does not have, or without any guided one."""
+        most = getattr(self.grid, "max_steps", MOST_STEPS)
+        if num_steps > most:
+            raise UserError(
+                f"num_steps is {num_steps}: expected at most {most}, the steps that the model's "
+                f"{type(self.grid).__name__} has; choose fewer, or another grid."
+            )
+        self.guidance.check_steps(num_steps)

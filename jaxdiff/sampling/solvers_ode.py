@@ -3,17 +3,19 @@
 Equation numbers are those of `solver`.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Fraction, NotNegative, Range
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import AnySchedule
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import (
     Denoise,
     OneStep,
@@ -29,6 +31,7 @@ from jaxdiff.sampling.solver import (
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DDIM(OneStep):
     """Song et al. 2021, eq. 12 and 16, first order; eta = 0 is the ODE, eta = 1 is ancestral.
@@ -40,10 +43,7 @@ class DDIM(OneStep):
         UserError: eta outside [0, 1].
     """
 
-    eta: float = 0.0
-
-    def __post_init__(self):
-        check_eta(self)
+    eta: Fraction = 0.0
 
     def step(
         self,
@@ -59,14 +59,7 @@ class DDIM(OneStep):
         return StepOutput(ancestral_update(x, x0, s, self.eta, keys), x0, solver_state, next_state)
 
 
-def check_eta(solver: Any) -> None:
-    """Raise `UserError` for an eta outside [0, 1]."""
-    if not 0 <= solver.eta <= 1:
-        raise UserError(
-            f"{type(solver).__name__}.eta is {solver.eta}: expected from 0 (no noise) to 1."
-        )
-
-
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Euler(OneStep):
     """Euler's method on the straightened path: first order, one evaluation per step.
@@ -90,6 +83,7 @@ class Euler(OneStep):
         return StepOutput(ddim_update(x, x0, s), x0, solver_state, next_state)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Churn:
     """Fresh noise before each step of `Heun` (Karras et al. 2022, algorithm 2, lines 4 to 6).
@@ -107,16 +101,10 @@ class Churn:
     """
 
     schedule: AnySchedule
-    gamma: float = 0.1
-    s_tmin: float = 0.0
-    s_tmax: float = float("inf")
-    s_noise: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.gamma <= 0.4143:
-            raise UserError(
-                f"Churn.gamma is {self.gamma}: expected S_churn / num_steps, from 0 to 0.4142."
-            )
+    gamma: Annotated[float, Range(0, 0.4143)] = 0.1
+    s_tmin: NotNegative = 0.0
+    s_tmax: Annotated[float, Range(0, math.inf)] = float("inf")
+    s_noise: NotNegative = 1.0
 
     def apply(self, x: Images, s: Step, keys: Key[Array, " b"]) -> tuple[Images, Step]:
         """Return x with more noise, and the step from there; no time is later than 1."""
@@ -131,6 +119,7 @@ class Churn:
         return churned, s._replace(t=t, alpha=alpha, sigma=sigma)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Heun(OneStep):
     """Heun's method: two evaluations, second order (Karras et al. 2022, algorithm 1).
@@ -179,6 +168,7 @@ class Heun(OneStep):
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP2M:
     """Second-order multistep DPM-Solver++ (Lu et al. 2022b, algorithm 2), one evaluation per step.
@@ -227,6 +217,7 @@ _ADAMS_BASHFORTH = np.array(
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PLMS:
     """Pseudo linear multistep (Liu et al. 2022, PNDM, section 3.3): eq. 2 with eps extrapolated.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Fraction, Positive
 from jaxdiff.diffusion.process import Images
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import (
     Denoise,
     OneStep,
@@ -27,9 +28,10 @@ from jaxdiff.sampling.solver import (
     noise_like,
     noise_ratio,
 )
-from jaxdiff.sampling.solvers_ode import DDIM, check_eta
+from jaxdiff.sampling.solvers_ode import DDIM
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DDPM(OneStep):
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2, eq. 6 and 7).
@@ -53,6 +55,7 @@ class DDPM(OneStep):
         return StepOutput(ancestral_update(x, x0, s, 1.0, keys), x0, solver_state, next_state)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class EulerAncestral(DDIM):
     """Euler's step in sigma / alpha to less noise than the grid's, then fresh noise (k-diffusion).
@@ -62,7 +65,7 @@ class EulerAncestral(DDIM):
     whose default is 1.
     """
 
-    eta: float = 1.0
+    eta: Fraction = 1.0
 
 
 def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, " b"]) -> Images:
@@ -73,6 +76,7 @@ def _along_the_sde(x: Images, x0: Images, s: Step, eta: float, keys: Key[Array, 
     return ddim_update_with_noise(x, x0, s, kept, jnp.sqrt(jnp.maximum(1 - kept**2, 0.0)), keys)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPPSDE(OneStep):
     """First-order SDE-DPM-Solver++ (Lu et al. 2022b, section 5), one evaluation per step.
@@ -84,10 +88,7 @@ class DPMSolverPPSDE(OneStep):
         UserError: eta outside [0, 1].
     """
 
-    eta: float = 1.0
-
-    def __post_init__(self):
-        check_eta(self)
+    eta: Fraction = 1.0
 
     def step(
         self,
@@ -103,6 +104,7 @@ class DPMSolverPPSDE(OneStep):
         return StepOutput(_along_the_sde(x, x0, s, self.eta, keys), x0, solver_state, next_state)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP2MSDE(DPMSolverPPSDE):
     """Second-order multistep SDE-DPM-Solver++ (Lu et al. 2022b, section 5), one evaluation.
@@ -129,6 +131,7 @@ class DPMSolverPP2MSDE(DPMSolverPPSDE):
         return StepOutput(_along_the_sde(x, ahead, s, self.eta, keys), x0, solver_state, next_state)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LCM(OneStep):
     """Multistep sampling of a consistency model (Luo et al. 2023, algorithm 3).
@@ -145,15 +148,8 @@ class LCM(OneStep):
         UserError: either is not positive.
     """
 
-    sigma_data: float = 0.5
-    time_scale: float = 10_000.0
-
-    def __post_init__(self):
-        if not (self.sigma_data > 0 and self.time_scale > 0):
-            raise UserError(
-                f"LCM got sigma_data={self.sigma_data}, time_scale={self.time_scale}: "
-                "expected positive numbers."
-            )
+    sigma_data: Positive = 0.5
+    time_scale: Positive = 10_000.0
 
     def step(
         self,

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
+from jaxdiff.config.checked import checked
 from jaxdiff.diffusion.process import Images
 from jaxdiff.sampling.solver import (
     Denoise,
@@ -45,6 +46,7 @@ class LastStep(NamedTuple):
     is_known: Bool[Array, ""]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class UniPC:
     """UniPC-2, one evaluation per step, third order while steps are short in lambda.

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -56,6 +57,7 @@ class Checkpoints:
         self._pending: Future | None = None
         self._newest: int | None = None  # step known to be complete on disk
         logging.getLogger("absl").addFilter(_not_orbax_traceback)
+        _ignore_closed_loop()
 
     def save(self, state: TrainState) -> None:
         """Start to save `state`, after the previous save has finished; raise the error of that.
@@ -203,3 +205,14 @@ def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:
 def _not_orbax_traceback(record: logging.LogRecord) -> bool:
     """Filter the tracebacks that Orbax logs on a failed write, which is raised anyway."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _ignore_closed_loop() -> None:
+    """Drop the tracebacks of writes that end after the first failure has closed Orbax's loop."""
+    print_error = sys.excepthook
+
+    def hook(kind, error, traceback) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            print_error(kind, error, traceback)
+
+    sys.excepthook = hook

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import BelowOne
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Ema:
     """ema <- d ema + (1 - d) params, with d = min(decay, (1 + step) / (10 + step)), in float32.
@@ -20,13 +22,7 @@ class Ema:
     parameters.
     """
 
-    decay: float = 0.9999
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise UserError(
-                f"Ema: decay must be in [0, 1), where 0 disables averaging; got {self.decay}."
-            )
+    decay: BelowOne = 0.9999
 
     def init(self, params: PyTree) -> PyTree:
         """Initialise the EMA: a float32 copy, which survives the donation of the parameters."""

@@ -19,6 +19,7 @@ from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import Account, BadRecords, account_of
 from jaxdiff.data.loader import ON_DEVICE, WORKER_DIED, device_batches, host_rows, make_dataset
 from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.data.workers import signals_blocked
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
@@ -232,7 +233,12 @@ def _batches(
         first=first,
     )
     sharding = batch_sharding(mesh)
-    return iter(device_batches(dataset, sharding, batch_size=size, prefetch=config.data.prefetch))
+    prefetch = config.data.prefetch
+    batches = device_batches(dataset, sharding, batch_size=size, prefetch=prefetch)
+    with signals_blocked():  # in the thread that starts the workers, and so in them
+        iterator = iter(batches)
+        iterator.start_prefetch()
+    return iterator
 
 
 class _Preemption:

@@ -5,8 +5,9 @@ the learning rate at update `step`, counted from 0, which may be traced. It is a
 times one of optax's schedules.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,12 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import BelowOne, Fraction, Natural, NotNegative, Positive, Range
 
 StepCount = int | Int[Array, "..."]
 
 _RMS_OF_ADAM = 0.2  # RMS of Adam's updates over the learning rate: 0.2 to 0.4 in practice
-
-
-def _check_schedule(name: str, warmup_steps: int, **fractions: float) -> None:
-    if warmup_steps < 0:
-        raise UserError(f"{name}: warmup_steps must be 0 or more; got {warmup_steps}.")
-    for field, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{name}: {field} must be from 0 to 1; got {value}.")
 
 
 def _warmup(step: StepCount, warmup_steps: int) -> Float[Array, "..."]:
@@ -34,29 +28,25 @@ def _warmup(step: StepCount, warmup_steps: int) -> Float[Array, "..."]:
     return jnp.minimum(1.0, (jnp.float32(step) + 1) / max(warmup_steps, 1))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ConstantLR:
     """Warm-up, then a factor of 1."""
 
-    warmup_steps: int = 0
-
-    def __post_init__(self):
-        _check_schedule("ConstantLR", self.warmup_steps)
+    warmup_steps: Natural = 0
 
     def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The factor on the learning rate at update `step` of `total_steps`."""
         return _warmup(step, self.warmup_steps)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CosineLR:
     """Warm-up, then half a cosine from 1 to `final` (Loshchilov & Hutter 2017, eq. 5)."""
 
-    warmup_steps: int = 1000
-    final: float = 0.0
-
-    def __post_init__(self):
-        _check_schedule("CosineLR", self.warmup_steps, final=self.final)
+    warmup_steps: Natural = 1000
+    final: Fraction = 0.0
 
     def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
@@ -66,6 +56,7 @@ class CosineLR:
         return _warmup(step, self.warmup_steps) * decay(after_warmup)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
     """Warm-up, then a factor of 1, then a decay to `final` (Hu et al. 2024, section 4).
@@ -78,18 +69,10 @@ class WarmupStableDecay:
       final: factor at the end.
     """
 
-    warmup_steps: int = 1000
-    decay_fraction: float = 0.2
+    warmup_steps: Natural = 1000
+    decay_fraction: Fraction = 0.2
     decay: Literal["linear", "sqrt"] = "sqrt"
-    final: float = 0.0
-
-    def __post_init__(self):
-        _check_schedule(
-            "WarmupStableDecay",
-            self.warmup_steps,
-            decay_fraction=self.decay_fraction,
-            final=self.final,
-        )
+    final: Fraction = 0.0
 
     def factor(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The factor on the learning rate at update `step`; it reaches `final` at `total_steps`."""
@@ -114,6 +97,7 @@ def decayed(params: PyTree) -> PyTree[bool]:
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) and clipping.
@@ -129,27 +113,13 @@ class AdamW:
       schedule: of the learning rate.
     """
 
-    learning_rate: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0
+    learning_rate: Positive = 1e-4
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    clip_norm: Annotated[float, Range(0, math.inf, "(]")] | None = 1.0
     schedule: ConstantLR | CosineLR | WarmupStableDecay = ConstantLR()
-
-    def __post_init__(self):
-        if self.learning_rate <= 0 or self.weight_decay < 0 or self.eps <= 0:
-            raise UserError(
-                f"optimizer: learning_rate and eps must be positive and weight_decay not negative; "
-                f"got {self.learning_rate}, {self.eps} and {self.weight_decay}."
-            )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise UserError(f"optimizer: b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}.")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise UserError(
-                "optimizer: clip_norm must be positive, or None to disable clipping; got "
-                f"{self.clip_norm}."
-            )
 
     def learning_rate_at(self, step: StepCount, total_steps: int) -> Float[Array, "..."]:
         """The learning rate of update `step`, counted from 0, of a run of `total_steps`."""
@@ -173,6 +143,7 @@ class AdamW:
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
     """Muon for the kernels, NAdam for the rest (Jordan et al. 2024; Liu et al. 2025, algorithm 1).
@@ -186,12 +157,7 @@ class Muon(AdamW):
       momentum: decay of the mean of a kernel's gradients; `b1`, `b2` and `eps` apply to the rest.
     """
 
-    momentum: float = 0.95
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optimizer: momentum must be in [0, 1); got {self.momentum}.")
+    momentum: BelowOne = 0.95
 
     def _step(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return muon(

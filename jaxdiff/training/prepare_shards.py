@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.bad_records import Account, Reject, account_of, left_out_of
 from jaxdiff.data.loader import DataConfig
@@ -39,18 +41,19 @@ _NAMED = 20  # rejects of a shard that are printed
 _RECORDS_PER_WORKER = 512  # fewer are not worth the start of a process
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
     """How the work is split into shards, processes and machines."""
 
-    shards: int | None = None
+    shards: Count | None = None
     """Files to write; by default one per 4096 images, or latents of 1024 images, at most 1024."""
-    workers: int | None = None
+    workers: Natural | None = None
     """Processes that read, render or decode; 0 is this process alone. By default one per core, and
     at least 512 records each."""
-    host: int = 0
+    host: Natural = 0
     """Index of this machine, from 0, where several write shards."""
-    hosts: int = 1
+    hosts: Count = 1
     """Number of machines; the last one to finish writes the manifest."""
     latents: LatentOptions = field(default_factory=LatentOptions)
 
@@ -123,11 +126,7 @@ def write_records(
 
 
 def _check_sharing(sharing: Sharing) -> None:
-    if sharing.shards is not None and sharing.shards < 1:
-        raise UserError(f"--shards {sharing.shards}: expected a positive number.")
-    if sharing.workers is not None and sharing.workers < 0:
-        raise UserError(f"--workers {sharing.workers}: expected 0 or a positive number.")
-    if not 0 <= sharing.host < sharing.hosts:
+    if sharing.host >= sharing.hosts:
         raise UserError(
             f"--host {sharing.host} of --hosts {sharing.hosts}: expected a number from 0 and below "
             "that of the hosts."

@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Seed
+from jaxdiff.config.plugins import failure_of
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
@@ -27,6 +31,7 @@ from jaxdiff.training.tasks.diffusion import DiffusionTask
 AnyTask = DiffusionTask | AutoencoderTask | ClipTask | Task
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Tokenizer of text encoders that are not pretrained; pretrained ones bring their own.
@@ -39,11 +44,12 @@ class TokenizerConfig:
     """
 
     path: str | None = None
-    vocab_size: int = 1024
-    length: int = 32
-    records: int = 10_000
+    vocab_size: Count = 1024
+    length: Count = 32
+    records: Count = 10_000
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch, precision and intervals of a run.
@@ -65,29 +71,20 @@ class TrainConfig:
       UserError: a number that must be positive is not.
     """
 
-    steps: int = 10_000
-    batch_size: int = 64
-    accumulate: int = 1
+    steps: Count = 10_000
+    batch_size: Count = 64
+    accumulate: Count = 1
     compute: ComputeType = "float32"
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep: int = 2
-    max_nonfinite: int = 20
+    seed: Seed = 0
+    log_every: Count = 50
+    checkpoint_every: Count = 1000
+    keep: Count = 2
+    max_nonfinite: Count = 20
     wandb: bool = False
     evaluate: bool = True
 
-    def __post_init__(self):
-        positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep")
-        for name in (*positive, "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"train.{name} is {getattr(self, name)}: expected a positive number."
-                )
-        if self.seed < 0:
-            raise UserError(f"train.seed is {self.seed}: expected 0 or a positive number.")
 
-
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A recipe: the model and its task, data, optimizer, mesh, and what is logged.
@@ -148,8 +145,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     A recipe may import the modules in its own folder, as a script does.
 
     Raises:
-      UserError: there is no such recipe (`find_recipe`), it is not Python, or it defines no
-        `get_config`.
+      UserError: there is no such recipe (`find_recipe`), it is not Python, it fails, or it defines
+        no `get_config` that returns a `Config`.
     """
     path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
@@ -164,7 +161,18 @@ def load_recipe(path: str | os.PathLike[str]) -> Config:
     module = importlib.util.module_from_spec(spec)
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.append(folder)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if callable(get_config) else None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise failure_of(str(path), error) from error
+    if not callable(get_config):
         raise UserError(f"{path} defines no get_config(): expected one that returns a Config.")
-    return module.get_config()
+    if not isinstance(config, Config):
+        raise UserError(
+            f"get_config() of {path} returned {reprlib.repr(config)}: expected a Config."
+        )
+    return config

@@ -51,8 +51,8 @@ def make_train_step(
     """Make a step that updates parameters, optimizer state, EMA and the task's state.
 
     Gradients are taken with respect to the float32 masters through a cast to `compute`, and
-    averaged over `accumulate` sequential micro-batches. A nonfinite loss or gradient changes only
-    the step and the counts of skipped updates.
+    averaged over `accumulate` sequential micro-batches. A nonfinite loss, gradient or update
+    changes only the step and the counts of skipped updates.
     """
 
     def loss(params, frozen, batch, key, task_state, average):
@@ -75,6 +75,8 @@ def make_train_step(
             "task_state": task.next_state(task_state, metrics),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        for leaf in jax.tree.leaves([params, opt_state, changed["ema"]]):
+            finite &= jnp.isfinite(leaf).all()
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         nonfinite = {

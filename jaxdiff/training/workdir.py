@@ -131,6 +131,7 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
     make_folder(out)
     if (out / MODEL).exists():
         raise UserError(f"{out} holds an exported model rather than a run: choose another --out.")
+    _check_ownership(out, fresh)
     # Another recipe may replace a run that ended before its first checkpoint.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
     there = _read_own(out, config) if (out / CONFIG).exists() and not fresh else None
@@ -147,6 +148,22 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
     config.task.check_tokenizers(tokenizers)
     write_tokenizers(out, tokenizers)
     write_config(out, config)
+
+
+def _check_ownership(out: epath.Path, fresh: bool) -> None:
+    """Raise `UserError` if files have the names of a run's but are none, as `--fresh` removes."""
+    checkpoints = checkpoint_folder.absolute(out / CHECKPOINTS)
+    if checkpoint_folder.steps(checkpoints):
+        return
+    if (out / CONFIG).exists() and (not fresh or is_recipe(read_json(out / CONFIG))):
+        return  # without `fresh`, reading the recipe refuses another file
+    # Tokenizers are what a run without a recipe has if its start was interrupted.
+    others = [name for name in _RUN_FILES if name != TOKENIZERS and (out / name).exists()]
+    if others and (fresh or CHECKPOINTS not in others):
+        raise UserError(
+            f"{out} is not the folder of a run but holds {', '.join(others)}, which a run "
+            "replaces: choose another --out, or move them away."
+        )
 
 
 def _read_own(out: epath.Path, config: Config) -> Config:

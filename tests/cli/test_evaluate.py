@@ -14,12 +14,14 @@ from jaxdiff.cli import evaluate as module
 from jaxdiff.cli import main as cli
 from jaxdiff.config.serialization import accept_types, to_json
 from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.errors import UserError
 from jaxdiff.evaluation import clip_score
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.io.images import save_png
+from jaxdiff.io.lock import lock_folder
 from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
@@ -195,3 +197,29 @@ def test_an_evaluator_of_ones_own_needs_no_samples(model):
     with accept_types([NumParams]):
         assert cli.main(["evaluate", str(folder)]) == 0
     assert saved(folder)["figures"]["size/params"] > 0
+
+
+def test_figures_that_cannot_be_saved_are_printed(model, calls, monkeypatch, capsys):
+    folder = model(ClipScore())
+
+    def refuse(*_):
+        raise UserError("it cannot be written.")
+
+    monkeypatch.setattr(module, "write_whole", refuse)
+    monkeypatch.setattr(module, "make_folder", refuse)
+    assert cli.main(["evaluate", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "the table" in said.out
+    assert "Saved" not in said.out
+    assert said.err == ("jaxdiff: The figures are printed but not saved: it cannot be written.\n")
+
+
+def test_a_run_in_training_is_evaluated_into_another_folder(
+    model, calls, tmp_path, capsys, refused
+):
+    folder = model(ClipScore())
+    with lock_folder(folder):
+        assert "is in use by process" in refused("evaluate", str(folder))
+        assert cli.main(["evaluate", str(folder), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "evaluation.json").exists()
+    assert not (folder / "evaluation.json").exists()

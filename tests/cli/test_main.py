@@ -333,3 +333,22 @@ def test_control_characters_of_arguments_are_shown_escaped(refused, words):
     assert r"\x1b[31m" in error
     assert "\x1b" not in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["http://x", "x://y", "a/b.://png", "s3://bucket/x"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "a pea", "--model"),
+        ("sample", "a pea", "--out"),
+        ("sample", "--prompts"),
+        ("sample", "a pea", "--lora"),
+        ("evaluate",),
+        ("export", "shipped:produce"),
+        ("train", "--out"),
+        ("prepare",),
+    ],
+)
+def test_addresses_that_no_command_reads_are_refused(words, address, refused):
+    message = f"jaxdiff: {address} is an address that jaxdiff does not read or write: expected"
+    assert refused(*words, address).startswith(message)

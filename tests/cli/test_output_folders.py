@@ -144,3 +144,82 @@ def test_images_that_are_finished_stay_after_ctrl_c(model_folder, tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     for path in out.glob("*.png"):
         Image.open(path).load()
+
+
+def test_a_signal_within_a_destructor_is_not_lost(monkeypatch, capsys):
+    class Held:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def recipes(_):
+        held = Held()
+        del held
+        time.sleep(10)
+
+    monkeypatch.setattr("jaxdiff.cli.recipes.recipes_command", recipes)
+    assert cli.main(["recipes"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "jaxdiff: SIGTERM: stopped; finished files are kept.\n"
+
+
+def test_images_before_the_disk_is_full_stay_and_the_others_are_named(
+    command, tmp_path, capsys, monkeypatch
+):
+    from etils import epath
+
+    path_type = type(epath.Path(tmp_path))
+    replace = path_type.replace
+
+    def fill(path, target):
+        if str(target).endswith("0001-a-pea.png"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(path_type, "replace", fill)
+    assert cli.main([*command("sample", tmp_path / "out"), "--num-images", "3"]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'out' / '0000-a-pea.png'}\n"
+    assert "images that are missing: 0001-a-pea.png, 0002-a-pea.png." in said.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-a-pea.png"]
+
+
+def test_a_model_is_read_while_its_folder_is_in_use(model_folder, command, tmp_path):
+    with lock_folder(model_folder):
+        assert cli.main(command("sample", tmp_path / "out")) == 0
+
+
+def test_an_error_that_a_signal_becomes_in_a_library_is_that_signal(monkeypatch, capsys):
+    def recipes(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("Encountered an error while initializing the extension.") from error
+
+    monkeypatch.setattr("jaxdiff.cli.recipes.recipes_command", recipes)
+    assert cli.main(["recipes"]) == 130
+    assert capsys.readouterr().err == "jaxdiff: SIGINT: stopped; finished files are kept.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_end_quietly_with_a_job(number, tmp_path):
+    photos, out = tmp_path / "many", tmp_path / "out"
+    photos.mkdir()
+    for i in range(60):
+        Image.effect_noise((512, 512), 50).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text("a pea")
+    words = ["prepare", photos, out, "--workers", "1", "--shards", "60"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jaxdiff", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not list(out.glob("records-*")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(job.pid, number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, said
+    assert said.splitlines()[-1] == f"jaxdiff: {number.name}: stopped; finished files are kept."
+    assert "Traceback" not in said
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [".shards"]

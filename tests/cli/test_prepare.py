@@ -173,8 +173,8 @@ def test_records_that_are_added_need_another_folder(tmp_path, refused, capsys):
 
 def test_invalid_options_of_sharing_are_refused(recipe, tmp_path, refused):
     for words, printed in (
-        (("--shards", "0"), "--shards 0"),
-        (("--workers", "-1"), "--workers -1"),
+        (("--shards", "0"), "--shards is 0"),
+        (("--workers", "-1"), "--workers is -1"),
         (("--host", "1"), "--host 1 of --hosts 1"),
         (("--latents.views", "1"), "no autoencoder whose latents can be cached"),
     ):

@@ -50,6 +50,13 @@ def test_a_module_that_cannot_be_imported_is_a_user_error(module):
         import_plugins([module("Two"), "no_such_module"])
 
 
+def test_a_module_that_fails_is_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "plugin_failing.py").write_text("x = 1\nx / 0")
+    with pytest.raises(UserError, match=r"line 2 of .*ZeroDivisionError"):
+        import_plugins(["plugin_failing"])
+
+
 def test_types_are_accepted_where_their_base_is_expected_and_within_the_context_alone(module):
     (own,) = import_plugins([module("Three")])
     data = to_json(own(gain=2.0))

@@ -303,5 +303,5 @@ def test_a_batch_of_bad_records_alone_is_an_error(tmp_path, tokenizer):
     "setting", [{"workers": -1}, {"threads": 0}, {"prefetch": 0}, {"max_bad_fraction": 2.0}]
 )
 def test_impossible_settings_are_refused(source, setting):
-    with pytest.raises(UserError, match=f"data.{next(iter(setting))}"):
+    with pytest.raises(UserError, match=rf"DataConfig\.{next(iter(setting))} is"):
         DataConfig(source=source, transforms=Transforms(size=8), **setting)

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 import jaxdiff
+from jaxdiff.data.clip_bpe import END
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 
@@ -217,6 +218,36 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="has no padding token"):
         Tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["post_processor"]["special_tokens"].clear(),
+        lambda state: state["model"]["vocab"].update(green=2**31),
+        lambda state: state["added_tokens"][0].update(id=2**31),
+        lambda state: state["post_processor"]["special_tokens"][END].update(ids=[2**31]),
+        lambda state: state["padding"].update(pad_id=2**31),
+        lambda state: state.update(model={"type": "BPE"}),
+    ],
+)
+def test_parts_of_a_file_that_do_not_fit_together_are_refused(change, tokenizer, tmp_path, capfd):
+    """Where `tokenizers` would abort, or take time and memory by the largest id."""
+    tokenizer.save(str(tmp_path))
+    state = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    change(state)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"^The tokenizer in .* cannot be read \("):
+        Tokenizer.load(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ids_with_gaps_count_up_to_the_largest(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path))
+    state = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    state["model"]["vocab"]["zzz"] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert Tokenizer.load(str(tmp_path)).vocab_size == 5001
 
 
 def test_impossible_sizes_are_refused():

@@ -179,9 +179,9 @@ def test_unusable_captions_are_named_with_the_reason(captions, reason):
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(UserError, match=r"transforms\.size"):
+    with pytest.raises(UserError, match=r"Transforms\.size"):
         Transforms(size=0)
-    with pytest.raises(UserError, match=r"transforms\.caption_dropout"):
+    with pytest.raises(UserError, match=r"Transforms\.caption_dropout"):
         Transforms(size=8, caption_dropout=1.5)
 
 

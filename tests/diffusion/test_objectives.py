@@ -173,7 +173,7 @@ def test_the_conditioning_reaches_the_model_and_the_state_is_returned(x0):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(UserError, match="positive floor"):
+    with pytest.raises(UserError, match=r"Denoising\.floor is"):
         Denoising(floor=0.0)
-    with pytest.raises(UserError, match="noise_offset=-1"):
+    with pytest.raises(UserError, match="noise_offset is -1"):
         dataclasses.replace(Denoising(), noise_offset=-1.0)

@@ -173,7 +173,9 @@ def test_fit_models_and_data_are_not_refused(context):
 
 @pytest.mark.parametrize("kind", [ProduceAccuracy, OpenMojiAccuracy, ClipScore])
 def test_fewer_than_two_samples_are_refused(kind):
-    with pytest.raises(UserError, match=rf"{kind.name}\.samples is 1: expected at least 2"):
+    with pytest.raises(
+        UserError, match=rf"{kind.__name__}\.samples is 1: expected a whole number, at least 2"
+    ):
         kind(samples=1)
 
 

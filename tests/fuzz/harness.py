@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,14 @@ from jaxdiff.errors import UserError
 
 SECONDS = 10.0
 BYTES = 2 * 2**30
+
+PROMPT_FILES = {
+    "txt": b'a red pea\r\n(a green:1.2) pod\n\n"a":1 "b":-0.5\n',
+    "jsonl": b'{"prompt": "a pea", "seed": 7, "size": "64x64", "guidance_scale": 2.5}\n'
+    b'{"prompt": "a pod", "init_image": "a/b.png", "strength": 0.5, "size": "1:1"}\n',
+    "csv": b'prompt,seed,num_steps\n"a ""red"" pea, ripe",7,4\na pod,,\n',
+}
+"""A file of prompts in each format."""
 
 _TOKENS = (
     [b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r", b"\t", b" ", b'"', b"\\"]
@@ -96,6 +105,52 @@ def _change(data: bytearray, corpus: Sequence[bytes], rng: random.Random) -> Non
             data[place:] = other[rng.randint(0, len(other)) :]
         case 5:
             data[place:place] = data[span] * rng.choice((1, 2, 100))
+
+
+class SpoiltFolder:
+    """A folder of a model, of which one file at a time is spoilt.
+
+    Its contents are changed, or it is removed, made a folder, a link that leads nowhere, or empty.
+    """
+
+    def __init__(self, path: Path, source: Path | None = None, seed: int = 0):
+        """Copy `source` to `path`, or take what is there."""
+        if source is not None:
+            shutil.copytree(source, path)
+        self.path, self._rng = path, random.Random(seed)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        self._contents = {file: file.read_bytes() for file in files}
+
+    @contextlib.contextmanager
+    def spoilt(self) -> Iterator[tuple[str, bytes]]:
+        """Spoil a file within the context; yield its name and the first of its new bytes."""
+        rng = self._rng
+        file = rng.choice(list(self._contents))
+        data = self._contents[file]
+        if file.suffix == ".json" and rng.random() < 0.7:
+            data = changed_json(data, rng)
+        else:
+            *_, data = mutations([data], 1, seed=rng.randrange(2**31))
+        how = rng.choice(("change",) * 6 + ("remove", "folder", "loop", "empty"))
+        file.unlink()
+        match how:
+            case "change":
+                file.write_bytes(data)
+            case "folder":
+                file.mkdir()
+            case "loop":
+                file.symlink_to(file.name)
+            case "empty":
+                file.touch()
+        try:
+            yield f"{file.name}, {how}", data[:1000]
+        finally:
+            for path in self.path.rglob("*"):  # also what a command added
+                if path.is_symlink() or (path.is_file() and path not in self._contents):
+                    path.unlink()
+            if file.is_dir():
+                shutil.rmtree(file)
+            file.write_bytes(self._contents[file])
 
 
 _started: list[str] = []

@@ -16,14 +16,7 @@ from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.pipelines.image_metadata import ImageMetadata
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
 from jaxdiff.training.metrics import MetricsWriter
-from tests.fuzz.harness import counts, guarded, mutations, survives
-
-PROMPT_FILES = {
-    "txt": b'a red pea\r\n(a green:1.2) pod\n\n"a":1 "b":-0.5\n',
-    "jsonl": b'{"prompt": "a pea", "seed": 7, "size": "64x64", "guidance_scale": 2.5}\n'
-    b'{"prompt": "a pod", "init_image": "a/b.png", "strength": 0.5, "size": "1:1"}\n',
-    "csv": b'prompt,seed,num_steps\n"a ""red"" pea, ripe",7,4\na pod,,\n',
-}
+from tests.fuzz.harness import PROMPT_FILES, counts, guarded, mutations, survives
 
 PROMPTS = [
     text.encode()

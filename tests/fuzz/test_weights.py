@@ -1,18 +1,16 @@
-import random
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import save
 
 from jaxdiff.pretrained.embeddings import read_embedding
-from jaxdiff.pretrained.load import load_bundle, read_spec
+from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
 from jaxdiff.pretrained.lora import read_lora
+from jaxdiff.pretrained.run_folder import read_word
 from jaxdiff.pretrained.safetensors_io import TensorFiles
 from jaxdiff.pretrained.single_file import read_original_spec
-from tests.fuzz.harness import changed_json, counts, guarded, mutations, survives
+from jaxdiff.training.workdir import find_recipe_of, open_run, read_config
+from tests.fuzz.harness import SpoiltFolder, counts, guarded, mutations, survives
 
 F32 = np.float32
 
@@ -56,43 +54,25 @@ def test_lora_files(count, folder, unet_spec):
 
 
 @pytest.mark.parametrize("kind", ["exported", "diffusers", "run"])
-@counts(40, 2000)
+@counts(15, 2000)
 def test_folders_of_models(kind, count, folder, models):
-    """One file of a model is changed, removed, made a folder or a link that leads nowhere."""
-    there = folder / "model"
-    shutil.copytree(models[kind], there)
-    files = sorted(path for path in there.rglob("*") if path.is_file())
-    contents = {path: path.read_bytes() for path in files}
-    rng = random.Random(0)
+    model = SpoiltFolder(folder / "model", models[kind])
     with guarded(folder):
         for _ in range(count):
-            path = rng.choice(files)
-            if path.suffix == ".json" and rng.random() < 0.7:
-                data = changed_json(contents[path], rng)
-            else:
-                *_, data = mutations([contents[path]], 1, seed=rng.randrange(2**31))
-            _spoil(path, data, rng.choice(("change",) * 6 + ("remove", "folder", "loop", "empty")))
-            survives(lambda: load_bundle(there, place=np.asarray), (path.name, data[:1000]))
-            survives(lambda: read_spec(there), (path.name, data[:1000]))
-            _remove(path)
-            path.write_bytes(contents[path])
+            with model.spoilt() as data:
+                survives(lambda: load_bundle(model.path, place=np.asarray), data)
+                survives(lambda: read_spec(model.path), data)
+                survives(lambda: read_tokenizers(model.path), data)
 
 
-def _spoil(path: Path, data: bytes, how: str) -> None:
-    path.unlink()
-    match how:
-        case "change":
-            path.write_bytes(data)
-        case "folder":
-            path.mkdir()
-        case "loop":
-            path.symlink_to(path.name)
-        case "empty":
-            path.touch()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
+@counts(8, 2000)
+def test_folders_of_runs(count, folder, models, tiny_recipe):
+    """What evaluating, exporting and resuming them read."""
+    run = SpoiltFolder(folder / "run", models["run"])
+    out, config = epath.Path(run.path), tiny_recipe(steps=1)
+    with guarded(folder):
+        for _ in range(count):
+            with run.spoilt() as data:
+                for read in (read_config, find_recipe_of, read_word):
+                    survives(lambda read=read: read(out), data)
+                survives(lambda: open_run(config, out, fresh=False, log=lambda _: None), data)

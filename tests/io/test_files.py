@@ -31,3 +31,9 @@ def test_a_remote_object_is_written_directly(monkeypatch):
     monkeypatch.setattr(type(path), "write_bytes", lambda self, data: written.append((self, data)))
     write_whole(path, b"whole")
     assert written == [(path, b"whole")]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_a_name_may_be_as_long_as_the_system_allows(name, tmp_path):
+    write_whole(epath.Path(tmp_path) / name, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

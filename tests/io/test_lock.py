@@ -4,9 +4,11 @@ import textwrap
 import threading
 
 import pytest
+from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.io import lock
+from jaxdiff.io.files import partial_path
 from jaxdiff.io.lock import LOCK, Stored, lock_folder, output_folder
 
 IN_USE = r"in use by process \d+ \(.+\) on .+ since \d{4}-"
@@ -150,3 +152,25 @@ def test_a_holder_that_lost_its_lease_says_so(caplog):
             threading.Event().wait(0.01)
     assert "took over" in caplog.text
     assert store.generation == 7
+
+
+def test_the_refusal_says_when_a_lease_ends():
+    store = Memory()
+    with lease(store):
+        store.clock = 60.0
+        with pytest.raises(UserError, match="its lease ends in 120 s"), lease(store):
+            pass
+
+
+def test_the_files_of_a_killed_holder_are_removed(tmp_path):
+    below = tmp_path / "unet"
+    below.mkdir()
+    left = [partial_path(epath.Path(folder) / "a.png") for folder in (tmp_path, below)]
+    for path in (*left, tmp_path / ".partial-of-a-user"):
+        path.write_bytes(b"half")
+    with lock_folder(tmp_path):
+        assert left[0].exists()  # no holder was killed: these are of another program
+    (tmp_path / LOCK).write_bytes(b"{}")
+    with lock_folder(tmp_path):
+        assert not any(path.exists() for path in left)
+    assert (tmp_path / ".partial-of-a-user").exists()

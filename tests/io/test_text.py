@@ -1,6 +1,7 @@
 import codecs
 import json
 import math
+import time
 
 import pytest
 
@@ -90,6 +91,13 @@ def test_brackets_in_strings_are_not_nested():
     assert parse_json(r'"\ud83e\uded1"', "it") == "\U0001fad1"
     deepest = "[" * DEEPEST_JSON + "]" * DEEPEST_JSON
     assert parse_json(deepest, "it")
+
+
+def test_a_string_that_does_not_end_is_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(UserError, match="is not valid JSON"):
+        parse_json("[" + "[]," * DEEPEST_JSON + '"' + '\\"' * 200_000, "it")
+    assert time.process_time() - start < 3
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):

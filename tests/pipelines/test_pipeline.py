@@ -1,10 +1,9 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.diffusion.time_grids import MOST_STEPS, ConsistencyGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import Preview, default_batch_size
 from jaxdiff.pipelines.inputs import (
@@ -21,6 +20,7 @@ from jaxdiff.pipelines.inputs import (
 )
 from jaxdiff.pipelines.pipeline import Pipeline, load
 from jaxdiff.sampling.loop import noise_from_seeds
+from jaxdiff.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.optimized  # compares bits of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
@@ -202,14 +202,14 @@ def test_a_preview_of_no_steps_is_refused():
     ("arguments", "names"),
     [
         ({"prompts": []}, "prompt"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan: expected a finite"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan: expected a number"),
         ({"guidance_scale": [1.0, float("inf"), 2.0]}, "guidance_scale is inf"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
         ({"negative_prompt": []}, "negative_prompt"),
         ({"seeds": [1, 2]}, "seeds"),
         ({"seeds": [-1]}, "-1"),
         ({"seeds": [2**32]}, str(2**32)),
-        ({"seeds": -1}, "seed -1 is out of range"),
+        ({"seeds": -1}, "seed is -1: expected a whole number from 0"),
         ({"prompts": ["\ud800"]}, "is not UTF-8"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale"),
         ({"num_steps": 0}, "num_steps"),
@@ -238,30 +238,42 @@ def test_values_of_another_type_are_refused_in_one_sentence():
     mixed = Mix(a=PEA, b=TOMATO)
     assert prompt_list(mixed) == [mixed]
     for seed in (1.5, True, np.float32(2)):
-        with pytest.raises(UserError, match="expected an integer"):
+        with pytest.raises(UserError, match="expected a whole number from 0 to 4294967295"):
             seed_array.__wrapped__([seed])
 
 
-def test_arguments_of_another_type_are_refused_in_one_sentence():
-    def check(**arguments):
-        names = ("init", "sampler", "guidance", "batch_size", "callback")
-        request = SimpleNamespace(**{**dict.fromkeys(names), "output": "uint8", **arguments})
-        SampleRequest.__post_init__.__wrapped__(request)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init": np.zeros((32, 32, 3))}, r"init is array\(.*: expected InitImage"),
+        ({"sampler": "ddim"}, "sampler is 'ddim': expected Sampler"),
+        ({"guidance": 3.0}, r"guidance is 3\.0: expected Guidance"),
+        ({"batch_size": 1.5}, r"batch_size is 1\.5: expected a whole number"),
+        ({"batch_size": 0}, "batch_size is 0: expected a whole number, at least 1"),
+        ({"batch_size": True}, "batch_size is True: expected a whole number"),
+        ({"callback": 3}, "callback is 3: expected Preview or a function"),
+        ({"output": "png"}, "output is 'png': expected one of uint8, float, latents"),
+        ({"output": None}, "output is None: expected one of"),
+        ({"size": 32}, "size is 32: expected a tuple of 2 whole numbers"),
+        ({"size": (32,)}, r"size is \(32,\): expected a tuple of 2 whole numbers"),
+        ({"size": (32, 32, 3)}, r"size is \(32, 32, 3\): expected a tuple of 2 whole numbers"),
+        ({"size": (64.0, 64)}, r"size\[0\] is 64\.0: expected a whole number"),
+        ({"size": "64x64"}, "size is '64x64': expected a tuple of 2 whole numbers"),
+        ({"size": (64, True)}, r"size\[1\] is True: expected a whole number"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        SampleRequest.of(prompts=PEA, **arguments)
+    assert "\n" not in str(error.value)
 
-    for arguments, message in (
-        ({"init": np.zeros((32, 32, 3))}, r"init is a ndarray: expected jaxdiff.InitImage\("),
-        ({"sampler": "ddim"}, r"sampler is a str: expected jaxdiff.Sampler\("),
-        ({"guidance": 3.0}, r"guidance is a float: expected jaxdiff.Guidance\("),
-        ({"batch_size": 1.5}, "batch_size is 1.5: expected an integer"),
-        ({"callback": 3}, "callback is 3: expected a function"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check(**arguments)
-    for scale in ("3", None, True, 1e300):
-        with pytest.raises(UserError, match="expected a finite number"):
+
+def test_numbers_of_another_type_are_refused_in_one_sentence():
+    for scale in ("7", None, True, 1e300, 10**400, 1j, np.float32("nan"), np.arange(2)):
+        with pytest.raises(UserError, match=r"^guidance_scale is .*: expected a number\.$"):
             float_array.__wrapped__("guidance_scale", [scale], 1)
-    for steps in ("3", 1.5, True):
-        with pytest.raises(UserError, match="expected an integer, 1 or more"):
+    for steps in ("3", 2.0, True, 0, -1, 10**9, 10**400):
+        with pytest.raises(UserError, match=r"^num_steps is .*: expected a whole number from 1 to"):
             step_counts.__wrapped__([steps], 1)
 
 
@@ -279,12 +291,75 @@ def test_arguments_whose_meaning_is_plain_are_accepted(pipeline):
     assert pipeline("").shape == (1, 32, 32, 3)
 
 
-def test_other_sizes_and_outputs_are_refused(tiny_spec):
+def test_numbers_of_numpy_and_jax_and_lists_are_accepted(pipeline):
+    """Those of which no digit is lost."""
+    same = {"seeds": 3, "num_steps": 2, "guidance_scale": 2.0, "size": (32, 32)}
+    image = pipeline([PEA], **same)
+    for other in (
+        {"seeds": np.int64(3), "num_steps": np.int8(2), "guidance_scale": 2},
+        {"seeds": [np.uint32(3)], "num_steps": [2], "guidance_scale": np.float64(2)},
+        {"guidance_scale": (np.float16(2),)},
+    ):
+        np.testing.assert_array_equal(pipeline([PEA], **(same | other)), image)
+    assert SampleRequest.of(prompts=PEA, size=[64, 64]).size == (64, 64)
+    assert seed_array.__wrapped__([jnp.asarray(3)]).tolist() == [3]
+    assert float_array.__wrapped__("guidance_scale", jnp.asarray([2.0]), 1).tolist() == [2]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**9, MOST_STEPS + 1])
+def test_steps_out_of_range_are_refused(pipeline, steps):
+    for arguments in ({"num_steps": steps}, {"num_steps": [2, steps]}):
+        with pytest.raises(UserError, match=f"num_steps is {steps}: expected a whole number from"):
+            pipeline([PEA, TOMATO], **arguments)
+    with pytest.raises(UserError, match=f"Sampler.num_steps is {steps}: expected"):
+        Sampler(num_steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("grid", "steps", "most"),
+    [
+        (TrainStepGrid(spacing="leading", offset=1), 1000, 999),
+        (TrainStepGrid(spacing="leading"), 1001, 1000),
+        (TrainStepGrid(spacing="leading", skip_last=True), 1000, 999),
+        (TrainStepGrid(spacing="trailing"), 1001, 1000),
+        (TrainStepGrid(spacing="linspace", num_train_steps=100), 101, 100),
+        (ConsistencyGrid(), 51, 50),
+        (ConsistencyGrid(distilled_steps=4), 5, 4),
+    ],
+)
+def test_more_steps_than_the_grid_has_are_refused(pipeline, grid, steps, most):
+    message = f"num_steps is {steps}: expected at most {most}, the steps that the model's"
+    with pytest.raises(UserError, match=message):
+        pipeline([PEA, TOMATO], num_steps=[2, steps], sampler=Sampler(grid=grid))
+    times = np.asarray(grid(jnp.arange(most + 1), most))
+    assert (np.diff(times) < 0).all()
+    assert pipeline([PEA], num_steps=2, sampler=Sampler(grid=grid)).shape == (1, 32, 32, 3)
+
+
+def test_a_strength_below_one_step_takes_one(pipeline):
+    image = np.full((32, 32, 3), 128, np.uint8)
+    for strength in (0, 0.1, 0.3):
+        init = InitImage(image=image, strength=strength)
+        assert pipeline(PEA, num_steps=3, init=init).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 0.5])
+def test_a_scale_below_1_of_other_families_warns_and_follows_the_negative_prompt(pipeline, scale):
+    with pytest.warns(UserWarning, match=f"guidance_scale is {scale}: below 1 it steers"):
+        image = pipeline([PEA, PEA], guidance_scale=[1, scale], negative_prompt=TOMATO)
+    (unguided,) = pipeline([PEA], guidance_scale=1, seeds=1, negative_prompt=TOMATO)
+    assert (image[1] != unguided).any()
+
+
+def test_a_scale_of_1_or_more_does_not_warn(pipeline, recwarn):
+    pipeline([PEA, PEA], guidance_scale=[1, 2])
+    assert not recwarn.list
+
+
+def test_other_sizes_are_refused(tiny_spec):
     for size in (32, (32,), (32.5, 32), (32, 32, 3)):
-        with pytest.raises(UserError, match=r"expected \(width, height\), in pixels"):
+        with pytest.raises(UserError, match=r"expected a (tuple of 2 )?whole number"):
             check_size.__wrapped__(size, tiny_spec)
-    with pytest.raises(UserError, match="output is 'png': expected 'uint8', 'float', 'latents'"):
-        SampleRequest.__post_init__.__wrapped__(SimpleNamespace(output="png"))
 
 
 def test_a_prompt_that_is_too_long_is_cut_off(pipeline):
@@ -325,3 +400,9 @@ def test_models_without_a_vocabulary_say_nothing(pipeline, recwarn):
     assert silent.unknown_words("a snow globe") == []
     silent("a snow globe", num_steps=1)
     assert not [w for w in recwarn if w.category is UnknownWordWarning]
+
+
+def test_images_that_are_not_finite_are_warned_of(pipeline):
+    with pytest.warns(UserWarning, match="1 of 2 images have values that are not finite"):
+        images = pipeline(["a red pea", "a green pea"], guidance_scale=[3.4e38, 2.0], num_steps=2)
+    assert images.shape[0] == 2

@@ -109,6 +109,9 @@ def test_malformed_weights_are_refused(prompt, message):
         '"' + '\\"' * 50_000,
         '"a":1 ' * 20_000,
         '"a":1 ' * 20_000 + "b",
+        '"a":' + "1" * 100_000 + "x",
+        '"a":1 "b":' + "1" * 100_000 + "x",
+        "(a:" + "1" * 100_000 + ",)",
     ],
     ids=lambda prompt: f"{prompt[:9]}",
 )

@@ -1,6 +1,7 @@
 """Every field of `GenerationSettings` is a flag, a column, part of records and read from them."""
 
 import json
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from jaxdiff.cli.generate.options import GROUPS, SampleFlags, flags_class, from_
 from jaxdiff.cli.generate.prompt_file import COLUMNS, read_prompts
 from jaxdiff.cli.parsing import _flags, parse_flags
 from jaxdiff.config.fields import Doc, Range, fields_of
+from jaxdiff.errors import UserError
 from jaxdiff.pipelines.resolve import FILES, resolve_settings
 from jaxdiff.pipelines.settings import CONFLICTS, GenerationSettings, Requires, Varies
 
@@ -123,3 +125,16 @@ def test_an_option_costs_one_field(pipeline):
     assert resolved.settings.to_json().items() >= {"prompt": "x", "sharpness": 0.5}.items()
     assert resolved.group(Varies.BATCH) == resolved.replace(sharpness=0.7).group(Varies.BATCH)
     assert resolved.group(Varies.BATCH) != resolved.replace(sharpness=None).group(Varies.BATCH)
+
+
+@pytest.mark.parametrize("address", ["http://x/a.png", "a/b.://png", "s3://bucket/a.png"])
+def test_files_at_addresses_are_refused(address):
+    with pytest.raises(UserError, match=r"init_image is .*: expected the path of a file"):
+        GenerationSettings.read({"prompt": "a pea", "init_image": address})
+
+
+def test_long_digits_of_an_interval_are_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(UserError, match="guidance_interval is"):
+        GenerationSettings.read({"prompt": "a pea", "guidance_interval": "1" * 100_000})
+    assert time.process_time() - start < 3

@@ -121,3 +121,17 @@ def test_an_absent_negative_prompt_of_xl_is_zeros_and_the_empty_one_is_not(make)
     )
     pipe = make(same)
     np.testing.assert_array_equal(pipe(PEA, negative_prompt=None), pipe(PEA, negative_prompt=""))
+
+
+def test_stable_diffusion_is_unguided_at_1_and_below(make, recwarn):
+    """As in diffusers, whose pipelines guide where the scale exceeds 1."""
+    pipe = make(SPEC)
+    arguments = {"seeds": 3, "negative_prompt": TOMATO, "output": "float"}
+    unguided = pipe(PEA, guidance_scale=1, **arguments)
+    for scale in (0, 0.5, -1, 0.999):
+        np.testing.assert_array_equal(pipe(PEA, guidance_scale=scale, **arguments), unguided)
+    (mixed,) = pipe([PEA, PEA], guidance_scale=[0, 3], **arguments)[:1]
+    np.testing.assert_array_equal(mixed, unguided[0])
+    assert (pipe(PEA, guidance_scale=1.5, **arguments) != unguided).any()
+    assert (pipe(TOMATO, guidance_scale=0, **arguments) != unguided).any()
+    assert not recwarn.list

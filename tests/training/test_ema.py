@@ -60,5 +60,5 @@ def test_update_keeps_the_sharding():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range_is_refused(decay):
-    with pytest.raises(UserError, match="decay must be"):
+    with pytest.raises(UserError, match=r"Ema\.decay is"):
         Ema(decay=decay)

@@ -1,6 +1,8 @@
+import errno
 import io
 import json
 import math
+import os
 import struct
 import sys
 import time
@@ -115,7 +117,7 @@ def test_storage_that_cannot_append_receives_whole_files(tmp_path, monkeypatch):
 
     board = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     monkeypatch.setattr(metrics.epath, "Path", Bucket)
-    monkeypatch.setattr(metrics, "SummaryWriter", lambda *_, **__: board)
+    monkeypatch.setattr(metrics, "_TensorBoard", lambda *_, **__: board)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
         assert records(tmp_path) == []
@@ -267,3 +269,16 @@ def test_an_update_takes_less_than_a_millisecond(terminal):
         for step in range(2_000):
             progress.update(step, loss=0.5)
         assert (time.process_time() - start) / 2_000 < 1e-3
+
+
+def test_a_full_disk_ends_tensorboard_and_is_reported_once(tmp_path, monkeypatch, caplog):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(metrics.EventsWriter, "write_event", fill)
+        for step in range(1, 100):
+            writer.write(step, {"loss": 1.0})
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "tensorboard cannot be written (No space left on device)" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 99

@@ -196,5 +196,5 @@ def test_the_update_uses_the_learning_rate_that_is_reported():
     ],
 )
 def test_values_out_of_range_are_refused(make):
-    with pytest.raises(UserError, match="must be"):
+    with pytest.raises(UserError, match=": expected"):
         make()

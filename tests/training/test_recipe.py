@@ -12,6 +12,7 @@ import pytest
 import jaxdiff
 from jaxdiff.config.serialization import from_json, members, to_json
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.training.recipe import DATASETS, Config, differences, load_recipe
@@ -165,3 +166,23 @@ def test_differences_of_another_type_show_its_keys(tiny_recipe):
     lines = differences(ours, dataclasses.replace(ours, task=without))
     assert any(line.startswith("task.curriculum.levels is 10 here") for line in lines)
     assert any(line.startswith("task.curriculum is '(none)' here and None") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module", "line 1 of .*ModuleNotFoundError"),
+        ("def get_config():\n    raise KeyError('x')", "line 2 of .*KeyError"),
+        ("def get_config(): return get_config()", "RecursionError"),
+        ("import sys\nsys.exit(3)", "line 2 of .*SystemExit: 3"),
+        ("from jaxdiff.training.recipe import Config\ndef get_config(): return Config()", "line 2"),
+        ("def get_config(size): pass", "TypeError"),
+        ("get_config = 3", "defines no get_config"),
+        ("def get_config(): return {}", "returned {}: expected a Config"),
+        ("def get_config(): pass", "returned None: expected a Config"),
+    ],
+)
+def test_a_recipe_that_fails_is_a_user_error(tmp_path, code, reason):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=reason):
+        load_recipe(tmp_path / "mine.py")

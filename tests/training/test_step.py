@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -203,6 +204,28 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(where):
     assert jax.device_get(state.nonfinite) == {"in_a_row": 0, "total": 2}
     assert int(state.task_state["steps"]) == 2
     assert not same_bits(state.params, before.params)
+
+
+@pytest.mark.parametrize(
+    "overflows",
+    [
+        optax.chain(OPTIMIZER, optax.scale(1e38), optax.scale(1e38)),
+        # Gradients whose squares overflow: the second moment is infinite, the update 0.
+        optax.chain(optax.scale(1e30), optax.scale_by_adam(), optax.scale(-1e-3)),
+    ],
+    ids=["update", "optimizer state"],
+)
+def test_an_update_that_overflows_is_skipped_and_counted(overflows):
+    task = Regression()
+    state = jax.jit(lambda: init_state(task, overflows, EMA, 0))()
+    before = jax.device_get(state)
+    run = jax.jit(make_train_step(task, overflows, EMA))
+    for count in (1, 2):
+        state, metrics = run(state, {}, make_batch())
+        assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+        assert (int(metrics["nonfinite"]), int(metrics["nonfinite_in_a_row"])) == (count, count)
+        for name in ("params", "ema", "opt_state", "task_state"):
+            assert same_bits(getattr(state, name), getattr(before, name))
 
 
 def test_one_bad_micro_batch_skips_the_whole_update():

@@ -186,7 +186,7 @@ def test_an_unusable_folder_for_a_run_is_refused(open_in, tmp_path, tiny_recipe)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds an exported model"):
         open_in(tiny_recipe())
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot be written to as a folder"):
         open_run(tiny_recipe(), epath.Path(tmp_path / "model.safetensors"), fresh=False, log=print)
 
 
@@ -225,3 +225,16 @@ def test_an_edited_recipe_names_the_key_that_is_not_one(open_in, tmp_path, tiny_
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"stepz is not a key .* did you mean config\.train\.steps"):
         open_in(tiny_recipe())
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", ["samples/mine.png", "config.json", "summary.json", "latents/a"])
+def test_files_of_others_with_the_names_of_a_run_are_kept(
+    open_in, tmp_path, tiny_recipe, fresh, name
+):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"no recipe|not the folder of a run"):
+        open_in(tiny_recipe(), fresh=fresh)
+    assert mine.read_text() == '{"mine": 1}'

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import numpy as np
@@ -37,6 +38,8 @@ from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import ResolvedSettings, resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
 
+_NAMED = 5  # missing images that a message names
+
 
 def sample_images(options: SampleOptions) -> None:
     """Generate images for the options, write them to a folder, and print their paths.
@@ -52,6 +55,7 @@ def sample_images(options: SampleOptions) -> None:
     with warnings.catch_warnings(), jax.log_compiles(options.verbose), _logging(options.quiet):
         # The command prints its own warnings, with the line of the prompt.
         warnings.simplefilter("ignore", Warning if options.quiet else UnknownWordWarning)
+        warnings.showwarning = lambda message, *_, **__: write_line(message, stderr=True)
         succeeded = _sample(options)
     if not succeeded:
         sys.exit(1)
@@ -119,9 +123,8 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
             options.num_images
         )
     ]
-    images, settings = _generate(pipe, settings, options, folder)
-    for i, (one, image) in enumerate(zip(settings, images, strict=True)):
-        _save(folder / f"{i:04d}-{slug(one.prompt)}", image, one, pipe, options.format)
+    files = [f"{i:04d}-{slug(one.prompt)}.{options.format}" for i, one in enumerate(settings)]
+    images, settings = _generate(pipe, settings, options, folder, files)
     if options.interpolate:
         _save_interpolation(folder, images)
     else:
@@ -138,16 +141,33 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
 
 
 def _generate(
-    pipe: Pipeline, settings: list[ResolvedSettings], options: SampleOptions, folder: epath.Path
+    pipe: Pipeline,
+    settings: list[ResolvedSettings],
+    options: SampleOptions,
+    folder: epath.Path,
+    files: list[str],
 ) -> Generated:
-    """Generate images of one size, as many at a time as all devices take at once."""
+    """Generate images of one size, as many at a time as all devices take at once.
+
+    Those of a time are written before the next are generated; their paths are printed at the end.
+
+    Raises:
+      UserError: an image cannot be written; names it and those that were to follow.
+    """
     size = default_batch_size(*settings[0].size) * len(pipe.devices)
     preview = make_preview(options, pipe, folder)
-    made = []
-    with show_progress("Sampling", len(settings), quiet=options.quiet) as advance:
-        for i in range(0, len(settings), size):
-            made.append(generate(pipe, settings[i : i + size], preview=preview))
-            advance(len(made[-1].images))
+    made, written = [], 0
+    try:
+        with show_progress("Sampling", len(settings), quiet=options.quiet) as advance:
+            for i in range(0, len(settings), size):
+                made.append(generate(pipe, settings[i : i + size], preview=preview))
+                for image, used in zip(*made[-1], strict=True):
+                    _save(folder, files[written:], image, file_text(used, pipe))
+                    written += 1
+                advance(len(made[-1].images))
+    finally:
+        for file in files[:written]:
+            write_line(folder / file)
     images = np.concatenate([one.images for one in made])
     return Generated(images, [used for one in made for used in one.settings])
 
@@ -162,12 +182,18 @@ def _settings(options: SampleOptions) -> list[GenerationSettings]:
     return [dataclasses.replace(shared, prompt=prompt, mix_prompt=other, mix=f) for f in fractions]
 
 
-def _save(
-    stem: epath.Path, image: np.ndarray, settings: ResolvedSettings, pipe: Pipeline, kind: Format
-) -> None:
-    path = stem.parent / f"{stem.name}.{kind}"
-    write_whole(path, image_bytes(image, file_text(settings, pipe), kind))
-    write_line(path)
+def _save(folder: epath.Path, files: list[str], image: np.ndarray, text: dict[str, str]) -> None:
+    """Write the first of some files; if that fails, name all."""
+    path = folder / files[0]
+    data = image_bytes(image, text, cast(Format, path.suffix[1:]))
+    try:
+        write_whole(path, data)
+    except UserError as error:
+        more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+        raise UserError(
+            f"{str(error).removesuffix('.')}; images that are missing: "
+            f"{', '.join(files[:_NAMED])}{more}."
+        ) from error
 
 
 def _save_png(path: epath.Path, picture: pictures.Picture) -> None:
@@ -205,9 +231,8 @@ def _generate_again(
 ) -> np.ndarray:
     pipe = open_pipeline(options, dtype=metadata.details["dtype"])
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
-    (image,), _ = _generate(pipe, [settings], options, folder)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
-    _save(folder / f"{file.stem}-again", image, settings, pipe, kind)
+    (image,), _ = _generate(pipe, [settings], options, folder, [f"{file.stem}-again.{kind}"])
     return image
 
 

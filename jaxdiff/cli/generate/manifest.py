@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import is_local, partial_path, write_whole
+from jaxdiff.io.files import is_local, write_whole
 from jaxdiff.io.text import format_json, parse_json
 
 MANIFEST = "manifest.jsonl"
@@ -68,8 +68,6 @@ class Manifest:
                 self._lines[file] = record
                 self._there.add(file)
         if self._is_first:
-            for name in (MANIFEST, *plain):
-                partial_path(folder / name).unlink(missing_ok=True)
             self._write_all()
         if processes > 1:
             self._lines = {}  # from now on those of this process alone

@@ -12,9 +12,10 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.progress import show_progress
-from jaxdiff.config.fields import Doc, Field, fields_of, flag
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
-from jaxdiff.errors import UserError
+from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
@@ -33,6 +34,7 @@ GROUPS = (PROMPTS, SAMPLING, GUIDANCE, EDITING, MODEL, HOSTS)
 """Headings of the long help, in order."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """Options of the command; `settings` come from the flags of `GenerationSettings`."""
@@ -69,19 +71,23 @@ class SampleOptions:
     format: Annotated[
         Format, Doc("png, webp (lossless) or jpg; png by default.", PROMPTS, metavar="NAME")
     ] = "png"
-    num_images: Annotated[int, Doc("Images of each prompt.", PROMPTS, common=True)] = 1
+    num_images: Annotated[int, Range(1), Doc("Images of each prompt.", PROMPTS, common=True)] = 1
     words: Annotated[bool, Doc("Print the words that the model knows, and exit.", MODEL)] = False
     interpolate: Annotated[
-        int, Doc("Generate this many images from the first prompt to the second.", EDITING)
+        int,
+        Range(0),
+        Doc("Generate this many images from the first prompt to the second.", EDITING),
     ] = 0
     grid: Annotated[
         bool, Doc("Write a grid of the images of --prompts too; others always have one.", PROMPTS)
     ] = False
     strip: Annotated[
-        int, Doc("Write a strip of this many estimates, from noise to image.", PROMPTS)
+        int, Range(0), Doc("Write a strip of this many estimates, from noise to image.", PROMPTS)
     ] = 0
     preview: Annotated[
-        int, Doc("Write images in progress to OUT/preview.png every so many steps.", PROMPTS)
+        int,
+        Range(0),
+        Doc("Write images in progress to OUT/preview.png every so many steps.", PROMPTS),
     ] = 0
     preview_decoder: Annotated[
         str | None,
@@ -210,9 +216,11 @@ def from_flags(
     values = {f.name: getattr(flags, f.name) for f in setting_flags(settings)}
     # A disabled switch counts as not given.
     values = {name: None if value is False else value for name, value in values.items()}
-    options = SampleOptions(
-        **{name: getattr(flags, name) for name in own}, settings=settings.read(values, flag)
-    )
+    read = settings.read(values, flag)
+    try:
+        options = SampleOptions(**{name: getattr(flags, name) for name in own}, settings=read)
+    except FieldError as error:
+        raise error.called(flag(error.field)) from None
     check(options)
     return options
 
@@ -235,17 +243,12 @@ CONFLICTS = (
 
 
 def check(options: SampleOptions) -> None:
-    """Raise `UserError` for flags that exclude each other or have no such value."""
+    """Raise `UserError` for flags that exclude each other."""
     kinds = [bool(options.prompt), options.prompts is not None, options.again is not None]
     if sum(kinds) > 1:
         raise UserError("A prompt, --prompts and --again exclude each other: give one of them.")
     for prompt in options.prompt:
         check_prompt("A prompt", prompt)
-    if options.num_images < 1:
-        raise UserError(f"--num-images is {options.num_images}: expected at least 1.")
-    for name, what in (("strip", "estimates"), ("preview", "steps"), ("interpolate", "images")):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} is {getattr(options, name)}: expected a number of {what}.")
     own = fields_of(SampleOptions).values()
     given = {f.name for f in own if getattr(options, f.name) != f.default} - {"hosts"}
     given |= options.settings.given().keys() - {"prompt"}

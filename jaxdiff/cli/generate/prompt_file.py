@@ -192,8 +192,10 @@ def _check_header(header: list[str]) -> None:
 
 def _settings(values: dict[str, Any], folder: epath.Path) -> GenerationSettings:
     settings = GenerationSettings.read(values)
-    if not settings.prompt:
+    if values.get("prompt") is None:
         raise UserError("prompt is missing: every row needs one.")
+    if not settings.prompt.strip():
+        raise UserError("prompt is empty: expected a text.")
     paths = {name: values[name] for name in FILES if values.get(name) is not None}
     return replace(settings, **{k: _inside(folder, k, text) for k, text in paths.items()})
 

@@ -13,7 +13,6 @@ files are already compressed, so records are not (`uncompressed`); ArrayRecord a
 
 import io
 import json
-import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,12 +27,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import UNLISTED, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, Inventory, data_files, list_files
 from jaxdiff.data.shards import EMPTY, MANIFEST, ShardManifest, check_shards, read_manifest
 from jaxdiff.data.sources.base import Record
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import is_local
+from jaxdiff.io.files import is_local, partial_path
 from jaxdiff.io.text import parse_json
 
 IMAGES, LATENTS = b"JDR1", b"JDL1"
@@ -44,6 +44,7 @@ _START = len(IMAGES) + _LENGTH.size
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
     """Records written by `jaxdiff prepare`, from the file, glob or folder `path`.
@@ -222,8 +223,7 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
 def write_encoded(path: str, records: Iterable[bytes]) -> int:
     """Write encoded records as `write_array_record` does."""
     target = epath.Path(path)
-    # Two processes may write the same file: an orphaned one, and its successor.
-    name = f".partial-{os.getpid()}-{target.name}"
+    name = partial_path(target).name
     remote = not is_local(path)  # the writer supports local files only
     with tempfile.TemporaryDirectory() if remote else nullcontext(str(target.parent)) as folder:
         partial = epath.Path(folder) / name

@@ -23,6 +23,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float, Int
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural
 from jaxdiff.data.bad_records import LeftOut, RecordError
 from jaxdiff.data.files import DataFiles
 from jaxdiff.data.shards import EMPTY, LatentSpace, ShardManifest
@@ -41,21 +43,23 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions:
     """Settings of cached latents; without views, images are not cached."""
 
-    views: int = 0
+    views: Natural = 0
     """Crops to encode of each image, every second one mirrored if the recipe flips; 0 caches no
     latents."""
     text: bool = False
     """Also cache the features of every caption, and of the empty one, from frozen text encoders."""
     dtype: Literal["float16", "float32"] = "float16"
     """Stored type of moments and text features."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images or captions that a device encodes at a time."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CachedLatents:
     """The folder `path` (local or `gs://`) that `jaxdiff prepare ... --latents.views N` wrote.

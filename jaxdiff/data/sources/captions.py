@@ -34,6 +34,9 @@ def captions_in(data: bytes, name: str, key: str | None = None) -> list[str]:
 
 
 def texts_of(value: Any) -> list[str]:
-    """Return the captions in a value of JSON or a column: a string, a list of them, or None."""
+    """Return the captions in a value of JSON or a column: a string, a list of them, or None.
+
+    A byte-order mark, which a text that was read from a file may begin with, is no part of it.
+    """
     values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
+    return [text.removeprefix("\ufeff") for text in values if isinstance(text, str)]

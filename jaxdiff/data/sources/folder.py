@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import (
     NO_CAPTION,
     NO_IMAGE,
@@ -29,7 +30,7 @@ from jaxdiff.data.files import (
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.captions import LARGEST_CAPTIONS, captions_in, texts_of
 from jaxdiff.data.sources.columns import check_column
-from jaxdiff.data.sources.metadata import METADATA, Line, read_metadata
+from jaxdiff.data.sources.metadata import METADATA, Line, is_metadata, read_metadata
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import reason
 from jaxdiff.io.terminal import printable
@@ -47,6 +48,7 @@ class _Index(NamedTuple):
     left_out: LeftOut
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """Images in the folder `path` (local or `gs://`) and below it.
@@ -220,8 +222,8 @@ def _metadata_files(files: list[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for file in files:
-        folder, name = posixpath.split(file)
-        if name in METADATA:
+        folder = posixpath.dirname(file)
+        if is_metadata(file):
             if folder in found:
                 raise UserError(
                     f"The images in {folder or 'the folder'} have both {found[folder]} and {file}: "

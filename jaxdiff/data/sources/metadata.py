@@ -18,8 +18,8 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def is_metadata(file: str) -> bool:
-    """Whether a file's name is that of metadata."""
-    return PurePosixPath(file).name in METADATA
+    """Whether a file's name is that of metadata, in upper or lower case."""
+    return PurePosixPath(file).name.lower() in METADATA
 
 
 class Line(NamedTuple):
@@ -38,7 +38,7 @@ def read_metadata(file: epath.Path, caption: str) -> list[Line]:
     """
     readers = {".jsonl": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}
     lines = []
-    for number, row in readers[file.suffix](file):
+    for number, row in readers[file.suffix.lower()](file):
         where = f"Line {number} of {file}"
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural
 from jaxdiff.data.bad_records import NO_IMAGE, NOT_TEXT, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, data_files
 from jaxdiff.data.sources.base import PickledFields, Record
@@ -19,6 +21,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import printable
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Parquet(PickledFields):
     """The rows of the Parquet file, glob or folder `path` (local or `gs://`).
@@ -34,7 +37,7 @@ class Parquet(PickledFields):
     path: str
     image: str = "image"
     caption: str = "text"
-    cache_mb: int = 512
+    cache_mb: Natural = 512
 
     def __len__(self) -> int:
         return self._row_groups.starts[-1]

@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Range
 from jaxdiff.data.bad_records import LeftOut, left_out_of
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.base import Record, Source
@@ -10,12 +13,12 @@ from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.tfds import TFDS
 from jaxdiff.data.sources.webdataset import WebDataset
-from jaxdiff.errors import UserError
 
 AnySource = ImageFolder | Parquet | WebDataset | ArrayRecord | TFDS | Source
 """The sources of this package, and any other; data sets that come with jaxdiff are others."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PriorPreservation:
     """DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2), as a mixture of two sources.
@@ -32,7 +35,7 @@ class PriorPreservation:
 
     own: AnySource
     prior: AnySource
-    prior_fraction: float = 0.5
+    prior_fraction: Annotated[float, Range(0, 1, "()")] = 0.5
 
     def __len__(self) -> int:
         s = self.prior_fraction
@@ -46,12 +49,7 @@ class PriorPreservation:
         return self.own[(index - before) % len(self.own)]
 
     def check(self) -> None:
-        """Raise `UserError` if data are missing, or `prior_fraction` is not between 0 and 1."""
-        if not 0 < self.prior_fraction < 1:
-            raise UserError(
-                f"data.source.prior_fraction is {self.prior_fraction}: expected a number between "
-                "0 and 1."
-            )
+        """Raise `UserError` if data are missing."""
         self.own.check()
         self.prior.check()
 

@@ -8,12 +8,14 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import NOT_TEXT, RecordError
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TFDS(PickledFields):
     """One split of a data set that was prepared with `file_format=array_record`.

@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 from etils import epath
 
+from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import (
     NO_CAPTION,
     NO_FILE,
@@ -61,6 +62,7 @@ class _Index(NamedTuple):
     left_out: LeftOut
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WebDataset:
     """The samples of the tar file, glob or folder `path` (local or `gs://`).

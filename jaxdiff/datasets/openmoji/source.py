@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.datasets.openmoji.names import Worker, captions, worker
 from jaxdiff.errors import UserError
@@ -37,6 +39,7 @@ class Emoji(NamedTuple):
     worker: Worker | None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OpenMoji(PickledFields):
     """The 3,953 of 4,495 colour emoji of OpenMoji 17 with a name in the package `emoji`.
@@ -54,12 +57,8 @@ class OpenMoji(PickledFields):
 
     split: Literal["train", "held_out", "all"] = "train"
     subset: Literal["all", "workers"] = "all"
-    size: int = 64
+    size: Count = 64
     cache: str | None = None
-
-    def __post_init__(self):
-        if self.size < 1:
-            raise UserError(f"data.source.size is {self.size}: expected at least 1.")
 
     def __len__(self) -> int:
         return len(self.emojis)

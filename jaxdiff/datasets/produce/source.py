@@ -5,9 +5,12 @@ the combinations of kind and colour that are held out of training.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Fraction, Range, Seed
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.text_tokenizer import words_of
 from jaxdiff.datasets.produce.rendering import render
@@ -55,6 +58,7 @@ COUNT_WORDS = {2: "two", 3: "three"}
 VOCABULARY_RECORDS = 5_000
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Produce:
     """Rendered scenes, as {"image": uint8 [size, size, 3], "captions", "name"}.
@@ -66,13 +70,13 @@ class Produce:
     """
 
     split: Split = "train"
-    size: int = 64
-    length: int = 200_000
-    seed: int = 0
-    group_fraction: float = 0.15
-    pair_fraction: float = 0.3
-    full_fraction: float = 0.0
-    captions_per_image: int = 2
+    size: Annotated[int, Range(32)] = 64
+    length: Count = 200_000
+    seed: Seed = 0
+    group_fraction: Fraction = 0.15
+    pair_fraction: Fraction = 0.3
+    full_fraction: Fraction = 0.0
+    captions_per_image: Count = 2
 
     def __len__(self) -> int:
         return self.length
@@ -101,22 +105,12 @@ class Produce:
         return frozenset(word for text in captions for word in words_of(text))
 
     def check(self) -> None:
-        """Raise `UserError` if a field is out of range."""
-        for name, least in (("size", 32), ("length", 1), ("seed", 0), ("captions_per_image", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"data.source.{name} is {getattr(self, name)}: expected at least {least}."
-                )
+        """Raise `UserError` if the fractions sum to more than 1."""
         fractions = (self.group_fraction, self.pair_fraction)
-        if not (min(fractions) >= 0 and sum(fractions) <= 1):
+        if sum(fractions) > 1:
             raise UserError(
                 f"data.source.group_fraction is {self.group_fraction} and pair_fraction "
                 f"{self.pair_fraction}: expected fractions that sum to at most 1."
-            )
-        if not 0 <= self.full_fraction <= 1:
-            raise UserError(
-                f"data.source.full_fraction is {self.full_fraction}: expected a fraction from 0 "
-                "to 1."
             )
 
     def _captions(self, scene: Scene, rng: np.random.Generator) -> list[str]:

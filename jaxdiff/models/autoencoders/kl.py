@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Positive
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -21,6 +23,7 @@ NORM_EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(AutoencoderSpec):
     """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
@@ -42,18 +45,18 @@ class AutoencoderConfig(AutoencoderSpec):
       remat: what a residual block keeps for the backward pass.
     """
 
-    image_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    patch_size: int = 1
-    norm_num_groups: int = 32
+    image_channels: Count = 3
+    latent_channels: Count = 4
+    block_out_channels: tuple[Count, ...] = (128, 256, 512, 512)
+    layers_per_block: Count = 2
+    patch_size: Count = 1
+    norm_num_groups: Count = 32
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
-    sample_size: int = 512
+    sample_size: Count = 512
     remat: Remat = "none"
 
     def __post_init__(self):

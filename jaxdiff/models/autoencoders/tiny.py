@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.kl import Gaussian
@@ -22,6 +24,7 @@ from jaxdiff.models.flops import conv_flops
 BOUND = 3.0  # the decoder maps latents to (-BOUND, BOUND) by tanh first
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TinyAutoencoderConfig(AutoencoderSpec):
     """Size and shape; the defaults are those of TAESD.
@@ -35,12 +38,12 @@ class TinyAutoencoderConfig(AutoencoderSpec):
       sample_size: side of a tile in pixels, for vae_mode "tiling".
     """
 
-    image_channels: int = 3
-    latent_channels: int = 4
-    width: int = 64
-    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    sample_size: int = 512
+    image_channels: Count = 3
+    latent_channels: Count = 4
+    width: Count = 64
+    encoder_blocks: tuple[Count, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[Count, ...] = (3, 3, 3, 1)
+    sample_size: Count = 512
 
     def __post_init__(self):
         if len(self.encoder_blocks) != len(self.decoder_blocks):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Positive
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.conditioning import Conditioning
@@ -36,6 +38,7 @@ from jaxdiff.models.layers import (
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Denoiser):
     """Size and shape of a DiT.
@@ -54,15 +57,15 @@ class DiTConfig(Denoiser):
       remat: what a block keeps for the backward pass.
     """
 
-    channels: int = 3
-    patch_size: int = 8
-    bottleneck: int | None = None
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
-    mlp_ratio: float = 8 / 3
-    text_width: int = 128
-    pooled_width: int = 128
+    channels: Count = 3
+    patch_size: Count = 8
+    bottleneck: Count | None = None
+    width: Count = 256
+    depth: Count = 8
+    heads: Count = 4
+    mlp_ratio: Positive = 8 / 3
+    text_width: Count = 128
+    pooled_width: Count = 128
     text: Literal["cross", "joint"] = "cross"
     remat: Remat = "none"
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.conditioning import Conditioning
@@ -34,6 +36,7 @@ NORM_EPSILON = 1e-5
 TRANSFORMER_NORM_EPSILON = 1e-6
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class UNet2DConditionConfig(Denoiser):
     """Size and shape of Stable Diffusion's U-Net; the defaults are those of 1.x.
@@ -58,20 +61,20 @@ class UNet2DConditionConfig(Denoiser):
       remat: what a residual block and a transformer block keep for the backward pass.
     """
 
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
-    middle_transformer_layers: int = 1
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    cross_attention_dim: int = 768
+    in_channels: Count = 4
+    out_channels: Count = 4
+    block_out_channels: tuple[Count, ...] = (320, 640, 1280, 1280)
+    layers_per_block: Count = 2
+    transformer_layers: tuple[Natural, ...] = (1, 1, 1, 0)
+    middle_transformer_layers: Natural = 1
+    heads: tuple[Count, ...] = (8, 8, 8, 8)
+    cross_attention_dim: Count = 768
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    norm_num_groups: int = 32
-    added_width: int | None = None
-    time_id_width: int = 256
-    num_train_steps: int = 1000
+    norm_num_groups: Count = 32
+    added_width: Count | None = None
+    time_id_width: Count = 256
+    num_train_steps: Count = 1000
     remat: Remat = "none"
 
     def __post_init__(self):

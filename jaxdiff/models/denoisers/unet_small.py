@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.conditioning import Conditioning
@@ -33,6 +35,7 @@ from jaxdiff.models.layers import (
 )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(Denoiser):
     """Size and shape of a U-Net.
@@ -50,15 +53,15 @@ class UNetConfig(Denoiser):
       remat: what a residual block keeps for the backward pass.
     """
 
-    channels: int = 3
-    patch_size: int = 4
-    widths: tuple[int, ...] = (64, 128, 192)
-    blocks: int = 1
+    channels: Count = 3
+    patch_size: Count = 4
+    widths: tuple[Count, ...] = (64, 128, 192)
+    blocks: Count = 1
     attention: tuple[bool, ...] = (False, True, True)
-    heads: int = 4
-    groups: int = 8
-    text_width: int = 128
-    pooled_width: int = 128
+    heads: Count = 4
+    groups: Count = 8
+    text_width: Count = 128
+    pooled_width: Count = 128
     remat: Remat = "none"
 
     def __post_init__(self):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Natural, Positive
 from jaxdiff.distributed.sharding import Axes
 from jaxdiff.errors import UserError
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops
@@ -48,6 +50,7 @@ def _check_heads(encoder: str, width: int, heads: int):
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig:
     """Size and variant of a text encoder; the defaults are those of OpenAI's ViT-L/14.
@@ -66,15 +69,15 @@ class ClipTextConfig:
       remat: what a block keeps for the backward pass.
     """
 
-    vocab_size: int = 49408
-    length: int = 77
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    vocab_size: Count = 49408
+    length: Count = 77
+    width: Count = 768
+    depth: Count = 12
+    heads: Count = 12
+    mlp_ratio: Positive = 4.0
     activation: Activation = "quick_gelu"
-    projection_dim: int | None = None
-    end_id: int | None = None
+    projection_dim: Count | None = None
+    end_id: Natural | None = None
     remat: Remat = "none"
 
     def __post_init__(self):
@@ -85,6 +88,7 @@ class ClipTextConfig:
         return _transformer_flops(self, self.length)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
     """Size and variant of an image encoder; the defaults are those of OpenAI's ViT-L/14.
@@ -101,14 +105,14 @@ class ClipVisionConfig:
       remat: what a block keeps for the backward pass.
     """
 
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp_ratio: float = 4.0
+    image_size: Count = 224
+    patch_size: Count = 14
+    width: Count = 1024
+    depth: Count = 24
+    heads: Count = 16
+    mlp_ratio: Positive = 4.0
     activation: Activation = "quick_gelu"
-    projection_dim: int | None = None
+    projection_dim: Count | None = None
     remat: Remat = "none"
 
     def __post_init__(self):
@@ -134,6 +138,7 @@ def _transformer_flops(config: ClipTextConfig | ClipVisionConfig, tokens: int) -
     return config.depth * block + linear_flops(1, d, config.projection_dim or 0)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
     """Both encoders, of one joint space: the `projection_dim` of both must be set and equal."""

@@ -11,16 +11,19 @@ Norms and products are over each image.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Fraction, Positive, Range
 from jaxdiff.diffusion.process import Images
-from jaxdiff.errors import UserError
 
 _PIXELS = (1, 2, 3)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class APG:
     """Settings of adaptive projected guidance; `APG(eta=1)` has no effect.
@@ -35,20 +38,9 @@ class APG:
       UserError: a number out of range.
     """
 
-    eta: float = 0.0
-    momentum: float = 0.0
-    norm_threshold: float | None = None
-
-    def __post_init__(self):
-        threshold = self.norm_threshold
-        if not (0 <= self.eta <= 1 and -1 < self.momentum < 1) or (
-            threshold is not None and threshold <= 0
-        ):
-            raise UserError(
-                f"APG got eta={self.eta}, momentum={self.momentum}, norm_threshold={threshold}: "
-                "expected an eta in [0, 1], a momentum between -1 and 1, and a positive "
-                "threshold or None."
-            )
+    eta: Fraction = 0.0
+    momentum: Annotated[float, Range(-1, 1, "()")] = 0.0
+    norm_threshold: Positive | None = None
 
     def project(self, difference: Images, cond: Images) -> Images:
         """Return the factor of (guidance_scale - 1) in eq. 3, given a difference m."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Autoguidance:
     """Guide away from a worse model's estimates (Karras et al. 2024, arXiv 2406.02507, eq. 3).
@@ -24,7 +25,3 @@ class Autoguidance:
 
     model: str
     scale: float = 1.5
-
-    def __post_init__(self):
-        if not abs(self.scale) < float("inf"):
-            raise UserError(f"Autoguidance.scale is {self.scale}: expected a finite number.")

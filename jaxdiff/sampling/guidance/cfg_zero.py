@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural
 from jaxdiff.diffusion.process import FLOOR, Images, Prediction, from_x0_eps, to_x0_eps
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance.apg import along
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar:
     """The two parts of CFG-Zero*.
@@ -31,11 +33,7 @@ class CFGZeroStar:
     """
 
     optimized_scale: bool = True
-    zero_steps: int = 1
-
-    def __post_init__(self):
-        if self.zero_steps < 0:
-            raise UserError(f"CFGZeroStar.zero_steps is {self.zero_steps}: expected 0 or more.")
+    zero_steps: Natural = 1
 
     def optimized(
         self,

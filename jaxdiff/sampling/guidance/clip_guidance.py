@@ -17,14 +17,16 @@ where (1) amplifies it most.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Interval, Natural, NotNegative
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
-from jaxdiff.errors import UserError
 from jaxdiff.sampling.solver import Scalar, StatefulDenoiser, map_x0
 
 Match = Callable[[Images, Scalar], Float[Array, " b"]]  # (x0, t) -> logit
@@ -32,6 +34,7 @@ Match = Callable[[Images, Scalar], Float[Array, " b"]]  # (x0, t) -> logit
 _SMALLEST_CUTOUT = 0.5  # its side, over that of the largest
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipGuidance:
     """Settings of CLIP guidance.
@@ -49,18 +52,9 @@ class ClipGuidance:
     """
 
     model: str = "shipped:produce_clip"
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    cutouts: int = 0
-
-    def __post_init__(self):
-        low, high = self.interval
-        if not 0 <= low <= high <= 1 or self.cutouts < 0 or not 0 <= self.scale < float("inf"):
-            raise UserError(
-                f"ClipGuidance got scale={self.scale}, interval={self.interval}, "
-                f"cutouts={self.cutouts}: expected a scale of 0 or more, an interval (low, "
-                "high) in [0, 1], and 0 or more cut-outs."
-            )
+    scale: NotNegative = 1.0
+    interval: Annotated[tuple[float, float], Interval()] = (0.0, 1.0)
+    cutouts: Natural = 0
 
 
 def with_clip_guidance(

@@ -2,12 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Fraction, Interval
 from jaxdiff.diffusion.process import Images, Prediction
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.guidance.apg import APG
@@ -57,6 +59,7 @@ class GuidanceRule(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Guidance options other than the scale; a field that is None inherits the model's.
@@ -79,21 +82,13 @@ class Guidance:
       UserError: interval or rescale outside [0, 1].
     """
 
-    interval: tuple[float, float] | None = None
-    rescale: float | None = None
+    interval: Annotated[tuple[float, float], Interval()] | None = None
+    rescale: Fraction | None = None
     apg: APG | None = None
     cfg_zero_star: CFGZeroStar | None = None
     rule: GuidanceRule | None = None
     clip: ClipGuidance | None = None
     guide: Autoguidance | None = None
-
-    def __post_init__(self):
-        low, high = self.interval or (0.0, 1.0)
-        if not 0 <= low <= high <= 1 or not 0 <= (self.rescale or 0.0) <= 1:
-            raise UserError(
-                f"Guidance got interval={self.interval}, rescale={self.rescale}: expected an "
-                "interval (low, high) of times and a rescale, all in [0, 1]."
-            )
 
     def inherit(self, other: "Guidance") -> "Guidance":
         """Return these options, with another's in the place of those that are None."""

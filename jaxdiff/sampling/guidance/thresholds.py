@@ -1,12 +1,13 @@
 """Thresholds: keep estimates of x0 in the range of the data."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Positive, Range
 from jaxdiff.diffusion.process import Images
-from jaxdiff.errors import UserError
 
 
 @runtime_checkable
@@ -18,6 +19,7 @@ class Threshold(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StaticThreshold:
     """Clip x0 to [-bound, bound]; pixels lie in [-1, 1].
@@ -26,17 +28,14 @@ class StaticThreshold:
         UserError: bound is not positive.
     """
 
-    bound: float = 1.0
-
-    def __post_init__(self):
-        if not self.bound > 0:
-            raise UserError(f"StaticThreshold.bound is {self.bound}: expected a positive number.")
+    bound: Positive = 1.0
 
     def __call__(self, x0: Images) -> Images:
         """Clip."""
         return jnp.clip(x0, -self.bound, self.bound)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DynamicThreshold:
     """Clip each image at a quantile of |x0|, then scale it to [-1, 1].
@@ -48,13 +47,7 @@ class DynamicThreshold:
         UserError: quantile outside (0, 1].
     """
 
-    quantile: float = 0.995
-
-    def __post_init__(self):
-        if not 0 < self.quantile <= 1:
-            raise UserError(
-                f"DynamicThreshold.quantile is {self.quantile}: expected one in (0, 1]."
-            )
+    quantile: Annotated[float, Range(0, 1, "(]")] = 0.995
 
     def __call__(self, x0: Images) -> Images:
         """Clip and scale to [-1, 1]."""

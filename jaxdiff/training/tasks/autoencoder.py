@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Fraction, NotNegative, Positive
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
@@ -18,6 +20,7 @@ from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Ta
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Perceptual:
     """Perceptual distance of two images in the features of a trained CLIP.
@@ -33,14 +36,7 @@ class Perceptual:
 
     model: ClipVisionConfig
     pretrained: str
-    weight: float = 0.1
-
-    def __post_init__(self):
-        if self.weight <= 0:
-            raise UserError(
-                f"perceptual.weight is {self.weight}: expected a positive number; for no such "
-                "term leave perceptual out."
-            )
+    weight: Positive = 0.1
 
     def distance(
         self, encoder: ClipVision, images: Float[Array, "b h w 3"], others: Float[Array, "b i j 3"]
@@ -60,6 +56,7 @@ class Perceptual:
         return jax.image.resize(images, (b, side, side, c), "cubic")  # antialiased if it shrinks
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTask(Task):
     """Reconstruct images through a low-dimensional latent space (Rombach et al. 2022, section 3.1).
@@ -84,16 +81,11 @@ class AutoencoderTask(Task):
     """
 
     model: AutoencoderConfig
-    kl_weight: float = 1e-6
-    l2_fraction: float = 0.0
+    kl_weight: NotNegative = 1e-6
+    l2_fraction: Fraction = 0.0
     perceptual: Perceptual | None = None
 
     def __post_init__(self):
-        if self.kl_weight < 0 or not 0 <= self.l2_fraction <= 1:
-            raise UserError(
-                f"autoencoder: kl_weight is {self.kl_weight} and l2_fraction {self.l2_fraction}: "
-                "expected 0 or more, and a fraction from 0 to 1."
-            )
         if self.model.image_channels != 3:
             raise UserError(
                 f"The autoencoder takes images of {self.model.image_channels} channels but those "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxdiff.config.checked import checked
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
@@ -15,6 +16,7 @@ from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.tasks.base import Batch, Metrics, Task
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClipTask(Task):
     """The contrastive task: match the captions of a batch to its images, and the reverse.

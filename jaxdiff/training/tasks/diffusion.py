@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Count, Text
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import loss_by_level
 from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
@@ -23,6 +25,7 @@ from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Ta
 DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """Sources of initial weights: folders, `shipped:NAME` or hub ids.
@@ -38,6 +41,7 @@ class Pretrained:
     autoencoder: str | None = None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TextualInversion:
     """Textual inversion: train the embedding of a new token alone (Gal et al. 2022).
@@ -52,15 +56,8 @@ class TextualInversion:
     """
 
     word: str = "<my-thing>"
-    initial: str = "thing"
-    vectors: int = 1
-
-    def __post_init__(self):
-        if self.vectors < 1 or not self.initial.strip():
-            raise UserError(
-                f"TextualInversion got vectors={self.vectors} and initial={self.initial!r}: "
-                "expected at least 1, and a word to start from."
-            )
+    initial: Annotated[str, Text()] = "thing"
+    vectors: Count = 1
 
     def first_ids(self, tokenizer: Any) -> Int[np.ndarray, " n"]:
         """Return the ids of the tokens whose embeddings initialise it."""
@@ -69,6 +66,7 @@ class TextualInversion:
         return np.resize(known, self.vectors)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Trainable:
     """Which parameters a run trains; the others are frozen.
@@ -100,6 +98,7 @@ class Trainable:
         return self.text_encoders or self.text_lora is not None or self.inversion is not None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask(Task):
     """Train a text-to-image model, or a part of one.

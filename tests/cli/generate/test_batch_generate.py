@@ -150,7 +150,8 @@ def test_a_kill_between_a_file_and_its_line_is_repaired(sample, prompts, tmp_pat
     whole = contents(out)
     path = out / "manifest.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    (out / ".partial-0000-a-small-red-pea-0.png").write_bytes(b"half")
+    (out / ".partial-1-0123456789abcdef").write_bytes(b"half")
+    (out / ".jaxdiff-lock").write_bytes(b"{}")
     (out / "0001-a-small-red-pea-1.png").unlink()
     assert sample("--prompts", file) == 0
     assert contents(out) == whole

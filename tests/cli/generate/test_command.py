@@ -146,6 +146,21 @@ def test_a_prompt_that_is_too_long_is_reported(sample, capsys):
     assert printed.count("longer than") == 1
 
 
+def test_a_scale_below_1_is_reported_in_one_line(sample, capsys, tmp_path):
+    assert sample(PEA, "--guidance-scale", "0") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "guidance_scale is 0: below 1 it steers towards the negative prompt; 1 is unguided."
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": PEA, "guidance_scale": 0.5}))
+    assert sample("--prompts", file) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "guidance_scale is 0.5: below 1 it steers towards the negative prompt; 1 is unguided."
+    ]
+    assert sample(PEA, "--guidance-scale", "0", "-q") == 0
+    assert not capsys.readouterr().err
+
+
 def test_words_that_the_model_never_saw_are_reported(sample, capsys):
     assert sample("a red snow globe", PEA) == 0
     printed = capsys.readouterr()
@@ -170,6 +185,10 @@ def test_words_that_the_model_never_saw_are_reported(sample, capsys):
         ((PEA, "--seed", str(2**32 - 1), "--num-images", "2"), "from 0 to 4294967294"),
         ((PEA, "--num-images", "0"), "--num-images is 0"),
         ((PEA, "--num-steps", "0"), "--num-steps is 0: expected a whole number from 1"),
+        ((PEA, "--num-steps", "-1"), "--num-steps is -1: expected a whole number from 1"),
+        ((PEA, "--num-steps", "1000000000"), "--num-steps is 1000000000: expected a whole number"),
+        ((PEA, "--guidance-scale", "nan"), "--guidance-scale is nan: expected a number"),
+        ((PEA, "--guidance-scale", "1e39"), "--guidance-scale is 1e+39: expected a number"),
         ((PEA, "--strip", "-1"), "--strip is -1"),
         ((PEA, "--solver", "ddmi"), "ddim"),
         ((PEA, "--mask", "x.png"), "has no effect without --init-image"),

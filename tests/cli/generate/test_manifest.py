@@ -123,10 +123,3 @@ def test_images_of_killed_processes_are_known_to_any_number_of_processes(shared,
         assert [manifest.has(f"{i:04d}.png") for i in range(5)] == [True] * 4 + [False]
     assert sorted(line["row"] for line in lines(folder)) == [0, 1, 2, 3]
     assert not (folder / "manifest.1.jsonl").exists()
-
-
-def test_a_partial_file_of_a_kill_is_removed(folder):
-    for name in ("0003.png", MANIFEST):
-        (folder / f".partial-{name}").write_bytes(b"half")
-    Manifest(folder, "a.jsonl", [record(i) for i in range(4)])
-    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]

@@ -116,7 +116,7 @@ def test_a_cell_with_line_breaks_does_not_shift_the_reported_lines(tmp_path):
         ({"prompt": "x", "size": "64"}, "size is '64': expected WIDTHxHEIGHT"),
         ({"prompt": "x", "size": [64, 64]}, "expected WIDTHxHEIGHT"),
         ({"prompt": "x", "size": "100000x64"}, "at most 8192 pixels"),
-        ({"prompt": "x", "num_steps": 0}, "num_steps is 0: expected a whole number from 1 to 2147"),
+        ({"prompt": "x", "num_steps": 0}, "num_steps is 0: expected a whole number from 1 to 1000"),
         ({"prompt": "x", "num_steps": 10**12}, "num_steps is 1000000000000"),
         ({"prompt": "x", "guidance_scale": "high"}, "expected a number"),
         ('{"prompt": "x", "guidance_scale": NaN}', "NaN is no number of JSON"),

@@ -148,3 +148,9 @@ def test_images_without_text_and_texts_without_image_are_left_out(tmp_path):
         (f"{tmp_path}/b.png", NO_CAPTION),
         (f"{tmp_path}/c.txt", NO_IMAGE),
     ]
+
+
+def test_a_mark_before_a_caption_and_upper_case_metadata_are_read(tmp_path):
+    _image(tmp_path / "a.png")
+    (tmp_path / "Metadata.JSONL").write_text('{"file_name": "a.png", "text": ["\\ufeffa pea"]}\n')
+    assert ImageFolder(path=str(tmp_path))[0]["captions"] == ["a pea"]

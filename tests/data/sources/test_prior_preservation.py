@@ -40,7 +40,7 @@ def test_sources_alternate():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_fractions_outside_0_to_1_are_refused(fraction):
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="from more than 0 to less than 1"):
         PriorPreservation(
             own=Produce(length=2), prior=Produce(length=2), prior_fraction=fraction
         ).check()
