@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from jaxdiff.training.run import run_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = SimpleNamespace(stopped_by=None)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 COMMAND = re.compile(
@@ -88,7 +90,7 @@ def test_commands_are_understood(command, monkeypatch, tmp_path, capsys):
         "bench.bench_compare",
         "plan.make_plan",
     ):
-        monkeypatch.setattr(f"jaxdiff.cli.{name}", lambda *_, n=name, **__: ran.append(n))
+        monkeypatch.setattr(f"jaxdiff.cli.{name}", lambda *_, n=name, **__: ran.append(n) or RUN)
     for module in ("train", "sample", "evaluate"):
         monkeypatch.setattr(f"jaxdiff.cli.{module}.join_hosts", lambda *_: contextlib.nullcontext())
     for name in ("_topology", "_print", "search"):

@@ -286,7 +286,7 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # under nohup
             continue
         before[number] = signal.signal(number, request)
     try:

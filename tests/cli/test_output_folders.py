@@ -108,6 +108,17 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch):
         cli.main(["recipes"])
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """The usual handlers, also where the tests run in the background."""
+    usual = {n: signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGHUP)}
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_with_one_line(number, monkeypatch, capsys):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

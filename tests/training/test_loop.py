@@ -359,8 +359,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_goes_on(
     faked.clear()
     logged = []
     train(tiny_recipe(steps=4), tmp_path, log=logged.append)
-    assert "checkpoints/4 is damaged and not used" in logged[0]
-    assert logged[1] == "Resuming at step 2 of 4."
+    assert any("checkpoints/4 is damaged and not used" in line for line in logged)
+    assert "Resuming at step 2 of 4." in logged
     assert [n for what, n in faked if what == "step"] == [3, 4]
 
 

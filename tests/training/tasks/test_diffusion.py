@@ -333,8 +333,8 @@ def test_textual_inversion_is_for_frozen_text_encoders(task):
     trainable = dataclasses.replace(inverted.trainable, text_encoders=True)
     with pytest.raises(UserError, match=r"set task\.trainable\.text_encoders to False"):
         dataclasses.replace(inverted, trainable=trainable)
-    for wrong in ({"vectors": 0}, {"initial": " "}):
-        with pytest.raises(UserError, match="a word to start from"):
+    for wrong, message in (({"vectors": 0}, "at least 1"), ({"initial": " "}, "is empty")):
+        with pytest.raises(UserError, match=message):
             TextualInversion(**wrong)
 
 
