@@ -175,7 +175,7 @@ def _checked(file: epath.Path) -> bytes:
     and memory in proportion to the largest id.
     """
     data = read_bytes(file, "the whole folder of a tokenizer", largest=LARGEST_TEXT)
-    state = parse_json(data, SAVED)
+    state = parse_json(data, file)
     vocabulary = state["model"]["vocab"]  # a list of Unigram, whose ids are its places
     ids = [*vocabulary.values()] if isinstance(vocabulary, Mapping) else []
     ids += [token["id"] for token in state.get("added_tokens") or ()]
