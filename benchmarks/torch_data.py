@@ -109,7 +109,7 @@ def _latents(folder: epath.Path) -> CachedLatents:
     )
     length = (folder / file).stat().length
     shard = Shard(file=file, records=RECORDS, bytes=length, sha256="")
-    ShardManifest(provenance={}, latents=space, shards=[shard]).write(folder)
+    ShardManifest(provenance={}, latents=space, shards=[shard], found=shard.records).write(folder)
     return CachedLatents(path=str(folder))
 
 
