@@ -50,6 +50,10 @@ def lock_folder(folder: epath.PathLike, *, share: str | None = None) -> Iterator
         if not is_local(path):
             name = LOCK if share is None else f"{LOCK}-{share}"
             stack.enter_context(_lease(GoogleStorage(str(path / name)), folder))
+            # Each holder writes its lease first, then looks for those that it may not be beside.
+            others = path.glob(f"{LOCK}-*") if share is None else [path / LOCK]
+            for other in others:
+                _refuse_held(GoogleStorage(str(other)), folder)
         else:
             stack.enter_context(_flock(path / LOCK, folder, exclusive=share is None))
             if share is not None:
@@ -163,9 +167,7 @@ def _lease(
     store: Store, folder: epath.PathLike, *, expires: float = EXPIRES, renew: float = RENEW
 ) -> Iterator[None]:
     """Hold a lease: written where there is none or an expired one, renewed until the end."""
-    there = store.read()
-    if there is not None and there.age < expires:
-        raise _refusal(folder, there.data, expires - there.age)
+    there = _refuse_held(store, folder, expires)
     holder = _holder()
     generation = store.write(holder, 0 if there is None else there.generation)
     if generation is None:  # somebody else was faster
@@ -196,7 +198,18 @@ def _lease(
     finally:
         done.set()
         thread.join()
-        store.delete(held[0])
+        try:
+            store.delete(held[0])
+        except Exception as error:  # no reason to fail what is finished
+            logging.getLogger(__name__).warning("%s: lease not removed (%s).", folder, error)
+
+
+def _refuse_held(store: Store, folder: epath.PathLike, expires: float = EXPIRES) -> Stored | None:
+    """Return an expired lease, or None where there is none; raise `UserError` for a live one."""
+    there = store.read()
+    if there is not None and there.age < expires:
+        raise _refusal(folder, there.data, expires - there.age)
+    return there
 
 
 @dataclass(frozen=True)
@@ -239,21 +252,12 @@ class GoogleStorage:
                 data=data,
                 json_out=True,
             )
-        except Exception as error:
-            if _failed_precondition(error):
-                return None
-            raise
+        except FileExistsError:  # gcsfs' name for 412, Precondition Failed
+            return None
         return int(about["generation"])
 
     def delete(self, generation: int) -> None:
         """As `Store.delete`."""
         system, bucket, key = self._place
-        try:
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # of another holder
             system.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=str(generation))
-        except Exception as error:
-            if not isinstance(error, FileNotFoundError) and not _failed_precondition(error):
-                raise
-
-
-def _failed_precondition(error: Exception) -> bool:
-    return str(getattr(error, "code", "")) == "412" or "412" in str(error)

@@ -1,7 +1,12 @@
+import datetime
+import json
 import subprocess
 import sys
 import textwrap
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from etils import epath
@@ -174,3 +179,99 @@ def test_the_files_of_a_killed_holder_are_removed(tmp_path):
     with lock_folder(tmp_path):
         assert not any(path.exists() for path in left)
     assert (tmp_path / ".partial-of-a-user").exists()
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """The part of Google Cloud Storage's JSON API that leases need, with preconditions."""
+
+    objects: ClassVar[dict[str, tuple[int, bytes, str]]] = {}
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        key, query = self._key(), self._query()
+        if key not in self.objects:
+            return self._answer(404, {})
+        generation, data, updated = self.objects[key]
+        if "alt" in query:
+            return self._answer(200, data)
+        return self._answer(200, {"generation": str(generation), "updated": updated})
+
+    def do_POST(self):
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        query = self._query()
+        key = query["name"][0]
+        generation = self.objects.get(key, (0,))[0]
+        if generation != int(query["ifGenerationMatch"][0]):
+            return self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        self.objects[key] = generation + 1, data, now
+        return self._answer(200, {"generation": str(generation + 1)})
+
+    def do_DELETE(self):
+        there = self.objects.get(self._key())
+        if there is None:
+            return self._answer(404, {})
+        if there[0] != int(self._query()["ifGenerationMatch"][0]):
+            return self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+        del self.objects[self._key()]
+        return self._answer(204, b"")
+
+    def _key(self) -> str:
+        return unquote(urlsplit(self.path).path.rpartition("/o/")[2])
+
+    def _query(self) -> dict[str, list[str]]:
+        return parse_qs(urlsplit(self.path).query)
+
+    def _answer(self, status: int, content: object) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_a_lease_in_a_bucket(monkeypatch):
+    gcsfs = pytest.importorskip("gcsfs")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    make = gcsfs.GCSFileSystem
+    monkeypatch.setattr(gcsfs, "GCSFileSystem", lambda: make(token="anon", endpoint_url=endpoint))
+    try:
+        stores = [lock.GoogleStorage("gs://bucket/run 412/lock") for _ in range(2)]
+        assert stores[0].read() is None
+        with lock._lease(stores[0], "gs://bucket/run 412"):
+            with (
+                pytest.raises(UserError, match=IN_USE),
+                lock._lease(stores[1], "gs://bucket/run 412"),
+            ):
+                pass
+            assert stores[1].write(b"{}", 0) is None
+            assert stores[1].write(b"{}", 1) == 2  # as after an expiry
+            assert stores[0].write(b"{}", 1) is None
+        there = stores[0].read()
+        assert there is not None
+        assert there[:2] == (b"{}", 2)
+        assert 0 <= there.age < 60
+        stores[0].delete(2)
+        assert stores[0].read() is None
+    finally:
+        server.shutdown()
+
+
+def test_leases_exclude_as_local_locks_do(monkeypatch):
+    """One with a name and one without, in both orders."""
+    stores: dict[str, Memory] = {}
+    out = epath.Path("gs://bucket/out")
+    monkeypatch.setattr(lock, "GoogleStorage", lambda path: stores.setdefault(path, Memory()))
+    monkeypatch.setattr(
+        type(out), "glob", lambda self, _: [epath.Path(x) for x in stores if "-lock-" in x]
+    )
+    refused = pytest.raises(UserError, match=IN_USE)
+    with lock_folder(out, share="a"), lock_folder(out, share="b"), refused, lock_folder(out):
+        pass
+    with lock_folder(out), refused, lock_folder(out, share="a"):
+        pass
+    assert not any(store.read() for store in stores.values())
