@@ -5,7 +5,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence: what is wrong, what was expected, what to do.
+    """A mistake of the user's, in one sentence: what is wrong, what was expected, what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """

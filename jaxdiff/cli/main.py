@@ -18,7 +18,7 @@ from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
 from jaxdiff.errors import Stopped, UserError
-from jaxdiff.io.files import file_error
+from jaxdiff.io import files
 from jaxdiff.io.terminal import unfailing_output, write_line, write_text
 
 COMMANDS = {
@@ -113,7 +113,7 @@ def _run(arguments: list[str], received: list[signal.Signals]) -> int:
             status = 128 + line.number
         elif isinstance(error, UserError):
             line, status = error, 2
-        elif isinstance(error, OSError) and (refusal := file_error(error)) is not None:
+        elif isinstance(error, OSError) and (refusal := files.file_error(error)) is not None:
             line, status = refusal, 2
         else:
             raise
@@ -180,11 +180,8 @@ def _check_remote_paths(arguments: list[str]) -> None:
     """
     paths = [word.rpartition("=")[2] for word in arguments]
     remote = [path for path in paths if "://" in path and path.split() == [path]]
-    if remote:
-        from jaxdiff.io.files import check_reachable
-
-        for path in remote:
-            check_reachable(path)
+    for path in remote:
+        files.check_reachable(path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -161,6 +162,17 @@ _OF_FILES = frozenset(
         *(errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE),
     }
 )
+
+
+@contextlib.contextmanager
+def file_errors_as_user_errors() -> Iterator[None]:
+    """Raise a system's refusal of a file within the context as `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if (refusal := file_error(error)) is None:
+            raise
+        raise refusal from error
 
 
 def file_error(error: OSError) -> UserError | None:

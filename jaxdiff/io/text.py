@@ -5,10 +5,13 @@ separators that only look like newlines, and sometimes with contents meant to ex
 """
 
 import codecs
+import csv
+import io
 import json
 import math
 import re
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -88,6 +91,35 @@ def lines_of(text: str) -> list[str]:
     """
     lines = re.split(r"\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
+
+
+def csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the line and the cells, or what is wrong, of each row of CSV that is not blank.
+
+    Quotes are those of RFC 4180: text beside a quoted cell, or a quote that is not closed, is an
+    error of its row.
+    """
+    before = csv.field_size_limit(len(text) + 1)  # a cell that is cut would leave its end as rows
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, list[str] | str]] = []
+    try:
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+                if any(cell.strip() for cell in cells):
+                    rows.append((line, cells))
+            except csv.Error as error:
+                through = f", through line {reader.line_num}" if reader.line_num > line else ""
+                reason = (
+                    f"it is not CSV ({error}{through}): put quotes around cells with commas, "
+                    "quotes or newlines, and double the quotes inside them."
+                )
+                rows.append((line, reason))
+    except StopIteration:
+        yield from rows
+    finally:
+        csv.field_size_limit(before)
 
 
 def read_text(path: epath.PathLike, wanted: str = "a text file") -> str:

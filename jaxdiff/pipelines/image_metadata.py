@@ -195,7 +195,7 @@ class ImageMetadata:
 
         Args:
           pipe: the model that generated it.
-          files: `init_image` and `mask`, of which the file has digests.
+          files: `init_image` and `mask`, whose digests the file has.
           command: its auxiliary models, if any.
 
         Raises:

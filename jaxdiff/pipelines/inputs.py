@@ -12,12 +12,11 @@ from jaxtyping import Float32, UInt8, UInt32
 from PIL import Image
 
 from jaxdiff.config.checked import check_value, checked
-from jaxdiff.config.fields import LONGEST_TEXT, Count, Natural, Seed
+from jaxdiff.config.fields import Count, Natural, Seed, Text
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io.image_decoding import ImageError
 from jaxdiff.io.images import mask_of, picture_of
-from jaxdiff.io.text import check_text
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
@@ -161,11 +160,7 @@ def check_prompt(name: str, value: Any) -> None:
     """Raise `UserError` unless a prompt is text of UTF-8, neither with a NUL nor too long."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
-    check_text(value, name)
-    if len(value) > LONGEST_TEXT:
-        raise UserError(
-            f"{name} has {len(value)} characters: expected at most {LONGEST_TEXT}; shorten it."
-        )
+    Text(empty=True).check(name, value, str)
 
 
 def one_each(name: str, values: Any, n: int) -> list[Any]:

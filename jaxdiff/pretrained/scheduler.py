@@ -6,7 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 from jaxdiff.diffusion.process import Prediction
 from jaxdiff.diffusion.schedules import ScaledLinear
-from jaxdiff.diffusion.time_grids import ConsistencyGrid, KarrasGrid, LogSnrGrid, TrainStepGrid
+from jaxdiff.diffusion.time_grids import (
+    MOST_STEPS,
+    ConsistencyGrid,
+    KarrasGrid,
+    LogSnrGrid,
+    TrainStepGrid,
+)
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.config_check import (
     FLAG,
@@ -65,19 +71,18 @@ _NOISE_SPACINGS = {
 }
 
 _SPACINGS = ("leading", "trailing", "linspace")
-_MOST_STEPS = 100_000
 
 # Keys and defaults of diffusers. The classes differ in the defaults and in the keys that follow.
 _SWITCH = Used(False, FLAG)
 _COMMON: Schema = {
-    "num_train_timesteps": Used(1000, integer(2, _MOST_STEPS)),
+    "num_train_timesteps": Used(1000, integer(2, MOST_STEPS)),
     "beta_start": Used(0.0001, number(0, 1)),
     "beta_end": Used(0.02, number(0, 1)),
     "beta_schedule": Only("scaled_linear", default="linear"),
     "trained_betas": Only(None),
     "prediction_type": Used("epsilon", choice(PREDICTIONS)),
     "timestep_spacing": Used("linspace", choice(_SPACINGS)),
-    "steps_offset": Used(0, integer(0, _MOST_STEPS)),
+    "steps_offset": Used(0, integer(0, MOST_STEPS)),
 }
 _LEADING: Schema = {"timestep_spacing": Used("leading", choice(_SPACINGS))}
 # diffusers steps down by num_train_timesteps // steps, whatever its spacing.
@@ -192,7 +197,7 @@ _OWN: dict[str, Schema] = {
         "timestep_spacing": Unused("original_inference_steps states the steps"),
         "steps_offset": Unused("original_inference_steps states the steps"),
         "set_alpha_to_one": Unused("the last step ends without noise in any case"),
-        "original_inference_steps": Used(50, integer(1, _MOST_STEPS)),
+        "original_inference_steps": Used(50, integer(1, MOST_STEPS)),
         "timestep_scaling": Used(10.0, number(0.5, 1e6)),
     },
 }

@@ -39,7 +39,7 @@ from jaxdiff.training.prepare_shards import with_cache
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, make_train_step
-from jaxdiff.training.tasks.base import COUNT, SUM, Batch
+from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Metrics
 from jaxdiff.training.workdir import CACHE, open_run
 
 _NAMED = 5  # records left out that the log names
@@ -111,49 +111,69 @@ def train(
         )
         state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
         del host, constants, placed
+        first = int(state.step)
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
-        batches = _batches(config, tokenizers, mesh, rows, int(state.step))
+        batches = _batches(config, tokenizers, mesh, rows, first)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(mesh, log))
-        run = _Run(config, out, int(state.step), len(rows), account)
+        run = _Run(config, out, first, len(rows), account)
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
-        number, compiled = int(state.step), set()
 
-        pending = None
-        while number < config.train.steps and not stop.should_stop:
-            batch, skipped = run.take(batches)
-            shape = tuple(x.shape for x in jax.tree.leaves(batch))
-            compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
-            with refused_flags_as_user_errors(), compiling:
-                state, metrics = step(state, frozen, batch)
-            compiled.add(shape)
-            stop.vote()
-            number += 1
-            if pending is not None:  # read a step's metrics once the next step is dispatched
-                run.read(*pending)
-                stop.poll()
-            pending = (number, metrics, skipped)
+        def after(number: int, state: TrainState) -> None:
             if number % config.train.checkpoint_every == 0:
                 checkpoints.save(state)
             due = _due(config, number)
             if due and evaluate is not None:
                 with run.throughput.timed("pause"):
                     run.writer.write_report(number, evaluate(state, frozen, tokenizers, due))
-        if pending is not None:
-            run.read(*pending)
+
+        state = _take_steps(run, stop, lambda s, b: step(s, frozen, b), state, batches, after)
+        number = int(state.step)
+        if number > first:
             checkpoints.save(state)
         checkpoints.wait()
         stack.close()
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
         finished = number == config.train.steps
-        result = Result(
-            summary, state, frozen, tokenizers, finished, None if finished else stop.signal
-        )
+        stopped_by = None if finished else stop.signal
+        result = Result(summary, state, frozen, tokenizers, finished, stopped_by)
         if finished and finish is not None:
             run.writer.write_report(number, finish(result))
     return result
+
+
+def _take_steps(
+    run: "_Run",
+    stop: "_Preemption",
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    after: Callable[[int, TrainState], None],
+) -> TrainState:
+    """Take steps up to the last one, or to the one after which to stop; return the state.
+
+    `after` is called with the number of each step, once it is dispatched, and the state.
+    """
+    number, compiled, pending = int(state.step), set(), None
+    while number < run.train.steps and not stop.should_stop:
+        batch, skipped = run.take(batches)
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
+        with refused_flags_as_user_errors(), compiling:
+            state, metrics = step(state, batch)
+        compiled.add(shape)
+        stop.vote()
+        number += 1
+        if pending is not None:  # read a step's metrics once the next step is dispatched
+            run.read(*pending)
+            stop.poll()
+        pending = (number, metrics, skipped)
+        after(number, state)
+    if pending is not None:
+        run.read(*pending)
+    return state
 
 
 def _due(config: Config, step: int) -> tuple[Evaluator, ...]:

@@ -12,7 +12,7 @@ from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.io import images as image_io
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import file_errors_as_user_errors, write_whole
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import format_json, parse_json, read_json
@@ -20,7 +20,6 @@ from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
 from jaxdiff.training.tasks.diffusion import DiffusionTask
-from jaxdiff.training.workdir import disk_full_as_user_error
 
 SUMMARY = "summary.json"
 Log = Callable[[str], None]
@@ -67,7 +66,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
         _write_summary(folder, result)
         return report
 
-    with held_on_host0(output_folder(folder)), disk_full_as_user_error(folder):
+    with held_on_host0(output_folder(folder)), file_errors_as_user_errors():
         result = train(
             config,
             folder,

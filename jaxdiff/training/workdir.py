@@ -1,8 +1,5 @@
 """The folder of a run: its recipe, its tokenizers, and whether a recipe can resume there."""
 
-import contextlib
-import errno
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -185,20 +182,6 @@ def _check_shared(out: epath.Path) -> None:
             f"{out} is not the same folder on all hosts, {blind} of {jax.process_count()} do not "
             "see it: expected shared storage; give an --out there, such as gs://."
         )
-
-
-@contextlib.contextmanager
-def disk_full_as_user_error(out: epath.Path) -> Iterator[None]:
-    """Raise errors of a full or read-only disk as `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise UserError(
-            f"{out} cannot be written to ({os.strerror(error.errno)}): make room or write access "
-            "there and run the same command again, which resumes from the last checkpoint."
-        ) from error
 
 
 def _remove_run(out: epath.Path) -> None:

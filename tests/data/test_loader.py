@@ -108,7 +108,7 @@ def test_without_shuffling_records_come_in_order(source, tokenizer):
 
 @pytest.mark.parametrize("num_hosts", [2, 3])
 def test_hosts_divide_every_batch_without_overlap_or_loss(damaged, tokenizer, num_hosts):
-    """Thirteen records, of which three cannot be used, divide into no number of hosts."""
+    """Thirteen records, three of them unusable, divide into no number of hosts."""
     whole = _take(_dataset(damaged, tokenizer, batch_size=6), 9)
     shares = [
         _take(_dataset(damaged, tokenizer, batch_size=6, rows=range(6)[host::num_hosts]), 9)

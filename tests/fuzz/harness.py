@@ -108,7 +108,7 @@ def _change(data: bytearray, corpus: Sequence[bytes], rng: random.Random) -> Non
 
 
 class SpoiltFolder:
-    """A folder of a model, of which one file at a time is spoilt.
+    """A folder of a model, with one file at a time spoilt.
 
     Its contents are changed, or it is removed, made a folder, a link that leads nowhere, or empty.
     """

@@ -292,7 +292,7 @@ def test_arguments_whose_meaning_is_plain_are_accepted(pipeline):
 
 
 def test_numbers_of_numpy_and_jax_and_lists_are_accepted(pipeline):
-    """Those of which no digit is lost."""
+    """Those whose every digit is kept."""
     same = {"seeds": 3, "num_steps": 2, "guidance_scale": 2.0, "size": (32, 32)}
     image = pipeline([PEA], **same)
     for other in (

@@ -4,8 +4,6 @@ A row may set every field of `GenerationSettings`. A row that cannot be used is 
 line, and the others are read.
 """
 
-import csv
-import io
 import os
 import re
 import reprlib
@@ -18,7 +16,7 @@ from etils import epath
 from jaxdiff.config.fields import check_names, fields_of
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
-from jaxdiff.io.text import LARGEST_TEXT, decode_text, lines_of, parse_json
+from jaxdiff.io.text import LARGEST_TEXT, csv_rows, decode_text, lines_of, parse_json
 from jaxdiff.pipelines.resolve import FILES
 from jaxdiff.pipelines.settings import GenerationSettings
 
@@ -119,7 +117,7 @@ def _json_lines(text: str) -> Read:
 def _csv_rows(text: str) -> Read:
     """Yield rows by the names in the header; an empty cell sets nothing."""
     header: list[str] | None = None
-    for line, cells in _cells(text):
+    for line, cells in csv_rows(text):
         if header is None:
             if isinstance(cells, str):
                 raise UserError(f"The header of the prompt file: {cells}")
@@ -138,33 +136,6 @@ def _csv_rows(text: str) -> Read:
         else:
             pairs = zip(header, cells, strict=True)
             yield line, {key: COLUMNS[key].from_cell(cell) for key, cell in pairs if cell.strip()}
-
-
-def _cells(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the line and the cells, or the error, of each row that is not blank."""
-    before = csv.field_size_limit(len(text) + 1)  # a cell that is cut would leave its end as rows
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[int, list[str] | str]] = []
-    try:
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-                if any(cell.strip() for cell in cells):
-                    rows.append((line, cells))
-            except csv.Error as error:
-                through = f", through line {reader.line_num}" if reader.line_num > line else ""
-                rows.append(
-                    (
-                        line,
-                        f"it is not CSV ({error}{through}): put quotes around cells with commas, "
-                        "quotes or newlines, and double the quotes inside them.",
-                    )
-                )
-    except StopIteration:
-        yield from rows
-    finally:
-        csv.field_size_limit(before)
 
 
 def _check_header(header: list[str]) -> None:

@@ -1,7 +1,5 @@
 """Read the metadata files of an image folder: JSON Lines, CSV or Parquet, as Hugging Face names."""
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -12,7 +10,7 @@ from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
-from jaxdiff.io.text import LARGEST_TEXT, decode_text, lines_of, parse_json
+from jaxdiff.io.text import LARGEST_TEXT, csv_rows, decode_text, lines_of, parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -52,10 +50,7 @@ def read_metadata(file: epath.Path, caption: str) -> list[Line]:
 def _text(file: epath.Path) -> str:
     """Return the text of a file; a byte that is not UTF-8, as a surrogate, spoils only its line."""
     data = read_bytes(file, "a metadata file that can be read", largest=LARGEST_TEXT)
-    try:
-        return decode_text(data, file)
-    except UserError:
-        return data.decode("utf-8-sig", errors="surrogateescape")
+    return decode_text(data, file, by_line=True)
 
 
 def _json_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
@@ -65,23 +60,20 @@ def _json_lines(file: epath.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_lines(file: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
-    rows = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
-    try:
-        names = next(rows, [])
-        _check_unique(names, file)
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(names):
-                raise UserError(
-                    f"Line {rows.line_num} of {file} has {len(row)} values: expected "
-                    f"{len(names)}, as in its first line; correct that line."
-                )
-            yield rows.line_num, dict(zip(names, row, strict=True))
-    except csv.Error as error:
-        raise UserError(
-            f"Line {rows.line_num} of {file} is not CSV ({error}): correct that line."
-        ) from error
+    names: list[str] | None = None
+    for line, row in csv_rows(_text(file)):
+        where = f"Line {line} of {file}"
+        if isinstance(row, str):
+            raise UserError(f"{where}: {row}")
+        if names is None:
+            _check_unique(names := row, file)
+        elif len(row) != len(names):
+            raise UserError(
+                f"{where} has {len(row)} values: expected {len(names)}, as in its first line; "
+                "correct that line."
+            )
+        else:
+            yield line, dict(zip(names, row, strict=True))
 
 
 def _parquet_rows(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -127,7 +127,7 @@ _LISTS = (
 
 
 def _values(encoded: pa.DataType) -> pa.DataType:
-    """Return the type of the values, of which a dictionary holds each once."""
+    """Return the type of the values, also of a dictionary, which holds each once."""
     return encoded.value_type if pa.types.is_dictionary(encoded) else encoded
 
 
