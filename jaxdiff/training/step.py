@@ -75,7 +75,7 @@ def make_train_step(
             "task_state": task.next_state(task_state, metrics),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        for leaf in jax.tree.leaves([params, opt_state, changed["ema"]]):
+        for leaf in jax.tree.leaves([params, opt_state]):  # a mean of finite parameters is finite
             finite &= jnp.isfinite(leaf).all()
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
