@@ -206,16 +206,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(where):
     assert not same_bits(state.params, before.params)
 
 
-@pytest.mark.parametrize(
-    "overflows",
-    [
-        optax.chain(OPTIMIZER, optax.scale(1e38), optax.scale(1e38)),
-        # Gradients whose squares overflow: the second moment is infinite, the update 0.
-        optax.chain(optax.scale(1e30), optax.scale_by_adam(), optax.scale(-1e-3)),
-    ],
-    ids=["update", "optimizer state"],
-)
-def test_an_update_that_overflows_is_skipped_and_counted(overflows):
+def test_an_update_that_overflows_is_skipped_and_counted():
+    overflows = optax.chain(OPTIMIZER, optax.scale(1e38), optax.scale(1e38))
     task = Regression()
     state = jax.jit(lambda: init_state(task, overflows, EMA, 0))()
     before = jax.device_get(state)

@@ -209,7 +209,7 @@ def test_eight_devices_train_as_one_does():
     ("make", "message"),
     [
         (lambda: AutoencoderTask(model=CONFIG, kl_weight=-1.0), "kl_weight is -1.0"),
-        (lambda: AutoencoderTask(model=CONFIG, l2_fraction=2.0), "l2_fraction 2.0"),
+        (lambda: AutoencoderTask(model=CONFIG, l2_fraction=2.0), "l2_fraction is 2.0"),
         (lambda: Perceptual(model=VISION, pretrained="x", weight=0.0), "weight is 0.0"),
         (lambda: AutoencoderTask(model=AutoencoderConfig(image_channels=1)), "1 channels"),
     ],
