@@ -164,24 +164,31 @@ _OF_FILES = frozenset(
 )
 
 
+_OF_WRITING = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
+
+
 @contextlib.contextmanager
-def file_errors_as_user_errors() -> Iterator[None]:
-    """Raise a system's refusal of a file within the context as `UserError`."""
+def file_errors_as_user_errors(folder: epath.PathLike) -> Iterator[None]:
+    """Raise a system's refusal of a file in `folder` within the context as `UserError`."""
     try:
         yield
     except OSError as error:
-        if (refusal := file_error(error)) is None:
+        if (refusal := file_error(error, str(folder))) is None:
             raise
         raise refusal from error
 
 
-def file_error(error: OSError) -> UserError | None:
-    """Return a system's refusal of a file as one sentence; None for errors of another kind."""
+def file_error(error: OSError, otherwise: str = "A file") -> UserError | None:
+    """Return a system's refusal of a file as one sentence; None for errors of another kind.
+
+    `otherwise` names what the system does not name.
+    """
     if error.errno not in _OF_FILES:
         return None
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    tried = "written to" if error.errno in _OF_WRITING else "read or written"
     return UserError(
-        f"{' and '.join(names) or 'A file'} cannot be read or written "
+        f"{' and '.join(names) or otherwise} cannot be {tried} "
         f"({reason(error)}): check the path, its permissions and the free space, then run the "
         "same command again."
     )

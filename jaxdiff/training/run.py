@@ -66,7 +66,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
         _write_summary(folder, result)
         return report
 
-    with held_on_host0(output_folder(folder)), file_errors_as_user_errors():
+    with held_on_host0(output_folder(folder)), file_errors_as_user_errors(folder):
         result = train(
             config,
             folder,

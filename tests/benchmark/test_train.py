@@ -49,13 +49,13 @@ def test_the_table_of_chips_gives_the_peak(monkeypatch):
     assert "H100 data sheet" in note
 
 
-def test_the_peak_of_an_unknown_chip_is_unknown():
+def test_the_peak_of_an_unknown_chip_is_unknown(tiny_recipe):
     assert chips.find_chip(jax.devices()[0].device_kind) is None
     peak, note = peak_of_device(None)
     assert peak is None
     assert "give --peak-tflops" in note
-    with pytest.raises(UserError, match="--peak-tflops is 0"):
-        peak_of_device(0.0)
+    with pytest.raises(UserError, match="peak_tflops is 0"):
+        BenchOptions(config=tiny_recipe(), peak_tflops=0.0)
 
 
 def test_a_random_batch_has_the_recipes_shapes(tiny_recipe):

@@ -55,11 +55,16 @@ def test_tensor_and_context_devices_hold_the_same_images(axis):
 
 
 @pytest.mark.parametrize(
-    "config", [MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(tensor=-2)]
+    ("sizes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, r"-1 .* for at most one of them; change mesh\.data"),
+        ({"data": 0}, r"-1 .* for at most one of them; change mesh\.data"),
+        ({"tensor": -2}, "tensor is -2: expected a whole number, at least -1"),
+    ],
 )
-def test_invalid_axis_sizes_are_an_error(config):
-    with pytest.raises(UserError, match=r"-1 .* for at most one of them; change mesh\.data"):
-        make_mesh(config)
+def test_invalid_axis_sizes_are_an_error(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(MeshConfig(**sizes))
 
 
 def test_an_indivisible_batch_is_an_error_that_names_a_valid_multiple():

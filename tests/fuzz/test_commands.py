@@ -141,5 +141,6 @@ def _runs(words: list, capsys) -> None:
     assert status in (0, 1, 2), words
     assert "Traceback" not in said.err, (words, said.err)
     if status == 2:
-        assert said.err.startswith("jaxdiff: "), (words, said.err)
+        *_, last = said.err.splitlines()  # after warnings
+        assert last.startswith("jaxdiff: "), (words, said.err)
     assert time.monotonic() - start < SECONDS, words

@@ -178,7 +178,7 @@ def test_resuming_equals_a_run_without_a_stop_bit_for_bit(config, straight, tmp_
     assert train(half, tmp_path, log=quiet).summary["step"] == 2
     logged = []
     result = train(config, tmp_path, log=logged.append)
-    assert logged[0] == f"Resuming at step 2 of {STEPS}."
+    assert f"Resuming at step 2 of {STEPS}." in logged
     assert result.summary["fingerprint"] == expected.summary["fingerprint"]
     jax.tree.map(np.testing.assert_array_equal, result.state.task_state, expected.state.task_state)
     figures = ("step", "loss", "teaching", "grad_norm")
