@@ -101,7 +101,8 @@ def variations(
     height, width = images.shape[1:3]
     own = invert(pipe, images, prompts, **arguments)
     noises = pipe.noise(seeds, size=(width, height))
-    amounts = [check_value("amount", value, float) for value in one_each("amount", amount, n)]
+    # In float64, as Python's numbers would leave `slerp` in float32.
+    amounts = np.asarray([check_value("amount", x, float) for x in one_each("amount", amount, n)])
     each = zip(np.broadcast_to(own, noises.shape), noises, amounts, strict=True)
     return pipe(
         prompts * n if len(prompts) == 1 else prompts,
