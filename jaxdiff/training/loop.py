@@ -24,7 +24,7 @@ from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
-from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
+from jaxdiff.distributed.xla_flags import as_options
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.io.terminal import printable, write_text
@@ -161,7 +161,7 @@ def _take_steps(
         batch, skipped = run.take(batches)
         shape = tuple(x.shape for x in jax.tree.leaves(batch))
         compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
-        with refused_flags_as_user_errors(), compiling:
+        with compiling:
             state, metrics = step(state, batch)
         compiled.add(shape)
         stop.vote()
@@ -207,7 +207,7 @@ def compile_step(
         in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=config.compiler.options(mesh.devices.flat[0]) or None,
+        compiler_options=as_options(config.compiler.known_flags(mesh)) or None,
     )
 
 
