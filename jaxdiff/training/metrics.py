@@ -97,13 +97,20 @@ class MetricsWriter:
             ) from None
         known = self._folder / WANDB_ID
         same = resume_from and known.exists()
-        run = wandb.init(
-            id=read_text(known).strip() if same else None,
-            resume="allow",
-            name=self._folder.name,
-            dir=None if self._remote else str(self._folder),
-            config=config,
-        )
+        try:
+            run = wandb.init(
+                id=read_text(known).strip() if same else None,
+                resume="allow",
+                name=self._folder.name,
+                dir=None if self._remote else str(self._folder),
+                config=config,
+            )
+        except wandb.Error as error:  # such as no key, no network, or an unknown project
+            said = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"Weights & Biases did not start: {said}: expected a key of `wandb "
+                "login`, or WANDB_MODE=offline; correct it, or train without --train.wandb."
+            ) from None
         if not same:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, run.id.encode())

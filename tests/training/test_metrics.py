@@ -177,6 +177,19 @@ def test_reports_of_evaluators_are_scalars_and_images(tmp_path, monkeypatch):
     assert logged[2][1]["a/strip"][1] is image
 
 
+def test_a_refusal_of_wandb_is_a_sentence_before_anything_is_written(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nLog in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(UserError, match=r"No API key configured\. Log in: expected a key"):
+        MetricsWriter(tmp_path / "run", wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
