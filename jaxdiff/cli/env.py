@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import jaxdiff
+from jaxdiff.distributed.compilation_cache import cache_folder
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_line, write_text
 
 _SETTINGS = re.compile(
-    r"^(JAX_|XLA_|TPU_|LIBTPU_|CUDA_VISIBLE|LD_PRELOAD$|HF_HOME$|HF_HUB_|TF_GPU_|OMP_NUM)"
+    r"^(JAX_|JAXDIFF_|XLA_|TPU_|LIBTPU_|CUDA_VISIBLE|LD_PRELOAD$|HF_HOME$|HF_HUB_|TF_GPU_|OMP_NUM)"
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
@@ -91,7 +92,7 @@ def _settings() -> list[str]:
 
     names = sorted(name for name in os.environ if _SETTINGS.search(name))
     lines = [f"{name}={os.environ[name]}" for name in names if not _SECRET.search(name)]
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "none (JAX_COMPILATION_CACHE_DIR)"
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() or "none"
     return [
         *lines,
         f"compilation cache: {compiled}",

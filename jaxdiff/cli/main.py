@@ -17,6 +17,7 @@ from typing import Any
 from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
+from jaxdiff.distributed.compilation_cache import use_compilation_cache
 from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io import files
 from jaxdiff.io.terminal import unfailing_output, write_line, write_text
@@ -38,6 +39,9 @@ COMMANDS = {
 
 WRITE_FILES = {"train", "sample", "evaluate", "export", "prepare", "explore"}
 """Commands whose work is files, which lost output leaves whole."""
+
+CACHED = {"train", "sample", "evaluate", "prepare", "explore"}
+"""Commands that keep their compiled programs; others measure compilation, or compile nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,6 +160,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif name in COMMANDS:
         _check_remote_paths(rest)
         command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
+        if name in CACHED:
+            use_compilation_cache()
         with accept_types(import_plugins(plugins)):
             command(rest)
     else:

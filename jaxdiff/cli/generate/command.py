@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxdiff.cli.generate.batch_generate import generate_file
 from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
@@ -74,6 +73,8 @@ def _logging(quiet: bool) -> Iterator[None]:
 
 def _sample(options: SampleOptions) -> bool:
     if options.prompts is not None:
+        from jaxdiff.cli.generate.batch_generate import generate_file
+
         return generate_file(options) == 0
     if not is_host0():
         return True  # the first process generates all
