@@ -230,7 +230,8 @@ def reproduce(options: SampleOptions) -> bool:
 def _generate_again(
     metadata: ImageMetadata, file: epath.Path, options: SampleOptions, folder: epath.Path
 ) -> np.ndarray:
-    pipe = open_pipeline(options, dtype=metadata.details["dtype"])
+    details = metadata.details
+    pipe = open_pipeline(options, dtype=details["dtype"], quantize=details.get("quantize"))
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     (image,), _ = _generate(pipe, [settings], options, folder, [f"{file.stem}-again.{kind}"])
