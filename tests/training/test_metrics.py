@@ -203,27 +203,39 @@ def test_rates_exclude_compilation_and_pauses():
     with throughput.timed("compile"):
         clock.wait(30)
     for _ in range(4):
-        with throughput.timed("wait"):
+        with throughput.timed("data"):
             clock.wait(0.5)
-        clock.wait(1.5)
+        clock.wait(0.3)
+        with throughput.timed("device"):
+            clock.wait(1.2)
         throughput.step()
     with throughput.timed("pause"):
         clock.wait(100)
     assert throughput.rates() == pytest.approx(
-        {"images_per_s": 4.0, "data_wait": 0.25, "mfu": 0.04, "compile_s": 30}
+        {
+            "images_per_s": 4.0,
+            "step_s": 2.0,
+            "data_wait": 0.25,
+            "device_wait": 0.6,
+            "host": 0.15,
+            "mfu": 0.04,
+            "compile_s": 30,
+        }
     )
 
 
 def test_windows_are_independent():
     clock = Clock()
     throughput = Throughput(8, clock=clock)
-    with throughput.timed("wait"):
+    with throughput.timed("data"):
         clock.wait(1)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 8.0, "data_wait": 1.0}
+    split = {"data_wait": 1.0, "device_wait": 0.0, "host": 0.0}
+    assert throughput.rates() == {"images_per_s": 8.0, "step_s": 1.0} | split
     clock.wait(2)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 4.0, "data_wait": 0.0}
+    split = {"data_wait": 0.0, "device_wait": 0.0, "host": 1.0}
+    assert throughput.rates() == {"images_per_s": 4.0, "step_s": 2.0} | split
     assert throughput.rates()["images_per_s"] == 0.0
 
 
