@@ -19,7 +19,8 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
-from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.cli.parsing import NO_PREFIX
+from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural, Positive, Range
 from jaxdiff.errors import UserError

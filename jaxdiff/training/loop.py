@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -43,6 +42,9 @@ from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Metrics
 from jaxdiff.training.workdir import CACHE, open_run
+
+with epy.lazy_imports():
+    import grain
 
 _NAMED = 5  # records left out that the log names
 
@@ -152,7 +154,7 @@ def _take_steps(
     stop: "_Preemption",
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
-    batches: grain.DatasetIterator,
+    batches: "grain.DatasetIterator",
     after: Callable[[int, TrainState], None],
 ) -> TrainState:
     """Take steps up to the last one, or to the one after which to stop; return the state.
@@ -246,7 +248,7 @@ def _start(
 
 def _batches(
     config: Config, tokenizers: Tokenizers, mesh: Mesh, rows: list[int], first: int
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Iterate over batches on the devices from number `first` on; this host reads `rows`."""
     size = config.train.batch_size
     dataset = make_dataset(

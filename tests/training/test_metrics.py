@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
-from jaxdiff.training import metrics
+from jaxdiff.training import metrics, tensorboard
 from jaxdiff.training.metrics import RECORDS, MetricsWriter, Progress, Throughput
 
 
@@ -117,7 +117,7 @@ def test_storage_that_cannot_append_receives_whole_files(tmp_path, monkeypatch):
 
     board = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     monkeypatch.setattr(metrics.epath, "Path", Bucket)
-    monkeypatch.setattr(metrics, "_TensorBoard", lambda *_, **__: board)
+    monkeypatch.setattr(tensorboard, "TensorBoard", lambda *_, **__: board)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
         assert records(tmp_path) == []
@@ -175,6 +175,19 @@ def test_reports_of_evaluators_are_scalars_and_images(tmp_path, monkeypatch):
         (4, ["a/strip"]),
     ]
     assert logged[2][1]["a/strip"][1] is image
+
+
+def test_a_refusal_of_wandb_is_a_sentence_before_anything_is_written(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nLog in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(UserError, match=r"No API key configured\. Log in: expected a key"):
+        MetricsWriter(tmp_path / "run", wandb=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
@@ -288,7 +301,7 @@ def test_a_full_disk_ends_tensorboard_and_is_reported_once(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with MetricsWriter(tmp_path) as writer:
-        monkeypatch.setattr(metrics.EventsWriter, "write_event", fill)
+        monkeypatch.setattr(tensorboard.EventsWriter, "write_event", fill)
         for step in range(1, 100):
             writer.write(step, {"loss": 1.0})
     (said,) = [record.getMessage() for record in caplog.records]

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxdiff.cli.generate.batch_generate import generate_file
 from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
@@ -75,6 +74,8 @@ def _logging(quiet: bool) -> Iterator[None]:
 
 def _sample(options: SampleOptions) -> bool:
     if options.prompts is not None:
+        from jaxdiff.cli.generate.batch_generate import generate_file
+
         return generate_file(options) == 0
     if not is_host0():
         return True  # the first process generates all
@@ -233,7 +234,8 @@ def reproduce(options: SampleOptions) -> bool:
 def _generate_again(
     metadata: ImageMetadata, file: epath.Path, options: SampleOptions, folder: epath.Path
 ) -> np.ndarray:
-    pipe = open_pipeline(options, dtype=metadata.details["dtype"])
+    details = metadata.details
+    pipe = open_pipeline(options, dtype=details["dtype"], quantize=details.get("quantize"))
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     files = [f"{file.stem}-again.{kind}"]
