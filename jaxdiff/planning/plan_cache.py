@@ -1,13 +1,15 @@
 """Keep plans, so that a search compiles each of its programs once.
 
-A plan is a small file in the user's cache folder, named by the hash of all that it depends on: the
-recipe, the topology, XLA's flags, the versions of JAX and libtpu, and this package's code.
+A plan is a small file, named by the hash of all that it depends on: the recipe, the topology, XLA's
+flags, the versions of JAX and libtpu, and this package's code. The folder is plans in JAXDIFF_CACHE
+or in jaxdiff of the user's cache folder; JAXDIFF_CACHE=off keeps none.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from etils import epath
 import jaxdiff
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
-from jaxdiff.io.cache import cache_folder
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json, read_json
 from jaxdiff.training.recipe import Config
@@ -27,9 +28,11 @@ MOST = 1000
 
 def plan_file(config: Config, topology: str, flags: tuple[str, ...], quick: bool) -> Path | None:
     """Return the file of a plan, there or not; None without a cache."""
-    folder = cache_folder("plans")
-    if folder is None:
+    chosen = os.environ.get("JAXDIFF_CACHE", "")
+    if chosen == "off":
         return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = (Path(chosen) if chosen else home / "jaxdiff").expanduser() / "plans"
     key = [to_json(config), topology, flags, quick, *_versions(), _code()]
     return folder / f"{hashlib.sha256(format_json(key).encode()).hexdigest()}.json"
 
