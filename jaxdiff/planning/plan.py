@@ -27,7 +27,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.mesh import check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
-from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.planning.collectives import Exchange, exchanges
 from jaxdiff.planning.hlo import Program, read_program
@@ -216,7 +215,7 @@ def _compiled_plan(config: Config, topology: Topology, mesh: Mesh, quick: bool) 
         accumulate=config.train.accumulate,
         remat=remat_of(config),
         steps=config.train.steps,
-        flags=config.compiler.flags(topology.devices[0]),
+        flags=config.compiler.known_flags(mesh),
         parameters=count_params(abstract_state(config).params),
         frozen_parameters=count_params(abstract_frozen(config)),
         flops_per_image=per_image,
@@ -282,8 +281,7 @@ def _compile(
     step = compile_step(config, mesh, *shardings)
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
-        with refused_flags_as_user_errors():
-            compiled = lowered.compile({"optimization_level": _LEAST_EFFORT} if quick else None)
+        compiled = lowered.compile({"optimization_level": _LEAST_EFFORT} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         used = _TOO_LARGE.search(str(error))
         if used is None:
