@@ -191,5 +191,7 @@ class Links:
         side = 1 + max(place[dimension] for place in self.coordinates)
         places = sorted({self.coordinates[device][dimension] for device in group})
         stride = places[1] - places[0]
+        if self.wraps[dimension]:
+            stride = min(stride, side - stride)
         is_ring = self.wraps[dimension] and len(places) * stride == side
         return (2 if is_ring else 1) / stride

@@ -129,5 +129,7 @@ def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     assert seconds(0, 1, 2, 3) == 48 / 1  # a line
     assert seconds(0, 1) == 32 / 1
     assert seconds(0, 8) == 32 / 1  # two groups share the ring's two links
+    assert seconds(0, 12) == 32 / 1  # neighbours around the ring
+    assert seconds(0, 3) == 32 * 3  # the ends of a line
     assert seconds(*range(16)) == 60 / 3
     assert Links(4.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
