@@ -31,7 +31,7 @@ from jaxdiff.distributed.mesh import MeshConfig, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.planning.hlo import Exchange, read_program
-from jaxdiff.planning.topology import Topology
+from jaxdiff.planning.topology import Topology, parse_slices
 from jaxdiff.training.abstract import (
     abstract_batch,
     abstract_frozen,
@@ -152,12 +152,19 @@ class Plan:
 
 
 def on_slice(config: Config, topology: str, mesh: MeshConfig | None = None) -> Config:
-    """Return a recipe with the given mesh, or with its own settings for a topology."""
-    planned = next((s for s in config.slices if s.topology == topology), None)
-    if mesh is not None or planned is None:
-        return dataclasses.replace(config, mesh=mesh or config.mesh)
-    train = dataclasses.replace(config.train, accumulate=planned.accumulate)
-    return dataclasses.replace(config, mesh=planned.mesh, train=train)
+    """Return a recipe with the given mesh, or with its own settings for a topology.
+
+    On several slices, such as 2xv5e:16x16, the mesh is that of each.
+    """
+    slices, single = parse_slices(topology)
+    planned = next((s for s in config.slices if s.topology == single), None)
+    if mesh is None and planned is not None:
+        train = dataclasses.replace(config.train, accumulate=planned.accumulate)
+        config = dataclasses.replace(config, mesh=planned.mesh, train=train)
+    mesh = mesh or config.mesh
+    if slices > 1:
+        mesh = dataclasses.replace(mesh, slices=slices)
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Plan:
