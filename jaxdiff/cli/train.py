@@ -22,6 +22,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import check_text
 from jaxdiff.planning.plan import count_params, state_bytes_per_device
+from jaxdiff.planning.topology import parse_slices
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe
@@ -61,7 +62,7 @@ def train_command(arguments: list[str]) -> None:
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
     known = [planned.topology for planned in options.config.slices]
-    if options.topology is not None and options.topology not in known:
+    if options.topology is not None and parse_slices(options.topology)[1] not in known:
         raise UserError(
             f"--topology {options.topology}: {options.config.name} has no settings for it: "
             f"expected one of {', '.join(known) or 'none'}; give --mesh.data and --mesh.fsdp."

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Sequence
@@ -121,7 +122,14 @@ class Config:
 
 
 def on_topology(config: Config, name: str) -> Config:
-    """Return a recipe with its own settings for a topology; unchanged if it names none for it."""
+    """Return a recipe with its own settings for a topology; unchanged if it names none for it.
+
+    On several slices, such as 2xv5e:16x16, the mesh and the settings are those of each.
+    """
+    several = re.fullmatch(r"(\d+)x([a-z]\w*:.*)", name)
+    if several:
+        one = on_topology(config, several[2])
+        return replace(one, mesh=replace(one.mesh, slices=int(several[1])))
     planned = next((planned for planned in config.slices if planned.topology == name), None)
     if planned is None:
         return config
