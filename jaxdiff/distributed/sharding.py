@@ -31,6 +31,7 @@ AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
     "mlp": ("tensor", "fsdp"),
     "embed": ("fsdp",),
     "channels": ("fsdp",),
+    "modulation": ("fsdp",),  # split, longest of its kernel, also while the block runs
     "vocab": ("fsdp",),
     "position": ("fsdp",),
     None: ("fsdp",),
@@ -168,6 +169,8 @@ def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
     """Gather a block's weights over `fsdp`; axes that `tensor` splits stay split.
 
+    Kernels of a `Modulation` stay split over `fsdp` too.
+
     Each device gathers one block at a time (Zhao et al. 2023). Without the constraint XLA may
     gather activations instead. Cotangents are constrained to the sharding of the parameters, so
     that XLA reduce-scatters them over `fsdp` and all-reduces only these parts over `data`. Without
@@ -180,7 +183,8 @@ def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
 
     def gather(path, leaf):
         names = _find(named, path, leaf.ndim)
-        whole, split = (spec(names, leaf.shape, mesh) for spec in (tensor_spec, partition_spec))
+        split = partition_spec(names, leaf.shape, mesh)
+        whole = split if "modulation" in names else tensor_spec(names, leaf.shape, mesh)
         return _gathered(whole, split, leaf)
 
     return jax.tree_util.tree_map_with_path(gather, params)

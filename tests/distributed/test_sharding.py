@@ -16,6 +16,7 @@ from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import (
     gather_weights,
     partition_spec,
+    replicated,
     split_tokens,
     state_shardings,
 )
@@ -27,6 +28,7 @@ from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
+    Modulation,
     abstract_params,
     any_rngs,
     bind_init,
@@ -392,6 +394,40 @@ def test_a_geglu_exchanges_weights_rather_than_activations():
     )
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
     assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+@pytest.mark.parametrize(("images", "exchanges"), [(8, True), (6, False)])
+def test_a_modulation_exchanges_vectors_rather_than_its_kernel(images, exchanges):
+    """Where the images divide among the devices; and computes what one device computes."""
+
+    def build() -> Modulation:
+        return Modulation(64, 384, rngs=any_rngs())
+
+    params = init_params(lambda rngs: Modulation(64, 384, rngs=rngs), nnx.Rngs(0))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(images, 64)), jnp.float32)
+    axes = param_axes(build)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(bind_params(build, gather_weights(params, axes))(x)))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    placed = state_shardings(params, mesh, axes)
+    where = batch_sharding(mesh) if exchanges else replicated(mesh)
+    step = jax.jit(on_mesh, out_shardings=(None, (placed, where)))
+    inputs = jax.device_put(params, placed), jax.device_put(x, where)
+    compiled = step.lower(*inputs).compile()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        compiled(*inputs),
+        jax.value_and_grad(loss, argnums=(0, 1))(params, x),
+    )
+    if exchanges:
+        payloads = [e.payload / e.count for e in read_program(compiled.as_text()).exchanges()]
+        assert 0 < max(payloads) < 4 * 64 * 384 / 2
 
 
 @pytest.mark.parametrize("spec", [(None, None, "fsdp", None), (None, None, None, "fsdp")])
