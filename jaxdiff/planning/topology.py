@@ -64,7 +64,7 @@ class Topology:
         shape = [1 + max(place[d] for place in places) for d in range(sides)]
         whole = [side % _WRAPS[sides] == 0 for side in shape]
         wraps = tuple(one and (sides == 2 or all(whole)) for one in whole)
-        slices = tuple(device.slice_index for device in devices)
+        slices = tuple(getattr(device, "slice_index", 0) for device in devices)
         return Links(self.chip.interconnect, self.chip.network, places, wraps, slices)
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import pytest
 
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.planning.topology import find_topology, parse_slices
 
@@ -74,3 +75,22 @@ def test_a_slice_of_an_unknown_shape_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(UserError, match=r"There is no slice v5e:3x3 .*powers of two"):
         find_topology("v5e:3x3")
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "wraps"),
+    [("v5e:4x4", 1, (False, False)), ("v5p:4x4x4", 1, (True,) * 3), ("2xv5e:4x4", 2, (False,) * 2)],
+)
+def test_devices_of_a_mesh_lie_on_the_torus(name, slices, wraps):
+    pytest.importorskip("libtpu")
+    topology = find_topology(name)
+    links = topology.links(make_mesh(MeshConfig(data=4, fsdp=-1, slices=slices), topology.devices))
+    assert (links.wraps, set(links.slices)) == (wraps, set(range(slices)))
+    assert len(set(zip(links.slices, links.coordinates, strict=True))) == len(topology.devices)
+    assert links.dimensions(range(4)) != (-1,)
+
+
+def test_other_devices_reach_each_other_at_once():
+    topology = find_topology("cpu:8")
+    links = topology.links(make_mesh(MeshConfig(data=8), topology.devices))
+    assert (links.dimensions((0, 1)), links.bandwidth) == ((), topology.chip.interconnect)
