@@ -31,6 +31,7 @@ from jaxdiff.pipelines.batching import (
     sample_batches,
     warn_of_broken,
 )
+from jaxdiff.pipelines.compiled import CompiledFolder, SamplerPrograms
 from jaxdiff.pipelines.inputs import (
     InitImage,
     Integer,
@@ -77,6 +78,7 @@ def load(
     dtype: ComputeType | None = None,
     devices: Sequence[Any] | None = None,
     types: Sequence[type] = (),
+    compiled: epath.PathLike | None = None,
 ) -> "Pipeline":
     """Load a text-to-image model for sampling.
 
@@ -87,12 +89,15 @@ def load(
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
       devices: to sample on; by default all of this process.
       types: dataclasses, such as a network of yours, that the specification may name.
+      compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
 
     Raises:
-      UserError: there is no such model, or it is no text-to-image model.
+      UserError: there is no such model, or it is no text-to-image model, or the folder holds no
+        programs.
     """
+    programs = None if compiled is None else CompiledFolder(compiled)
     bundle = load_bundle(model, types=types)
-    return Pipeline(bundle, dtype=dtype, devices=devices, types=types)
+    return Pipeline(bundle, dtype=dtype, devices=devices, types=types, compiled=programs)
 
 
 class Pipeline:
@@ -124,6 +129,7 @@ class Pipeline:
         dtype: ComputeType | None = None,
         devices: Sequence[Any] | None = None,
         types: Sequence[type] = (),
+        compiled: SamplerPrograms | None = None,
     ):
         spec = bundle.spec
         if not isinstance(spec, TextToImage):
@@ -134,7 +140,7 @@ class Pipeline:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
-        self.types = tuple(types)
+        self.types, self._compiled = tuple(types), compiled
         self._mesh = local_mesh(devices)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
         self.params = replicate(params, self._mesh)
@@ -164,7 +170,21 @@ class Pipeline:
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
         """Return a pipeline of another model with this one's type and devices."""
-        return Pipeline(bundle, dtype=self.dtype, devices=self.devices, types=self.types)
+        return self._like_this(bundle, self._compiled)
+
+    def with_compiled(self, compiled: SamplerPrograms | None) -> "Pipeline":
+        """Return this pipeline with the compiled programs of a folder, or without."""
+        return self._like_this(self.bundle, compiled)
+
+    def _like_this(self, bundle: Bundle, compiled: SamplerPrograms | None) -> "Pipeline":
+        return Pipeline(
+            bundle, dtype=self.dtype, devices=self.devices, types=self.types, compiled=compiled
+        )
+
+    def batch_size(self, width: int, height: int) -> int:
+        """Return how many images of a size each device samples at a time by default."""
+        compiled = self._compiled and self._compiled.batch_size(width, height, self._mesh)
+        return compiled or default_batch_size(width, height)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.
@@ -302,7 +322,7 @@ class Pipeline:
         size = image_size(request, spec, images)
         batch_size = request.batch_size
         if batch_size is None:
-            batch_size = default_batch_size(*size)
+            batch_size = self.batch_size(*size)
         shape = spec.latent_shape(size[1], size[0])
         inputs = sample_inputs(
             request, spec, self.tokenizers, sampler.guidance_scale, images, shape
@@ -320,7 +340,7 @@ class Pipeline:
             program_spec, inputs, prompts, sampler.guidance
         )
         sampled = sample_batches(
-            compiled_sampler(program_spec),
+            (self._compiled.sampler if self._compiled else compiled_sampler)(program_spec),
             params,
             inputs,
             make_batches(steps, first_steps(init, steps), batch_size),

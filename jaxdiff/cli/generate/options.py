@@ -122,6 +122,14 @@ class SampleOptions:
             metavar="NAME",
         ),
     ] = None
+    compiled: Annotated[
+        str | None,
+        Doc(
+            "Folder of `jaxdiff compile`, whose programs need no tracing and no compilation.",
+            MODEL,
+            metavar="DIR",
+        ),
+    ] = None
     clip_model: Annotated[
         str | None,
         Doc(
@@ -225,7 +233,17 @@ def from_flags(
     return options
 
 
-_ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
+_ANY_IMAGE = {
+    *FILES,
+    "again",
+    "hosts",
+    "model",
+    "out",
+    "clip_model",
+    "compiled",
+    "guide_model",
+    "dtype",
+}
 _ANY_IMAGE |= {"lora", "embedding", "quiet", "verbose"}
 """Options that --again accepts, since an image's file does not contain them."""
 
@@ -274,7 +292,7 @@ def open_pipeline(options: SampleOptions, dtype: ComputeType | None = None) -> P
     """
     files = list(map(file_and_scale, options.lora))
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
-        pipe = load(options.model, dtype=options.dtype or dtype)
+        pipe = load(options.model, dtype=options.dtype or dtype, compiled=options.compiled)
         for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         for file in options.embedding:
