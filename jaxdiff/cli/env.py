@@ -76,8 +76,8 @@ def _devices() -> list[str]:
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # such as a platform in JAX_PLATFORMS that is not there
-        return [f"none: {str(error).splitlines()[0]}"]
+    except (RuntimeError, AssertionError) as error:  # no such platform as in JAX_PLATFORMS
+        return [f"none: {(str(error) or 'JAX finds no such device').splitlines()[0]}"]
     lines = [f"backend: {jax.default_backend()}, processes: {jax.process_count()}"]
     for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -116,14 +116,39 @@ def _run(arguments: list[str], received: list[signal.Signals]) -> int:
         if received or isinstance(error, KeyboardInterrupt):
             line = Stopped(*received[:1])
             status = 128 + line.number
-        elif isinstance(error, UserError):
-            line, status = error, 2
-        elif isinstance(error, OSError) and (refusal := files.file_error(error)) is not None:
+        elif (refusal := _refusal(error)) is not None:
             line, status = refusal, 2
         else:
             raise
     write_line(f"jaxdiff: {line}", stderr=True)
     return status
+
+
+def _refusal(error: BaseException) -> UserError | None:
+    """Return the sentence for an error of the user's, or None for one of ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return files.file_error(error)
+    if isinstance(error, RuntimeError | AssertionError):
+        return _platform_error()
+    return None
+
+
+def _platform_error() -> UserError | None:
+    """Return the refusal of JAX_PLATFORMS where JAX cannot start a platform that it names."""
+    jax, names = sys.modules.get("jax"), os.environ.get("JAX_PLATFORMS")
+    if not names or jax is None:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is not installed
+        said = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        return UserError(
+            f"JAX_PLATFORMS is {names!r}: {said or 'JAX finds no such device'}: expected platforms "
+            "of this machine, such as cpu; correct or unset it."
+        )
+    return None
 
 
 def _dispatch(arguments: list[str]) -> None:

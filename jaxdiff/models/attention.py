@@ -55,6 +55,7 @@ _MIN_SPLASH_LOGITS = 2**20
 _LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
 
 
+@jax.named_scope("attention")
 def attend(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],

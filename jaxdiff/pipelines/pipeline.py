@@ -1,5 +1,6 @@
 """The pipeline: prompts to images."""
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -19,6 +20,7 @@ from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import ComputeType, cast
+from jaxdiff.models.quantized import QuantizedType
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.auxiliary_models import load_clip, load_guide
 from jaxdiff.pipelines.batching import (
@@ -60,14 +62,15 @@ from jaxdiff.pipelines.program import (
     compiled_autoencoder,
     compiled_decoder,
     compiled_sampler,
+    windows_of,
 )
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
-from jaxdiff.sampling.multidiffusion import Windows
-from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
+from jaxdiff.sampling.sampler import Sampler
 
 DEFAULT_MODEL = "shipped:produce"
 
@@ -76,6 +79,7 @@ def load(
     model: epath.PathLike = DEFAULT_MODEL,
     *,
     dtype: ComputeType | None = None,
+    quantize: QuantizedType | None = None,
     devices: Sequence[Any] | None = None,
     types: Sequence[type] = (),
     compiled: epath.PathLike | None = None,
@@ -87,6 +91,7 @@ def load(
         layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
         Hugging Face hub.
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
+      quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
       types: dataclasses, such as a network of yours, that the specification may name.
       compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
@@ -96,8 +101,10 @@ def load(
         programs.
     """
     programs = None if compiled is None else CompiledFolder(compiled)
-    bundle = load_bundle(model, types=types)
-    return Pipeline(bundle, dtype=dtype, devices=devices, types=types, compiled=programs)
+    # Quantised on the host: a device holds the 8 bits alone.
+    bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
+    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
+    return pipe.with_compiled(programs)
 
 
 class Pipeline:
@@ -113,6 +120,7 @@ class Pipeline:
       params: its parameters, on all devices.
       tokenizers: by text encoder.
       dtype: to compute in; None is that of the weights.
+      quantize: type of the stored kernels; None is that of the weights.
       types: dataclasses that the specifications of further models may name.
     """
 
@@ -120,16 +128,18 @@ class Pipeline:
     params: PyTree
     tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
+    quantize: QuantizedType | None
     types: tuple[type, ...]
+    _compiled: SamplerPrograms | None
 
     def __init__(
         self,
         bundle: Bundle,
         *,
         dtype: ComputeType | None = None,
+        quantize: QuantizedType | None = None,
         devices: Sequence[Any] | None = None,
         types: Sequence[type] = (),
-        compiled: SamplerPrograms | None = None,
     ):
         spec = bundle.spec
         if not isinstance(spec, TextToImage):
@@ -140,9 +150,11 @@ class Pipeline:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
-        self.types, self._compiled = tuple(types), compiled
+        self.quantize, self.types, self._compiled = quantize, tuple(types), None
         self._mesh = local_mesh(devices)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
+        if quantize is not None:
+            params = spec.quantize(params, check_value("quantize", quantize, QuantizedType))
         self.params = replicate(params, self._mesh)
         self._load_guide = functools.lru_cache(maxsize=2)(
             lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
@@ -169,17 +181,15 @@ class Pipeline:
         return self.spec.image_size
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
-        """Return a pipeline of another model with this one's type and devices."""
-        return self._like_this(bundle, self._compiled)
+        """Return a pipeline of another model with this one's types, devices and programs."""
+        kinds = {"dtype": self.dtype, "quantize": self.quantize, "types": self.types}
+        return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
 
     def with_compiled(self, compiled: SamplerPrograms | None) -> "Pipeline":
-        """Return this pipeline with the compiled programs of a folder, or without."""
-        return self._like_this(self.bundle, compiled)
-
-    def _like_this(self, bundle: Bundle, compiled: SamplerPrograms | None) -> "Pipeline":
-        return Pipeline(
-            bundle, dtype=self.dtype, devices=self.devices, types=self.types, compiled=compiled
-        )
+        """Return this pipeline with the programs of a `CompiledFolder`, or without."""
+        pipe = copy.copy(self)
+        pipe._compiled = compiled
+        return pipe
 
     def batch_size(self, width: int, height: int) -> int:
         """Return how many images of a size each device samples at a time by default."""
@@ -333,7 +343,7 @@ class Pipeline:
             shape=shape,
             mesh=self._mesh,
             is_latent=request.output == "latents",
-            windows=self._windows(size, sampler, batch_size),
+            windows=windows_of(spec, size, sampler, default_batch_size, batch_size),
             num_snapshots=num_snapshots,
         )
         program_spec, params, inputs = self._with_auxiliary_models(
@@ -398,34 +408,6 @@ class Pipeline:
             inputs = inputs._replace(guide_scale=np.full(n, guidance.guide.scale, np.float32))
             program = dataclasses.replace(program, guide=guide.spec)
         return program, params, inputs
-
-    def _windows(
-        self, size: tuple[int, int], sampler: ResolvedSampler, batch_size: int
-    ) -> Windows | None:
-        """Return the windows of an image of this size; None for the whole image."""
-        wrap, overlap = sampler.wrap, sampler.overlap
-        if overlap is None and (not any(wrap) or self.spec.denoiser.wraps):
-            return None
-        if self.spec.is_inpainting:
-            raise UserError(
-                f"{self.spec.name} is for inpainting, which does not support windows: omit overlap."
-            )
-        width, height = size if overlap is None else (self.image_size, self.image_size)
-        if not any(wrap) and size[0] <= width and size[1] <= height:
-            return None
-        if sampler.guidance.has_state:
-            raise UserError(
-                "Guidance with a state, such as apg.momentum, does not support windows: omit it, "
-                "or overlap."
-            )
-        rows, columns, _ = self.spec.latent_shape(height, width)
-        return Windows(
-            height=rows,
-            width=columns,
-            overlap=0.0 if overlap is None else float(overlap),
-            wrap=wrap,
-            at_a_time=max(1, default_batch_size(width, height) // batch_size),
-        )
 
     def noise(
         self,

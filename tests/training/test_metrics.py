@@ -177,6 +177,19 @@ def test_reports_of_evaluators_are_scalars_and_images(tmp_path, monkeypatch):
     assert logged[2][1]["a/strip"][1] is image
 
 
+def test_a_refusal_of_wandb_is_a_sentence_before_anything_is_written(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nLog in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(UserError, match=r"No API key configured\. Log in: expected a key"):
+        MetricsWriter(tmp_path / "run", wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
@@ -190,27 +203,39 @@ def test_rates_exclude_compilation_and_pauses():
     with throughput.timed("compile"):
         clock.wait(30)
     for _ in range(4):
-        with throughput.timed("wait"):
+        with throughput.timed("data"):
             clock.wait(0.5)
-        clock.wait(1.5)
+        clock.wait(0.3)
+        with throughput.timed("device"):
+            clock.wait(1.2)
         throughput.step()
     with throughput.timed("pause"):
         clock.wait(100)
     assert throughput.rates() == pytest.approx(
-        {"images_per_s": 4.0, "data_wait": 0.25, "mfu": 0.04, "compile_s": 30}
+        {
+            "images_per_s": 4.0,
+            "step_s": 2.0,
+            "data_wait": 0.25,
+            "device_wait": 0.6,
+            "host": 0.15,
+            "mfu": 0.04,
+            "compile_s": 30,
+        }
     )
 
 
 def test_windows_are_independent():
     clock = Clock()
     throughput = Throughput(8, clock=clock)
-    with throughput.timed("wait"):
+    with throughput.timed("data"):
         clock.wait(1)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 8.0, "data_wait": 1.0}
+    split = {"data_wait": 1.0, "device_wait": 0.0, "host": 0.0}
+    assert throughput.rates() == {"images_per_s": 8.0, "step_s": 1.0} | split
     clock.wait(2)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 4.0, "data_wait": 0.0}
+    split = {"data_wait": 0.0, "device_wait": 0.0, "host": 1.0}
+    assert throughput.rates() == {"images_per_s": 4.0, "step_s": 2.0} | split
     assert throughput.rates()["images_per_s"] == 0.0
 
 
