@@ -60,7 +60,7 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
     import jax  # not for `jaxdiff --help`
 
     folder = cache_folder(environment)
-    if folder is None or jax.config.jax_compilation_cache_dir not in (None, str(folder)):
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] not in (None, str(folder)):
         return
     _install(_Cache(folder), shared=bool(environment.get(VARIABLE)))
 
@@ -86,7 +86,7 @@ def read_executables(folder: epath.Path) -> None:
 
     compilation_cache.get_file_cache = open_cache  # type: ignore[assignment]
     compilation_cache.reset_cache()
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -193,8 +193,9 @@ class Pipeline:
 
     def batch_size(self, width: int, height: int) -> int:
         """Return how many images of a size each device samples at a time by default."""
-        compiled = self._compiled and self._compiled.batch_size(width, height, self._mesh)
-        return compiled or default_batch_size(width, height)
+        stored, size = self._compiled, (width, height)
+        known = None if stored is None else stored.batch_size(*size, self._mesh)
+        return known or default_batch_size(*size)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.
