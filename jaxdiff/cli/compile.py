@@ -59,20 +59,24 @@ def compile_command(arguments: list[str]) -> None:
     options = parse_flags(CompileOptions, arguments, prog="jaxdiff compile")
     if options.topology is not None and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # no other device is used
+    compile_model(options)
+
+
+def compile_model(options: CompileOptions) -> None:
+    """Write the program that the options describe, and print what it is for.
+
+    Raises:
+      UserError: as `compile_command` raises.
+    """
     with show_progress(f"Compiling {options.model}"):
-        program = compile_model(options)
+        program = _compile(options)
     write_line(
         f"Wrote the program of {program.model} for {program.width}x{program.height}, batches of "
         f"{program.batch_size} on {program.devices} {program.platform}, to {options.out}"
     )
 
 
-def compile_model(options: CompileOptions) -> CompiledProgram:
-    """Write the program that the options describe.
-
-    Raises:
-      UserError: as `compile_command` raises.
-    """
+def _compile(options: CompileOptions) -> CompiledProgram:
     values = {"size": options.size, "solver": options.solver}
     asked = dataclasses.replace(GenerationSettings.read(values, flag), prompt="a prompt")
     bundle = load_bundle(options.model)
