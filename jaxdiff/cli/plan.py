@@ -7,7 +7,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.cli.parsing import NO_PREFIX
+from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.distributed.mesh import AXES, MeshConfig

@@ -12,7 +12,8 @@ import jax
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.cli.parsing import NO_PREFIX
+from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts

@@ -16,18 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as splash_mask,
-)
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.distributed.sharding import Axes, traced_mesh
 from jaxdiff.models.layers import EMBED, FROM_HEADS, TO_HEADS, Dense, apply_rope
+
+with epy.lazy_imports():  # with Pallas; only where a program may run on a TPU
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as splash_mask,
+    )
 
 
 def linear(
@@ -52,6 +55,7 @@ _MIN_SPLASH_LOGITS = 2**20
 _LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
 
 
+@jax.named_scope("attention")
 def attend(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],

@@ -158,6 +158,7 @@ class ResidualBlock(nnx.Module):
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
+    @jax.named_scope("block")
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b d"] | None = None
     ) -> Float[Array, "b h w e"]:

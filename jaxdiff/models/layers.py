@@ -1,5 +1,6 @@
 """Layers that several networks share: time embedding, rotary positions, stacked blocks."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.distributed.sharding import Axes, gather_weights, tensor_spec, traced_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.models.quantized import QuantizedKernel, is_quantized
 
 Remat = Literal["none", "dots", "full"]
 """What a block keeps for the backward pass: everything, its matrix products, or its input only."""
@@ -100,6 +102,7 @@ def scan_blocks(
     graphdef, state = nnx.split(blocks)
     axes = _axes_tree(state, first=1)
 
+    @jax.named_scope("block")
     def body(x, params):
         x = call(nnx.merge(graphdef, gather_weights(params, axes)), x)
         return x, x if all_states else None
@@ -303,7 +306,9 @@ def cast(tree: Any, compute: ComputeType) -> Any:
     """
 
     def convert(leaf):
+        if isinstance(leaf, QuantizedKernel):
+            return dataclasses.replace(leaf, compute=compute)
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(compute) if is_float and leaf.ndim and leaf.dtype != compute else leaf
 
-    return jax.tree.map(convert, tree)
+    return jax.tree.map(convert, tree, is_leaf=is_quantized)

@@ -211,7 +211,7 @@ def merge_adapters(
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(params))
     for path, pair in adapters.items():
         if isinstance(pair, Change):
-            old = flat[path]
+            old = flat[path][...]
             new = pair.apply(np.asarray(old, np.float32), pair.scale).astype(old.dtype)
             flat[path] = jax.device_put(new, getattr(old, "sharding", None))
             continue

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Key, UInt8
@@ -28,12 +29,13 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.conditioning import AnyConditioner, Conditioning, TextInputs
-from jaxdiff.models.convolutions import Wrap, wrap_convolutions
+from jaxdiff.models.convolutions import Conv, Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
+    Dense,
     abstract_module,
     abstract_params,
     bind_build,
@@ -42,6 +44,7 @@ from jaxdiff.models.layers import (
     param_axes,
 )
 from jaxdiff.models.lora import adapter_axes, add_adapters
+from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
@@ -164,6 +167,21 @@ class TextToImage:
             for name, encoder in self.conditioner.encoders.items()
         }
 
+    def quantize(self, params: Params, kind: QuantizedType) -> dict[str, Any]:
+        """Return parameters with the kernels of all Dense and Conv layers quantised, on the host.
+
+        Embeddings, norms, biases and adapters keep their type; quantised kernels stay as they are.
+        """
+        flat: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
+        for part in self.parts:
+            for path, layer in nnx.iter_modules(abstract_module(part.build)):
+                if isinstance(layer, Dense | Conv):
+                    key = (*part.path, *path, "kernel")
+                    axes = 4 if isinstance(layer, Conv) else 2
+                    flat[key] = quantize_kernel(flat[key], axes, kind)
+        return traverse_util.unflatten_dict(flat)
+
+    @jax.named_scope("text_encoder")
     def encode_text(self, params: Params, inputs: TextInputs) -> Conditioning:
         """Encode tokenized prompts."""
         return self.conditioner.encode(params, inputs)
@@ -188,6 +206,7 @@ class TextToImage:
         """Evaluate the denoiser: `prediction` for x_t at times t in [0, 1]."""
         return self.network(params)(x_t, t, cond)
 
+    @jax.named_scope("autoencoder")
     def encode(
         self,
         params: Params,
@@ -204,6 +223,7 @@ class TextToImage:
         z = autoencoder.encode(images, vae_mode)
         return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
 
+    @jax.named_scope("autoencoder")
     def decode(
         self,
         params: Params,

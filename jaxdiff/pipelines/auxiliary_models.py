@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
+from jaxdiff.models.quantized import is_quantized
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
@@ -135,18 +136,21 @@ def _channels(spec: TextToImage) -> tuple[int, int]:
     return spec.denoiser.channels, spec.denoiser.extra_channels
 
 
-def _same_latents(one: Bundle, other: Bundle) -> bool:
-    """Whether two models have the same latents; weights may differ by rounding to 16 bits."""
-    if one.spec.autoencoder != other.spec.autoencoder:
+def _same_latents(other: Bundle, own: Bundle) -> bool:
+    """Whether two models have the same latents; weights may be rounded, `own` to 8 bits."""
+    if other.spec.autoencoder != own.spec.autoencoder:
         return False
-    if one.spec.autoencoder is None:
+    if own.spec.autoencoder is None:
         return True
-    pairs = zip(
-        jax.tree.leaves(one.params["autoencoder"]),
-        jax.tree.leaves(other.params["autoencoder"]),
-        strict=True,
+    theirs, ours = (
+        jax.tree.leaves(bundle.params["autoencoder"], is_leaf=is_quantized)
+        for bundle in (other, own)
     )
-    return all(
-        np.allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=0.01, atol=1e-4)
-        for x, y in pairs
-    )
+    return all(_is_close(np.asarray(x, np.float32), y) for x, y in zip(theirs, ours, strict=True))
+
+
+def _is_close(exact: np.ndarray, rounded: Any) -> bool:
+    if is_quantized(rounded):  # one step of int8, or the last bit of fp8
+        bound = np.asarray(rounded.scale) + 0.07 * np.abs(exact)
+        return bool((np.abs(exact - np.asarray(rounded[...], np.float32)) <= bound).all())
+    return np.allclose(exact, np.asarray(rounded, np.float32), rtol=0.01, atol=1e-4)

@@ -25,6 +25,7 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import format_json, parse_json
 from jaxdiff.models.layers import ComputeType
+from jaxdiff.models.quantized import QuantizedType
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import (
     FILES,
@@ -91,7 +92,12 @@ def details(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
         guidance=guidance,
     )
     fingerprints = {name: fingerprint_of(model) for name, model in models.items() if model}
-    return {"sampler": to_json(sampler), "dtype": pipe.dtype, **fingerprints}
+    return {
+        "sampler": to_json(sampler),
+        "dtype": pipe.dtype,
+        "quantize": pipe.quantize,
+        **fingerprints,
+    }
 
 
 def file_text(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, str]:
@@ -178,12 +184,13 @@ class ImageMetadata:
             settings, found = (parse_json(text[name], path) for name in ("settings", "details"))
         except UserError as error:
             raise _changed(path) from error
-        types = (None, *typing.get_args(ComputeType))
+        types, kinds = typing.get_args(ComputeType), typing.get_args(QuantizedType)
         if (
             not isinstance(settings, dict)
             or not isinstance(found, dict)
             or not isinstance(found.get("sampler"), dict)
-            or found.get("dtype") not in types
+            or found.get("dtype") not in (None, *types)
+            or found.get("quantize") not in (None, *kinds)
         ):
             raise _changed(path)
         return cls(path=path, text=text, settings=settings, details=found)
@@ -206,7 +213,7 @@ class ImageMetadata:
                 f"{self.path} was made by the model {self.text['model']} with the fingerprint "
                 f"{self.text['model_fingerprint'][:10]}, not by {pipe.spec.name} with "
                 f"{pipe.fingerprint[:10]}: give that model as --model, with the same --lora, "
-                "--embedding and --dtype."
+                "--embedding, --dtype and --quantize."
             )
         for name in FILES:
             self._check_input(name, getattr(files, name))

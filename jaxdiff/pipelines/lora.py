@@ -14,6 +14,7 @@ from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Adapters, Change, Changes, Factors, Path, tree
+from jaxdiff.models.quantized import is_quantized
 from jaxdiff.models.text_to_image import Params
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
@@ -83,7 +84,7 @@ def attach(bundle: Bundle, adapters: Adapters) -> Bundle:
         both = {path: mine[path].beside(new[path]) for path in mine.keys() & new.keys()}
         pairs = {**mine, **new, **both}
         rank = max(pair.down.shape[-1] for pair in pairs.values())
-        dtype = jax.tree.leaves(_part(weights, part))[0].dtype
+        dtype = jax.tree.leaves(_part(weights, part), is_leaf=is_quantized)[0].dtype
         trees[part] = tree({path: _padded(pair, rank, dtype) for path, pair in pairs.items()})
     if not trees:
         return bundle

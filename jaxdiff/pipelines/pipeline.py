@@ -19,6 +19,7 @@ from jaxdiff.distributed.replicate import local_mesh, replicate
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import ComputeType, cast
+from jaxdiff.models.quantized import QuantizedType
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.auxiliary_models import load_clip, load_guide
 from jaxdiff.pipelines.batching import (
@@ -59,14 +60,15 @@ from jaxdiff.pipelines.program import (
     compiled_autoencoder,
     compiled_decoder,
     compiled_sampler,
+    windows_of,
 )
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
-from jaxdiff.sampling.multidiffusion import Windows
-from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
+from jaxdiff.sampling.sampler import Sampler
 
 DEFAULT_MODEL = "shipped:produce"
 
@@ -75,6 +77,7 @@ def load(
     model: epath.PathLike = DEFAULT_MODEL,
     *,
     dtype: ComputeType | None = None,
+    quantize: QuantizedType | None = None,
     devices: Sequence[Any] | None = None,
     types: Sequence[type] = (),
 ) -> "Pipeline":
@@ -85,14 +88,16 @@ def load(
         layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
         Hugging Face hub.
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
+      quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
       types: dataclasses, such as a network of yours, that the specification may name.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model.
     """
-    bundle = load_bundle(model, types=types)
-    return Pipeline(bundle, dtype=dtype, devices=devices, types=types)
+    # Quantised on the host: a device holds the 8 bits alone.
+    bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
+    return Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
 
 
 class Pipeline:
@@ -108,6 +113,7 @@ class Pipeline:
       params: its parameters, on all devices.
       tokenizers: by text encoder.
       dtype: to compute in; None is that of the weights.
+      quantize: type of the stored kernels; None is that of the weights.
       types: dataclasses that the specifications of further models may name.
     """
 
@@ -115,6 +121,7 @@ class Pipeline:
     params: PyTree
     tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
+    quantize: QuantizedType | None
     types: tuple[type, ...]
 
     def __init__(
@@ -122,6 +129,7 @@ class Pipeline:
         bundle: Bundle,
         *,
         dtype: ComputeType | None = None,
+        quantize: QuantizedType | None = None,
         devices: Sequence[Any] | None = None,
         types: Sequence[type] = (),
     ):
@@ -134,9 +142,11 @@ class Pipeline:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
-        self.types = tuple(types)
+        self.quantize, self.types = quantize, tuple(types)
         self._mesh = local_mesh(devices)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
+        if quantize is not None:
+            params = spec.quantize(params, check_value("quantize", quantize, QuantizedType))
         self.params = replicate(params, self._mesh)
         self._load_guide = functools.lru_cache(maxsize=2)(
             lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
@@ -163,8 +173,14 @@ class Pipeline:
         return self.spec.image_size
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
-        """Return a pipeline of another model with this one's type and devices."""
-        return Pipeline(bundle, dtype=self.dtype, devices=self.devices, types=self.types)
+        """Return a pipeline of another model with this one's types and devices."""
+        return Pipeline(
+            bundle,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            devices=self.devices,
+            types=self.types,
+        )
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.
@@ -313,7 +329,7 @@ class Pipeline:
             shape=shape,
             mesh=self._mesh,
             is_latent=request.output == "latents",
-            windows=self._windows(size, sampler, batch_size),
+            windows=windows_of(spec, size, sampler, default_batch_size, batch_size),
             num_snapshots=num_snapshots,
         )
         program_spec, params, inputs = self._with_auxiliary_models(
@@ -378,34 +394,6 @@ class Pipeline:
             inputs = inputs._replace(guide_scale=np.full(n, guidance.guide.scale, np.float32))
             program = dataclasses.replace(program, guide=guide.spec)
         return program, params, inputs
-
-    def _windows(
-        self, size: tuple[int, int], sampler: ResolvedSampler, batch_size: int
-    ) -> Windows | None:
-        """Return the windows of an image of this size; None for the whole image."""
-        wrap, overlap = sampler.wrap, sampler.overlap
-        if overlap is None and (not any(wrap) or self.spec.denoiser.wraps):
-            return None
-        if self.spec.is_inpainting:
-            raise UserError(
-                f"{self.spec.name} is for inpainting, which does not support windows: omit overlap."
-            )
-        width, height = size if overlap is None else (self.image_size, self.image_size)
-        if not any(wrap) and size[0] <= width and size[1] <= height:
-            return None
-        if sampler.guidance.has_state:
-            raise UserError(
-                "Guidance with a state, such as apg.momentum, does not support windows: omit it, "
-                "or overlap."
-            )
-        rows, columns, _ = self.spec.latent_shape(height, width)
-        return Windows(
-            height=rows,
-            width=columns,
-            overlap=0.0 if overlap is None else float(overlap),
-            wrap=wrap,
-            at_a_time=max(1, default_batch_size(width, height) // batch_size),
-        )
 
     def noise(
         self,

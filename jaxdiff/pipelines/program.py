@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from jaxdiff.distributed.replicate import per_device
+from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import (
     AESTHETIC_SCORE,
     NEGATIVE_AESTHETIC_SCORE,
@@ -34,7 +35,13 @@ from jaxdiff.sampling.guidance.cfg import (
     guided_denoiser,
 )
 from jaxdiff.sampling.guidance.clip_guidance import Match, clip_views, with_clip_guidance
-from jaxdiff.sampling.loop import InitLatents, Segment, noise_from_seeds, sample
+from jaxdiff.sampling.loop import (
+    InitLatents,
+    Segment,
+    init_loop_state,
+    noise_from_seeds,
+    sample,
+)
 from jaxdiff.sampling.multidiffusion import Windows, windowed
 from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 from jaxdiff.sampling.solver import StatefulDenoiser
@@ -151,27 +158,78 @@ def _anonymous(model: TextToImage) -> TextToImage:
     return dataclasses.replace(model, name="", sampler=Sampler())
 
 
+def windows_of(
+    model: TextToImage,
+    size: tuple[int, int],
+    sampler: ResolvedSampler,
+    images_at_a_time: Callable[[int, int], int],
+    batch_size: int,
+) -> Windows | None:
+    """Return the windows of an image; None for the whole image.
+
+    Args:
+      model: whose training images are square and as large as a window.
+      size: width and height of the image in pixels.
+      sampler: its settings.
+      images_at_a_time: number of images of a width and height that a device samples at a time.
+      batch_size: images of a batch.
+
+    Raises:
+      UserError: settings that do not support windows.
+    """
+    wrap, overlap = sampler.wrap, sampler.overlap
+    if overlap is None and (not any(wrap) or model.denoiser.wraps):
+        return None
+    if model.is_inpainting:
+        raise UserError(
+            f"{model.name} is for inpainting, which does not support windows: omit overlap."
+        )
+    width, height = size if overlap is None else (model.image_size, model.image_size)
+    if not any(wrap) and size[0] <= width and size[1] <= height:
+        return None
+    if sampler.guidance.has_state:
+        raise UserError(
+            "Guidance with a state, such as apg.momentum, does not support windows: omit it, "
+            "or overlap."
+        )
+    rows, columns, _ = model.latent_shape(height, width)
+    return Windows(
+        height=rows,
+        width=columns,
+        overlap=0.0 if overlap is None else float(overlap),
+        wrap=wrap,
+        at_a_time=max(1, images_at_a_time(width, height) // batch_size),
+    )
+
+
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
 def compiled_sampler(spec: SamplerSpec) -> Any:
     """Return the jitted sampler of a specification; the batch size is static too.
 
     It is called as (params, inputs, steps, state). params is the model's tree, with those of the
     auxiliary models at `clip` and `guide`; steps has one entry per device; state is the result of
-    the last segment. It returns images [n, 1, ...] or snapshots [n, k, ...], zero before the last
-    step, and the state, whose last element ends with the last estimate of x0.
+    the last segment, and any of its shapes in the first. It returns images [n, 1, ...] or snapshots
+    [n, k, ...], zero before the last step, and the state, whose last element ends with the last
+    estimate of x0. Without a state it takes no step, and returns one: its `eval_shape` gives the
+    shapes without the time to trace the network and the decoder.
     """
 
     def run(params, inputs, steps, state):
+        denoiser = _denoiser(spec, params, inputs, steps.num_steps)
+        start = _start(spec, params, inputs, steps.first)
+        solver, kept = spec.sampler.solver, max(spec.num_snapshots, 1)
+        if state is None:
+            return None, init_loop_state(denoiser, solver, start["noise"], kept)
         sampled = sample(
-            _denoiser(spec, params, inputs, steps.num_steps),
-            spec.sampler.solver,
+            denoiser,
+            solver,
             spec.model.schedule,
             num_steps=steps.num_steps,
             seeds=inputs.seeds,
-            num_snapshots=max(spec.num_snapshots, 1),
+            num_snapshots=kept,
             resample_steps=spec.sampler.resample_steps,
-            segment=None if state is None else Segment(steps.begin, steps.end, state),
-            **_start(spec, params, inputs, steps.first),
+            segment=Segment(steps.begin, steps.end, state),
+            **start,
         )
         x = sampled.snapshots if spec.num_snapshots else sampled.images[None]
 

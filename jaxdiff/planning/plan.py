@@ -29,7 +29,6 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import MeshConfig, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
-from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.errors import UserError
 from jaxdiff.planning.hlo import Exchange, read_program
 from jaxdiff.planning.topology import Topology
@@ -195,7 +194,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         accumulate=config.train.accumulate,
         remat=remat_of(config),
         steps=config.train.steps,
-        flags=config.compiler.flags(topology.devices[0]),
+        flags=config.compiler.known_flags(mesh),
         parameters=count_params(abstract_state(config).params),
         frozen_parameters=count_params(abstract_frozen(config)),
         flops_per_image=per_image,
@@ -252,8 +251,7 @@ def _compile(
     step = compile_step(config, mesh, *shardings)
     lowered = step.lower(state, frozen, abstract_batch(config))  # type: ignore[attr-defined]
     try:
-        with refused_flags_as_user_errors():
-            compiled = lowered.compile({"optimization_level": _LEAST_EFFORT} if quick else None)
+        compiled = lowered.compile({"optimization_level": _LEAST_EFFORT} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         used = _TOO_LARGE.search(str(error))
         if used is None:

@@ -20,7 +20,7 @@ from jaxdiff.distributed.chips import Chip, chip_of, find_chip
 from jaxdiff.errors import UserError
 
 # Kinds of TPU slices, and the number of sides of their shapes.
-_SLICES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
+_SLICES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 _GPUS = {
     "a100": "NVIDIA A100-SXM",
     "h100": "NVIDIA H100",
@@ -92,7 +92,9 @@ def _slice(name: str) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        # Both cores of a v4 chip are one device, as on a chip that runs; on later ones by default.
+        cores = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores)
     except jax.errors.JaxRuntimeError as error:
         reason = re.sub(r"\s+", " ", str(error)).rstrip(".")
         raise UserError(

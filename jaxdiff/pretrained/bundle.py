@@ -276,5 +276,6 @@ def weights_fingerprint(params: PyTree) -> str:
     digest = hashlib.sha256()
     for key, leaf in sorted(_flatten(params).items()):
         digest.update(key.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        for array in jax.tree.leaves(jax.device_get(leaf)):
+            digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -66,6 +66,8 @@ class TrainConfig:
       max_nonfinite: consecutive updates with a nonfinite loss or gradient that end the run.
       wandb: whether metrics also go to Weights & Biases.
       evaluate: whether the recipe's evaluators run.
+      profile_at: number of the first step of a trace for xprof; None writes no trace.
+      profile_steps: number of steps that are traced.
 
     Raises:
       UserError: a number that must be positive is not.
@@ -82,6 +84,8 @@ class TrainConfig:
     max_nonfinite: Count = 20
     wandb: bool = False
     evaluate: bool = True
+    profile_at: Count | None = None
+    profile_steps: Count = 3
 
 
 @checked

@@ -43,6 +43,17 @@ def in_latents(tiny_bundle):
     return [_changed(tiny_bundle, part, autoencoder=model) for part in parts]
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantised_model_takes_its_own_kind(in_latents, tmp_path, kind):
+    own = in_latents[0]
+    quantized = own._replace(params=own.spec.quantize(own.params, kind))
+    for i, bundle in enumerate(in_latents):
+        write_bundle(tmp_path / str(i), bundle)
+    load_guide(str(tmp_path / "0"), quantized, None, local_mesh())
+    with pytest.raises(UserError, match="other latents than"):
+        load_guide(str(tmp_path / "1"), quantized, None, local_mesh())
+
+
 def test_models_of_another_kind_are_refused(tiny_bundle, in_latents, tmp_path):
     tokenizers = {"text": Tokenizer.train(["some other words"], vocab_size=600, length=16)}
     wrong = {

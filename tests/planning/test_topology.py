@@ -22,7 +22,7 @@ def test_local_devices_can_be_planned_for():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:2x2", "no topology 'v9:2x2'.*v5e, v6e, v5p, tpu7x.*cpu:N"),
+        ("v9:2x2", "no topology 'v9:2x2'.*v4, v5e, v5p, v6e, tpu7x.*cpu:N"),
         ("t4:8", "no topology 't4:8'.*a100, h100"),
         ("cpu:0", "no topology 'cpu:0'"),
         ("h100:3", "power of two"),

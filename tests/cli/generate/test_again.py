@@ -49,6 +49,16 @@ def test_the_same_pixels_are_reproduced(sample, generated, tmp_path, capsys):
     assert again.read_bytes() == generated.read_bytes()
 
 
+def test_a_quantised_model_is_named_in_the_file(sample, tmp_path, capsys):
+    assert sample(PEA, "--num-steps", 2, "--quantize", "int8") == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    assert json.loads(read_image_text(file)["details"])["quantize"] == "int8"
+    assert sample("--again", file) == 0
+    assert "The same pixels." in capsys.readouterr().out
+    assert sample("--again", file, "--quantize", "fp8") == 2
+    assert "with the same --lora, --embedding, --dtype and --quantize" in capsys.readouterr().err
+
+
 def test_other_pixels_are_reported(sample, generated, tmp_path, capsys):
     other = pixels(generated).copy()
     other[3, 4, 1] ^= 8
