@@ -219,6 +219,28 @@ def some_plan():
 
 
 @pytest.fixture
+def jax_cache():
+    """`jax_cache(path)`: the path; what the test sets of JAX's cache of programs ends with it."""
+    from etils import epath
+    from jax._src import compilation_cache
+
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    ]
+    before, opened = (
+        {name: getattr(jax.config, name) for name in names},
+        compilation_cache.get_file_cache,
+    )
+    yield epath.Path
+    compilation_cache.get_file_cache = opened
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
 def compilations():
     """Names of the functions that are compiled during the test."""
     names = []

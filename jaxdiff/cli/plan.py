@@ -70,8 +70,9 @@ def _plans(options: PlanOptions) -> list[Plan]:
     config, name, notes = options.config, options.topology or "", console(stderr=True)
     if options.shape:
         mesh = parse_mesh(options.shape)
-        slices = max(mesh.slices, config.mesh.slices)
-        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, slices=slices))
+        if mesh.slices == 1:  # those of the topology, as 2xv5e:16x16
+            mesh = dataclasses.replace(mesh, slices=config.mesh.slices)
+        config = dataclasses.replace(config, mesh=mesh)
     with notes.status(printable(f"Compiling {config.name} for {name}")):
         topology = _topology(name)
         if not options.search:

@@ -17,12 +17,11 @@ from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
-from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
+from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh, parse_slices
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import check_text
 from jaxdiff.planning.plan import count_params, state_bytes_per_device
-from jaxdiff.planning.topology import parse_slices
 from jaxdiff.training.abstract import abstract_frozen, abstract_state
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.run import run_recipe

@@ -1,6 +1,7 @@
 """The device mesh: axes for slices, data, fully sharded data, tensor and context parallelism."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -62,6 +63,12 @@ class PlannedTopology:
     mesh: MeshConfig
     accumulate: Count = 1
     remat: Literal["none", "dots", "full"] | None = None
+
+
+def parse_slices(topology: str) -> tuple[int, str]:
+    """Parse `2xv5e:16x16`: the number of slices, and the topology of one of them."""
+    several = re.fullmatch(r"([1-9]\d*)x([a-z]\w*:.*)", topology)
+    return (int(several[1]), several[2]) if several else (1, topology)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

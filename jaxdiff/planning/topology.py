@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxdiff.distributed.chips import Chip, chip_of, cpu_chip, find_chip
+from jaxdiff.distributed.mesh import parse_slices
 from jaxdiff.errors import UserError
 from jaxdiff.planning.collectives import Links
 
@@ -99,12 +100,6 @@ def find_topology(name: str) -> Topology:
         f"({', '.join(_GPUS)}; a power of two up to 64 of them), "
         "cpu:N for simulated devices, or local for those of this machine."
     )
-
-
-def parse_slices(name: str) -> tuple[int, str]:
-    """Parse `2xv5e:16x16`: the number of slices, and the topology of one of them."""
-    several = re.fullmatch(rf"([1-9]\d*)x((?:{'|'.join(_SLICES)}):.*)", name)
-    return (int(several[1]), several[2]) if several else (1, name)
 
 
 def _slices(name: str, count: int = 1) -> tuple[Any, ...]:
