@@ -86,6 +86,7 @@ def scan_blocks(
     *,
     remat: Remat = "none",
     all_states: bool = False,
+    span: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
     """Run stacked blocks in sequence; their body compiles once.
 
@@ -95,6 +96,7 @@ def scan_blocks(
       call: `call(block, x)` gives the next x, of the same shape.
       remat: what is kept for the backward pass.
       all_states: also return the output of every block, `[depth, b, n, d]`; otherwise None.
+      span: the first block to run, and the one after the last; None runs all.
 
     Returns:
       The output of the last block, and all outputs or None.
@@ -107,7 +109,14 @@ def scan_blocks(
         x = call(nnx.merge(graphdef, gather_weights(params, axes)), x)
         return x, x if all_states else None
 
-    return jax.lax.scan(checkpoint(body, remat, prevent_cse=False), x, nnx.to_pure_dict(state))
+    step, stack = checkpoint(body, remat, prevent_cse=False), nnx.to_pure_dict(state)
+    if span is None:
+        return jax.lax.scan(step, x, stack)
+
+    def indexed(x, i):  # a slice of the stack would be a copy
+        return step(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), stack))
+
+    return jax.lax.scan(indexed, x, jnp.arange(*span))
 
 
 class Dense(nnx.Linear):

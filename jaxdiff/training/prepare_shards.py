@@ -31,6 +31,7 @@ from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import console, write_line
+from jaxdiff.training.beam_shards import RunnerOptions, ShardWriter, run_on_beam
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
@@ -38,6 +39,7 @@ from jaxdiff.training.recipe import Config
 # Defaults: images and latents per shard, the largest number of shards.
 _IMAGES, _LATENTS, _MAX_SHARDS = 4096, 1024, 1024
 _NAMED = 20  # rejects of a shard that are printed
+_POLL_SECONDS = 2.0  # between looks at the shards that a runner has written
 _RECORDS_PER_WORKER = 512  # fewer are not worth the start of a process
 
 
@@ -55,6 +57,11 @@ class Sharing:
     """Index of this machine, from 0, where several write shards."""
     hosts: Count = 1
     """Number of machines; the last one to finish writes the manifest."""
+    runner: str | None = None
+    """Apache Beam's runner that writes the shards, such as DirectRunner or DataflowRunner, instead
+    of processes of this machine. Needs the extra beam, and a folder that all its workers reach."""
+    runner_options: tuple[str, ...] = ()
+    """Options of the runner, each name=value, such as project=mine region=europe-west4."""
     latents: LatentOptions = field(default_factory=LatentOptions)
 
 
@@ -122,7 +129,8 @@ def write_records(
     }
     share = f"host{sharing.host}" if sharing.hosts > 1 else None
     with output_folder(out, share=share) as folder:
-        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
+        job = _ShardJob(source, data.transforms, folder, cache, provenance, sharing, config)
+        return job.run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -130,6 +138,12 @@ def _check_sharing(sharing: Sharing) -> None:
         raise UserError(
             f"--host {sharing.host} of --hosts {sharing.hosts}: expected a number from 0 and below "
             "that of the hosts."
+        )
+    if sharing.runner is None and sharing.runner_options:
+        raise UserError("--runner-options has no effect without --runner: give that as well.")
+    if sharing.runner is not None and (sharing.hosts > 1 or sharing.workers is not None):
+        raise UserError(
+            "--runner divides the work itself: omit --workers, --host and --hosts, or --runner."
         )
 
 
@@ -143,6 +157,7 @@ class _ShardJob:
     cache: Cache | None
     provenance: dict[str, Any]
     sharing: Sharing
+    config: Config | None
 
     def run(self, count: int) -> ShardManifest | None:
         """Write the missing ones of `count` shards, and the manifest once all exist."""
@@ -203,6 +218,9 @@ class _ShardJob:
             return
         total = sum(part.stop - part.start for part in todo)
         reader = RecordReader(source=self.source, transforms=self.transforms)
+        if self.sharing.runner is not None:
+            yield from self._write_on_beam(todo, reader, total)
+            return
         workers = Workers(self._workers(total, len(todo)), reader)
         notes = console(stderr=True)
         with closing(workers), Progress(total, unit="record", console=notes) as progress:
@@ -215,6 +233,24 @@ class _ShardJob:
                     yield shard
             else:
                 yield from write_latents(self.folder, todo, workers, self.cache, progress.update)
+
+    def _write_on_beam(
+        self, todo: list[ShardRange], reader: RecordReader, total: int
+    ) -> Iterator[Shard]:
+        assert self.sharing.runner is not None
+        encoded_by = None if self.cache is None else self.config
+        writer = ShardWriter(str(self.folder), reader, encoded_by, self.sharing.latents)
+        runner = RunnerOptions(self.sharing.runner, self.sharing.runner_options)
+        entries = ShardProgress(self.folder, self.provenance)
+        with (
+            Progress(total, unit="record", console=console(stderr=True)) as progress,
+            run_on_beam(runner, writer, todo) as done,
+        ):
+            while not done.wait(_POLL_SECONDS):
+                shards = self._complete(todo, entries.read()).values()
+                progress.update(sum(s.records + len(s.rejects) for s in shards))
+        written = entries.read()
+        yield from (written[part.file] for part in todo)
 
     def _workers(self, records: int, shards: int) -> int:
         if self.sharing.workers is not None:

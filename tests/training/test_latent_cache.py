@@ -1,6 +1,7 @@
 """Latents and text cached ahead, and the training from them."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,18 @@ def _cache(config, out, **options):
 @pytest.fixture(scope="module")
 def cached(config, folder) -> Config:
     return _cache(config, folder / "cached")
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("apache_beam") is None, reason="needs the extra beam")
+def test_workers_of_apache_beam_encode_the_same_latents(config, cached, folder):
+    latents = LatentOptions(views=1, dtype="float32", batch_size=2)
+    sharing = Sharing(shards=2, runner="DirectRunner", latents=latents)
+    write_records(config, config.data, str(folder / "beam"), sharing)
+    files = [path.name for path in (folder / "cached").iterdir() if path.suffix != ""]
+    assert len(files) == 3
+    for name in files:
+        assert (folder / "beam" / name).read_bytes() == (folder / "cached" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
