@@ -206,10 +206,12 @@ def some_plan():
         traffic=None,
         compute_s=1.0,
         memory_s=None,
-        interconnect_s=None,
+        interconnect_s=0.0,
+        exposed_s=0.0,
+        step_s=1.0,
         utilisation=0.4,
-        images_per_s=None,
-        days=None,
+        images_per_s=6.4,
+        days=0.003,
         compile_s=1.0,
     )
 

@@ -1,133 +1,145 @@
-"""Write shards on an engine for parallel data processing, through Apache Beam's runners.
+"""Write shards with Apache Beam: one element of the pipeline is one shard.
 
-Every shard is one element: a worker writes it and its entry into the output folder, which all
-workers share, so that bytes, manifest and resumption are those of the local way.
+A worker reads, renders and encodes a whole shard with the code of the local way, so that the bytes
+are the same, and writes it and its progress entry to the output folder, from which a run on any
+runner resumes.
 """
 
-import contextlib
+import functools
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
+from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.shard_writer import RecordReader, ShardRange, Workers, write_images
 from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.errors import UserError
+from jaxdiff.io.text import format_json, parse_json
 from jaxdiff.training.latent_cache import Cache, make_cache, write_latents
-from jaxdiff.training.recipe import Config
+from jaxdiff.training.recipe import Config, config_from_json
 
-_WHERE = re.compile(r" \[while running '.*'\]$")  # that Beam appends to the errors of workers
+_LOOK_SECONDS = 2.0
+_WHERE = re.compile(r" \[while running .*|\n.*", re.DOTALL)  # what Beam adds to a message
 
 
-class ShardWriter:
-    """Writes shards in a worker, which loads the encoders of latents once, for its accelerators.
+@dataclass(frozen=True, kw_only=True)
+class BeamJob:
+    """What workers need to write shards.
+
+    Attributes:
+      folder: that all workers reach, local or `gs://`.
+      reader: of the records.
+      recipe: whose encoders make latents, as JSON; None for images.
+      types: of third parties in the recipe.
+      latents: what is encoded.
+    """
+
+    folder: str
+    reader: RecordReader
+    recipe: str | None
+    types: tuple[type, ...]
+    latents: LatentOptions
+
+    @classmethod
+    def of(
+        cls, folder: epath.Path, reader: RecordReader, config: Config | None, latents: LatentOptions
+    ) -> "BeamJob":
+        """Return the job of a recipe; `config` is None for images."""
+        recipe = None if config is None else format_json(to_json(config))
+        types = () if config is None else tuple(types_in(config))
+        return cls(folder=str(folder), reader=reader, recipe=recipe, types=types, latents=latents)
+
+    def write(self, shard_range: ShardRange) -> None:
+        """Write a shard and its progress entry, in a worker."""
+        if self.recipe is None:
+            write_images(self.reader, (self.folder, shard_range))
+            return
+        cache = _encoders(self.recipe, self.types, self.latents)
+        workers, folder = Workers(0, self.reader), epath.Path(self.folder)
+        list(write_latents(folder, [shard_range], workers, cache, lambda _: None))
+
+
+@functools.lru_cache(maxsize=1)
+def _encoders(recipe: str, types: tuple[type, ...], latents: LatentOptions) -> Cache:
+    """Load the encoders once in each worker."""
+    return make_cache(config_from_json(parse_json(recipe, "the recipe"), types), latents)
+
+
+def write_with_beam(
+    job: BeamJob,
+    todo: Sequence[ShardRange],
+    runner: str,
+    options: Sequence[str],
+    look: Callable[[], None],
+) -> None:
+    """Write shards on a runner of Apache Beam, and wait until all are written.
+
+    An interruption cancels what still runs.
 
     Args:
-      folder: that all workers write to.
-      reader: of the records.
-      config: recipe whose encoders make latents; None for images.
-      latents: their options.
-    """
-
-    def __init__(
-        self, folder: str, reader: RecordReader, config: Config | None, latents: LatentOptions
-    ):
-        self._folder, self._reader = folder, reader
-        self._config, self._latents = config, latents
-        self._cache: Cache | None = None
-
-    def __call__(self, part: ShardRange) -> None:
-        """Write a shard and its entry."""
-        if self._config is None:
-            write_images(self._reader, (self._folder, part))
-            return
-        if self._cache is None:  # after it was sent to the worker
-            self._cache = make_cache(self._config, self._latents)
-        workers = Workers(0, self._reader)
-        folder = epath.Path(self._folder)
-        for _ in write_latents(folder, [part], workers, self._cache, lambda _: None):
-            pass
-
-
-class RunnerOptions(NamedTuple):
-    """A runner of Apache Beam by name, and its options, each `name=value` or `name`."""
-
-    name: str
-    options: Sequence[str] = ()
-
-
-@contextlib.contextmanager
-def run_on_beam(
-    runner: RunnerOptions, writer: ShardWriter, todo: Sequence[ShardRange]
-) -> Iterator[threading.Event]:
-    """Write shards on a runner within the context, which cancels what still runs at its end.
-
-    Yields:
-      An event that is set when all are written, or the first one failed.
+      job: of the folder.
+      todo: the shards.
+      runner: its name, such as "DirectRunner", "DataflowRunner" or "FlinkRunner".
+      options: of Beam and the runner, each NAME=VALUE.
+      look: called every two seconds meanwhile, to show progress.
 
     Raises:
-      UserError: at the end of the context: Apache Beam is not installed, there is no such runner,
-        it stopped, or the data are unusable.
+      UserError: Beam is not installed or has no such runner; or a worker raised it.
     """
-    pipeline = _pipeline(runner, writer, todo)
-    done, failed, running = threading.Event(), [], []
+    beam, make_options = _import_beam()
+    settings = make_options([f"--runner={runner}", *(f"--{option}" for option in options)])
+    try:
+        pipeline = beam.Pipeline(options=settings)
+    except ValueError as error:
+        raise UserError(f"Apache Beam does not start {runner!r}: {error}") from error
+    shards = pipeline | "Shards" >> beam.Create(todo) | "One each" >> beam.Reshuffle()
+    _ = shards | "Write" >> beam.Map(job.write)
+    try:
+        _run(pipeline, look)
+    except Exception as error:  # that of a worker, or one of the runner with its text
+        _, is_ours, message = str(error).rpartition("UserError: ")
+        if not is_ours and not isinstance(error, UserError):
+            raise
+        raise UserError(_WHERE.sub("", message)) from error
+
+
+def _run(pipeline: Any, look: Callable[[], None]) -> None:
+    """Run a pipeline in a thread, since some runners return only when all is done."""
+    results, errors, done = [], [], threading.Event()
 
     def run() -> None:
         try:
-            running.append(pipeline.run())
-            running[0].wait_until_finish()
+            results.append(pipeline.run())
+            results[0].wait_until_finish()
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
         finally:
             done.set()
 
-    # A daemon: an interrupted command does not wait for runners that work in this process.
+    # A daemon: an interrupted command does not wait for a runner that works in this process.
     threading.Thread(target=run, daemon=True).start()
     try:
-        yield done
+        while not done.wait(_LOOK_SECONDS):
+            look()
     finally:
-        if not done.is_set() and running:
-            running[0].cancel()
-    if failed:
-        raise _refusal(runner, failed[0]) from failed[0]
+        if results and not done.is_set():
+            results[0].cancel()
+    if errors:
+        raise errors[0]
 
 
-def _pipeline(runner: RunnerOptions, writer: ShardWriter, todo: Sequence[ShardRange]) -> Any:
+def _import_beam() -> tuple[Any, Any]:
+    """Return the package, and its type of options."""
     try:
-        import apache_beam as beam
+        import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError(
             "--runner needs the package apache-beam, which is not installed: run "
             "pip install -e '.[beam]' in a clone of jaxdiff."
         ) from None
-
-    for option in runner.options:
-        if option.startswith("-") or not option.partition("=")[0].isidentifier():
-            raise UserError(
-                f"--runner-options {option}: expected name=value, such as project=mine, no dashes."
-            )
-    flags = [f"--{option}" for option in runner.options]
-    try:
-        pipeline = beam.Pipeline(runner=runner.name, options=PipelineOptions(flags))
-    except (ValueError, ImportError, AttributeError, RuntimeError) as error:
-        raise _refusal(runner, error) from error
-    # Reshuffle: a runner otherwise fuses the list with the writing, in one worker.
-    _ = pipeline | beam.Create(list(todo)) | beam.Reshuffle() | beam.Map(writer)
-    return pipeline
-
-
-def _refusal(runner: RunnerOptions, error: BaseException) -> BaseException:
-    """Return the sentence for an error of a runner, or of the data."""
-    said = _WHERE.sub("", str(error).strip())
-    if isinstance(error, UserError):
-        return UserError(said)
-    if isinstance(error, Exception):
-        lines = said.splitlines() or [type(error).__name__]
-        return UserError(
-            f"The runner {runner.name} stopped: {lines[0]}: expected one of Apache Beam's runners "
-            "with its options; repeat the command to continue with the shards that are missing."
-        )
-    return error
+    return apache_beam, PipelineOptions

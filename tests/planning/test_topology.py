@@ -6,13 +6,14 @@ import jax
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.planning.topology import find_topology
+from jaxdiff.planning.topology import find_topology, parse_slices
 
 
 def test_simulated_devices_are_those_of_this_machine():
     topology = find_topology("cpu:4")
     assert list(topology.devices) == jax.devices("cpu")[:4]
-    assert topology.chip is None
+    assert topology.chip.kind == "cpu"
+    assert topology.chip.flops > topology.chip.bandwidth > 1e8
 
 
 def test_local_devices_can_be_planned_for():
@@ -49,6 +50,7 @@ def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     [
         ("v5e:16x16", 256, "TPU v5 lite", None),
         ("v6e:16x16", 256, "TPU v6", None),
+        ("2xv5e:16x16", 512, "TPU v5 lite", None),
         ("v5p:4x4x4", 64, "TPU v5", None),  # what is sold as v5p-128
         ("h100:8", 8, "NVIDIA H100", "v5p:2x2x2"),
     ],
@@ -60,6 +62,12 @@ def test_slices_need_no_chips(name, count, chip, stands_in):
     assert topology.chip is not None
     assert topology.chip.kind == chip
     assert topology.proxy_topology == stands_in
+
+
+def test_several_slices_are_named_by_their_number():
+    assert parse_slices("2xv5e:16x16") == (2, "v5e:16x16")
+    for name in ("v5p:4x4x4", "cpu:8", "0xv5e:16x16"):
+        assert parse_slices(name) == (1, name)
 
 
 def test_a_slice_of_an_unknown_shape_is_refused():
