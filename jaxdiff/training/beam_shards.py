@@ -7,7 +7,8 @@ runner resumes.
 
 import functools
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxdiff.io.text import format_json, parse_json
 from jaxdiff.training.latent_cache import Cache, make_cache, write_latents
 from jaxdiff.training.recipe import Config, config_from_json
 
+_LOOK_SECONDS = 2.0
 _WHERE = re.compile(r" \[while running .*|\n.*", re.DOTALL)  # what Beam adds to a message
 
 
@@ -68,15 +70,22 @@ def _encoders(recipe: str, types: tuple[type, ...], latents: LatentOptions) -> C
 
 
 def write_with_beam(
-    job: BeamJob, todo: Sequence[ShardRange], runner: str, options: Sequence[str]
+    job: BeamJob,
+    todo: Sequence[ShardRange],
+    runner: str,
+    options: Sequence[str],
+    look: Callable[[], None],
 ) -> None:
     """Write shards on a runner of Apache Beam, and wait until all are written.
+
+    An interruption cancels what still runs.
 
     Args:
       job: of the folder.
       todo: the shards.
       runner: its name, such as "DirectRunner", "DataflowRunner" or "FlinkRunner".
       options: of Beam and the runner, each NAME=VALUE.
+      look: called every two seconds meanwhile, to show progress.
 
     Raises:
       UserError: Beam is not installed or has no such runner; or a worker raised it.
@@ -90,12 +99,37 @@ def write_with_beam(
     shards = pipeline | "Shards" >> beam.Create(todo) | "One each" >> beam.Reshuffle()
     _ = shards | "Write" >> beam.Map(job.write)
     try:
-        pipeline.run().wait_until_finish()
+        _run(pipeline, look)
     except Exception as error:  # that of a worker, or one of the runner with its text
         _, is_ours, message = str(error).rpartition("UserError: ")
         if not is_ours and not isinstance(error, UserError):
             raise
         raise UserError(_WHERE.sub("", message)) from error
+
+
+def _run(pipeline: Any, look: Callable[[], None]) -> None:
+    """Run a pipeline in a thread, since some runners return only when all is done."""
+    results, errors, done = [], [], threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(pipeline.run())
+            results[0].wait_until_finish()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    # A daemon: an interrupted command does not wait for a runner that works in this process.
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not done.wait(_LOOK_SECONDS):
+            look()
+    finally:
+        if results and not done.is_set():
+            results[0].cancel()
+    if errors:
+        raise errors[0]
 
 
 def _import_beam() -> tuple[Any, Any]:

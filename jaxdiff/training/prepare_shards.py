@@ -257,8 +257,16 @@ class _ShardJob:
         reader = RecordReader(source=self.source, transforms=self.transforms)
         config = self.config if self.cache else None
         job = BeamJob.of(self.folder, reader, config, self.sharing.latents)
-        write_with_beam(job, todo, runner, self.sharing.runner_options)
-        there = self._complete(todo, ShardProgress(self.folder, self.provenance).read())
+        total = sum(part.stop - part.start for part in todo)
+        entries = ShardProgress(self.folder, self.provenance)
+        with Progress(total, unit="record", console=console(stderr=True)) as progress:
+
+            def look() -> None:
+                shards = self._complete(todo, entries.read()).values()
+                progress.update(sum(shard.records + len(shard.rejects) for shard in shards))
+
+            write_with_beam(job, todo, runner, self.sharing.runner_options, look)
+        there = self._complete(todo, entries.read())
         if len(there) < len(todo):
             raise UserError(
                 f"{len(todo) - len(there)} shards of {runner} are not in {self.folder}: expected a "
