@@ -4,7 +4,7 @@ Hardware: TPU v5e:16x16, v6e:16x16 or v5p:4x4x4, or 8 H100.
 Cost: planned: 0.26, 0.06, 0.45 or 1.7 days at 40 % utilisation; not trained yet.
 
     jaxdiff prepare IMAGENET images
-    python train.py configs/jit_pixel_256.py --mesh.data 16 --mesh.fsdp 16
+    python train.py configs/jit_pixel_256.py --topology v5e:16x16
 
 Batch 1024, remat "full", 547 million parameters. `jaxdiff plan configs/jit_pixel_256.py`
 compiles the step for each of these topologies:

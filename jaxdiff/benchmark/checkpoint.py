@@ -13,6 +13,7 @@ from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.profiler import traced
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
 
@@ -20,11 +21,12 @@ GB = 1e9
 
 
 def time_checkpoints(
-    config: Config, *, warmup: int, repeats: int, folder: str | None
+    config: Config, *, warmup: int, repeats: int, folder: str | None, trace: str | None = None
 ) -> Measurement:
     """Time saving a recipe's train state, until all of it is on disk.
 
     `folder`, by default a temporary one, may be local or `gs://`, and is emptied at the end.
+    `trace` is the folder of a trace of restoring the state.
 
     Raises:
       UserError: the disk is full, or the folder is not writable.
@@ -46,6 +48,9 @@ def time_checkpoints(
                     saved.append(time.perf_counter() - start)
             size = sum(file.stat().length for file in _files(path))
         restored = _restore(path, state)
+        if trace is not None:
+            with traced(trace):
+                _restore(path, state)
     finally:
         if folder is None:
             shutil.rmtree(path.parent)

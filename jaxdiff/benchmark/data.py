@@ -11,11 +11,16 @@ from jaxdiff.benchmark import synthetic
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.data.loader import make_dataset
+from jaxdiff.training.profiler import traced
 from jaxdiff.training.recipe import Config
 
 
-def time_batches(config: Config, *, warmup: int, repeats: int) -> Measurement:
+def time_batches(
+    config: Config, *, warmup: int, repeats: int, trace: str | None = None
+) -> Measurement:
     """Time the batches of one host, as fast as the loader yields them.
+
+    `trace` is the folder of a trace of three more batches.
 
     Raises:
       UserError: the data are missing or unusable.
@@ -33,6 +38,9 @@ def time_batches(config: Config, *, warmup: int, repeats: int) -> Measurement:
     next(batches)
     first = time.perf_counter() - start
     seconds, busy = interval_seconds(batches, warmup, repeats)
+    if trace is not None:
+        with traced(trace):
+            interval_seconds(batches, 0, 3)
     memory = peak_memory()
     workers = config.data.workers
     cores = workers or busy / sum(seconds)  # those this process used, or one per worker

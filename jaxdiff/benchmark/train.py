@@ -13,16 +13,22 @@ from jaxdiff.benchmark.timing import peak_memory
 from jaxdiff.data.loader import ON_DEVICE, device_batches, host_rows, make_dataset
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
 from jaxdiff.training.abstract import check_axes, flops_per_image
 from jaxdiff.training.loop import compile_step
+from jaxdiff.training.profiler import traced
 from jaxdiff.training.recipe import Config
 
 TERA = 1e12
 
 
 def time_training(
-    config: Config, *, warmup: int, repeats: int, real: bool, peak_tflops: float | None
+    config: Config,
+    *,
+    warmup: int,
+    repeats: int,
+    real: bool,
+    peak_tflops: float | None,
+    trace: str | None = None,
 ) -> Measurement:
     """Time the step, from the end of one to the end of the next.
 
@@ -34,6 +40,7 @@ def time_training(
       repeats: steps that count.
       real: use the recipe's data instead of one random batch.
       peak_tflops: peak TFLOP/s of one device; by default from its data sheet.
+      trace: folder of a trace of three more steps.
 
     Raises:
       UserError: mesh, batch or data do not fit, or the peak is not positive.
@@ -49,12 +56,14 @@ def time_training(
     first = next(batches)
     jitted: Any = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
     start = time.perf_counter()
-    with refused_flags_as_user_errors():
-        step = jitted.lower(state, frozen, first).compile()
+    step = jitted.lower(state, frozen, first).compile()
     compile_s = time.perf_counter() - start
 
-    seconds, waited = _timed(step, state, frozen, batches, warmup, repeats)
+    state, seconds, waited = _timed(step, state, frozen, batches, warmup, repeats)
     memory = peak_memory()
+    if trace is not None:
+        with traced(trace):
+            _timed(step, state, frozen, batches, 0, 2)
     metrics = {
         "compile_s": compile_s,
         "peak_memory_bytes": memory.bytes,
@@ -78,14 +87,19 @@ def time_training(
 
 def _timed(
     step: Any, state: Any, frozen: Any, batches: Iterator[Any], warmup: int, repeats: int
-) -> tuple[list[float], float]:
-    """Return the seconds of each step after the warm-up, and those of waiting for batches."""
+) -> tuple[Any, list[float], float]:
+    """Return the state, the seconds of each step after the warm-up, and those of waiting for data.
+
+    One more step than these is taken.
+    """
     seconds, waited, pending, last = [], 0.0, None, time.perf_counter()
     for i in range(-1, warmup + repeats):
         start = time.perf_counter()
-        batch = next(batches)
+        with jax.profiler.TraceAnnotation("data"):
+            batch = next(batches)
         waited += (time.perf_counter() - start) * (i >= warmup)
-        state, step_metrics = step(state, frozen, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=i + 1):
+            state, step_metrics = step(state, frozen, batch)
         if pending is not None:
             jax.block_until_ready(pending)
             now = time.perf_counter()
@@ -94,7 +108,7 @@ def _timed(
             last = now
         pending = step_metrics
     jax.block_until_ready(pending)
-    return seconds, waited
+    return state, seconds, waited
 
 
 def peak_of_device(given: float | None) -> tuple[float | None, str]:

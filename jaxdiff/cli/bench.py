@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from etils import epath
@@ -19,7 +19,8 @@ from jaxdiff.benchmark.report import (
 )
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.benchmark.train import time_training
-from jaxdiff.cli.parsing import NO_PREFIX, parse_recipe_flags
+from jaxdiff.cli.parsing import NO_PREFIX
+from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural, Positive, Range
 from jaxdiff.errors import UserError
@@ -53,11 +54,13 @@ class BenchOptions(TimingOptions):
     real_data: bool = False
     """bench train: feed the step from the recipe's data; the default repeats one random batch."""
     peak_tflops: Positive | None = None
-    """bench train: peak TFLOP/s of one device, for a chip that the table lacks."""
+    """bench train and sample: peak TFLOP/s of one device, for a chip that the table lacks."""
     images: Count | None = None
     """bench sample: images in a batch; chosen for the device by default."""
     folder: str | None = None
     """bench checkpoint: where to write, local or gs://; a temporary folder by default."""
+    trace: str | None = None
+    """Folder of a trace for xprof, local or gs://, of a few more repeats after those that count."""
 
 
 def run_benchmark(kind: str, options: BenchOptions) -> None:
@@ -68,15 +71,20 @@ def run_benchmark(kind: str, options: BenchOptions) -> None:
     """
 
     check_text(options.folder or "", "--folder")
+    check_text(options.trace or "", "--trace")
+    if options.trace:
+        make_folder(options.trace)  # before the work
 
     def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
-        turns = {"warmup": warmup, "repeats": repeats}
+        turns: Any = {"warmup": warmup, "repeats": repeats, "trace": options.trace}
+        peak = options.peak_tflops
         match kind:
             case "train":
-                peak, real = options.peak_tflops, options.real_data
+                real = options.real_data
                 return [time_training(config, real=real, peak_tflops=peak, **turns)]
             case "sample":
-                return [time_sampling(config, batch_size=options.images, **turns)]
+                count = options.images
+                return [time_sampling(config, batch_size=count, peak_tflops=peak, **turns)]
             case "data":
                 return [time_batches(config, **turns)]
         return [time_checkpoints(config, folder=options.folder, **turns)]

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import jaxdiff
+from jaxdiff.distributed.compilation_cache import cache_folder
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_line, write_text
 
 _SETTINGS = re.compile(
-    r"^(JAX_|XLA_|TPU_|LIBTPU_|CUDA_VISIBLE|LD_PRELOAD$|HF_HOME$|HF_HUB_|TF_GPU_|OMP_NUM)"
+    r"^(JAX_|JAXDIFF_|XLA_|TPU_|LIBTPU_|CUDA_VISIBLE|LD_PRELOAD$|HF_HOME$|HF_HUB_|TF_GPU_|OMP_NUM)"
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
@@ -75,8 +76,8 @@ def _devices() -> list[str]:
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # such as a platform in JAX_PLATFORMS that is not there
-        return [f"none: {str(error).splitlines()[0]}"]
+    except (RuntimeError, AssertionError) as error:  # no such platform as in JAX_PLATFORMS
+        return [f"none: {(str(error) or 'JAX finds no such device').splitlines()[0]}"]
     lines = [f"backend: {jax.default_backend()}, processes: {jax.process_count()}"]
     for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -91,7 +92,7 @@ def _settings() -> list[str]:
 
     names = sorted(name for name in os.environ if _SETTINGS.search(name))
     lines = [f"{name}={os.environ[name]}" for name in names if not _SECRET.search(name)]
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "none (JAX_COMPILATION_CACHE_DIR)"
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder() or "none"
     return [
         *lines,
         f"compilation cache: {compiled}",

@@ -26,6 +26,7 @@ from jaxdiff.pretrained.model_card import (
     EVALUATION,
     CardInputs,
     bundle_card,
+    check_destination,
     folder_card,
     model_card,
     write_card,
@@ -66,6 +67,7 @@ def export_command(arguments: list[str]) -> None:
             f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
         )
     check_text(options.out, "The output folder")
+    check_destination(options.out)
     export_model(options)
     write_line(f"Wrote {options.out}")
 

@@ -17,6 +17,7 @@ from typing import Any
 from jaxdiff import __version__
 from jaxdiff.config.plugins import import_plugins
 from jaxdiff.config.serialization import accept_types
+from jaxdiff.distributed.compilation_cache import use_compilation_cache
 from jaxdiff.errors import Stopped, UserError
 from jaxdiff.io import files
 from jaxdiff.io.terminal import unfailing_output, write_line, write_text
@@ -28,6 +29,7 @@ COMMANDS = {
     "export": "Write a trained model as one folder, for jaxdiff or diffusers.",
     "prepare": "Convert images with captions, or their latents, to shards.",
     "explore": "Map a data set in the spaces of CLIP and an autoencoder.",
+    "compile": "Compile a model's sampler ahead of time, also for a TPU slice.",
     "plan": "Compile a recipe for a TPU slice or GPUs; print memory and time.",
     "bench": "Measure training, sampling, data loading or checkpoints.",
     "recipes": "List the recipes with their purpose, hardware and cost.",
@@ -38,6 +40,9 @@ COMMANDS = {
 
 WRITE_FILES = {"train", "sample", "evaluate", "export", "prepare", "explore"}
 """Commands whose work is files, which lost output leaves whole."""
+
+CACHED = {"train", "sample", "evaluate", "prepare", "explore"}
+"""Commands that keep their compiled programs; others measure compilation, or compile nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,14 +116,39 @@ def _run(arguments: list[str], received: list[signal.Signals]) -> int:
         if received or isinstance(error, KeyboardInterrupt):
             line = Stopped(*received[:1])
             status = 128 + line.number
-        elif isinstance(error, UserError):
-            line, status = error, 2
-        elif isinstance(error, OSError) and (refusal := files.file_error(error)) is not None:
+        elif (refusal := _refusal(error)) is not None:
             line, status = refusal, 2
         else:
             raise
     write_line(f"jaxdiff: {line}", stderr=True)
     return status
+
+
+def _refusal(error: BaseException) -> UserError | None:
+    """Return the sentence for an error of the user's, or None for one of ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return files.file_error(error)
+    if isinstance(error, RuntimeError | AssertionError):
+        return _platform_error()
+    return None
+
+
+def _platform_error() -> UserError | None:
+    """Return the refusal of JAX_PLATFORMS where JAX cannot start a platform that it names."""
+    jax, names = sys.modules.get("jax"), os.environ.get("JAX_PLATFORMS")
+    if not names or jax is None:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is not installed
+        said = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        return UserError(
+            f"JAX_PLATFORMS is {names!r}: {said or 'JAX finds no such device'}: expected platforms "
+            "of this machine, such as cpu; correct or unset it."
+        )
+    return None
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -131,6 +161,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif name in COMMANDS:
         _check_remote_paths(rest)
         command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
+        if name in CACHED:
+            use_compilation_cache()
         with accept_types(import_plugins(plugins)):
             command(rest)
     else:

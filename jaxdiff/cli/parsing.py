@@ -12,11 +12,8 @@ from typing import Any
 import tyro
 
 from jaxdiff.cli.peer_flags import peer_flag
-from jaxdiff.config.recipe_files import DEFAULT_RECIPE
-from jaxdiff.config.serialization import flatten, members, to_json
+from jaxdiff.config.serialization import members
 from jaxdiff.errors import FieldError, UserError
-from jaxdiff.io.text import check_text
-from jaxdiff.training.recipe import Config, load_recipe
 
 NO_PREFIX = tyro.conf.arg(name="")  # --train.steps rather than --config.train.steps
 
@@ -106,20 +103,3 @@ def _flags(options: Any, prefix: str = "") -> list[str]:
         ):
             flags.append(f"--{prefix}{f.name}".replace("_", "-"))
     return flags
-
-
-def parse_recipe_flags(target: Any, arguments: list[str], *, prog: str) -> Any:
-    """Parse a recipe and flags into a dataclass with a field `config`; see `parse_flags`."""
-    config, rest = read_recipe(arguments)
-    options = parse_flags(target, rest, prog=prog, default=target(config=config))
-    for key, value in flatten(to_json(options.config)).items():
-        if isinstance(value, str):  # which config.json holds, and libraries of C++ take
-            check_text(value, key)
-    return options
-
-
-def read_recipe(arguments: list[str]) -> tuple[Config, list[str]]:
-    """Load the recipe that comes first, or the default one; return it and the other arguments."""
-    if arguments and not arguments[0].startswith("-"):
-        return load_recipe(arguments[0]), arguments[1:]
-    return load_recipe(DEFAULT_RECIPE), arguments

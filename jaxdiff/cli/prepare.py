@@ -6,7 +6,8 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from jaxdiff.cli.parsing import NO_PREFIX, parse_flags, parse_recipe_flags
+from jaxdiff.cli.parsing import NO_PREFIX, parse_flags
+from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.data.files import (
     is_image,

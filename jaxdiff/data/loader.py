@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypedDict, cast
 
-import grain
 import jax
 import numpy as np
 import rich.progress
 from absl import flags
+from etils import epy
 from jaxtyping import Int, Int32
 
 from jaxdiff.config.checked import checked
@@ -29,6 +29,9 @@ from jaxdiff.data.transforms import Transforms, stored_size
 from jaxdiff.data.workers import end_with_parent, ignore_signals
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console
+
+with epy.lazy_imports():  # with Orbax; not for a recipe that is only read
+    import grain
 
 # Grain's error for a process that is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
@@ -140,7 +143,7 @@ def make_dataset(
     seed: int,
     rows: Sequence[int] | None = None,
     first: int = 0,
-) -> grain.IterDataset:
+) -> "grain.IterDataset":
     """Make an endless data set of batches, or of this host's rows of them.
 
     A batch holds `image` uint8 [b, h, w, 3], `text` as `tokenize` returns it, `size_crop` int32
@@ -191,7 +194,7 @@ _Order = Callable[[int, int], _Example | RecordError]
 class _OneShape:
     """Images of one shape, in an endless sequence of shuffled epochs."""
 
-    examples: grain.MapDataset
+    examples: "grain.MapDataset"
     batch_size: int
 
     def __call__(self, batch: int, row: int) -> _Example | RecordError:
@@ -280,7 +283,7 @@ class _ReadRows:
         raise too_many(bad, f"All {len(bad)} records of a batch")
 
 
-def _in_workers(batches: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
+def _in_workers(batches: "grain.IterDataset", data: DataConfig) -> "grain.IterDataset":
     """Read batches in `data.workers` processes, which take turns."""
     if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which we do not use
         flags.FLAGS.mark_as_parsed()
@@ -310,12 +313,12 @@ def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
 
 
 def device_batches(
-    dataset: grain.IterDataset,
+    dataset: "grain.IterDataset",
     sharding: jax.sharding.Sharding,
     *,
     batch_size: int,
     prefetch: int = 2,
-) -> grain.IterDataset:
+) -> "grain.IterDataset":
     """Move each host's rows into global arrays of `batch_size` rows, `prefetch` batches ahead."""
     rows = host_rows(sharding, batch_size)
 

@@ -22,6 +22,7 @@ from etils import epath
 from jaxdiff.data.clip_bpe import END, START
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
+from jaxdiff.io.imports import without_torch
 from jaxdiff.io.text import LARGEST_TEXT, parse_json, read_json, read_text
 
 SAVED = "tokenizer.json"
@@ -208,7 +209,7 @@ def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, i
         _checked(root / SAVED)
     elif (root / _VOCAB).exists():
         _check_ids(read_json(root / _VOCAB).values())
-    with _local_copy(root) as folder, _quiet_transformers():
+    with _local_copy(root) as folder, without_torch("transformers"), _quiet_transformers():
         from transformers import AutoTokenizer
 
         fast = AutoTokenizer.from_pretrained(

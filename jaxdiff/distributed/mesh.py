@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -47,14 +47,16 @@ class PlannedTopology:
     """Hardware that a recipe is planned for, and the settings for it.
 
     Attributes:
-      topology: name of the hardware, as in `jaxdiff plan --topology`.
+      topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
       mesh: of its devices.
       accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
+      remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
     """
 
     topology: str
     mesh: MeshConfig
     accumulate: Count = 1
+    remat: Literal["none", "dots", "full"] | None = None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -4,12 +4,15 @@ The defaults overlap collectives with computation: while one layer is computed, 
 next are gathered and the gradients of the previous one are summed.
 """
 
+import functools
+import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxdiff.config.checked import checked
 from jaxdiff.distributed.chips import Device, find_chip
@@ -81,31 +84,53 @@ class CompilerConfig:
             return OVERLAP_GPU if self.gpu is None else self.gpu
         return ()
 
-    def options(self, device: Device) -> dict[str, str | bool]:
-        """Return the flags for a device as `jax.jit` takes its `compiler_options`.
+    def known_flags(self, mesh: Mesh) -> tuple[str, ...]:
+        """Return the flags for the devices of a mesh without those that their compiler lacks.
 
-        Truth values become `bool`: GPUs and CPUs refuse the string "true".
+        One warning reports each of these.
+
+        Raises:
+          UserError: the compiler does not know a flag's value.
         """
-        pairs = (flag.partition("=") for flag in self.flags(device))
-        return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
+        # Of a mesh over several hosts, only the devices of this host can be compiled for alone.
+        mine = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
+        device = next(mine, mesh.devices.flat[0])
+        return _without_unknown(self.flags(device), device)
 
 
-@contextmanager
-def refused_flags_as_user_errors() -> Iterator[None]:
-    """Raise `UserError` where XLA does not know a flag or its value."""
+def as_options(flags: tuple[str, ...]) -> dict[str, str | bool]:
+    """Return flags as `jax.jit` takes its `compiler_options`.
+
+    Truth values become `bool`: GPUs and CPUs refuse the string "true".
+    """
+    pairs = (flag.partition("=") for flag in flags)
+    return {name: _TRUTH.get(value.lower(), value) for name, _, value in pairs}
+
+
+@functools.cache
+def _without_unknown(flags: tuple[str, ...], device: Any) -> tuple[str, ...]:
+    """Compile the identity with the flags, and again without each that is not known."""
+    if not flags:
+        return flags
+    identity = jax.jit(
+        lambda x: x, out_shardings=SingleDeviceSharding(device), compiler_options=as_options(flags)
+    )
     try:
-        yield
+        identity.lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
     except jax.errors.JaxRuntimeError as error:
         refused = _REFUSED.search(str(error))
         if refused is None:
             raise
-        if refused["unknown"]:
+        unknown = refused["unknown"]
+        if unknown is None:
+            reason = refused["reason"] or f"{refused['text']!r} is not a valid value"
             raise UserError(
-                f"compiler: this version of XLA knows no flag {refused['unknown']}: expected one "
-                "that it has; correct --compiler.tpu or --compiler.gpu."
+                f"compiler: {reason} of {refused['flag'] or refused['option']}: expected a value "
+                "of the flag's type; correct --compiler.tpu or --compiler.gpu."
             ) from None
-        reason = refused["reason"] or f"{refused['text']!r} is not a valid value"
-        raise UserError(
-            f"compiler: {reason} of {refused['flag'] or refused['option']}: expected a value of "
-            "the flag's type; correct --compiler.tpu or --compiler.gpu."
-        ) from None
+    else:
+        return flags
+    logging.getLogger(__name__).warning(
+        "compiler: this version of XLA knows no flag %s: compiling without it.", unknown
+    )
+    return _without_unknown(tuple(f for f in flags if not f.startswith(f"{unknown}=")), device)

@@ -4,11 +4,14 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from etils import epy
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from scipy.optimize import linear_sum_assignment
 
 from jaxdiff.explore.axes import Axis, rescale
+
+with epy.lazy_imports():
+    from scipy import optimize
 
 CELLS_PER_IMAGE = 1.7  # empty cells show where there are no images
 MARGIN = 64
@@ -41,7 +44,7 @@ def assign_cells(
     centres = (np.arange(side) + 0.5) / side
     columns, rows = (c.ravel() for c in np.meshgrid(np.arange(side), np.arange(side)))
     cost = (x[:, None] - centres[columns]) ** 2 + (1 - y[:, None] - centres[rows]) ** 2
-    _, assigned = linear_sum_assignment(cost)
+    _, assigned = optimize.linear_sum_assignment(cost)
     return np.stack([columns[assigned], rows[assigned]], axis=1)
 
 

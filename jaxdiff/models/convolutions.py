@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxdiff.distributed.sharding import Axes, gather_kernel
+from jaxdiff.distributed.sharding import Axes, gather_kernel, traced_mesh
+from jaxdiff.models import cpu_convolutions
 from jaxdiff.models.initializers import fan_in_normal
 from jaxdiff.models.layers import EMBED, Dense, Remat, checkpoint
 
@@ -20,8 +21,19 @@ WINDOW_AXES: Axes = ("window", "window", "channels", "channels")
 Sides = tuple[tuple[int, int], tuple[int, int]]  # positions added above and below, left and right
 
 
-def _convolve(inputs: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-    return jax.lax.conv_general_dilated(inputs, gather_kernel(kernel), *args, **options)
+_KEEPS_SIZE: Sides = ((1, 1), (1, 1))  # of a 3 x 3 window at stride 1
+
+
+def _convolve(
+    inputs: Array, kernel: Array, strides: Any, padding: Any, *args: Any, **options: Any
+) -> Array:
+    mesh = traced_mesh()
+    splits_rows = mesh is not None and mesh.shape["context"] > 1
+    keeps_size = tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == _KEEPS_SIZE
+    if keeps_size and not splits_rows and cpu_convolutions.applies(inputs, kernel):
+        return cpu_convolutions.convolve(inputs, kernel)
+    kernel = gather_kernel(kernel)
+    return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, *args, **options)
 
 
 class Conv(nnx.Conv):
@@ -146,6 +158,7 @@ class ResidualBlock(nnx.Module):
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
+    @jax.named_scope("block")
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b d"] | None = None
     ) -> Float[Array, "b h w e"]:

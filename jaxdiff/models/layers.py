@@ -104,6 +104,7 @@ def scan_blocks(
     graphdef, state = nnx.split(blocks)
     axes = _axes_tree(state, first=1)
 
+    @jax.named_scope("block")
     def body(x, params):
         x = call(nnx.merge(graphdef, gather_weights(params, axes)), x)
         return x, x if all_states else None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Key, UInt8
@@ -180,6 +181,7 @@ class TextToImage:
                     flat[key] = quantize_kernel(flat[key], axes, kind)
         return traverse_util.unflatten_dict(flat)
 
+    @jax.named_scope("text_encoder")
     def encode_text(self, params: Params, inputs: TextInputs) -> Conditioning:
         """Encode tokenized prompts."""
         return self.conditioner.encode(params, inputs)
@@ -204,6 +206,7 @@ class TextToImage:
         """Evaluate the denoiser: `prediction` for x_t at times t in [0, 1]."""
         return self.network(params)(x_t, t, cond)
 
+    @jax.named_scope("autoencoder")
     def encode(
         self,
         params: Params,
@@ -220,6 +223,7 @@ class TextToImage:
         z = autoencoder.encode(images, vae_mode)
         return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
 
+    @jax.named_scope("autoencoder")
     def decode(
         self,
         params: Params,

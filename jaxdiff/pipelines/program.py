@@ -36,7 +36,13 @@ from jaxdiff.sampling.guidance.cfg import (
     guided_denoiser,
 )
 from jaxdiff.sampling.guidance.clip_guidance import Match, clip_views, with_clip_guidance
-from jaxdiff.sampling.loop import InitLatents, Segment, noise_from_seeds, sample
+from jaxdiff.sampling.loop import (
+    InitLatents,
+    Segment,
+    init_loop_state,
+    noise_from_seeds,
+    sample,
+)
 from jaxdiff.sampling.multidiffusion import Windows, windowed
 from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 from jaxdiff.sampling.solver import StatefulDenoiser
@@ -202,21 +208,28 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
 
     It is called as (params, inputs, steps, state). params is the model's tree, with those of the
     auxiliary models at `clip` and `guide`; steps has one entry per device; state is the result of
-    the last segment. It returns images [n, 1, ...] or snapshots [n, k, ...], zero before the last
-    step, and the state, whose last element ends with the last estimate of x0.
+    the last segment, and any of its shapes in the first. It returns images [n, 1, ...] or snapshots
+    [n, k, ...], zero before the last step, and the state, whose last element ends with the last
+    estimate of x0. Without a state it takes no step, and returns one: its `eval_shape` gives the
+    shapes without the time to trace the network and the decoder.
     """
 
     def run(params, inputs, steps, state):
+        denoiser = _denoiser(spec, params, inputs, steps.num_steps)
+        start = _start(spec, params, inputs, steps.first)
+        solver, kept = spec.sampler.solver, max(spec.num_snapshots, 1)
+        if state is None:
+            return None, init_loop_state(denoiser, solver, start["noise"], kept)
         sampled = sample(
-            _denoiser(spec, params, inputs, steps.num_steps),
-            spec.sampler.solver,
+            denoiser,
+            solver,
             spec.model.schedule,
             num_steps=steps.num_steps,
             seeds=inputs.seeds,
-            num_snapshots=max(spec.num_snapshots, 1),
+            num_snapshots=kept,
             resample_steps=spec.sampler.resample_steps,
-            segment=None if state is None else Segment(steps.begin, steps.end, state),
-            **_start(spec, params, inputs, steps.first),
+            segment=Segment(steps.begin, steps.end, state),
+            **start,
         )
         x = sampled.snapshots if spec.num_snapshots else sampled.images[None]
 

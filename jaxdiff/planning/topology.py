@@ -15,12 +15,17 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
-from jaxdiff.distributed.chips import Chip, chip_of, find_chip
+from jaxdiff.distributed.chips import Chip, chip_of, cpu_chip, find_chip
 from jaxdiff.errors import UserError
+from jaxdiff.planning.collectives import Links
 
 # Kinds of TPU slices, and the number of sides of their shapes.
-_SLICES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
+_SLICES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# A side of this many chips wraps around; in three dimensions all sides that are multiples of it do
+# if all are (cloud.google.com/tpu/docs on each version).
+_WRAPS = {2: 16, 3: 4}
 _GPUS = {
     "a100": "NVIDIA A100-SXM",
     "h100": "NVIDIA H100",
@@ -39,14 +44,27 @@ class Topology:
     Attributes:
       name: as in `--topology`.
       devices: of the mesh.
-      chip: the data sheet of each device; None for a CPU.
+      chip: the data sheet of each device; of a CPU, measured.
       proxy_topology: name of the topology that is compiled for in place of this one.
     """
 
     name: str
     devices: tuple[Any, ...]
-    chip: Chip | None
+    chip: Chip
     proxy_topology: str | None = None
+
+    def links(self, mesh: Mesh) -> Links:
+        """Return the links between the devices of a mesh: those of a torus for a TPU slice."""
+        sides = _SLICES.get(self.name.partition(":")[0])
+        if sides is None:
+            return Links(self.chip.interconnect)
+        places = tuple(tuple(device.coords[:sides]) for device in mesh.devices.flat)
+        shape = [1 + max(place[d] for place in places) for d in range(sides)]
+        least = _WRAPS[sides]
+        wraps = tuple(
+            n % least == 0 and (sides == 2 or not any(m % least for m in shape)) for n in shape
+        )
+        return Links(self.chip.interconnect, places, wraps)
 
 
 def find_topology(name: str) -> Topology:
@@ -68,12 +86,11 @@ def find_topology(name: str) -> Topology:
         devices = _slice(name)
         return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
     if kind == "cpu" and shape.isdigit() and int(shape):
-        return Topology(name=name, devices=_simulated(int(shape)), chip=None)
+        return Topology(name=name, devices=_simulated(int(shape)), chip=cpu_chip())
     if kind in _GPUS and shape.isdigit() and int(shape) in _PROXY:
-        proxy = f"v5p:{_PROXY[int(shape)]}"
-        return Topology(
-            name=name, devices=_slice(proxy), chip=find_chip(_GPUS[kind]), proxy_topology=proxy
-        )
+        proxy, chip = f"v5p:{_PROXY[int(shape)]}", find_chip(_GPUS[kind])
+        assert chip is not None
+        return Topology(name=name, devices=_slice(proxy), chip=chip, proxy_topology=proxy)
     raise UserError(
         f"There is no topology {name!r}: expected a slice of {', '.join(_SLICES)} such as "
         f"v5e:16x16, GPUs such as h100:8 ({', '.join(_GPUS)}; a power of two up to 64 of them), "
@@ -92,7 +109,9 @@ def _slice(name: str) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        # Both cores of a v4 chip are one device, as on a chip that runs; on later ones by default.
+        cores = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores)
     except jax.errors.JaxRuntimeError as error:
         reason = re.sub(r"\s+", " ", str(error)).rstrip(".")
         raise UserError(
@@ -123,5 +142,5 @@ def _local(name: str) -> Topology:
             "to plan for, such as h100:8 or v5e:16x16, or run pip "
             "install -e '.[gpu]' in a clone of jaxdiff."
         )
-    chip = None if devices[0].platform == "cpu" else chip_of(devices[0])
+    chip = cpu_chip() if devices[0].platform == "cpu" else chip_of(devices[0])
     return Topology(name=name, devices=devices, chip=chip)

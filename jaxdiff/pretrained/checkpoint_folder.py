@@ -28,7 +28,6 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
@@ -102,6 +101,8 @@ def load_params(
             f"There is no checkpoint in {root}: expected the folder of a trained run; check the "
             "path."
         )
+    from orbax.checkpoint import v1 as ocp  # takes longer than everything else
+
     abstract = _saved_params(root / str(step), which)
     loaded = ocp.load_checkpointables(root / str(step), placed({which: abstract}))
     return loaded[which], step

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 )
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.safetensors_io import VARIANTS
 
 CLIP = "openai/clip-vit-large-patch14"
 
@@ -21,8 +22,8 @@ _TOKENIZER = re.compile(
     r"(tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt"
 )
 _WEIGHTS = re.compile(
-    r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
-    r"(\.index(\.fp16)?\.json)?"
+    r"(diffusion_pytorch_)?model(\.fp16|\.bf16)?(-\d+-of-\d+)?(\.fp16|\.bf16)?\.safetensors"
+    r"(\.index(\.fp16|\.bf16)?\.json)?"
 )
 
 
@@ -90,7 +91,7 @@ def _download_error(model: str, error: Exception) -> UserError:
 
 
 def wanted(files: list[str]) -> list[str]:
-    """Return the files to download; half precision only where there is no other.
+    """Return the files to download: of each network's weights the first of `VARIANTS`.
 
     A repository without `model_index.json` is a single network: an autoencoder or a CLIP.
     """
@@ -102,15 +103,22 @@ def wanted(files: list[str]) -> list[str]:
         for file, (folder, name) in split.items()
         if folder in folders and _is_weights(name)
     }
-    whole = {folder for file, folder in weights.items() if ".fp16" not in file}
+    ranks: dict[str, set[int]] = {folder: set() for folder in weights.values()}
+    for file, folder in weights.items():
+        ranks[folder].add(_rank(file))
     configs = {f"{folder}/config.json".lstrip("/") for folder in folders}
 
     def reads(file: str) -> bool:
         if file in weights:
-            return (".fp16" in file) != (weights[file] in whole)
+            return _rank(file) == min(ranks[weights[file]])
         return file in configs or small.fullmatch(file) is not None
 
     return [file for file in files if reads(file)]
+
+
+def _rank(file: str) -> int:
+    """Return the index of the variant of a file of weights."""
+    return next((i for i, variant in enumerate(VARIANTS) if i and variant in file), 0)
 
 
 def _is_weights(file: str) -> bool:

@@ -11,6 +11,7 @@ the same in both. `kernel` is transposed (linear) or permuted from HWIO to OIHW 
 called `weight` there, as is `scale`.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -50,17 +51,24 @@ class Tensor(NamedTuple):
             return value
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
-    def from_torch(self, value: np.ndarray, out: np.ndarray) -> None:
-        """Write the inverse of `to_torch` to an array of our layout."""
+    def from_torch(self, value: np.ndarray, out: np.ndarray) -> bool:
+        """Write the inverse of `to_torch` to an array of our layout; return whether it is finite.
+
+        An array that is not finite is written in part.
+        """
         if not self.is_kernel:
             out[...] = value
-            return
-        # Copy the rows of one cache line at a time, three times as fast as numpy's order.
+            return _is_finite(value)
+        # Copy the rows of one cache line at a time, three times as fast as numpy's order. Their
+        # check reads from the cache what the copy reads next.
         size = _LINE // value.itemsize
         for start in range(0, len(value), size):
             rows = slice(start, start + size)
             part = value[rows]
+            if not _is_finite(part):
+                return False
             out[..., rows] = part.transpose(2, 3, 1, 0) if value.ndim == 4 else part.T
+        return True
 
 
 def flatten_params(params: Mapping[str, Any]) -> dict[Path, Any]:
@@ -144,8 +152,17 @@ def from_torch_names(
         first = next(values)
         ours = _aligned(flat[path].shape, first.dtype)
         for layer, value in enumerate(itertools.chain([first], values)):
-            _check_numbers(value, f"{what}: {tensor.names()[layer]}")
-            tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...])
+            name = f"{what}: {tensor.names()[layer]}"
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise UserError(
+                    f"{name} holds {value.dtype}: expected floating-point numbers; use a variant "
+                    "that is not quantised."
+                )
+            if not tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...]):
+                raise UserError(
+                    f"{name} holds NaN or infinite numbers: expected finite weights; use another "
+                    "copy of the model."
+                )
         return place(ours)
 
     with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
@@ -153,22 +170,20 @@ def from_torch_names(
     return traverse_util.unflatten_dict(ours)
 
 
-def _check_numbers(value: np.ndarray, name: str) -> None:
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UserError(
-            f"{name} holds {value.dtype}: expected floating-point numbers; use a variant that is "
-            "not quantised."
-        )
+def _is_finite(value: np.ndarray) -> bool:
     # Of the numbers of one sign, NaN and infinity have the largest bits. As integers they are
     # compared several times as fast as `isfinite` works.
-    size = value.dtype.itemsize
-    plus, minus = np.array([np.inf, -np.inf], value.dtype).view(f"u{size}")
-    positive = value.view(f"i{size}").max(initial=0) < int(plus)
-    if not (positive and value.view(f"u{size}").max(initial=0) < minus):
-        raise UserError(
-            f"{name} holds NaN or infinite numbers: expected finite weights; use another copy of "
-            "the model."
-        )
+    signed, unsigned, plus, minus = _infinities(value.dtype)
+    positive = value.view(signed).max(initial=0) < plus
+    return bool(positive and value.view(unsigned).max(initial=0) < minus)
+
+
+@functools.cache
+def _infinities(dtype: np.dtype) -> tuple[np.dtype, np.dtype, int, int]:
+    """Return the integer types of a type's size, and the bits of both infinities."""
+    signed, unsigned = (np.dtype(f"{kind}{dtype.itemsize}") for kind in "iu")
+    plus, minus = np.array([np.inf, -np.inf], dtype).view(unsigned).tolist()
+    return signed, unsigned, plus, minus
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

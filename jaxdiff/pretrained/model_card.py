@@ -16,13 +16,15 @@ from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
-from jaxdiff.io.text import parse_json, read_json
+from jaxdiff.io.text import parse_json, read_json, read_text
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import CONFIG, MODEL, RECIPE, Bundle
+from jaxdiff.pretrained.bundle import CHECKPOINTS, CONFIG, MODEL, RECIPE, Bundle
 
 CARD, EVALUATION = "README.md", "evaluation.json"
+_LIBRARY = "library_name: jaxdiff"
 
 
 class DataCard(NamedTuple):
@@ -115,7 +117,7 @@ def model_card(inputs: CardInputs) -> str:
     license_name, license_text = _license(inputs.recipe)
     header = ["---", *([f"license: {license_name.lower()}"] if license_name else [])]
     tag = "text-to-image" if inputs.kind not in ("clip", "autoencoder") else inputs.kind
-    header += ["library_name: jaxdiff", "tags:", f"- {tag}", "---", ""]
+    header += [_LIBRARY, "tags:", f"- {tag}", "---", ""]
     count = "" if inputs.parameters is None else f", {inputs.parameters:,} parameters"
     blocks = [
         f"# {inputs.name}",
@@ -157,6 +159,20 @@ def folder_card(folder: epath.PathLike, *, name: str | None = None, shown_as: st
             recipe=recipe,
             evaluation=evaluation,
         )
+    )
+
+
+def check_destination(folder: epath.PathLike) -> None:
+    """Raise `UserError` for a folder where the files of an export would replace others."""
+    root = epath.Path(folder)
+    if (root / CHECKPOINTS).exists():
+        holds = "a run, whose config.json the export would replace"
+    elif (root / CARD).exists() and _LIBRARY not in read_text(root / CARD):
+        holds = f"a {CARD} that no export wrote"
+    else:
+        return
+    raise UserError(
+        f"{folder} holds {holds}: expected a new folder, or one of an earlier export; name another."
     )
 
 

@@ -17,6 +17,8 @@ from jaxdiff.io.text import parse_json, read_json
 Shape = tuple[int, ...]
 Cut = Callable[[np.ndarray], np.ndarray]  # a tensor to a part of it, determined by the shape
 
+VARIANTS = ("", ".fp16", ".bf16")
+"""Marks in the names of weights that come in several precisions; the first there is read."""
 
 _TYPES = {
     "F64": np.float64,
@@ -147,7 +149,9 @@ def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
 
 
 def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
-    """Open the weights of one part of a diffusers or transformers folder, whole, sharded or `fp16`.
+    """Open the weights of one part of a diffusers or transformers folder, in one file or in shards.
+
+    Of `VARIANTS`, the first that is there.
 
     Args:
       folder: of the part.
@@ -156,7 +160,7 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
     Raises:
       UserError: there are none, a file is damaged, a shard is missing, or they are pickled.
     """
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.exists():
             return TensorFiles([whole])
@@ -169,8 +173,8 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
             f"{stem}.safetensors; use the model's safetensors variant."
         )
     raise UserError(
-        f"{folder} holds no weights: expected {stem}.safetensors, {stem}.fp16.safetensors, or "
-        f"{stem}.safetensors.index.json with its shards; copy the whole folder of the model."
+        f"{folder} holds no weights: expected {stem}.safetensors, its variant fp16 or bf16, "
+        f"or {stem}.safetensors.index.json with its shards; copy the whole folder of the model."
     )
 
 

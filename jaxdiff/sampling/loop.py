@@ -85,6 +85,14 @@ class Sampled(NamedTuple):
     state: LoopState
 
 
+def init_loop_state(
+    denoiser: StatefulDenoiser, solver: Solver, x: Images, num_snapshots: int
+) -> LoopState:
+    """Return the loop's carry before the first step, from x_t there."""
+    snapshots = jnp.zeros((num_snapshots, *x.shape), x.dtype)
+    return x, (solver.init(x), denoiser.init_state(x)), snapshots
+
+
 def sample(
     denoiser: StatefulDenoiser,
     solver: Solver,
@@ -141,8 +149,7 @@ def sample(
     x = noise if init_noise == "unit" else path.levels(0)[2] * noise
     if init is not None:
         x = jnp.where((first_step == 0) & init.from_noise, x, path.noised(first_step))
-    snapshots = jnp.zeros((num_snapshots, *noise.shape), noise.dtype)
-    carry = x, (solver.init(x), denoiser.init_state(x)), snapshots
+    carry = init_loop_state(denoiser, solver, x, num_snapshots)
     begin, end = first_step, path.num_steps
     if segment is not None:
         begin, end = segment.begin, segment.end

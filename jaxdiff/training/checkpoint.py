@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 from etils import epath
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
 from jaxdiff.distributed.distributed_init import is_host_lost
 from jaxdiff.errors import UserError
@@ -66,6 +65,8 @@ class Checkpoints:
         step was the last one saved or restored.
         """
         self.wait()
+        from orbax.checkpoint import v1 as ocp
+
         step = int(state.step)
         if step == self._newest:
             return
@@ -113,6 +114,8 @@ class Checkpoints:
         step = checkpoint_folder.latest_valid_step(self._folder, self._report)
         if step is None:
             return None
+        from orbax.checkpoint import v1 as ocp
+
         path, parts = self._folder / str(step), _parts(abstract)
         _check_fit(path, parts)
         loaded = ocp.load_checkpointables(path, checkpoint_folder.placed(parts))

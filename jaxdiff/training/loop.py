@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -24,7 +23,7 @@ from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
-from jaxdiff.distributed.xla_flags import refused_flags_as_user_errors
+from jaxdiff.distributed.xla_flags import as_options
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.io.terminal import printable, write_text
@@ -33,14 +32,19 @@ from jaxdiff.pretrained.bundle import CHECKPOINTS
 from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
+from jaxdiff.training.goodput import Goodput
 from jaxdiff.training.initial_weights import load_frozen, load_parts
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
 from jaxdiff.training.prepare_shards import with_cache
+from jaxdiff.training.profiler import StepTrace
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, make_train_step
 from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Metrics
 from jaxdiff.training.workdir import CACHE, open_run
+
+with epy.lazy_imports():
+    import grain
 
 _NAMED = 5  # records left out that the log names
 
@@ -116,9 +120,10 @@ def train(
         batches = _batches(config, tokenizers, mesh, rows, first)
         stack.callback(batches.close)
         stop = stack.enter_context(_stop_on_signal(mesh, log))
-        run = _Run(config, out, first, len(rows), account)
+        run = _Run(config, out, first, len(rows), account, log)
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
+        stack.enter_context(run.trace)
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
 
         def after(number: int, state: TrainState) -> None:
@@ -149,7 +154,7 @@ def _take_steps(
     stop: "_Preemption",
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
-    batches: grain.DatasetIterator,
+    batches: "grain.DatasetIterator",
     after: Callable[[int, TrainState], None],
 ) -> TrainState:
     """Take steps up to the last one, or to the one after which to stop; return the state.
@@ -158,10 +163,12 @@ def _take_steps(
     """
     number, compiled, pending = int(state.step), set(), None
     while number < run.train.steps and not stop.should_stop:
+        with run.throughput.timed("pause"):
+            run.trace.before(number + 1, state)
         batch, skipped = run.take(batches)
         shape = tuple(x.shape for x in jax.tree.leaves(batch))
         compiling = nullcontext() if shape in compiled else run.throughput.timed("compile")
-        with refused_flags_as_user_errors(), compiling:
+        with compiling, jax.profiler.StepTraceAnnotation("train", step_num=number + 1):
             state, metrics = step(state, batch)
         compiled.add(shape)
         stop.vote()
@@ -207,7 +214,7 @@ def compile_step(
         in_shardings=(shardings, frozen_shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=config.compiler.options(mesh.devices.flat[0]) or None,
+        compiler_options=as_options(config.compiler.known_flags(mesh)) or None,
     )
 
 
@@ -241,7 +248,7 @@ def _start(
 
 def _batches(
     config: Config, tokenizers: Tokenizers, mesh: Mesh, rows: list[int], first: int
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Iterate over batches on the devices from number `first` on; this host reads `rows`."""
     size = config.train.batch_size
     dataset = make_dataset(
@@ -319,7 +326,15 @@ def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preempt
 class _Run:
     """Counts, metrics and progress of one call of `train`."""
 
-    def __init__(self, config: Config, out: epath.Path, first: int, rows: int, account: Account):
+    def __init__(
+        self,
+        config: Config,
+        out: epath.Path,
+        first: int,
+        rows: int,
+        account: Account,
+        log: Callable[[str], None],
+    ):
         train = config.train
         self.account = account
         self.rows = rows  # rows of a batch that this host reads
@@ -329,7 +344,11 @@ class _Run:
         self.writer = MetricsWriter(
             out, resume_from=first, wandb=train.wandb, config=to_json(config)
         )
+        self.goodput = Goodput(
+            out, first=first, batch_size=train.batch_size, records=self.writer.earlier
+        )
         self.progress = Progress(train.steps, start=first)
+        self.trace = StepTrace(out, first=train.profile_at, steps=train.profile_steps, log=log)
         peak = peak_flops(jax.devices()[0])
         self.throughput = Throughput(
             train.batch_size,
@@ -343,7 +362,7 @@ class _Run:
 
     def take(self, batches: Any) -> tuple[dict[str, Any], int]:
         """Return the next batch and its number of skipped records, which are logged."""
-        with self.throughput.timed("wait"):
+        with self.throughput.timed("data"), jax.profiler.TraceAnnotation("data"):
             try:
                 batch = next(batches)
             except RuntimeError as error:
@@ -365,7 +384,8 @@ class _Run:
         Raises:
           UserError: too many updates in a row were not finite.
         """
-        values = {k: np.asarray(v, np.float64) for k, v in jax.device_get(metrics).items()}
+        with self.throughput.timed("device"), jax.profiler.TraceAnnotation("device wait"):
+            values = {k: np.asarray(v, np.float64) for k, v in jax.device_get(metrics).items()}
         in_a_row = int(values.pop("nonfinite_in_a_row"))
         if in_a_row >= self.train.max_nonfinite:
             raise UserError(
@@ -393,11 +413,11 @@ class _Run:
             self.progress.update(step)
 
     def totals(self) -> dict[str, float]:
-        """Return medians over the lines of this process, and the seconds of compilation."""
+        """Return medians over the lines of this process, seconds of compilation, and goodput."""
         keys = {key for line in self.rates for key in line if key != "compile_s"}
         medians = {k: float(np.median([line[k] for line in self.rates])) for k in sorted(keys)}
         compile_s = sum((line.get("compile_s", 0.0) for line in self.rates), 0.0)
-        return medians | {"compile_s": compile_s}
+        return medians | {"compile_s": compile_s} | self.goodput.totals()
 
     def _add(self, values: dict[str, np.ndarray]) -> None:
         for name, value in values.items():
@@ -423,4 +443,5 @@ class _Run:
         # The optimizer does not count skipped updates.
         line["learning_rate"] = float(self.learning_rate(step - 1 - line["skipped_updates"]))
         self.rates.append(self.throughput.rates())
+        self.goodput.add({"step": step, **self.rates[-1]})
         return line | self.rates[-1]

@@ -1,10 +1,9 @@
 """Metrics of a run: records on disk, a progress line, and throughput."""
 
-import logging
 import math
-import os
 import pathlib
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,14 +14,10 @@ import numpy as np
 from etils import epath
 from rich import progress as rich_progress
 from rich.console import Console
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.record_writer import directory_check
 
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
-from jaxdiff.io.files import is_local, reason, write_whole
+from jaxdiff.io.files import is_local, write_whole
 from jaxdiff.io.terminal import console as terminal_console
 from jaxdiff.io.text import format_json, parse_json, read_text
 
@@ -30,7 +25,6 @@ RECORDS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id.txt"
 
-FLUSH_SECONDS = 120.0  # between flushes of TensorBoard's file
 UPLOAD_SECONDS = 60.0  # between uploads of the records to cloud storage, which cannot append
 
 Metrics = Mapping[str, Any]
@@ -53,6 +47,9 @@ class MetricsWriter:
         environment. A resumed run continues under the id stored in the folder.
       config: of the run, shown by Weights & Biases.
 
+    Attributes:
+      earlier: the records that a resumed run keeps, in order; on process 0 alone.
+
     Raises:
       UserError: the package `wandb`, or one that TensorBoard needs for this storage, is missing.
     """
@@ -66,20 +63,24 @@ class MetricsWriter:
         config: dict[str, Any] | None = None,
     ):
         self._active = jax.process_index() == 0
+        self.earlier: list[dict[str, Any]] = []
         if not self._active:
             return
         self._folder = epath.Path(folder)
         self._remote = not is_local(self._folder)
         self._wandb = self._start_wandb(resume_from, config) if wandb else None
         self._folder.mkdir(parents=True, exist_ok=True)
+        from jaxdiff.training.tensorboard import TensorBoard  # not where metrics are only read
+
         try:
-            self._board = _TensorBoard(str(self._folder / TENSORBOARD), resume_from + 1)
+            self._board = TensorBoard(str(self._folder / TENSORBOARD), resume_from + 1)
         except ImportError as error:
             raise UserError(
                 f"TensorBoard cannot write to {folder}: {error}; install the package, or give a "
                 "local folder."
             ) from error
-        self._lines = _records_until(resume_from, self._folder / RECORDS)
+        kept = _records_until(resume_from, self._folder / RECORDS)
+        self.earlier, self._lines = [record for record, _ in kept], [line for _, line in kept]
         self._upload()
         self._file: IO[str] | None = None
         if not self._remote:
@@ -97,13 +98,20 @@ class MetricsWriter:
             ) from None
         known = self._folder / WANDB_ID
         same = resume_from and known.exists()
-        run = wandb.init(
-            id=read_text(known).strip() if same else None,
-            resume="allow",
-            name=self._folder.name,
-            dir=None if self._remote else str(self._folder),
-            config=config,
-        )
+        try:
+            run = wandb.init(
+                id=read_text(known).strip() if same else None,
+                resume="allow",
+                name=self._folder.name,
+                dir=None if self._remote else str(self._folder),
+                config=config,
+            )
+        except wandb.Error as error:  # such as no key, no network, or an unknown project
+            said = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"Weights & Biases did not start: {said}: expected a key of `wandb "
+                "login`, or WANDB_MODE=offline; correct it, or train without --train.wandb."
+            ) from None
         if not same:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, run.id.encode())
@@ -171,18 +179,18 @@ class MetricsWriter:
         self.close()
 
 
-def _records_until(step: int, path: epath.Path) -> list[str]:
-    """Return the lines of `metrics.jsonl` up to a step, without a truncated one."""
-    lines = []
+def _records_until(step: int, path: epath.Path) -> list[tuple[dict[str, Any], str]]:
+    """Return the records up to a step and their lines, without a truncated one."""
+    kept = []
     data = path.read_bytes() if path.exists() else b""
     for line in data.split(b"\n"):
         try:
             record = parse_json(line, path)
             if record["step"] <= step:
-                lines.append(line.decode())
+                kept.append((record, line.decode()))
         except (UserError, LookupError, TypeError):  # truncated, or of another program
             continue
-    return lines
+    return kept
 
 
 def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
@@ -194,72 +202,17 @@ def _scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
             yield name, float(values)
 
 
-class _TensorBoard:
-    """An event file of TensorBoard. An error is reported once, and ends the file, not the run.
-
-    Args:
-      folder: of the file.
-      first: steps from this one on replace those of an earlier file.
-
-    Raises:
-      ImportError: a package that writes to this storage is missing.
-    """
-
-    def __init__(self, folder: str, first: int):
-        self._folder = folder
-        self._writer: EventsWriter | None = None
-        self._flushed_at = -math.inf
-        with self._guard():
-            directory_check(folder)
-            self._writer = EventsWriter(os.path.join(folder, "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(step=first, file_version="brain.Event:2"))
-        self._write(Event(step=first, session_log=start))
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self._write(Event(step=step, summary=summary.scalar(name, value)))
-
-    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add an image uint8 [h, w, 3]."""
-        self._write(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
-
-    def _write(self, event: Event) -> None:
-        if self._writer is None:
-            return
-        event.wall_time = time.time()
-        with self._guard():
-            self._writer.write_event(event)
-            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-                self._writer.flush()
-                self._flushed_at = time.monotonic()
-
-    def close(self) -> None:
-        with self._guard():
-            if self._writer is not None:
-                self._writer.close()
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except ImportError:
-            raise
-        except Exception as error:  # the storage clients' exceptions share no base class
-            self._writer = None
-            logging.getLogger(__name__).warning(
-                "%s cannot be written (%s): TensorBoard shows nothing from here on.",
-                self._folder,
-                reason(error),
-            )
+_Phase = Literal["compile", "data", "device", "pause"]
 
 
 class Throughput:
-    """Images per second, the fraction of time spent waiting for data, and model FLOP utilisation.
+    """Images per second, what the time of a step is spent on, and model FLOP utilisation.
 
     The loop marks its phases; the time of "compile" and "pause" is excluded from the rates:
 
         with throughput.timed("compile"):  # around the first call of the step, or its compilation
-        with throughput.timed("wait"):     # around the fetch of a batch
+        with throughput.timed("data"):     # around the fetch of a batch
+        with throughput.timed("device"):   # around waiting for the results of a step
         with throughput.timed("pause"):    # around anything but training, such as sampling images
         throughput.step()                  # when the results of a step have arrived
 
@@ -286,10 +239,10 @@ class Throughput:
     def _reset(self) -> None:
         self._start = self._clock()
         self._steps = 0
-        self._spent = {"compile": 0.0, "wait": 0.0, "pause": 0.0}
+        self._spent: dict[_Phase, float] = dict.fromkeys(typing.get_args(_Phase), 0.0)
 
     @contextmanager
-    def timed(self, phase: Literal["compile", "wait", "pause"]) -> Iterator[None]:
+    def timed(self, phase: _Phase) -> Iterator[None]:
         """Measure the time of a context as that of a phase."""
         start = self._clock()
         try:
@@ -304,14 +257,21 @@ class Throughput:
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call, and start a new window.
 
-        They are `images_per_s`; `data_wait` in [0, 1]; `mfu` in [0, 1], if FLOPs and peak are
-        known; and `compile_s` in seconds, if anything was compiled.
+        They are `images_per_s`; `step_s` in seconds and its fractions, in [0, 1]: `data_wait`,
+        `device_wait` and, the rest, `host`; `mfu` in [0, 1], if FLOPs and peak are known; and
+        `compile_s` in seconds, if anything was compiled.
+
+        The host dispatches a step while the device computes the last one, then waits for the
+        results of the last. A run that the device limits has a `device_wait` near 1.
         """
         spent = self._spent
         seconds = self._clock() - self._start - spent["compile"] - spent["pause"]
         seconds = max(seconds, 1e-9)  # an empty window has no steps
         rate = self._steps * self._batch_size / seconds
-        rates = {"images_per_s": rate, "data_wait": min(spent["wait"] / seconds, 1.0)}
+        data = min(spent["data"] / seconds, 1.0)
+        device = min(spent["device"] / seconds, 1.0 - data)
+        rates = {"images_per_s": rate, "step_s": seconds / max(self._steps, 1)}
+        rates |= {"data_wait": data, "device_wait": device, "host": 1.0 - data - device}
         if self._utilisation is not None:
             rates["mfu"] = rate * self._utilisation
         if spent["compile"]:

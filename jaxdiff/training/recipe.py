@@ -5,7 +5,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxdiff.config.checked import checked
@@ -20,7 +20,7 @@ from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
-from jaxdiff.models.layers import ComputeType
+from jaxdiff.models.layers import ComputeType, Remat
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
@@ -66,6 +66,8 @@ class TrainConfig:
       max_nonfinite: consecutive updates with a nonfinite loss or gradient that end the run.
       wandb: whether metrics also go to Weights & Biases.
       evaluate: whether the recipe's evaluators run.
+      profile_at: number of the first step of a trace for xprof; None writes no trace.
+      profile_steps: number of steps that are traced.
 
     Raises:
       UserError: a number that must be positive is not.
@@ -82,6 +84,8 @@ class TrainConfig:
     max_nonfinite: Count = 20
     wandb: bool = False
     evaluate: bool = True
+    profile_at: Count | None = None
+    profile_steps: Count = 3
 
 
 @checked
@@ -100,7 +104,7 @@ class Config:
       mesh: of the devices.
       compiler: XLA's flags.
       evaluators: metrics and images, at intervals and at the end.
-      slices: topologies for `jaxdiff plan`, with their meshes.
+      slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
     """
 
     name: str
@@ -114,6 +118,24 @@ class Config:
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     evaluators: tuple[AnyEvaluator, ...] = ()
     slices: tuple[PlannedTopology, ...] = ()
+
+
+def on_topology(config: Config, name: str) -> Config:
+    """Return a recipe with its own settings for a topology; unchanged if it names none for it."""
+    planned = next((planned for planned in config.slices if planned.topology == name), None)
+    if planned is None:
+        return config
+    train = replace(config.train, accumulate=planned.accumulate)
+    config = replace(config, mesh=planned.mesh, train=train)
+    return with_remat(config, planned.remat) if planned.remat else config
+
+
+def with_remat(config: Config, remat: Remat) -> Config:
+    """Return a recipe with another remat policy of its denoiser."""
+    assert isinstance(config.task, DiffusionTask)
+    model = config.task.model
+    denoiser: Any = replace(model.denoiser, remat=remat)
+    return replace(config, task=replace(config.task, model=replace(model, denoiser=denoiser)))
 
 
 DATASETS = (Produce, OpenMoji)

@@ -28,7 +28,9 @@ from jaxdiff.pretrained.bundle import (
 )
 from jaxdiff.pretrained.load import model_folder, read_tokenizers
 from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
+from jaxdiff.training.goodput import STARTS
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
+from jaxdiff.training.profiler import TRACE
 from jaxdiff.training.recipe import Config, config_from_json, differences
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -50,6 +52,8 @@ _FREE = (
     "train.max_nonfinite",
     "train.wandb",
     "train.evaluate",
+    "train.profile_at",
+    "train.profile_steps",
 )
 # Files of a run. Checkpoints come first: an interrupted removal leaves a run without checkpoints,
 # which starts again with the same recipe.
@@ -59,8 +63,10 @@ _RUN_FILES = (
     CACHE,
     "samples",
     TENSORBOARD,
+    TRACE,
     WANDB_ID,
     RECORDS,
+    STARTS,
     "summary.json",
     "evaluation.json",
     TOKENIZERS,

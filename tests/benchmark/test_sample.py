@@ -1,9 +1,11 @@
 import dataclasses
+from statistics import median
 
 import pytest
 
 from jaxdiff.benchmark.sample import time_sampling
 from jaxdiff.errors import UserError
+from jaxdiff.pipelines.flops import sampling_flops
 
 
 def with_steps(config, num_steps):
@@ -13,8 +15,10 @@ def with_steps(config, num_steps):
     return dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
 
 
-def test_sampling_is_timed_beside_its_network(tiny_recipe):
-    found = time_sampling(with_steps(tiny_recipe(), 3), warmup=0, repeats=3, batch_size=2)
+def test_sampling_is_timed_beside_its_network(tiny_recipe, tmp_path):
+    config = with_steps(tiny_recipe(), 3)
+    options = {"warmup": 0, "repeats": 3, "batch_size": 2, "peak_tflops": 0.5}
+    found = time_sampling(config, trace=str(tmp_path), **options)
     assert len(found.seconds) == 3
     assert found.images == 2
     metrics = found.metrics
@@ -22,6 +26,11 @@ def test_sampling_is_timed_beside_its_network(tiny_recipe):
     assert metrics["compile_s"] > 0
     assert metrics["network_alone_s"] > 0
     assert metrics["step_over_network"] == metrics["step_s"] / metrics["network_alone_s"]
+    sampler = config.task.model.sampler.resolve()
+    tflops = sampling_flops(config.task.model, sampler, (32, 32), num_steps=3) / 1e12
+    assert metrics["model_tflops_per_image"] == tflops
+    assert metrics["mfu"] == pytest.approx(2 * tflops / median(found.seconds) / 0.5)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_a_single_step_is_refused(tiny_recipe):

@@ -1,5 +1,7 @@
 import dataclasses
+import gzip
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,12 +19,18 @@ from jaxdiff.training.abstract import flops_per_image
 @pytest.fixture(scope="module")
 def found(tiny_recipe, tmp_path_factory) -> dict:
     """A report of the tiny recipe's step, fed from its data."""
-    path = tmp_path_factory.mktemp("bench") / "report.json"
+    folder = tmp_path_factory.mktemp("bench")
     options = BenchOptions(
-        config=tiny_recipe(), json=str(path), warmup=1, repeats=4, real_data=True, peak_tflops=0.5
+        config=tiny_recipe(),
+        json=str(folder / "report.json"),
+        trace=str(folder / "trace"),
+        warmup=1,
+        repeats=4,
+        real_data=True,
+        peak_tflops=0.5,
     )
     run_benchmark("train", options)
-    return json.loads(path.read_text())
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_the_metrics_of_a_timed_step_are_consistent(found, tiny_recipe):
@@ -37,6 +45,12 @@ def test_the_metrics_of_a_timed_step_are_consistent(found, tiny_recipe):
     assert ours["model_tflops_per_s_per_device"] == pytest.approx(rate)
     assert ours["mfu"] == pytest.approx(rate / 0.5)
     assert found["options"]["real_data"] is True
+
+
+def test_three_steps_after_those_that_are_timed_are_traced(found):
+    (path,) = Path(found["options"]["trace"]).glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert len([event for event in events if event.get("name") == "train"]) == 3
 
 
 def test_the_table_of_chips_gives_the_peak(monkeypatch):

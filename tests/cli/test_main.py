@@ -247,12 +247,33 @@ def test_export_writes_what_load_takes(tiny_bundle, tmp_path, capsys, dtype):
     jax.tree.map(np.testing.assert_array_equal, exported.params, rounded)
 
 
+def test_export_replaces_only_files_of_an_export(tmp_path, refused):
+    card = tmp_path / "card" / "README.md"
+    card.parent.mkdir()
+    card.write_text("# My notes\n")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for folder, holds in (("card", "README.md that no export wrote"), ("run", "holds a run")):
+        assert holds in refused("export", "shipped:produce", str(tmp_path / folder))
+    assert card.read_text() == "# My notes\n"
+    assert len(list(tmp_path.rglob("*"))) == 4
+
+
 def test_a_user_error_of_a_command_is_one_line(refused, monkeypatch):
     def fail(*_, **__):
         raise UserError("It is full: empty it.")
 
     monkeypatch.setattr(train, "run_recipe", fail)
     assert refused("train") == "jaxdiff: It is full: empty it.\n"
+
+
+@pytest.mark.parametrize("name", ["cuda", "there_is_none"])
+def test_a_platform_that_is_not_here_is_one_line(name):
+    words = [sys.executable, "-m", "jaxdiff", "sample", "a pea", "--num-steps", "1"]
+    environment = {**os.environ, "JAX_PLATFORMS": name}
+    run = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"jaxdiff: JAX_PLATFORMS is {name!r}: ")
+    assert run.stderr.count("\n") == 1
 
 
 def test_an_unreachable_bucket_is_reported(refused, monkeypatch):

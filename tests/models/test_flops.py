@@ -143,6 +143,9 @@ def test_the_tiny_autoencoder_agrees_with_xla():
         shape(128, 192, 3),
     )
     assert config.encode_flops(height=128, width=192) == pytest.approx(xla, rel=0.04)
+    decoder = nnx.eval_shape(lambda: TinyAutoencoder(config, rngs=any_rngs()))
+    xla = counted(decoder, lambda model, z: model.decode(z), shape(32, 48, 4))
+    assert config.decode_flops(height=128, width=192) == pytest.approx(xla, rel=0.04)
 
 
 @pytest.mark.parametrize("changes", [{}, BARE, {"patch_size": 2}], ids=["full", "bare", "patches"])

@@ -62,6 +62,11 @@ def test_only_what_is_read_is_downloaded():
             ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"],
             ["pytorch_model.bin", "model.fp16.safetensors", "onnx/model.onnx"],
         ),
+        (["model.fp16.safetensors"], ["model.bf16.safetensors"]),
+        (
+            ["model.safetensors.index.bf16.json", "model.bf16-00001-of-00001.safetensors"],
+            ["README.md"],
+        ),
     ],
 )
 def test_a_repository_may_be_one_model(there, others):

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -106,6 +107,27 @@ def test_misshapen_tensors_are_named_with_both_shapes():
     tensors = text_tensors() | {name: np.zeros((32, 9))}
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.fc1\.weight is \(32, 9\), .* \(32, 8\)"):
         clip_keys.clip_from_torch(tensors, TEXT)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_named(dtype, value, leaf):
+    tensors = clip_keys.clip_to_torch(random_params(ClipText, TEXT, dtype), TEXT)
+    name = f"text_model.encoder.layers.1.mlp.fc1.{leaf}"
+    tensors[name] = np.array(tensors[name])
+    tensors[name][-1, ...] = value  # the last output: kernels are copied in parts
+    message = rf"{name.replace('.', '[.]')} holds NaN or infinite numbers"
+    with pytest.raises(UserError, match=message):
+        clip_keys.clip_from_torch(tensors, TEXT)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_the_largest_and_smallest_numbers_are_finite(dtype):
+    params = random_params(ClipText, TEXT, dtype)
+    kernel = params["blocks"]["mlp_in"]["kernel"]
+    kernel[0, 0, 0], kernel[0, 1, 0] = jnp.finfo(dtype).max, jnp.finfo(dtype).min
+    assert_same(clip_keys.clip_from_torch(clip_keys.clip_to_torch(params, TEXT), TEXT), params)
 
 
 def test_a_checkpoint_of_another_depth_is_refused():

@@ -34,8 +34,9 @@ def test_shards_and_half_precision_are_found(folder):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert set(open_weights(folder, "model")) == {"a", "b"}
-    save_file({"b": B}, folder / "other.fp16.safetensors")
-    assert set(open_weights(folder, "other")) == {"b"}
+    for variant, value in ((".bf16", {"a": A}), (".fp16", {"b": B}), ("", {"c": A})):
+        save_file(value, folder / f"other{variant}.safetensors")
+        assert set(open_weights(folder, "other")) == set(value)
 
 
 def test_a_missing_shard_is_reported(folder):

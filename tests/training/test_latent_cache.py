@@ -1,6 +1,7 @@
 """Latents and text cached ahead, and the training from them."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,18 @@ def _cache(config, out, **options):
 @pytest.fixture(scope="module")
 def cached(config, folder) -> Config:
     return _cache(config, folder / "cached")
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("apache_beam") is None, reason="needs the extra beam")
+def test_latents_that_beam_writes_have_the_same_bytes(config, cached, folder):
+    options = LatentOptions(views=1, dtype="float32", batch_size=2)
+    sharing = Sharing(shards=2, runner="DirectRunner", latents=options)
+    write_records(config, config.data, str(folder / "beam"), sharing)
+    names = [path.name for path in (folder / "cached").iterdir() if path.is_file()]
+    assert len([name for name in names if name.endswith(".array_record")]) == 2
+    for name in names:
+        assert (folder / "beam" / name).read_bytes() == (folder / "cached" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
-from jaxdiff.training import metrics
+from jaxdiff.training import metrics, tensorboard
 from jaxdiff.training.metrics import RECORDS, MetricsWriter, Progress, Throughput
 
 
@@ -117,7 +117,7 @@ def test_storage_that_cannot_append_receives_whole_files(tmp_path, monkeypatch):
 
     board = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     monkeypatch.setattr(metrics.epath, "Path", Bucket)
-    monkeypatch.setattr(metrics, "_TensorBoard", lambda *_, **__: board)
+    monkeypatch.setattr(tensorboard, "TensorBoard", lambda *_, **__: board)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
         assert records(tmp_path) == []
@@ -177,6 +177,19 @@ def test_reports_of_evaluators_are_scalars_and_images(tmp_path, monkeypatch):
     assert logged[2][1]["a/strip"][1] is image
 
 
+def test_a_refusal_of_wandb_is_a_sentence_before_anything_is_written(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nLog in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(UserError, match=r"No API key configured\. Log in: expected a key"):
+        MetricsWriter(tmp_path / "run", wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
@@ -190,27 +203,39 @@ def test_rates_exclude_compilation_and_pauses():
     with throughput.timed("compile"):
         clock.wait(30)
     for _ in range(4):
-        with throughput.timed("wait"):
+        with throughput.timed("data"):
             clock.wait(0.5)
-        clock.wait(1.5)
+        clock.wait(0.3)
+        with throughput.timed("device"):
+            clock.wait(1.2)
         throughput.step()
     with throughput.timed("pause"):
         clock.wait(100)
     assert throughput.rates() == pytest.approx(
-        {"images_per_s": 4.0, "data_wait": 0.25, "mfu": 0.04, "compile_s": 30}
+        {
+            "images_per_s": 4.0,
+            "step_s": 2.0,
+            "data_wait": 0.25,
+            "device_wait": 0.6,
+            "host": 0.15,
+            "mfu": 0.04,
+            "compile_s": 30,
+        }
     )
 
 
 def test_windows_are_independent():
     clock = Clock()
     throughput = Throughput(8, clock=clock)
-    with throughput.timed("wait"):
+    with throughput.timed("data"):
         clock.wait(1)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 8.0, "data_wait": 1.0}
+    split = {"data_wait": 1.0, "device_wait": 0.0, "host": 0.0}
+    assert throughput.rates() == {"images_per_s": 8.0, "step_s": 1.0} | split
     clock.wait(2)
     throughput.step()
-    assert throughput.rates() == {"images_per_s": 4.0, "data_wait": 0.0}
+    split = {"data_wait": 0.0, "device_wait": 0.0, "host": 1.0}
+    assert throughput.rates() == {"images_per_s": 4.0, "step_s": 2.0} | split
     assert throughput.rates()["images_per_s"] == 0.0
 
 
@@ -276,7 +301,7 @@ def test_a_full_disk_ends_tensorboard_and_is_reported_once(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with MetricsWriter(tmp_path) as writer:
-        monkeypatch.setattr(metrics.EventsWriter, "write_event", fill)
+        monkeypatch.setattr(tensorboard.EventsWriter, "write_event", fill)
         for step in range(1, 100):
             writer.write(step, {"loss": 1.0})
     (said,) = [record.getMessage() for record in caplog.records]

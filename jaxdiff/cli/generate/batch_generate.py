@@ -28,7 +28,8 @@ from jaxdiff.io.files import make_folder
 from jaxdiff.io.image_files import Format, image_bytes
 from jaxdiff.io.lock import lock_folder
 from jaxdiff.io.terminal import printable, write_line
-from jaxdiff.pipelines.batching import Preview, default_batch_size
+from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.flops import SamplingSpeed
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -90,13 +91,14 @@ def generate_file(options: SampleOptions) -> int:
     errors = RowErrors(name)
     for row in bad:
         errors.add_shared(row)
-    generated = 0
+    generated, speed = 0, ""
     if rows:
         folder = make_folder(options.out)
         with held_on_host0(lock_folder(folder)):
-            generated = _generate_rows(rows, folder, options, name, errors)
+            generated, speed = _generate_rows(rows, folder, options, name, errors)
     if not options.quiet:
-        write_line(f"{generated} images in {time.perf_counter() - start:.1f} s, compile included.")
+        seconds = time.perf_counter() - start
+        write_line(f"{generated} images in {seconds:.1f} s, compile included{speed}.")
     count = errors.count()
     if count and is_host0():
         write_line(
@@ -113,8 +115,8 @@ def _generate_rows(
     options: SampleOptions,
     name: str,
     errors: RowErrors,
-) -> int:
-    """Generate this process's part of the missing images; return their number."""
+) -> tuple[int, str]:
+    """Generate this process's part of the missing images; return their number and the speed."""
     process, processes = jax.process_index(), jax.process_count()
     pipe = open_pipeline(options)
     jobs = _plan(rows, pipe, options, name, errors)
@@ -126,11 +128,12 @@ def _generate_rows(
     if manifest is None:
         manifest = Manifest(folder, name, records, process=process, processes=processes)
     # In the order of the calls: every process gets the same number of each kind.
-    ordered = [job for call in calls(jobs, 1) for job in call]
+    ordered = [job for call in calls(jobs, pipe, 1) for job in call]
     mine = ordered[process::processes]
     missing = [job for job in mine if not manifest.has(job.file)]
     there = len(mine) - len(missing)
-    run = _Run(pipe, manifest, errors, options.format, make_preview(options, pipe, folder))
+    preview, speed = make_preview(options, pipe, folder), SamplingSpeed(pipe)
+    run = _Run(pipe, manifest, errors, options.format, preview, speed)
     console = line_console(quiet=options.quiet, verbose=options.verbose)
     with Progress(len(mine), start=there, unit="image", console=console) as progress:
         generated = run.generate(missing, progress, there)
@@ -142,7 +145,7 @@ def _generate_rows(
             _save_grids(folder, jobs)
     if there and not options.quiet:
         write_line(f"{there} images were there already.")
-    return generated
+    return generated, speed.text()
 
 
 def _wait_for_all(where: str) -> None:
@@ -222,7 +225,7 @@ def _job(
     return Job(row.line, file, settings, made)
 
 
-def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
+def calls(jobs: Sequence[Job], pipe: Pipeline, devices: int) -> Iterator[list[Job]]:
     """Yield jobs by call of the pipeline, grouped by compiled program.
 
     Larger images come later: if they exceed the memory, the others exist. Within a program jobs are
@@ -237,7 +240,7 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
         key=lambda some: math.prod(next(iter(some.values()))[0].settings.final_size),
     )
     for group in itertools.chain.from_iterable(some.values() for some in ordered):
-        size = default_batch_size(*group[0].settings.size)
+        size = pipe.batch_size(*group[0].settings.size)
         kinds: dict[Any, list[Job]] = {}
         for job in sorted(group, key=lambda job: job.settings.settings.num_steps or 0):
             kinds.setdefault(job.settings.group(Varies.BATCH), []).append(job)
@@ -255,11 +258,12 @@ class _Run(NamedTuple):
     errors: RowErrors
     format: Format
     preview: Preview | None
+    speed: SamplingSpeed
 
     def generate(self, jobs: Sequence[Job], progress: Progress, there: int) -> int:
         """Generate jobs, write those of each call at once, and return how many succeeded."""
         total, shown, compiled = 0, there, set()
-        for call in calls(jobs, len(self.pipe.devices)):
+        for call in calls(jobs, self.pipe, len(self.pipe.devices)):
             start = time.perf_counter()
             images = self._try(call)
             seconds = (time.perf_counter() - start) / len(call)
@@ -269,6 +273,7 @@ class _Run(NamedTuple):
             total, there = total + written, there + len(call)
             if not written:
                 continue  # failures would distort the rate
+            self.speed.add([job.settings for job in call], seconds * len(call))
             rate = written / (time.perf_counter() - start)
             program = call[0].settings.group(Varies.PROGRAM)  # compiled by its first call
             progress.update(there, images_per_s=rate if program in compiled else None)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxdiff.cli.generate.batch_generate import generate_file
 from jaxdiff.cli.generate.options import (
     SampleOptions,
     make_preview,
@@ -30,7 +29,7 @@ from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line
-from jaxdiff.pipelines.batching import default_batch_size
+from jaxdiff.pipelines.flops import SamplingSpeed
 from jaxdiff.pipelines.generate import Generated, generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
 from jaxdiff.pipelines.inputs import UnknownWordWarning
@@ -74,6 +73,8 @@ def _logging(quiet: bool) -> Iterator[None]:
 
 def _sample(options: SampleOptions) -> bool:
     if options.prompts is not None:
+        from jaxdiff.cli.generate.batch_generate import generate_file
+
         return generate_file(options) == 0
     if not is_host0():
         return True  # the first process generates all
@@ -124,7 +125,8 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
         )
     ]
     files = [f"{i:04d}-{slug(one.prompt)}.{options.format}" for i, one in enumerate(settings)]
-    images, settings = _generate(pipe, settings, options, folder, files)
+    speed = SamplingSpeed(pipe)
+    images, settings = _generate(pipe, settings, options, folder, files, speed)
     if options.interpolate:
         _save_interpolation(folder, images)
     else:
@@ -135,9 +137,8 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
             estimates = snapshots(pipe, settings, options.strip)
         _save_png(folder / "strip.png", pictures.strip(estimates))
     if not options.quiet:
-        write_line(
-            f"{len(images)} images in {time.perf_counter() - start:.1f} s, compile included."
-        )
+        seconds = time.perf_counter() - start
+        write_line(f"{len(images)} images in {seconds:.1f} s, compile included{speed.text()}.")
 
 
 def _generate(
@@ -146,6 +147,7 @@ def _generate(
     options: SampleOptions,
     folder: epath.Path,
     files: list[str],
+    speed: SamplingSpeed,
 ) -> Generated:
     """Generate images of one size, as many at a time as all devices take at once.
 
@@ -154,13 +156,15 @@ def _generate(
     Raises:
       UserError: an image cannot be written; names it and those that were to follow.
     """
-    size = default_batch_size(*settings[0].size) * len(pipe.devices)
+    size = pipe.batch_size(*settings[0].size) * len(pipe.devices)
     preview = make_preview(options, pipe, folder)
     made, written = [], 0
     try:
         with show_progress("Sampling", len(settings), quiet=options.quiet) as advance:
             for i in range(0, len(settings), size):
+                start = time.perf_counter()
                 made.append(generate(pipe, settings[i : i + size], preview=preview))
+                speed.add(made[-1].settings, time.perf_counter() - start)
                 for image, used in zip(*made[-1], strict=True):
                     _save(folder, files[written:], image, file_text(used, pipe))
                     written += 1
@@ -233,7 +237,8 @@ def _generate_again(
     pipe = open_pipeline(options, dtype=details["dtype"], quantize=details.get("quantize"))
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
-    (image,), _ = _generate(pipe, [settings], options, folder, [f"{file.stem}-again.{kind}"])
+    files = [f"{file.stem}-again.{kind}"]
+    (image,), _ = _generate(pipe, [settings], options, folder, files, SamplingSpeed(pipe))
     return image
 
 

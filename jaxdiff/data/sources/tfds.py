@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import tensorflow_datasets as tfds
-from etils import epath
+from etils import epath, epy
 
 from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import NOT_TEXT, RecordError
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.columns import check_column
 from jaxdiff.errors import UserError
+
+with epy.lazy_imports():  # only where its data are read
+    import tensorflow_datasets as tfds
 
 
 @checked

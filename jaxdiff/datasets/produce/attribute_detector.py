@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+from etils import epy
 from jaxtyping import Bool, Float32, UInt8
-from scipy import ndimage
 
 from jaxdiff.datasets.produce.rendering import EXTENT, HUE, MAX_TURN, coverage, template, turning
 from jaxdiff.datasets.produce.scene import (
@@ -28,6 +28,9 @@ from jaxdiff.datasets.produce.scene import (
     Scene,
     Size,
 )
+
+with epy.lazy_imports():
+    from scipy import ndimage
 
 BODY_CHROMA = 60.0  # least max - min over the channels of body pixels; backgrounds stay below 30
 STEM_LIGHT = 100.0  # a stem's pixels have no channel above this, a body's have one

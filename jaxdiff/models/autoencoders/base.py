@@ -36,6 +36,10 @@ class AutoencoderSpec(abc.ABC):
     def encode_flops(self, *, height: int, width: int) -> float:
         """FLOPs of encoding one image of height x width pixels."""
 
+    @abc.abstractmethod
+    def decode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of decoding one image of height x width pixels."""
+
     def fingerprinted(self, params: Any) -> Any:
         """Return the parameters that determine latents; by default all."""
         return params

@@ -74,6 +74,15 @@ class TinyAutoencoderConfig(AutoencoderSpec):
             total += 3 * count * conv_flops(3, channels, channels, area)
         return total + conv_flops(3, channels, self.latent_channels, area)
 
+    def decode_flops(self, *, height: int, width: int) -> float:
+        """FLOPs of decoding one image of this size, in pixels."""
+        channels, area = self.width, height * width // self.downsampling**2
+        total = conv_flops(3, self.latent_channels, channels, area)
+        for i, count in enumerate(self.decoder_blocks):
+            area = area * 4 if i else area
+            total += (3 * count + (i > 0)) * conv_flops(3, channels, channels, area)
+        return total + conv_flops(3, channels, self.image_channels, area)
+
 
 class Block(nnx.Module):
     """Three convolutions with a residual around them."""

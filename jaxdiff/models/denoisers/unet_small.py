@@ -148,6 +148,7 @@ class ResBlock(nnx.Module):
         self.conv2 = _conv(width, width, rngs)
         self.shortcut = None if inputs == width else _conv(inputs, width, rngs, size=1)
 
+    @jax.named_scope("block")
     def __call__(
         self, x: Float[Array, "b h w c"], cond: Float[Array, "b d"]
     ) -> Float[Array, "b h w e"]:

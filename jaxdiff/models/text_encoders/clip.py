@@ -312,7 +312,7 @@ class ClipText(nnx.Module):
         Raises:
           UserError: there is no such layer.
         """
-        config, end = self.config, self._end(ids)
+        config, is_end = self.config, self._is_end(ids)
         table = self.token_embedding[...]
         dtype = table.dtype
         if added_tokens is not None:
@@ -323,19 +323,22 @@ class ClipText(nnx.Module):
         last, tokens = _run_blocks(
             self.blocks, x, causal=True, remat=config.remat, depth=config.depth, layer=hidden_layer
         )
+        end = jnp.argmax(is_end, axis=1)  # 0 for prompts without it, as in transformers
         pooled = self.final_norm(last[jnp.arange(ids.shape[0]), end]).astype(dtype)
         if config.projection_dim:
             pooled = self.projection(pooled)
         if final_norm:
             tokens = self.final_norm(tokens).astype(dtype)
-        return TextFeatures(tokens, pooled, jnp.arange(ids.shape[1]) <= end[:, None])
+        ended_before = jnp.cumsum(is_end, axis=1) - is_end > 0
+        return TextFeatures(tokens, pooled, ~ended_before)
 
-    def _end(self, ids: Int[Array, "b n"]) -> Int[Array, " b"]:
-        """Return the position of the end token, or the last one for prompts without it."""
-        if self.config.end_id is None:  # added tokens follow the vocabulary and are no end tokens
-            return jnp.argmax(jnp.where(ids < self.config.vocab_size, ids, -1), axis=1)
-        is_end = ids == self.config.end_id
-        return jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
+    def _is_end(self, ids: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+        """Return where end tokens are."""
+        if self.config.end_id is not None:
+            return ids == self.config.end_id
+        # Added tokens follow the vocabulary and are no end tokens.
+        known = jnp.where(ids < self.config.vocab_size, ids, -1)
+        return known == known.max(axis=1, keepdims=True)
 
 
 def normalize_for_clip(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:

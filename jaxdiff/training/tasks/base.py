@@ -123,7 +123,3 @@ class Task(abc.ABC):
 
         Cached `latents` save the autoencoder, and cached `text` features the text encoders.
         """
-
-    def recomputed_flops(self, size: int) -> float:
-        """Return the FLOPs that rematerialisation adds per image; not in `flops_per_image`."""
-        return 0.0

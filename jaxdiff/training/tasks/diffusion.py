@@ -364,7 +364,3 @@ class DiffusionTask(Task):
         if self.model.autoencoder is not None and not latents:
             total += self.model.autoencoder.encode_flops(height=size, width=size)
         return total
-
-    def recomputed_flops(self, size: int) -> float:
-        """Return the FLOPs of the denoiser if remat is "full", which recomputes its blocks."""
-        return self.denoiser_flops(size) if self.model.denoiser.remat == "full" else 0.0

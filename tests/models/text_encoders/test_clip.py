@@ -91,11 +91,12 @@ def test_the_end_is_the_first_end_id_though_padding_repeats_it_and_larger_ids_ex
     assert jax.jit(lambda ids: text()(ids).mask)(ids).sum() == 3
 
 
-def test_a_prompt_without_an_end_token_is_taken_whole():
+def test_a_prompt_without_an_end_token_is_read_whole_and_pooled_at_its_start():
+    # as transformers' CLIPTextModel pools it
     ids = jnp.array([[1, 4, 2, 3, 5, 6]])
     features = jax.jit(text())(ids)
     assert features.mask.all()
-    np.testing.assert_array_equal(features.pooled[0], features.tokens[0, -1])
+    np.testing.assert_array_equal(features.pooled[0], features.tokens[0, 0])
 
 
 def test_a_token_sees_itself_and_what_precedes_it_alone():

@@ -1,15 +1,13 @@
-"""Traffic and collectives of a compiled program, with loop bodies multiplied by their trips."""
+"""Collectives of a compiled program, with loop bodies multiplied by their trips."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
-from jaxdiff.planning.hlo import Exchange, read_program
-
-KIB = 1024
+from jaxdiff.planning.collectives import Collective, Exchange, Links, collectives_of, exchanges
+from jaxdiff.planning.hlo import read_program
 
 # As libtpu prints them: a gather that goes on beside two products, a sum that is dealt out, groups
 # by the axes of a mesh, and arrays in the chip's fast memory, S(1).
@@ -80,38 +78,58 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
         jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), (64, 256)
     )
     payload = 5 * 32 * 64 * 4.0
-    assert program.exchanges() == [Exchange("all-reduce", 4, 5, payload, payload * 2 * 3 / 4)]
+    assert exchanges(program) == [Exchange("all-reduce", 4, 5, payload, payload * 2 * 3 / 4)]
 
 
 def test_overlapped_collectives_of_a_tpu_count_once():
     gathered, summed = 3 * 128 * 2.0, 3 * 64 * 8 * 2.0
-    assert read_program(TPU).exchanges() == [
+    assert exchanges(read_program(TPU)) == [
         Exchange("reduce-scatter", 4, 3, summed, summed * 3 / 4),
         Exchange("all-gather", 4, 3, gathered, gathered * 3 / 4),
     ]
 
 
-def test_arrays_in_fast_memory_are_not_traffic():
-    outside = 64 + 256, 64, 64 * 8 * 2 + 16 * 8 * 2  # of the three fusions
-    assert read_program(TPU).traffic() == 3 * sum(outside)
-
-
-def test_traffic_is_what_is_read_and_written():
-    program = compiled(lambda x, y: jnp.sin(x) + y, (256, KIB), (256, KIB))
-    assert program.traffic() == pytest.approx(3 * 256 * KIB * 4, rel=0.01)
-
-
-def test_of_stacked_weights_each_step_reads_its_own():
-    """A loop over 16 matrices reads each of them once, not all of them 16 times."""
-
-    def step(x, weights):
-        return jax.lax.scan(lambda x, w: (jnp.sin(x * w), None), x, weights)[0]
-
-    program = compiled(step, (64, KIB), (16, 64, KIB))
-    one = 64 * KIB * 4
-    assert program.traffic() == pytest.approx(16 * 3 * one, rel=0.15)
-
-
 def test_a_program_without_collectives_has_none():
-    assert compiled(jnp.sin, (8,)).exchanges() == []
-    assert np.isfinite(compiled(jnp.sin, (8,)).traffic())
+    assert exchanges(compiled(jnp.sin, (8,))) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+        ("mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+        ("mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+    ],
+)
+def test_the_devices_of_the_first_group_are_parsed(groups, first):
+    program = read_program(
+        "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n"
+        f"  ROOT %r = f32[8]{{0}} all-reduce(%a), channel_id=1, replica_groups={groups}, "
+        "to_apply=%add\n}\n"
+    )
+    (one,) = collectives_of(program, program.computations["main"][1])
+    assert one.group == first
+
+
+def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
+    """4 x 4 chips on a torus that wraps around in one dimension: four links of 1 byte/s each."""
+    places = tuple((x, y) for x in range(4) for y in range(4))
+    links = Links(4.0, places, (True, False))
+
+    def seconds(*group):
+        return links.seconds(Collective("all-gather", group, 64.0, ""))
+
+    assert seconds(0, 4, 8, 12) == 48 / 2  # a ring: 3/4 of 64 bytes, in both directions
+    assert seconds(0, 1, 2, 3) == 48 / 1  # a line
+    assert seconds(0, 1) == 32 / 1
+    assert seconds(0, 8) == 32 / 1  # two groups share the ring's two links
+    assert seconds(0, 12) == 32 / 1  # neighbours around the ring
+    assert seconds(0, 3) == 32 * 3  # the ends of a line
+    assert seconds(*range(16)) == 60 / 3
+    assert Links(4.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
