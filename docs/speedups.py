@@ -1,7 +1,7 @@
 """Options that trade images for speed or memory: time, and distance to the exact images.
 
-    python docs/speedups.py --images 32
-    python docs/speedups.py --model sd15 --images 1 --steps 12 --size 128 --width 0.5
+    python docs/speedups.py --images 16
+    python docs/speedups.py --model sd15 --images 1 --steps 8 --size 64 --width 0.2
 
 `sd15` has the shapes of Stable Diffusion 1.5 and random weights: its images show nothing, and their
 distances are those of numbers. All options run in turns, and their time is that of all cores, which
@@ -52,7 +52,7 @@ class SpeedupOptions:
 
     model: str = DEFAULT_MODEL
     """A model, or sd15 for the shapes of Stable Diffusion 1.5 with random weights."""
-    images: Count = 32
+    images: Count = 16
     """Number of images."""
     steps: Annotated[int, Range(4)] = 24
     """Number of steps."""
