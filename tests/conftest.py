@@ -207,6 +207,8 @@ def some_plan():
         compute_s=1.0,
         memory_s=None,
         interconnect_s=0.0,
+        network=0.0,
+        network_s=0.0,
         exposed_s=0.0,
         step_s=1.0,
         utilisation=0.4,

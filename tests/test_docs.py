@@ -99,12 +99,11 @@ def test_commands_are_understood(command, monkeypatch, tmp_path, capsys):
         "compile.compile_model",
         "bench.run_benchmark",
         "bench.bench_compare",
-        "plan.make_plan",
     ):
         monkeypatch.setattr(f"jaxdiff.cli.{name}", lambda *_, n=name, **__: ran.append(n) or RUN)
     for module in ("train", "sample", "evaluate"):
         monkeypatch.setattr(f"jaxdiff.cli.{module}.join_hosts", lambda *_: contextlib.nullcontext())
-    for name in ("_topology", "_print", "search"):
+    for name in ("_plans", "_print"):
         monkeypatch.setattr(
             f"jaxdiff.cli.plan.{name}", lambda *_, n=name, **__: ran.append(n) or []
         )

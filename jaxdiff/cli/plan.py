@@ -33,8 +33,8 @@ class PlanOptions:
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     topology: str | None = None
-    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; h100:8; cpu:8, simulated; or local, the
-    devices of this machine."""
+    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; 2xv5e:16x16, two slices; h100:8; cpu:8,
+    simulated; or local, the devices of this machine."""
     shape: Annotated[str | None, tyro.conf.arg(name="mesh")] = None
     """The mesh, such as data=16,fsdp=16; by default the recipe's mesh for the topology."""
     json: bool = False
@@ -69,7 +69,10 @@ def _plans(options: PlanOptions) -> list[Plan]:
     """Make the plans of one topology."""
     config, name, notes = options.config, options.topology or "", console(stderr=True)
     if options.shape:
-        config = dataclasses.replace(config, mesh=parse_mesh(options.shape))
+        mesh = parse_mesh(options.shape)
+        if mesh.slices == 1:  # those of the topology, as 2xv5e:16x16
+            mesh = dataclasses.replace(mesh, slices=config.mesh.slices)
+        config = dataclasses.replace(config, mesh=mesh)
     with notes.status(printable(f"Compiling {config.name} for {name}")):
         topology = _topology(name)
         if not options.search:

@@ -51,6 +51,7 @@ class Chip:
       bandwidth: bytes/s from and to that memory.
       interconnect: bytes/s, in one direction, to the other chips of its slice or machine over all
         links together.
+      network: bytes/s, in one direction, to other slices; 25 Gbit/s where no page states it.
       matrix_side: of the square matrix units; products of smaller matrices fill a whole tile.
       source: of the figures.
     """
@@ -62,6 +63,7 @@ class Chip:
     interconnect: float
     matrix_side: int
     source: str
+    network: float = 25e9 / 8
 
 
 def _tpu(
@@ -72,8 +74,9 @@ def _tpu(
     interconnect: float,
     page: str,
     matrix_side: int = 128,
+    network: float = 25.0,
 ) -> Chip:
-    """Return a chip from TFLOP/s, GiB and GB/s; links together, in one direction."""
+    """Return a chip from TFLOP/s, GiB, GB/s and Gbit/s; links together, in one direction."""
     return Chip(
         kind=f"TPU{kind}",
         flops=flops * 1e12,
@@ -81,6 +84,7 @@ def _tpu(
         bandwidth=bandwidth * 1e9,
         interconnect=interconnect * 1e9,
         matrix_side=matrix_side,
+        network=network * 1e9 / 8,
         source=page,
     )
 
@@ -108,8 +112,8 @@ CHIPS = (
     _tpu(" v4", 275.0, 32.0, 1200.0, 300.0, "Jouppi et al. 2023"),
     _tpu(" v5 lite", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
     _tpu(" v5e", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
-    _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p"),
-    _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e", 256),
+    _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p", 128, 50.0),
+    _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e", 256, 100.0),
     _tpu("7", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x", 256),
     _gpu("A100-SXM4-40GB", 312.0, 40.0, 1555.0, 600.0, "A100 data sheet"),
     _gpu("A100-PCIE-40GB", 312.0, 40.0, 1555.0, 64.0, "A100 data sheet"),

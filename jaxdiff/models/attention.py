@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.distributed.sharding import Axes, traced_mesh
+from jaxdiff.distributed.sharding import Axes, batch_axes, traced_mesh
 from jaxdiff.models.layers import EMBED, FROM_HEADS, TO_HEADS, Dense, apply_rope
 
 with epy.lazy_imports():  # with Pallas; only where a program may run on a TPU
@@ -71,8 +71,8 @@ def attend(
     mesh = traced_mesh()
     if mesh is None or (mesh.shape["context"] == 1 and not _for_splash(q, k)):
         return _attend(q, k, v, mask)
-    axes = [axis for axis in ("data", "fsdp") if axis in mesh.shape]
-    images = tuple(axes) if q.shape[0] % math.prod(mesh.shape[a] for a in axes) == 0 else None
+    axes = batch_axes(mesh)
+    images = axes if q.shape[0] % math.prod(mesh.shape[a] for a in axes) == 0 else None
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     tokens = "context" if q.shape[1] % mesh.shape["context"] == 0 else None
     queries, keys = PartitionSpec(images, tokens, heads), PartitionSpec(images, None, heads)
@@ -81,7 +81,12 @@ def attend(
     if mask is not None:
         shared, inputs = [*shared, PartitionSpec(images)], [*inputs, mask]
     local = jax.shard_map(
-        _attend, mesh=mesh, in_specs=tuple(shared), out_specs=queries, check_vma=False
+        _attend,
+        mesh=mesh,
+        in_specs=tuple(shared),
+        out_specs=queries,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )
     return local(*inputs)
 

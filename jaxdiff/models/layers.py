@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
@@ -9,9 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.distributed.sharding import Axes, gather_weights, tensor_spec, traced_mesh
+from jaxdiff.distributed.sharding import (
+    Axes,
+    batch_axes,
+    gather_weights,
+    partition_spec,
+    tensor_spec,
+    traced_mesh,
+)
 from jaxdiff.errors import UserError
 from jaxdiff.models.quantized import QuantizedKernel, is_quantized
 
@@ -29,6 +38,7 @@ TO_HEADS: Axes = ("embed", "heads")
 FROM_HEADS: Axes = ("heads", "embed")
 TO_MLP: Axes = ("embed", "mlp")
 FROM_MLP: Axes = ("mlp", "embed")
+TO_MODULATION: Axes = ("embed", "modulation")
 FROM_CHANNELS: Axes = ("channels", "embed")
 TO_CHANNELS: Axes = ("embed", "channels")
 
@@ -178,6 +188,33 @@ class PairedDense(Dense):
         if hasattr(self, "lora"):
             out = out + jnp.tensordot(inputs @ self.lora.down, pair(self.lora.up[...]), 1)
         return out[..., 0, :], out[..., 1, :]
+
+
+class Modulation(Dense):
+    """A linear layer of one vector per image, such as that of adaLN (Peebles & Xie 2023).
+
+    A device has few images and would gather the whole kernel for them. The devices along `fsdp`
+    exchange their vectors instead: each multiplies all of them with its part of the kernel.
+    """
+
+    def __init__(self, in_features: int, out_features: int, **options: Any):
+        super().__init__(in_features, out_features, axes=TO_MODULATION, **options)
+
+    def __call__(self, inputs: Float[Array, "b d"], out_sharding: None = None) -> Array:
+        """`inputs @ kernel + bias`, in the type of the inputs and the weights."""
+        mesh = traced_mesh()
+        if mesh is None or mesh.shape["fsdp"] == 1:
+            return super().__call__(inputs, out_sharding)
+        images = batch_axes(mesh)
+        replicas = tuple(axis for axis in images if axis != "fsdp")
+        kernel = self.kernel[...]
+        _, columns = partition_spec(TO_MODULATION, kernel.shape, mesh)
+        if columns is None or len(inputs) % math.prod(mesh.shape[axis] for axis in images):
+            return super().__call__(inputs, out_sharding)
+        constrain = jax.lax.with_sharding_constraint
+        out = super().__call__(constrain(inputs, PartitionSpec(replicas)), out_sharding)
+        out = constrain(out, PartitionSpec(replicas, columns))
+        return constrain(out, PartitionSpec(images))
 
 
 def fourier_features(

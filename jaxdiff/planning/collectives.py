@@ -157,19 +157,34 @@ class Links:
 
     On a torus, devices of a group use the links of the dimensions that the group spans: both of a
     dimension that wraps around, one of a line. Otherwise each device reaches all others at once.
+    Groups across slices exchange over the data center's network what their parts within a slice
+    have reduced, or have yet to gather.
 
     Attributes:
       bandwidth: bytes/s that a device sends over all its links together.
+      network: bytes/s that a device sends to other slices.
       coordinates: of each device on the torus, in the order of the mesh; none without a torus.
       wraps: whether each dimension of the torus wraps around.
+      slices: the index of each device's slice.
     """
 
     bandwidth: float
+    network: float
     coordinates: tuple[tuple[int, ...], ...] = ()
     wraps: tuple[bool, ...] = ()
+    slices: tuple[int, ...] = ()
+
+    def crosses(self, group: Sequence[int]) -> bool:
+        """Return whether a group spans several slices."""
+        return len(self._slices(group)) > 1
+
+    def _slices(self, group: Sequence[int]) -> set[int]:
+        return {self.slices[device] for device in group if device < len(self.slices)}
 
     def dimensions(self, group: Sequence[int]) -> tuple[int, ...]:
-        """Return the dimensions of the torus that a group spans."""
+        """Return the dimensions of the torus that a group spans; -1 for the network."""
+        if self.crosses(group):
+            return (-1,)
         if not self.coordinates or max(group) >= len(self.coordinates):
             return ()
         places = np.array([self.coordinates[device] for device in group])
@@ -177,6 +192,11 @@ class Links:
 
     def seconds(self, collective: Collective) -> float:
         """Return the time that a collective keeps its links busy."""
+        count = len(self._slices(collective.group))
+        if count > 1:
+            each = len(collective.group) // count
+            payload = collective.payload / each
+            return collective._replace(group=(0,) * count, payload=payload).sent / self.network
         spanned = self.dimensions(collective.group)
         if not spanned:
             return collective.sent / self.bandwidth

@@ -66,6 +66,8 @@ ORIGINS = {
     "compute_s": "modelled",
     "memory_s": "modelled",
     "interconnect_s": "modelled",
+    "network": "XLA's",
+    "network_s": "modelled",
     "exposed_s": "modelled",
     "step_s": "modelled",
     "utilisation": "assumed",
@@ -106,6 +108,8 @@ class Plan:
       compute_s: all products at the chip's peak, with those that remat repeats, on whole tiles.
       memory_s: all traffic at the memory's bandwidth; None for a quick plan.
       interconnect_s: all collectives on their links.
+      network: bytes that each device sends to other slices, over the data center's network.
+      network_s: the part of `interconnect_s` that these take.
       exposed_s: the part of the step that waits for collectives; None for a quick plan.
       step_s: the step, its collectives included.
     """
@@ -134,6 +138,8 @@ class Plan:
     compute_s: float | None
     memory_s: float | None
     interconnect_s: float | None
+    network: float
+    network_s: float
     exposed_s: float | None
     step_s: float | None
     utilisation: float
@@ -228,6 +234,8 @@ def _compiled_plan(config: Config, topology: Topology, mesh: Mesh, quick: bool) 
         compute_s=times and times.products,
         memory_s=times.memory if times and not quick else None,
         interconnect_s=times and times.links,
+        network=times.network * topology.chip.network if times else 0.0,
+        network_s=times.network if times else 0.0,
         exposed_s=times.exposed if times and not quick else None,
         step_s=times and times.step,
         utilisation=utilisation,

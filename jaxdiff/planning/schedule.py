@@ -27,6 +27,7 @@ class Times:
       products: of matrix products and convolutions alone, on whole tiles of the chip's units.
       memory: of all traffic alone.
       links: of all collectives alone.
+      network: of those between slices.
       exposed: of `step`, waited for collectives.
     """
 
@@ -34,6 +35,7 @@ class Times:
     products: float = 0.0
     memory: float = 0.0
     links: float = 0.0
+    network: float = 0.0
     exposed: float = 0.0
 
 
@@ -120,12 +122,12 @@ class _Clock:
 
     def _start(self, name: str, one: Collective) -> None:
         seconds = self.links.seconds(one)
-        dimensions = self.links.dimensions(one.group) or (-1,)
+        dimensions = self.links.dimensions(one.group) or (0,)
         begin = max(self.times.step, *(self.free.get(d, 0.0) for d in dimensions))
         for dimension in dimensions:
             self.free[dimension] = begin + seconds
         self.ends[name] = max(self.ends.get(name, 0.0), begin + seconds)
-        self.add(Times(links=seconds))
+        self.add(Times(links=seconds, network=seconds if self.links.crosses(one.group) else 0.0))
 
     def _wait(self, name: str) -> None:
         waited = max(self.ends.pop(name, 0.0) - self.times.step, 0.0)

@@ -40,6 +40,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
     Meshes are powers of two along all four axes, and the recipe's own; micro-batches powers of two.
     """
+    devices //= config.mesh.slices
     powers = [2**i for i in range(devices.bit_length())]
     meshes = [config.mesh] if min(dataclasses.astuple(config.mesh)) > 0 else []
     for tensor, context in itertools.product(powers, powers):
@@ -51,7 +52,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
             meshes.append(dataclasses.replace(config.mesh, **sizes))
     parts = sorted({config.train.accumulate, *(n for n in powers if n <= _MOST_PARTS)})
     for mesh, count in itertools.product(dict.fromkeys(meshes), parts):
-        if not config.train.batch_size % (mesh.data * mesh.fsdp * count):
+        if not config.train.batch_size % (mesh.slices * mesh.data * mesh.fsdp * count):
             train = dataclasses.replace(config.train, accumulate=count)
             changed = dataclasses.replace(config, mesh=mesh, train=train)
             if _has_remat(config):
@@ -92,6 +93,7 @@ class _Estimate:
             gathers * self._seconds(mesh, "all-gather", "fsdp", 2 * held)
             + self._seconds(mesh, "reduce-scatter", "fsdp", 2 * held)
             + self._seconds(mesh, "all-reduce", "data", 2 * held / mesh.fsdp)
+            + self._seconds(mesh, "all-reduce", "slices", 2 * held / mesh.fsdp / mesh.data)
             + self._seconds(mesh, "all-reduce", "tensor", summed)
             + self._seconds(mesh, "all-gather", "context", exchanged)
         )
@@ -108,7 +110,7 @@ class _Estimate:
         mesh = config.mesh
         tokens = self.per_image / 6 / self.parameters * config.train.batch_size
         width = math.sqrt(self.parameters / 24 / 12)
-        layers = 24 * 2 * width * tokens / mesh.data / mesh.fsdp
+        layers = 24 * 2 * width * tokens / mesh.slices / mesh.data / mesh.fsdp
         return 4 * layers / mesh.context, 6 * layers / mesh.tensor
 
     def _seconds(self, mesh: MeshConfig, kind: str, axis: str, payload: float) -> float:
@@ -171,7 +173,8 @@ def search(
         for scale in (2.0, 0.5):
             size = int(best.train.batch_size * scale)
             train = dataclasses.replace(best.train, batch_size=size)
-            if size and not size % (best.mesh.data * best.mesh.fsdp * train.accumulate):
+            mesh = best.mesh
+            if size and not size % (mesh.slices * mesh.data * mesh.fsdp * train.accumulate):
                 made.make(dataclasses.replace(best, train=train))
     fill(most)
     if not made.plans:
@@ -235,7 +238,7 @@ class _Made:
 def _kept(config: Config) -> tuple[float, ...]:
     """Return all that decides on the memory of a recipe; more of each needs more."""
     mesh = config.mesh
-    images = config.train.batch_size / config.train.accumulate / mesh.data / mesh.fsdp
+    images = config.train.batch_size / config.train.accumulate / mesh.slices / mesh.data / mesh.fsdp
     policy = -list(_REPEATED).index(remat_of(config))
     return images, policy, 1 / mesh.fsdp, 1 / mesh.tensor, 1 / mesh.context
 

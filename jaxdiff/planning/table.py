@@ -120,8 +120,10 @@ def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.memory_s is not None:
         parts += f", memory {_seconds(plan.memory_s)} ({_size(plan.traffic or 0)})"
     parts += f", interconnect {_seconds(plan.interconnect_s)}"
+    if plan.network:
+        parts += f", between slices {_seconds(plan.network_s)} ({_size(plan.network)})"
     if plan.exposed_s is not None:
-        parts += f", {_seconds(plan.exposed_s)} of it exposed"
+        parts += f", {_seconds(plan.exposed_s)} exposed"
     text = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
     return [
         ("time of a step", f"{_seconds(plan.step_s)}: {parts}", "step_s"),

@@ -16,7 +16,7 @@ from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, parse_slices
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
@@ -121,13 +121,17 @@ class Config:
 
 
 def on_topology(config: Config, name: str) -> Config:
-    """Return a recipe with its own settings for a topology; unchanged if it names none for it."""
-    planned = next((planned for planned in config.slices if planned.topology == name), None)
-    if planned is None:
-        return config
-    train = replace(config.train, accumulate=planned.accumulate)
-    config = replace(config, mesh=planned.mesh, train=train)
-    return with_remat(config, planned.remat) if planned.remat else config
+    """Return a recipe with its own settings for a topology, if it names any.
+
+    Each of several slices, such as those of 2xv5e:16x16, has the settings for one.
+    """
+    count, single = parse_slices(name)
+    planned = next((planned for planned in config.slices if planned.topology == single), None)
+    if planned is not None:
+        train = replace(config.train, accumulate=planned.accumulate)
+        config = replace(config, mesh=planned.mesh, train=train)
+        config = with_remat(config, planned.remat) if planned.remat else config
+    return replace(config, mesh=replace(config.mesh, slices=count)) if count > 1 else config
 
 
 def with_remat(config: Config, remat: Remat) -> Config:

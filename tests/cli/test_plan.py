@@ -22,7 +22,7 @@ def test_a_mesh_is_parsed_from_its_axes():
 @pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two"])
 def test_an_invalid_mesh_is_refused(text):
     with pytest.raises(
-        UserError, match=r"is not an axis and its size: expected some of data, fsdp"
+        UserError, match=r"is not an axis and its size: expected some of slices, data"
     ):
         parse_mesh(text)
 
@@ -72,3 +72,8 @@ def test_settings_for_a_topology_come_before_flags(some_plan, monkeypatch):
     assert cli.main([*arguments, "--topology=v5e:16x16", "--mesh", "data=256"]) == 0
     ((config, name),) = planned
     assert (name, config.mesh.data, config.mesh.fsdp) == ("v5e:16x16", 256, 1)
+    planned.clear()
+    assert cli.main([*arguments, "--topology", "2xv5e:16x16"]) == 0
+    ((config, name),) = planned
+    own = next(s for s in recipe.slices if s.topology == "v5e:16x16")
+    assert (name, config.mesh) == ("2xv5e:16x16", dataclasses.replace(own.mesh, slices=2))

@@ -120,7 +120,7 @@ def test_the_devices_of_the_first_group_are_parsed(groups, first):
 def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     """4 x 4 chips on a torus that wraps around in one dimension: four links of 1 byte/s each."""
     places = tuple((x, y) for x in range(4) for y in range(4))
-    links = Links(4.0, places, (True, False))
+    links = Links(4.0, 1.0, places, (True, False))
 
     def seconds(*group):
         return links.seconds(Collective("all-gather", group, 64.0, ""))
@@ -132,4 +132,13 @@ def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     assert seconds(0, 12) == 32 / 1  # neighbours around the ring
     assert seconds(0, 3) == 32 * 3  # the ends of a line
     assert seconds(*range(16)) == 60 / 3
-    assert Links(4.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
+    assert Links(4.0, 1.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
+
+
+def test_groups_across_slices_use_the_network():
+    """Two slices of a line of two chips: what each chip holds after a sum within its slice."""
+    links = Links(4.0, 0.5, ((0,), (1,)) * 2, (False,), (0, 0, 1, 1))
+    assert links.seconds(Collective("all-reduce", (0, 2), 64.0, "")) == 64 / 0.5
+    assert links.seconds(Collective("all-reduce", (0, 1, 2, 3), 64.0, "")) == 32 / 0.5
+    assert links.seconds(Collective("all-gather", (2, 3), 64.0, "")) == 32 / 2
+    assert (links.crosses((0, 2)), links.crosses((2, 3))) == (True, False)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxdiff.distributed.chips import find_chip
-from jaxdiff.distributed.mesh import MeshConfig, make_mesh
+from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models import attention
 from jaxdiff.planning import plan as plan_module
@@ -45,7 +45,7 @@ def plan(config) -> Plan:
 
 def test_it_is_of_the_recipe_and_the_mesh(plan, config):
     assert (plan.recipe, plan.chips, plan.steps) == ("tiny", 8, 100)
-    assert plan.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    assert plan.mesh == {"slices": 1, "data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     state = abstract_state(config)
     assert plan.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert plan.flops_per_step == 8 * config.task.flops_per_image(32)
@@ -154,7 +154,7 @@ def test_flops_agree_with_those_that_xla_counts_of_the_whole_step(tiny_recipe, m
     frozen_text = dataclasses.replace(base.task, trainable=Trainable())
     task = with_denoiser(frozen_text, width=256, depth=1, patch_size=2)
     config = dataclasses.replace(base, task=task)
-    mesh = jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "tensor", "context"))
+    mesh = jax.make_mesh((1,) * 5, AXES)
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state, frozen = abstract_state(config), abstract_frozen(config)
     step = compile_step(

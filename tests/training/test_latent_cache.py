@@ -18,6 +18,7 @@ from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import ClipTextEncoder, StableDiffusionXLConditioner
@@ -134,7 +135,8 @@ def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
 
     @jax.jit
     def loss(batch, key):
-        return task.loss(params, frozen, batch, key, task.init_state(), params)[0]
+        keys = RowKeys.whole(key, len(batch["size_crop"]))
+        return task.loss(params, frozen, batch, keys, task.init_state(), params)[0]
 
     losses = {}
     for name, recipe in (("online", config), ("cached", cached), ("half", half)):
@@ -204,7 +206,8 @@ def test_training_from_cached_text_gives_the_loss_of_encoding_it_online(
 
     @jax.jit
     def loss(params, frozen, batch, key):
-        return task.loss(params, frozen, batch, key, task.init_state(), params)[0]
+        keys = RowKeys.whole(key, len(batch["size_crop"]))
+        return task.loss(params, frozen, batch, keys, task.init_state(), params)[0]
 
     def losses(recipe, frozen):
         _, batches = _batches(recipe, tokenizer, 3)

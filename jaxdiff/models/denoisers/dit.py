@@ -26,6 +26,7 @@ from jaxdiff.models.layers import (
     FROM_MLP,
     TO_CHANNELS,
     TO_MLP,
+    Modulation,
     Remat,
     absolute_positions,
     fourier_features,
@@ -146,7 +147,8 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.width
-        self.modulation = linear(width, 6 * width, rngs, zero=True)
+        zeros = nnx.initializers.zeros
+        self.modulation = Modulation(width, 6 * width, kernel_init=zeros, rngs=rngs)
         self.norm1 = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
         if config.text == "cross":
@@ -212,7 +214,8 @@ class DiT(nnx.Module):
             self.text = linear(config.text_width, width, rngs)
         self.blocks = stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
         self.final_norm = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
-        self.final_modulation = linear(width, 2 * width, rngs, zero=True)
+        zeros = nnx.initializers.zeros
+        self.final_modulation = Modulation(width, 2 * width, kernel_init=zeros, rngs=rngs)
         self.final = linear(width, patch, rngs, axes=TO_CHANNELS, zero=True)
 
     def __call__(
