@@ -16,8 +16,7 @@ Batch 1024, 547 million parameters. `--topology` chooses the settings of one of 
     h100:8     data=1 fsdp=8    dots               1    1.05 GiB          1.68
 
 State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
-FLOP/s, but the modelled step of four images a chip on v5e allows 35 %. The recipe has not been
-trained yet.
+FLOP/s. The recipe has not been trained yet.
 """
 
 import dataclasses
