@@ -15,10 +15,10 @@ from jaxdiff.io.text import format_json
 from jaxdiff.pipelines.compiled import (
     MANIFEST,
     CompiledProgram,
-    describe,
+    describe_program,
     exporter,
     load_program,
-    read_manifest,
+    read_programs,
 )
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.program import SamplerSpec, compiled_sampler
@@ -108,7 +108,7 @@ def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) 
         images, state = program(*jax.tree.unflatten(tree, leaves))
         return images, *jax.tree.leaves(state)
 
-    described = dataclasses.replace(describe(spec, arguments), model=name)
+    described = dataclasses.replace(describe_program(spec, arguments), model=name)
     platform = "cuda" if described.platform == "gpu" else described.platform
     export = exporter()
     # The key names the versions, and so calls need no stability over these.
@@ -122,7 +122,7 @@ def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) 
             "options that need it."
         ) from error
     write_whole(folder / f"{described.key}.stablehlo", data)
-    there = read_manifest(folder) if (folder / MANIFEST).exists() else []
+    there = read_programs(folder) if (folder / MANIFEST).exists() else []
     programs = [*(p for p in there if p.key != described.key), described]
     text = format_json({"programs": [dataclasses.asdict(p) for p in programs]}, indent=2)
     write_whole(folder / MANIFEST, f"{text}\n".encode())

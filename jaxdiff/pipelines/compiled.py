@@ -78,7 +78,7 @@ class CompiledFolder:
     def __init__(self, folder: epath.PathLike):
         self._folder = epath.Path(folder)
         self._loaded: dict[str, LoadedProgram | None] = {}
-        self.programs = read_manifest(self._folder)
+        self.programs = read_programs(self._folder)
         read_executables(self._folder / EXECUTABLES)
 
     def batch_size(self, width: int, height: int, mesh: Mesh) -> int | None:
@@ -93,7 +93,7 @@ class CompiledFolder:
 
     def load(self, spec: SamplerSpec, arguments: PyTree) -> "LoadedProgram | None":
         """Return the program for arguments of these shapes; None if the folder has none."""
-        wanted = describe(spec, arguments)
+        wanted = describe_program(spec, arguments)
         if wanted.key not in self._loaded:
             there = any(program.key == wanted.key for program in self.programs)
             self._loaded[wanted.key] = load_program(self._folder, wanted.key) if there else None
@@ -141,7 +141,7 @@ class CompiledSampler:
         return images, state
 
 
-def describe(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
+def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     """Describe the program of a specification for (params, inputs, steps) of these shapes."""
     leaves, tree = jax.tree.flatten(arguments)
     static = [
@@ -175,7 +175,7 @@ def _own_code() -> str:
     return digest.hexdigest()
 
 
-def read_manifest(folder: epath.Path) -> list[CompiledProgram]:
+def read_programs(folder: epath.Path) -> list[CompiledProgram]:
     """Read the programs that a folder holds.
 
     Raises:
