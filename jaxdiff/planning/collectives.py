@@ -20,6 +20,11 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# The host's runtime reduces over TPU slices what each has reduced within: a `send` to the host, and
+# a `recv` that lasts until it is done. The target is slices x devices of each, `{1,2}x{0:255}`.
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{([^}]*)\}x\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"'
+)
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
@@ -59,6 +64,11 @@ def collectives_of(program: Program, outer: Instruction) -> Iterator[Collective]
     On TPUs a collective that overlaps several products is printed in the fusion of each, with one
     chain id, and a reduce-scatter as a fusion of an `all-reduce` and a slice.
     """
+    found = _BETWEEN_SLICES.search(outer.attributes) if outer.opcode == "recv" else None
+    if found:
+        group = tuple(slice_ * _count(found[2]) for slice_ in range(_count(found[1])))
+        kind = found[3].lower().replace("_", "-")
+        yield Collective(kind, group, float(arrays(outer.result)[0].bytes), "")
     is_scatter = any(
         name.startswith("all-reduce-scatter") for name in outer.called.get("calls", ())
     )
@@ -122,6 +132,12 @@ def _group(attributes: str) -> tuple[int, ...]:
     sizes = {axis: int(size) for axis, size in re.findall(r"'([\w.]+)'=(\d+)", named[1])}
     ids = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
     return _along(ids.reshape(*sizes.values()), list(sizes), named[3])
+
+
+def _count(text: str) -> int:
+    """Count `1,2` or `0:255`, the last included."""
+    spans = [[int(n) for n in span.split(":")] for span in text.split(",")]
+    return sum(span[-1] - span[0] + 1 for span in spans)
 
 
 def _iota(text: str) -> np.ndarray:

@@ -116,7 +116,7 @@ class _Clock:
             if name in self.ends:
                 continue
             self._start(name, one)
-            if not one.chain and not instruction.opcode.endswith("-start"):
+            if not one.chain and not instruction.opcode.endswith(("-start", "recv")):
                 self._wait(name)
         return bool(found)
 

@@ -135,6 +135,25 @@ def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     assert Links(4.0, 1.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
 
 
+@pytest.mark.parametrize(("target", "slices"), [("1,2", 2), ("1:4", 4)])
+def test_what_the_hosts_reduce_over_slices_is_counted_once(target, slices):
+    """1 KiB that a chip sends and receives, printed twice."""
+    attributes = (
+        "channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="
+        f'"{{{target}}}x{{0:7}}",_xla_megascale_transfer_type="ALL_REDUCE"}}'
+    )
+    program = read_program(
+        "ENTRY %main (a: bf16[512]) -> bf16[512] {\n  %a = bf16[512]{0} parameter(0)\n"
+        f"  %s = (bf16[512]{{0}}, u32[], token[]) send(%a, %t), {attributes}\n"
+        f"  %r = (bf16[512]{{0}}, u32[], token[]) recv(%t), {attributes}\n"
+        "  ROOT %rd = (bf16[512]{0}, token[]) recv-done(%r)\n}\n"
+    )
+    (one,) = collectives_of(program, program.computations["main"][2])
+    assert one.group == tuple(range(0, 8 * slices, 8))
+    sent = 2 * 1024 * (slices - 1) / slices
+    assert exchanges(program) == [Exchange("all-reduce", slices, 1, 1024, sent)]
+
+
 def test_groups_across_slices_use_the_network():
     """Two slices of a line of two chips: what each chip holds after a sum within its slice."""
     links = Links(4.0, 0.5, ((0,), (1,)) * 2, (False,), (0, 0, 1, 1))

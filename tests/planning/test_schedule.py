@@ -56,6 +56,28 @@ def test_a_collective_with_a_start_is_hidden_by_what_lies_between():
     assert (got.step, got.exposed, got.links) == pytest.approx((1.0, 0.0, 1.0))
 
 
+def test_what_the_hosts_reduce_over_slices_is_hidden_by_what_lies_between():
+    """An array that each of two slices sends, in 2 s; without it a product, in 1 s."""
+    between = (
+        "channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="
+        '"{1,2}x{0:0}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    result = "(f32[64,64]{1,0}, u32[], token[])"
+    lines = (
+        "%a = f32[64,64]{1,0} parameter(0)",
+        f"%s = {result} send(%a, %t), {between}",
+        f"%r = {result} recv(%t), {between}",
+        f"%y = {PRODUCT}",
+        "%rd = (f32[64,64]{1,0}, token[]) recv-done(%r)",
+    )
+    text = "ENTRY %main (a: f32[64,64]) -> f32[64,64] {\n" + "\n".join(f"  {x}" for x in lines)
+    links = Links(CHIP.interconnect, ARRAY / 2, slices=(0, 1))
+    got = program_times(read_program(text + "\n}\n"), CHIP, links)
+    assert got.network == got.links == pytest.approx(2.0)
+    assert got.exposed == pytest.approx(1.0)
+    assert got.step >= 2.0
+
+
 def test_what_is_too_short_leaves_the_remainder_exposed():
     got = times(START, "%y = f32[64,64]{1,0} add(%a, %a)", DONE, f"ROOT %z = {PRODUCT}")
     assert (got.step, got.exposed) == pytest.approx((2.0, 0.9))
