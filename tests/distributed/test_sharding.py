@@ -312,8 +312,9 @@ def test_devices_and_micro_batches_do_not_change_the_real_task(tiny_recipe, name
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
     assert losses[1] != losses[0]
     for field in ("params", "ema", "opt_state", "task_state"):
+        # Adam makes rounding errors of gradients near zero a few percent of an update, 1e-2.
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-4),
             getattr(eight, field),
             getattr(one, field),
         )
