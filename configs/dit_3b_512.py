@@ -5,16 +5,16 @@ Cost: planned: 4.7, 1.0, 8.1 or 30 days at 40 % utilisation; not trained yet.
 
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/dit_3b_512.py latents_512 --latents.views 1
-    python train.py configs/dit_3b_512.py --mesh.data 16 --mesh.fsdp 16
+    python train.py configs/dit_3b_512.py --topology v5e:16x16
 
-Batch 2048, remat "full", 3.06 billion parameters. `jaxdiff plan configs/dit_3b_512.py`
-compiles the step for each of these topologies:
+Batch 2048, 3.06 billion parameters. `--topology` chooses the settings of one of these, for which
+`jaxdiff plan configs/dit_3b_512.py` compiles the step; without it, remat is "full":
 
-    slice      mesh               micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16                1    2.95 GiB          4.73
-    v6e:16x16  data=16 fsdp=16                1    2.95 GiB          1.01
-    v5p:4x4x4  data=4 fsdp=16                 1    2.95 GiB          8.11
-    h100:8     data=1 fsdp=8                  8    5.89 GiB         30.13
+    topology   mesh             remat  micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16  full               1    2.95 GiB          4.73
+    v6e:16x16  data=16 fsdp=16  full               1    2.95 GiB          1.01
+    v5p:4x4x4  data=4 fsdp=16   dots               2    2.95 GiB          8.11
+    h100:8     data=1 fsdp=8    full               8    5.89 GiB         30.13
 
 State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
 FLOP/s. The recipe has not been trained yet.
@@ -79,7 +79,9 @@ def get_config() -> Config:
         slices=(
             PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16)),
+            PlannedTopology(
+                topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), remat="dots", accumulate=2
+            ),
             PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
         ),
     )

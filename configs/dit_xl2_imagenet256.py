@@ -5,16 +5,16 @@ Cost: planned: 0.20, 0.04, 0.35 or 1.3 days at 40 % utilisation; not trained yet
 
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/dit_xl2_imagenet256.py imagenet256_latents --latents.views 2
-    python train.py configs/dit_xl2_imagenet256.py --mesh.data 16 --mesh.fsdp 16
+    python train.py configs/dit_xl2_imagenet256.py --topology v5e:16x16
 
-Batch 2048, remat "full", 800 million parameters. `jaxdiff plan configs/dit_xl2_imagenet256.py`
-compiles the step for each of these topologies:
+Batch 2048, 800 million parameters. `--topology` chooses the settings of one of these, for which
+`jaxdiff plan configs/dit_xl2_imagenet256.py` compiles the step; without it, remat is "full":
 
-    slice      mesh               micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16                1    0.78 GiB          0.20
-    v6e:16x16  data=32 fsdp=8                 1    1.55 GiB          0.04
-    v5p:4x4x4  data=8 fsdp=8                  1    1.55 GiB          0.35
-    h100:8     data=1 fsdp=8                  1    1.55 GiB          1.30
+    topology   mesh             remat  micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16  dots               1    0.78 GiB          0.20
+    v6e:16x16  data=32 fsdp=8   full               1    1.55 GiB          0.04
+    v5p:4x4x4  data=8 fsdp=8    dots               1    1.55 GiB          0.35
+    h100:8     data=1 fsdp=8    full               1    1.55 GiB          1.30
 
 State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
 FLOP/s. The recipe has not been trained yet.
@@ -85,9 +85,9 @@ def get_config() -> Config:
         ),
         mesh=MeshConfig(data=-1),
         slices=(
-            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), remat="dots"),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
-            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8), remat="dots"),
             PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
         ),
     )

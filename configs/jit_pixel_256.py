@@ -4,16 +4,16 @@ Hardware: TPU v5e:16x16, v6e:16x16 or v5p:4x4x4, or 8 H100.
 Cost: planned: 0.26, 0.06, 0.45 or 1.7 days at 40 % utilisation; not trained yet.
 
     jaxdiff prepare IMAGENET images
-    python train.py configs/jit_pixel_256.py --mesh.data 16 --mesh.fsdp 16
+    python train.py configs/jit_pixel_256.py --topology v5e:16x16
 
-Batch 1024, remat "full", 547 million parameters. `jaxdiff plan configs/jit_pixel_256.py`
-compiles the step for each of these topologies:
+Batch 1024, 547 million parameters. `--topology` chooses the settings of one of these, for which
+`jaxdiff plan configs/jit_pixel_256.py` compiles the step; without it, remat is "full":
 
-    slice      mesh               micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16                1    0.53 GiB          0.26
-    v6e:16x16  data=32 fsdp=8                 1    1.05 GiB          0.06
-    v5p:4x4x4  data=8 fsdp=8                  1    1.05 GiB          0.45
-    h100:8     data=1 fsdp=8                  1    1.05 GiB          1.68
+    topology   mesh             remat  micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=2 fsdp=128  dots               1    0.07 GiB          0.26
+    v6e:16x16  data=32 fsdp=8   dots               1    1.05 GiB          0.06
+    v5p:4x4x4  data=8 fsdp=8    dots               1    1.05 GiB          0.45
+    h100:8     data=1 fsdp=8    dots               1    1.05 GiB          1.68
 
 State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
 FLOP/s. The recipe has not been trained yet.
@@ -66,9 +66,9 @@ def get_config() -> Config:
         ),
         train=replace(base.train, steps=750_000, batch_size=1024),
         slices=(
-            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
-            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
-            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=2, fsdp=128), remat="dots"),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8), remat="dots"),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8), remat="dots"),
+            PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), remat="dots"),
         ),
     )

@@ -5,7 +5,7 @@ Cost: planned: 1.4, 0.31, 2.4 or 9.1 days at 40 % utilisation; not trained yet.
 
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/sd15_scratch_512.py latents_512 --latents.views 1
-    python train.py configs/sd15_scratch_512.py --mesh.data 16 --mesh.fsdp 16
+    python train.py configs/sd15_scratch_512.py --topology v5e:16x16
 
 Batch 2048, remat "full", 860 million parameters. `jaxdiff plan configs/sd15_scratch_512.py`
 compiles the step for each of these topologies:

@@ -5,7 +5,7 @@ Cost: planned: 14, 3.1, 25 or 92 days at 40 % utilisation; not trained yet.
 
     jaxdiff prepare IMAGES images
     jaxdiff prepare configs/sdxl_1024.py latents_1024 --latents.views 1
-    python train.py configs/sdxl_1024.py --mesh.data 16 --mesh.fsdp 16 --train.accumulate 8
+    python train.py configs/sdxl_1024.py --topology v5e:16x16
 
 Batch 2048, remat "full", 2.57 billion parameters. `jaxdiff plan configs/sdxl_1024.py`
 compiles the step for each of these topologies:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxdiff.errors import UserError
     from jaxdiff.pipelines.inputs import InitImage, Mix
     from jaxdiff.pipelines.pipeline import Pipeline, load
+    from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
     from jaxdiff.sampling.guidance.apg import APG
     from jaxdiff.sampling.guidance.autoguidance import Autoguidance
     from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
@@ -42,12 +43,14 @@ __all__ = [
     "DPMSolverPPSDE",
     "Euler",
     "EulerAncestral",
+    "FirstBlockCache",
     "Guidance",
     "Heun",
     "InitImage",
     "Mix",
     "Pipeline",
     "Sampler",
+    "TaylorSeer",
     "UniPC",
     "UserError",
     "__version__",
@@ -58,6 +61,7 @@ _NAMES = {
     "jaxdiff.errors": ("UserError",),
     "jaxdiff.pipelines.inputs": ("InitImage", "Mix"),
     "jaxdiff.pipelines.pipeline": ("Pipeline", "load"),
+    "jaxdiff.sampling.feature_cache": ("FirstBlockCache", "TaylorSeer"),
     "jaxdiff.sampling.guidance.apg": ("APG",),
     "jaxdiff.sampling.guidance.autoguidance": ("Autoguidance",),
     "jaxdiff.sampling.guidance.cfg_zero": ("CFGZeroStar",),

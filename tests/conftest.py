@@ -206,12 +206,38 @@ def some_plan():
         traffic=None,
         compute_s=1.0,
         memory_s=None,
-        interconnect_s=None,
+        interconnect_s=0.0,
+        network=0.0,
+        network_s=0.0,
+        exposed_s=0.0,
+        step_s=1.0,
         utilisation=0.4,
-        images_per_s=None,
-        days=None,
+        images_per_s=6.4,
+        days=0.003,
         compile_s=1.0,
     )
+
+
+@pytest.fixture
+def jax_cache():
+    """`jax_cache(path)`: the path; what the test sets of JAX's cache of programs ends with it."""
+    from etils import epath
+    from jax._src import compilation_cache
+
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    ]
+    before, opened = (
+        {name: getattr(jax.config, name) for name in names},
+        compilation_cache.get_file_cache,
+    )
+    yield epath.Path
+    compilation_cache.get_file_cache = opened
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -73,7 +73,17 @@ def recipe_of_page(page: Path) -> str:
 
 def test_pages_show_each_command():
     shown = {arguments(c.values[0])[0] for c in ALL}
-    assert shown >= {"train", "sample", "evaluate", "export", "prepare", "explore", "plan", "bench"}
+    assert shown >= {
+        "train",
+        "sample",
+        "evaluate",
+        "export",
+        "prepare",
+        "explore",
+        "plan",
+        "bench",
+        "compile",
+    }
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -86,14 +96,14 @@ def test_commands_are_understood(command, monkeypatch, tmp_path, capsys):
         "evaluate.evaluate_model",
         "explore.explore_data",
         "export.export_model",
+        "compile.compile_model",
         "bench.run_benchmark",
         "bench.bench_compare",
-        "plan.make_plan",
     ):
         monkeypatch.setattr(f"jaxdiff.cli.{name}", lambda *_, n=name, **__: ran.append(n) or RUN)
     for module in ("train", "sample", "evaluate"):
         monkeypatch.setattr(f"jaxdiff.cli.{module}.join_hosts", lambda *_: contextlib.nullcontext())
-    for name in ("_topology", "_print", "search"):
+    for name in ("_plans", "_print"):
         monkeypatch.setattr(
             f"jaxdiff.cli.plan.{name}", lambda *_, n=name, **__: ran.append(n) or []
         )

@@ -237,6 +237,9 @@ class PatchAutoencoder(AutoencoderSpec):
     def encode_flops(self, *, height: int, width: int) -> float:
         return linear_flops(height * width // self.patch**2, 3 * self.patch**2, 5)
 
+    def decode_flops(self, *, height: int, width: int) -> float:
+        return linear_flops(height * width // self.patch**2, 5, 3 * self.patch**2)
+
 
 class PatchNetwork(nnx.Module):
     def __init__(self, config: PatchAutoencoder, *, rngs: nnx.Rngs):

@@ -43,12 +43,11 @@ class ConsistencyDistillation(Objective):
     def loss(self, inputs: LossInputs) -> LossOutputs:
         assert inputs.teacher is not None
         assert inputs.ema is not None
-        time_key, noise_key = jax.random.split(inputs.key)
-        t = jax.random.uniform(time_key, len(inputs.x0), minval=self.step)
+        time_keys, noise_keys = inputs.keys.split()
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, minval=self.step))
+        t = uniform(time_keys.by_row())
         next_t = t - self.step
-        x_t = add_noise(
-            inputs.schedule, inputs.x0, jax.random.normal(noise_key, inputs.x0.shape), t
-        )
+        x_t = add_noise(inputs.schedule, inputs.x0, noise_keys.normal(*inputs.x0.shape[1:]), t)
         x0, eps = self._estimate(inputs, inputs.teacher, x_t, t)
         target, _ = self._estimate(
             inputs, inputs.ema, add_noise(inputs.schedule, x0, eps, next_t), next_t

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from jaxdiff.cli.bench import BenchOptions
+from jaxdiff.cli.compile import CompileOptions
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.explore import ExploreOptions
 from jaxdiff.cli.export import ExportOptions
@@ -56,6 +57,7 @@ def completion_script(shell: str) -> str:
         "export": (ExportOptions, None),
         "prepare": (PrepareOptions, PrepareOptions(config=config)),
         "explore": (ExploreOptions, None),
+        "compile": (CompileOptions, None),
         "plan": (PlanOptions, PlanOptions(config=config)),
         "bench": (BenchOptions, BenchOptions(config=config)),
         **{name: (_no_options, None) for name in ("recipes", "env", "completion")},

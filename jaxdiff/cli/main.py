@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "Write a trained model as one folder, for jaxdiff or diffusers.",
     "prepare": "Convert images with captions, or their latents, to shards.",
     "explore": "Map a data set in the spaces of CLIP and an autoencoder.",
+    "compile": "Compile a model's sampler ahead of time, also for a TPU slice.",
     "plan": "Compile a recipe for a TPU slice or GPUs; print memory and time.",
     "bench": "Measure training, sampling, data loading or checkpoints.",
     "recipes": "List the recipes with their purpose, hardware and cost.",

@@ -31,6 +31,7 @@ _SAMPLE = {
     "--lora": ("lora-path", "lora-weights"),
     "--embedding": ("textual-inversion", "embeddings"),
     "--dtype": ("precision", "torch-dtype", "mixed-precision", "half"),
+    "--quantize int8": ("load-in-8bit", "int8", "quantization"),
     "--seamless": ("tiling", "tile"),
 }
 _TRAIN = {

@@ -15,8 +15,8 @@ from jaxdiff.distributed.mesh import AXES, MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import console, printable, write_text
 from jaxdiff.io.text import format_json
-from jaxdiff.planning.plan import Plan, make_plan, on_slice
-from jaxdiff.planning.search import search
+from jaxdiff.planning.plan import Plan, make_plan
+from jaxdiff.planning.search import SearchProgress, search
 from jaxdiff.planning.table import plan_table, summary_table
 from jaxdiff.planning.topology import Topology, find_topology
 from jaxdiff.training.recipe import Config
@@ -33,8 +33,8 @@ class PlanOptions:
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
     topology: str | None = None
-    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; h100:8; cpu:8, simulated; or local, the
-    devices of this machine."""
+    """v5e:16x16, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 ...; 2xv5e:16x16, two slices; h100:8; cpu:8,
+    simulated; or local, the devices of this machine."""
     shape: Annotated[str | None, tyro.conf.arg(name="mesh")] = None
     """The mesh, such as data=16,fsdp=16; by default the recipe's mesh for the topology."""
     json: bool = False
@@ -43,38 +43,47 @@ class PlanOptions:
     """Compile with XLA's least effort: minutes for a U-Net, with memory slightly overestimated and
     no memory traffic, which a search then ranks without."""
     search: bool = False
-    """Try meshes, batch sizes and remat policies, and rank those that fit."""
+    """Try meshes, remat policies, micro-batches and batch sizes, and rank those that fit."""
     most: Count = 12
     """Plans that a search makes at most."""
 
 
 def plan_command(arguments: list[str]) -> None:
     """Run `jaxdiff plan RECIPE [--topology NAME] [--mesh data=N] [--search] [--quick] [--json]`."""
-    options = parse_recipe_flags(PlanOptions, arguments, prog="jaxdiff plan")
-    config = options.config
-    names = [options.topology] if options.topology else [s.topology for s in config.slices]
-    if not names:
+    prog = "jaxdiff plan"
+    options = parse_recipe_flags(PlanOptions, arguments, prog=prog)
+    every = [options]
+    if options.topology is None:
+        every = [
+            parse_recipe_flags(PlanOptions, [*arguments, "--topology", planned.topology], prog=prog)
+            for planned in options.config.slices
+        ]
+    if not every:
         raise UserError(
-            f"{config.name} names no slices: give --topology, such as v5e:16x16 or cpu:8."
+            f"{options.config.name} names no slices: give --topology, such as v5e:16x16 or cpu:8."
         )
-    mesh = parse_mesh(options.shape) if options.shape else None
-    notes = console(stderr=True)
-    plans = []
-    for name in names:
-        with notes.status(printable(f"Compiling {config.name} for {name}")):
-            topology = _topology(name)
-            if options.search:
-                plans += search(
-                    config,
-                    topology,
-                    most=options.most,
-                    log=lambda p: notes.print(printable(_line(p))),
-                    quick=options.quick,
-                )
-            else:
-                planned = on_slice(config, name, mesh)
-                plans.append(make_plan(planned, topology, quick=options.quick))
-    _print(plans, options)
+    _print([plan for one in every for plan in _plans(one)], options)
+
+
+def _plans(options: PlanOptions) -> list[Plan]:
+    """Make the plans of one topology."""
+    config, name, notes = options.config, options.topology or "", console(stderr=True)
+    if options.shape:
+        mesh = parse_mesh(options.shape)
+        if mesh.slices == 1:  # those of the topology, as 2xv5e:16x16
+            mesh = dataclasses.replace(mesh, slices=config.mesh.slices)
+        config = dataclasses.replace(config, mesh=mesh)
+    with notes.status(printable(f"Compiling {config.name} for {name}")):
+        topology = _topology(name)
+        if not options.search:
+            return [make_plan(config, topology, quick=options.quick)]
+        return search(
+            config,
+            topology,
+            most=options.most,
+            log=lambda progress: notes.print(printable(_line(progress))),
+            quick=options.quick,
+        )
 
 
 def _print(plans: list[Plan], options: PlanOptions) -> None:
@@ -89,10 +98,15 @@ def _print(plans: list[Plan], options: PlanOptions) -> None:
         tables.print(summary_table(plans))
 
 
-def _line(plan: Plan) -> str:
+def _line(progress: SearchProgress) -> str:
+    plan = progress.plan
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-    verdict = "fits" if plan.fits else "does not fit"
-    return f"{mesh}, batch {plan.batch_size}, remat {plan.remat}: {verdict}"
+    parts = f" in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
+    verdict = f"{1e3 * plan.step_s:.4g} ms" if plan.fits and plan.step_s else "does not fit"
+    left = f"{progress.made} of at most {progress.most}"
+    if progress.seconds_left >= 60:
+        left += f", up to {progress.seconds_left / 60:.0f} minutes left"
+    return f"{mesh}, batch {plan.batch_size}{parts}, remat {plan.remat}: {verdict} ({left})"
 
 
 def _topology(name: str) -> Topology:

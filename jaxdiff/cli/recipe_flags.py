@@ -1,17 +1,25 @@
 """Parse command lines that start with a recipe, every key of which is a flag."""
 
+import dataclasses
+import re
 from typing import Any
 
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.recipe_files import DEFAULT_RECIPE
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.io.text import check_text
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.recipe import Config, load_recipe, on_topology
 
 
 def parse_recipe_flags(target: Any, arguments: list[str], *, prog: str) -> Any:
-    """Parse a recipe and flags into a dataclass with a field `config`; see `parse_flags`."""
+    """Parse a recipe and flags into a dataclass with a field `config`; see `parse_flags`.
+
+    `--topology NAME` chooses the recipe's own settings for it, which other flags override.
+    """
     config, rest = read_recipe(arguments)
+    if "topology" in {field.name for field in dataclasses.fields(target)}:
+        named = re.search(r"\0--topology[=\0]([^\0]*)", "\0".join(["", *rest]))
+        config = on_topology(config, named[1]) if named else config
     options = parse_flags(target, rest, prog=prog, default=target(config=config))
     for key, value in flatten(to_json(options.config)).items():
         if isinstance(value, str):  # which config.json holds, and libraries of C++ take

@@ -17,7 +17,7 @@ from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
-from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh
+from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh, parse_slices
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import check_text
@@ -37,6 +37,8 @@ class TrainOptions:
     """
 
     config: Annotated[Config, NO_PREFIX, tyro.conf.FlagConversionOff]
+    topology: str | None = None
+    """Hardware that the recipe has settings for, such as v5e:16x16: mesh, micro-batches, remat."""
     out: str | None = None
     """Folder of the run, local or gs://; runs/NAME by default."""
     resume: bool = False
@@ -58,6 +60,12 @@ def train_command(arguments: list[str]) -> None:
     for one, other in (("resume", "fresh"), ("quiet", "verbose")):
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
+    known = [planned.topology for planned in options.config.slices]
+    if options.topology is not None and parse_slices(options.topology)[1] not in known:
+        raise UserError(
+            f"--topology {options.topology}: {options.config.name} has no settings for it: "
+            f"expected one of {', '.join(known) or 'none'}; give --mesh.data and --mesh.fsdp."
+        )
     if options.show:
         write_text(describe_recipe(options.config))
         return

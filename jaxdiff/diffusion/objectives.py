@@ -14,12 +14,13 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import NotNegative, Positive
 from jaxdiff.diffusion.losses import AnyWeighting, UniformWeighting
 from jaxdiff.diffusion.process import Images, Prediction, add_noise, from_x0_eps, to_x0_eps
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.diffusion.time_sampling import AnyTimeSampler, Uniform
 
@@ -53,7 +54,7 @@ class LossInputs(NamedTuple):
       schedule: of the noise.
       x0: images or latents, float32.
       cond: conditioning of the captions.
-      key: of this step.
+      keys: of the rows in this step.
       max_t: greatest time, set by a noise curriculum.
       uncond: conditioning of the absent prompt; None unless `Objective.uses_uncond`.
       teacher: the frozen pretrained model; None unless `Objective.uses_teacher`.
@@ -67,7 +68,7 @@ class LossInputs(NamedTuple):
     schedule: Schedule
     x0: Images
     cond: Conditioning
-    key: Key[Array, ""]
+    keys: RowKeys
     max_t: float | Float[Array, ""] = 1.0
     uncond: Conditioning = None
     teacher: Predictor | None = None
@@ -97,6 +98,8 @@ class Objective(abc.ABC):
 
     Attributes:
       uses_uncond, uses_teacher, uses_ema: whether `LossInputs` has these fields.
+      by_row: whether the loss of an image is independent of the others, metrics are means over the
+        images, and the next state is independent of them.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
@@ -104,6 +107,7 @@ class Objective(abc.ABC):
     uses_uncond = False
     uses_teacher = False
     uses_ema = False
+    by_row = False
 
     def init_state(self) -> Any:
         """Return the state at the first step, a tree of arrays."""
@@ -134,6 +138,8 @@ class Denoising(Objective):
       UserError: floor is not positive, or noise_offset is negative.
     """
 
+    by_row = True
+
     loss_space: Prediction | None = None
     times: AnyTimeSampler = field(default_factory=Uniform)
     weighting: AnyWeighting = field(default_factory=UniformWeighting)
@@ -143,12 +149,12 @@ class Denoising(Objective):
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """Add noise to x0 at sampled times, predict, and weight the error.
 
-        The noise of an image depends only on the key and its index.
+        The noise of an image depends only on its key, its time also on the size of the batch.
         """
-        x0, batch = inputs.x0.astype(jnp.float32), inputs.x0.shape[0]
-        time_key, noise_key = jax.random.split(inputs.key)
-        t = self.times(time_key, batch) * inputs.max_t
-        eps = self._noise(noise_key, x0)
+        x0 = inputs.x0.astype(jnp.float32)
+        time_keys, noise_keys = inputs.keys.split()
+        t = self.times(time_keys.key, time_keys.count)[time_keys.rows] * inputs.max_t
+        eps = self._noise(noise_keys, x0)
         x_t = add_noise(inputs.schedule, x0, eps, t)
         output = inputs.model(x_t, t, inputs.cond).astype(jnp.float32)
         loss = self.weighted_error(inputs.prediction, inputs.schedule, output, x0, eps, t)
@@ -156,11 +162,10 @@ class Denoising(Objective):
             loss = inputs.row_weights * loss
         return LossOutputs(loss, t, {}, inputs.state)
 
-    def _noise(self, key: Key[Array, ""], x0: Images) -> Images:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x0)))
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(keys)
+    def _noise(self, keys: RowKeys, x0: Images) -> Images:
+        eps = keys.normal(*x0.shape[1:])
         if self.noise_offset:
-            offset_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            offset_keys = jax.vmap(jax.random.fold_in, (0, None))(keys.by_row(), 1)
             shape = (1, 1, x0.shape[-1])
             offset = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(offset_keys)
             eps = eps + self.noise_offset * offset

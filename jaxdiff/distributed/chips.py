@@ -11,7 +11,9 @@ GPUs NVIDIA's data sheets.
 """
 
 import functools
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +51,8 @@ class Chip:
       bandwidth: bytes/s from and to that memory.
       interconnect: bytes/s, in one direction, to the other chips of its slice or machine over all
         links together.
+      network: bytes/s, in one direction, to other slices; 25 Gbit/s where no page states it.
+      matrix_side: of the square matrix units; products of smaller matrices fill a whole tile.
       source: of the figures.
     """
 
@@ -57,19 +61,30 @@ class Chip:
     memory: float
     bandwidth: float
     interconnect: float
+    matrix_side: int
     source: str
+    network: float = 25e9 / 8
 
 
 def _tpu(
-    kind: str, flops: float, memory: float, bandwidth: float, interconnect: float, page: str
+    kind: str,
+    flops: float,
+    memory: float,
+    bandwidth: float,
+    interconnect: float,
+    page: str,
+    matrix_side: int = 128,
+    network: float = 25.0,
 ) -> Chip:
-    """Return a chip from TFLOP/s, GiB and GB/s; links together, in one direction."""
+    """Return a chip from TFLOP/s, GiB, GB/s and Gbit/s; links together, in one direction."""
     return Chip(
         kind=f"TPU{kind}",
         flops=flops * 1e12,
         memory=memory * GIB,
         bandwidth=bandwidth * 1e9,
         interconnect=interconnect * 1e9,
+        matrix_side=matrix_side,
+        network=network * 1e9 / 8,
         source=page,
     )
 
@@ -84,6 +99,7 @@ def _gpu(
         memory=memory * GIB,
         bandwidth=bandwidth * 1e9,
         interconnect=interconnect / 2 * 1e9,
+        matrix_side=16,
         source=f"NVIDIA, {sheet}",
     )
 
@@ -96,9 +112,9 @@ CHIPS = (
     _tpu(" v4", 275.0, 32.0, 1200.0, 300.0, "Jouppi et al. 2023"),
     _tpu(" v5 lite", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
     _tpu(" v5e", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
-    _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p"),
-    _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e"),
-    _tpu("7", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x"),
+    _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p", 128, 50.0),
+    _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e", 256, 100.0),
+    _tpu("7", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x", 256),
     _gpu("A100-SXM4-40GB", 312.0, 40.0, 1555.0, 600.0, "A100 data sheet"),
     _gpu("A100-PCIE-40GB", 312.0, 40.0, 1555.0, 64.0, "A100 data sheet"),
     _gpu("A100-SXM", 312.0, 80.0, 2039.0, 600.0, "A100 data sheet"),
@@ -149,17 +165,56 @@ def peak_flops(device: Device) -> float | None:
     return chip.flops if chip else None
 
 
+def cpu_chip() -> Chip:
+    """Return figures of one of this machine's simulated devices, which share it equally.
+
+    FLOP/s are those of `peak_flops`; bandwidth is the best of three sums of arrays of 64 MiB.
+    Collectives between simulated devices are copies in memory.
+    """
+    count = jax.local_device_count("cpu")
+    bandwidth = _measured_cpu_bandwidth() / count
+    return Chip(
+        kind="cpu",
+        flops=_measured_cpu_flops() / count,
+        memory=float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / count,
+        bandwidth=bandwidth,
+        interconnect=bandwidth,
+        matrix_side=1,
+        source="measured on this machine",
+    )
+
+
 @functools.cache
 def _measured_cpu_flops() -> float:
     size = 2048
     product = jax.jit(jnp.dot)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         x = jnp.ones((size, size), jnp.float32)
-        product(x, x).block_until_ready()  # compiles
+        return 2 * size**3 / _best_seconds(lambda: product(x, x))
 
-        def seconds() -> float:
-            start = time.perf_counter()
-            product(x, x).block_until_ready()
-            return time.perf_counter() - start
 
-        return 2 * size**3 / min(seconds() for _ in range(3))
+@functools.cache
+def _measured_cpu_bandwidth() -> float:
+    size = 2**24
+    add = jax.jit(jnp.add, donate_argnums=0)  # in place: new pages would count too
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        x = [jnp.ones(size, jnp.float32)]
+        y = jnp.ones(size, jnp.float32)
+
+        def in_place() -> jax.Array:
+            x[0] = add(x[0], y)
+            return x[0]
+
+        return 3 * y.nbytes / _best_seconds(in_place)
+
+
+def _best_seconds(call: Callable[[], jax.Array]) -> float:
+    """Return the least time of three calls; one before these compiles."""
+    call().block_until_ready()
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        call().block_until_ready()
+        return time.perf_counter() - start
+
+    return min(seconds() for _ in range(3))

@@ -18,8 +18,9 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -28,6 +29,7 @@ from jaxdiff.io.files import is_local, write_whole
 
 VARIABLE = "JAXDIFF_CACHE"
 LARGEST = 2 * 2**30  # bytes of all files
+ANY_HOST = "any"
 
 _JAX = "JAX_COMPILATION_CACHE_DIR"
 _MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -56,22 +58,52 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
     not take part when the others tune theirs.
     """
     import jax  # not for `jaxdiff --help`
-    from jax._src import compilation_cache
 
     folder = cache_folder(environment)
-    if folder is None or jax.config.jax_compilation_cache_dir not in (None, str(folder)):
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] not in (None, str(folder)):
         return
+    _install(_Cache(folder), shared=bool(environment.get(VARIABLE)))
 
-    def open_cache(path: str) -> tuple[_Cache, str] | None:
-        if jax.distributed.is_initialized() and not environment.get(VARIABLE):
-            return None
-        return _Cache(epath.Path(path)), path
+
+def keep_executables(folder: epath.Path, *, attached: bool) -> None:
+    """Let JAX write programs to a folder for `read_executables`, instead of to any cache.
+
+    `attached` is false where they are for other devices, beside which the host does not matter.
+    """
+    _install(_Cache(folder / (_host() if attached else ANY_HOST)), shared=True)
+
+
+def read_executables(folder: epath.Path) -> None:
+    """Let JAX read programs from a folder of `keep_executables`, before those of its cache."""
+    import jax
+    from jax._src import compilation_cache
+
+    opened, folders = compilation_cache.get_file_cache, [folder / _host(), folder / ANY_HOST]
+
+    def open_cache(path: str) -> tuple[_ReadAlso, str]:
+        cache = None if path == str(folder) else opened(path)
+        return _ReadAlso(folders, cache and cache[0]), path
 
     compilation_cache.get_file_cache = open_cache  # type: ignore[assignment]
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if _MIN_SECONDS not in environment:  # JAX's default skips what compiles in less than a second
+    compilation_cache.reset_cache()
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _install(cache: "_Cache", *, shared: bool) -> None:
+    """Make a cache that of JAX; of several processes only if they share it."""
+    import jax
+    from jax._src import compilation_cache
+
+    def open_cache(path: str) -> tuple[_Cache, str] | None:
+        return None if jax.distributed.is_initialized() and not shared else (cache, path)
+
+    compilation_cache.get_file_cache = open_cache  # type: ignore[assignment]
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(cache._path))
+    if _MIN_SECONDS not in os.environ:  # JAX's default skips what compiles in less than a second
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if _XLA_CACHES not in environment:  # XLA's files of a GPU's tuning have no bound
+    if _XLA_CACHES not in os.environ:  # XLA's files of a GPU's tuning have no bound
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
@@ -113,6 +145,21 @@ class _Cache:
                 self._free -= len(value)
             if len(value) <= LARGEST:
                 write_whole(self._path / key, value)
+
+
+class _ReadAlso:
+    """Folders that are only read, before a cache, if there is one."""
+
+    def __init__(self, folders: Sequence[epath.Path], cache: Any):
+        self._path, self._folders, self._cache = folders[0], list(map(_Cache, folders)), cache
+
+    def get(self, key: str) -> bytes | None:
+        readers = [*self._folders, *([self._cache] if self._cache else [])]
+        return next((data for one in readers if (data := one.get(key)) is not None), None)
+
+    def put(self, key: str, value: bytes) -> None:
+        if self._cache is not None:
+            self._cache.put(key, value)
 
 
 def _shrink(base: epath.Path, most: int) -> int:

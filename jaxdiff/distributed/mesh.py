@@ -1,9 +1,10 @@
-"""The device mesh: axes for data, fully sharded data, tensor and context parallelism."""
+"""The device mesh: axes for slices, data, fully sharded data, tensor and context parallelism."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -14,8 +15,10 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Range
 from jaxdiff.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "context")
-BATCH = PartitionSpec(("data", "fsdp"))
+REPLICAS = ("slices", "data")
+"""Axes along which parameters are replicated."""
+AXES = (*REPLICAS, "fsdp", "tensor", "context")
+BATCH = PartitionSpec((*REPLICAS, "fsdp"))
 """Axes that split a batch; devices along `tensor` and `context` hold the same images."""
 
 
@@ -33,12 +36,15 @@ class MeshConfig:
       context: context parallelism: devices split each image of a denoiser by rows. In attention
         each computes its own queries, for which keys and values are gathered; convolutions
         exchange the rows at the borders.
+      slices: TPU slices, which the data center's network connects. Each has replicas of the model
+        and its share of the batch; gradients are reduced within a slice first.
     """
 
     data: Annotated[int, Range(-1)] = -1
     fsdp: Annotated[int, Range(-1)] = 1
     tensor: Annotated[int, Range(-1)] = 1
     context: Annotated[int, Range(-1)] = 1
+    slices: Count = 1
 
 
 @checked
@@ -47,14 +53,22 @@ class PlannedTopology:
     """Hardware that a recipe is planned for, and the settings for it.
 
     Attributes:
-      topology: name of the hardware, as in `jaxdiff plan --topology`.
+      topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
       mesh: of its devices.
       accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
+      remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
     """
 
     topology: str
     mesh: MeshConfig
     accumulate: Count = 1
+    remat: Literal["none", "dots", "full"] | None = None
+
+
+def parse_slices(topology: str) -> tuple[int, str]:
+    """Parse `2xv5e:16x16`: the number of slices, and the topology of one of them."""
+    several = re.fullmatch(r"([1-9]\d*)x([a-z]\w*:.*)", topology)
+    return (int(several[1]), several[2]) if several else (1, topology)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,7 +78,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: the sizes of the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor, config.context]
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and config.slices != found:
+        raise UserError(
+            f"mesh.slices {config.slices} does not equal the number of TPU slices of these "
+            f"devices: expected {found}; set mesh.slices to {found}."
+        )
+    sizes = [getattr(config, axis) for axis in AXES]
     requested = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
@@ -81,12 +101,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "multiply to that number; change mesh.data, mesh.fsdp, mesh.tensor or mesh.context."
         )
     if devices[0].platform == "tpu":  # place neighbours on an axis next to each other on the torus
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        grid = _on_torus(sizes, devices)
     elif list(devices) == jax.devices():
         grid = mesh_utils.create_device_mesh(sizes, devices)
     else:
         grid = np.array(devices).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _on_torus(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
+    slices, *within = sizes
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        [1, *within], [slices, *(1 for _ in within)], devices, allow_split_physical_axes=True
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -100,10 +129,11 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     Raises:
       UserError: the batch size is not divisible.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    replicas = math.prod(mesh.shape[axis] for axis in REPLICAS)
+    parts = replicas * mesh.shape["fsdp"] * accumulate
     if batch_size % parts:
         raise UserError(
             f"train.batch_size {batch_size} is not divisible by {parts} "
-            f"({mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp devices x {accumulate} "
+            f"({replicas} data x {mesh.shape['fsdp']} fsdp devices x {accumulate} "
             f"micro-batches): expected a multiple of it; choose a multiple of {parts}."
         )

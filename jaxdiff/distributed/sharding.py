@@ -5,8 +5,9 @@ names to mesh axes. The EMA and the optimizer's moments are sharded like their p
 axes may be split by `fsdp`: a network without names is sharded by the sizes of its arrays.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxdiff.distributed.mesh import BATCH
+from jaxdiff.distributed.mesh import BATCH, REPLICAS
 from jaxdiff.errors import UserError
 
 Axes = tuple[str | None, ...]
@@ -30,6 +31,7 @@ AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
     "mlp": ("tensor", "fsdp"),
     "embed": ("fsdp",),
     "channels": ("fsdp",),
+    "modulation": ("fsdp",),  # split, longest of its kernel, also while the block runs
     "vocab": ("fsdp",),
     "position": ("fsdp",),
     None: ("fsdp",),
@@ -150,17 +152,29 @@ def check_mesh(
 
 
 def traced_mesh() -> AbstractMesh | None:
-    """Return the mesh of the traced program; None for one device or inside `shard_map`."""
+    """Return the mesh of the traced program; None for one device or inside `shard_map` of all."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+    manual = set(mesh.manual_axes) == set(mesh.axis_names)
+    return None if mesh.empty or mesh.size == 1 or manual else mesh
+
+
+def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Return the axes that split the batches of the traced program.
+
+    Inside `mean_over_replicas` the batch is that of a replica.
+    """
+    return tuple(a for a in BATCH[0] if a in mesh.axis_names and a not in mesh.manual_axes)
 
 
 def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
     """Gather a block's weights over `fsdp`; axes that `tensor` splits stay split.
 
-    Each device gathers one block at a time, and gradients are reduce-scattered (Zhao et al. 2023).
-    Without the constraint XLA may gather activations instead. Without a mesh, return the weights.
-    `axes` exclude the axis of the stack.
+    Kernels of a `Modulation` stay split over `fsdp` too.
+
+    Each device gathers one block at a time (Zhao et al. 2023). Without the constraint XLA may
+    gather activations instead. Cotangents are constrained to the sharding of the parameters, so
+    that XLA reduce-scatters them over `fsdp` and all-reduces only these parts over `data`. Without
+    a mesh, return the weights. `axes` exclude the axis of the stack.
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
@@ -168,10 +182,60 @@ def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
     named = _flat(axes)
 
     def gather(path, leaf):
-        spec = tensor_spec(_find(named, path, leaf.ndim), leaf.shape, mesh)
-        return jax.lax.with_sharding_constraint(leaf, spec)
+        names = _find(named, path, leaf.ndim)
+        split = partition_spec(names, leaf.shape, mesh)
+        whole = split if "modulation" in names else tensor_spec(names, leaf.shape, mesh)
+        return _gathered(whole, split, leaf)
 
     return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(whole: PartitionSpec, split: PartitionSpec, weight: Array) -> Array:
+    """Constrain a weight to `whole`, and its cotangent to `split`."""
+    return jax.lax.with_sharding_constraint(weight, whole)
+
+
+_gathered.defvjp(
+    lambda whole, split, weight: (_gathered(whole, split, weight), None),
+    lambda whole, split, _, cotangent: (jax.lax.with_sharding_constraint(cotangent, split),),
+)
+
+
+def shard_gradients(gradients: PyTree, axes: ParamAxes) -> PyTree:
+    """Constrain gradients to the sharding of their parameters; without a mesh, return them."""
+    mesh = traced_mesh()
+    if mesh is None:
+        return gradients
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(gradients, mesh, axes))
+    return jax.lax.with_sharding_constraint(gradients, specs)
+
+
+def mean_over_replicas(
+    function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """Return `function(constants, rows)` whose first result is averaged over parts of the rows.
+
+    Each replica of the model computes it of its rows; the other axes of the mesh split these as
+    before. What XLA would reduce within the function is thus reduced once, after it. The second
+    result must not depend on the rows. Without replicas, return the function.
+    """
+    mesh = traced_mesh()
+    if mesh is None or math.prod(mesh.shape[axis] for axis in REPLICAS) == 1:
+        return function
+
+    def of_replica(constants: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+        value, rest = function(constants, rows)
+        return jax.lax.pmean(value, REPLICAS), rest
+
+    return jax.shard_map(
+        of_replica,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(REPLICAS)),
+        out_specs=PartitionSpec(),
+        axis_names=set(REPLICAS),
+        check_vma=False,
+    )
 
 
 def gather_kernel(kernel: Array) -> Array:
@@ -203,7 +267,7 @@ def split_tokens(x: Array) -> Array:
             f"mesh.context {mesh.shape['context']} does not divide the {x.shape[1]} rows of images "
             "or latents: expected a divisor; choose one."
         )
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, "context"))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(mesh), "context"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

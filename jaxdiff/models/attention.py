@@ -1,7 +1,8 @@
 """Multi-head attention with the fastest kernel of each kind of device.
 
-  NVIDIA  cuDNN's flash attention, in bfloat16 or float16 with heads of at most 128 channels
-  TPU     splash attention, for long sequences
+  NVIDIA  cuDNN's flash attention without a mask, in bfloat16 or float16 with heads of at most 128
+          channels
+  TPU     splash attention, for long sequences, with or without a mask
   CPU     blocks of queries, for long sequences
   else    XLA, which materializes the logits
 
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.distributed.sharding import Axes, traced_mesh
+from jaxdiff.distributed.sharding import Axes, batch_axes, traced_mesh
 from jaxdiff.models.layers import EMBED, FROM_HEADS, TO_HEADS, Dense, apply_rope
 
 with epy.lazy_imports():  # with Pallas; only where a program may run on a TPU
@@ -53,6 +54,10 @@ _MIN_CPU_LOGITS, _CPU_BLOCK = 2**18, 256
 # A TPU uses splash attention from this many logits on; below it XLA is faster.
 _MIN_SPLASH_LOGITS = 2**20
 _LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
+_MAX_SPLASH_PADDING = 1.25  # times as many logits as without padding to those multiples
+# The largest block of splash attention, in queries and in keys: MaxText's default, 512, and for v6e
+# and later 1024, in parts of 512 keys, as in MaxDiffusion's config of Z-Image for v6e.
+_SPLASH_BLOCK, _SPLASH_BLOCKS = 512, (("TPU v6", 1024), ("TPU7", 1024))
 
 
 @jax.named_scope("attention")
@@ -64,10 +69,10 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v for each head, over the keys where the mask is true."""
     mesh = traced_mesh()
-    if mesh is None or (mesh.shape["context"] == 1 and not _for_splash(q, k, mask)):
+    if mesh is None or (mesh.shape["context"] == 1 and not _for_splash(q, k)):
         return _attend(q, k, v, mask)
-    axes = [axis for axis in ("data", "fsdp") if axis in mesh.shape]
-    images = tuple(axes) if q.shape[0] % math.prod(mesh.shape[a] for a in axes) == 0 else None
+    axes = batch_axes(mesh)
+    images = axes if q.shape[0] % math.prod(mesh.shape[a] for a in axes) == 0 else None
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     tokens = "context" if q.shape[1] % mesh.shape["context"] == 0 else None
     queries, keys = PartitionSpec(images, tokens, heads), PartitionSpec(images, None, heads)
@@ -76,33 +81,43 @@ def attend(
     if mask is not None:
         shared, inputs = [*shared, PartitionSpec(images)], [*inputs, mask]
     local = jax.shard_map(
-        _attend, mesh=mesh, in_specs=tuple(shared), out_specs=queries, check_vma=False
+        _attend,
+        mesh=mesh,
+        in_specs=tuple(shared),
+        out_specs=queries,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )
     return local(*inputs)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attend on one device, with its fastest kernel."""
-    if mask is not None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
     kernels: dict[str, Callable[..., Array]] = {}
-    if q.shape[1] * k.shape[1] >= _MIN_CPU_LOGITS:
+    if mask is None and q.shape[1] * k.shape[1] >= _MIN_CPU_LOGITS:
         kernels["cpu"] = _in_blocks
-    if _for_splash(q, k, mask):
+    if _for_splash(q, k):
         kernels["tpu"] = _splash
-    if _for_cudnn(q, k):
+    if mask is None and _for_cudnn(q, k):
         kernels["cuda"] = _cudnn
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if not kernels:
-        return jax.nn.dot_product_attention(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, default=jax.nn.dot_product_attention, **kernels)
+        return _xla(*inputs)
+    return jax.lax.platform_dependent(*inputs, default=_xla, **kernels)
 
 
-def _for_splash(q: Array, k: Array, mask: Array | None) -> bool:
+def _xla(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """XLA's attention, with all logits in memory."""
+    mask = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def _for_splash(q: Array, k: Array) -> bool:
     lengths = q.shape[1], k.shape[1]
+    logits, padded = math.prod(lengths), math.prod(map(_padded, lengths))
     return (
-        mask is None
-        and math.prod(lengths) >= _MIN_SPLASH_LOGITS
-        and all(length % _LANES == 0 for length in lengths)
+        logits >= _MIN_SPLASH_LOGITS
+        and padded <= _MAX_SPLASH_PADDING * logits
         and q.dtype in (jnp.bfloat16, jnp.float32)
     )
 
@@ -124,20 +139,51 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def _splash(q: Array, k: Array, v: Array) -> Array:
-    """Flash attention on a TPU: blocks of logits that never leave the chip's fast memory."""
-    n, h, m = q.shape[1], q.shape[2], k.shape[1]
-    block: Any = {f"block_q{pass_}": _block(n) for pass_ in ("", "_dkv", "_dq")}
-    block |= {f"block_kv{pass_}": _block(m) for pass_ in ("", "_dkv", "_dq")}
-    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((n, m)) for _ in range(h)])
-    kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(**block))
-    scaled = (q / np.sqrt(q.shape[3]).astype(q.dtype)).swapaxes(1, 2)
-    return jax.vmap(kernel)(scaled, k.swapaxes(1, 2), v.swapaxes(1, 2)).swapaxes(1, 2)
+def _splash(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """Flash attention on a TPU: blocks of logits that never leave the chip's fast memory.
+
+    Tokens are padded to whole vectors. Queries belong to segment 1, and so do keys except those
+    that pad or that the mask excludes.
+    """
+    b, n, h, d = q.shape
+    m, most = k.shape[1], _largest_block()
+    rows, columns = _padded(n), _padded(m)
+    keys = _block(columns, most)
+    block: Any = {f"block_q{pass_}": _block(rows, most) for pass_ in ("", "_dkv", "_dq")}
+    block |= {f"block_kv{pass_}": keys for pass_ in ("", "_dkv", "_dq")}
+    block |= {f"block_kv{pass_}_compute": _block(keys, _SPLASH_BLOCK) for pass_ in ("", "_dkv")}
+    full = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns)) for _ in range(h)])
+    kernel: Any = splash.make_splash_mha_single_device(full, block_sizes=splash.BlockSizes(**block))
+    segments = None
+    if mask is not None or columns > m:
+        used = jnp.ones((b, m), jnp.int32) if mask is None else mask.astype(jnp.int32)
+        used = jnp.pad(used, ((0, 0), (0, columns - m)))
+        segments = splash.SegmentIds(q=jnp.ones((b, rows), jnp.int32), kv=used)
+
+    def heads_first(x: Array, length: int) -> Float[Array, "b h {length} d"]:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    scaled = heads_first(q / np.sqrt(d).astype(q.dtype), rows)
+    out = jax.vmap(kernel)(scaled, heads_first(k, columns), heads_first(v, columns), segments)
+    return out.swapaxes(1, 2)[:, :n]
 
 
-def _block(length: int) -> int:
-    """Return the largest power of two from 128 to 512 that divides `length`."""
-    return max(size for size in (_LANES, 2 * _LANES, 4 * _LANES) if length % size == 0)
+def _padded(length: int) -> int:
+    """Return the next multiple of `_LANES`."""
+    return -(-length // _LANES) * _LANES
+
+
+def _block(length: int, largest: int) -> int:
+    """Return the largest multiple of `_LANES` up to `largest` that divides `length`."""
+    return max(size for size in range(_LANES, largest + 1, _LANES) if length % size == 0)
+
+
+def _largest_block() -> int:
+    """Return the most rows and columns of a block on the chips of the traced program."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    kind = device.device_kind if device else jax.devices()[0].device_kind
+    return next((size for name, size in _SPLASH_BLOCKS if kind.startswith(name)), _SPLASH_BLOCK)
 
 
 def _in_blocks(q: Array, k: Array, v: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
@@ -9,9 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.distributed.sharding import Axes, gather_weights, tensor_spec, traced_mesh
+from jaxdiff.distributed.sharding import (
+    Axes,
+    batch_axes,
+    gather_weights,
+    partition_spec,
+    tensor_spec,
+    traced_mesh,
+)
 from jaxdiff.errors import UserError
 from jaxdiff.models.quantized import QuantizedKernel, is_quantized
 
@@ -29,6 +38,7 @@ TO_HEADS: Axes = ("embed", "heads")
 FROM_HEADS: Axes = ("heads", "embed")
 TO_MLP: Axes = ("embed", "mlp")
 FROM_MLP: Axes = ("mlp", "embed")
+TO_MODULATION: Axes = ("embed", "modulation")
 FROM_CHANNELS: Axes = ("channels", "embed")
 TO_CHANNELS: Axes = ("embed", "channels")
 
@@ -86,6 +96,7 @@ def scan_blocks(
     *,
     remat: Remat = "none",
     all_states: bool = False,
+    span: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
     """Run stacked blocks in sequence; their body compiles once.
 
@@ -95,6 +106,7 @@ def scan_blocks(
       call: `call(block, x)` gives the next x, of the same shape.
       remat: what is kept for the backward pass.
       all_states: also return the output of every block, `[depth, b, n, d]`; otherwise None.
+      span: the first block to run, and the one after the last; None runs all.
 
     Returns:
       The output of the last block, and all outputs or None.
@@ -107,7 +119,14 @@ def scan_blocks(
         x = call(nnx.merge(graphdef, gather_weights(params, axes)), x)
         return x, x if all_states else None
 
-    return jax.lax.scan(checkpoint(body, remat, prevent_cse=False), x, nnx.to_pure_dict(state))
+    step, stack = checkpoint(body, remat, prevent_cse=False), nnx.to_pure_dict(state)
+    if span is None:
+        return jax.lax.scan(step, x, stack)
+
+    def indexed(x, i):  # a slice of the stack would be a copy
+        return step(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), stack))
+
+    return jax.lax.scan(indexed, x, jnp.arange(*span))
 
 
 class Dense(nnx.Linear):
@@ -169,6 +188,33 @@ class PairedDense(Dense):
         if hasattr(self, "lora"):
             out = out + jnp.tensordot(inputs @ self.lora.down, pair(self.lora.up[...]), 1)
         return out[..., 0, :], out[..., 1, :]
+
+
+class Modulation(Dense):
+    """A linear layer of one vector per image, such as that of adaLN (Peebles & Xie 2023).
+
+    A device has few images and would gather the whole kernel for them. The devices along `fsdp`
+    exchange their vectors instead: each multiplies all of them with its part of the kernel.
+    """
+
+    def __init__(self, in_features: int, out_features: int, **options: Any):
+        super().__init__(in_features, out_features, axes=TO_MODULATION, **options)
+
+    def __call__(self, inputs: Float[Array, "b d"], out_sharding: None = None) -> Array:
+        """`inputs @ kernel + bias`, in the type of the inputs and the weights."""
+        mesh = traced_mesh()
+        if mesh is None or mesh.shape["fsdp"] == 1:
+            return super().__call__(inputs, out_sharding)
+        images = batch_axes(mesh)
+        replicas = tuple(axis for axis in images if axis != "fsdp")
+        kernel = self.kernel[...]
+        _, columns = partition_spec(TO_MODULATION, kernel.shape, mesh)
+        if columns is None or len(inputs) % math.prod(mesh.shape[axis] for axis in images):
+            return super().__call__(inputs, out_sharding)
+        constrain = jax.lax.with_sharding_constraint
+        out = super().__call__(constrain(inputs, PartitionSpec(replicas)), out_sharding)
+        out = constrain(out, PartitionSpec(replicas, columns))
+        return constrain(out, PartitionSpec(images))
 
 
 def fourier_features(

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.diffusion.process import Prediction
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import AnySchedule
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -211,17 +212,17 @@ class TextToImage:
         self,
         params: Params,
         images: Images,
-        key: Key[Array, ""] | None = None,
+        keys: RowKeys | None = None,
         *,
         vae_mode: VaeMode = "full",
         wrap: Wrap = NO_WRAP,
     ) -> Latents:
-        """Encode images in [-1, 1] to latents; without a key, to the mode."""
+        """Encode images in [-1, 1] to latents; without keys, to the mode."""
         if self.autoencoder is None:
             return images
         autoencoder = self._autoencoder(params, wrap)
         z = autoencoder.encode(images, vae_mode)
-        return autoencoder.to_latents(z.mode() if key is None else z.sample(key))
+        return autoencoder.to_latents(z.mode() if keys is None else z.sample(keys))
 
     @jax.named_scope("autoencoder")
     def decode(
@@ -239,11 +240,11 @@ class TextToImage:
         return autoencoder.decode(autoencoder.from_latents(latents), vae_mode)
 
     def latents_from_moments(
-        self, params: Params, moments: Float[Array, "b i j m"], key: Key[Array, ""]
+        self, params: Params, moments: Float[Array, "b i j m"], keys: RowKeys
     ) -> Latents:
         """Sample latents from cached moments of z: means, then logarithms of variances."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return self._autoencoder(params, NO_WRAP).to_latents(Gaussian(mean, logvar).sample(key))
+        return self._autoencoder(params, NO_WRAP).to_latents(Gaussian(mean, logvar).sample(keys))
 
     def _autoencoder(self, params: Params, wrap: Wrap) -> Any:
         assert self.autoencoder is not None

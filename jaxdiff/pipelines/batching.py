@@ -19,9 +19,13 @@ from jaxdiff.pipelines.program import SampleInputs, Steps
 PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
 
 
-def default_batch_size(width: int, height: int) -> int:
-    """Return the default number of images that each device samples at a time."""
-    pixels, most = PIXELS_AT_A_TIME["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+def default_batch_size(width: int, height: int, platform: str | None = None) -> int:
+    """Return the default number of images that each device samples at a time.
+
+    `platform` is that of the devices; by default of JAX's.
+    """
+    platform = platform or jax.default_backend()
+    pixels, most = PIXELS_AT_A_TIME["cpu" if platform == "cpu" else "accelerator"]
     return max(1, min(most, pixels // (width * height)))
 
 

@@ -31,7 +31,8 @@ def sampling_flops(
     """Return the FLOPs of generating one image.
 
     At times in the guidance interval an evaluation takes the network twice: for the prompt and for
-    the negative prompt. Composed prompts and auxiliary models do not count.
+    the negative prompt. Composed prompts and auxiliary models do not count. Evaluations that a
+    cache of features saves do.
 
     Args:
       model: the specification.

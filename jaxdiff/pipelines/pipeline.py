@@ -1,5 +1,6 @@
 """The pipeline: prompts to images."""
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -32,6 +33,7 @@ from jaxdiff.pipelines.batching import (
     sample_batches,
     warn_of_broken,
 )
+from jaxdiff.pipelines.compiled import CompiledFolder, SamplerPrograms
 from jaxdiff.pipelines.inputs import (
     InitImage,
     Integer,
@@ -80,6 +82,7 @@ def load(
     quantize: QuantizedType | None = None,
     devices: Sequence[Any] | None = None,
     types: Sequence[type] = (),
+    compiled: epath.PathLike | None = None,
 ) -> "Pipeline":
     """Load a text-to-image model for sampling.
 
@@ -91,13 +94,17 @@ def load(
       quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
       types: dataclasses, such as a network of yours, that the specification may name.
+      compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
 
     Raises:
-      UserError: there is no such model, or it is no text-to-image model.
+      UserError: there is no such model, or it is no text-to-image model, or the folder holds no
+        programs.
     """
+    programs = None if compiled is None else CompiledFolder(compiled)
     # Quantised on the host: a device holds the 8 bits alone.
     bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
-    return Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
+    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
+    return pipe.with_compiled(programs)
 
 
 class Pipeline:
@@ -123,6 +130,7 @@ class Pipeline:
     dtype: ComputeType | None
     quantize: QuantizedType | None
     types: tuple[type, ...]
+    _compiled: SamplerPrograms | None
 
     def __init__(
         self,
@@ -142,7 +150,7 @@ class Pipeline:
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
-        self.quantize, self.types = quantize, tuple(types)
+        self.quantize, self.types, self._compiled = quantize, tuple(types), None
         self._mesh = local_mesh(devices)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
         if quantize is not None:
@@ -173,14 +181,21 @@ class Pipeline:
         return self.spec.image_size
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
-        """Return a pipeline of another model with this one's types and devices."""
-        return Pipeline(
-            bundle,
-            dtype=self.dtype,
-            quantize=self.quantize,
-            devices=self.devices,
-            types=self.types,
-        )
+        """Return a pipeline of another model with this one's types, devices and programs."""
+        kinds = {"dtype": self.dtype, "quantize": self.quantize, "types": self.types}
+        return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
+
+    def with_compiled(self, compiled: SamplerPrograms | None) -> "Pipeline":
+        """Return this pipeline with the programs of a `CompiledFolder`, or without."""
+        pipe = copy.copy(self)
+        pipe._compiled = compiled
+        return pipe
+
+    def batch_size(self, width: int, height: int) -> int:
+        """Return how many images of a size each device samples at a time by default."""
+        stored, size = self._compiled, (width, height)
+        known = None if stored is None else stored.batch_size(*size, self._mesh)
+        return known or default_batch_size(*size)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.
@@ -318,7 +333,7 @@ class Pipeline:
         size = image_size(request, spec, images)
         batch_size = request.batch_size
         if batch_size is None:
-            batch_size = default_batch_size(*size)
+            batch_size = self.batch_size(*size)
         shape = spec.latent_shape(size[1], size[0])
         inputs = sample_inputs(
             request, spec, self.tokenizers, sampler.guidance_scale, images, shape
@@ -336,7 +351,7 @@ class Pipeline:
             program_spec, inputs, prompts, sampler.guidance
         )
         sampled = sample_batches(
-            compiled_sampler(program_spec),
+            (self._compiled.sampler if self._compiled else compiled_sampler)(program_spec),
             params,
             inputs,
             make_batches(steps, first_steps(init, steps), batch_size),

@@ -28,6 +28,7 @@ from jaxdiff.models.layers import bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import NO_WRAP, TextToImage, from_uint8
 from jaxdiff.sampling.ddim_inversion import DDIMInverse, reverse_grid
+from jaxdiff.sampling.feature_cache import AnyCache, SplitNetwork
 from jaxdiff.sampling.guidance.cfg import (
     ComposedPrompts,
     ConditionedModel,
@@ -187,11 +188,10 @@ def windows_of(
     width, height = size if overlap is None else (model.image_size, model.image_size)
     if not any(wrap) and size[0] <= width and size[1] <= height:
         return None
-    if sampler.guidance.has_state:
-        raise UserError(
-            "Guidance with a state, such as apg.momentum, does not support windows: omit it, "
-            "or overlap."
-        )
+    if sampler.guidance.has_state or sampler.cache is not None:
+        what = "A cache of features" if sampler.cache else "Guidance with a state"
+        name = "cache" if sampler.cache else "apg.momentum or the rule"
+        raise UserError(f"{what} does not support windows: omit {name}, or overlap and wrap.")
     rows, columns, _ = model.latent_shape(height, width)
     return Windows(
         height=rows,
@@ -261,13 +261,14 @@ def _denoiser(
     height, width = (windows.height, windows.width) if windows else spec.shape[:2]
     size = height * model.downsampling, width * model.downsampling
     wrap = NO_WRAP if windows else spec.sampler.wrap
+    cache = spec.sampler.cache
     guide = None
     if spec.guide is not None:
         assert inputs.guide_scale is not None
         conditioned = _conditioned(spec.guide, params["guide"], inputs, size, wrap)
         guide = GuideModel(conditioned, inputs.guide_scale[0])
     denoiser = guided_denoiser(
-        _conditioned(model, params, inputs, size, wrap),
+        _conditioned(model, params, inputs, size, wrap, cache),
         guidance,
         inputs.guidance_scale,
         threshold=spec.sampler.threshold,
@@ -294,8 +295,13 @@ def _conditioned(
     inputs: SampleInputs,
     size: tuple[int, int],
     wrap: Wrap,
+    cache: AnyCache | None = None,
 ) -> ConditionedModel:
-    """Return a model's network with the conditioning of all prompts."""
+    """Return a model's network with the conditioning of all prompts.
+
+    Raises:
+      UserError: the network has no features to cache.
+    """
     concat = _inpainting_channels(model, params, inputs)
 
     def attach(cond: Conditioning, count: int, score: float) -> Conditioning:
@@ -320,13 +326,21 @@ def _conditioned(
         further = jax.tree.map(lambda x: x.reshape(parts, count, *x.shape[1:]), further)
         composed = ComposedPrompts(further, inputs.composed_weights)
     uncond = model.encode_text(params, inputs.negative)
+    network = model.network(params, wrap)
+    splits: bool = isinstance(network, SplitNetwork)
+    if cache is not None and not splits:
+        raise UserError(
+            f"{type(network).__name__} has no features to cache: expected a network with the "
+            "methods shallow, deep and finish; leave cache out."
+        )
     return ConditionedModel(
-        network=model.network(params, wrap),
+        network=network,
         prediction=model.prediction,
         schedule=model.schedule,
         cond=attach(cond, count, AESTHETIC_SCORE),
         uncond=attach(uncond, count, NEGATIVE_AESTHETIC_SCORE),
         composed=composed,
+        cache=cache,
     )
 
 

@@ -23,6 +23,7 @@ from jaxdiff.pipelines.settings import (
     with_requirements,
     without_no_ops,
 )
+from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
 from jaxdiff.sampling.guidance.apg import APG
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.cfg_zero import CFGZeroStar
@@ -43,6 +44,8 @@ _INHERITED = (
     "guidance_rescale",
     "apg",
     "cfg_zero_star",
+    "cache_interval",
+    "cache_threshold",
 )
 """Fields that become None where they equal those of the model's sampler."""
 
@@ -306,8 +309,15 @@ def _sampler(
         if asked.guide_scale is None or command.guide_model is None
         else Autoguidance(model=command.guide_model, scale=asked.guide_scale),
     )
+    cache = None
+    if asked.cache_interval is not None:
+        own_cache = model.cache if isinstance(model.cache, TaylorSeer) else TaylorSeer()
+        cache = dataclasses.replace(own_cache, interval=asked.cache_interval)
+    elif asked.cache_threshold is not None:
+        cache = FirstBlockCache(threshold=asked.cache_threshold)
     return Sampler(
         solver=solver,
+        cache=cache,
         resample_steps=asked.resample_steps,
         vae_mode=asked.vae_mode,  # type: ignore[arg-type]  # checked by its field
         wrap=None if asked.seamless is None else (asked.seamless, asked.seamless),

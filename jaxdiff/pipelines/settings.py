@@ -143,6 +143,24 @@ class GenerationSettings:
             SAMPLING,
         ),
     ] = None
+    cache_interval: Annotated[
+        int | None,
+        Range(1, 1000),
+        Doc(
+            "Evaluate all of the network at every so many steps, most of it predicted in between "
+            "(TaylorSeer): 2 to 4. 1 is exact.",
+            SAMPLING,
+        ),
+    ] = None
+    cache_threshold: Annotated[
+        float | None,
+        Range(0, LARGEST_FLOAT, "(]"),
+        Doc(
+            "Evaluate all of the network where its first block changes by more (first-block "
+            "cache): 0.05 to 0.2.",
+            SAMPLING,
+        ),
+    ] = None
     seamless: Annotated[
         bool | None, Switch(), Doc("Generate tiles that continue at their other side.", SAMPLING)
     ] = None
@@ -329,6 +347,14 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
     "variation": (
         ("mask", "strength", "solver", "mix_prompt", "clip_scale", "resample_steps", "guide_scale"),
         "a variation inverts and samples by DDIM without these",
+    ),
+    "cache_interval": (
+        ("cache_threshold", "resample_steps", "upscale"),
+        "a cache has one rule, and follows an image as a whole from step to step",
+    ),
+    "cache_threshold": (
+        ("resample_steps", "upscale"),
+        "a cache follows an image as a whole from step to step",
     ),
     "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
 }

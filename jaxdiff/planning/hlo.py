@@ -1,50 +1,43 @@
-"""Count the runs, memory traffic and collectives of an optimized XLA program.
+"""Read an optimized XLA program: its computations, their instructions, and how often each runs.
 
 XLA prints a program as computations, each a list of instructions, and the body of a loop once.
-Unlike `cost_analysis`, the counts here multiply a body by its trips. All figures are per device.
+Unlike `cost_analysis`, the counts of this package multiply a body by its trips. All figures are per
+device.
 """
 
+import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-# Opcodes that neither read nor write memory.
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-    "while",
-    "conditional",
-    "call",
-}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::((?:[A-Z]*\([^)]*\))*))?\})?")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _CALLED = re.compile(
     r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation"
     r"|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+
+
+class Array(NamedTuple):
+    """One array of an instruction's type.
+
+    Attributes:
+      shape: number of elements along each dimension.
+      bytes: of its elements.
+      stored: bytes in memory, where the last dimensions fill whole tiles.
+      is_fast: whether it lies in another memory than the chip's main memory.
+    """
+
+    shape: tuple[int, ...]
+    bytes: int
+    stored: int
+    is_fast: bool
 
 
 class Instruction(NamedTuple):
@@ -57,15 +50,13 @@ class Instruction(NamedTuple):
     attributes: str
     is_root: bool
 
-
-class Exchange(NamedTuple):
-    """Collectives of one kind between groups of one size, over one run of the program."""
-
-    kind: str
-    group: int  # devices per group
-    count: int
-    payload: float  # bytes of the whole arrays that are gathered, reduced or moved
-    sent: float  # bytes that each device sends in a ring, the minimum
+    @property
+    def called(self) -> dict[str, list[str]]:
+        """Names of the computations that it calls, by the attribute that names them."""
+        return {
+            key: [name.strip().lstrip("%") for name in names.strip("{}").split(",")]
+            for key, names in _CALLED.findall(self.attributes)
+        }
 
 
 @dataclass(frozen=True)
@@ -75,143 +66,52 @@ class Program:
     computations: dict[str, list[Instruction]]
     entry: str
 
+    def inside(self, instruction: Instruction) -> list[Instruction]:
+        """Return the instructions of a fusion or of an asynchronous call; otherwise none."""
+        if instruction.opcode not in ("fusion", "async-start"):
+            return []
+        called = instruction.called
+        return self.computations[(called.get("calls") or called["called_computations"])[0]]
+
+    def calls(self, instruction: Instruction) -> list[tuple[str, int]]:
+        """Return the computations that an instruction runs as its own steps, and how often."""
+        called = instruction.called
+        match instruction.opcode:
+            case "while":
+                return [(called["body"][0], self._trips(instruction, called["condition"][0]))]
+            case "conditional":
+                return [(name, 1) for names in called.values() for name in names]
+            case "call":
+                return [(called["to_apply"][0], 1)]
+        return []
+
     def runs(self) -> dict[str, int]:
-        """Return how often each computation runs; a fusion counts, its computation does not."""
+        """Return how often each computation runs; a fusion counts, its computation does not.
+
+        All branches of a conditional count, an upper bound.
+        """
         times: dict[str, int] = defaultdict(int)
 
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations[name]:
-                called = dict(_CALLED.findall(instruction.attributes))
-                match instruction.opcode:
-                    case "while":
-                        trips = self._trips(instruction, called)
-                        visit(_bare(called["body"]), count * trips)
-                    case "conditional":  # an upper bound: every branch counts
-                        for names in called.values():
-                            for branch in names.strip("{}").split(","):
-                                visit(_bare(branch), count)
-                    case "call" | "async-start":
-                        for key in ("to_apply", "calls", "called_computations"):
-                            if key in called:
-                                visit(_bare(called[key].strip("{}")), count)
+                for called, trips in self.calls(instruction):
+                    visit(called, count * trips)
 
         visit(self.entry, 1)
         return dict(times)
 
-    def _trips(self, loop: Instruction, called: dict[str, str]) -> int:
+    def _trips(self, loop: Instruction, condition: str) -> int:
         """Return the trip count of a loop: XLA's own, or the bound in its condition."""
         known = _TRIPS.search(loop.attributes)
         if known:
             return int(known[1])
         bounds = [
             int(i.operands[0])
-            for i in self.computations[_bare(called["condition"])]
+            for i in self.computations[condition]
             if i.opcode == "constant" and i.operands and i.operands[0].isdigit()
         ]
         return max(bounds, default=1)
-
-    def exchanges(self) -> list[Exchange]:
-        """Return all collectives, those that send most first."""
-        found: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-        for name, times in self.runs().items():
-            for kind, instruction in self._collectives(name):
-                group = _group_size(instruction.attributes)
-                payload = self._payload(kind, instruction, group)
-                total = found[kind, group]
-                total[0] += times
-                total[1] += times * payload
-                total[2] += times * payload * _sent_fraction(kind, group)
-        exchanges = [Exchange(*key, int(n), size, sent) for key, (n, size, sent) in found.items()]
-        return sorted(exchanges, key=lambda exchange: -exchange.sent)
-
-    def _collectives(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """Yield the collectives of a computation and of its fusions, with their kinds.
-
-        On TPUs a collective that overlaps several products is printed in the fusion of each, with
-        one chain id, and a reduce-scatter as a fusion of an `all-reduce` and a slice.
-        """
-        chains = set()
-        for outer in self.computations[name]:
-            called = ""
-            if outer.opcode == "fusion":
-                called = _bare(dict(_CALLED.findall(outer.attributes)).get("calls", ""))
-            for instruction in self.computations.get(called, [outer]):
-                kind = instruction.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
-                if chain and (chain[1], instruction.result.split("{")[0]) in chains:
-                    continue
-                if chain:
-                    chains.add((chain[1], instruction.result.split("{")[0]))
-                is_scatter = called.startswith("all-reduce-scatter")
-                yield "reduce-scatter" if is_scatter else kind, instruction
-
-    def _payload(self, kind: str, instruction: Instruction, group: int) -> float:
-        arrays = [_bytes(a) for a in _ARRAY.finditer(instruction.result)]
-        if instruction.opcode.endswith("-start") and instruction.result.startswith("(("):
-            arrays = [_bytes(a) for a in _ARRAY.finditer(instruction.result.split("), ", 1)[1])]
-        elif instruction.opcode.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
-            arrays = arrays[len(arrays) // 2 :][:1]  # operand, result, and counters
-        total = float(sum(arrays))
-        # The result of a `reduce-scatter` is the part that each device keeps.
-        return total * group if instruction.opcode.startswith("reduce-scatter") else total
-
-    def traffic(self) -> float:
-        """Return the bytes read from and written to main memory in one run of the program.
-
-        An instruction, or a fusion as a whole, reads its operands and writes its result; slices
-        count by their own size. Arrays in a chip's fast memory do not count.
-        """
-        total = 0.0
-        for name, times in self.runs().items():
-            types = {i.name: i.result for i in self.computations[name]}
-            for instruction in self.computations[name]:
-                if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
-                    continue
-                total += times * self._instruction_traffic(instruction, types)
-        return total
-
-    def _instruction_traffic(self, instruction: Instruction, types: dict[str, str]) -> float:
-        operands = [_main_memory(types.get(name, "")) for name in instruction.operands]
-        result = _main_memory(instruction.result)
-        match instruction.opcode:
-            case "dynamic-slice" | "slice" | "gather":
-                return 2 * result
-            case "dynamic-update-slice":
-                return 2 * operands[1] if len(operands) > 1 else result
-            case "fusion":
-                called = dict(_CALLED.findall(instruction.attributes)).get("calls", "")
-                return self._fusion_traffic(_bare(called), operands, result)
-        if instruction.opcode in ("copy-start", "slice-start"):  # to fast memory, or back
-            return float(min(_bytes(a) for a in _ARRAY.finditer(instruction.result) if a[2]))
-        if instruction.opcode.endswith("-start"):
-            return result
-        return sum(operands) + result
-
-    def _fusion_traffic(self, name: str, operands: list[float], result: float) -> float:
-        inside = self.computations.get(name, [])
-        types = {i.name: i.result for i in inside}
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for instruction in inside:
-            for operand in instruction.operands:
-                users[operand].append(instruction)
-        for i in inside:
-            if i.opcode == "dynamic-update-slice" and i.is_root:
-                result = _main_memory(types.get(i.operands[1], ""))
-        for i in inside:
-            if i.opcode != "parameter" or not i.operands or not i.operands[0].isdigit():
-                continue
-            place, read_by = int(i.operands[0]), users[i.name]
-            if place >= len(operands) or not read_by:
-                continue
-            if all(u.opcode in ("dynamic-slice", "slice", "gather") for u in read_by):
-                sliced = float(sum(_main_memory(u.result) for u in read_by))
-                operands[place] = min(operands[place], sliced)
-            elif all(u.opcode == "dynamic-update-slice" for u in read_by):
-                operands[place] = 0.0 if read_by[0].operands[0] == i.name else operands[place]
-        return sum(operands) + result
 
 
 def read_program(text: str) -> Program:
@@ -254,43 +154,24 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def _bare(name: str) -> str:
-    return name.strip().lstrip("%")
+@functools.lru_cache(maxsize=1 << 16)
+def arrays(result: str) -> tuple[Array, ...]:
+    """Parse the arrays of a type, such as `(bf16[8,72]{1,0:T(8,128)(2,1)S(1)}, s32[])`."""
+    return tuple(_array(found) for found in _ARRAY.finditer(result))
 
 
-def _bytes(array: re.Match[str]) -> int:
-    kind, sizes = array[1], array[2]
+def _array(found: re.Match[str]) -> Array:
+    kind, sizes, order, layout = found.groups()
+    shape = tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n)
     if kind in BYTES:
         size = BYTES[kind]
     else:
         bits = re.search(r"\d+", kind)
         size = max(int(bits[0]) // 8, 1) if bits else 0
-    return size * math.prod(int(n.lstrip("<=")) for n in sizes.split(",") if n)
-
-
-def _main_memory(result: str) -> float:
-    """Return the bytes of a type, without arrays in other memory spaces."""
-    return float(sum(_bytes(a) for a in _ARRAY.finditer(result) if "S(" not in (a[3] or "")))
-
-
-def _group_size(attributes: str) -> int:
-    """Parse `replica_groups={{0,1},{2,3}}`, `=[2,2]<=[4]` or `=mesh['a'=2,'b'=2] ... {'b'}`."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    if listed:
-        return listed[1].count(",") + 1
-    shaped = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    if shaped:
-        return int(shaped[1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", attributes)
-    if named:
-        sizes = {axis: int(size) for axis, size in re.findall(r"('[\w.]+')=(\d+)", named[1])}
-        return math.prod(sizes.get(axis.split(":")[0], 1) for axis in named[2].split(","))
-    return 2  # a permutation exchanges between pairs
-
-
-def _sent_fraction(kind: str, group: int) -> float:
-    """Return the fraction of the payload that each device of a ring sends (Thakur et al. 2005)."""
-    if kind in ("collective-permute", "collective-broadcast"):
-        return 1.0
-    once = (group - 1) / group
-    return 2 * once if kind == "all-reduce" else once
+    stored = [shape[int(i)] for i in (order or "").split(",") if i] or list(shape)
+    tile = re.match(r"T\(([\d,]+)\)", layout or "")
+    if tile and shape:  # the first dimensions in `order` are the last in memory
+        for place, side in enumerate(reversed([int(n) for n in tile[1].split(",")])):
+            if place < len(stored):
+                stored[place] = -(-stored[place] // side) * side
+    return Array(shape, size * math.prod(shape), size * math.prod(stored), "S(" in (layout or ""))

@@ -4,34 +4,36 @@ Nothing is allocated or run: shapes -> shardings -> lowered -> compiled. `ORIGIN
 of each figure:
 
   XLA's     of the compiled program: memory, collectives, traffic, time to compile
-  computed  from shapes: parameters, FLOPs; and from these and the chip's data sheet: times
-  assumed   the model FLOP utilisation that a run reaches
-
-The roofline (Williams et al. 2009) is the largest of three times: FLOPs at the chip's peak, traffic
-at its memory bandwidth, and bytes sent at the bandwidth of all its links together.
+  computed  from shapes: parameters, FLOPs
+  modelled  times, from the compiled program and the chip's data sheet: see `schedule`
+  assumed   the model FLOP utilisation that a run reaches, if the modelled step allows it
 
 A quick plan compiles with XLA's least effort: a U-Net takes minutes rather than half an hour. For
-DiT-XL/2 on 256 chips collectives are the same and memory is 4 % larger. Traffic is left out, since
-without fusion it is five times too large.
+DiT-XL/2 on 256 chips collectives are the same and memory is 4 % larger. Traffic and the order of
+instructions are left out, since without fusion traffic is five times too large: the time of a step
+is the larger of products and collectives.
 """
 
 import dataclasses
 import math
-import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxdiff.distributed.chips import peak_flops
-from jaxdiff.distributed.mesh import MeshConfig, check_batch, make_mesh
+from jaxdiff.distributed.mesh import check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
-from jaxdiff.planning.hlo import Exchange, read_program
+from jaxdiff.planning.collectives import Exchange, exchanges
+from jaxdiff.planning.hlo import Program, read_program
+from jaxdiff.planning.plan_cache import keep_plan, plan_file, read_plan
+from jaxdiff.planning.schedule import Times, program_times
 from jaxdiff.planning.topology import Topology
+from jaxdiff.planning.traffic import total_traffic
 from jaxdiff.training.abstract import (
     abstract_batch,
     abstract_frozen,
@@ -44,7 +46,7 @@ from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 UTILISATION = 0.4
-"""Model FLOP utilisation that days and images per second assume."""
+"""Model FLOP utilisation that days and images per second assume, if the step is not slower."""
 
 _LEAST_EFFORT = 9  # https://openxla.org/xla/effort_levels
 
@@ -61,10 +63,13 @@ ORIGINS = {
     "memory_limit": "data sheet",
     "collectives": "XLA's",
     "traffic": "XLA's",
-    "compute_s": "computed",
-    "memory_s": "computed",
-    "interconnect_s": "computed",
-    "roofline_s": "computed",
+    "compute_s": "modelled",
+    "memory_s": "modelled",
+    "interconnect_s": "modelled",
+    "network": "XLA's",
+    "network_s": "modelled",
+    "exposed_s": "modelled",
+    "step_s": "modelled",
     "utilisation": "assumed",
     "images_per_s": "assumed",
     "days": "assumed",
@@ -96,8 +101,17 @@ class Memory:
 class Plan:
     """Requirements and speed of a recipe on a topology.
 
-    Memory, traffic and collectives are per device; FLOPs are over all devices. Times are None for
-    devices without a data sheet. Where the program does not fit, XLA states `memory_needed` alone.
+    Memory, traffic and collectives are per device; FLOPs are over all devices. Where the program
+    does not fit, XLA states `memory_needed` alone, and there are no times.
+
+    Attributes:
+      compute_s: all products at the chip's peak, with those that remat repeats, on whole tiles.
+      memory_s: all traffic at the memory's bandwidth; None for a quick plan.
+      interconnect_s: all collectives on their links.
+      network: bytes that each device sends to other slices, over the data center's network.
+      network_s: the part of `interconnect_s` that these take.
+      exposed_s: the part of the step that waits for collectives; None for a quick plan.
+      step_s: the step, its collectives included.
     """
 
     recipe: str
@@ -124,9 +138,13 @@ class Plan:
     compute_s: float | None
     memory_s: float | None
     interconnect_s: float | None
+    network: float
+    network_s: float
+    exposed_s: float | None
+    step_s: float | None
     utilisation: float
-    images_per_s: float | None
-    days: float | None
+    images_per_s: float
+    days: float
     compile_s: float
 
     @property
@@ -134,11 +152,19 @@ class Plan:
         """Whether a step fits into the memory of each device."""
         return self.memory is not None and self.memory_needed <= self.memory_limit
 
-    @property
-    def roofline_s(self) -> float | None:
-        """Lower bound on the time of a step, with collectives overlapped."""
-        times = [t for t in (self.compute_s, self.memory_s, self.interconnect_s) if t is not None]
-        return max(times, default=None)
+    @classmethod
+    def from_json(cls, stated: Mapping[str, Any]) -> "Plan":
+        """Return the plan of which `to_json` stated the figures."""
+        values = {field.name: stated[field.name] for field in dataclasses.fields(cls)}
+        memory = values["memory"]
+        return cls(
+            **values
+            | {
+                "memory": memory and Memory(**memory),
+                "collectives": tuple(Exchange(**exchange) for exchange in values["collectives"]),
+                "flags": tuple(values["flags"]),
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures in bytes, seconds and FLOPs, with the origin of each."""
@@ -146,48 +172,49 @@ class Plan:
             **dataclasses.asdict(self),
             "collectives": [exchange._asdict() for exchange in self.collectives],
             "fits": self.fits,
-            "roofline_s": self.roofline_s,
             "origins": ORIGINS,
         }
 
 
-def on_slice(config: Config, topology: str, mesh: MeshConfig | None = None) -> Config:
-    """Return a recipe with the given mesh, or with its own settings for a topology."""
-    planned = next((s for s in config.slices if s.topology == topology), None)
-    if mesh is not None or planned is None:
-        return dataclasses.replace(config, mesh=mesh or config.mesh)
-    train = dataclasses.replace(config.train, accumulate=planned.accumulate)
-    return dataclasses.replace(config, mesh=planned.mesh, train=train)
-
-
 def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Plan:
     """Compile a recipe's step for a topology, on the recipe's mesh; `quick` with least effort.
+
+    A plan for devices with a data sheet is kept, and made once.
 
     Raises:
       UserError: the mesh or the batch does not divide.
     """
     mesh = make_mesh(config.mesh, topology.devices)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    flags = config.compiler.flags(topology.devices[0])
+    measured = topology.chip.kind == "cpu"
+    file = None if measured else plan_file(config, topology.name, flags, quick)
+    kept = read_plan(file)
+    if kept is not None:
+        return Plan.from_json(kept)
     check_axes(config, mesh)
+    plan = _compiled_plan(config, topology, mesh, quick)
+    keep_plan(file, plan.to_json())
+    return plan
+
+
+def _compiled_plan(config: Config, topology: Topology, mesh: Mesh, quick: bool) -> Plan:
     start = time.perf_counter()
     memory, needed, limit, text = _compile(config, mesh, quick)
     compile_s = time.perf_counter() - start
     program = read_program(text) if text else None
-    chip, devices = topology.chip, len(topology.devices)
-    size, batch_size = config.data.transforms.size, config.train.batch_size
+    times = _times(program, topology, mesh, quick) if program else None
+    chip, devices, batch_size = topology.chip, len(topology.devices), config.train.batch_size
     per_image = flops_per_image(config)
-    executed = (per_image + config.task.recomputed_flops(size)) * batch_size
-    peak = chip.flops if chip else peak_flops(topology.devices[0]) or 0.0
-    traffic = program.traffic() if program and not quick else None
-    exchanges = tuple(program.exchanges()) if program else ()
-    host_memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    images_per_s = UTILISATION * peak * devices / per_image if peak else None
+    peak_s = per_image * batch_size / devices / chip.flops
+    utilisation = min(UTILISATION, peak_s / times.step) if times else UTILISATION
+    images_per_s = utilisation * batch_size / peak_s
     return Plan(
         recipe=config.name,
         topology=topology.name,
         quick=quick,
         proxy_topology=topology.proxy_topology,
-        chip=chip.kind if chip else topology.devices[0].device_kind,
+        chip=chip.kind,
         chips=devices,
         mesh=dict(mesh.shape),
         batch_size=batch_size,
@@ -201,17 +228,28 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
         flops_per_step=per_image * batch_size,
         memory=memory,
         memory_needed=needed,
-        memory_limit=chip.memory if chip else limit or host_memory / devices,
-        collectives=exchanges,
-        traffic=traffic,
-        compute_s=executed / devices / peak if peak else None,
-        memory_s=traffic / chip.bandwidth if chip and traffic is not None else None,
-        interconnect_s=sum(e.sent for e in exchanges) / chip.interconnect if chip else None,
-        utilisation=UTILISATION,
+        memory_limit=limit or chip.memory,
+        collectives=tuple(exchanges(program)) if program else (),
+        traffic=total_traffic(program) if program and not quick else None,
+        compute_s=times and times.products,
+        memory_s=times.memory if times and not quick else None,
+        interconnect_s=times and times.links,
+        network=times.network * topology.chip.network if times else 0.0,
+        network_s=times.network if times else 0.0,
+        exposed_s=times.exposed if times and not quick else None,
+        step_s=times and times.step,
+        utilisation=utilisation,
         images_per_s=images_per_s,
-        days=images_per_s and config.train.steps * batch_size / images_per_s / 86_400,
+        days=config.train.steps * batch_size / images_per_s / 86_400,
         compile_s=compile_s,
     )
+
+
+def _times(program: Program, topology: Topology, mesh: Mesh, quick: bool) -> Times:
+    times = program_times(program, topology.chip, topology.links(mesh))
+    if quick:
+        return dataclasses.replace(times, step=max(times.products, times.links))
+    return times
 
 
 def count_params(tree: Any) -> int:

@@ -37,8 +37,8 @@ def plan_table(plan: Plan) -> Table:
         )
     if plan.quick:
         notes.append(
-            "Compiled with --quick: memory is slightly too high; traffic is unknown and not part "
-            "of the least time."
+            "Compiled with --quick: memory is slightly too high; traffic and exposed collectives "
+            "are unknown and not part of the step's time."
         )
     table.caption = "\n".join(notes) or None
     return table
@@ -70,9 +70,10 @@ def _summary(plan: Plan) -> dict[str, str]:
         "memory/chip": f"{plan.memory_needed / GIB:.1f} GiB" + ("" if plan.fits else " (!)"),
         "of": f"{plan.memory_limit / GIB:.0f} GiB",
         "PFLOP/step": f"{plan.flops_per_step / 1e15:.3g}",
-        "roofline": _seconds(plan.roofline_s),
-        "images/s": f"{plan.images_per_s:,.0f}" if plan.images_per_s else "",
-        "days": f"{plan.days:.2f}" if plan.days else "",
+        "step": _seconds(plan.step_s),
+        "exposed": _seconds(plan.exposed_s),
+        "images/s": f"{plan.images_per_s:,.0f}",
+        "days": f"{plan.days:.2f}",
         "compile": f"{plan.compile_s:.0f} s",
     }
 
@@ -113,18 +114,21 @@ def _collective_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    if plan.compute_s is None:
+    if plan.step_s is None or plan.compute_s is None:
         return []
     parts = f"products {_seconds(plan.compute_s)}"
     if plan.memory_s is not None:
         parts += f", memory {_seconds(plan.memory_s)} ({_size(plan.traffic or 0)})"
-    if plan.interconnect_s is not None:
-        parts += f", interconnect {_seconds(plan.interconnect_s)}"
-    rows = [("least time of a step", f"{_seconds(plan.roofline_s)}: {parts}", "compute_s")]
-    if plan.images_per_s and plan.days:
-        text = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
-        rows.append((f"at {plan.utilisation:.0%} utilisation", text, "days"))
-    return rows
+    parts += f", interconnect {_seconds(plan.interconnect_s)}"
+    if plan.network:
+        parts += f", between slices {_seconds(plan.network_s)} ({_size(plan.network)})"
+    if plan.exposed_s is not None:
+        parts += f", {_seconds(plan.exposed_s)} exposed"
+    text = f"{plan.images_per_s:,.0f} images/s, {plan.days:,.2f} days for the recipe"
+    return [
+        ("time of a step", f"{_seconds(plan.step_s)}: {parts}", "step_s"),
+        (f"at {plan.utilisation:.0%} utilisation", text, "days"),
+    ]
 
 
 def _size(count: float) -> str:

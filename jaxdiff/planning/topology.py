@@ -1,6 +1,7 @@
 """Find the devices that a run is planned for, attached to this machine or not.
 
 v5e:16x16   a TPU slice, compiled for by libtpu without a TPU; v5p:4x4x4 is also called v5p-128
+2xv5e:16x16 two of them, connected by the data center's network
 cpu:8       simulated devices of this machine
 local       the devices of this machine
 h100:8      GPUs, attached or not
@@ -15,12 +16,18 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
-from jaxdiff.distributed.chips import Chip, chip_of, find_chip
+from jaxdiff.distributed.chips import Chip, chip_of, cpu_chip, find_chip
+from jaxdiff.distributed.mesh import parse_slices
 from jaxdiff.errors import UserError
+from jaxdiff.planning.collectives import Links
 
 # Kinds of TPU slices, and the number of sides of their shapes.
 _SLICES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# A side of this many chips wraps around; in three dimensions all sides that are multiples of it do
+# if all are (cloud.google.com/tpu/docs on each version).
+_WRAPS = {2: 16, 3: 4}
 _GPUS = {
     "a100": "NVIDIA A100-SXM",
     "h100": "NVIDIA H100",
@@ -39,14 +46,27 @@ class Topology:
     Attributes:
       name: as in `--topology`.
       devices: of the mesh.
-      chip: the data sheet of each device; None for a CPU.
+      chip: the data sheet of each device; of a CPU, measured.
       proxy_topology: name of the topology that is compiled for in place of this one.
     """
 
     name: str
     devices: tuple[Any, ...]
-    chip: Chip | None
+    chip: Chip
     proxy_topology: str | None = None
+
+    def links(self, mesh: Mesh) -> Links:
+        """Return the links between the devices of a mesh: those of a torus for TPU slices."""
+        sides = _SLICES.get(parse_slices(self.name)[1].partition(":")[0])
+        if sides is None:
+            return Links(self.chip.interconnect, self.chip.network)
+        devices = list(mesh.devices.flat)
+        places = tuple(tuple(device.coords[:sides]) for device in devices)
+        shape = [1 + max(place[d] for place in places) for d in range(sides)]
+        whole = [side % _WRAPS[sides] == 0 for side in shape]
+        wraps = tuple(one and (sides == 2 or all(whole)) for one in whole)
+        slices = tuple(getattr(device, "slice_index", 0) for device in devices)
+        return Links(self.chip.interconnect, self.chip.network, places, wraps, slices)
 
 
 def find_topology(name: str) -> Topology:
@@ -57,7 +77,8 @@ def find_topology(name: str) -> Topology:
     """
     if name in ("local", "gpu"):
         return _local(name)
-    kind, _, shape = name.partition(":")
+    count, single = parse_slices(name)
+    kind, _, shape = single.partition(":")
     if kind in _SLICES:
         if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != _SLICES[kind]:
             sides = "x".join(["4"] * _SLICES[kind])
@@ -65,23 +86,23 @@ def find_topology(name: str) -> Topology:
                 f"The topology {name!r} has no shape that a slice of {kind} can have: expected "
                 f"{_SLICES[kind]} sides, such as {kind}:{sides}."
             )
-        devices = _slice(name)
+        devices = _slices(single, count)
         return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
     if kind == "cpu" and shape.isdigit() and int(shape):
-        return Topology(name=name, devices=_simulated(int(shape)), chip=None)
+        return Topology(name=name, devices=_simulated(int(shape)), chip=cpu_chip())
     if kind in _GPUS and shape.isdigit() and int(shape) in _PROXY:
-        proxy = f"v5p:{_PROXY[int(shape)]}"
-        return Topology(
-            name=name, devices=_slice(proxy), chip=find_chip(_GPUS[kind]), proxy_topology=proxy
-        )
+        proxy, chip = f"v5p:{_PROXY[int(shape)]}", find_chip(_GPUS[kind])
+        assert chip is not None
+        return Topology(name=name, devices=_slices(proxy), chip=chip, proxy_topology=proxy)
     raise UserError(
         f"There is no topology {name!r}: expected a slice of {', '.join(_SLICES)} such as "
-        f"v5e:16x16, GPUs such as h100:8 ({', '.join(_GPUS)}; a power of two up to 64 of them), "
+        "v5e:16x16, several such as 2xv5e:16x16, GPUs such as h100:8 "
+        f"({', '.join(_GPUS)}; a power of two up to 64 of them), "
         "cpu:N for simulated devices, or local for those of this machine."
     )
 
 
-def _slice(name: str) -> tuple[Any, ...]:
+def _slices(name: str, count: int = 1) -> tuple[Any, ...]:
     """Return devices to compile for, without any that runs programs."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -94,7 +115,9 @@ def _slice(name: str) -> tuple[Any, ...]:
     try:
         # Both cores of a v4 chip are one device, as on a chip that runs; on later ones by default.
         cores = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=count, **cores
+        )
     except jax.errors.JaxRuntimeError as error:
         reason = re.sub(r"\s+", " ", str(error)).rstrip(".")
         raise UserError(
@@ -125,5 +148,5 @@ def _local(name: str) -> Topology:
             "to plan for, such as h100:8 or v5e:16x16, or run pip "
             "install -e '.[gpu]' in a clone of jaxdiff."
         )
-    chip = None if devices[0].platform == "cpu" else chip_of(devices[0])
+    chip = cpu_chip() if devices[0].platform == "cpu" else chip_of(devices[0])
     return Topology(name=name, devices=devices, chip=chip)

@@ -8,6 +8,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import BelowOne, Count, Range
 from jaxdiff.diffusion.time_grids import MOST_STEPS, AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
+from jaxdiff.sampling.feature_cache import AnyCache, TaylorSeer
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.guidance.thresholds import AnyThreshold
 from jaxdiff.sampling.solvers import AnySolver
@@ -41,6 +42,7 @@ class Sampler:
       wrap: whether images are tileable, vertically and horizontally.
       overlap: of MultiDiffusion windows, as a fraction of their sides; None denoises the image as a
         whole.
+      cache: reuses features of earlier steps, for speed at some distance from the exact image.
 
     Raises:
       UserError: a number out of range.
@@ -57,6 +59,7 @@ class Sampler:
     vae_mode: VaeMode | None = None
     wrap: tuple[bool, bool] | None = None
     overlap: BelowOne | None = None
+    cache: AnyCache | None = None
 
     def inherit(self, other: "Sampler") -> "Sampler":
         """Return these settings, with another's in the place of those that are None."""
@@ -69,6 +72,8 @@ class Sampler:
     def resolve(self) -> "ResolvedSampler":
         """Return these settings with the package's defaults in the place of None."""
         merged = self.inherit(_DEFAULTS)
+        if isinstance(merged.cache, TaylorSeer) and merged.cache.interval == 1:
+            merged = dataclasses.replace(merged, cache=None)
         values = {f.name: getattr(merged, f.name) for f in dataclasses.fields(merged)}
         return ResolvedSampler(**values)
 
@@ -88,7 +93,7 @@ _DEFAULTS = Sampler(
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSampler:
-    """A `Sampler` with a value for every field; `overlap` and `threshold` may be off (None)."""
+    """A `Sampler` with a value for every field but `overlap`, `threshold` and `cache`."""
 
     solver: AnySolver
     grid: AnyGrid
@@ -101,9 +106,18 @@ class ResolvedSampler:
     vae_mode: VaeMode
     wrap: tuple[bool, bool]
     overlap: float | None
+    cache: AnyCache | None = None
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise `UserError` for steps that the grid does not have, or without any guided one."""
+        """Raise `UserError` for steps that the grid does not have, or without any guided one.
+
+        Also for repeated steps with a cache, which starts again at each.
+        """
+        if self.cache is not None and self.resample_steps > 1:
+            raise UserError(
+                f"resample_steps is {self.resample_steps} with a cache of features: expected 1; "
+                "leave one of them out."
+            )
         most = getattr(self.grid, "max_steps", MOST_STEPS)
         if num_steps > most:
             raise UserError(

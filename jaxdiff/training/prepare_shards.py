@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from jaxdiff.distributed.multihost import run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import console, write_line
+from jaxdiff.io.text import check_text
+from jaxdiff.training.beam_shards import BeamJob, write_with_beam
 from jaxdiff.training.latent_cache import Cache, make_cache, write_empty, write_latents
 from jaxdiff.training.metrics import Progress
 from jaxdiff.training.recipe import Config
@@ -55,6 +58,10 @@ class Sharing:
     """Index of this machine, from 0, where several write shards."""
     hosts: Count = 1
     """Number of machines; the last one to finish writes the manifest."""
+    runner: str | None = None
+    """Runner of Apache Beam that writes the shards, such as DirectRunner or DataflowRunner."""
+    runner_options: tuple[str, ...] = ()
+    """Options of the runner, each NAME=VALUE, such as region=us-central1."""
     latents: LatentOptions = field(default_factory=LatentOptions)
 
 
@@ -122,7 +129,9 @@ def write_records(
     }
     share = f"host{sharing.host}" if sharing.hosts > 1 else None
     with output_folder(out, share=share) as folder:
-        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing).run(count)
+        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing, config).run(
+            count
+        )
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -131,6 +140,22 @@ def _check_sharing(sharing: Sharing) -> None:
             f"--host {sharing.host} of --hosts {sharing.hosts}: expected a number from 0 and below "
             "that of the hosts."
         )
+    if sharing.runner is None and sharing.runner_options:
+        raise UserError(
+            "--runner-options are those of a runner, which is not set: expected --runner; give it, "
+            "or leave the options out."
+        )
+    if sharing.runner is not None and (sharing.hosts > 1 or sharing.workers is not None):
+        raise UserError(
+            "--runner divides the work itself: expected no --hosts and no --workers beside it; "
+            "leave them out, or give the runner's own among --runner-options."
+        )
+    for option in sharing.runner_options:
+        check_text(option, "An option of --runner-options")
+        if not re.fullmatch(r"\w+=.+", option):
+            raise UserError(
+                f"--runner-options has {option!r}: expected NAME=VALUE, without dashes."
+            )
 
 
 @dataclass(frozen=True)
@@ -143,6 +168,7 @@ class _ShardJob:
     cache: Cache | None
     provenance: dict[str, Any]
     sharing: Sharing
+    config: Config | None
 
     def run(self, count: int) -> ShardManifest | None:
         """Write the missing ones of `count` shards, and the manifest once all exist."""
@@ -156,7 +182,9 @@ class _ShardJob:
         mine = parts[self.sharing.host :: self.sharing.hosts]
         left_out = left_out_of(self.source)
         self._print(left_out.rejects)
-        for shard in self._write([part for part in mine if part.file not in done]):
+        todo = [part for part in mine if part.file not in done]
+        written = self._write if self.sharing.runner is None else self._write_with_beam
+        for shard in written(todo):
             self._print(shard.rejects)
             done[shard.file] = shard
         if self.sharing.hosts > 1:  # the others may have finished meanwhile
@@ -215,6 +243,36 @@ class _ShardJob:
                     yield shard
             else:
                 yield from write_latents(self.folder, todo, workers, self.cache, progress.update)
+
+    def _write_with_beam(self, todo: list[ShardRange]) -> list[Shard]:
+        """Write shards on a runner; return them.
+
+        Raises:
+          UserError: shards that the runner wrote are not in the folder.
+        """
+        if not todo:
+            return []
+        runner = self.sharing.runner
+        assert runner is not None
+        reader = RecordReader(source=self.source, transforms=self.transforms)
+        config = self.config if self.cache else None
+        job = BeamJob.of(self.folder, reader, config, self.sharing.latents)
+        total = sum(part.stop - part.start for part in todo)
+        entries = ShardProgress(self.folder, self.provenance)
+        with Progress(total, unit="record", console=console(stderr=True)) as progress:
+
+            def look() -> None:
+                shards = self._complete(todo, entries.read()).values()
+                progress.update(sum(shard.records + len(shard.rejects) for shard in shards))
+
+            write_with_beam(job, todo, runner, self.sharing.runner_options, look)
+        there = self._complete(todo, entries.read())
+        if len(there) < len(todo):
+            raise UserError(
+                f"{len(todo) - len(there)} shards of {runner} are not in {self.folder}: expected a "
+                "folder that all its workers write to; give one in gs:// or on a shared disk."
+            )
+        return [there[part.file] for part in todo]
 
     def _workers(self, records: int, shards: int) -> int:
         if self.sharing.workers is not None:

@@ -5,7 +5,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxdiff.config.checked import checked
@@ -16,11 +16,11 @@ from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, parse_slices
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
-from jaxdiff.models.layers import ComputeType
+from jaxdiff.models.layers import ComputeType, Remat
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
@@ -104,7 +104,7 @@ class Config:
       mesh: of the devices.
       compiler: XLA's flags.
       evaluators: metrics and images, at intervals and at the end.
-      slices: topologies for `jaxdiff plan`, with their meshes.
+      slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
     """
 
     name: str
@@ -118,6 +118,28 @@ class Config:
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     evaluators: tuple[AnyEvaluator, ...] = ()
     slices: tuple[PlannedTopology, ...] = ()
+
+
+def on_topology(config: Config, name: str) -> Config:
+    """Return a recipe with its own settings for a topology, if it names any.
+
+    Each of several slices, such as those of 2xv5e:16x16, has the settings for one.
+    """
+    count, single = parse_slices(name)
+    planned = next((planned for planned in config.slices if planned.topology == single), None)
+    if planned is not None:
+        train = replace(config.train, accumulate=planned.accumulate)
+        config = replace(config, mesh=planned.mesh, train=train)
+        config = with_remat(config, planned.remat) if planned.remat else config
+    return replace(config, mesh=replace(config.mesh, slices=count)) if count > 1 else config
+
+
+def with_remat(config: Config, remat: Remat) -> Config:
+    """Return a recipe with another remat policy of its denoiser."""
+    assert isinstance(config.task, DiffusionTask)
+    model = config.task.model
+    denoiser: Any = replace(model.denoiser, remat=remat)
+    return replace(config, task=replace(config.task, model=replace(model, denoiser=denoiser)))
 
 
 DATASETS = (Produce, OpenMoji)

@@ -6,8 +6,10 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree, Shaped
 
+from jaxdiff.diffusion.row_keys import RowKeys
+from jaxdiff.distributed.sharding import mean_over_replicas, shard_gradients
 from jaxdiff.models.layers import ComputeType, cast, rngs_from_seed
 from jaxdiff.models.text_to_image import merge_params
 from jaxdiff.training.ema import Ema
@@ -51,20 +53,26 @@ def make_train_step(
     """Make a step that updates parameters, optimizer state, EMA and the task's state.
 
     Gradients are taken with respect to the float32 masters through a cast to `compute`, and
-    averaged over `accumulate` sequential micro-batches. A nonfinite loss, gradient or update
+    averaged over `accumulate` sequential micro-batches: the gradient of the whole batch where the
+    loss is a mean over its rows. A nonfinite loss, gradient or update
     changes only the step and the counts of skipped updates.
     """
 
-    def loss(params, frozen, batch, key, task_state, average):
+    def loss(params, frozen, batch, keys, task_state, average):
         params, frozen = cast(params, compute), cast(frozen, compute)
         with jax.named_scope("loss"):
-            value, metrics, task_state = task.loss(params, frozen, batch, key, task_state, average)
+            value, metrics, task_state = task.loss(params, frozen, batch, keys, task_state, average)
         return value, (metrics, task_state)
+
+    def gradient(*inputs):
+        grads, aux = jax.grad(loss, has_aux=True)(*inputs)
+        return shard_gradients(grads, task.param_axes()), aux
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        keys = RowKeys.whole(key, len(jax.tree.leaves(batch)[0]))
         grads, (metrics, task_state) = _mean_gradient(
-            jax.grad(loss, has_aux=True), accumulate, state, frozen, batch, key
+            gradient, accumulate, task.by_row, state, frozen, batch, keys
         )
         grad_norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
@@ -99,36 +107,47 @@ def make_train_step(
 def _mean_gradient(
     gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
     accumulate: int,
+    by_row: bool,
     state: TrainState,
     frozen: PyTree,
     batch: Batch,
-    key: jax.Array,
+    keys: RowKeys,
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
-    """Return mean gradient and metrics over equal parts of the batch, and the last task state."""
-    if accumulate == 1:
-        return gradient(state.params, frozen, batch, key, state.task_state, state.ema)
+    """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
-    def split(x: Array) -> Float[Array, "k b ..."]:
+    The gradients of a loss `by_row` are reduced over replicas of the model once, not for each part.
+    """
+    if accumulate == 1:
+        return gradient(state.params, frozen, batch, keys, state.task_state, state.ema)
+
+    def split(x: Array) -> Shaped[Array, "k b ..."]:
         # Every k-th image: each device holds rows of every micro-batch, without communication.
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
-    def part_gradient(part: Batch, key: jax.Array, task_state: PyTree):
-        grads, (metrics, task_state) = gradient(
-            state.params, frozen, part, key, task_state, state.ema
-        )
-        return (grads, metrics), task_state
+    def mean_over_parts(constants, rows):
+        params, frozen, key, first_state, ema = constants
 
-    def body(carry, inputs):
-        total, task_state = carry
-        index, part = inputs
-        result, task_state = part_gradient(part, jax.random.fold_in(key, index), task_state)
-        return (jax.tree.map(jnp.add, total, result), task_state), None
+        def part_gradient(part, task_state):
+            batch, indices = part
+            part_keys = RowKeys(key, indices, keys.count)
+            grads, (metrics, task_state) = gradient(
+                params, frozen, batch, part_keys, task_state, ema
+            )
+            return (grads, metrics), task_state
 
-    parts = jax.tree.map(split, dict(batch))
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes, _ = jax.eval_shape(part_gradient, first, key, state.task_state)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    inputs = (jnp.arange(accumulate), parts)
-    (total, task_state), _ = jax.lax.scan(body, (zeros, state.task_state), inputs)
-    grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+        def body(carry, part):
+            total, task_state = carry
+            result, task_state = part_gradient(part, task_state)
+            return (jax.tree.map(jnp.add, total, result), task_state), None
+
+        parts = jax.tree.map(split, rows)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes, _ = jax.eval_shape(part_gradient, first, first_state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (total, task_state), _ = jax.lax.scan(body, (zeros, first_state), parts)
+        return jax.tree.map(lambda x: x / accumulate, total), task_state
+
+    mean = mean_over_replicas(mean_over_parts) if by_row else mean_over_parts
+    constants = (state.params, frozen, keys.key, state.task_state, state.ema)
+    (grads, metrics), task_state = mean(constants, (dict(batch), keys.rows))
     return grads, (metrics, task_state)

@@ -1,5 +1,6 @@
 """`jaxdiff plan` on the command line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,8 @@ from jaxdiff.cli import plan as command
 from jaxdiff.cli.plan import parse_mesh
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
+from jaxdiff.planning.topology import find_topology
+from jaxdiff.training.recipe import load_recipe
 
 
 def test_a_mesh_is_parsed_from_its_axes():
@@ -19,7 +22,7 @@ def test_a_mesh_is_parsed_from_its_axes():
 @pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two"])
 def test_an_invalid_mesh_is_refused(text):
     with pytest.raises(
-        UserError, match=r"is not an axis and its size: expected some of data, fsdp"
+        UserError, match=r"is not an axis and its size: expected some of slices, data"
     ):
         parse_mesh(text)
 
@@ -47,3 +50,30 @@ def test_json_alone_is_printed(some_plan, monkeypatch, capsys):
     assert cli.main(["plan", "configs/produce.py", "--topology", "cpu:8", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["recipe"], printed["memory_needed"], printed["fits"]) == ("tiny", 2.0, True)
+
+
+def test_settings_for_a_topology_come_before_flags(some_plan, monkeypatch):
+    """The recipe's own for v5e:16x16, except for what is given."""
+    planned = []
+    one = find_topology("cpu:1")
+    monkeypatch.setattr(command, "find_topology", lambda name: dataclasses.replace(one, name=name))
+    monkeypatch.setattr(
+        command, "make_plan", lambda config, on, **_: planned.append((config, on.name)) or some_plan
+    )
+    arguments = ["plan", "configs/dit_xl2_imagenet256.py", "--train.accumulate", "4"]
+    assert cli.main(arguments) == 0
+    recipe = load_recipe("configs/dit_xl2_imagenet256.py")
+    assert [name for _, name in planned] == [s.topology for s in recipe.slices]
+    assert [config.mesh for config, _ in planned] == [s.mesh for s in recipe.slices]
+    assert {config.train.accumulate for config, _ in planned} == {4}
+    policies = [config.task.model.denoiser.remat for config, _ in planned]
+    assert policies == [s.remat or recipe.task.model.denoiser.remat for s in recipe.slices]
+    planned.clear()
+    assert cli.main([*arguments, "--topology=v5e:16x16", "--mesh", "data=256"]) == 0
+    ((config, name),) = planned
+    assert (name, config.mesh.data, config.mesh.fsdp) == ("v5e:16x16", 256, 1)
+    planned.clear()
+    assert cli.main([*arguments, "--topology", "2xv5e:16x16"]) == 0
+    ((config, name),) = planned
+    own = next(s for s in recipe.slices if s.topology == "v5e:16x16")
+    assert (name, config.mesh) == ("2xv5e:16x16", dataclasses.replace(own.mesh, slices=2))

@@ -29,3 +29,15 @@ def test_state_is_sharded_as_the_mesh_says_without_the_devices():
         line = train.describe_recipe(config).splitlines()[-1]
         sizes.append(float(line.split()[3].replace(",", "")))
     assert sizes[1] < sizes[0] / 8
+
+
+def test_a_topology_chooses_the_settings_that_the_recipe_has_for_it(capsys):
+    recipe = ["train", "configs/dit_3b_512.py", "--show"]
+    assert cli.main([*recipe, "--topology", "h100:8", "--train.steps", "7"]) == 0
+    shown = capsys.readouterr().out
+    planned = next(s for s in load_recipe(recipe[1]).slices if s.topology == "h100:8")
+    assert f"mesh.fsdp = {planned.mesh.fsdp}\n" in shown
+    assert f"train.accumulate = {planned.accumulate}\n" in shown
+    assert "train.steps = 7\n" in shown
+    assert cli.main([*recipe, "--topology", "v9:8"]) == 2
+    assert "--topology v9:8: dit_3b_512 has no settings for it" in capsys.readouterr().err

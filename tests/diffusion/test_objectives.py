@@ -11,6 +11,7 @@ import pytest
 from jaxdiff.diffusion.losses import MinSNR, SigmoidWeighting, UniformWeighting
 from jaxdiff.diffusion.objectives import Denoising, LossInputs
 from jaxdiff.diffusion.process import Prediction, add_noise, from_x0_eps
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow, VarianceExploding
 from jaxdiff.diffusion.time_sampling import LogitNormal, Uniform
 from jaxdiff.errors import UserError
@@ -32,7 +33,8 @@ def outputs_of(objective, network, x0, key, **inputs):
     """The outputs of an objective for a network (x_t, t) that predicts noise."""
     settings = {"prediction": "eps", "schedule": Cosine(), "cond": None} | inputs
     model = lambda x_t, t, cond, next_t=None: network(x_t, t)  # noqa: E731
-    return objective.loss(LossInputs(model=model, x0=x0, key=key, **settings))
+    keys = RowKeys.whole(key, len(x0))
+    return objective.loss(LossInputs(model=model, x0=x0, keys=keys, **settings))
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow(), VarianceExploding()], ids=repr)
@@ -164,7 +166,7 @@ def test_the_conditioning_reaches_the_model_and_the_state_is_returned(x0):
             schedule=RectifiedFlow(),
             x0=x0,
             cond=cond,
-            key=jax.random.key(0),
+            keys=RowKeys.whole(jax.random.key(0), len(x0)),
             state=state,
         )
     )

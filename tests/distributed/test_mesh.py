@@ -1,5 +1,7 @@
 """A mesh uses every device, or the error names the keys to change."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from jaxdiff.errors import UserError
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (8, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1), (2, 4, 1, 1)),
-        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2, 1)),
-        (MeshConfig(data=1, tensor=8), (1, 1, 8, 1)),
-        (MeshConfig(data=-1, context=4), (2, 1, 1, 4)),
+        (MeshConfig(), (1, 8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (1, 2, 4, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2, tensor=2), (1, 2, 2, 2, 1)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8, 1)),
+        (MeshConfig(data=-1, context=4), (1, 2, 1, 1, 4)),
+        (MeshConfig(slices=2, data=-1, fsdp=2), (2, 2, 2, 1, 1)),
     ],
 )
 def test_axes_cover_all_devices(config, sizes):
@@ -52,6 +55,23 @@ def test_tensor_and_context_devices_hold_the_same_images(axis):
     batch = jax.device_put(np.arange(8), batch_sharding(mesh))
     held = [tuple(np.asarray(shard.data)) for shard in batch.addressable_shards]
     assert sorted(held) == sorted([(0, 1), (2, 3), (4, 5), (6, 7)] * 2)
+
+
+def test_slices_hold_different_images():
+    mesh = make_mesh(MeshConfig(slices=2, data=2, tensor=2))
+    check_batch(4, mesh, 1)
+    batch = jax.device_put(np.arange(4), batch_sharding(mesh))
+    assert [int(shard.data[0]) for shard in batch.addressable_shards] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match=r"4 data x 1 fsdp devices .*choose a multiple of 4"):
+        check_batch(6, mesh, 1)
+
+
+@pytest.mark.parametrize(("slices", "hardware"), [(1, 2), (2, 1)])
+def test_the_slices_of_a_mesh_are_those_of_the_hardware(slices, hardware):
+    devices = [SimpleNamespace(platform="tpu", slice_index=i % hardware) for i in range(8)]
+    message = rf"mesh\.slices {slices} .* expected {hardware}; set mesh\.slices to {hardware}"
+    with pytest.raises(UserError, match=message):
+        make_mesh(MeshConfig(slices=slices), devices)
 
 
 @pytest.mark.parametrize(

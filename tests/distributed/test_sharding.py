@@ -16,6 +16,7 @@ from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import (
     gather_weights,
     partition_spec,
+    replicated,
     split_tokens,
     state_shardings,
 )
@@ -27,6 +28,7 @@ from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
+    Modulation,
     abstract_params,
     any_rngs,
     bind_init,
@@ -37,7 +39,8 @@ from jaxdiff.models.layers import (
 )
 from jaxdiff.models.lora import LoraConfig
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
-from jaxdiff.training.abstract import abstract_state, check_axes
+from jaxdiff.planning.hlo import read_program
+from jaxdiff.training.abstract import abstract_batch, abstract_state, check_axes
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import compile_step
 from jaxdiff.training.optimizer import AdamW, Muon
@@ -48,6 +51,7 @@ from jaxdiff.training.tasks.diffusion import Pretrained, Trainable
 
 TENSOR = MeshConfig(data=2, fsdp=2, tensor=2)
 CONTEXT = MeshConfig(data=2, fsdp=2, context=2)
+SLICES = MeshConfig(slices=2, data=2, fsdp=2)
 # Adam divides by the root of squared gradients: where these are rounding errors, eps says so.
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
 
@@ -271,9 +275,11 @@ def small(recipe, name):
 
 
 @functools.cache
-def after_two_steps(recipe, name, mesh_config):
+def after_two_steps(recipe, name, mesh_config, accumulate=1):
     """State and metrics, as they lie on the mesh; None is a single device."""
     config, state = small(recipe, name)
+    train = dataclasses.replace(config.train, accumulate=accumulate)
+    config = dataclasses.replace(config, train=train)
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
     shardings = state_shardings(abstract_state(config), mesh, config.task.param_axes())
     step = compile_step(config, mesh, shardings, {})
@@ -289,11 +295,20 @@ def after_two_steps(recipe, name, mesh_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [TENSOR, CONTEXT], ids=["tensor", "context"])
-@pytest.mark.parametrize("name", DENOISERS)
-def test_a_step_of_the_real_task_is_that_of_one_device(tiny_recipe, name, mesh):
+@pytest.mark.parametrize(
+    ("name", "mesh", "accumulate"),
+    [
+        *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
+        ("dit", MeshConfig(data=2, fsdp=4), 1),
+        ("dit", None, 2),
+        ("dit", None, 4),
+        *(("dit", mesh, 2) for mesh in (MeshConfig(data=4, fsdp=2), TENSOR, CONTEXT)),
+        *(("dit", SLICES, accumulate) for accumulate in (1, 2)),
+    ],
+)
+def test_devices_and_micro_batches_do_not_change_the_real_task(tiny_recipe, name, mesh, accumulate):
     one, losses = after_two_steps(tiny_recipe, name, None)
-    eight, sharded_losses = after_two_steps(tiny_recipe, name, mesh)
+    eight, sharded_losses = after_two_steps(tiny_recipe, name, mesh, accumulate)
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
     assert losses[1] != losses[0]
     for field in ("params", "ema", "opt_state", "task_state"):
@@ -314,6 +329,44 @@ def test_a_step_leaves_moments_where_their_parameters_are(tiny_recipe):
     kernel = adam.mu["denoiser"]["blocks"]["attention"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert {shard.data.nbytes for shard in kernel.addressable_shards} == {kernel.nbytes // 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [*((name, 1) for name in (*DENOISERS, "clip", "autoencoder")), ("dit", 4)],
+)
+def test_whole_gradients_are_not_reduced_over_all_devices(tiny_recipe, name, accumulate):
+    """Only over `fsdp`, from which each device keeps its part, and this part over `data`, once."""
+    config, mesh = tiny_recipe(), make_mesh(MeshConfig(data=2, fsdp=4))
+    train = dataclasses.replace(config.train, batch_size=32, accumulate=accumulate)
+    config = dataclasses.replace(config, train=train)
+    if name in DENOISERS:
+        config = with_denoiser(config, name)
+        blocks = {"dit": {"depth": 2}, "unet_sd": {"transformer_layers": (0, 2)}}.get(name, {})
+        denoiser = dataclasses.replace(config.task.model.denoiser, **blocks)
+        model = dataclasses.replace(config.task.model, denoiser=denoiser)
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
+    else:
+        task = ClipTask(model=CLIP) if name == "clip" else AutoencoderTask(model=AUTOENCODER)
+        config = dataclasses.replace(config, task=task)
+    state, axes = abstract_state(config), config.task.param_axes()
+    shardings = state_shardings(state, mesh, axes)
+    step = compile_step(config, mesh, shardings, {})
+    compiled = step.lower(state, {}, abstract_batch(config)).compile()
+    sent = {2: 0.0, 4: 0.0, 8: 0.0}
+    for exchange in read_program(compiled.as_text()).exchanges():
+        if exchange.kind == "all-reduce":
+            sent[exchange.group] += exchange.payload
+    split, whole = 0, 0
+    for leaf, sharding in zip(*map(jax.tree.leaves, (state.params, shardings.params)), strict=True):
+        if sharding.spec and any(sharding.spec):
+            split += 4 * leaf.size // 4
+        else:
+            whole += 4 * leaf.size
+    # After micro-batches, the sums of vectors as well are only those of a replica.
+    assert sent[2] == pytest.approx(split + (whole if accumulate > 1 else 0), rel=1e-3)
+    assert sent[8] <= whole + 2**13  # and scalars
 
 
 def test_a_geglu_exchanges_weights_rather_than_activations():
@@ -341,6 +394,40 @@ def test_a_geglu_exchanges_weights_rather_than_activations():
     )
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
     assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+@pytest.mark.parametrize(("images", "exchanges"), [(8, True), (6, False)])
+def test_a_modulation_exchanges_vectors_rather_than_its_kernel(images, exchanges):
+    """Where the images divide among the devices; and computes what one device computes."""
+
+    def build() -> Modulation:
+        return Modulation(64, 384, rngs=any_rngs())
+
+    params = init_params(lambda rngs: Modulation(64, 384, rngs=rngs), nnx.Rngs(0))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(images, 64)), jnp.float32)
+    axes = param_axes(build)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(bind_params(build, gather_weights(params, axes))(x)))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    placed = state_shardings(params, mesh, axes)
+    where = batch_sharding(mesh) if exchanges else replicated(mesh)
+    step = jax.jit(on_mesh, out_shardings=(None, (placed, where)))
+    inputs = jax.device_put(params, placed), jax.device_put(x, where)
+    compiled = step.lower(*inputs).compile()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        compiled(*inputs),
+        jax.value_and_grad(loss, argnums=(0, 1))(params, x),
+    )
+    if exchanges:
+        payloads = [e.payload / e.count for e in read_program(compiled.as_text()).exchanges()]
+        assert 0 < max(payloads) < 4 * 64 * 384 / 2
 
 
 @pytest.mark.parametrize("spec", [(None, None, "fsdp", None), (None, None, None, "fsdp")])

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.config.serialization import from_json, to_json
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
@@ -179,29 +180,29 @@ def test_images_are_encoded_to_latents_and_decoded(latents, pixels):
     x = jax.jit(latents.encode)(params, images)
     assert x.shape == (2, *latents.latent_shape(32, 16))
     assert jax.eval_shape(latents.decode, params, x).shape == images.shape
-    keyed = jax.jit(latents.encode)(params, images, jax.random.key(0))
+    keyed = jax.jit(latents.encode)(params, images, RowKeys.whole(jax.random.key(0), 2))
     assert not np.allclose(keyed, x)
     np.testing.assert_array_equal(pixels.encode({}, images), images)
     np.testing.assert_array_equal(pixels.decode({}, images), images)
 
 
 def test_latents_of_cached_moments_are_those_of_the_image(latents):
-    """Given the same key."""
+    """Given the same keys."""
     params = random_like({"autoencoder": latents.abstract_params()["autoencoder"]})
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
 
     @jax.jit
-    def both(key):
+    def both(keys):
         autoencoder = nnx.merge(
             nnx.graphdef(nnx.eval_shape(lambda: AUTOENCODER.build(rngs=nnx.Rngs(0)))),
             params["autoencoder"],
         )
         z = autoencoder.encode(images)
         moments = jnp.concatenate([z.mean, z.logvar], axis=-1)
-        online = latents.encode(params, images, key)
-        return online, latents.latents_from_moments(params, moments, key)
+        online = latents.encode(params, images, keys)
+        return online, latents.latents_from_moments(params, moments, keys)
 
-    np.testing.assert_allclose(*both(jax.random.key(3)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*both(RowKeys.whole(jax.random.key(3), 2)), rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_in_the_tree_change_the_prediction(pixels):

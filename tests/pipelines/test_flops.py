@@ -91,6 +91,7 @@ def test_the_speed_leaves_out_the_call_that_compiles(speed):
 def test_the_utilisation_is_that_of_the_chip(speed, pipeline):
     chip = dataclasses.replace(CHIPS[0], flops=1e10)
     found = re.fullmatch(r"; 4 images/s without compilation, MFU (.*)%", speed(chip))
+    assert found is not None
     spec = pipeline.spec
     one = sampling_flops(spec, spec.sampler.resolve(), (32, 32), num_steps=3)
     expected = 4 * one / (1e10 * len(pipeline.devices))

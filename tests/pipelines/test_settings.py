@@ -29,6 +29,8 @@ VALUES = {
     "solver": "heun",
     "resample_steps": 2,
     "vae_mode": "slicing",
+    "cache_interval": 3,
+    "cache_threshold": 0.125,
     "seamless": True,
     "best_of": 3,
     "guidance_interval": (0.1, 0.9),

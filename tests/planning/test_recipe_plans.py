@@ -13,11 +13,11 @@ import pytest
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.models.denoisers.dit import DiTConfig
-from jaxdiff.planning.plan import make_plan, on_slice
+from jaxdiff.planning.plan import make_plan
 from jaxdiff.planning.topology import find_topology
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
 from jaxdiff.training.loop import compile_step
-from jaxdiff.training.recipe import load_recipe
+from jaxdiff.training.recipe import load_recipe, on_topology
 
 RECIPES = {
     name: load_recipe(Path(__file__).parents[2] / "configs" / f"{name}.py")
@@ -40,7 +40,7 @@ def test_it_names_a_mesh_for_each_slice_that_its_batch_divides(name):
         planned.topology: math.prod(vars(planned.mesh).values()) for planned in config.slices
     } == SLICES
     for planned in config.slices:
-        on = on_slice(config, planned.topology)
+        on = on_topology(config, planned.topology)
         assert on.train.batch_size % (on.mesh.data * on.mesh.fsdp * on.train.accumulate) == 0
 
 
@@ -49,7 +49,7 @@ def test_its_mesh_lies_on_the_slice(topology):
     pytest.importorskip("libtpu")
     devices = find_topology(topology).devices
     for config in RECIPES.values():
-        assert make_mesh(on_slice(config, topology).mesh, devices).size == SLICES[topology]
+        assert make_mesh(on_topology(config, topology).mesh, devices).size == SLICES[topology]
 
 
 def small(config):
@@ -99,7 +99,7 @@ def test_its_step_is_lowered_for_eight_devices(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_fits_its_slices(name, topology):
     pytest.importorskip("libtpu")
-    plan = make_plan(on_slice(RECIPES[name], topology), find_topology(topology), quick=True)
+    plan = make_plan(on_topology(RECIPES[name], topology), find_topology(topology), quick=True)
     assert plan.fits
     assert plan.collectives
 
@@ -129,5 +129,5 @@ def test_work_per_chip_is_the_same_on_more_chips():
 @pytest.mark.nightly
 def test_a_dit_xl2_is_planned_within_two_minutes():
     pytest.importorskip("libtpu")
-    config = on_slice(RECIPES["dit_xl2_imagenet256"], "v5e:16x16")
+    config = on_topology(RECIPES["dit_xl2_imagenet256"], "v5e:16x16")
     assert make_plan(config, find_topology("v5e:16x16")).compile_s < 120

@@ -5,14 +5,16 @@ import importlib.util
 import jax
 import pytest
 
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.planning.topology import find_topology
+from jaxdiff.planning.topology import find_topology, parse_slices
 
 
 def test_simulated_devices_are_those_of_this_machine():
     topology = find_topology("cpu:4")
     assert list(topology.devices) == jax.devices("cpu")[:4]
-    assert topology.chip is None
+    assert topology.chip.kind == "cpu"
+    assert topology.chip.flops > topology.chip.bandwidth > 1e8
 
 
 def test_local_devices_can_be_planned_for():
@@ -49,6 +51,7 @@ def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     [
         ("v5e:16x16", 256, "TPU v5 lite", None),
         ("v6e:16x16", 256, "TPU v6", None),
+        ("2xv5e:16x16", 512, "TPU v5 lite", None),
         ("v5p:4x4x4", 64, "TPU v5", None),  # what is sold as v5p-128
         ("h100:8", 8, "NVIDIA H100", "v5p:2x2x2"),
     ],
@@ -62,7 +65,32 @@ def test_slices_need_no_chips(name, count, chip, stands_in):
     assert topology.proxy_topology == stands_in
 
 
+def test_several_slices_are_named_by_their_number():
+    assert parse_slices("2xv5e:16x16") == (2, "v5e:16x16")
+    for name in ("v5p:4x4x4", "cpu:8", "0xv5e:16x16"):
+        assert parse_slices(name) == (1, name)
+
+
 def test_a_slice_of_an_unknown_shape_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(UserError, match=r"There is no slice v5e:3x3 .*powers of two"):
         find_topology("v5e:3x3")
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "wraps"),
+    [("v5e:4x4", 1, (False, False)), ("v5p:4x4x4", 1, (True,) * 3), ("2xv5e:4x4", 2, (False,) * 2)],
+)
+def test_devices_of_a_mesh_lie_on_the_torus(name, slices, wraps):
+    pytest.importorskip("libtpu")
+    topology = find_topology(name)
+    links = topology.links(make_mesh(MeshConfig(data=4, fsdp=-1, slices=slices), topology.devices))
+    assert (links.wraps, set(links.slices)) == (wraps, set(range(slices)))
+    assert len(set(zip(links.slices, links.coordinates, strict=True))) == len(topology.devices)
+    assert links.dimensions(range(4)) != (-1,)
+
+
+def test_other_devices_reach_each_other_at_once():
+    topology = find_topology("cpu:8")
+    links = topology.links(make_mesh(MeshConfig(data=8), topology.devices))
+    assert (links.dimensions((0, 1)), links.bandwidth) == ((), topology.chip.interconnect)

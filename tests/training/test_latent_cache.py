@@ -1,6 +1,7 @@
 """Latents and text cached ahead, and the training from them."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import ClipTextEncoder, StableDiffusionXLConditioner
@@ -92,6 +94,18 @@ def cached(config, folder) -> Config:
     return _cache(config, folder / "cached")
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("apache_beam") is None, reason="needs the extra beam")
+def test_latents_that_beam_writes_have_the_same_bytes(config, cached, folder):
+    options = LatentOptions(views=1, dtype="float32", batch_size=2)
+    sharing = Sharing(shards=2, runner="DirectRunner", latents=options)
+    write_records(config, config.data, str(folder / "beam"), sharing)
+    names = [path.name for path in (folder / "cached").iterdir() if path.is_file()]
+    assert len([name for name in names if name.endswith(".array_record")]) == 2
+    for name in names:
+        assert (folder / "beam" / name).read_bytes() == (folder / "cached" / name).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(["a small red pea"] * 9, vocab_size=600, length=16)
@@ -121,7 +135,8 @@ def test_training_from_cached_latents_gives_the_loss_of_encoding_online(
 
     @jax.jit
     def loss(batch, key):
-        return task.loss(params, frozen, batch, key, task.init_state(), params)[0]
+        keys = RowKeys.whole(key, len(batch["size_crop"]))
+        return task.loss(params, frozen, batch, keys, task.init_state(), params)[0]
 
     losses = {}
     for name, recipe in (("online", config), ("cached", cached), ("half", half)):
@@ -191,7 +206,8 @@ def test_training_from_cached_text_gives_the_loss_of_encoding_it_online(
 
     @jax.jit
     def loss(params, frozen, batch, key):
-        return task.loss(params, frozen, batch, key, task.init_state(), params)[0]
+        keys = RowKeys.whole(key, len(batch["size_crop"]))
+        return task.loss(params, frozen, batch, keys, task.init_state(), params)[0]
 
     def losses(recipe, frozen):
         _, batches = _batches(recipe, tokenizer, 3)

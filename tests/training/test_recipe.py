@@ -12,10 +12,11 @@ import pytest
 import jaxdiff
 from jaxdiff.config.serialization import from_json, members, to_json
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.training.recipe import DATASETS, Config, differences, load_recipe
+from jaxdiff.training.recipe import DATASETS, Config, differences, load_recipe, on_topology
 from jaxdiff.training.tasks.autoencoder import Perceptual
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +187,15 @@ def test_a_recipe_that_fails_is_a_user_error(tmp_path, code, reason):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=reason):
         load_recipe(tmp_path / "mine.py")
+
+
+def test_settings_of_a_topology_are_those_of_each_of_several_slices(tiny_recipe):
+    mesh = MeshConfig(data=2, fsdp=8)
+    named = PlannedTopology(topology="v5e:4x4", mesh=mesh, accumulate=2, remat="dots")
+    config = dataclasses.replace(tiny_recipe(), slices=(named,))
+    one, two = on_topology(config, "v5e:4x4"), on_topology(config, "2xv5e:4x4")
+    assert (one.mesh, one.train.accumulate) == (mesh, 2)
+    assert one.task.model.denoiser.remat == "dots"
+    assert two == dataclasses.replace(one, mesh=dataclasses.replace(mesh, slices=2))
+    assert on_topology(config, "v5e:8x8") == config
+    assert on_topology(config, "3xv5e:8x8").mesh == dataclasses.replace(config.mesh, slices=3)

@@ -73,10 +73,15 @@ class Regression(Task):
     def flops_per_image(self, size, *, latents=False, text=False):
         return 0.0
 
+    by_row = True
+
+    def param_axes(self):
+        return param_axes(bind_init(build))
+
     def init_state(self):
         return {"steps": jnp.zeros((), jnp.int32)}
 
-    def loss(self, params, frozen, batch, key, task_state, ema):
+    def loss(self, params, frozen, batch, keys, task_state, ema):
         self.seen.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
         model = bind_params(bind_init(build), params)
         x = batch["image"].astype(model.scale[...].dtype)
@@ -107,8 +112,12 @@ def compiled(mesh_config: MeshConfig | None = None, **options):
     """The jitted step on a mesh, None for a single device, and how to place a state and a batch."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
     placed = state_shardings(initial(), mesh, param_axes(bind_init(build)))
-    task = Regression()
-    step = make_train_step(task, OPTIMIZER, EMA, **options)
+    step_on_mesh = make_train_step(Regression(), OPTIMIZER, EMA, **options)
+
+    def step(*inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step_on_mesh(*inputs)
+
     step = jax.jit(
         step,
         in_shardings=(placed, replicated(mesh), batch_sharding(mesh)),
@@ -138,11 +147,17 @@ MESHES = [
     MeshConfig(data=1, fsdp=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(data=1, tensor=8),
+    MeshConfig(slices=2, data=2, fsdp=2),
 ]
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulate"), [*((mesh, 1) for mesh in MESHES), (None, 4), (MESHES[1], 2)]
+    ("mesh", "accumulate"),
+    [
+        *((mesh, 1) for mesh in MESHES),
+        (None, 4),
+        *((mesh, 2) for mesh in MESHES if mesh.tensor < 8),
+    ],
 )
 def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
     expected, figures = on_one_device()

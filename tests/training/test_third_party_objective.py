@@ -13,6 +13,7 @@ from flax import nnx
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.objectives import LossInputs, LossOutputs, Objective
 from jaxdiff.diffusion.process import add_noise
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import TextInputs, full_size_crop
 from jaxdiff.models.denoisers.base import Denoiser
@@ -83,10 +84,10 @@ class Consistency(Objective):
         return {"steps": jnp.zeros((), jnp.int32), "size": jnp.ones(())}
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        time_key, noise_key = jax.random.split(inputs.key)
-        count = len(inputs.x0)
-        t, next_t = jnp.sort(jax.random.uniform(time_key, (2, count)), axis=0)[::-1]
-        eps = jax.random.normal(noise_key, inputs.x0.shape)
+        time_keys, noise_keys = inputs.keys.split()
+        both = jax.vmap(lambda key: jax.random.uniform(key, 2))(time_keys.by_row())
+        t, next_t = jnp.sort(both.T, axis=0)[::-1]
+        eps = noise_keys.normal(*inputs.x0.shape[1:])
         x_t, x_next = (add_noise(inputs.schedule, inputs.x0, eps, s) for s in (t, next_t))
         assert inputs.teacher is not None
         assert inputs.ema is not None
@@ -220,7 +221,7 @@ def test_gradients_reach_the_model_alone(config):
                 params,
                 frozen | {"teacher": teacher},
                 batch,
-                jax.random.key(0),
+                RowKeys.whole(jax.random.key(0), 2),
                 task.init_state(),
                 ema,
             )[0]

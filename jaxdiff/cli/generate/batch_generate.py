@@ -28,7 +28,7 @@ from jaxdiff.io.files import make_folder
 from jaxdiff.io.image_files import Format, image_bytes
 from jaxdiff.io.lock import lock_folder
 from jaxdiff.io.terminal import printable, write_line
-from jaxdiff.pipelines.batching import Preview, default_batch_size
+from jaxdiff.pipelines.batching import Preview
 from jaxdiff.pipelines.flops import SamplingSpeed
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
@@ -128,7 +128,7 @@ def _generate_rows(
     if manifest is None:
         manifest = Manifest(folder, name, records, process=process, processes=processes)
     # In the order of the calls: every process gets the same number of each kind.
-    ordered = [job for call in calls(jobs, 1) for job in call]
+    ordered = [job for call in calls(jobs, pipe, 1) for job in call]
     mine = ordered[process::processes]
     missing = [job for job in mine if not manifest.has(job.file)]
     there = len(mine) - len(missing)
@@ -225,7 +225,7 @@ def _job(
     return Job(row.line, file, settings, made)
 
 
-def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
+def calls(jobs: Sequence[Job], pipe: Pipeline, devices: int) -> Iterator[list[Job]]:
     """Yield jobs by call of the pipeline, grouped by compiled program.
 
     Larger images come later: if they exceed the memory, the others exist. Within a program jobs are
@@ -240,7 +240,7 @@ def calls(jobs: Sequence[Job], devices: int) -> Iterator[list[Job]]:
         key=lambda some: math.prod(next(iter(some.values()))[0].settings.final_size),
     )
     for group in itertools.chain.from_iterable(some.values() for some in ordered):
-        size = default_batch_size(*group[0].settings.size)
+        size = pipe.batch_size(*group[0].settings.size)
         kinds: dict[Any, list[Job]] = {}
         for job in sorted(group, key=lambda job: job.settings.settings.num_steps or 0):
             kinds.setdefault(job.settings.group(Varies.BATCH), []).append(job)
@@ -263,7 +263,7 @@ class _Run(NamedTuple):
     def generate(self, jobs: Sequence[Job], progress: Progress, there: int) -> int:
         """Generate jobs, write those of each call at once, and return how many succeeded."""
         total, shown, compiled = 0, there, set()
-        for call in calls(jobs, len(self.pipe.devices)):
+        for call in calls(jobs, self.pipe, len(self.pipe.devices)):
             start = time.perf_counter()
             images = self._try(call)
             seconds = (time.perf_counter() - start) / len(call)

@@ -29,7 +29,6 @@ from jaxdiff.io.files import write_whole
 from jaxdiff.io.image_files import Format, image_bytes, read_image_text
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line
-from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.flops import SamplingSpeed
 from jaxdiff.pipelines.generate import Generated, generate, snapshots
 from jaxdiff.pipelines.image_metadata import ImageMetadata, file_text
@@ -157,7 +156,7 @@ def _generate(
     Raises:
       UserError: an image cannot be written; names it and those that were to follow.
     """
-    size = default_batch_size(*settings[0].size) * len(pipe.devices)
+    size = pipe.batch_size(*settings[0].size) * len(pipe.devices)
     preview = make_preview(options, pipe, folder)
     made, written = [], 0
     try:

@@ -22,6 +22,7 @@ from jaxdiff.models.layers import ComputeType
 from jaxdiff.models.quantized import QuantizedType
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.batching import Preview
+from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.inputs import check_prompt
 from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
@@ -132,6 +133,14 @@ class SampleOptions:
             metavar="NAME",
         ),
     ] = None
+    compiled: Annotated[
+        str | None,
+        Doc(
+            "Folder of `jaxdiff compile`, whose programs need no tracing and no compilation.",
+            MODEL,
+            metavar="DIR",
+        ),
+    ] = None
     clip_model: Annotated[
         str | None,
         Doc(
@@ -236,7 +245,7 @@ def from_flags(
 
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
-_ANY_IMAGE |= {"lora", "embedding", "quantize", "quiet", "verbose"}
+_ANY_IMAGE |= {"compiled", "lora", "embedding", "quantize", "quiet", "verbose"}
 """Options that --again accepts, since an image's file does not contain them."""
 
 CONFLICTS = (
@@ -291,6 +300,7 @@ def open_pipeline(
     files = list(map(file_and_scale, options.lora))
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         dtype, quantize = options.dtype or dtype, options.quantize or quantize
+        compiled = None if options.compiled is None else CompiledFolder(options.compiled)
         pipe = load(options.model, dtype=dtype, quantize=None if files else quantize)
         for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
@@ -298,7 +308,7 @@ def open_pipeline(
             pipe = Pipeline(pipe.bundle, dtype=dtype, quantize=quantize)
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
-    return pipe
+    return pipe.with_compiled(compiled)
 
 
 def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> Preview | None:

@@ -11,7 +11,7 @@ class AutoencoderSpec(abc.ABC):
     """Config of an autoencoder; a network's own is a frozen dataclass that inherits it.
 
     The module that `build` makes has `encode(images, vae_mode) -> z` with `z.mode()`,
-    `z.sample(key)` and its moments `z.mean`, `z.logvar`; `decode(z, vae_mode) -> images`; and
+    `z.sample(keys)` and its moments `z.mean`, `z.logvar`; `decode(z, vae_mode) -> images`; and
     `to_latents(z)`, `from_latents(latents)` between z and the denoiser's latents of unit variance.
     Images are in [-1, 1], NHWC.
 

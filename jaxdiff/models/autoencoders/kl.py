@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Positive
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
@@ -127,9 +128,9 @@ class Gaussian(NamedTuple):
     mean: Float[Array, "*b h w c"]
     logvar: Float[Array, "*b h w c"]
 
-    def sample(self, key: Key[Array, ""]) -> Float[Array, "*b h w c"]:
-        """Sample z."""
-        noise = jax.random.normal(key, self.mean.shape)
+    def sample(self, keys: RowKeys) -> Float[Array, "b h w c"]:
+        """Sample z of each image from its key."""
+        noise = keys.normal(*self.mean.shape[1:])
         return self.mean + jnp.exp(self.logvar / 2) * noise
 
     def mode(self) -> Float[Array, "*b h w c"]:

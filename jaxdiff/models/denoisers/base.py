@@ -16,6 +16,8 @@ class Denoiser(abc.ABC):
     in [0, 1] and a `Conditioning`, and returns a float32 prediction [b, h, w, c]. It ignores fields
     of the conditioning that it does not need, and computes in the type of its weights.
 
+    A module with the methods of `sampling.feature_cache.SplitNetwork` supports `Sampler.cache`.
+
     `mesh.tensor` and `mesh.fsdp` shard kernels by the names of their axes (`models.layers.Dense`,
     `models.convolutions.Conv`); without names `fsdp` shards them by size. Under `mesh.context`
     other convolutions than `Conv` need `distributed.sharding.gather_kernel`.

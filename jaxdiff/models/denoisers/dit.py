@@ -7,7 +7,7 @@ tokens of the sequence.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxdiff.models.layers import (
     FROM_MLP,
     TO_CHANNELS,
     TO_MLP,
+    Modulation,
     Remat,
     absolute_positions,
     fourier_features,
@@ -36,6 +37,7 @@ from jaxdiff.models.layers import (
     stack_blocks,
     unpatchify,
 )
+from jaxdiff.sampling.feature_cache import Shallow
 
 
 @checked
@@ -145,7 +147,8 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.width
-        self.modulation = linear(width, 6 * width, rngs, zero=True)
+        zeros = nnx.initializers.zeros
+        self.modulation = Modulation(width, 6 * width, kernel_init=zeros, rngs=rngs)
         self.norm1 = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
         self.attention = Attention(width, config.heads, source_width=width, rngs=rngs)
         if config.text == "cross":
@@ -174,6 +177,23 @@ class DiTBlock(nnx.Module):
         return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
 
 
+class _Inputs(NamedTuple):
+    """What the blocks and the last layer read."""
+
+    tokens: Float[Array, "b n d"]
+    vector: Float[Array, "b d"]
+    words: Float[Array, "b m e"]
+    word_mask: Bool[Array, "b m"] | None
+    angles: Float[Array, "n half"]
+    mask: Bool[Array, "b n"] | None
+    rows: int
+    columns: int
+
+    def call(self, block: DiTBlock, tokens: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply a block to tokens."""
+        return block(tokens, self.vector, self.words, self.word_mask, self.angles, self.mask)
+
+
 class DiT(nnx.Module):
     """The network; its prediction has the shape of x_t."""
 
@@ -194,7 +214,8 @@ class DiT(nnx.Module):
             self.text = linear(config.text_width, width, rngs)
         self.blocks = stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
         self.final_norm = nnx.RMSNorm(width, use_scale=False, rngs=rngs)
-        self.final_modulation = linear(width, 2 * width, rngs, zero=True)
+        zeros = nnx.initializers.zeros
+        self.final_modulation = Modulation(width, 2 * width, kernel_init=zeros, rngs=rngs)
         self.final = linear(width, patch, rngs, axes=TO_CHANNELS, zero=True)
 
     def __call__(
@@ -210,6 +231,31 @@ class DiT(nnx.Module):
         Raises:
           UserError: the patch size does not divide the image, or there is no text.
         """
+        inputs = self._embed(x, t, cond)
+        tokens, _ = scan_blocks(self.blocks, inputs.tokens, inputs.call, remat=self.config.remat)
+        return self._project(tokens, inputs)
+
+    def shallow(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning
+    ) -> Shallow:
+        """Embed the inputs and apply the first block (`sampling.feature_cache`)."""
+        inputs = self._embed(x, t, cond)
+        tokens, _ = scan_blocks(self.blocks, inputs.tokens, inputs.call, span=(0, 1))
+        return Shallow(tokens - inputs.tokens, inputs._replace(tokens=tokens))
+
+    def deep(self, inputs: _Inputs) -> Float[Array, "b n d"]:
+        """Return what all other blocks add to the tokens."""
+        span = (1, self.config.depth)
+        tokens, _ = scan_blocks(self.blocks, inputs.tokens, inputs.call, span=span)
+        return tokens - inputs.tokens
+
+    def finish(self, inputs: _Inputs, features: Float[Array, "b n d"]) -> Float[Array, "b h w c"]:
+        """Return the prediction."""
+        return self._project(inputs.tokens + features, inputs)
+
+    def _embed(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning
+    ) -> _Inputs:
         config, dtype = self.config, self.patch.kernel[...].dtype
         if cond.tokens is None or cond.pooled is None:
             raise UserError(
@@ -238,12 +284,12 @@ class DiT(nnx.Module):
             if cond.mask is not None:
                 mask = jnp.pad(cond.mask, ((0, 0), (num_image, 0)), constant_values=True)
 
-        def call(block: DiTBlock, h):
-            return block(h, vector, words, cond.mask, angles, mask)
+        return _Inputs(tokens, vector, words, cond.mask, angles, mask, height, width)
 
-        tokens, _ = scan_blocks(self.blocks, tokens, call, remat=config.remat)
-        if config.text == "joint":
-            tokens = tokens[:, : height * width]
-        shift, scale = jnp.split(self.final_modulation(vector), 2, axis=-1)
+    def _project(self, tokens: Float[Array, "b n d"], inputs: _Inputs) -> Float[Array, "b h w c"]:
+        rows, columns = inputs.rows, inputs.columns
+        if self.config.text == "joint":
+            tokens = tokens[:, : rows * columns]
+        shift, scale = jnp.split(self.final_modulation(inputs.vector), 2, axis=-1)
         out = self.final(_modulate(self.final_norm(tokens), shift, scale))
-        return unpatchify(out.astype(jnp.float32), height, width, config.patch_size)
+        return unpatchify(out.astype(jnp.float32), rows, columns, self.config.patch_size)

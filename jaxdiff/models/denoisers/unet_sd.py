@@ -5,6 +5,7 @@ sections 2.1 and 2.2 (XL: deep transformers at the coarse levels, conditions on 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jaxdiff.models.layers import (
     scan_blocks,
     stack_blocks,
 )
+from jaxdiff.sampling.feature_cache import Shallow
 
 NORM_EPSILON = 1e-5
 TRANSFORMER_NORM_EPSILON = 1e-6
@@ -325,6 +327,14 @@ def _block(inputs: int, outputs: int, config: UNet2DConditionConfig, rngs: nnx.R
     )
 
 
+class _Inputs(NamedTuple):
+    """The first two skip connections, the time embedding and the text's tokens."""
+
+    skips: tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]
+    time: Float[Array, "b d"]
+    tokens: Float[Array, "b m e"]
+
+
 class UNet2DConditionModel(nnx.Module):
     """The network; its prediction has the shape of the latents."""
 
@@ -370,6 +380,13 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           UserError: a required field is missing.
         """
+        inputs = self.shallow(x, t, cond).inputs
+        return self.finish(inputs, self.deep(inputs))
+
+    def shallow(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Conditioning
+    ) -> Shallow:
+        """Embed the inputs and apply the first block (`sampling.feature_cache`)."""
         if cond.tokens is None:
             raise UserError("This U-Net reads text: expected Conditioning.tokens.")
         dtype = self.conv_in.kernel.dtype
@@ -377,10 +394,16 @@ class UNet2DConditionModel(nnx.Module):
         tokens = cond.tokens.astype(dtype)
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat.astype(x.dtype)], axis=-1)
-        x = self.conv_in(x.astype(dtype))
-        skips = [x]
-        for level in self.down:
-            for i in range(len(level.blocks)):
+        stem = self.conv_in(x.astype(dtype))
+        x = self.down[0].step(0, stem, time, tokens)
+        return Shallow(x - stem, _Inputs((stem, x), time, tokens))
+
+    def deep(self, inputs: _Inputs) -> Float[Array, "b h w c"]:
+        """Return the input of the last two blocks."""
+        skips, (time, tokens) = list(inputs.skips), inputs[1:]
+        x = skips[-1]
+        for depth, level in enumerate(self.down):
+            for i in range(int(depth == 0), len(level.blocks)):
                 x = level.step(i, x, time, tokens)
                 skips.append(x)
             if level.resample is not None:
@@ -389,9 +412,19 @@ class UNet2DConditionModel(nnx.Module):
         x = self.middle(x, time, tokens)
         for level in self.up:
             for i in range(len(level.blocks)):
+                if len(skips) == 2:
+                    return x
                 x = level.step(i, jnp.concatenate([x, skips.pop()], axis=-1), time, tokens)
             if level.resample is not None:
                 x = level.resample(_upsample(x, *skips[-1].shape[1:3]))
+        return x
+
+    def finish(self, inputs: _Inputs, features: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
+        """Apply the last two blocks, and return the prediction."""
+        (first, second), time, tokens = inputs
+        x, level = features, self.up[-1]
+        for i, skip in ((-2, second), (-1, first)):
+            x = level.step(i, jnp.concatenate([x, skip], axis=-1), time, tokens)
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
     def _time(self, t: Float[Array, " b"], cond: Conditioning, dtype: jnp.dtype) -> Array:

@@ -7,7 +7,7 @@ Imagen, appendix B). Linear layers to and from patches avoid convolutions at ful
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jaxdiff.models.layers import (
     pooled_token_sum,
     unpatchify,
 )
+from jaxdiff.sampling.feature_cache import Shallow
 
 
 @checked
@@ -208,6 +209,14 @@ class UNetLevel(nnx.Module):
         return x if self.attention is None else self.attention(x, text)
 
 
+class _Inputs(NamedTuple):
+    """The first two skip connections, the time embedding and the text."""
+
+    skips: tuple[Float[Array, "b i j d"], Float[Array, "b i j d"]]
+    cond: Float[Array, "b e"]
+    text: Conditioning
+
+
 class UNet(nnx.Module):
     """The network; its prediction has the shape of x_t."""
 
@@ -256,6 +265,13 @@ class UNet(nnx.Module):
         Raises:
           UserError: sides are no multiples of `size_multiple`, or there is no text.
         """
+        inputs = self.shallow(x, t, text).inputs
+        return self.finish(inputs, self.deep(inputs))
+
+    def shallow(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], text: Conditioning
+    ) -> Shallow:
+        """Embed the inputs and apply the first block (`sampling.feature_cache`)."""
         config, dtype = self.config, self.patch.kernel[...].dtype
         if x.shape[1] % config.size_multiple or x.shape[2] % config.size_multiple:
             raise UserError(
@@ -276,23 +292,42 @@ class UNet(nnx.Module):
         places = jnp.stack(jnp.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
         h = self.patch(patchify(x.astype(dtype), config.patch_size))
         h = h + self.position(absolute_positions(places, width).astype(dtype))
-        h = h.reshape(-1, rows, columns, width)
+        stem = h.reshape(-1, rows, columns, width)
+        h = self._down(0, 0, stem, cond, text)
+        return Shallow(h - stem, _Inputs((stem, h), cond, text))
 
-        skips = [h]
-        for i, level in enumerate(self.down):
-            for j in range(config.blocks):
-                h = level.block(j, h, cond)
-                if j + 1 == config.blocks:
-                    h = level.attend(h, text)
+    def _down(self, i: int, j: int, h: Array, cond: Array, text: Conditioning) -> Array:
+        h = self.down[i].block(j, h, cond)
+        return self.down[i].attend(h, text) if j + 1 == self.config.blocks else h
+
+    def deep(self, inputs: _Inputs) -> Float[Array, "b i j d"]:
+        """Return the input of the last two blocks."""
+        skips, (cond, text) = list(inputs.skips), inputs[1:]
+        h = skips[-1]
+        for i in range(len(self.down)):
+            for j in range(int(i == 0), self.config.blocks):
+                h = self._down(i, j, h, cond, text)
                 skips.append(h)
             if i + 1 < len(self.down):
                 h = self.down_convs[i](h)
         h = self.middle.attend(self.middle.block(0, h, cond), text)
         for i, level in enumerate(self.up):
             for j in range(len(level.blocks)):
+                if len(skips) == 2:
+                    return h
                 h = level.block(j, jnp.concatenate([h, skips.pop()], axis=-1), cond)
             h = level.attend(h, text)
             if i + 1 < len(self.up):
                 h = self.up_convs[i](h.repeat(2, axis=1).repeat(2, axis=2))
-        h = jax.nn.silu(self.final_norm(h).astype(dtype)).reshape(-1, rows * columns, width)
-        return unpatchify(self.final(h).astype(jnp.float32), rows, columns, config.patch_size)
+        return h
+
+    def finish(self, inputs: _Inputs, features: Float[Array, "b i j d"]) -> Float[Array, "b h w c"]:
+        """Apply the last two blocks, and return the prediction."""
+        (first, second), cond, text = inputs
+        h, level = features, self.up[-1]
+        for j, skip in ((-2, second), (-1, first)):
+            h = level.block(j, jnp.concatenate([h, skip], axis=-1), cond)
+        rows, columns, width = h.shape[1:]
+        h = jax.nn.silu(self.final_norm(level.attend(h, text)).astype(h.dtype))
+        out = self.final(h.reshape(-1, rows * columns, width)).astype(jnp.float32)
+        return unpatchify(out, rows, columns, self.config.patch_size)

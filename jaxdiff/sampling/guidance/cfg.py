@@ -24,6 +24,13 @@ from jaxtyping import Array, Float
 
 from jaxdiff.diffusion.process import Images, Prediction, to_x0_eps
 from jaxdiff.diffusion.schedules import Schedule
+from jaxdiff.sampling.feature_cache import (
+    AnyCache,
+    CacheState,
+    SplitNetwork,
+    evaluate_cached,
+    init_cache,
+)
 from jaxdiff.sampling.guidance.cfg_zero import zero_velocity_x0
 from jaxdiff.sampling.guidance.guidance import Estimates, Guidance
 from jaxdiff.sampling.guidance.thresholds import Threshold
@@ -62,7 +69,8 @@ class ConditionedModel:
       schedule: of its noise.
       cond: of the prompts.
       uncond: of the negative prompts; a tree of the same structure.
-      composed: further prompts, if any.
+      composed: further prompts, if any; always evaluated in full.
+      cache: of the network's features, which is then a `SplitNetwork`.
     """
 
     network: ConditionedNetwork
@@ -71,27 +79,51 @@ class ConditionedModel:
     cond: Cond
     uncond: Cond
     composed: ComposedPrompts | None = None
+    cache: AnyCache | None = None
 
-    def conditional(self, x: Images, t: Scalar) -> Images:
-        """Estimate x0 given the prompts."""
-        return self._x0(x, t, self.cond) if self.composed is None else self.both(x, t)[0]
+    def init_state(self, x: Images) -> State:
+        """Return the state of the cache before the first step; () without one."""
+        if self.cache is None:
+            return ()
+        assert isinstance(self.network, SplitNetwork)
+        twice = jnp.concatenate([x, x])
+        return init_cache(self.cache, self.network, twice, jnp.ones(len(twice)), self._conds())
 
-    def both(self, x: Images, t: Scalar) -> tuple[Images, Images]:
-        """Estimate x0 given the prompts, and given the negative prompts, in one call."""
-        conds = jax.tree.map(lambda *both: jnp.concatenate(both), self.cond, self.uncond)
-        cond, uncond = jnp.split(self._x0(jnp.concatenate([x, x]), t, conds), 2)
+    def conditional(self, x: Images, t: Scalar, state: State = ()) -> tuple[Images, State]:
+        """Estimate x0 given the prompts; also return the next state of the cache."""
         if self.composed is None:
-            return cond, uncond
+            return self._x0(x, t, self.cond, state)
+        (cond, _), state = self.both(x, t, state)
+        return cond, state
+
+    def both(self, x: Images, t: Scalar, state: State = ()) -> tuple[tuple[Images, Images], State]:
+        """Estimate x0 given the prompts, and given the negative prompts, in one call."""
+        estimates, state = self._x0(jnp.concatenate([x, x]), t, self._conds(), state)
+        cond, uncond = jnp.split(estimates, 2)
+        if self.composed is None:
+            return (cond, uncond), state
         # Sequentially: an image's bits do not depend on the number of prompts.
         weights = self.composed.weights.T[..., None, None, None]
-        others = jax.lax.map(lambda cond: self._x0(x, t, cond), self.composed.conds)
+        others = jax.lax.map(lambda cond: self._x0(x, t, cond, ())[0], self.composed.conds)
         composed = cond + (weights[0] - 1) * (cond - uncond)
-        return composed + jnp.sum(weights[1:] * (others - uncond), axis=0), uncond
+        return (composed + jnp.sum(weights[1:] * (others - uncond), axis=0), uncond), state
 
-    def _x0(self, x: Images, t: Scalar, cond: Cond) -> Images:
-        output = self.network(x, jnp.broadcast_to(t, (len(x),)), cond).astype(x.dtype)
+    def _conds(self) -> Cond:
+        return jax.tree.map(lambda *both: jnp.concatenate(both), self.cond, self.uncond)
+
+    def _x0(self, x: Images, t: Scalar, cond: Cond, state: State) -> tuple[Images, State]:
+        if self.cache is None or not isinstance(state, CacheState):  # () for further prompts
+            output = self.network(x, jnp.broadcast_to(t, (len(x),)), cond)
+        else:
+            assert isinstance(self.network, SplitNetwork)
+            images = len(jax.tree.leaves(self.cond)[0])
+            output, rows = evaluate_cached(
+                self.cache, self.network, x, t, cond, state.rows(len(x)), images
+            )
+            state = state.replace_rows(rows)
+        output = output.astype(x.dtype)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return to_x0_eps(self.prediction, output, x, alpha, sigma)[0]
+        return to_x0_eps(self.prediction, output, x, alpha, sigma)[0], state
 
 
 def guided_denoiser(
@@ -117,8 +149,9 @@ def guided_denoiser(
     low, high = guidance.active_interval
     schedule = model.schedule
 
-    def guided(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
-        cond, uncond = model.both(x, t)
+    def guided(x: Images, t: Scalar, states: State) -> tuple[Images, State]:
+        state, cached = states
+        (cond, uncond), cached = model.both(x, t, cached)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         estimates = Estimates(cond, uncond, x, t, alpha, sigma, model.prediction)
         if guidance.rule is not None:
@@ -128,11 +161,13 @@ def guided_denoiser(
             # From cond, not from uncond: at scale 1 this is cond to the last bit.
             x0 = cond + (guidance_scale - 1).reshape(-1, 1, 1, 1) * delta
         if guide is not None:
-            x0 = x0 + (guide.scale - 1) * (cond - guide.model.conditional(x, t))
-        return _rescaled(guidance.rescale_fraction, x0, cond), state
+            x0 = x0 + (guide.scale - 1) * (cond - guide.model.conditional(x, t)[0])
+        return _rescaled(guidance.rescale_fraction, x0, cond), (state, cached)
 
-    def unguided(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
-        return model.conditional(x, t), state
+    def unguided(x: Images, t: Scalar, states: State) -> tuple[Images, State]:
+        state, cached = states
+        x0, cached = model.conditional(x, t, cached)
+        return x0, (state, cached)
 
     def estimate(x: Images, t: Scalar, state: State) -> tuple[Images, State]:
         if (low, high) == (0, 1):
@@ -149,7 +184,9 @@ def guided_denoiser(
             return estimate(x, t, state)
         return jax.lax.cond(t > zero_init_until, zero_velocity, estimate, x, t, state)
 
-    return StatefulDenoiser(denoise=denoise, init_state=lambda x: _init_state(guidance, x))
+    return StatefulDenoiser(
+        denoise=denoise, init_state=lambda x: (_init_state(guidance, x), model.init_state(x))
+    )
 
 
 def _init_state(guidance: Guidance, x: Images) -> State:

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Fraction, NotNegative, Positive
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
@@ -115,7 +116,7 @@ class AutoencoderTask(Task):
         params: PyTree,
         frozen: PyTree,
         batch: Batch,
-        key: Key[Array, ""],
+        keys: RowKeys,
         task_state: tuple[()],
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:
@@ -123,7 +124,7 @@ class AutoencoderTask(Task):
         model = bind_params(bind_init(type(self.model).build, self.model), params)
         images = from_uint8(batch["image"])
         gaussian = model.encode(images)
-        z = gaussian.sample(key)
+        z = gaussian.sample(keys)
         decoded = model.decode(z)
         error = decoded - images
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)

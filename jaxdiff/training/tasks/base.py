@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.models.conditioning import Conditioner
 from jaxdiff.training.tasks.captions import CaptionTokenizer
 
@@ -60,6 +61,15 @@ class Task(abc.ABC):
         """Whether `loss` splits images over `mesh.context`, by `split_tokens`."""
         return False
 
+    @property
+    def by_row(self) -> bool:
+        """Whether loss and metrics are means over rows, and the next state is independent of them.
+
+        The gradients of micro-batches are then reduced over the devices once. Means over parts of a
+        batch must be those of the batch, up to the metrics that are sums over rows.
+        """
+        return False
+
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the frozen parts, by their path in the tree of parameters."""
         return {}
@@ -90,7 +100,7 @@ class Task(abc.ABC):
         params: PyTree,
         frozen: PyTree,
         batch: Batch,
-        key: Key[Array, ""],
+        keys: RowKeys,
         task_state: PyTree,
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, PyTree]:
@@ -123,7 +133,3 @@ class Task(abc.ABC):
 
         Cached `latents` save the autoencoder, and cached `text` features the text encoders.
         """
-
-    def recomputed_flops(self, size: int) -> float:
-        """Return the FLOPs that rematerialisation adds per image; not in `flops_per_image`."""
-        return 0.0

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdiff.config.checked import checked
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
@@ -45,7 +46,7 @@ class ClipTask(Task):
         params: PyTree,
         frozen: PyTree,
         batch: Batch,
-        key: Key[Array, ""],
+        keys: RowKeys,
         task_state: tuple[()],
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:

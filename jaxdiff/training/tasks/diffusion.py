@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Text
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import loss_by_level
 from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import Conditioner, Conditioning, TextInputs
@@ -186,6 +187,11 @@ class DiffusionTask(Task):
         """True: a denoiser's images are split over `mesh.context`."""
         return True
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the objective's loss is a mean over images."""
+        return self.objective.by_row
+
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts that are not trained, and the teacher."""
         parts = {
@@ -252,12 +258,12 @@ class DiffusionTask(Task):
         params: PyTree,
         frozen: PyTree,
         batch: Batch,
-        key: Key[Array, ""],
+        keys: RowKeys,
         task_state: Any,
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, Any]:
         """Return the objective's mean over the batch, and its sums by noise level."""
-        encode_key, loss_key = jax.random.split(key)
+        encode_keys, loss_keys = keys.split()
         curriculum, state = task_state
         full = self.model_params(params, frozen)
         cond = self._cond(full, batch)
@@ -268,9 +274,9 @@ class DiffusionTask(Task):
                 model=self._predictor(full),
                 prediction=self.model.prediction,
                 schedule=self.model.schedule,
-                x0=split_tokens(self.x0(full, batch, encode_key)),
+                x0=split_tokens(self.x0(full, batch, encode_keys)),
                 cond=cond,
-                key=loss_key,
+                keys=loss_keys,
                 max_t=max_t,
                 uncond=self._uncond(full, frozen, batch) if objective.uses_uncond else None,
                 teacher=self._predictor(frozen["teacher"]) if objective.uses_teacher else None,
@@ -321,11 +327,11 @@ class DiffusionTask(Task):
         repeat = lambda x: jnp.broadcast_to(x, (len(size_crop), *x.shape[1:]))  # noqa: E731
         return jax.tree.map(repeat, cond)._replace(size_crop=size_crop)
 
-    def x0(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Float[Array, "b i j c"]:
-        """Encode a batch of images, or read its cached latents; `key` samples z in both."""
+    def x0(self, params: PyTree, batch: Batch, keys: RowKeys) -> Float[Array, "b i j c"]:
+        """Encode a batch of images, or read its cached latents; `keys` sample z in both."""
         if "latents" in batch:
-            return self.model.latents_from_moments(params, batch["latents"], key)
-        return self.model.encode(params, from_uint8(batch["image"]), key)
+            return self.model.latents_from_moments(params, batch["latents"], keys)
+        return self.model.encode(params, from_uint8(batch["image"]), keys)
 
     def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the inputs of an absent prompt, if the objective uses them."""
@@ -364,7 +370,3 @@ class DiffusionTask(Task):
         if self.model.autoencoder is not None and not latents:
             total += self.model.autoencoder.encode_flops(height=size, width=size)
         return total
-
-    def recomputed_flops(self, size: int) -> float:
-        """Return the FLOPs of the denoiser if remat is "full", which recomputes its blocks."""
-        return self.denoiser_flops(size) if self.model.denoiser.remat == "full" else 0.0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import (
     Autoencoder,
@@ -128,16 +129,17 @@ def test_kl_sums_over_z_and_is_zero_for_the_unit_normal():
 
 def test_samples_have_the_mean_and_the_deviation():
     many = Gaussian(jnp.full((1, 100, 100, 4), 2.0), jnp.full((1, 100, 100, 4), np.log(0.25)))
-    z = many.sample(jax.random.key(0))
+    z = many.sample(RowKeys.whole(jax.random.key(0), 1))
     np.testing.assert_allclose(z.mean(), 2, atol=0.01)
     np.testing.assert_allclose(z.std(), 0.5, atol=0.01)
 
 
-def test_with_a_key_for_each_image_a_sample_does_not_depend_on_the_batch():
-    keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.vmap(Gaussian.sample)(gaussian(), keys)
-    alone = Gaussian(gaussian().mean[1], gaussian().logvar[1]).sample(keys[1])
-    np.testing.assert_array_equal(together[1], alone)
+def test_a_sample_depends_on_the_row_in_the_batch_and_not_on_the_micro_batch():
+    keys = RowKeys.whole(jax.random.key(0), 3)
+    together = gaussian().sample(keys)
+    last = jax.tree.map(lambda x: x[2:], (gaussian(), keys.rows))
+    alone = last[0].sample(RowKeys(keys.key, last[1], 3))
+    np.testing.assert_array_equal(together[2:], alone)
 
 
 def test_latents_are_shifted_then_scaled_and_back():

@@ -252,7 +252,7 @@ def test_autoguidance_adds_the_difference_from_the_guide_model(guide_scale):
     scale = jnp.array([1.0, 3.0])
     plain = _denoise(model, scale)(x, t)
     guided = _denoise(model, scale, guide=GuideModel(guide, jnp.asarray(guide_scale)))(x, t)
-    delta = model.conditional(x, t) - guide.conditional(x, t)
+    delta = model.conditional(x, t)[0] - guide.conditional(x, t)[0]
     np.testing.assert_allclose(guided, plain + (guide_scale - 1) * delta, atol=1e-6)
     if guide_scale == 1:
         np.testing.assert_array_equal(guided, plain)

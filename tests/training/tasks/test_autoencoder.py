@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.errors import UserError
@@ -86,7 +87,8 @@ def fixed(mean: float = 0.0, logvar: float = 0.0, error: float = 0.0):
 def run(task: AutoencoderTask, model, batch: dict, monkeypatch) -> dict:
     """The metrics of a given autoencoder."""
     monkeypatch.setattr(module, "bind_params", lambda *_: model)
-    loss, metrics, _ = task.loss({}, {}, batch, jax.random.key(0), (), {})
+    keys = RowKeys.whole(jax.random.key(0), len(batch["image"]))
+    loss, metrics, _ = task.loss({}, {}, batch, keys, (), {})
     assert float(loss) == float(metrics["loss"])
     return {name: float(value) for name, value in metrics.items()}
 
@@ -180,7 +182,8 @@ def test_the_perceptual_term_trains_encoder_and_decoder_and_not_the_vision_encod
     @jax.jit
     def gradient(params, frozen, batch):
         def perceptual(params):
-            _, metrics, _ = task.loss(params, frozen, batch, jax.random.key(0), (), params)
+            keys = RowKeys.whole(jax.random.key(0), len(batch["image"]))
+            _, metrics, _ = task.loss(params, frozen, batch, keys, (), params)
             return metrics["perceptual"]
 
         return jax.grad(perceptual)(params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.models.conditioning import TextInputs
@@ -118,7 +119,8 @@ def losses_of_repeated_captions():
         losses = {}
         for masked in (True, False):
             task = ClipTask(model=CONFIG, mask_equal_captions=masked)
-            losses[masked], _, _ = task.loss(params, {}, batch, jax.random.key(0), (), params)
+            keys = RowKeys.whole(jax.random.key(0), len(ids))
+            losses[masked], _, _ = task.loss(params, {}, batch, keys, (), params)
         return losses, model(from_uint8(batch["image"]), batch["text"].ids["text"])
 
     return jax.device_get(run(train_step()[1].params, batch))

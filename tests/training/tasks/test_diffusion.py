@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import (
@@ -34,6 +35,7 @@ from jaxdiff.training.tasks.diffusion import (
 )
 
 BATCH = 8
+KEYS = RowKeys.whole(jax.random.key(0), BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,8 @@ def compiled(task: DiffusionTask):
     @jax.jit
     def run(params, state, key, batch):
         def loss(params):
-            value, metrics, _ = task.loss(params, {}, batch, key, state, params)
+            keys = RowKeys.whole(key, BATCH)
+            value, metrics, _ = task.loss(params, {}, batch, keys, state, params)
             return value, metrics
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -142,7 +145,7 @@ def test_without_a_curriculum_all_levels_are_sampled_from_the_start(task):
     batch = jax.tree.map(jnp.asarray, make_batch())
 
     def loss(params):
-        return plain.loss(params, {}, batch, jax.random.key(0), plain.init_state(), params)
+        return plain.loss(params, {}, batch, KEYS, plain.init_state(), params)
 
     _, metrics, state = jax.eval_shape(loss, random_like(abstract_trained(plain)))
     assert metrics.keys() == {"loss", "loss_by_level_sum", "loss_by_level_count"}
@@ -217,7 +220,7 @@ def test_xl_reads_the_size_and_crop_of_each_image(task):
 
     @jax.jit
     def loss(batch):
-        return xl.loss(params, frozen, batch, jax.random.key(0), xl.init_state(), params)[0]
+        return xl.loss(params, frozen, batch, KEYS, xl.init_state(), params)[0]
 
     batch = make_batch(names=("text", "text_2"))
     cropped = batch | {"size_crop": batch["size_crop"] + np.array([9, 9, 0, 15, 0, 0])}
@@ -314,7 +317,7 @@ def test_a_new_token_changes_the_loss_of_prompts_that_contain_it(task):
     def gradient(params, batch):
         def loss(params):
             state = inverted.init_state()
-            return inverted.loss(params, frozen, batch, jax.random.key(0), state, params)[0]
+            return inverted.loss(params, frozen, batch, KEYS, state, params)[0]
 
         return jax.grad(loss)(params)
 
@@ -353,7 +356,7 @@ def test_a_model_on_latents_needs_a_trained_autoencoder(task):
     assert part.folder == "runs/autoencoder"
     frozen = random_like(abstract_frozen_params(latent))
     images = make_batch()["image"][:2]
-    x0 = jax.eval_shape(latent.x0, frozen, {"image": images}, jax.random.key(0))
+    x0 = jax.eval_shape(latent.x0, frozen, {"image": images}, RowKeys.whole(jax.random.key(0), 2))
     assert x0.shape == (2, *latent.model.latent_shape(32, 32)) == (2, 16, 16, 6)
     # The image and the cached moments of the image cost the autoencoder's encoder, or nothing.
     online, cached = (latent.flops_per_image(32, latents=latents) for latents in (False, True))

@@ -1,0 +1,141 @@
+"""Compile a pipeline's sampler ahead of time, into a folder that `CompiledFolder` reads."""
+
+import dataclasses
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
+from jaxdiff.io.text import format_json
+from jaxdiff.pipelines.compiled import (
+    MANIFEST,
+    CompiledProgram,
+    describe_program,
+    exporter,
+    load_program,
+    read_programs,
+)
+from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.program import SamplerSpec, compiled_sampler
+from jaxdiff.sampling.sampler import Sampler
+
+_CUDNN = "__cudnn$fmhaSoftmax"  # the kernel of `models.attention` on GPUs
+
+
+def compile_sampler(
+    pipe: Pipeline,
+    folder: epath.PathLike,
+    *,
+    size: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    sampler: Sampler | None = None,
+    mesh: Mesh | None = None,
+    params: PyTree = None,
+) -> CompiledProgram:
+    """Trace and compile the sampler of plain prompts; nothing is sampled.
+
+    Args:
+      pipe: the pipeline.
+      folder: to write into; JAX's compilation cache keeps the executable.
+      size: width and height; the training images' by default.
+      batch_size: images that each device samples at a time.
+      sampler: settings, as for `Pipeline`.
+      mesh: devices, which need not be attached; the pipeline's by default.
+      params: parameters in the types of those devices; the pipeline's by default.
+
+    Raises:
+      UserError: an invalid argument, a folder that cannot be written to, or a program with calls
+        that `jax.export` does not support.
+    """
+    recorder = _Recorder()
+    stand_in = pipe.with_compiled(recorder)
+    try:
+        stand_in("", size=size, batch_size=batch_size, sampler=sampler)
+    except _RecordedError as recorded:
+        spec, (own, inputs, steps) = recorded.spec, recorded.arguments
+    devices = spec.mesh if mesh is None else mesh
+    factor = devices.size // spec.mesh.size
+    arguments = (own if params is None else params, *_scaled((inputs, steps), factor))
+    spec = dataclasses.replace(spec, mesh=devices)
+    program = _store(epath.Path(folder), pipe.spec.name, spec, arguments)
+    _compile(epath.Path(folder), program.key, devices, len(jax.tree.leaves(arguments[0])))
+    return program
+
+
+class _RecordedError(Exception):
+    def __init__(self, spec: SamplerSpec, arguments: PyTree):
+        super().__init__()
+        self.spec, self.arguments = spec, arguments
+
+
+class _Recorder:
+    """In the place of a `CompiledFolder`: raise what a pipeline asks for."""
+
+    def batch_size(self, width: int, height: int, mesh: Mesh) -> None:
+        return None
+
+    def sampler(self, spec: SamplerSpec) -> "_Recorder":
+        self._spec = spec
+        return self
+
+    def eval_shape(self, params: PyTree, inputs: PyTree, steps: PyTree, state: None) -> NoReturn:
+        raise _RecordedError(self._spec, (params, inputs, steps))
+
+
+def _scaled(tree: PyTree, factor: int) -> PyTree:
+    """Return the shapes of a tree with `factor` times as many rows."""
+
+    def scaled(leaf: Any) -> jax.ShapeDtypeStruct:
+        leaf = np.asarray(leaf)
+        return jax.ShapeDtypeStruct((leaf.shape[0] * factor, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(scaled, tree)
+
+
+def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
+    """Write the program and its entry in the manifest."""
+    program = compiled_sampler(spec)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    state = program.eval_shape(*abstract, None)[1]
+    leaves, tree = jax.tree.flatten((*abstract, state))
+
+    def sample(*leaves):
+        images, state = program(*jax.tree.unflatten(tree, leaves))
+        return images, *jax.tree.leaves(state)
+
+    described = dataclasses.replace(describe_program(spec, arguments), model=name)
+    platform = "cuda" if described.platform == "gpu" else described.platform
+    export = exporter()
+    # The key names the versions, and so calls need no stability over these.
+    allowed = [export.DisabledSafetyCheck.custom_call(_CUDNN)]
+    try:
+        exported = export.export(jax.jit(sample), platforms=[platform], disabled_checks=allowed)
+        data = bytes(exported(*leaves).serialize())
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be stored as a program ({str(error).splitlines()[0]}): leave out the "
+            "options that need it."
+        ) from error
+    write_whole(folder / f"{described.key}.stablehlo", data)
+    there = read_programs(folder) if (folder / MANIFEST).exists() else []
+    programs = [*(p for p in there if p.key != described.key), described]
+    text = format_json({"programs": [dataclasses.asdict(p) for p in programs]}, indent=2)
+    write_whole(folder / MANIFEST, f"{text}\n".encode())
+    return described
+
+
+def _compile(folder: epath.Path, key: str, mesh: Mesh, count: int) -> None:
+    """Compile a stored program, the first `count` of whose arguments are parameters."""
+    loaded = load_program(folder, key)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    # As at run time, where only the parameters are on the devices already.
+    placed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) if i < count else x
+        for i, x in enumerate(loaded.shapes)
+    ]
+    loaded.call.lower(*placed).compile()
