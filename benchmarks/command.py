@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.cli.bench import TimingOptions, measure_and_report
-from jaxdiff.cli.parsing import parse_flags, read_recipe
+from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.cli.recipe_flags import read_recipe
 from jaxdiff.errors import UserError
 
 
