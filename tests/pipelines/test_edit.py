@@ -171,9 +171,8 @@ def test_images_are_inverted_and_varied_under_guidance_with_a_state(pipeline, im
     varied = edit.variations(pipeline, images[0], prompts=PEA, seeds=[1, 2], **arguments)
     assert varied.shape == (2, 32, 32, 3)
     unguided = edit.invert(pipeline, images, [PEA, TOMATO], **arguments)
-    np.testing.assert_array_equal(
-        unguided, edit.invert(pipeline, images, [PEA, TOMATO], num_steps=3)
-    )
+    without = edit.invert(pipeline, images, [PEA, TOMATO], num_steps=3)  # another program
+    np.testing.assert_allclose(unguided, without, rtol=1e-5, atol=1e-4)
 
 
 def test_between_two_prompts_and_seeds_both_ends_are_their_own_images(pipeline, compilations):

@@ -42,6 +42,8 @@ ROW = {
     "best_of": 3,
     "vae_mode": "slicing",
     "seamless": True,
+    "cache_interval": 2,
+    "cache_threshold": 0.1,
 }
 
 
