@@ -89,8 +89,8 @@ def find_topology(name: str) -> Topology:
         devices = _slices(single, count)
         return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
     if kind == "cpu" and shape.isdigit() and int(shape):
-        return Topology(name=name, devices=_simulated(int(shape)), chip=cpu_chip())
-    if kind in _GPUS and shape.isdigit() and int(shape) in _PROXY:
+        return Topology(name=name, devices=_simulated(count * int(shape)), chip=cpu_chip())
+    if kind in _GPUS and count == 1 and shape.isdigit() and int(shape) in _PROXY:
         proxy, chip = f"v5p:{_PROXY[int(shape)]}", find_chip(_GPUS[kind])
         assert chip is not None
         return Topology(name=name, devices=_slices(proxy), chip=chip, proxy_topology=proxy)

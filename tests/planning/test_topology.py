@@ -28,6 +28,7 @@ def test_local_devices_can_be_planned_for():
         ("t4:8", "no topology 't4:8'.*a100, h100"),
         ("cpu:0", "no topology 'cpu:0'"),
         ("h100:3", "power of two"),
+        ("2xh100:8", "no topology '2xh100:8'"),
         ("v5e:16", "expected 2 sides, such as v5e:4x4"),
         ("v5p:4x4", "expected 3 sides, such as v5p:4x4x4"),
         ("v5e:axb", "expected 2 sides"),
@@ -69,6 +70,10 @@ def test_several_slices_are_named_by_their_number():
     assert parse_slices("2xv5e:16x16") == (2, "v5e:16x16")
     for name in ("v5p:4x4x4", "cpu:8", "0xv5e:16x16"):
         assert parse_slices(name) == (1, name)
+
+
+def test_simulated_slices_share_the_devices_of_this_process():
+    assert len(find_topology("2xcpu:4").devices) == 8
 
 
 def test_a_slice_of_an_unknown_shape_is_refused():
