@@ -302,8 +302,9 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
         *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
         ("dit", MeshConfig(data=2, fsdp=4), 1),
         ("dit", None, 2),
-        ("dit", None, 4),
-        *(("dit", mesh, 2) for mesh in (MeshConfig(data=4, fsdp=2), TENSOR, CONTEXT)),
+        pytest.param("dit", None, 4, marks=pytest.mark.nightly),
+        ("dit", MeshConfig(data=4, fsdp=2), 2),
+        *(pytest.param("dit", mesh, 2, marks=pytest.mark.nightly) for mesh in (TENSOR, CONTEXT)),
         *(("dit", SLICES, accumulate) for accumulate in (1, 2)),
     ],
 )
@@ -336,7 +337,15 @@ def test_a_step_leaves_moments_where_their_parameters_are(tiny_recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "accumulate"),
-    [*((name, 1) for name in (*DENOISERS, "clip", "autoencoder")), ("dit", 4)],
+    [
+        ("dit", 1),
+        ("dit", 4),
+        ("unet", 1),
+        *(
+            pytest.param(name, 1, marks=pytest.mark.nightly)
+            for name in ("unet_sd", "clip", "autoencoder")
+        ),
+    ],
 )
 def test_whole_gradients_are_not_reduced_over_all_devices(tiny_recipe, name, accumulate):
     """Only over `fsdp`, from which each device keeps its part, and this part over `data`, once."""
