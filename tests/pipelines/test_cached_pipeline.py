@@ -37,7 +37,7 @@ def test_an_image_depends_on_no_other(pipeline, cache):
     ("always", "interval", "solver"),
     [
         (TaylorSeer(interval=3, warmup=8), (0.0, 1.0), Heun()),
-        (FirstBlockCache(threshold=1e-9), (0.2, 0.8), None),
+        pytest.param(FirstBlockCache(threshold=1e-9), (0.2, 0.8), None, marks=pytest.mark.nightly),
     ],
 )
 def test_a_cache_that_always_evaluates_is_exact(pipeline, always, interval, solver):
