@@ -1,6 +1,6 @@
 """A cache of compiled programs on disk, so that only the first run of a kind compiles.
 
-    $JAXDIFF_CACHE, or $XDG_CACHE_HOME/jaxdiff/compiled, or ~/.cache/jaxdiff/compiled
+    compiled/          in the user's cache (`io.user_cache`)
       HOST/            instruction set of the CPU
         NAME-KEY       an executable, in JAX's format
 
@@ -26,11 +26,13 @@ from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local, write_whole
+from jaxdiff.io.user_cache import VARIABLE, user_cache
 
-VARIABLE = "JAXDIFF_CACHE"
 LARGEST = 2 * 2**30  # bytes of all files
 ANY_HOST = "any"
 
+# Names of the folders of hosts, and of the entries in them, which alone are ever removed.
+_HOST, _ENTRY = re.compile(r"[0-9a-f]{16}"), re.compile(r".+-[0-9a-f]{64}")
 _JAX = "JAX_COMPILATION_CACHE_DIR"
 _MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _XLA_CACHES = "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"
@@ -38,16 +40,8 @@ _XLA_CACHES = "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> epath.Path | None:
     """Return the folder of this host's programs; None if there is no cache, or JAX has its own."""
-    given = environment.get(VARIABLE)
-    if _JAX in environment or given == "off":
-        return None
-    if given:
-        return epath.Path(os.path.expanduser(given)) / _host()
-    base = environment.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # as the XDG specification asks for
-        base = os.path.expanduser("~/.cache")
-    # Without a home, "~" remains.
-    return epath.Path(base) / "jaxdiff" / "compiled" / _host() if os.path.isabs(base) else None
+    folder = None if _JAX in environment else user_cache("compiled", environment)
+    return folder and folder / _host()
 
 
 def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
@@ -163,15 +157,16 @@ class _ReadAlso:
 
 
 def _shrink(base: epath.Path, most: int) -> int:
-    """Remove the least recently used files below a folder beyond `most` bytes; return the rest."""
-    files = []
-    for folder, _, names in os.walk(base):
-        for name in names:
-            with contextlib.suppress(OSError):  # removed by another process
-                status = os.stat(path := os.path.join(folder, name))
-                files.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
+    """Remove the least recently used entries of all hosts beyond `most` bytes; return the rest."""
+    entries = []
+    for path in base.glob("*/*"):
+        if not _HOST.fullmatch(path.parent.name) or not _ENTRY.fullmatch(path.name):
+            continue  # a file of the user's
+        with contextlib.suppress(OSError):  # removed by another process
+            status = os.stat(path)
+            entries.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
         if total <= most:
             break
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
-from jaxdiff.pipelines.program import SampleInputs, Steps
+from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps
 
 # Default number of pixels sampled at a time, and of images at most. On two CPU cores 4 images of
 # 64x64 at a time take 0.15 s each, 1 at a time 0.22 s and 16 at a time 0.12 s.
@@ -109,6 +109,31 @@ def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> l
     ]
 
 
+class SampleCall(NamedTuple):
+    """A program, and what one call of a pipeline runs it with.
+
+    Attributes:
+      spec: the program's.
+      params: on all devices.
+      inputs: of all images, on the host.
+      batches: of `make_batches`.
+      size: images of a full batch; smaller batches are padded.
+    """
+
+    spec: SamplerSpec
+    params: Any
+    inputs: SampleInputs
+    batches: list[SampleBatch]
+    size: int
+
+    def rows(self) -> Iterator[tuple[Sequence[SampleBatch], SampleInputs, Steps]]:
+        """Yield one batch for each device, with the inputs and all steps of these batches."""
+        devices = self.spec.mesh.size
+        for start in range(0, len(self.batches), devices):
+            some = self.batches[start : start + devices]
+            yield some, _padded(self.inputs, some, self.size, devices), _all_steps(some, devices)
+
+
 class Watch(NamedTuple):
     """A callback (step, estimates of x0, indices), called every `every` steps."""
 
@@ -117,34 +142,21 @@ class Watch(NamedTuple):
 
 
 def sample_batches(
-    program: Any,
-    params: Any,
-    inputs: SampleInputs,
-    batches: Sequence[SampleBatch],
-    size: int,
-    devices: int,
-    watch: Watch | None = None,
+    program: Any, call: SampleCall, watch: Watch | None = None
 ) -> Float[np.ndarray, "n k h w c"]:
     """Sample all images.
 
     Args:
       program: of `compiled_sampler`.
-      params: on all devices.
-      inputs: of all images, on the host.
-      batches: of `make_batches`.
-      size: images of a full batch; smaller batches are padded.
-      devices: number of devices.
+      call: what it is run with.
       watch: called with intermediate estimates.
     """
     made = []
-    for start in range(0, len(batches), devices):
-        some = batches[start : start + devices]
-        rows = _padded(inputs, some, size, devices)
-        run = _all_steps(some, devices)
-        state, images = _zero_state(program, params, rows, run), None
+    for some, rows, run in call.rows():
+        state, images = _zero_state(program, call.params, rows, run), None
         taken = 0
         for steps in _segments(run, None if watch is None else watch.every):
-            part, state = program(params, rows, steps, state)
+            part, state = program(call.params, rows, steps, state)
             # Nonzero only for images that took their last step.
             images = part if images is None else images + np.asarray(part)
             taken += int(np.max(steps.end - steps.begin))
@@ -156,7 +168,7 @@ def sample_batches(
                 order = np.argsort(indices)
                 watch.show(taken, np.concatenate(x0)[order], sorted(indices))
         made.append((some, images))
-    return _in_order(made, size, len(inputs.seeds))
+    return _in_order(made, call.size, len(call.inputs.seeds))
 
 
 def _padded(

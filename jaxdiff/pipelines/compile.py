@@ -1,14 +1,15 @@
 """Compile a pipeline's sampler ahead of time, into a folder that `CompiledFolder` reads."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.distributed.sharding import replicated
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json
@@ -20,6 +21,7 @@ from jaxdiff.pipelines.compiled import (
     load_program,
     read_programs,
 )
+from jaxdiff.pipelines.inputs import SampleRequest
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.program import SamplerSpec, compiled_sampler
 from jaxdiff.sampling.sampler import Sampler
@@ -52,12 +54,10 @@ def compile_sampler(
       UserError: an invalid argument, a folder that cannot be written to, or a program with calls
         that `jax.export` does not support.
     """
-    recorder = _Recorder()
-    stand_in = pipe.with_compiled(recorder)
-    try:
-        stand_in("", size=size, batch_size=batch_size, sampler=sampler)
-    except _RecordedError as recorded:
-        spec, (own, inputs, steps) = recorded.spec, recorded.arguments
+    request = SampleRequest.of(prompts="", size=size, batch_size=batch_size, sampler=sampler)
+    call = pipe.prepare(request)
+    spec, own = call.spec, call.params
+    _, inputs, steps = next(call.rows())
     devices = spec.mesh if mesh is None else mesh
     factor = devices.size // spec.mesh.size
     arguments = (own if params is None else params, *_scaled((inputs, steps), factor))
@@ -65,26 +65,6 @@ def compile_sampler(
     program = _store(epath.Path(folder), pipe.spec.name, spec, arguments)
     _compile(epath.Path(folder), program.key, devices, len(jax.tree.leaves(arguments[0])))
     return program
-
-
-class _RecordedError(Exception):
-    def __init__(self, spec: SamplerSpec, arguments: PyTree):
-        super().__init__()
-        self.spec, self.arguments = spec, arguments
-
-
-class _Recorder:
-    """In the place of a `CompiledFolder`: raise what a pipeline asks for."""
-
-    def batch_size(self, width: int, height: int, mesh: Mesh) -> None:
-        return None
-
-    def sampler(self, spec: SamplerSpec) -> "_Recorder":
-        self._spec = spec
-        return self
-
-    def eval_shape(self, params: PyTree, inputs: PyTree, steps: PyTree, state: None) -> NoReturn:
-        raise _RecordedError(self._spec, (params, inputs, steps))
 
 
 def _scaled(tree: PyTree, factor: int) -> PyTree:
@@ -132,10 +112,10 @@ def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) 
 def _compile(folder: epath.Path, key: str, mesh: Mesh, count: int) -> None:
     """Compile a stored program, the first `count` of whose arguments are parameters."""
     loaded = load_program(folder, key)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
     # As at run time, where only the parameters are on the devices already.
     placed = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) if i < count else x
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) if i < count else x
         for i, x in enumerate(loaded.shapes)
     ]
     loaded.call.lower(*placed).compile()

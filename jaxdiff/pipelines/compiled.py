@@ -10,12 +10,10 @@ people whose code you would run.
 """
 
 import dataclasses
-import functools
 import hashlib
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from etils import epath
@@ -26,6 +24,7 @@ from jaxdiff.distributed.compilation_cache import read_executables
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
 from jaxdiff.io.text import read_json
+from jaxdiff.io.user_cache import package_digest
 from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps, compiled_sampler
 
 MANIFEST = "programs.json"
@@ -53,19 +52,6 @@ class CompiledProgram:
     batch_size: int
     platform: str
     devices: int
-
-
-@runtime_checkable
-class SamplerPrograms(Protocol):
-    """Samplers in place of those that a pipeline compiles."""
-
-    def batch_size(self, width: int, height: int, mesh: Mesh) -> int | None:
-        """Return the batch size of the programs for a size on these devices; None without any."""
-        ...
-
-    def sampler(self, spec: SamplerSpec) -> Any:
-        """Return the sampler of a specification, in place of `compiled_sampler`."""
-        ...
 
 
 class CompiledFolder:
@@ -153,7 +139,7 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     models = [repr(spec.model), repr(spec.guide)]
     platform, devices = spec.mesh.devices.flat[0].platform, spec.mesh.size
     shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-    parts = [jax.__version__, _own_code(), platform, devices, *static, *models, tree, shapes]
+    parts = [jax.__version__, package_digest(), platform, devices, *static, *models, tree, shapes]
     height, width = (side * spec.model.downsampling for side in spec.shape[:2])
     return CompiledProgram(
         key=hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32],
@@ -164,15 +150,6 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
         platform=platform,
         devices=devices,
     )
-
-
-@functools.cache
-def _own_code() -> str:
-    """Return a digest of jaxdiff's code, which programs are made of."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def read_programs(folder: epath.Path) -> list[CompiledProgram]:

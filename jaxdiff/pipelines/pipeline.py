@@ -25,6 +25,7 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.auxiliary_models import load_clip, load_guide
 from jaxdiff.pipelines.batching import (
     Callback,
+    SampleCall,
     Watch,
     as_preview,
     default_batch_size,
@@ -33,7 +34,7 @@ from jaxdiff.pipelines.batching import (
     sample_batches,
     warn_of_broken,
 )
-from jaxdiff.pipelines.compiled import CompiledFolder, SamplerPrograms
+from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.inputs import (
     InitImage,
     Integer,
@@ -62,9 +63,9 @@ from jaxdiff.pipelines.program import (
     compiled_autoencoder,
     compiled_decoder,
     compiled_sampler,
-    windows_of,
 )
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
+from jaxdiff.pipelines.windows import windows_of
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.pretrained.safetensors_io import to_device
@@ -130,7 +131,7 @@ class Pipeline:
     dtype: ComputeType | None
     quantize: QuantizedType | None
     types: tuple[type, ...]
-    _compiled: SamplerPrograms | None
+    _compiled: CompiledFolder | None
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class Pipeline:
         kinds = {"dtype": self.dtype, "quantize": self.quantize, "types": self.types}
         return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
 
-    def with_compiled(self, compiled: SamplerPrograms | None) -> "Pipeline":
+    def with_compiled(self, compiled: CompiledFolder | None) -> "Pipeline":
         """Return this pipeline with the programs of a `CompiledFolder`, or without."""
         pipe = copy.copy(self)
         pipe._compiled = compiled
@@ -311,10 +312,24 @@ class Pipeline:
 
     def _sample(self, request: SampleRequest, num_snapshots: int = 0) -> np.ndarray:
         """Return images [n, 1, ...] or snapshots [n, k, ...]."""
+        self._warn_of_unknown_words(prompt_list(request.prompts))
+        call = self.prepare(request, num_snapshots)
+        program = (self._compiled.sampler if self._compiled else compiled_sampler)(call.spec)
+        sampled = sample_batches(program, call, self._watch(request.callback, call.size))
+        warn_of_broken(sampled)
+        if request.output == "uint8":
+            return np.rint(np.nan_to_num(sampled, posinf=1, neginf=0) * 255).astype(np.uint8)
+        return sampled
+
+    def prepare(self, request: SampleRequest, num_snapshots: int = 0) -> SampleCall:
+        """Return what a request runs, without running it.
+
+        Raises:
+          UserError: an invalid argument.
+        """
         spec, sampler = self.spec, request.resolve_sampler(self.spec.sampler)
         prompts = prompt_list(request.prompts)
         n, init = len(prompts), request.init
-        self._warn_of_unknown_words(prompts)
         if spec.is_inpainting and (init is None or init.mask is None):
             raise UserError(
                 f"{spec.name} is for inpainting: expected init with an image and a mask, 1 where "
@@ -344,25 +359,14 @@ class Pipeline:
             shape=shape,
             mesh=self._mesh,
             is_latent=request.output == "latents",
-            windows=windows_of(spec, size, sampler, default_batch_size, batch_size),
+            windows=windows_of(spec, size, sampler, batch_size),
             num_snapshots=num_snapshots,
         )
         program_spec, params, inputs = self._with_auxiliary_models(
             program_spec, inputs, prompts, sampler.guidance
         )
-        sampled = sample_batches(
-            (self._compiled.sampler if self._compiled else compiled_sampler)(program_spec),
-            params,
-            inputs,
-            make_batches(steps, first_steps(init, steps), batch_size),
-            batch_size,
-            self._mesh.size,
-            self._watch(request.callback, batch_size),
-        )
-        warn_of_broken(sampled)
-        if request.output == "uint8":
-            return np.rint(np.nan_to_num(sampled, posinf=1, neginf=0) * 255).astype(np.uint8)
-        return sampled
+        batches = make_batches(steps, first_steps(init, steps), batch_size)
+        return SampleCall(program_spec, params, inputs, batches, batch_size)
 
     def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))

@@ -159,49 +159,6 @@ def _anonymous(model: TextToImage) -> TextToImage:
     return dataclasses.replace(model, name="", sampler=Sampler())
 
 
-def windows_of(
-    model: TextToImage,
-    size: tuple[int, int],
-    sampler: ResolvedSampler,
-    images_at_a_time: Callable[[int, int], int],
-    batch_size: int,
-) -> Windows | None:
-    """Return the windows of an image; None for the whole image.
-
-    Args:
-      model: whose training images are square and as large as a window.
-      size: width and height of the image in pixels.
-      sampler: its settings.
-      images_at_a_time: number of images of a width and height that a device samples at a time.
-      batch_size: images of a batch.
-
-    Raises:
-      UserError: settings that do not support windows.
-    """
-    wrap, overlap = sampler.wrap, sampler.overlap
-    if overlap is None and (not any(wrap) or model.denoiser.wraps):
-        return None
-    if model.is_inpainting:
-        raise UserError(
-            f"{model.name} is for inpainting, which does not support windows: omit overlap."
-        )
-    width, height = size if overlap is None else (model.image_size, model.image_size)
-    if not any(wrap) and size[0] <= width and size[1] <= height:
-        return None
-    if sampler.guidance.has_state or sampler.cache is not None:
-        what = "A cache of features" if sampler.cache else "Guidance with a state"
-        name = "cache" if sampler.cache else "apg.momentum or the rule"
-        raise UserError(f"{what} does not support windows: omit {name}, or overlap and wrap.")
-    rows, columns, _ = model.latent_shape(height, width)
-    return Windows(
-        height=rows,
-        width=columns,
-        overlap=0.0 if overlap is None else float(overlap),
-        wrap=wrap,
-        at_a_time=max(1, images_at_a_time(width, height) // batch_size),
-    )
-
-
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
 def compiled_sampler(spec: SamplerSpec) -> Any:
     """Return the jitted sampler of a specification; the batch size is static too.
