@@ -25,12 +25,12 @@ from pathlib import Path
 
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.pretrained.presets import OPENCLIP_G, XL_SCALING_FACTOR
 from jaxdiff.training.optimizer import AdamW, CosineLR
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.recipe import Config, PlannedTopology, load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -27,7 +27,7 @@ from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.denoisers.dit import DiTConfig
@@ -35,7 +35,7 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.presets import CLIP_L
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
-from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
+from jaxdiff.training.recipe import Config, PlannedTopology, TokenizerConfig, TrainConfig
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"

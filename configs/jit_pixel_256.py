@@ -25,8 +25,8 @@ from pathlib import Path
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_sampling import LogitNormal
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.training.recipe import Config, PlannedTopology, load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 

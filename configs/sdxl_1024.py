@@ -25,10 +25,10 @@ from pathlib import Path
 
 from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import CachedLatents
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, ConstantLR
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.recipe import Config, PlannedTopology, load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 

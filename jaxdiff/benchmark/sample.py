@@ -12,6 +12,7 @@ from jaxdiff.benchmark.sampler_overhead import bare_network
 from jaxdiff.benchmark.timing import peak_memory, time_in_turns
 from jaxdiff.benchmark.train import TERA, peak_of_device
 from jaxdiff.errors import UserError
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.flops import sampling_flops
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -47,15 +48,9 @@ def time_sampling(
     Raises:
       UserError: the recipe generates no images from prompts, or has fewer than 2 steps.
     """
-    task = config.task
-    if not isinstance(task, DiffusionTask) or task.model.is_inpainting:
-        raise UserError(
-            f"{config.name} generates no images from prompts: give bench sample a diffusion recipe."
-        )
-    sampler = task.model.sampler.resolve()
+    model = _model_of(config)
+    sampler = model.sampler.resolve()
     steps = sampler.num_steps
-    if steps < 2:
-        raise UserError(f"task.model.sampler.num_steps is {steps}: expected at least 2.")
     size = config.data.transforms.size
     count = batch_size or default_batch_size(size, size)
     pipeline = Pipeline(synthetic.random_bundle(config), devices=jax.local_devices()[:1])
@@ -80,7 +75,7 @@ def time_sampling(
     if trace is not None:
         with traced(trace):
             generate()
-    flops = sampling_flops(task.model, sampler, (size, size), num_steps=steps) / TERA
+    flops = sampling_flops(model, sampler, (size, size), num_steps=steps) / TERA
     peak, note = peak_of_device(peak_tflops)
     step = (median(seconds["all"]) - median(seconds["half"])) / (steps - half)
     alone = median(seconds["network"])
@@ -104,3 +99,16 @@ def time_sampling(
         metrics=metrics,
         notes=[f"Peak memory is that of {memory.of}.", note],
     )
+
+
+def _model_of(config: Config) -> TextToImage:
+    """Return the model of a recipe that generates images in at least two steps."""
+    task = config.task
+    if not isinstance(task, DiffusionTask) or task.model.is_inpainting:
+        raise UserError(
+            f"{config.name} generates no images from prompts: give bench sample a diffusion recipe."
+        )
+    steps = task.model.sampler.resolve().num_steps
+    if steps < 2:
+        raise UserError(f"task.model.sampler.num_steps is {steps}: expected at least 2.")
+    return task.model

@@ -1,7 +1,7 @@
-"""Parse command lines that start with a recipe, every key of which is a flag."""
+"""Parse command lines that start with a recipe; each of its keys is a flag."""
 
 import dataclasses
-import re
+import itertools
 from typing import Any
 
 from jaxdiff.cli.parsing import parse_flags
@@ -18,13 +18,23 @@ def parse_recipe_flags(target: Any, arguments: list[str], *, prog: str) -> Any:
     """
     config, rest = read_recipe(arguments)
     if "topology" in {field.name for field in dataclasses.fields(target)}:
-        named = re.search(r"\0--topology[=\0]([^\0]*)", "\0".join(["", *rest]))
-        config = on_topology(config, named[1]) if named else config
+        named = _value("--topology", rest)
+        config = config if named is None else on_topology(config, named)
     options = parse_flags(target, rest, prog=prog, default=target(config=config))
     for key, value in flatten(to_json(options.config)).items():
         if isinstance(value, str):  # which config.json holds, and libraries of C++ take
             check_text(value, key)
     return options
+
+
+def _value(name: str, arguments: list[str]) -> str | None:
+    """Return the last value of a flag; None if it is not given."""
+    value = None
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        flag, equals, given = word.partition("=")
+        if flag == name:
+            value = given if equals else following
+    return value
 
 
 def read_recipe(arguments: list[str]) -> tuple[Config, list[str]]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -45,24 +45,6 @@ class MeshConfig:
     tensor: Annotated[int, Range(-1)] = 1
     context: Annotated[int, Range(-1)] = 1
     slices: Count = 1
-
-
-@checked
-@dataclass(frozen=True, kw_only=True)
-class PlannedTopology:
-    """Hardware that a recipe is planned for, and the settings for it.
-
-    Attributes:
-      topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
-      mesh: of its devices.
-      accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
-      remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
-    """
-
-    topology: str
-    mesh: MeshConfig
-    accumulate: Count = 1
-    remat: Literal["none", "dots", "full"] | None = None
 
 
 def parse_slices(topology: str) -> tuple[int, str]:

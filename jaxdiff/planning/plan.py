@@ -154,7 +154,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, stated: Mapping[str, Any]) -> "Plan":
-        """Return the plan of which `to_json` stated the figures."""
+        """Return the plan whose figures `to_json` stated."""
         values = {field.name: stated[field.name] for field in dataclasses.fields(cls)}
         memory = values["memory"]
         return cls(

@@ -21,9 +21,10 @@ _SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]
 _TOKENIZER = re.compile(
     r"(tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt"
 )
+_VARIANT = f"({'|'.join(map(re.escape, VARIANTS))})"
 _WEIGHTS = re.compile(
-    r"(diffusion_pytorch_)?model(\.fp16|\.bf16)?(-\d+-of-\d+)?(\.fp16|\.bf16)?\.safetensors"
-    r"(\.index(\.fp16|\.bf16)?\.json)?"
+    rf"(diffusion_pytorch_)?model{_VARIANT}(-\d+-of-\d+)?{_VARIANT}\.safetensors"
+    rf"(\.index{_VARIANT}\.json)?"
 )
 
 
@@ -103,14 +104,14 @@ def wanted(files: list[str]) -> list[str]:
         for file, (folder, name) in split.items()
         if folder in folders and _is_weights(name)
     }
-    ranks: dict[str, set[int]] = {folder: set() for folder in weights.values()}
+    first: dict[str, int] = {}
     for file, folder in weights.items():
-        ranks[folder].add(_rank(file))
+        first[folder] = min(_rank(file), first.get(folder, len(VARIANTS)))
     configs = {f"{folder}/config.json".lstrip("/") for folder in folders}
 
     def reads(file: str) -> bool:
         if file in weights:
-            return _rank(file) == min(ranks[weights[file]])
+            return _rank(file) == first[weights[file]]
         return file in configs or small.fullmatch(file) is not None
 
     return [file for file in files if reads(file)]

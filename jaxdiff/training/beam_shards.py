@@ -14,13 +14,11 @@ from typing import Any
 
 from etils import epath
 
-from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.shard_writer import RecordReader, ShardRange, Workers, write_images
 from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.errors import UserError
-from jaxdiff.io.text import format_json, parse_json
-from jaxdiff.training.latent_cache import Cache, make_cache, write_latents
-from jaxdiff.training.recipe import Config, config_from_json
+from jaxdiff.training.latent_cache import make_cache, write_latents
+from jaxdiff.training.recipe import Config
 
 _LOOK_SECONDS = 2.0
 _WHERE = re.compile(r" \[while running .*|\n.*", re.DOTALL)  # what Beam adds to a message
@@ -33,40 +31,26 @@ class BeamJob:
     Attributes:
       folder: that all workers reach, local or `gs://`.
       reader: of the records.
-      recipe: whose encoders make latents, as JSON; None for images.
-      types: of third parties in the recipe.
+      config: recipe whose encoders make latents; None for images.
       latents: what is encoded.
     """
 
     folder: str
     reader: RecordReader
-    recipe: str | None
-    types: tuple[type, ...]
+    config: Config | None
     latents: LatentOptions
-
-    @classmethod
-    def of(
-        cls, folder: epath.Path, reader: RecordReader, config: Config | None, latents: LatentOptions
-    ) -> "BeamJob":
-        """Return the job of a recipe; `config` is None for images."""
-        recipe = None if config is None else format_json(to_json(config))
-        types = () if config is None else tuple(types_in(config))
-        return cls(folder=str(folder), reader=reader, recipe=recipe, types=types, latents=latents)
 
     def write(self, shard_range: ShardRange) -> None:
         """Write a shard and its progress entry, in a worker."""
-        if self.recipe is None:
+        if self.config is None:
             write_images(self.reader, (self.folder, shard_range))
             return
-        cache = _encoders(self.recipe, self.types, self.latents)
+        cache = _encoders(self.config, self.latents)
         workers, folder = Workers(0, self.reader), epath.Path(self.folder)
         list(write_latents(folder, [shard_range], workers, cache, lambda _: None))
 
 
-@functools.lru_cache(maxsize=1)
-def _encoders(recipe: str, types: tuple[type, ...], latents: LatentOptions) -> Cache:
-    """Load the encoders once in each worker."""
-    return make_cache(config_from_json(parse_json(recipe, "the recipe"), types), latents)
+_encoders = functools.lru_cache(maxsize=1)(make_cache)  # once in each worker
 
 
 def write_with_beam(

@@ -96,25 +96,16 @@ def train(
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
     check_axes(config, mesh)
     check_cache(config)
-    config.data.source.check()  # before an earlier run is removed because of a typo
-    account_of(config.data.source).check(config.data.max_bad_fraction)
-    tokenizers = open_run(config, out, fresh=fresh, log=log)
-    config, account = with_cache(config, out / CACHE)
-    log(account.text())
-    for reject in account.left_out.rejects[:_NAMED]:
-        log(f"Left out {reject}")
+    config, tokenizers, account = _open_data(config, out, fresh=fresh, log=log)
     host = load_frozen(config, out)
     check_encoders(config, host, tokenizers)
-    # In the compute type, and sharded like trained parameters.
-    constants = host | config.task.constants(tokenizers)
-    placed = state_shardings(constants, mesh, config.task.param_axes())
-    frozen = from_host(cast(constants, config.train.compute), placed)
+    frozen = _place_frozen(config, mesh, host, tokenizers)
     with ExitStack() as whole, ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
         state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
-        del host, constants, placed
+        del host
         first = int(state.step)
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
         batches = _batches(config, tokenizers, mesh, rows, first)
@@ -147,6 +138,30 @@ def train(
         if finished and finish is not None:
             run.writer.write_report(number, finish(result))
     return result
+
+
+def _open_data(
+    config: Config, out: epath.Path, *, fresh: bool, log: Callable[[str], None]
+) -> tuple[Config, Tokenizers, Account]:
+    """Open a run's folder; return the recipe, on cached latents if it sets them, and what it reads.
+
+    The account of its records is logged.
+    """
+    config.data.source.check()  # before an earlier run is removed because of a typo
+    account_of(config.data.source).check(config.data.max_bad_fraction)
+    tokenizers = open_run(config, out, fresh=fresh, log=log)
+    config, account = with_cache(config, out / CACHE)
+    log(account.text())
+    for reject in account.left_out.rejects[:_NAMED]:
+        log(f"Left out {reject}")
+    return config, tokenizers, account
+
+
+def _place_frozen(config: Config, mesh: Mesh, host: PyTree, tokenizers: Tokenizers) -> PyTree:
+    """Place frozen parts and constants, in the compute type and sharded like trained parameters."""
+    constants = host | config.task.constants(tokenizers)
+    placed = state_shardings(constants, mesh, config.task.param_axes())
+    return from_host(cast(constants, config.train.compute), placed)
 
 
 def _take_steps(

@@ -129,9 +129,8 @@ def write_records(
     }
     share = f"host{sharing.host}" if sharing.hosts > 1 else None
     with output_folder(out, share=share) as folder:
-        return _ShardJob(source, data.transforms, folder, cache, provenance, sharing, config).run(
-            count
-        )
+        job = _ShardJob(source, data.transforms, folder, cache, provenance, sharing, config)
+        return job.run(count)
 
 
 def _check_sharing(sharing: Sharing) -> None:
@@ -256,7 +255,9 @@ class _ShardJob:
         assert runner is not None
         reader = RecordReader(source=self.source, transforms=self.transforms)
         config = self.config if self.cache else None
-        job = BeamJob.of(self.folder, reader, config, self.sharing.latents)
+        job = BeamJob(
+            folder=str(self.folder), reader=reader, config=config, latents=self.sharing.latents
+        )
         total = sum(part.stop - part.start for part in todo)
         entries = ShardProgress(self.folder, self.provenance)
         with Progress(total, unit="record", console=console(stderr=True)) as progress:

@@ -16,7 +16,7 @@ from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology, parse_slices
+from jaxdiff.distributed.mesh import MeshConfig, parse_slices
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
@@ -86,6 +86,24 @@ class TrainConfig:
     evaluate: bool = True
     profile_at: Count | None = None
     profile_steps: Count = 3
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class PlannedTopology:
+    """Hardware that a recipe is planned for, and the settings for it.
+
+    Attributes:
+      topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
+      mesh: of its devices.
+      accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
+      remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
+    """
+
+    topology: str
+    mesh: MeshConfig
+    accumulate: Count = 1
+    remat: Remat | None = None
 
 
 @checked

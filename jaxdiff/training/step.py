@@ -54,8 +54,8 @@ def make_train_step(
 
     Gradients are taken with respect to the float32 masters through a cast to `compute`, and
     averaged over `accumulate` sequential micro-batches: the gradient of the whole batch where the
-    loss is a mean over its rows. A nonfinite loss, gradient or update
-    changes only the step and the counts of skipped updates.
+    loss is a mean over its rows. A nonfinite loss, gradient or update changes only the step and the
+    counts of skipped updates.
     """
 
     def loss(params, frozen, batch, keys, task_state, average):

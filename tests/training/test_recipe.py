@@ -12,11 +12,18 @@ import pytest
 import jaxdiff
 from jaxdiff.config.serialization import from_json, members, to_json
 from jaxdiff.data.loader import DataConfig
-from jaxdiff.distributed.mesh import MeshConfig, PlannedTopology
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.training.recipe import DATASETS, Config, differences, load_recipe, on_topology
+from jaxdiff.training.recipe import (
+    DATASETS,
+    Config,
+    PlannedTopology,
+    differences,
+    load_recipe,
+    on_topology,
+)
 from jaxdiff.training.tasks.autoencoder import Perceptual
 
 ROOT = Path(__file__).parents[2]

@@ -147,7 +147,7 @@ def _generate(
     options: SampleOptions,
     folder: epath.Path,
     files: list[str],
-    speed: SamplingSpeed,
+    speed: SamplingSpeed | None = None,
 ) -> Generated:
     """Generate images of one size, as many at a time as all devices take at once.
 
@@ -164,7 +164,8 @@ def _generate(
             for i in range(0, len(settings), size):
                 start = time.perf_counter()
                 made.append(generate(pipe, settings[i : i + size], preview=preview))
-                speed.add(made[-1].settings, time.perf_counter() - start)
+                if speed is not None:
+                    speed.add(made[-1].settings, time.perf_counter() - start)
                 for image, used in zip(*made[-1], strict=True):
                     _save(folder, files[written:], image, file_text(used, pipe))
                     written += 1
@@ -237,8 +238,7 @@ def _generate_again(
     pipe = open_pipeline(options, dtype=details["dtype"], quantize=details.get("quantize"))
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
-    files = [f"{file.stem}-again.{kind}"]
-    (image,), _ = _generate(pipe, [settings], options, folder, files, SamplingSpeed(pipe))
+    (image,), _ = _generate(pipe, [settings], options, folder, [f"{file.stem}-again.{kind}"])
     return image
 
 
