@@ -29,7 +29,13 @@ from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.conditioning import AnyConditioner, Conditioning, TextInputs
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    Conditioner,
+    Conditioning,
+    StableDiffusionXLConditioner,
+    TextInputs,
+)
 from jaxdiff.models.convolutions import Conv, Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
@@ -49,6 +55,7 @@ from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
+AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
 AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
 
 Params = Mapping[str, Any]
