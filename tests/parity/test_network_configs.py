@@ -26,7 +26,7 @@ from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
 from jaxdiff.pretrained import autoencoder_keys, clip_keys, tiny_autoencoder_keys, unet_keys
 from jaxdiff.pretrained.clip_folder import IMAGE_KEYS, read_image_config
 from jaxdiff.pretrained.config_check import Unused
-from jaxdiff.pretrained.diffusers import INDEX_KEYS, PIPELINES
+from jaxdiff.pretrained.stable_diffusion import INDEX_KEYS, PIPELINES
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
