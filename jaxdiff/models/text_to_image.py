@@ -26,6 +26,7 @@ from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import AnySchedule
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
@@ -56,7 +57,9 @@ from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
 AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
-AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
+AnyAutoencoder = (
+    AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
+)
 
 Params = Mapping[str, Any]
 Images = Float[Array, "b h w 3"]  # in [-1, 1]
