@@ -40,6 +40,7 @@ from jaxdiff.models.conditioning import (
 from jaxdiff.models.convolutions import Conv, Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
@@ -55,7 +56,7 @@ from jaxdiff.models.lora import adapter_axes, add_adapters
 from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
-AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
+AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | Denoiser
 AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
 AnyAutoencoder = (
     AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
