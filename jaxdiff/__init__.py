@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxdiff.errors import UserError
-    from jaxdiff.pipelines.inputs import InitImage, Mix
+    from jaxdiff.pipelines.input_images import InitImage, References
+    from jaxdiff.pipelines.inputs import Mix
     from jaxdiff.pipelines.pipeline import Pipeline, load
     from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
     from jaxdiff.sampling.guidance.apg import APG
@@ -49,6 +50,7 @@ __all__ = [
     "InitImage",
     "Mix",
     "Pipeline",
+    "References",
     "Sampler",
     "TaylorSeer",
     "UniPC",
@@ -59,7 +61,8 @@ __all__ = [
 
 _NAMES = {
     "jaxdiff.errors": ("UserError",),
-    "jaxdiff.pipelines.inputs": ("InitImage", "Mix"),
+    "jaxdiff.pipelines.input_images": ("InitImage", "References"),
+    "jaxdiff.pipelines.inputs": ("Mix",),
     "jaxdiff.pipelines.pipeline": ("Pipeline", "load"),
     "jaxdiff.sampling.feature_cache": ("FirstBlockCache", "TaylorSeer"),
     "jaxdiff.sampling.guidance.apg": ("APG",),

@@ -89,19 +89,26 @@ class SampleBatch(NamedTuple):
       indices: of the images.
       num_steps: of the time grid.
       first: index of the first step.
+      last: index of the step after the last.
     """
 
     indices: Sequence[int]
     num_steps: int
     first: int
+    last: int
 
 
-def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> list[SampleBatch]:
-    """Group images by their number of steps, in descending order, which balances the devices."""
-    kinds: dict[tuple[int, int], list[int]] = {}
-    for i, kind in enumerate(zip(num_steps, first, strict=True)):
-        kinds.setdefault(kind, []).append(i)
-    ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] - kind[0][0])
+def make_batches(
+    num_steps: Sequence[int], taken: Sequence[tuple[int, int]], size: int
+) -> list[SampleBatch]:
+    """Group images by their number of steps, in descending order, which balances the devices.
+
+    `taken` are the first step of each image, and the step after its last.
+    """
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for i, (count, (first, last)) in enumerate(zip(num_steps, taken, strict=True)):
+        kinds.setdefault((count, first, last), []).append(i)
+    ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] - kind[0][2])
     return [
         SampleBatch(images[i : i + size], *kind)
         for kind, images in ordered
@@ -185,8 +192,9 @@ def _all_steps(some: Sequence[SampleBatch], devices: int) -> Steps:
     idle = devices - len(some)
     num_steps = np.array([b.num_steps for b in some] + [some[0].num_steps] * idle, np.int32)
     first = np.array([b.first for b in some] + [some[0].first] * idle, np.int32)
-    end = np.where(np.arange(devices) < len(some), num_steps, first).astype(np.int32)
-    return Steps(num_steps, first, first, end)
+    last = np.array([b.last for b in some] + [some[0].last] * idle, np.int32)
+    end = np.where(np.arange(devices) < len(some), last, first).astype(np.int32)
+    return Steps(num_steps, first, last, first, end)
 
 
 def _segments(steps: Steps, every: int | None) -> Iterator[Steps]:

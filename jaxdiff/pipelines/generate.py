@@ -8,7 +8,8 @@ from jaxtyping import UInt8
 
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.batching import Preview
-from jaxdiff.pipelines.inputs import InitImage, Mix, Prompt
+from jaxdiff.pipelines.input_images import InitImage
+from jaxdiff.pipelines.inputs import Mix, Prompt
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import rank
 from jaxdiff.pipelines.resolve import ResolvedSettings

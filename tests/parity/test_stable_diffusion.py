@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.pipelines import lora, textual_inversion
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 
 torch = pytest.importorskip("torch")
