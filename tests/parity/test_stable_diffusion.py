@@ -45,19 +45,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tiny tokenizer as vocab.json and merges.txt, which is how the checkpoints have it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    bpe = json.loads(
-        Tokenizer.train(["a red pea", "a green banana"], vocab_size=540).backend.to_str()
-    )["model"]
-    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    return folder
-
-
 def text_encoder(tokenizer, width, *, projected):
     vocab = json.loads((tokenizer / "vocab.json").read_text())
     config = transformers.CLIPTextConfig(
