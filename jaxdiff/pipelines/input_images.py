@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -68,23 +68,56 @@ def check_references(
     Raises:
       UserError: the model reads none, or fewer; or an image is none, or too small or narrow.
     """
-    images, most = references.images, spec.denoiser.max_references
+    images = references.images
     if isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3:
         images = [images]
-    if most == 0:
-        raise UserError(
-            f"{spec.name} reads no reference images: expected none; use a model that does, such as "
-            "FLUX.2-klein, or InitImage."
-        )
-    if not 1 <= len(images) <= most:
-        raise UserError(
-            f"There are {len(images)} reference images: expected 1 to {most} for {spec.name}."
-        )
+    check_reference_count(len(images), spec)
     checked = [check_images(image, name="A reference image") for image in images]
     return tuple(
         check_images(fit_reference(image, spec.size_multiple), n, "A reference image")
         for image in checked
     )
+
+
+def check_reference_count(count: int, spec: TextToImage) -> None:
+    """Raise `UserError` for more reference images than a model reads, or for none."""
+    most = spec.denoiser.max_references
+    if most == 0:
+        raise UserError(
+            f"{spec.name} reads no reference images: expected none; use a model that does, such as "
+            "FLUX.2-klein, or start from an image."
+        )
+    if not 1 <= count <= most:
+        raise UserError(
+            f"There are {count} reference images: expected 1 to {most} for {spec.name}."
+        )
+
+
+class ReferenceSize(NamedTuple):
+    """Width and height to which a reference image is resized, and then cropped."""
+
+    resized: tuple[int, int]
+    cropped: tuple[int, int]
+
+
+def reference_size(size: tuple[int, int], multiple: int) -> ReferenceSize:
+    """Return what becomes of a reference image of this width and height.
+
+    Raises:
+      UserError: it is too small or too narrow.
+    """
+    width, height = size
+    sides = sorted((height, width))
+    if sides[0] < max(REFERENCE_SIDE, multiple) or sides[1] > REFERENCE_RATIO * sides[0]:
+        raise UserError(
+            f"A reference image is {width}x{height}: expected sides of at least {REFERENCE_SIDE} "
+            f"pixels, the longer at most {REFERENCE_RATIO} times the shorter; crop or enlarge it."
+        )
+    if height * width > REFERENCE_PIXELS:
+        scale = math.sqrt(REFERENCE_PIXELS / (width * height))
+        width, height = int(width * scale), int(height * scale)
+    cropped = width // multiple * multiple, height // multiple * multiple
+    return ReferenceSize((width, height), cropped)
 
 
 def fit_reference(
@@ -95,22 +128,14 @@ def fit_reference(
     Raises:
       UserError: they are too small or too narrow.
     """
-    height, width = images.shape[1:3]
-    sides = sorted((height, width))
-    if sides[0] < max(REFERENCE_SIDE, multiple) or sides[1] > REFERENCE_RATIO * sides[0]:
-        raise UserError(
-            f"A reference image is {width}x{height}: expected sides of at least {REFERENCE_SIDE} "
-            f"pixels, the longer at most {REFERENCE_RATIO} times the shorter; crop or enlarge it."
-        )
-    if height * width > REFERENCE_PIXELS:
-        scale = math.sqrt(REFERENCE_PIXELS / (width * height))
-        width, height = int(width * scale), int(height * scale)
+    size = images.shape[2], images.shape[1]
+    (width, height), (columns, rows) = reference_size(size, multiple)
+    if (width, height) != size:
         resized = (
             Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
             for image in images
         )
         images = np.stack([np.asarray(image) for image in resized])
-    rows, columns = height // multiple * multiple, width // multiple * multiple
     top, left = (height - rows) // 2, (width - columns) // 2
     return images[:, top : top + rows, left : left + columns]
 
