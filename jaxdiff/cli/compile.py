@@ -13,7 +13,7 @@ from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, flag
 from jaxdiff.distributed.compilation_cache import keep_executables
-from jaxdiff.distributed.replicate import local_mesh
+from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pipelines.batching import default_batch_size

@@ -16,7 +16,9 @@ from jaxtyping import Float32, PyTree
 from jaxdiff.config.checked import check_value
 from jaxdiff.config.fields import Count
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
-from jaxdiff.distributed.replicate import local_mesh, replicate
+from jaxdiff.distributed.mesh import REPLICATED, MeshConfig
+from jaxdiff.distributed.replicas import local_mesh, num_replicas, shard
+from jaxdiff.distributed.sharding import check_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import ComputeType, cast
@@ -82,6 +84,7 @@ def load(
     dtype: ComputeType | None = None,
     quantize: QuantizedType | None = None,
     devices: Sequence[Any] | None = None,
+    mesh: MeshConfig = REPLICATED,
     types: Sequence[type] = (),
     compiled: epath.PathLike | None = None,
 ) -> "Pipeline":
@@ -94,6 +97,8 @@ def load(
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
       quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
+      mesh: how they share a model that is too large for one of them, such as
+        `MeshConfig(fsdp=8)`; by default each holds all of it.
       types: dataclasses, such as a network of yours, that the specification may name.
       compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
 
@@ -104,7 +109,7 @@ def load(
     programs = None if compiled is None else CompiledFolder(compiled)
     # Quantised on the host: a device holds the 8 bits alone.
     bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
-    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
+    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, mesh=mesh, types=types)
     return pipe.with_compiled(programs)
 
 
@@ -118,10 +123,11 @@ class Pipeline:
 
     Attributes:
       spec: the model.
-      params: its parameters, on all devices.
+      params: its parameters, on the devices.
       tokenizers: by text encoder.
       dtype: to compute in; None is that of the weights.
       quantize: type of the stored kernels; None is that of the weights.
+      mesh: how devices share the model.
       types: dataclasses that the specifications of further models may name.
     """
 
@@ -130,6 +136,7 @@ class Pipeline:
     tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
     quantize: QuantizedType | None
+    mesh: MeshConfig
     types: tuple[type, ...]
     _compiled: CompiledFolder | None
 
@@ -140,6 +147,7 @@ class Pipeline:
         dtype: ComputeType | None = None,
         quantize: QuantizedType | None = None,
         devices: Sequence[Any] | None = None,
+        mesh: MeshConfig = REPLICATED,
         types: Sequence[type] = (),
     ):
         spec = bundle.spec
@@ -152,11 +160,13 @@ class Pipeline:
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self.quantize, self.types, self._compiled = quantize, tuple(types), None
-        self._mesh = local_mesh(devices)
+        self.mesh, self._mesh = mesh, local_mesh(devices, mesh)
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
+        axes = spec.param_axes()
+        check_mesh(params, axes, self._mesh, splits_tokens=True)
         if quantize is not None:
             params = spec.quantize(params, check_value("quantize", quantize, QuantizedType))
-        self.params = replicate(params, self._mesh)
+        self.params = shard(params, self._mesh, axes)
         self._load_guide = functools.lru_cache(maxsize=2)(
             lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
         )
@@ -183,7 +193,7 @@ class Pipeline:
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
         """Return a pipeline of another model with this one's types, devices and programs."""
-        kinds = {"dtype": self.dtype, "quantize": self.quantize, "types": self.types}
+        kinds = {name: getattr(self, name) for name in ("dtype", "quantize", "mesh", "types")}
         return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
 
     def with_compiled(self, compiled: CompiledFolder | None) -> "Pipeline":
@@ -193,7 +203,7 @@ class Pipeline:
         return pipe
 
     def batch_size(self, width: int, height: int) -> int:
-        """Return how many images of a size each device samples at a time by default."""
+        """Return how many images of a size each replica samples at a time by default."""
         stored, size = self._compiled, (width, height)
         known = None if stored is None else stored.batch_size(*size, self._mesh)
         return known or default_batch_size(*size)
@@ -260,9 +270,9 @@ class Pipeline:
           sampler: settings such as the solver; another solver compiles another program.
           guidance: options of guidance other than the scale.
           output: "uint8", "float" (float32 in [0, 1]), or "latents": latents, or pixels in [-1, 1].
-          batch_size: images that each device samples at a time; the default depends on size and
-            kind of device. Another size compiles another program with different rounding, about
-            1e-5 of an image's range.
+          batch_size: images that each replica of the model samples at a time; the default depends
+            on size and kind of device. Another size compiles another program with different
+            rounding, about 1e-5 of an image's range.
           callback: called as (step, images) after every step with the estimates of the images in
             progress, uint8 [m, h, w, 3], or a `Preview`.
 
@@ -491,13 +501,13 @@ class Pipeline:
         if self.spec.autoencoder is None:
             return images
         images = check_images(images)
-        size = default_batch_size(*images.shape[2:0:-1]) * self._mesh.size
+        size = default_batch_size(*images.shape[2:0:-1]) * num_replicas(self._mesh)
         autoencode = functools.partial(compiled_autoencoder(self.spec, self._mesh), self.params)
         return in_full_batches(autoencode, size, images)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode latents [n, i, j, c] of unit variance, or pixels, to images uint8 [n, h, w, 3]."""
         height, width = (side * self.spec.downsampling for side in latents.shape[1:3])
-        size = (batch_size or default_batch_size(width, height)) * self._mesh.size
+        size = (batch_size or default_batch_size(width, height)) * num_replicas(self._mesh)
         decode = functools.partial(compiled_decoder(self.spec, self._mesh), self.params)
         return in_full_batches(decode, size, latents)

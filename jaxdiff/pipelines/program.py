@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
-from jaxdiff.distributed.replicate import per_device
+from jaxdiff.distributed.replicas import per_replica
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import (
     AESTHETIC_SCORE,
@@ -87,7 +87,7 @@ class SampleInputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps of each device, counted from 0; a device with begin == end is idle.
+    """The steps of each replica, counted from 0; one with begin == end is idle.
 
     Attributes:
       num_steps: of the time grid.
@@ -96,10 +96,10 @@ class Steps(NamedTuple):
       end: the step after its last.
     """
 
-    num_steps: Int[Any, "*devices"]
-    first: Int[Any, "*devices"]
-    begin: Int[Any, "*devices"]
-    end: Int[Any, "*devices"]
+    num_steps: Int[Any, "*replicas"]
+    first: Int[Any, "*replicas"]
+    begin: Int[Any, "*replicas"]
+    end: Int[Any, "*replicas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class SamplerSpec:
       model: the model; its name and sampler are ignored.
       sampler: settings; those in `SampleInputs` and `Steps` are ignored.
       shape: of the latents, [h, w, c].
-      mesh: the devices, each with its own images.
+      mesh: the devices; each replica of the model has its own images.
       is_latent: return latents (of `DDIMInverse`: noise) rather than images.
       clip: the model of CLIP guidance.
       guide: the model of autoguidance.
@@ -164,7 +164,7 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
     """Return the jitted sampler of a specification; the batch size is static too.
 
     It is called as (params, inputs, steps, state). params is the model's tree, with those of the
-    auxiliary models at `clip` and `guide`; steps has one entry per device; state is the result of
+    auxiliary models at `clip` and `guide`; steps has one entry per replica; state is the result of
     the last segment, and any of its shapes in the first. It returns images [n, 1, ...] or snapshots
     [n, k, ...], zero before the last step, and the state, whose last element ends with the last
     estimate of x0. Without a state it takes no step, and returns one: its `eval_shape` gives the
@@ -202,11 +202,11 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
         finished = (steps.begin < steps.end) & (steps.end == steps.num_steps)
         return jax.lax.cond(finished, finish, nothing), sampled.state
 
-    def run_one_device(params, inputs, steps, state):
+    def run_replica(params, inputs, steps, state):
         images, state = run(params, inputs, *jax.tree.map(lambda x: x[0], (steps, state)))
         return images, jax.tree.map(lambda x: x[None], state)
 
-    return per_device(run_one_device, spec.mesh)
+    return per_replica(run_replica, spec.mesh)
 
 
 def _denoiser(
@@ -422,13 +422,13 @@ def compiled_autoencoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
     def autoencode(params, images):
         return _to_levels(model.decode(params, model.encode(params, from_uint8(images))))
 
-    return per_device(autoencode, mesh)
+    return per_replica(autoencode, mesh)
 
 
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
 def compiled_decoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
     """Return the jitted map from latents to uint8 images."""
-    return per_device(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
+    return per_replica(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
 
 
 def _to_levels(images: jax.Array) -> jax.Array:

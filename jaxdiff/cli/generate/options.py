@@ -15,6 +15,7 @@ from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format
@@ -177,6 +178,14 @@ class SampleOptions:
             alias="-v",
         ),
     ] = False
+    mesh: Annotated[
+        MeshConfig,
+        Doc(
+            "Devices along each axis, for a model that is too large for one of them: 8 along fsdp "
+            "each hold an eighth of it.",
+            MODEL,
+        ),
+    ] = dataclasses.field(default_factory=MeshConfig)
     hosts: Annotated[
         Hosts, Doc("Processes that share the rows of --prompts; see docs/launch.md.", HOSTS)
     ] = dataclasses.field(default_factory=Hosts)
@@ -245,7 +254,7 @@ def from_flags(
 
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
-_ANY_IMAGE |= {"compiled", "lora", "embedding", "quantize", "quiet", "verbose"}
+_ANY_IMAGE |= {"compiled", "lora", "mesh", "embedding", "quantize", "quiet", "verbose"}
 """Options that --again accepts, since an image's file does not contain them."""
 
 CONFLICTS = (
@@ -301,11 +310,16 @@ def open_pipeline(
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         dtype, quantize = options.dtype or dtype, options.quantize or quantize
         compiled = None if options.compiled is None else CompiledFolder(options.compiled)
-        pipe = load(options.model, dtype=dtype, quantize=None if files else quantize)
+        pipe = load(
+            options.model,
+            dtype=dtype,
+            quantize=None if files else quantize,
+            mesh=options.mesh,
+        )
         for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         if files and quantize:  # once, after merging
-            pipe = Pipeline(pipe.bundle, dtype=dtype, quantize=quantize)
+            pipe = Pipeline(pipe.bundle, dtype=dtype, quantize=quantize, mesh=options.mesh)
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
     return pipe.with_compiled(compiled)
