@@ -18,7 +18,7 @@ from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
-from jaxdiff.pretrained.diffusers import write_diffusers
+from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import load_bundle, model_folder
 from jaxdiff.pretrained.lora import write_lora

@@ -8,7 +8,7 @@ A table maps the path of one of our modules (or parameters) to its name there:
 `*` is an index in a list, and fills the `{}` in order; `{layer}` marks layers that our parameters
 stack along a leading axis. The entry with the longest matching path applies; the remaining path is
 the same in both. `kernel` is transposed (linear) or permuted from HWIO to OIHW (convolution) and
-called `weight` there, as is `scale`.
+called `weight` there, as is `scale`. Integers, such as counters, are int64 there and int32 here.
 """
 
 import functools
@@ -153,6 +153,8 @@ def from_torch_names(
         ours = _aligned(flat[path].shape, first.dtype)
         for layer, value in enumerate(itertools.chain([first], values)):
             name = f"{what}: {tensor.names()[layer]}"
+            if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
+                return place(_narrow(value, name))
             if not jnp.issubdtype(value.dtype, jnp.floating):
                 raise UserError(
                     f"{name} holds {value.dtype}: expected floating-point numbers; use a variant "
@@ -168,6 +170,17 @@ def from_torch_names(
     with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
         ours = dict(zip(located, pool.map(read, located), strict=True))
     return traverse_util.unflatten_dict(ours)
+
+
+def _narrow(value: np.ndarray, name: str) -> np.ndarray:
+    """Return integers in int32, JAX's default."""
+    narrow = value.astype(np.int32)
+    if not np.array_equal(narrow, value):
+        raise UserError(
+            f"{name} is {value}: expected at most {np.iinfo(np.int32).max}; use another copy of "
+            "the model."
+        )
+    return narrow
 
 
 def _is_finite(value: np.ndarray) -> bool:
@@ -201,5 +214,6 @@ def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[
         tensor = locate(path, value.shape, names)
         layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
         for name, layer in zip(tensor.names(), layers, strict=True):
+            layer = layer.astype(np.int64) if layer.dtype == np.int32 else layer
             tensors[name] = np.asarray(tensor.to_torch(layer), order="C")
     return tensors

@@ -16,7 +16,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
-from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers, single_file
+from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers_folder, single_file
 from jaxdiff.pretrained.bundle import (
     CONFIG,
     AnySpec,
@@ -79,8 +79,8 @@ def load_bundle(
 
     Args:
       folder: of an exported model, of a run (its weights are the moving average of its newest
-        undamaged checkpoint), of a Stable Diffusion checkpoint or an autoencoder of diffusers, or
-        of a CLIP of transformers; one safetensors file in Stable Diffusion's original layout;
+        undamaged checkpoint), of a pipeline or an autoencoder of diffusers, or of a CLIP of
+        transformers; one safetensors file in Stable Diffusion's original layout;
         `shipped:NAME`; or a model of the hub.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses, such as a network of yours, that the specification may name.
@@ -89,8 +89,8 @@ def load_bundle(
       UserError: there is no model, it is damaged, or its weights do not fit its specification.
     """
     root = model_folder(folder)
-    if diffusers.is_diffusers_folder(root):
-        return diffusers.read_diffusers(root, place=place)
+    if diffusers_folder.is_diffusers_folder(root):
+        return diffusers_folder.read_diffusers(root, place=place)
     if root.suffix.lower() == ".safetensors":
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
@@ -109,8 +109,8 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
       UserError: there is no model, or its description cannot be read.
     """
     root = model_folder(folder)
-    if diffusers.is_diffusers_folder(root):
-        return diffusers.read_diffusers_spec(root)
+    if diffusers_folder.is_diffusers_folder(root):
+        return diffusers_folder.read_diffusers_spec(root)
     if root.suffix.lower() == ".safetensors":
         return single_file.read_original_spec(root)
     data = _config(root, folder)
@@ -130,8 +130,8 @@ def read_tokenizers(
       UserError: they cannot be read.
     """
     root, spec = model_folder(folder), read_spec(folder, types)
-    if diffusers.is_diffusers_folder(root):
-        return diffusers.read_diffusers_tokenizers(root)
+    if diffusers_folder.is_diffusers_folder(root):
+        return diffusers_folder.read_diffusers_tokenizers(root)
     if root.suffix.lower() == ".safetensors":
         return single_file.read_original_tokenizers(root)
     if clip_folder.is_clip_config(_config(root, folder)):

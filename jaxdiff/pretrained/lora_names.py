@@ -21,10 +21,10 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.lora import Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip_keys import TEXT_NAMES
-from jaxdiff.pretrained.diffusers import ENCODERS
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.safetensors_io import Shape
 from jaxdiff.pretrained.single_file_keys import unet_original_name
+from jaxdiff.pretrained.stable_diffusion import ENCODERS
 from jaxdiff.pretrained.unet_keys import UNET_NAMES
 
 FOLDERS = {"denoiser": "unet", **ENCODERS}

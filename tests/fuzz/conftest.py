@@ -60,7 +60,7 @@ def one_device(monkeypatch) -> None:
 def models(tiny_bundle, unet_spec, tiny_recipe, tmp_path_factory) -> dict[str, Path]:
     """Folders of tiny models: exported, as diffusers has it, and of a run."""
     from jaxdiff.pretrained.bundle import Bundle, write_bundle
-    from jaxdiff.pretrained.diffusers import write_diffusers
+    from jaxdiff.pretrained.diffusers_folder import write_diffusers
     from jaxdiff.training.run import run_recipe
 
     root = tmp_path_factory.mktemp("models")

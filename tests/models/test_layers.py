@@ -6,9 +6,13 @@ from flax import nnx
 from jaxdiff.models.layers import (
     abstract_params,
     any_rngs,
+    apply_rope,
+    axial_angles,
     bind_init,
     bind_params,
+    patchify,
     pooled_token_sum,
+    unpatchify,
 )
 
 
@@ -57,3 +61,29 @@ def test_equal_configs_are_traced_once_and_modules_share_nothing():
     models[0].kernel = nnx.Param(jnp.zeros((3, 2)))
     np.testing.assert_array_equal(models[1](jnp.ones((1, 3))), [[6, 6]])
     assert abstract_params(bind_init(make, 4))["kernel"].shape == (4, 2)
+
+
+def test_interleaved_rotation_multiplies_complex_pairs_by_the_phases_of_their_axes():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 2, 10)).astype(np.float32)
+    positions = np.array([[0, 5], [2, 1], [7, 3]])
+    angles = axial_angles(jnp.asarray(positions), (4, 6), 100.0)
+    found = np.asarray(apply_rope(jnp.asarray(x), angles, interleaved=True))
+    rates = [100.0 ** (-np.arange(0, width, 2) / width) for width in (4, 6)]
+    expected = np.concatenate([positions[:, :1] * rates[0], positions[:, 1:] * rates[1]], axis=1)
+    phases = np.exp(1j * expected)[None, :, None]
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * phases
+    np.testing.assert_allclose(found[..., 0::2], turned.real, atol=1e-5)
+    np.testing.assert_allclose(found[..., 1::2], turned.imag, atol=1e-5)
+    by_image = apply_rope(jnp.asarray(x), jnp.stack([angles, angles]), interleaved=True)
+    np.testing.assert_array_equal(by_image, found)
+
+
+def test_patches_with_channels_first_are_the_others_in_another_order():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, 3)), jnp.float32)
+    first = patchify(x, 2, channels_first=True)
+    assert first.shape == (2, 6, 12)
+    np.testing.assert_array_equal(
+        first.reshape(2, 6, 3, 2, 2).transpose(0, 1, 3, 4, 2).reshape(2, 6, 12), patchify(x, 2)
+    )
+    np.testing.assert_array_equal(unpatchify(first, 2, 3, 2, channels_first=True), x)

@@ -28,7 +28,7 @@ from jaxdiff.pipelines.lora import scaled
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.clip_keys import clip_from_torch
 from jaxdiff.pretrained.config_check import Only
-from jaxdiff.pretrained.diffusers import write_diffusers
+from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.pretrained.lora import PEFT_CONFIG, PEFT_FILE, read_lora
 from jaxdiff.pretrained.lora_scale import SCHEMA, read_peft_config

@@ -16,6 +16,7 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import parse_json
+from jaxdiff.models.autoencoders.flux2 import Flux2Autoencoder
 from jaxdiff.models.autoencoders.kl import Autoencoder
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.conditioning import Conditioning
@@ -25,7 +26,7 @@ from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
 from jaxdiff.pretrained import autoencoder_keys, clip_keys, tiny_autoencoder_keys, unet_keys
 from jaxdiff.pretrained.clip_folder import IMAGE_KEYS, read_image_config
 from jaxdiff.pretrained.config_check import Unused
-from jaxdiff.pretrained.diffusers import INDEX_KEYS, PIPELINES
+from jaxdiff.pretrained.stable_diffusion import INDEX_KEYS, PIPELINES
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -220,12 +221,56 @@ class VAE:
         return cls.halves(bound(functools.partial(Autoencoder, spec), params), config)
 
     @staticmethod
-    def halves(network, config):
+    def halves(network, config, z=None):
         mean = jax.jit(network.encode)(random(1, 8, 8, config["in_channels"])).mode()
-        z = random(1, 4, 4, config["latent_channels"])
+        z = random(1, 4, 4, config["latent_channels"]) if z is None else z
         decoded = jax.jit(lambda z: network.decode(network.from_latents(z)))(z)
         pair = network.to_latents(mean), decoded
         return np.concatenate([np.asarray(x).transpose(0, 3, 1, 2).ravel() for x in pair])
+
+
+class Flux2VAE:
+    kind, schema = diffusers.AutoencoderKLFlux2, autoencoder_keys.FLUX2_KEYS
+    keys: ClassVar = list(signature(kind))
+    bases: ClassVar = {
+        "FLUX.2": {
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+        }
+    }
+    values: ClassVar = {
+        **VAE.values,
+        "latent_channels": [8],
+        "decoder_block_out_channels": [[8, 8], [8, 16, 16], [8]],
+        "patch_size": [[1, 1], [1, 4], [4, 1], None],
+        "batch_norm_eps": [1e-2, 0.5, None],
+    }
+
+    @staticmethod
+    def read(config):
+        return autoencoder_keys.read_flux2_autoencoder_config(config)
+
+    # diffusers' pipelines pack z and apply the statistics around the network.
+    @staticmethod
+    def theirs(model, config):
+        pipeline = diffusers.Flux2KleinPipeline
+        model.bn.running_mean.copy_(torch.linspace(-1, 1, len(model.bn.running_mean)))
+        deviation = torch.sqrt(model.bn.running_var + config["batch_norm_eps"])[:, None, None]
+        mean = model.bn.running_mean[:, None, None]
+        z = model.encode(to_torch(random(1, 8, 8, config["in_channels"]))).latent_dist.mean
+        latents = (pipeline._patchify_latents(z) - mean) / deviation
+        z = to_torch(random(1, 2, 2, 4 * config["latent_channels"])) * deviation + mean
+        decoded = model.decode(pipeline._unpatchify_latents(z)).sample
+        return np.concatenate([latents.numpy().ravel(), decoded.numpy().ravel()])
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        params = autoencoder_keys.autoencoder_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(Flux2Autoencoder, spec), params)
+        return VAE.halves(network, config, random(1, 2, 2, spec.latent_channels))
 
 
 class Tiny:
@@ -398,13 +443,15 @@ class BothClips:
         return np.concatenate([np.asarray(x).ravel() for x in parts])
 
 
-PARTS = [UNet, VAE, Tiny, Text, TextProjection, BothClips]
+PARTS = [UNet, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips]
 SAMPLE = [
     # In CI: followed, refused and without effect, of each network.
     (UNet, "1.x", "class_embed_type"),
     (UNet, "1.x", "act_fn"),
     (VAE, "KL", "act_fn"),
     (VAE, "KL", "mid_block_add_attention"),
+    (Flux2VAE, "FLUX.2", "decoder_block_out_channels"),
+    (Flux2VAE, "FLUX.2", "batch_norm_eps"),
     (Tiny, "tiny", "latent_magnitude"),
     (Tiny, "tiny", "num_decoder_blocks"),
     (Text, "2.x", "eos_token_id"),

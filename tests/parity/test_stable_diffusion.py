@@ -12,7 +12,7 @@ import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.inputs import InitImage
-from jaxdiff.pretrained.diffusers import read_diffusers, write_diffusers
+from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

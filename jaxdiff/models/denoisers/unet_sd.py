@@ -26,8 +26,8 @@ from jaxdiff.models.layers import (
     FROM_MLP,
     TO_HEADS,
     TO_MLP,
-    PairedDense,
     Remat,
+    UnitDense,
     fourier_features,
     scan_blocks,
     stack_blocks,
@@ -206,12 +206,13 @@ class GEGLU(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         init = fan_in_normal()
-        self.inner = PairedDense(width, 8 * width, axes=TO_MLP, kernel_init=init, rngs=rngs)
+        self.inner = UnitDense(width, 8 * width, units=2, axes=TO_MLP, kernel_init=init, rngs=rngs)
         self.outer = fan_in_linear(4 * width, width, rngs, axes=FROM_MLP)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Return the same shape."""
-        x, gate = self.inner.halves(x)
+        pair = self.inner.split(x)
+        x, gate = pair[..., 0, :], pair[..., 1, :]
         return self.outer(x * jax.nn.gelu(gate, approximate=False))
 
 

@@ -1,25 +1,19 @@
-"""Stable Diffusion checkpoints in diffusers' layout: a folder with `model_index.json`.
+"""Stable Diffusion 1.x, 2.x and XL in diffusers' layout (see `pipeline_folder`).
 
-model_index.json                      the class of the pipeline, and its parts
-unet/  vae/                           config.json, diffusion_pytorch_model.safetensors
-text_encoder/  text_encoder_2/        config.json, model.safetensors
-tokenizer/  tokenizer_2/              vocab.json, merges.txt, tokenizer_config.json
-scheduler/                            scheduler_config.json
+unet/  vae/  text_encoder/  text_encoder_2/  tokenizer/  tokenizer_2/  scheduler/
+
+XL has both text encoders, its refiner the second alone, and the others the first alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.schedules import ScaledLinear
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
-from jaxdiff.io.text import read_json
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.conditioning import (
@@ -31,10 +25,19 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import autoencoder_folder, clip_keys, unet_keys
 from jaxdiff.pretrained.autoencoder_folder import PublishedAutoencoder
-from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
-from jaxdiff.pretrained.config_check import FLAG, Kind, Schema, Unused, Used, read_keys
-from jaxdiff.pretrained.merging import merge_additions
-from jaxdiff.pretrained.safetensors_io import open_weights, to_device
+from jaxdiff.pretrained.bundle import Bundle, write_json
+from jaxdiff.pretrained.config_check import FLAG, Schema, Unused, Used, read_keys
+from jaxdiff.pretrained.pipeline_folder import (
+    DIFFUSION_MODEL,
+    INDEX,
+    MODEL,
+    PipelineFamily,
+    Place,
+    part_key,
+    read_part_config,
+    write_part,
+)
+from jaxdiff.pretrained.safetensors_io import open_weights
 from jaxdiff.pretrained.scheduler import (
     GRIDS,
     SCHEDULERS,
@@ -43,9 +46,6 @@ from jaxdiff.pretrained.scheduler import (
     write_scheduling,
 )
 from jaxdiff.sampling.sampler import Sampler
-
-INDEX = "model_index.json"
-MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -70,21 +70,7 @@ _PARTS = {
 }
 
 
-def _part(classes: tuple[str, ...] | None) -> Kind:
-    """[library, class] of a part, as its class; null or [null, null] for none."""
-
-    def parse(value: Any) -> str | None:
-        library, name = value or (None, None)
-        known = library in ("diffusers", "transformers") and isinstance(name, str)
-        if name is not None and not (known and (classes is None or name in classes)):
-            raise ValueError
-        return name
-
-    names = "a class" if classes is None else " or ".join(classes)
-    return Kind(f'["diffusers" or "transformers", {names}]', parse)
-
-
-_ALONE = {part: Used(None, _part(classes)) for part, classes in _PARTS.items()}
+_ALONE = {part: part_key(classes) for part, classes in _PARTS.items()}
 _COMMON: Schema = {
     "_class_name": Unused("read before all others"),
     "safety_checker": Unused("judges finished images"),
@@ -110,22 +96,11 @@ _MISSING_IN_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 _STEPS, _GUIDANCE = 50, {False: 7.5, True: 5.0}  # diffusers' defaults, of 1.x and 2.x, and of XL
 
 
-def is_diffusers_folder(folder: epath.PathLike) -> bool:
-    """Whether a folder holds a pipeline of diffusers."""
-    return (epath.Path(folder) / INDEX).exists()
-
-
-def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
-    """Read the specification of a Stable Diffusion checkpoint.
-
-    Raises:
-      UserError: a config is missing, or has unsupported values.
-    """
-    root = epath.Path(folder)
-    index = _index(root)
-    network = _config(root / "unet" / "config.json")
+def _read_spec(root: epath.Path, index_json: Any) -> TextToImage:
+    index = _index(root, index_json)
+    network = read_part_config(root / "unet" / "config.json")
     denoiser = unet_keys.read_unet_config(network)
-    scheduler = _config(root / "scheduler" / "scheduler_config.json")
+    scheduler = read_part_config(root / "scheduler" / "scheduler_config.json")
     if not index.is_xl and isinstance(scheduler, Mapping):
         scheduler = {**_MISSING_IN_SCHEDULER, **scheduler}
     scheduling = read_scheduling(scheduler, index.classes.get("scheduler"))
@@ -165,20 +140,8 @@ def _check_networks(network: UNet2DConditionConfig, autoencoder: PublishedAutoen
         )
 
 
-def read_diffusers(
-    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle:
-    """Read a Stable Diffusion checkpoint, with tensors in their stored type.
-
-    Args:
-      folder: with `model_index.json`.
-      place: called with each parameter in our layout, such as to move it to a device.
-
-    Raises:
-      UserError: a part is missing or damaged, or of an unsupported kind.
-    """
-    root, spec = epath.Path(folder), read_diffusers_spec(folder)
-    tokenizers = read_diffusers_tokenizers(root)
+def _read(root: epath.Path, index: Any, place: Place) -> Bundle:
+    spec, tokenizers = _read_spec(root, index), _read_tokenizers(root, index)
     _check_ends(spec, tokenizers)
     assert isinstance(spec.denoiser, UNet2DConditionConfig)
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
@@ -190,7 +153,7 @@ def read_diffusers(
         for name, encoder in _clip_encoders(spec).items()
     }
     _, params["autoencoder"] = autoencoder_folder.read_autoencoder_folder(
-        root / "vae", _index(root).classes.get("vae"), place=place
+        root / "vae", _index(root, index).classes.get("vae"), place=place
     )
     return Bundle(spec, params, tokenizers)
 
@@ -206,21 +169,15 @@ def _check_ends(spec: TextToImage, tokenizers: Mapping[str, Tokenizer]) -> None:
             )
 
 
-def read_diffusers_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
-    """Read the tokenizers of all text encoders.
-
-    Raises:
-      UserError: one is missing or damaged.
-    """
-    root = epath.Path(folder)
-    classes = _index(root).classes
+def _read_tokenizers(root: epath.Path, index: Any) -> dict[str, Tokenizer]:
+    classes = _index(root, index).classes
     tokenizers = {}
     for name, encoder in ENCODERS.items():
         if encoder in classes:
             path = root / encoder.replace("text_encoder", "tokenizer")
             if not path.exists():
                 raise UserError(
-                    f"{folder} has no {path.name}: expected one for its {encoder}; copy the whole "
+                    f"{root} has no {path.name}: expected one for its {encoder}; copy the whole "
                     "folder of the model."
                 )
             tokenizers[name] = Tokenizer.load(str(path))
@@ -241,14 +198,8 @@ class Index(NamedTuple):
     classes: dict[str, str]
 
 
-def _index(root: epath.Path) -> Index:
-    index, what = _config(root / INDEX), str(root / INDEX)
-    kind = index.get("_class_name") if isinstance(index, Mapping) else None
-    if not isinstance(kind, str) or kind not in PIPELINES:
-        raise UserError(
-            f"{what} names {kind}, which jaxdiff does not support: expected "
-            f"{', '.join(PIPELINES)}; use another model."
-        )
+def _index(root: epath.Path, index: Any) -> Index:
+    what, kind = str(root / INDEX), index["_class_name"]
     is_xl = "XL" in kind
     values = read_keys(what, index, INDEX_KEYS[is_xl])
     classes = {part: values[part] for part in _PARTS if values.get(part) is not None}
@@ -261,15 +212,11 @@ def _index(root: epath.Path) -> Index:
     return Index(is_xl, values.get("force_zeros_for_empty_prompt", False), classes)
 
 
-def _config(path: epath.Path) -> Any:
-    return read_json(path, "the whole folder of a model", infinities=True)
-
-
 def _conditioner(root: epath.Path, index: Index) -> ClipConditioner | StableDiffusionXLConditioner:
     encoders = {
         name: ClipTextEncoder(
             model=clip_keys.read_text_config(
-                _config(root / part / "config.json"),
+                read_part_config(root / part / "config.json"),
                 projected=name == "text_2",
                 what=f"{part}/config.json",
             ),
@@ -290,16 +237,8 @@ def _clip_encoders(spec: TextToImage) -> dict[str, ClipTextEncoder]:
     return {name: e for name, e in encoders.items() if isinstance(e, ClipTextEncoder)}
 
 
-def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
-    """Write a folder that diffusers loads; the index comes last and marks it as complete.
-
-    Tensors keep their type. Adapters and added tokens are merged into the weights.
-
-    Raises:
-      UserError: diffusers has no such model.
-    """
-    _check(bundle)
-    root, (spec, params, tokenizers) = epath.Path(folder), merge_additions(bundle)
+def _write(root: epath.Path, bundle: Bundle) -> None:
+    spec, params, tokenizers = bundle
     network, autoencoder, conditioner = spec.denoiser, spec.autoencoder, spec.conditioner
     _check_networks(network, autoencoder)
     scheduler = write_scheduling(_scheduling(spec))
@@ -310,8 +249,8 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     )
     (root / INDEX).unlink(missing_ok=True)
     tensors = unet_keys.unet_to_torch(params["denoiser"])
-    _write_part(root / "unet", DIFFUSION_MODEL, network_config, tensors)
-    _write_part(root / "vae", DIFFUSION_MODEL, vae_config, vae_tensors)
+    write_part(root / "unet", DIFFUSION_MODEL, network_config, tensors)
+    write_part(root / "vae", DIFFUSION_MODEL, vae_config, vae_tensors)
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {
         "_class_name": _pipeline_kind(network, encoders=len(conditioner.encoders)),
@@ -329,7 +268,7 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
         part = ENCODERS[name]
         text_config = clip_keys.write_text_config(encoder.model)
         tensors = clip_keys.clip_to_torch(params["text_encoders"][name], encoder.model)
-        _write_part(root / part, MODEL, text_config, tensors)
+        write_part(root / part, MODEL, text_config, tensors)
         index[part] = ["transformers", *text_config["architectures"]]
         part = part.replace("text_encoder", "tokenizer")
         tokenizer = tokenizers[name]
@@ -339,21 +278,16 @@ def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
     write_json(root / INDEX, index)
 
 
-def _check(bundle: Bundle) -> None:
-    """Check that a model has Stable Diffusion's networks."""
+def _holds(bundle: Bundle) -> bool:
+    """Whether a model has Stable Diffusion's networks."""
     spec = bundle.spec
-    if (
-        not isinstance(spec, TextToImage)
-        or not isinstance(spec.denoiser, UNet2DConditionConfig)
-        or not isinstance(spec.conditioner, ClipConditioner | StableDiffusionXLConditioner)
-        or not isinstance(spec.autoencoder, AutoencoderConfig | TinyAutoencoderConfig)
-        or set(bundle.tokenizers) != set(spec.conditioner.encoders)
-    ):
-        raise UserError(
-            f"{model_name(spec)} is no Stable Diffusion model: expected a UNet2DConditionConfig, a "
-            "ClipConditioner or StableDiffusionXLConditioner with tokenizers, and an autoencoder; "
-            "export it in another format."
-        )
+    return (
+        isinstance(spec, TextToImage)
+        and isinstance(spec.denoiser, UNet2DConditionConfig)
+        and isinstance(spec.conditioner, ClipConditioner | StableDiffusionXLConditioner)
+        and isinstance(spec.autoencoder, AutoencoderConfig | TinyAutoencoderConfig)
+        and set(bundle.tokenizers) == set(spec.conditioner.encoders)
+    )
 
 
 def _scheduling(spec: TextToImage) -> Scheduling:
@@ -381,9 +315,4 @@ def _pipeline_kind(network: UNet2DConditionConfig, *, encoders: int) -> str:
     return f"StableDiffusionXL{inpaints if encoders == 2 else 'Img2Img'}Pipeline"
 
 
-def _write_part(
-    folder: epath.Path, stem: str, config: dict[str, Any], tensors: dict[str, np.ndarray]
-) -> None:
-    # transformers refuses a file without this entry.
-    write_whole(folder / f"{stem}.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_json(folder / "config.json", config)
+FAMILY = PipelineFamily(PIPELINES, _read_spec, _read, _read_tokenizers, _holds, _write)

@@ -37,9 +37,10 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.lora import adapters_of
 from jaxdiff.pretrained.bundle import Bundle
-from jaxdiff.pretrained.diffusers import INDEX, read_diffusers, write_diffusers
+from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 from jaxdiff.pretrained.embeddings import Word, write_embedding
 from jaxdiff.pretrained.load import load_bundle, read_spec, read_tokenizers
+from jaxdiff.pretrained.pipeline_folder import INDEX
 from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import DDIM, Heun
 from jaxdiff.training.loop import train
@@ -369,12 +370,6 @@ def test_an_autoencoder_is_a_model_by_itself(folder, bundle):
     jax.tree.map(np.testing.assert_array_equal, vae.params, bundle(SD).params["autoencoder"])
 
 
-def test_a_pipeline_of_another_kind_is_refused(tmp_path):
-    (tmp_path / INDEX).write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="FluxPipeline, which jaxdiff does not support"):
-        load_bundle(tmp_path)
-
-
 def test_tensors_of_another_shape_are_reported_before_any_is_read(folder):
     place = []
     config = json.loads((folder / "unet" / "config.json").read_text())
@@ -399,8 +394,3 @@ def test_what_diffusers_cannot_do_is_refused(changes, message, bundle, tmp_path)
     with pytest.raises(UserError, match=message):
         write_diffusers(tmp_path, there)
     assert not (tmp_path / INDEX).exists()
-
-
-def test_other_models_are_refused(small_bundle, tmp_path):
-    with pytest.raises(UserError, match="small is no Stable Diffusion model"):
-        write_diffusers(tmp_path, small_bundle)
