@@ -67,50 +67,18 @@ from jaxdiff.pipelines.program import (
     compiled_sampler,
 )
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
+from jaxdiff.pipelines.text_encoding import encode_prompts
 from jaxdiff.pipelines.windows import windows_of
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
-from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
 from jaxdiff.sampling.sampler import Sampler
 
-DEFAULT_MODEL = "shipped:produce"
 
-
-def load(
-    model: epath.PathLike = DEFAULT_MODEL,
-    *,
-    dtype: ComputeType | None = None,
-    quantize: QuantizedType | None = None,
-    devices: Sequence[Any] | None = None,
-    mesh: MeshConfig = REPLICATED,
-    types: Sequence[type] = (),
-    compiled: epath.PathLike | None = None,
-) -> "Pipeline":
-    """Load a text-to-image model for sampling.
-
-    Args:
-      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in diffusers'
-        layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
-        Hugging Face hub.
-      dtype: to compute in; by default the type of the weights, but float32 on a CPU.
-      quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
-      devices: to sample on; by default all of this process.
-      mesh: how they share a model that is too large for one of them, such as
-        `MeshConfig(fsdp=8)`; by default each holds all of it.
-      types: dataclasses, such as a network of yours, that the specification may name.
-      compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
-
-    Raises:
-      UserError: there is no such model, or it is no text-to-image model, or the folder holds no
-        programs.
-    """
-    programs = None if compiled is None else CompiledFolder(compiled)
-    # Quantised on the host: a device holds the 8 bits alone.
-    bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
-    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, mesh=mesh, types=types)
-    return pipe.with_compiled(programs)
+def compute_type(dtype: ComputeType | None) -> ComputeType | None:
+    """Return the type to compute in: without one that of the weights, but float32 on a CPU."""
+    return "float32" if dtype is None and jax.default_backend() == "cpu" else dtype
 
 
 class Pipeline:
@@ -128,6 +96,7 @@ class Pipeline:
       dtype: to compute in; None is that of the weights.
       quantize: type of the stored kernels; None is that of the weights.
       mesh: how devices share the model.
+      offload_text: whether text encoders are on the devices only while they encode prompts.
       types: dataclasses that the specifications of further models may name.
     """
 
@@ -137,6 +106,7 @@ class Pipeline:
     dtype: ComputeType | None
     quantize: QuantizedType | None
     mesh: MeshConfig
+    offload_text: bool
     types: tuple[type, ...]
     _compiled: CompiledFolder | None
 
@@ -148,6 +118,7 @@ class Pipeline:
         quantize: QuantizedType | None = None,
         devices: Sequence[Any] | None = None,
         mesh: MeshConfig = REPLICATED,
+        offload_text: bool = False,
         types: Sequence[type] = (),
     ):
         spec = bundle.spec
@@ -156,17 +127,21 @@ class Pipeline:
                 f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
                 "the folder of one."
             )
-        if dtype is None and jax.default_backend() == "cpu":
-            dtype = "float32"
+        dtype = compute_type(dtype)
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self.quantize, self.types, self._compiled = quantize, tuple(types), None
-        self.mesh, self._mesh = mesh, local_mesh(devices, mesh)
+        self.mesh, self._mesh, self.offload_text = mesh, local_mesh(devices, mesh), offload_text
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
         axes = spec.param_axes()
         check_mesh(params, axes, self._mesh, splits_tokens=True)
         if quantize is not None:
             params = spec.quantize(params, check_value("quantize", quantize, QuantizedType))
-        self.params = shard(params, self._mesh, axes)
+        stays = {"text_encoders"} if offload_text else set()
+        here = {name: part for name, part in params.items() if name not in stays}
+        self.params = {
+            **shard(here, self._mesh, axes),
+            **{name: jax.device_get(params[name]) for name in stays},
+        }
         self._load_guide = functools.lru_cache(maxsize=2)(
             lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
         )
@@ -193,7 +168,8 @@ class Pipeline:
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
         """Return a pipeline of another model with this one's types, devices and programs."""
-        kinds = {name: getattr(self, name) for name in ("dtype", "quantize", "mesh", "types")}
+        names = ("dtype", "quantize", "mesh", "offload_text", "types")
+        kinds = {name: getattr(self, name) for name in names}
         return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
 
     def with_compiled(self, compiled: CompiledFolder | None) -> "Pipeline":
@@ -363,6 +339,8 @@ class Pipeline:
         inputs = sample_inputs(
             request, spec, self.tokenizers, sampler.guidance_scale, images, shape
         )
+        if self.offload_text:
+            inputs = encode_prompts(spec, self.params, self._mesh, inputs, batch_size)
         program_spec = SamplerSpec(
             model=spec,
             sampler=sampler,
@@ -408,6 +386,8 @@ class Pipeline:
     ) -> tuple[SamplerSpec, PyTree, SampleInputs]:
         """Add the models of CLIP guidance and autoguidance, with their parameters and inputs."""
         n, params = len(prompts), self.params
+        if self.offload_text:
+            params = {name: part for name, part in params.items() if name != "text_encoders"}
         if guidance.clip is not None:
             clip = load_clip(guidance.clip.model, self._mesh)
             params = {**params, "clip": clip.params}
@@ -418,6 +398,11 @@ class Pipeline:
             )
             program = dataclasses.replace(program, clip=clip.config)
         if guidance.guide is not None:
+            if self.offload_text:
+                raise UserError(
+                    "Autoguidance reads the prompts by text encoders of its own, but offload_text "
+                    "encodes them apart: leave one of the two out."
+                )
             guide = self._load_guide(guidance.guide.model)
             params = {**params, "guide": guide.params}
             inputs = inputs._replace(guide_scale=np.full(n, guidance.guide.scale, np.float32))

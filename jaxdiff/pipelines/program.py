@@ -54,8 +54,8 @@ class SampleInputs(NamedTuple):
     """Inputs that do not recompile: arrays with one row per image, None where absent.
 
     Attributes:
-      text: the prompts.
-      negative: the negative prompts.
+      text: the prompts, tokenized or encoded.
+      negative: the negative prompts, likewise, as those of `Mix` and further ones.
       seeds: of the noise.
       guidance_scale: of classifier-free guidance.
       mix_text: second prompts of `Mix`.
@@ -70,13 +70,13 @@ class SampleInputs(NamedTuple):
       guide_scale: of autoguidance.
     """
 
-    text: TextInputs
-    negative: TextInputs
+    text: TextInputs | Conditioning
+    negative: TextInputs | Conditioning
     seeds: UInt32[Any, " b"]
     guidance_scale: Float[Any, " b"]
-    mix_text: TextInputs | None = None
+    mix_text: TextInputs | Conditioning | None = None
     mix_fraction: Float[Any, " b"] | None = None
-    composed_text: TextInputs | None = None
+    composed_text: TextInputs | Conditioning | None = None
     composed_weights: Float[Any, "b k+1"] | None = None
     image: UInt8[Any, "b h w 3"] | None = None
     mask: Float[Any, "b h w"] | None = None
@@ -269,20 +269,23 @@ def _conditioned(
             concat=None if concat is None else jnp.tile(concat, (tiles, 1, 1, 1)),
         )
 
+    def encode(text: TextInputs | Conditioning) -> Conditioning:
+        return text if isinstance(text, Conditioning) else model.encode_text(params, text)
+
     count, composed = len(inputs.seeds), None
-    cond = model.encode_text(params, inputs.text)
+    cond = encode(inputs.text)
     if inputs.mix_text is not None and inputs.mix_fraction is not None:
-        cond = mix(cond, model.encode_text(params, inputs.mix_text), inputs.mix_fraction)
+        cond = mix(cond, encode(inputs.mix_text), inputs.mix_fraction)
     if inputs.composed_text is not None and inputs.composed_weights is not None:
         parts = inputs.composed_weights.shape[1] - 1
         # One prompt after another, [k b ...], as encoders have no axis for k.
         flat = jax.tree.map(
             lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), inputs.composed_text
         )
-        further = attach(model.encode_text(params, flat), parts * count, AESTHETIC_SCORE)
+        further = attach(encode(flat), parts * count, AESTHETIC_SCORE)
         further = jax.tree.map(lambda x: x.reshape(parts, count, *x.shape[1:]), further)
         composed = ComposedPrompts(further, inputs.composed_weights)
-    uncond = model.encode_text(params, inputs.negative)
+    uncond = encode(inputs.negative)
     network = model.network(params, wrap)
     splits: bool = isinstance(network, SplitNetwork)
     if cache is not None and not splits:

@@ -14,7 +14,7 @@ called `weight` there, as is `scale`. Integers, such as counters, are int64 ther
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.placement import Place, part_place
 from jaxdiff.pretrained.safetensors_io import shapes
 
 Path = tuple[str | int, ...]
@@ -108,7 +109,7 @@ def from_torch_names(
     names: Mapping[str, str],
     params: Mapping[str, Any],
     *,
-    place: Callable[[np.ndarray], Any] = np.asarray,
+    place: Place = np.asarray,
     what: str = "checkpoint",
     advice: str = "check that the config belongs to this checkpoint",
 ) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def from_torch_names(
       tensors: of the checkpoint, by name.
       names: the table.
       params: nested dict of the network's parameters, which may be abstract: only shapes are read.
-      place: called with each parameter in our layout, such as to move it to a device.
+      place: called with each parameter in our layout, below the network's path.
       what: what messages call the tensors.
       advice: what messages advise.
 
@@ -154,7 +155,7 @@ def from_torch_names(
         for layer, value in enumerate(itertools.chain([first], values)):
             name = f"{what}: {tensor.names()[layer]}"
             if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
-                return place(_narrow(value, name))
+                return part_place(place, *path)(_narrow(value, name))
             if not jnp.issubdtype(value.dtype, jnp.floating):
                 raise UserError(
                     f"{name} holds {value.dtype}: expected floating-point numbers; use a variant "
@@ -165,7 +166,7 @@ def from_torch_names(
                     f"{name} holds NaN or infinite numbers: expected finite weights; use another "
                     "copy of the model."
                 )
-        return place(ours)
+        return part_place(place, *path)(ours)
 
     with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
         ours = dict(zip(located, pool.map(read, located), strict=True))

@@ -6,8 +6,10 @@ import pytest
 
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.inputs import InitImage, Mix
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.sampling.guidance.autoguidance import Autoguidance
+from jaxdiff.sampling.guidance.guidance import Guidance
 
 PROMPTS, STEPS = ["a small red pea", "a green tomato with a stem", "a tomato"], [2, 3, 2]
 ROUNDING = 1e-4  # of the range: sums of parts
@@ -74,3 +76,32 @@ def test_a_mesh_that_xla_cannot_partition(tiny_bundle):
 def test_a_mesh_that_splits_nothing(tiny_bundle):
     with pytest.raises(UserError, match=r"mesh.tensor 7 shards no parameter"):
         Pipeline(tiny_bundle, devices=jax.devices()[:7], mesh=MeshConfig(tensor=7))
+
+
+def test_offloaded_text_encoders_do_not_change_images(tiny_bundle, whole):
+    pipe = Pipeline(tiny_bundle, devices=jax.devices()[:2], offload_text=True)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipe.params["text_encoders"]))
+    for prompts, arguments in (
+        (PROMPTS, {"negative_prompt": [None, "a pea", ""], "seeds": [3, 4, 5]}),
+        ("(red:1.4) pea", {}),
+        ('"a pea":1 "a tomato":-0.5', {}),
+        (Mix(a="a pea", b="a tomato", fraction=0.3), {}),
+    ):
+        images = pipe(prompts, output="float", **arguments)
+        expected = whole(prompts, output="float", **arguments)
+        np.testing.assert_allclose(images, expected, atol=ROUNDING, err_msg=str(prompts))
+    assert pipe.with_bundle(pipe.bundle).offload_text
+
+
+def test_new_prompts_compile_nothing_with_offloaded_text(tiny_bundle, compilations):
+    pipe = Pipeline(tiny_bundle, devices=jax.devices()[:1], offload_text=True)
+    pipe("a pea", batch_size=2)
+    del compilations[:]
+    pipe(["a tomato", "a red tomato", "a pea"], batch_size=2, seeds=[4, 5, 6])
+    assert not compilations
+
+
+def test_autoguidance_needs_the_text_encoders(tiny_bundle):
+    pipe = Pipeline(tiny_bundle, devices=jax.devices()[:1], offload_text=True)
+    with pytest.raises(UserError, match="leave one of the two out"):
+        pipe("a pea", guidance=Guidance(guide=Autoguidance(model="shipped:produce", scale=2.0)))
