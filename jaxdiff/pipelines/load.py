@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxdiff.distributed.chips import GIB, Device, find_chip
@@ -16,7 +17,7 @@ from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.models.quantized import QuantizedType
-from jaxdiff.models.text_to_image import TextToImage, tree_of
+from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.pipeline import Pipeline, compute_type
 from jaxdiff.pretrained.load import load_bundle, read_spec
@@ -93,7 +94,7 @@ def _placement(
             return np.asarray(value)
         # JAX would compile a transposition for every shape that is not in C order.
         value = value if isinstance(value, jax.Array) else np.ascontiguousarray(value)
-        return jax.tree.leaves(shard(tree_of({path: value}), mesh, axes))[0]
+        return jax.tree.leaves(shard(traverse_util.unflatten_dict({path: value}), mesh, axes))[0]
 
     return Placement(put)
 
