@@ -69,7 +69,8 @@ def theirs(model, x, t, cond):
 
 
 def ours(config, params):
-    return jax.jit(bind_params(bind_build(config), jax.tree.map(jnp.asarray, params)).__call__)
+    network = jax.jit(lambda params, *inputs: bind_params(bind_build(config), params)(*inputs))
+    return functools.partial(network, jax.tree.map(jnp.asarray, params))
 
 
 def relative(found, expected) -> float:

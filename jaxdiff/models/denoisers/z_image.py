@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Positive
+from jaxdiff.distributed.sharding import Axes
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import Attention, linear
 from jaxdiff.models.conditioning import Conditioning
@@ -230,11 +231,12 @@ class ZImage(nnx.Module):
     def __init__(self, config: ZImageConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, patch, zeros = config.width, config.patch_channels, nnx.initializers.zeros
+        pad: Axes = ("position", "embed")
         self.patch = linear(patch, width, rngs, axes=FROM_CHANNELS)
-        self.image_pad = nnx.Param(normal(0.02)(rngs(), (1, width)))
+        self.image_pad = nnx.Param(normal(0.02)(rngs(), (1, width)), axes=pad)
         self.text_norm = nnx.RMSNorm(config.text_width, epsilon=config.eps, rngs=rngs)
         self.text = linear(config.text_width, width, rngs)
-        self.text_pad = nnx.Param(normal(0.02)(rngs(), (1, width)))
+        self.text_pad = nnx.Param(normal(0.02)(rngs(), (1, width)), axes=pad)
         self.time1 = linear(_SINUSOIDS, _TIME_HIDDEN, rngs)
         self.time2 = linear(_TIME_HIDDEN, config.time_width, rngs)
 
@@ -353,7 +355,7 @@ class ZImage(nnx.Module):
 
     def _check_places(self, *counts: int) -> None:
         """Raise `UserError` for more places than the rotary positions have."""
-        names, limits = ("caption", "rows", "columns"), self.config.rope_lengths
+        names, limits = ("captions", "rows", "columns"), self.config.rope_lengths
         for name, count, limit in zip(names, counts, limits, strict=True):
             if count > limit:
                 raise UserError(
