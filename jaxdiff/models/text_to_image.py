@@ -30,7 +30,13 @@ from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.conditioning import AnyConditioner, Conditioning, TextInputs
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    Conditioner,
+    Conditioning,
+    StableDiffusionXLConditioner,
+    TextInputs,
+)
 from jaxdiff.models.convolutions import Conv, Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
@@ -51,6 +57,7 @@ from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | Denoiser
+AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
 AnyAutoencoder = (
     AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
 )

@@ -22,12 +22,16 @@ from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.flux import Flux
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
-from jaxdiff.models.layers import any_rngs, bind_init, bind_params, patchify
+from jaxdiff.models.layers import any_rngs, bind_build, bind_init, bind_params, patchify
 from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
+from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
+from jaxdiff.models.text_encoders.t5 import T5Encoder
 from jaxdiff.pretrained import (
     autoencoder_keys,
     clip_keys,
     flux_keys,
+    qwen3_keys,
+    t5_keys,
     tiny_autoencoder_keys,
     unet_keys,
 )
@@ -542,7 +546,96 @@ class Flux2(Flux1):
         return flux_keys.read_flux2_config(config)
 
 
-PARTS = [UNet, Flux1, Flux2, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips]
+class Qwen:
+    kind, config_kind = transformers.Qwen3Model, transformers.Qwen3Config
+    schema = qwen3_keys.KEYS
+    # Older files have both; transformers 5 reads them.
+    keys: ClassVar = [*keys_of_transformers(config_kind), "rope_theta", "rope_scaling"]
+    bases: ClassVar = {
+        "3": {
+            **BLOCKS,
+            "vocab_size": 50,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        }
+    }
+    values: ClassVar = {
+        **TRANSFORMERS_VALUES,
+        "num_key_value_heads": [1, 4, 3, None],
+        "head_dim": [16, 7, None],
+        "rms_norm_eps": [1e-3],
+        "rope_parameters": [
+            {"rope_type": "default", "rope_theta": 100.0},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            None,
+        ],
+        "rope_theta": [100.0],
+        "rope_scaling": [None, {"rope_type": "linear", "factor": 2.0}],
+        "layer_types": [None, ["full_attention"] * 2, ["sliding_attention", "full_attention"]],
+        "max_position_embeddings": [9],
+    }
+
+    @staticmethod
+    def read(config):
+        return qwen3_keys.read_qwen3_config(config)
+
+    @staticmethod
+    def theirs(model, config):
+        mask = torch.from_numpy(IDS != 0)
+        out = model(torch.from_numpy(IDS), attention_mask=mask, output_hidden_states=True)
+        return np.stack([x.numpy() for x in out.hidden_states])
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        encoder = Qwen3TextEncoder(model=spec, hidden_layers=tuple(range(spec.depth + 1)))
+        params = qwen3_keys.qwen3_from_torch(tensors, encoder, place=jnp.asarray)
+        network = bind_params(bind_build(encoder), params)
+        return np.stack(network(jnp.asarray(IDS), jnp.asarray(IDS != 0)))
+
+
+class T5:
+    kind, config_kind = transformers.T5EncoderModel, transformers.T5Config
+    schema = t5_keys.KEYS
+    keys: ClassVar = keys_of_transformers(config_kind)
+    bases: ClassVar = {
+        "v1.1": {
+            "vocab_size": 50,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        }
+    }
+    values: ClassVar = {
+        **TRANSFORMERS_VALUES,
+        "relative_attention_num_buckets": [16, 4, 6],
+        "relative_attention_max_distance": [5, 2, 128],
+        "layer_norm_epsilon": [1e-3],
+        "feed_forward_proj": ["relu", "gated-relu", "gated-silu", "gelu", "gated-gelu_new"],
+        "dense_act_fn": ["relu", "gelu_new"],
+    }
+
+    @staticmethod
+    def read(config):
+        return t5_keys.read_t5_config(config)
+
+    @staticmethod
+    def theirs(model, config):
+        return model(torch.from_numpy(IDS)).last_hidden_state.numpy()
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        params = t5_keys.t5_from_torch(tensors, spec, place=np.asarray)
+        return bound(functools.partial(T5Encoder, spec), params)(jnp.asarray(IDS))
+
+
+PARTS = [UNet, Flux1, Flux2, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips, Qwen, T5]
 SAMPLE = [
     # In CI: followed, refused and without effect, of each network.
     (UNet, "1.x", "class_embed_type"),
@@ -560,6 +653,8 @@ SAMPLE = [
     (Text, "2.x", "eos_token_id"),
     (TextProjection, "XL", "projection_dim"),
     (BothClips, "CLIP", "vision_config.patch_size"),
+    (Qwen, "3", "rope_parameters"),
+    (T5, "v1.1", "feed_forward_proj"),
 ]
 
 

@@ -15,7 +15,13 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build, bind_params, cast
 from jaxdiff.sampling.feature_cache import SplitNetwork
 
-SMALL: dict[str, Any] = {"heads": 2, "head_width": 16, "double_depth": 2, "single_depth": 2, "text_width": 8}
+SMALL: dict[str, Any] = {
+    "heads": 2,
+    "head_width": 16,
+    "double_depth": 2,
+    "single_depth": 2,
+    "text_width": 8,
+}
 FIRST = dataclasses.replace(
     FLUX1, **SMALL, channels=4, pooled_width=12, rope_axes=(4, 6, 6), guidance_embedding=True
 )
