@@ -13,6 +13,12 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
+def first_letter(text: str, start: int, end: int) -> int:
+    """Return the start of a token, after the space that some tokenizers include."""
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()) if piece.strip() else start
+
+
 class TextTokenizer(abc.ABC):
     """Convert texts to token ids of one length; custom tokenizers inherit from it.
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int32
 from tokenizers import AddedToken
 
 from jaxdiff.data.clip_bpe import learn_clip_bpe
-from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
+from jaxdiff.data.text_tokenizer import TextTokenizer, first_letter, words_of
 from jaxdiff.data.tokenizer_folders import (
     CLIP_LENGTH,
     SAVED,
@@ -88,7 +88,7 @@ class Tokenizer(TextTokenizer):
         text = "".join(part for part, _ in segments)
         encoding = self.backend.encode(text, add_special_tokens=False)
         ends = np.cumsum([len(part) for part, _ in segments])
-        starts = [_first_letter(text, *offsets) for offsets in encoding.offsets]
+        starts = [first_letter(text, *offsets) for offsets in encoding.offsets]
         of_text = np.append([weight for _, weight in segments], 1.0)
         of_text = of_text[np.searchsorted(ends, starts, side="right")]
         counts = [len(self.added_spellings.get(i, (i,))) for i in encoding.ids]
@@ -273,9 +273,3 @@ def _collect_words(words: set[str], captions: Iterable[str]) -> Iterator[str]:
 def _added(name: str) -> AddedToken:
     whole = re.fullmatch(r"\w(.*\w)?", name) is not None
     return AddedToken(name, normalized=True, special=False, single_word=whole)
-
-
-def _first_letter(text: str, start: int, end: int) -> int:
-    """Return the start of a token, after the space that some tokenizers include."""
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()) if piece.strip() else start

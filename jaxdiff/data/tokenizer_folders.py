@@ -29,9 +29,9 @@ SAVED = "tokenizer.json"
 VOCABULARY = "vocabulary.txt"
 CLIP_LENGTH = 77
 MOST_IDS = 2**20  # of a tokenizer; the largest published vocabularies have a quarter of that
-_CONFIG = "tokenizer_config.json"
+CONFIG = "tokenizer_config.json"
 _VOCAB = "vocab.json"
-_FILE_KINDS = {".json", ".txt", ".model", ".jinja"}  # of a transformers tokenizer folder
+FILE_KINDS = {".json", ".txt", ".model", ".jinja"}  # of a transformers tokenizer folder
 _UNSTATED = 10**9  # transformers gives a greater length where the folder states none
 
 
@@ -48,18 +48,18 @@ class StoredTokenizer(NamedTuple):
 def read_folder(folder: str, length: int | None) -> StoredTokenizer:
     """Read a tokenizer; see `Tokenizer.load`."""
     root = epath.Path(folder)
-    own = (root / SAVED).exists() and not (root / _CONFIG).exists()
-    if not own and not any((root / name).exists() for name in (_CONFIG, _VOCAB)):
+    own = (root / SAVED).exists() and not (root / CONFIG).exists()
+    if not own and not any((root / name).exists() for name in (CONFIG, _VOCAB)):
         raise UserError(
-            f"{folder} holds no tokenizer: expected {SAVED}, {_CONFIG}, or vocab.json and "
+            f"{folder} holds no tokenizer: expected {SAVED}, {CONFIG}, or vocab.json and "
             "merges.txt; give the folder of a text encoder's tokenizer."
         )
-    with _damage_as_user_error(folder):
+    with damage_as_user_error(folder):
         backend, stated, pad_id, pad_left = _read_saved(root) if own else _read_foreign(root)
         backend.encode("a")
     if pad_id is None:
         raise UserError(
-            f"The tokenizer in {folder} has no padding token: expected pad_token in {_CONFIG}; "
+            f"The tokenizer in {folder} has no padding token: expected pad_token in {CONFIG}; "
             "give the tokenizer folder of a text encoder."
         )
     if _is_clip(backend):
@@ -67,14 +67,14 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
     length = length or stated
     if length is None:
         raise UserError(
-            f"The tokenizer in {folder} has no length: expected model_max_length in {_CONFIG}; "
+            f"The tokenizer in {folder} has no length: expected model_max_length in {CONFIG}; "
             "set the length."
         )
     return StoredTokenizer(backend, length, pad_id, pad_left, _spellings(backend, by_name=not own))
 
 
 @contextmanager
-def _damage_as_user_error(folder: str) -> Iterator[None]:
+def damage_as_user_error(folder: str) -> Iterator[None]:
     """Raise `UserError` for what `tokenizers` cannot parse or use.
 
     It raises plain Exception, or PanicException, a BaseException that it does not export.
@@ -153,7 +153,7 @@ def transformers_files(
         files = {SAVED: backend.to_str(pretty=True)}
     return files | {
         "special_tokens_map.json": json.dumps(special, indent=2),
-        _CONFIG: json.dumps(config, indent=2),
+        CONFIG: json.dumps(config, indent=2),
     }
 
 
@@ -163,13 +163,13 @@ def _is_clip(backend: tokenizers.Tokenizer) -> bool:
 
 def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
     """Return backend, stated length, padding id, and whether padding is on the left."""
-    backend = tokenizers.Tokenizer.from_buffer(_checked(root / SAVED))
+    backend = tokenizers.Tokenizer.from_buffer(checked_file(root / SAVED))
     padding = backend.padding or {"pad_id": backend.token_to_id(END), "direction": "right"}
     stated = (backend.truncation or {}).get("max_length")
     return backend, stated, padding["pad_id"], padding["direction"] == "left"
 
 
-def _checked(file: epath.Path) -> bytes:
+def checked_file(file: epath.Path) -> bytes:
     """Return the content of a `tokenizer.json` whose parts fit together.
 
     `tokenizers` does not check ids: it aborts on a template with an unknown token, and takes time
@@ -200,13 +200,26 @@ def _check_ids(ids: Iterable[int]) -> None:
 
 
 def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
-    """Read a folder as `_read_saved` does, by transformers; CLIP is the default kind."""
-    named = _names_kind(root / _CONFIG, "tokenizer_class") or _names_kind(
+    """Read a folder as `_read_saved` does, by transformers."""
+    fast = load_by_transformers(root)
+    stated = fast.model_max_length if fast.model_max_length < _UNSTATED else None
+    pad_id = fast.eos_token_id if fast.pad_token_id is None else fast.pad_token_id
+    backend = _with_plain_padding(fast.backend_tokenizer, pad_id)
+    return backend, stated, pad_id, fast.padding_side == "left"
+
+
+def load_by_transformers(root: epath.Path) -> Any:
+    """Return the tokenizer of `transformers.AutoTokenizer`; CLIP is the default kind.
+
+    Raises:
+      UserError: texts are truncated on the left. Damaged files raise other exceptions.
+    """
+    named = _names_kind(root / CONFIG, "tokenizer_class") or _names_kind(
         root / "config.json", "model_type"
     )
     kind = {} if named else {"tokenizer_type": "clip"}
     if (root / SAVED).exists():
-        _checked(root / SAVED)
+        checked_file(root / SAVED)
     elif (root / _VOCAB).exists():
         _check_ids(read_json(root / _VOCAB).values())
     with _local_copy(root) as folder, without_torch("transformers"), _quiet_transformers():
@@ -220,10 +233,7 @@ def _read_foreign(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, i
             f"The tokenizer in {root}: truncation_side is {fast.truncation_side}: expected right; "
             "give the folder of another tokenizer."
         )
-    stated = fast.model_max_length if fast.model_max_length < _UNSTATED else None
-    pad_id = fast.eos_token_id if fast.pad_token_id is None else fast.pad_token_id
-    backend = _with_plain_padding(fast.backend_tokenizer, pad_id)
-    return backend, stated, pad_id, fast.padding_side == "left"
+    return fast
 
 
 def _with_plain_padding(backend: tokenizers.Tokenizer, pad_id: int | None) -> tokenizers.Tokenizer:
@@ -256,7 +266,7 @@ def _local_copy(root: epath.Path) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder:
         for file in root.iterdir():
-            if file.suffix in _FILE_KINDS:
+            if file.suffix in FILE_KINDS:
                 (Path(folder) / file.name).write_bytes(file.read_bytes())
         yield folder
 

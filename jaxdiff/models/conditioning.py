@@ -25,8 +25,7 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.models.layers import bind_build, bind_params
-from jaxdiff.models.lora import add_adapters
+from jaxdiff.models.text_encoders.base import TextEncoder, check_ids
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, TextFeatures
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -118,7 +117,7 @@ class Conditioner(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def encoders(self) -> Mapping[str, "TextEncoder"]:
+    def encoders(self) -> Mapping[str, TextEncoder]:
         """The text encoders by name, the key in `params["text_encoders"]`."""
 
     @property
@@ -144,7 +143,13 @@ class Conditioner(abc.ABC):
         """Tokenize prompts, on the host; None is a prompt that is not given."""
         texts = [prompt or "" for prompt in prompts]
         absent = np.array([prompt is None for prompt in prompts], bool)
-        return TextInputs({name: tokenizers[name](texts) for name in self.encoders}, absent)
+        ids, masks = {}, {}
+        for name, encoder in self.encoders.items():
+            if encoder.reads_mask:
+                ids[name], masks[name] = tokenizers[name].encode(texts)
+            else:
+                ids[name] = tokenizers[name](texts)
+        return TextInputs(ids, absent, masks or None)
 
     def tokenize_weighted(
         self,
@@ -166,11 +171,14 @@ class Conditioner(abc.ABC):
 
     def abstract_inputs(self, batch_size: int) -> TextInputs:
         """Return shapes and types of the output of `tokenize` for a batch."""
-        ids = {
-            name: jax.ShapeDtypeStruct((batch_size, encoder.length), jnp.int32)
-            for name, encoder in self.encoders.items()
+        shapes = {name: (batch_size, encoder.length) for name, encoder in self.encoders.items()}
+        ids = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+        masks = {
+            name: jax.ShapeDtypeStruct(shape, jnp.bool_)
+            for name, shape in shapes.items()
+            if self.encoders[name].reads_mask
         }
-        return TextInputs(ids, jax.ShapeDtypeStruct((batch_size,), jnp.bool_))
+        return TextInputs(ids, jax.ShapeDtypeStruct((batch_size,), jnp.bool_), masks or None)
 
     def train_tokenizers(
         self, captions: Iterable[str], *, vocab_size: int, length: int
@@ -181,7 +189,8 @@ class Conditioner(abc.ABC):
 
     def load_tokenizers(self, folder: str) -> Mapping[str, TextTokenizer]:
         """Load the tokenizers that `tokenizer.save` wrote into `folder`/NAME."""
-        return {name: Tokenizer.load(f"{folder}/{name}") for name in self.encoders}
+        encoders = self.encoders.items()
+        return {name: encoder.load_tokenizer(f"{folder}/{name}") for name, encoder in encoders}
 
     def pack(self, cond: Conditioning) -> Float[Array, "b m"]:
         """Flatten encoded captions to the rows of a cache."""
@@ -245,46 +254,6 @@ class Conditioner(abc.ABC):
             encoder.check_tokenizer(tokenizers[name], added)
 
 
-class TextEncoder(abc.ABC):
-    """Interface of text encoder settings: a frozen dataclass that can build its network.
-
-    Attributes:
-      takes_new_tokens: whether the network reads `params["added_tokens"]` beside its own parameter
-        `token_embedding`, for textual inversion. Its tokenizer is then a `Tokenizer`.
-    """
-
-    takes_new_tokens: ClassVar[bool] = False
-
-    @property
-    @abc.abstractmethod
-    def length(self) -> int:
-        """Tokens of a prompt."""
-
-    @property
-    @abc.abstractmethod
-    def width(self) -> int:
-        """Width of token embeddings."""
-
-    @abc.abstractmethod
-    def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
-        """Initialise the network."""
-
-    @abc.abstractmethod
-    def flops(self) -> float:
-        """FLOPs of one prompt."""
-
-    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:  # noqa: B027
-        """Check that the network accepts a tokenizer's ids; by default any."""
-
-    def module(self, params: Mapping[str, Any], name: str) -> Any:
-        """Return the network with its parameters and adapters, given those of a model."""
-        module = bind_params(bind_build(self), params["text_encoders"][name])
-        adapters = params.get("adapters", {}).get("text_encoders", {}).get(name)
-        if adapters is not None:
-            add_adapters(module, adapters)
-        return module
-
-
 @checked
 @dataclass(frozen=True, kw_only=True)
 class ClipTextEncoder(TextEncoder):
@@ -331,13 +300,7 @@ class ClipTextEncoder(TextEncoder):
         Raises:
           UserError: they differ from the network's.
         """
-        vocab_size = tokenizer.vocab_size - added
-        if tokenizer.length != self.length or vocab_size > self.model.vocab_size:
-            raise UserError(
-                f"The tokenizer gives {tokenizer.length} tokens out of {vocab_size}, but the "
-                f"text encoder takes {self.length} out of {self.model.vocab_size}: set "
-                "tokenizer.length and tokenizer.vocab_size to the encoder's length and vocab_size."
-            )
+        check_ids(tokenizer, added, length=self.length, vocab_size=self.model.vocab_size)
 
     def encode(self, params: Mapping[str, Any], name: str, ids: Int[Array, "b n"]) -> TextFeatures:
         """Encode token ids with the parameters of the encoder `name` of a model."""
@@ -349,7 +312,7 @@ class ClipTextEncoder(TextEncoder):
         )
 
 
-def _weighted(
+def weight_tokens(
     tokens: Float[Array, "b n d"],
     empty: Float[Array, "1 n d"],
     weights: Float[Array, "b n"],
@@ -397,7 +360,7 @@ class ClipConditioner(Conditioner):
         tokens = text.tokens
         if inputs.weights is not None and inputs.empty is not None:
             empty = self.text.encode(params, "text", inputs.empty["text"][:1]).tokens
-            tokens = _weighted(tokens, empty, inputs.weights["text"])
+            tokens = weight_tokens(tokens, empty, inputs.weights["text"])
         return Conditioning(tokens, text.mask if self.masked else None, text.pooled)
 
     @property
@@ -467,7 +430,7 @@ class StableDiffusionXLConditioner(Conditioner):
         if inputs.weights is not None and inputs.empty is not None:
             empty, _ = self._encode(params, {name: ids[:1] for name, ids in inputs.empty.items()})
             weights = inputs.weights["text_2"]
-            tokens = _weighted(tokens, empty, weights)
+            tokens = weight_tokens(tokens, empty, weights)
         return self.with_absent(Conditioning(tokens, pooled=pooled), inputs)
 
     def _encode(
@@ -490,6 +453,3 @@ class StableDiffusionXLConditioner(Conditioner):
     def packed_size(self) -> int:
         """Numbers in a row of `pack`."""
         return super().packed_size - self.text_length
-
-
-AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner

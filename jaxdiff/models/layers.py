@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdiff.distributed.sharding import (
     Axes,
@@ -91,7 +91,7 @@ def checkpoint(
 
 def scan_blocks(
     blocks: Block,
-    x: Float[Array, "b n d"],
+    x: PyTree[Float[Array, "b _ d"]],
     call: Callable[[Block, Any], Any],
     *,
     remat: Remat = "none",
@@ -102,8 +102,8 @@ def scan_blocks(
 
     Args:
       blocks: what `stack_blocks` returned.
-      x: the input of the first block.
-      call: `call(block, x)` gives the next x, of the same shape.
+      x: the input of the first block, an array or a tree of them.
+      call: `call(block, x)` gives the next x, of the same shapes.
       remat: what is kept for the backward pass.
       all_states: also return the output of every block, `[depth, b, n, d]`; otherwise None.
       span: the first block to run, and the one after the last; None runs all.

@@ -26,13 +26,21 @@ from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import AnySchedule
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
-from jaxdiff.models.conditioning import AnyConditioner, Conditioning, TextInputs
+from jaxdiff.models.conditioning import (
+    ClipConditioner,
+    Conditioner,
+    Conditioning,
+    StableDiffusionXLConditioner,
+    TextInputs,
+)
 from jaxdiff.models.convolutions import Conv, Wrap, wrap_convolutions
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
@@ -48,8 +56,11 @@ from jaxdiff.models.lora import adapter_axes, add_adapters
 from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
-AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | Denoiser
-AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | AutoencoderSpec
+AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | Denoiser
+AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
+AnyAutoencoder = (
+    AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
+)
 
 Params = Mapping[str, Any]
 Images = Float[Array, "b h w 3"]  # in [-1, 1]

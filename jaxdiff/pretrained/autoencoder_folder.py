@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.io.text import read_json
+from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
@@ -14,12 +15,12 @@ from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 
-PublishedAutoencoder = AutoencoderConfig | TinyAutoencoderConfig
+PublishedAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig
 
 
 def is_autoencoder_config(data: Any) -> bool:
     """Whether a `config.json` is that of an autoencoder of diffusers."""
-    kinds = ("AutoencoderKL", tiny_autoencoder_keys.KIND)
+    kinds = (autoencoder_keys.KIND, autoencoder_keys.FLUX2_KIND, tiny_autoencoder_keys.KIND)
     return isinstance(data, dict) and data.get("_class_name") in kinds
 
 
@@ -38,6 +39,8 @@ def read_autoencoder_spec(folder: epath.PathLike, kind: str | None = None) -> Pu
     kind = kind or (config.get("_class_name") if isinstance(config, Mapping) else None)
     if kind == tiny_autoencoder_keys.KIND:
         return tiny_autoencoder_keys.read_tiny_autoencoder_config(config, what)
+    if kind == autoencoder_keys.FLUX2_KIND:
+        return autoencoder_keys.read_flux2_autoencoder_config(config, what)
     return autoencoder_keys.read_autoencoder_config(config, what)
 
 

@@ -115,12 +115,12 @@ _WITHOUT_EFFECT = {
         tie_word_embeddings top_k top_p typical_p
     """,
 }
-_BASE: Schema = {
+BASE_KEYS: Schema = {
     **{key: Unused(why) for why, keys in _WITHOUT_EFFECT.items() for key in keys.split()},
     "pruned_heads": Only({}, [], None),
 }
 _BLOCKS: Schema = {
-    **_BASE,
+    **BASE_KEYS,
     "num_hidden_layers": Used(12, integer(1, 256), "depth"),
     "hidden_act": Used("quick_gelu", choice(("quick_gelu", "gelu")), "activation"),
     "layer_norm_eps": Only(1e-5),
@@ -177,7 +177,7 @@ VISION_KEYS: Schema = {
 """Schema of the image encoder's part of CLIP's `config.json`."""
 
 CLIP_KEYS: Schema = {
-    **_BASE,
+    **BASE_KEYS,
     "projection_dim": Used(512, _WIDTH),
     "logit_scale_init_value": Unused("for training; the weights have the trained value"),
     **{f"{name}_config{end}": Used(None, _SECTION) for name in ("text", "vision") for end in _ENDS},

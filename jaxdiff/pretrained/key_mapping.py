@@ -8,7 +8,7 @@ A table maps the path of one of our modules (or parameters) to its name there:
 `*` is an index in a list, and fills the `{}` in order; `{layer}` marks layers that our parameters
 stack along a leading axis. The entry with the longest matching path applies; the remaining path is
 the same in both. `kernel` is transposed (linear) or permuted from HWIO to OIHW (convolution) and
-called `weight` there, as is `scale`.
+called `weight` there, as is `scale`. Integers, such as counters, are int64 there and int32 here.
 """
 
 import functools
@@ -139,7 +139,15 @@ def from_torch_names(
 
     def read(path: Path, layer: int) -> None:
         tensor, name = located[path], located[path].names()[layer]
-        value = _floats(tensors, name, what)
+        value = np.asarray(tensors[name])
+        if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
+            placed[path] = place(_narrow(value, f"{what}: {name}"))
+            return
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(
+                f"{what}: {name} holds {value.dtype}: expected floating-point numbers; use a "
+                "variant that is not quantised."
+            )
         ours = arrays.take(path, value.dtype)
         if not tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...]):
             raise UserError(
@@ -227,14 +235,15 @@ def _check_tensors(
     _raise_if_any(f"{what}: tensors of another shape", misshapen, advice)
 
 
-def _floats(tensors: Mapping[str, np.ndarray], name: str, what: str) -> np.ndarray:
-    value = np.asarray(tensors[name])
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+def _narrow(value: np.ndarray, name: str) -> np.ndarray:
+    """Return integers in int32, JAX's default."""
+    narrow = value.astype(np.int32)
+    if not np.array_equal(narrow, value):
         raise UserError(
-            f"{what}: {name} holds {value.dtype}: expected floating-point numbers; use a variant "
-            "that is not quantised."
+            f"{name} is {value}: expected at most {np.iinfo(np.int32).max}; use another copy of "
+            "the model."
         )
-    return value
+    return narrow
 
 
 def _is_finite(value: np.ndarray) -> bool:
@@ -268,5 +277,6 @@ def to_torch_names(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[
         tensor = locate(path, value.shape, names)
         layers = [np.asarray(value)] if tensor.depth is None else np.asarray(value)
         for name, layer in zip(tensor.names(), layers, strict=True):
+            layer = layer.astype(np.int64) if layer.dtype == np.int32 else layer
             tensors[name] = np.asarray(tensor.to_torch(layer), order="C")
     return tensors

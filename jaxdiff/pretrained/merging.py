@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import AnyConditioner, ClipTextEncoder
+from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.lora import Changes, Factors, Path, factors, merge_adapters
-from jaxdiff.models.text_to_image import Params
+from jaxdiff.models.text_to_image import AnyConditioner, Params
 from jaxdiff.pretrained.bundle import Bundle
 
 

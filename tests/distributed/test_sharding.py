@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.layers import (
@@ -56,6 +58,15 @@ SLICES = MeshConfig(slices=2, data=2, fsdp=2)
 # Adam divides by the root of squared gradients: where these are rounding errors, eps says so.
 OPTIMIZER = AdamW(learning_rate=1e-2, eps=1e-4, clip_norm=None)
 
+SMALL_FLUX: dict[str, Any] = {
+    "channels": 3,
+    "patch_size": 8,
+    "heads": 2,
+    "head_width": 32,
+    "double_depth": 1,
+    "single_depth": 1,
+    "text_width": 16,
+}
 DENOISERS = {
     "dit": DiTConfig(patch_size=8, width=64, depth=1, heads=2, text_width=16, pooled_width=16),
     "unet": UNetConfig(
@@ -71,6 +82,17 @@ DENOISERS = {
         cross_attention_dim=16,
         norm_num_groups=8,
     ),
+    "flux1": FluxConfig(
+        **SMALL_FLUX,
+        pooled_width=16,
+        rope_axes=(8, 12, 12),
+        mlp="gelu",
+        bias=True,
+        shared_modulation=False,
+        fused=False,
+        text_positions=False,
+    ),
+    "flux2": FluxConfig(**SMALL_FLUX, rope_axes=(8, 8, 8, 8)),
 }
 CLIP = ClipConfig(
     text=ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2, projection_dim=8),
@@ -300,7 +322,7 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
     ("name", "mesh", "accumulate"),
     [
         *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
-        ("dit", MeshConfig(data=2, fsdp=4), 1),
+        *((name, MeshConfig(data=2, fsdp=4), 1) for name in ("dit", "flux1", "flux2")),
         ("dit", None, 2),
         pytest.param("dit", None, 4, marks=pytest.mark.nightly),
         ("dit", MeshConfig(data=4, fsdp=2), 2),

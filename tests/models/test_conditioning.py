@@ -11,7 +11,6 @@ from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import (
-    AnyConditioner,
     ClipConditioner,
     ClipTextEncoder,
     Conditioning,
@@ -21,6 +20,7 @@ from jaxdiff.models.conditioning import (
 )
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import AnyConditioner
 
 LENGTH = 8
 _SIZES = {"vocab_size": 530, "length": LENGTH, "depth": 2, "heads": 2}

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiT, DiTConfig
+from jaxdiff.models.denoisers.flux import FLUX1, Flux, FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
 from jaxdiff.models.layers import any_rngs
@@ -107,6 +109,40 @@ def test_stable_diffusions_unet_agrees_with_xla(changes):
     )
     ours = config.flops(height=16, width=24, text_length=77)
     assert ours == pytest.approx(xla, rel=0.04)
+
+
+SMALL_FLUX: dict[str, Any] = dict(heads=2, double_depth=1, single_depth=1, text_width=192)
+
+
+@pytest.mark.parametrize("references", [0, 160])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FluxConfig(**SMALL_FLUX, guidance_embedding=True),
+        dataclasses.replace(FLUX1, **SMALL_FLUX, pooled_width=96, guidance_embedding=True),
+    ],
+    ids=["flux2", "flux1"],
+)
+def test_flux_agrees_with_xla(config, references):
+    cond = Conditioning(
+        shape(64, config.text_width),
+        pooled=None if config.pooled_width is None else shape(config.pooled_width),
+        guidance=shape(),
+    )
+    if references:
+        cond = cond._replace(
+            reference=shape(references, config.patch_channels),
+            reference_positions=shape(references, len(config.rope_axes), dtype=jnp.int32),
+        )
+    xla = counted(
+        nnx.eval_shape(lambda: Flux(config, rngs=any_rngs())),
+        lambda model, x, t, cond: model(x, t, cond),
+        shape(16, 24, config.channels),
+        shape(),
+        cond,
+    )
+    ours = config.flops(height=16, width=24, text_length=64, reference_tokens=references)
+    assert ours == pytest.approx(xla, rel=0.03)
 
 
 def test_clip_text_agrees_with_xla():

@@ -11,16 +11,17 @@ from safetensors.numpy import load_file
 
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
-from jaxdiff.models.layers import any_rngs, bind_params
+from jaxdiff.models.layers import any_rngs, bind_build, bind_params
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
-from jaxdiff.pretrained.autoencoder_folder import read_autoencoder_folder
+from jaxdiff.pretrained.autoencoder_folder import published_autoencoder, read_autoencoder_folder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.parity
 
-# Named as in diffusers' config.json: like SD 1.x and XL; like SD 3 and FLUX; of another shape.
+# Named as in diffusers' config.json: like SD 1.x and XL; like SD 3, FLUX.1 and Z-Image; of another
+# shape.
 VARIANTS = {
     "sd": {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 4},
     "sd3": {
@@ -30,6 +31,8 @@ VARIANTS = {
         "norm_num_groups": 8,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
     },
     "no attention": {
         "block_out_channels": (8,),
@@ -41,9 +44,40 @@ VARIANTS = {
 }
 
 
-def torch_autoencoder(variant) -> torch.nn.Module:
+FULL_FLUX1 = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "sample_size": 1024,
+}
+FLUX2 = {
+    "small": {
+        "block_out_channels": (16, 32),
+        "decoder_block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "latent_channels": 6,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "batch_norm_eps": 1e-2,
+    },
+    "no quant convolutions": {
+        "block_out_channels": (16,),
+        "latent_channels": 2,
+        "norm_num_groups": 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "full": {"block_out_channels": (128, 256, 512, 512)},
+}
+
+
+def torch_autoencoder(variant, kind="AutoencoderKL") -> torch.nn.Module:
     levels = len(variant["block_out_channels"])
-    model = diffusers.AutoencoderKL(
+    model = getattr(diffusers, kind)(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         **variant,
@@ -52,6 +86,10 @@ def torch_autoencoder(variant) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+        if kind == "AutoencoderKLFlux2":
+            model.bn.running_mean.normal_()
+            model.bn.running_var.uniform_(0.1, 4)
+            model.bn.num_batches_tracked.fill_(123_456)
     return model.eval()
 
 
@@ -161,3 +199,84 @@ def test_tiny(tmp_path):
     found = jax.jit(lambda x: ours.encode(x).mode())(images)
     np.testing.assert_allclose(found, as_nhwc(latents), rtol=0, atol=1e-5)
     np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-5)
+
+
+def from_folder(folder):
+    """Read an autoencoder, and check that every tensor and setting is written as it was read."""
+    config, params = read_autoencoder_folder(folder, place=np.asarray)
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    written, back = published_autoencoder(config, params)
+    assert set(back) == set(tensors)
+    for name, value in tensors.items():
+        assert back[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+    theirs = getattr(diffusers, written["_class_name"])
+    ours, expected = (
+        {k: v for k, v in theirs.from_config(x).config.items() if not k.startswith("_")}
+        for x in (written, json.loads((folder / "config.json").read_text()))
+    )
+    assert json.dumps(ours) == json.dumps(expected)
+    return config, bind_params(bind_build(config), jax.tree.map(jnp.asarray, params))
+
+
+@pytest.mark.parametrize("name", ["sd3", pytest.param("full", marks=pytest.mark.nightly)])
+def test_the_folder_of_flux1_and_z_image(name, tmp_path):
+    """Latents as their pipelines compute them, around both halves."""
+    theirs = torch_autoencoder(FULL_FLUX1 if name == "full" else VARIANTS[name])
+    theirs.save_pretrained(tmp_path)
+    config, ours = from_folder(tmp_path)
+    assert (config.scaling_factor, config.shift_factor) == (0.3611, 0.1159)
+    draw, side = np.random.default_rng(0), config.downsampling
+    images = draw.uniform(-1, 1, (1, 8 * side, 4 * side, 3)).astype(np.float32)
+    latents = draw.normal(size=(1, 8, 4, 16)).astype(np.float32)
+    with torch.no_grad():
+        mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mode()
+        encoded = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
+        z = torch.from_numpy(latents.transpose(0, 3, 1, 2))
+        decoded = theirs.decode(z / theirs.config.scaling_factor + theirs.config.shift_factor)
+    found = jax.jit(lambda x: ours.to_latents(ours.encode(x).mode()))(images)
+    np.testing.assert_allclose(found, as_nhwc(encoded), rtol=0, atol=1e-4)
+    found = jax.jit(lambda z: ours.decode(ours.from_latents(z)))(latents)
+    np.testing.assert_allclose(found, as_nhwc(decoded.sample), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name != "full" else pytest.param(name, marks=pytest.mark.nightly) for name in FLUX2],
+)
+def test_flux2(name, tmp_path):
+    """Latents as FLUX.2's pipelines pack and normalise them, and images of latents."""
+    theirs = torch_autoencoder(FLUX2[name], "AutoencoderKLFlux2")
+    theirs.save_pretrained(tmp_path)
+    config, ours = from_folder(tmp_path)
+    pipeline = diffusers.Flux2KleinPipeline
+    draw, side = np.random.default_rng(0), config.downsampling
+    images = draw.uniform(-1, 1, (2, 4 * side, 6 * side, 3)).astype(np.float32)
+    latents = draw.normal(size=(2, 4, 6, config.latent_channels)).astype(np.float32)
+    mean = theirs.bn.running_mean[:, None, None]
+    deviation = torch.sqrt(theirs.bn.running_var + theirs.config.batch_norm_eps)[:, None, None]
+    with torch.no_grad():
+        z = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mode()
+        encoded = (pipeline._patchify_latents(z) - mean) / deviation
+        z = torch.from_numpy(latents.transpose(0, 3, 1, 2)) * deviation + mean
+        decoded = theirs.decode(pipeline._unpatchify_latents(z)).sample
+    found = jax.jit(lambda x: ours.to_latents(ours.encode(x).mode()))(images)
+    np.testing.assert_allclose(found, as_nhwc(encoded), rtol=0, atol=1e-4)
+    found = jax.jit(lambda z: ours.decode(ours.from_latents(z)))(latents)
+    np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-4)
+
+
+def test_tiles_of_flux2(tmp_path):
+    theirs = torch_autoencoder(FLUX2["small"], "AutoencoderKLFlux2")
+    theirs.enable_tiling()
+    theirs.save_pretrained(tmp_path)
+    _, ours = from_folder(tmp_path)
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 28, 20, 3)).astype(np.float32)
+    with torch.no_grad():
+        z = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mode()
+        packed = diffusers.Flux2KleinPipeline._patchify_latents(z)
+        decoded = theirs.decode(z).sample
+    found = jax.jit(lambda x: ours.encode(x, "tiling").mean)(images)
+    np.testing.assert_allclose(found, as_nhwc(packed), rtol=0, atol=1e-5)
+    found = jax.jit(lambda z: ours.decode(z, "tiling"))(as_nhwc(packed))
+    np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)

@@ -16,13 +16,25 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import parse_json
+from jaxdiff.models.autoencoders.flux2 import Flux2Autoencoder
 from jaxdiff.models.autoencoders.kl import Autoencoder
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.flux import Flux
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
-from jaxdiff.models.layers import any_rngs, bind_init, bind_params
+from jaxdiff.models.layers import any_rngs, bind_build, bind_init, bind_params, patchify
 from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
-from jaxdiff.pretrained import autoencoder_keys, clip_keys, tiny_autoencoder_keys, unet_keys
+from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
+from jaxdiff.models.text_encoders.t5 import T5Encoder
+from jaxdiff.pretrained import (
+    autoencoder_keys,
+    clip_keys,
+    flux_keys,
+    qwen3_keys,
+    t5_keys,
+    tiny_autoencoder_keys,
+    unet_keys,
+)
 from jaxdiff.pretrained.clip_folder import IMAGE_KEYS, read_image_config
 from jaxdiff.pretrained.config_check import Unused
 from jaxdiff.pretrained.stable_diffusion import INDEX_KEYS, PIPELINES
@@ -220,12 +232,56 @@ class VAE:
         return cls.halves(bound(functools.partial(Autoencoder, spec), params), config)
 
     @staticmethod
-    def halves(network, config):
+    def halves(network, config, z=None):
         mean = jax.jit(network.encode)(random(1, 8, 8, config["in_channels"])).mode()
-        z = random(1, 4, 4, config["latent_channels"])
+        z = random(1, 4, 4, config["latent_channels"]) if z is None else z
         decoded = jax.jit(lambda z: network.decode(network.from_latents(z)))(z)
         pair = network.to_latents(mean), decoded
         return np.concatenate([np.asarray(x).transpose(0, 3, 1, 2).ravel() for x in pair])
+
+
+class Flux2VAE:
+    kind, schema = diffusers.AutoencoderKLFlux2, autoencoder_keys.FLUX2_KEYS
+    keys: ClassVar = list(signature(kind))
+    bases: ClassVar = {
+        "FLUX.2": {
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+        }
+    }
+    values: ClassVar = {
+        **VAE.values,
+        "latent_channels": [8],
+        "decoder_block_out_channels": [[8, 8], [8, 16, 16], [8]],
+        "patch_size": [[1, 1], [1, 4], [4, 1], None],
+        "batch_norm_eps": [1e-2, 0.5, None],
+    }
+
+    @staticmethod
+    def read(config):
+        return autoencoder_keys.read_flux2_autoencoder_config(config)
+
+    # diffusers' pipelines pack z and apply the statistics around the network.
+    @staticmethod
+    def theirs(model, config):
+        pipeline = diffusers.Flux2KleinPipeline
+        model.bn.running_mean.copy_(torch.linspace(-1, 1, len(model.bn.running_mean)))
+        deviation = torch.sqrt(model.bn.running_var + config["batch_norm_eps"])[:, None, None]
+        mean = model.bn.running_mean[:, None, None]
+        z = model.encode(to_torch(random(1, 8, 8, config["in_channels"]))).latent_dist.mean
+        latents = (pipeline._patchify_latents(z) - mean) / deviation
+        z = to_torch(random(1, 2, 2, 4 * config["latent_channels"])) * deviation + mean
+        decoded = model.decode(pipeline._unpatchify_latents(z)).sample
+        return np.concatenate([latents.numpy().ravel(), decoded.numpy().ravel()])
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        params = autoencoder_keys.autoencoder_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(Flux2Autoencoder, spec), params)
+        return VAE.halves(network, config, random(1, 2, 2, spec.latent_channels))
 
 
 class Tiny:
@@ -398,18 +454,207 @@ class BothClips:
         return np.concatenate([np.asarray(x).ravel() for x in parts])
 
 
-PARTS = [UNet, VAE, Tiny, Text, TextProjection, BothClips]
+class Flux1:
+    kind, schema = diffusers.FluxTransformer2DModel, flux_keys.FLUX1_KEYS
+    keys: ClassVar = list(signature(kind))
+    small: ClassVar = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 20,
+        "axes_dims_rope": [4, 6, 6],
+    }
+    bases: ClassVar = {"schnell": small, "dev": {**small, "guidance_embeds": True}}
+    values: ClassVar = {
+        "in_channels": [32, 18, None],
+        "out_channels": [16, 32, 0],
+        "num_layers": [2, 0],
+        "num_single_layers": [2, 0],
+        "attention_head_dim": [8, 32],
+        "num_attention_heads": [1, 3],
+        "joint_attention_dim": [8],
+        "pooled_projection_dim": [8],
+        "axes_dims_rope": [[8, 4, 4], [4, 4, 8], [4, 6], [4, 4, 4, 4], [4, 6, 4], [3, 7, 6]],
+        "timestep_guidance_channels": [16, 33],
+        "mlp_ratio": [2, 2.5, 3, 0.01],
+        "rope_theta": [100, 10000],
+        "eps": [0.01, 1e-5, 0],
+        "patch_size": [2],
+    }
+
+    @staticmethod
+    def read(config):
+        return flux_keys.read_flux1_config(config)
+
+    @staticmethod
+    def inputs(config, patch):
+        x = random(1, 2 * patch, 3 * patch, config["in_channels"] // patch**2)
+        tokens = jnp.asarray(random(1, 5, config["joint_attention_dim"]))
+        guidance = jnp.full(1, 3.5) if config["guidance_embeds"] else None
+        pooled = config.get("pooled_projection_dim")
+        pooled = None if pooled is None else jnp.asarray(random(1, pooled))
+        return x, Conditioning(tokens=tokens, pooled=pooled, guidance=guidance)
+
+    @classmethod
+    def theirs(cls, model, config):
+        is_first = config.get("pooled_projection_dim") is not None
+        x, cond = cls.inputs(config, 2 if is_first else 1)
+        packed = patchify(jnp.asarray(x), 2 if is_first else 1, channels_first=True)
+        places = [[0, row, column, 0] for row in range(2) for column in range(3)]
+        words = [[0, 0, 0, 0 if is_first else i] for i in range(5)]
+        given = {
+            "hidden_states": packed,
+            "encoder_hidden_states": cond.tokens,
+            "timestep": np.float32([0.4]),
+            "img_ids": np.float32(places)[:, : 3 if is_first else 4],
+            "txt_ids": np.float32(words)[:, : 3 if is_first else 4],
+            "guidance": cond.guidance,
+        }
+        if is_first:
+            given["pooled_projections"] = cond.pooled
+        given = {k: None if v is None else torch.tensor(np.array(v)) for k, v in given.items()}
+        return model(**given).sample.numpy()
+
+    @classmethod
+    def ours(cls, spec, tensors, config):
+        params = flux_keys.flux_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(Flux, spec), params)
+        x, cond = cls.inputs(config, spec.patch_size)
+        out = jax.jit(network.__call__)(x, jnp.full(1, 0.4), cond)
+        return patchify(out, spec.patch_size, channels_first=True)
+
+
+class Flux2(Flux1):
+    kind, schema = diffusers.Flux2Transformer2DModel, flux_keys.FLUX2_KEYS
+    keys: ClassVar = list(signature(kind))
+    small: ClassVar = {
+        **{key: x for key, x in Flux1.small.items() if key != "pooled_projection_dim"},
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": [4, 4, 4, 4],
+    }
+    bases: ClassVar = {"dev": small, "klein": {**small, "guidance_embeds": False}}
+    values: ClassVar = {
+        **Flux1.values,
+        "axes_dims_rope": [[6, 2, 4, 4], [4, 6, 6], [4, 4, 4, 6], [3, 5, 4, 4]],
+    }
+
+    @staticmethod
+    def read(config):
+        return flux_keys.read_flux2_config(config)
+
+
+class Qwen:
+    kind, config_kind = transformers.Qwen3Model, transformers.Qwen3Config
+    schema = qwen3_keys.KEYS
+    # Older files have both; transformers 5 reads them.
+    keys: ClassVar = [*keys_of_transformers(config_kind), "rope_theta", "rope_scaling"]
+    bases: ClassVar = {
+        "3": {
+            **BLOCKS,
+            "vocab_size": 50,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        }
+    }
+    values: ClassVar = {
+        **TRANSFORMERS_VALUES,
+        "num_key_value_heads": [1, 4, 3, None],
+        "head_dim": [16, 7, None],
+        "rms_norm_eps": [1e-3],
+        "rope_parameters": [
+            {"rope_type": "default", "rope_theta": 100.0},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            None,
+        ],
+        "rope_theta": [100.0],
+        "rope_scaling": [None, {"rope_type": "linear", "factor": 2.0}],
+        "layer_types": [None, ["full_attention"] * 2, ["sliding_attention", "full_attention"]],
+        "max_position_embeddings": [9],
+    }
+
+    @staticmethod
+    def read(config):
+        return qwen3_keys.read_qwen3_config(config)
+
+    @staticmethod
+    def theirs(model, config):
+        mask = torch.from_numpy(IDS != 0)
+        out = model(torch.from_numpy(IDS), attention_mask=mask, output_hidden_states=True)
+        return np.stack([x.numpy() for x in out.hidden_states])
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        encoder = Qwen3TextEncoder(model=spec, hidden_layers=tuple(range(spec.depth + 1)))
+        params = qwen3_keys.qwen3_from_torch(tensors, encoder, place=jnp.asarray)
+        network = bind_params(bind_build(encoder), params)
+        return np.stack(network(jnp.asarray(IDS), jnp.asarray(IDS != 0)))
+
+
+class T5:
+    kind, config_kind = transformers.T5EncoderModel, transformers.T5Config
+    schema = t5_keys.KEYS
+    keys: ClassVar = keys_of_transformers(config_kind)
+    bases: ClassVar = {
+        "v1.1": {
+            "vocab_size": 50,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        }
+    }
+    values: ClassVar = {
+        **TRANSFORMERS_VALUES,
+        "relative_attention_num_buckets": [16, 4, 6],
+        "relative_attention_max_distance": [5, 2, 128],
+        "layer_norm_epsilon": [1e-3],
+        "feed_forward_proj": ["relu", "gated-relu", "gated-silu", "gelu", "gated-gelu_new"],
+        "dense_act_fn": ["relu", "gelu_new"],
+    }
+
+    @staticmethod
+    def read(config):
+        return t5_keys.read_t5_config(config)
+
+    @staticmethod
+    def theirs(model, config):
+        return model(torch.from_numpy(IDS)).last_hidden_state.numpy()
+
+    @staticmethod
+    def ours(spec, tensors, config):
+        params = t5_keys.t5_from_torch(tensors, spec, place=np.asarray)
+        return bound(functools.partial(T5Encoder, spec), params)(jnp.asarray(IDS))
+
+
+PARTS = [UNet, Flux1, Flux2, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips, Qwen, T5]
 SAMPLE = [
     # In CI: followed, refused and without effect, of each network.
     (UNet, "1.x", "class_embed_type"),
     (UNet, "1.x", "act_fn"),
+    (Flux1, "schnell", "axes_dims_rope"),
+    (Flux1, "dev", "out_channels"),
+    (Flux2, "klein", "mlp_ratio"),
+    (Flux2, "dev", "guidance_embeds"),
     (VAE, "KL", "act_fn"),
     (VAE, "KL", "mid_block_add_attention"),
+    (Flux2VAE, "FLUX.2", "decoder_block_out_channels"),
+    (Flux2VAE, "FLUX.2", "batch_norm_eps"),
     (Tiny, "tiny", "latent_magnitude"),
     (Tiny, "tiny", "num_decoder_blocks"),
     (Text, "2.x", "eos_token_id"),
     (TextProjection, "XL", "projection_dim"),
     (BothClips, "CLIP", "vision_config.patch_size"),
+    (Qwen, "3", "rope_parameters"),
+    (T5, "v1.1", "feed_forward_proj"),
 ]
 
 

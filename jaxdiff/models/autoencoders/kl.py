@@ -288,11 +288,18 @@ class Autoencoder(nnx.Module):
     latents of unit variance.
     """
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        decoder: AutoencoderConfig | None = None,
+    ):
+        """`decoder` is the config of the decoder, where it differs."""
         z = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, rngs)
-        self.decoder = Decoder(config, rngs)
+        self.decoder = Decoder(decoder or config, rngs)
         self.quant_conv = conv(2 * z, 2 * z, 1, rngs) if config.use_quant_conv else None
         self.post_quant_conv = conv(z, z, 1, rngs) if config.use_post_quant_conv else None
 
@@ -306,17 +313,21 @@ class Autoencoder(nnx.Module):
         Raises:
           UserError: the sides are no multiples of `config.downsampling`.
         """
-        h, w, side = *images.shape[1:3], self.config.downsampling
-        if h % side or w % side:
-            raise UserError(
-                f"autoencoder: images of {w}x{h} cannot be encoded: expected sides that are "
-                f"multiples of {side}; crop or resize them."
-            )
+        side = self.config.downsampling
+        self._check_sides(images, side)
         tile, tile_out = self.config.sample_size, self.config.sample_size // side
         x = images.astype(self.encoder.conv_in.kernel.dtype)
         moments = apply_vae_mode(self._moments, x, vae_mode, tile, tile_out)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Gaussian(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def _check_sides(self, images: Float[Array, "b h w c"], side: int) -> None:
+        h, w = images.shape[1:3]
+        if h % side or w % side:
+            raise UserError(
+                f"autoencoder: images of {w}x{h} cannot be encoded: expected sides that are "
+                f"multiples of {side}; crop or resize them."
+            )
 
     def _moments(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         moments = self.encoder(images)

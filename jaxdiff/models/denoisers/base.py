@@ -27,6 +27,9 @@ class Denoiser(abc.ABC):
       remat: what blocks keep for the backward pass.
       text_width: width of the text tokens that it reads; None for any.
       pooled_width: width of the pooled text vector that it reads; None for any, or none.
+      guidance_embedding: whether it reads the guidance scale, `Conditioning.guidance`, in place of
+        classifier-free guidance.
+      max_references: most reference images that it reads as tokens; `reference_tokens` makes them.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
@@ -35,6 +38,8 @@ class Denoiser(abc.ABC):
     remat: Remat = "none"
     text_width: int | None = None
     pooled_width: int | None = None
+    guidance_embedding: bool = False
+    max_references: int = 0
 
     @abc.abstractmethod
     def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -48,6 +53,13 @@ class Denoiser(abc.ABC):
     def size_multiple(self) -> int:
         """Sides of x_t must be multiples of this."""
         return 1
+
+    def num_tokens(self, *, height: int, width: int) -> int:
+        """Image tokens that the network makes of height x width positions of x_t.
+
+        Time grids and time samplers may depend on it.
+        """
+        return height * width // self.size_multiple**2
 
     @property
     def extra_channels(self) -> int:
