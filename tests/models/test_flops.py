@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_stable_diffusions_unet_agrees_with_xla(changes):
     assert ours == pytest.approx(xla, rel=0.04)
 
 
-SMALL_FLUX = dict(heads=2, double_depth=1, single_depth=1, text_width=192)
+SMALL_FLUX: dict[str, Any] = dict(heads=2, double_depth=1, single_depth=1, text_width=192)
 
 
 @pytest.mark.parametrize("references", [0, 160])
