@@ -156,7 +156,7 @@ class Linear:
 class EarlyGrid:
     """More steps at high noise."""
 
-    def __call__(self, i, num_steps):
+    def __call__(self, i, num_steps, num_tokens):
         return 1 - (i / num_steps) ** 2
 
 
@@ -164,7 +164,7 @@ class EarlyGrid:
 class EarlyTimes:
     """More of the high noise."""
 
-    def __call__(self, key, batch):
+    def __call__(self, key, batch, num_tokens):
         return 1 - jax.random.uniform(key, batch) ** 2
 
 

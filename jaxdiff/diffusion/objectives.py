@@ -61,6 +61,8 @@ class LossInputs(NamedTuple):
       ema: the model with its moving average; None unless `Objective.uses_ema`.
       state: of the objective.
       row_weights: weights of the images; None for equal ones.
+      num_tokens: image tokens of the network, for time samplers that shift with the size; None
+        for one per position of x0.
     """
 
     model: Predictor
@@ -75,6 +77,7 @@ class LossInputs(NamedTuple):
     ema: Predictor | None = None
     state: Any = ()
     row_weights: Float[Array, " b"] | None = None
+    num_tokens: int | None = None
 
 
 class LossOutputs(NamedTuple):
@@ -153,7 +156,8 @@ class Denoising(Objective):
         """
         x0 = inputs.x0.astype(jnp.float32)
         time_keys, noise_keys = inputs.keys.split()
-        t = self.times(time_keys.key, time_keys.count)[time_keys.rows] * inputs.max_t
+        num_tokens = inputs.num_tokens or x0.shape[1] * x0.shape[2]
+        t = self.times(time_keys.key, time_keys.count, num_tokens)[time_keys.rows] * inputs.max_t
         eps = self._noise(noise_keys, x0)
         x_t = add_noise(inputs.schedule, x0, eps, t)
         output = inputs.model(x_t, t, inputs.cond).astype(jnp.float32)

@@ -304,6 +304,6 @@ class Shifted:
 AnySchedule = Cosine | ScaledLinear | RectifiedFlow | VarianceExploding | Shifted | Schedule
 
 
-def shift_time(t: Times, shift: float) -> Times:
+def shift_time(t: Times, shift: float | Float[Array, ""]) -> Times:
     """s t / (1 + (s - 1) t), a map of [0, 1] onto itself (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)

@@ -1,8 +1,9 @@
 """Time grids: the times of a sampler's steps, from 1 (noise) down to 0 (data).
 
-grid(i, num_steps) is the time before step i: the first step starts at grid(0, num_steps), the last
-one ends at grid(num_steps, num_steps). Both arguments may be traced, so a different number of steps
-does not recompile.
+grid(i, num_steps, num_tokens) is the time before step i: the first step starts at i = 0, the last
+one ends at i = num_steps. These two may be traced, so a different number of steps does not
+recompile. num_tokens is the number of image tokens that the network reads, static as the shape of
+x_t is; grids of large models add noise with it.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Fraction, Natural, Positive, Range
 from jaxdiff.diffusion.schedules import AnySchedule, Times, shift_time
+from jaxdiff.diffusion.time_shifts import EmpiricalShift, TokenShift
 from jaxdiff.errors import UserError
 
 Index = int | Int[Array, "*b"]
@@ -30,7 +32,7 @@ class Grid(Protocol):
     A grid of few times has an attribute `max_steps` too: more steps than that are refused.
     """
 
-    def __call__(self, i: Index, num_steps: NumSteps, /) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int, /) -> Float[Array, "*b"]:
         """Return the time before step i of num_steps: decreasing in i, about 1 at 0."""
         ...
 
@@ -52,7 +54,7 @@ class TimeGrid:
     shift: Positive = 1.0
     rho: Annotated[float, Range(1)] = 1.0
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         left = jnp.asarray(num_steps - i, dtype) / jnp.asarray(num_steps, dtype)
@@ -101,7 +103,7 @@ class TrainStepGrid:
         beyond = self.offset if self.spacing == "leading" else 0  # clipped to the last step
         return max(1, self.num_train_steps - self.skip_last - beyond)
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         i, n, total = jnp.asarray(i), jnp.asarray(num_steps), self.num_train_steps
         dtype = jnp.result_type(float)
@@ -147,7 +149,7 @@ class KarrasGrid:
     def __post_init__(self):
         _check_ends(self)
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         most, least, fraction = _ends(self, i, num_steps)
         root = most ** (1 / self.rho) * (1 - fraction) + least ** (1 / self.rho) * fraction
@@ -179,7 +181,7 @@ class LogSnrGrid:
     def __post_init__(self):
         _check_ends(self)
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         most, least, fraction = _ends(self, i, num_steps)
         logarithm = jnp.log(most) * (1 - fraction) + jnp.log(least) * fraction
@@ -236,7 +238,7 @@ class ExplicitGrid:
                 "between 1 (noise) and 0 (data)."
             )
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         dtype = jnp.result_type(float)
         times = jnp.asarray(self.times, dtype)
@@ -274,11 +276,59 @@ class ConsistencyGrid:
         """The number of steps beyond which some would be repeated."""
         return self.distilled_steps
 
-    def __call__(self, i: Index, num_steps: NumSteps) -> Float[Array, "*b"]:
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
         """The time before step i of num_steps."""
         i, n, count = jnp.asarray(i), jnp.asarray(num_steps), self.distilled_steps
         step = (count - i * count // n) * (self.num_train_steps // count)
         return (step / self.num_train_steps).astype(jnp.result_type(float))
 
 
-AnyGrid = TimeGrid | TrainStepGrid | KarrasGrid | LogSnrGrid | ExplicitGrid | ConsistencyGrid | Grid
+@checked
+@dataclass(frozen=True, kw_only=True)
+class FlowGrid:
+    """The sigmas of diffusers' FlowMatchEulerDiscreteScheduler for FLUX and Z-Image.
+
+    t = 1, 1 - 1/n, ..., 1/n, shifted by eq. 1 of `time_shifts`, then 0.
+
+    Attributes:
+        shift: s of eq. 1.
+        token_shift: multiplies `shift` by what the number of image tokens asks for.
+        terminal: the time before the last step, to which the times are stretched: diffusers'
+            shift_terminal. A single step starts at 1.
+    """
+
+    shift: Positive = 1.0
+    token_shift: TokenShift | EmpiricalShift | None = None
+    terminal: Annotated[float | None, Range(0, 1, "()")] = None
+
+    def __call__(self, i: Index, num_steps: NumSteps, num_tokens: int) -> Float[Array, "*b"]:
+        """The time before step i of num_steps."""
+        i, n, dtype = jnp.asarray(i), jnp.asarray(num_steps), jnp.result_type(float)
+        shift: float | Float[Array, ""] = self.shift
+        if isinstance(self.token_shift, TokenShift):
+            shift = shift * self.token_shift(num_tokens)
+        elif self.token_shift is not None:
+            shift = shift * self.token_shift(num_tokens, n)
+        left = (n - i).astype(dtype) / n.astype(dtype)
+        noise = self._noise(left, shift)
+        if self.terminal is not None:
+            last = self._noise(1 / n.astype(dtype), shift)
+            noise = jnp.where(n > 1, 1 - (1 - noise) * ((1 - self.terminal) / (1 - last)), noise)
+        return jnp.where(i < n, noise, 0.0).astype(dtype)
+
+    @staticmethod
+    def _noise(t: Times, shift: float | Float[Array, ""]) -> Times:
+        """Return eq. 1 of `time_shifts`, exactly 1 at 1."""
+        return shift / (shift + (1 / t - 1))
+
+
+AnyGrid = (
+    TimeGrid
+    | TrainStepGrid
+    | KarrasGrid
+    | LogSnrGrid
+    | ExplicitGrid
+    | ConsistencyGrid
+    | FlowGrid
+    | Grid
+)

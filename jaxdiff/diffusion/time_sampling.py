@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Positive
 from jaxdiff.diffusion.schedules import shift_time
+from jaxdiff.diffusion.time_shifts import TokenShift
 
 T_MIN = 1e-5  # at t = 0 there is no noise to remove
 
@@ -34,7 +35,7 @@ class Uniform:
 
     stratified: bool = True
 
-    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+    def __call__(self, key: Key[Array, ""], batch: int, num_tokens: int) -> Float[Array, " b"]:
         """t [batch], float32."""
         return _uniform(key, batch, self.stratified)
 
@@ -45,7 +46,8 @@ class LogitNormal:
     """logit(t) ~ N(mean, std^2), then t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 19, 23).
 
     A higher mean or a shift above 1 means more noise. shift adds log(shift) to the mean; they are
-    separate because one depends on the data set and the other on the resolution.
+    separate because one depends on the data set and the other on the resolution. token_shift
+    multiplies shift by what the number of image tokens asks for, as `FlowGrid` does.
 
     Raises:
         UserError: std or shift is not positive.
@@ -54,12 +56,15 @@ class LogitNormal:
     mean: float = 0.0
     std: Positive = 1.0
     shift: Positive = 1.0
+    token_shift: TokenShift | None = None
     stratified: bool = True
 
-    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+    def __call__(self, key: Key[Array, ""], batch: int, num_tokens: int) -> Float[Array, " b"]:
         """t [batch], float32."""
         normal = jax.scipy.special.ndtri(_uniform(key, batch, self.stratified))
         t = shift_time(jax.nn.sigmoid(self.mean + self.std * normal), self.shift)
+        if self.token_shift is not None:
+            t = shift_time(t, self.token_shift(num_tokens))
         return jnp.maximum(t, T_MIN)
 
 
@@ -67,7 +72,7 @@ class LogitNormal:
 class TimeSampler(Protocol):
     """Interface of distributions of training times; one's own is a frozen dataclass."""
 
-    def __call__(self, key: Key[Array, ""], batch: int, /) -> Float[Array, " b"]:
+    def __call__(self, key: Key[Array, ""], batch: int, num_tokens: int, /) -> Float[Array, " b"]:
         """Return times [batch] in [0, 1], float32."""
         ...
 

@@ -44,7 +44,13 @@ def sampling_flops(
     rows, columns, _ = model.latent_shape(size[1], size[0])
     length = model.conditioner.text_length
     network = model.denoiser.flops(height=rows, width=columns, text_length=length)
-    times = evaluation_times(sampler, model.schedule, num_steps=num_steps, first=first)
+    times = evaluation_times(
+        sampler,
+        model.schedule,
+        num_steps=num_steps,
+        num_tokens=model.denoiser.num_tokens(height=rows, width=columns),
+        first=first,
+    )
     low, high = sampler.guidance.active_interval
     calls = sum(1 + (low <= t <= high) for t in times[sampler.guidance.zero_steps :])
     total = calls * network + 2 * model.conditioner.flops()
@@ -55,7 +61,12 @@ def sampling_flops(
 
 @functools.lru_cache(maxsize=64)
 def evaluation_times(
-    sampler: ResolvedSampler, schedule: Schedule, *, num_steps: int, first: int = 0
+    sampler: ResolvedSampler,
+    schedule: Schedule,
+    *,
+    num_steps: int,
+    num_tokens: int = 1,
+    first: int = 0,
 ) -> tuple[float, ...]:
     """Return the time of each evaluation of the denoiser, by sampling a single number."""
     times: list[float] = []
@@ -76,6 +87,7 @@ def evaluation_times(
             jnp.zeros(1, jnp.uint32),
             init=InitLatents(zero, first_step=first_step),
             resample_steps=sampler.resample_steps,
+            num_tokens=num_tokens,
         ).images
 
     jax.jit(run)(jnp.int32(num_steps), jnp.int32(first)).block_until_ready()

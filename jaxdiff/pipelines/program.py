@@ -146,6 +146,22 @@ class SamplerSpec:
         if self.guide is not None:
             object.__setattr__(self, "guide", _anonymous(self.guide))
 
+    @property
+    def network_shape(self) -> tuple[int, int]:
+        """Height and width of the network's input: the latents, or a window of them."""
+        windows = self.windows
+        return (windows.height, windows.width) if windows else self.shape[:2]
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the network reads."""
+        height, width = self.network_shape
+        return self.model.denoiser.num_tokens(height=height, width=width)
+
+    def time(self, i: int, num_steps: Int[Array, ""]) -> Float[Array, ""]:
+        """The time before step i."""
+        return self.sampler.grid(jnp.int32(i), num_steps, self.num_tokens)
+
     @functools.cached_property
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in dataclasses.fields(self)))
@@ -186,6 +202,7 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
             num_snapshots=kept,
             resample_steps=spec.sampler.resample_steps,
             segment=Segment(steps.begin, steps.end, state),
+            num_tokens=spec.num_tokens,
             **start,
         )
         x = sampled.snapshots if spec.num_snapshots else sampled.images[None]
@@ -215,22 +232,21 @@ def _denoiser(
     """Return the guided denoiser."""
     model, windows, guidance = spec.model, spec.windows, spec.sampler.guidance
     # The size condition is that of the network's input.
-    height, width = (windows.height, windows.width) if windows else spec.shape[:2]
-    size = height * model.downsampling, width * model.downsampling
+    height, width = (side * model.downsampling for side in spec.network_shape)
     wrap = NO_WRAP if windows else spec.sampler.wrap
     cache = spec.sampler.cache
     guide = None
     if spec.guide is not None:
         assert inputs.guide_scale is not None
-        conditioned = _conditioned(spec.guide, params["guide"], inputs, size, wrap)
+        conditioned = _conditioned(spec.guide, params["guide"], inputs, (height, width), wrap)
         guide = GuideModel(conditioned, inputs.guide_scale[0])
     denoiser = guided_denoiser(
-        _conditioned(model, params, inputs, size, wrap, cache),
+        _conditioned(model, params, inputs, (height, width), wrap, cache),
         guidance,
         inputs.guidance_scale,
         threshold=spec.sampler.threshold,
         guide=guide,
-        zero_init_until=_zero_init_until(spec.sampler, num_steps),
+        zero_init_until=_zero_init_until(spec, num_steps),
     )
     if windows is not None:
         denoiser = windowed(denoiser, windows, *spec.shape[:2])
@@ -321,15 +337,12 @@ def latent_mask(mask: Float[Array, "n h w"], downsampling: int) -> Float[Array, 
     return jnp.max(cells, axis=(2, 4))[..., None]
 
 
-def _zero_init_until(
-    sampler: ResolvedSampler, num_steps: Int[Array, ""]
-) -> Float[Array, ""] | None:
+def _zero_init_until(spec: SamplerSpec, num_steps: Int[Array, ""]) -> Float[Array, ""] | None:
     """Return the time halfway between the last step of velocity 0 and the next step."""
-    count = sampler.guidance.zero_steps
+    count = spec.sampler.guidance.zero_steps
     if count == 0:
         return None
-    last, following = (sampler.grid(jnp.int32(i), num_steps) for i in (count - 1, count))
-    return (last + following) / 2
+    return (spec.time(count - 1, num_steps) + spec.time(count, num_steps)) / 2
 
 
 def _start(
@@ -373,7 +386,7 @@ def _unit_noise(
     sampler = spec.sampler
     if not isinstance(sampler.solver, DDIMInverse) or sampler.init_noise == "unit":
         return x
-    return x / spec.model.schedule.sigma(sampler.grid(jnp.int32(0), num_steps))
+    return x / spec.model.schedule.sigma(spec.time(0, num_steps))
 
 
 def _decode(

@@ -33,8 +33,10 @@ from jaxdiff.sampling.solver import Denoise, SolverState, State, Step, StepOutpu
 def reverse_grid(grid: Grid) -> Grid:
     """Return the same times in the opposite order, from data to noise."""
 
-    def at(i: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> Float[Array, ""]:
-        return grid(jnp.asarray(num_steps - i), jnp.asarray(num_steps))
+    def at(
+        i: int | Int[Array, ""], num_steps: int | Int[Array, ""], num_tokens: int
+    ) -> Float[Array, ""]:
+        return grid(jnp.asarray(num_steps - i), jnp.asarray(num_steps), num_tokens)
 
     return at
 

@@ -107,8 +107,9 @@ def sample(
     init: InitLatents | None = None,
     resample_steps: int = 1,
     segment: Segment | None = None,
+    num_tokens: int | None = None,
 ) -> Sampled:
-    """Integrate from noise at grid(0) to an image at grid(num_steps).
+    """Integrate from noise at the grid's first time to an image at its last.
 
     num_steps, the segment's bounds and the first step may be traced: under jit neither they nor the
     seeds, nor any array that `denoiser` closes over, recompiles.
@@ -121,7 +122,7 @@ def sample(
       num_steps: of the run.
       noise: of unit variance (`noise_from_seeds`).
       seeds: one per image, for solvers that add noise.
-      init_noise: "schedule" scales the noise to the sigma of grid(0), "unit" does not.
+      init_noise: "schedule" scales the noise to the sigma of the first time, "unit" does not.
       num_snapshots: k, static. Snapshot j is the estimate of x0 after a fraction (j + 1) / k of the
         steps, so the last is that of the last step.
       init: start at its first step, from its x0 with as much noise (SDEdit, Meng et al. 2022,
@@ -131,8 +132,10 @@ def sample(
         section 4.2, and Bansal et al. 2023, section 3.4), which harmonises the replaced region with
         its surroundings, or with guidance.
       segment: take only these steps.
+      num_tokens: image tokens of the network, for the grid; by default one per position of x_t.
     """
-    path = _Path(schedule, grid, jnp.asarray(num_steps, jnp.int32), noise, init)
+    num_tokens = noise.shape[1] * noise.shape[2] if num_tokens is None else num_tokens
+    path = _Path(schedule, grid, jnp.asarray(num_steps, jnp.int32), num_tokens, noise, init)
     keys = keys_from_seeds(seeds, STEP_NOISE)
     slots = jnp.arange(num_snapshots).reshape(-1, 1, 1, 1, 1)
     first_step = 0 if init is None else init.first_step
@@ -166,12 +169,13 @@ class _Path(NamedTuple):
     schedule: Schedule
     grid: Grid
     num_steps: Int[Array, ""]
+    num_tokens: int
     noise: Images
     init: InitLatents | None
 
     def levels(self, i: int | Int[Array, ""]) -> tuple[Scalar, Scalar, Scalar]:
         """Return t, alpha and sigma before step i."""
-        t = self.grid(jnp.asarray(i), self.num_steps).astype(self.noise.dtype)
+        t = self.grid(jnp.asarray(i), self.num_steps, self.num_tokens).astype(self.noise.dtype)
         return t, self.schedule.alpha(t), self.schedule.sigma(t)
 
     def noised(self, i: int | Int[Array, ""]) -> Images:

@@ -331,7 +331,7 @@ def test_more_steps_than_the_grid_has_are_refused(pipeline, grid, steps, most):
     message = f"num_steps is {steps}: expected at most {most}, the steps that the model's"
     with pytest.raises(UserError, match=message):
         pipeline([PEA, TOMATO], num_steps=[2, steps], sampler=Sampler(grid=grid))
-    times = np.asarray(grid(jnp.arange(most + 1), most))
+    times = np.asarray(grid(jnp.arange(most + 1), most, 64))
     assert (np.diff(times) < 0).all()
     assert pipeline([PEA], num_steps=2, sampler=Sampler(grid=grid)).shape == (1, 32, 32, 3)
 

@@ -33,10 +33,10 @@ def run(schedule, solver, init, first, noise=NOISE):
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
 def test_sampling_begins_at_x0_with_the_noise_of_the_first_step(schedule):
     first, solver = 4, DDIM()
-    t = GRID(first, STEPS)
+    t = GRID(first, STEPS, 1)
     x = schedule.alpha(t) * X0 + schedule.sigma(t) * NOISE
     for i in range(first, STEPS):
-        now, then = GRID(i, STEPS), GRID(i + 1, STEPS)
+        now, then = GRID(i, STEPS, 1), GRID(i + 1, STEPS, 1)
         step = Step(
             now,
             schedule.alpha(now),

@@ -69,7 +69,7 @@ def _errors(schedule, solver, grid, steps):
     """The root mean square error at the end of the path, for each number of steps."""
     with jax.enable_x64(True):
         noise = jnp.linspace(-2.5, 2.5, 41).reshape(-1, 1, 1, 1)
-        exact = _exact_end(schedule, schedule.sigma(jnp.ones(())) * noise, grid(1, 1))
+        exact = _exact_end(schedule, schedule.sigma(jnp.ones(())) * noise, grid(1, 1, 1))
 
         @jax.jit
         def run(num_steps):
@@ -81,7 +81,7 @@ def _errors(schedule, solver, grid, steps):
         return np.array([float(jnp.sqrt(jnp.mean((run(n) - exact) ** 2))) for n in steps])
 
 
-def _even_down_to_a_twentieth(i, num_steps):
+def _even_down_to_a_twentieth(i, num_steps, num_tokens):
     return 1 - 0.95 * i / jnp.asarray(num_steps, float)
 
 
@@ -253,7 +253,7 @@ def test_heun_with_churn_is_algorithm_2_of_edm():
     solver = Heun(variable="sigma", churn=churn)
     noise = noise_from_seeds(seeds, (2, 2, 1))
     denoise, keys = _mixture_denoiser(schedule), keys_from_seeds(seeds, STEP_NOISE)
-    sigmas = np.asarray(schedule.sigma(TimeGrid()(jnp.arange(steps + 1), steps)), float)
+    sigmas = np.asarray(schedule.sigma(TimeGrid()(jnp.arange(steps + 1), steps, 1)), float)
 
     def slope(x, sigma):
         return (x - denoise(x, schedule.time_at(jnp.asarray(sigma, x.dtype)))) / sigma

@@ -54,6 +54,13 @@ class Denoiser(abc.ABC):
         """Sides of x_t must be multiples of this."""
         return 1
 
+    def num_tokens(self, *, height: int, width: int) -> int:
+        """Image tokens that the network makes of height x width positions of x_t.
+
+        Time grids and time samplers may depend on it.
+        """
+        return height * width // self.size_multiple**2
+
     @property
     def extra_channels(self) -> int:
         """Channels of `Conditioning.concat`, such as an inpainting network's mask and latents."""

@@ -269,12 +269,13 @@ class DiffusionTask(Task):
         cond = self._cond(full, batch)
         max_t = self.curriculum.max_t(curriculum) if self.curriculum else 1.0
         objective = self.objective
+        x0 = self.x0(full, batch, encode_keys)
         outputs = objective.loss(
             LossInputs(
                 model=self._predictor(full),
                 prediction=self.model.prediction,
                 schedule=self.model.schedule,
-                x0=split_tokens(self.x0(full, batch, encode_keys)),
+                x0=split_tokens(x0),
                 cond=cond,
                 keys=loss_keys,
                 max_t=max_t,
@@ -283,6 +284,7 @@ class DiffusionTask(Task):
                 ema=self._ema(ema, params, frozen) if objective.uses_ema else None,
                 state=state,
                 row_weights=batch.get("row_weights"),
+                num_tokens=self.model.denoiser.num_tokens(height=x0.shape[1], width=x0.shape[2]),
             )
         )
         sums, counts = loss_by_level(outputs.loss, outputs.t)

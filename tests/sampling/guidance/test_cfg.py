@@ -216,7 +216,7 @@ def test_outside_its_interval_the_network_sees_the_prompts_alone():
 
     jax.jit(images, static_argnums=0)((0.25, 0.75))
     jax.effects_barrier()
-    times = np.array([grid(jnp.int32(i), jnp.int32(10)) for i in range(10)])
+    times = np.array([grid(jnp.int32(i), jnp.int32(10), 1) for i in range(10)])
     inside = int(np.sum((times >= 0.25) & (times <= 0.75)))
     assert 0 < inside < 10
     assert sorted(rows) == [3] * (10 - inside) + [6] * inside

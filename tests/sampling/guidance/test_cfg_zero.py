@@ -60,7 +60,7 @@ def test_the_first_steps_have_velocity_0(zero_steps):
         uncond=jnp.zeros(2),
     )
     guidance = Guidance(cfg_zero_star=CFGZeroStar(zero_steps=zero_steps))
-    times = [grid(jnp.int32(i), jnp.int32(num_steps)) for i in (zero_steps - 1, zero_steps)]
+    times = [grid(jnp.int32(i), jnp.int32(num_steps), 1) for i in (zero_steps - 1, zero_steps)]
     above = sum(times) / 2 if zero_steps else None
     denoiser = guided_denoiser(model, guidance, jnp.full(2, 3.0), zero_init_until=above)
     noise = sample(denoiser, Euler(), schedule, grid, num_steps, X, jnp.arange(2)).images
