@@ -43,9 +43,8 @@ def load(
     """Load a text-to-image model for sampling.
 
     Args:
-      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in diffusers'
-        layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
-        Hugging Face hub.
+      model: folder of a run, of an exported model or of a pipeline of diffusers; a single file of
+        Stable Diffusion; `shipped:NAME`; or the id OWNER/NAME of a model of the Hugging Face hub.
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
       quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
@@ -89,12 +88,13 @@ def _placement(
     axes = spec.param_axes()
 
     def put(path: tuple[Any, ...], value: np.ndarray) -> Any:
-        value = value if dtype is None else cast(value, dtype)
         if offload_text and path[0] == TEXT:
-            return np.asarray(value)
+            return np.asarray(value if dtype is None else cast(value, dtype))
         # JAX would compile a transposition for every shape that is not in C order.
         value = value if isinstance(value, jax.Array) else np.ascontiguousarray(value)
-        return jax.tree.leaves(shard(traverse_util.unflatten_dict({path: value}), mesh, axes))[0]
+        placed = jax.tree.leaves(shard(traverse_util.unflatten_dict({path: value}), mesh, axes))[0]
+        # Wait, for the next parameter is read while this one is in memory in two types.
+        return placed if dtype is None else jax.block_until_ready(cast(placed, dtype))
 
     return Placement(put)
 
