@@ -9,10 +9,12 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxdiff.distributed.mesh import MeshConfig
     from jaxdiff.errors import UserError
     from jaxdiff.pipelines.input_images import InitImage, References
     from jaxdiff.pipelines.inputs import Mix
-    from jaxdiff.pipelines.pipeline import Pipeline, load
+    from jaxdiff.pipelines.load import load
+    from jaxdiff.pipelines.pipeline import Pipeline
     from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
     from jaxdiff.sampling.guidance.apg import APG
     from jaxdiff.sampling.guidance.autoguidance import Autoguidance
@@ -48,6 +50,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "InitImage",
+    "MeshConfig",
     "Mix",
     "Pipeline",
     "References",
@@ -60,10 +63,12 @@ __all__ = [
 ]
 
 _NAMES = {
+    "jaxdiff.distributed.mesh": ("MeshConfig",),
     "jaxdiff.errors": ("UserError",),
     "jaxdiff.pipelines.input_images": ("InitImage", "References"),
     "jaxdiff.pipelines.inputs": ("Mix",),
-    "jaxdiff.pipelines.pipeline": ("Pipeline", "load"),
+    "jaxdiff.pipelines.load": ("load",),
+    "jaxdiff.pipelines.pipeline": ("Pipeline",),
     "jaxdiff.sampling.feature_cache": ("FirstBlockCache", "TaylorSeer"),
     "jaxdiff.sampling.guidance.apg": ("APG",),
     "jaxdiff.sampling.guidance.autoguidance": ("Autoguidance",),

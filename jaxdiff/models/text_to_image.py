@@ -30,6 +30,9 @@ from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.conditioners.flux1 import Flux1Conditioner
+from jaxdiff.models.conditioners.flux2 import Flux2Conditioner
+from jaxdiff.models.conditioners.z_image import ZImageConditioner
 from jaxdiff.models.conditioning import (
     ClipConditioner,
     Conditioner,
@@ -43,6 +46,7 @@ from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.layers import (
     Dense,
     abstract_module,
@@ -56,8 +60,15 @@ from jaxdiff.models.lora import adapter_axes, add_adapters
 from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
-AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | Denoiser
-AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
+AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | ZImageConfig | Denoiser
+AnyConditioner = (
+    ClipConditioner
+    | StableDiffusionXLConditioner
+    | Flux1Conditioner
+    | Flux2Conditioner
+    | ZImageConditioner
+    | Conditioner
+)
 AnyAutoencoder = (
     AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
 )

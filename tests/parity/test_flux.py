@@ -1,5 +1,6 @@
 """FLUX transformers with the same random weights predict in diffusers and in jaxdiff alike."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,13 @@ import numpy as np
 import pytest
 
 from jaxdiff.models.conditioning import Conditioning
-from jaxdiff.models.layers import bind_build, bind_params
+from jaxdiff.models.denoisers.flux import FLUX1 as FLUX1_CONFIG
+from jaxdiff.models.denoisers.flux import FluxConfig
+from jaxdiff.models.layers import abstract_params, bind_build, bind_params
 from jaxdiff.pretrained import flux_keys
+from jaxdiff.pretrained.flux_original import original_rename, to_original
+from jaxdiff.pretrained.key_mapping import flatten_params, locate
+from jaxdiff.pretrained.safetensors_io import Renamed
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -208,3 +214,28 @@ def test_tensors_and_config_return_bit_for_bit(name, dtype):
     kind = written.pop("_class_name")
     assert kind == type(model).__name__
     assert written == {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
+def test_files_of_the_original_code_are_read_as_diffusers_reads_them(name):
+    """diffusers' converter knows one width of FLUX.1; rows have few columns here."""
+    from diffusers.loaders import single_file_utils
+
+    kind = "flux" if is_first(name) else "flux2"
+    convert = getattr(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
+    like = FLUX1_CONFIG if is_first(name) else FluxConfig()
+    config = dataclasses.replace(like, double_depth=2, single_depth=2, guidance_embedding=True)
+    rng, rows = np.random.default_rng(0), {}
+    for path, value in flatten_params(abstract_params(bind_build(config))).items():
+        table = flux_keys.FLUX1_NAMES if is_first(name) else flux_keys.FLUX2_NAMES
+        tensor = locate(path, value.shape, table)
+        for theirs in tensor.names():
+            size = value.shape[-1]
+            rows[theirs] = rng.normal(size=(size, 2) if tensor.is_kernel else (size,))
+    original = to_original(rows, config)
+    wanted = convert({key: torch.from_numpy(x) for key, x in original.items()})
+    found = Renamed(original, original_rename(config))
+    assert found.keys() == wanted.keys() == rows.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(found[key], tensor.numpy())
+        np.testing.assert_array_equal(found[key], rows[key])

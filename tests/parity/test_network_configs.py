@@ -20,18 +20,22 @@ from jaxdiff.models.autoencoders.flux2 import Flux2Autoencoder
 from jaxdiff.models.autoencoders.kl import Autoencoder
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.conditioning import Conditioning
+from jaxdiff.models.denoisers.flux import Flux
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
-from jaxdiff.models.layers import any_rngs, bind_build, bind_init, bind_params
+from jaxdiff.models.denoisers.z_image import ZImage
+from jaxdiff.models.layers import any_rngs, bind_build, bind_init, bind_params, patchify
 from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
 from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
 from jaxdiff.models.text_encoders.t5 import T5Encoder
 from jaxdiff.pretrained import (
     autoencoder_keys,
     clip_keys,
+    flux_keys,
     qwen3_keys,
     t5_keys,
     tiny_autoencoder_keys,
     unet_keys,
+    z_image_keys,
 )
 from jaxdiff.pretrained.clip_folder import IMAGE_KEYS, read_image_config
 from jaxdiff.pretrained.config_check import Unused
@@ -452,6 +456,155 @@ class BothClips:
         return np.concatenate([np.asarray(x).ravel() for x in parts])
 
 
+class ZImageTransformer:
+    kind, schema = diffusers.ZImageTransformer2DModel, z_image_keys.Z_IMAGE_KEYS
+    keys: ClassVar = list(signature(kind))
+    bases: ClassVar = {
+        "Z-Image": {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 12,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [64, 8, 8],
+        }
+    }
+    values: ClassVar = {
+        "all_patch_size": [[1], [2, 4], [4]],
+        "all_f_patch_size": [[2], [1, 1]],
+        "in_channels": [8, None],
+        "dim": [64, 34, 33, None],
+        "n_layers": [2, 0],
+        "n_refiner_layers": [2, 0],
+        "n_heads": [1, 4],
+        "n_kv_heads": [1, 4, None],
+        "norm_eps": [1e-2, 0],
+        "cap_feat_dim": [8, None],
+        "siglip_feat_dim": [8],
+        "rope_theta": [100, 1e4],
+        "t_scale": [1, 100.0],
+        "axes_dims": [[6, 6, 4], [8, 8], [4, 4, 4, 4], [4, 4, 6], [5, 5, 6]],
+        "axes_lens": [[34, 8, 8], [16, 8, 8], [64, 2, 8], [64, 8], [64, 8, 8, 8]],
+    }
+
+    @staticmethod
+    def read(config):
+        return z_image_keys.read_z_image_config(config)
+
+    @staticmethod
+    def inputs(config):
+        return random(1, 4, 6, config["in_channels"]), random(1, 5, config["cap_feat_dim"])
+
+    @classmethod
+    def theirs(cls, model, config):
+        x, tokens = cls.inputs(config)
+        latents = to_torch(x)[0][:, None]
+        out = model([latents], torch.tensor([0.6]), [torch.from_numpy(tokens[0])]).sample
+        return -out[0][:, 0].permute(1, 2, 0).numpy()[None]
+
+    @classmethod
+    def ours(cls, spec, tensors, config):
+        params = z_image_keys.z_image_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(ZImage, spec), params)
+        x, tokens = map(jnp.asarray, cls.inputs(config))
+        return jax.jit(network.__call__)(x, jnp.full(1, 0.4), Conditioning(tokens=tokens))
+
+
+class Flux1:
+    kind, schema = diffusers.FluxTransformer2DModel, flux_keys.FLUX1_KEYS
+    keys: ClassVar = list(signature(kind))
+    small: ClassVar = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 20,
+        "axes_dims_rope": [4, 6, 6],
+    }
+    bases: ClassVar = {"schnell": small, "dev": {**small, "guidance_embeds": True}}
+    values: ClassVar = {
+        "in_channels": [32, 18, None],
+        "out_channels": [16, 32, 0],
+        "num_layers": [2, 0],
+        "num_single_layers": [2, 0],
+        "attention_head_dim": [8, 32],
+        "num_attention_heads": [1, 3],
+        "joint_attention_dim": [8],
+        "pooled_projection_dim": [8],
+        "axes_dims_rope": [[8, 4, 4], [4, 4, 8], [4, 6], [4, 4, 4, 4], [4, 6, 4], [3, 7, 6]],
+        "timestep_guidance_channels": [16, 33],
+        "mlp_ratio": [2, 2.5, 3, 0.01],
+        "rope_theta": [100, 10000],
+        "eps": [0.01, 1e-5, 0],
+        "patch_size": [2],
+    }
+
+    @staticmethod
+    def read(config):
+        return flux_keys.read_flux1_config(config)
+
+    @staticmethod
+    def inputs(config, patch):
+        x = random(1, 2 * patch, 3 * patch, config["in_channels"] // patch**2)
+        tokens = jnp.asarray(random(1, 5, config["joint_attention_dim"]))
+        guidance = jnp.full(1, 3.5) if config["guidance_embeds"] else None
+        pooled = config.get("pooled_projection_dim")
+        pooled = None if pooled is None else jnp.asarray(random(1, pooled))
+        return x, Conditioning(tokens=tokens, pooled=pooled, guidance=guidance)
+
+    @classmethod
+    def theirs(cls, model, config):
+        is_first = config.get("pooled_projection_dim") is not None
+        x, cond = cls.inputs(config, 2 if is_first else 1)
+        packed = patchify(jnp.asarray(x), 2 if is_first else 1, channels_first=True)
+        places = [[0, row, column, 0] for row in range(2) for column in range(3)]
+        words = [[0, 0, 0, 0 if is_first else i] for i in range(5)]
+        given = {
+            "hidden_states": packed,
+            "encoder_hidden_states": cond.tokens,
+            "timestep": np.float32([0.4]),
+            "img_ids": np.float32(places)[:, : 3 if is_first else 4],
+            "txt_ids": np.float32(words)[:, : 3 if is_first else 4],
+            "guidance": cond.guidance,
+        }
+        if is_first:
+            given["pooled_projections"] = cond.pooled
+        given = {k: None if v is None else torch.tensor(np.array(v)) for k, v in given.items()}
+        return model(**given).sample.numpy()
+
+    @classmethod
+    def ours(cls, spec, tensors, config):
+        params = flux_keys.flux_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(Flux, spec), params)
+        x, cond = cls.inputs(config, spec.patch_size)
+        out = jax.jit(network.__call__)(x, jnp.full(1, 0.4), cond)
+        return patchify(out, spec.patch_size, channels_first=True)
+
+
+class Flux2(Flux1):
+    kind, schema = diffusers.Flux2Transformer2DModel, flux_keys.FLUX2_KEYS
+    keys: ClassVar = list(signature(kind))
+    small: ClassVar = {
+        **{key: x for key, x in Flux1.small.items() if key != "pooled_projection_dim"},
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": [4, 4, 4, 4],
+    }
+    bases: ClassVar = {"dev": small, "klein": {**small, "guidance_embeds": False}}
+    values: ClassVar = {
+        **Flux1.values,
+        "axes_dims_rope": [[6, 2, 4, 4], [4, 6, 6], [4, 4, 4, 6], [3, 5, 4, 4]],
+    }
+
+    @staticmethod
+    def read(config):
+        return flux_keys.read_flux2_config(config)
+
+
 class Qwen:
     kind, config_kind = transformers.Qwen3Model, transformers.Qwen3Config
     schema = qwen3_keys.KEYS
@@ -541,13 +694,32 @@ class T5:
         return bound(functools.partial(T5Encoder, spec), params)(jnp.asarray(IDS))
 
 
-PARTS = [UNet, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips, Qwen, T5]
+PARTS = [
+    UNet,
+    ZImageTransformer,
+    Flux1,
+    Flux2,
+    VAE,
+    Flux2VAE,
+    Tiny,
+    Text,
+    TextProjection,
+    BothClips,
+    Qwen,
+    T5,
+]
 SAMPLE = [
     # In CI: followed, refused and without effect, of each network.
     (UNet, "1.x", "class_embed_type"),
     (UNet, "1.x", "act_fn"),
+    (Flux1, "schnell", "axes_dims_rope"),
+    (Flux1, "dev", "out_channels"),
+    (Flux2, "klein", "mlp_ratio"),
+    (Flux2, "dev", "guidance_embeds"),
     (VAE, "KL", "act_fn"),
     (VAE, "KL", "mid_block_add_attention"),
+    (ZImageTransformer, "Z-Image", "axes_lens"),
+    (ZImageTransformer, "Z-Image", "n_kv_heads"),
     (Flux2VAE, "FLUX.2", "decoder_block_out_channels"),
     (Flux2VAE, "FLUX.2", "batch_norm_eps"),
     (Tiny, "tiny", "latent_magnitude"),

@@ -112,6 +112,11 @@ class FluxConfig(Denoiser):
                 f"expected at least {least} even numbers whose sum is head_width; change one of "
                 "both."
             )
+        if not self.hidden:
+            raise UserError(
+                f"Flux: mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit of "
+                f"{self.width}: expected a larger number, such as 3."
+            )
         if self.time_width % 2:
             raise UserError(
                 f"Flux: time_width is {self.time_width}: expected an even number, for a cosine and "

@@ -9,7 +9,7 @@ from PIL import Image
 from jaxdiff.cli import main as cli
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines.input_images import References
-from jaxdiff.pipelines.pipeline import load
+from jaxdiff.pipelines.load import load
 from jaxdiff.pretrained.bundle import write_bundle
 from tests.pipelines.test_references import flux_pipeline
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,13 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build, bind_params, cast
 from jaxdiff.sampling.feature_cache import SplitNetwork
 
-SMALL = {"heads": 2, "head_width": 16, "double_depth": 2, "single_depth": 2, "text_width": 8}
+SMALL: dict[str, Any] = {
+    "heads": 2,
+    "head_width": 16,
+    "double_depth": 2,
+    "single_depth": 2,
+    "text_width": 8,
+}
 FIRST = dataclasses.replace(
     FLUX1, **SMALL, channels=4, pooled_width=12, rope_axes=(4, 6, 6), guidance_embedding=True
 )
@@ -125,6 +132,7 @@ def test_rematerialised_gradients_are_the_same(remat):
         ({"rope_axes": (4, 4, 4, 6)}, "rope_axes are .* expected at least 4 even numbers"),
         ({"rope_axes": (3, 5, 4, 4)}, "rope_axes are"),
         ({"rope_axes": (4, 6, 6)}, "expected at least 4"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio is 0.01, which leaves no hidden unit of 32"),
         ({"time_width": 31}, "time_width is 31: expected an even number"),
     ],
 )

@@ -1,0 +1,282 @@
+"""FLUX transformers in one file, in the layout of their original code.
+
+    double_blocks.N.img_attn.qkv      queries, keys and values of image tokens, one under another
+    single_blocks.N.linear1           those of a single block, and the first layer of its MLP
+    final_layer.adaLN_modulation.1    shift, then scale: the other way round in diffusers
+
+ComfyUI puts `model.diffusion_model.` before these names, others `diffusion_model.`. A file may also
+hold diffusers' names. It has neither text encoders nor an autoencoder, or they are left unread.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
+from jaxdiff.pretrained.flux_keys import FLUX2, flux_from_torch, flux_to_torch, is_flux1
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, TensorFiles, to_device
+
+Rows = tuple[slice, ...]
+
+Pieces = tuple[tuple[str, Rows | None], ...]
+"""Modules of diffusers that an original module holds, and their rows in it; None for all."""
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
+
+_MARKS = "double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"
+_STREAMS = [
+    ("img", "to_{}", "to_out.0", "norm", "ff"),
+    ("txt", "add_{}_proj", "to_add_out", "norm_added", "ff_context"),
+]
+_NORMS = {"query_norm": "q", "key_norm": "k"}
+
+
+def original_modules(config: FluxConfig) -> dict[str, Pieces]:
+    """Return the modules of the original code, and those of diffusers in each."""
+    first, d = is_flux1(config), config.width
+    time = "time_text_embed" if first else "time_guidance_embed"
+    whole = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    embedders = {"time_in": f"{time}.timestep_embedder"}
+    if config.guidance_embedding:
+        embedders["guidance_in"] = f"{time}.guidance_embedder"
+    if first:
+        embedders["vector_in"] = f"{time}.text_embedder"
+    else:
+        for kind in ("double_stream_modulation_img", "double_stream_modulation_txt"):
+            whole[f"{kind}.lin"] = f"{kind}.linear"
+        whole["single_stream_modulation.lin"] = "single_stream_modulation.linear"
+    for old, new in embedders.items():
+        whole |= {f"{old}.in_layer": f"{new}.linear_1", f"{old}.out_layer": f"{new}.linear_2"}
+    modules: dict[str, Pieces] = {
+        "final_layer.adaLN_modulation.1": (("norm_out.linear", (slice(d, None), slice(0, d))),)
+    }
+    for n in range(config.double_depth):
+        modules |= _double(f"double_blocks.{n}", f"transformer_blocks.{n}", d, first, whole)
+    for n in range(config.single_depth):
+        modules |= _single(f"single_blocks.{n}", f"single_transformer_blocks.{n}", d, first, whole)
+    return modules | {old: ((new, None),) for old, new in whole.items()}
+
+
+def _thirds(names: list[str], d: int) -> Pieces:
+    """Return modules of d rows one under another; the last has all that follow."""
+    ends = [*range(d, d * len(names), d), None]
+    return tuple(
+        (name, (slice(i * d, end),)) for i, (name, end) in enumerate(zip(names, ends, strict=True))
+    )
+
+
+def _double(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> dict[str, Pieces]:
+    """Return the divided modules of a double block, and add the others to `whole`."""
+    mlp = ("net.0.proj", "net.2") if first else ("linear_in", "linear_out")
+    modules: dict[str, Pieces] = {}
+    for kind, projection, out, norm, feed in _STREAMS:
+        attention = f"{old}.{kind}_attn"
+        names = [f"{new}.attn.{projection.format(x)}" for x in "qkv"]
+        modules[f"{attention}.qkv"] = _thirds(names, d)
+        whole |= {f"{attention}.norm.{x}": f"{new}.attn.{norm}_{y}" for x, y in _NORMS.items()}
+        whole[f"{attention}.proj"] = f"{new}.attn.{out}"
+        whole |= {f"{old}.{kind}_mlp.{i}": f"{new}.{feed}.{mlp[i // 2]}" for i in (0, 2)}
+        if first:
+            context = "" if kind == "img" else "_context"
+            whole[f"{old}.{kind}_mod.lin"] = f"{new}.norm1{context}.linear"
+    return modules
+
+
+def _single(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> dict[str, Pieces]:
+    """Return the divided modules of a single block, and add the others to `whole`."""
+    whole |= {f"{old}.norm.{x}": f"{new}.attn.norm_{y}" for x, y in _NORMS.items()}
+    whole[f"{old}.linear2"] = f"{new}.{'proj_out' if first else 'attn.to_out'}"
+    if not first:
+        whole[f"{old}.linear1"] = f"{new}.attn.to_qkv_mlp_proj"
+        return {}
+    whole[f"{old}.modulation.lin"] = f"{new}.norm.linear"
+    names = [*(f"{new}.attn.to_{x}" for x in "qkv"), f"{new}.proj_mlp"]
+    return {f"{old}.linear1": _thirds(names, d)}
+
+
+def cut(rows: Rows | None) -> Cut | None:
+    """Return the function that takes rows of a tensor."""
+    if rows is None:
+        return None
+    if len(rows) == 1:
+        return lambda x: x[rows[0]]
+    return lambda x: np.concatenate([x[part] for part in rows])
+
+
+def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Any]]:
+    """Return what `Renamed` takes to read the original code's tensors under diffusers' names.
+
+    A name that the original code does not have stays as it is.
+    """
+    modules = original_modules(config)
+
+    def rename(name: str) -> str | Mapping[str, Any]:
+        module, _, leaf = name.rpartition(".")
+        leaf = "weight" if leaf == "scale" else leaf
+        pieces = modules.get(module, ((module, None),))
+        return {f"{new}.{leaf}": cut(rows) for new, rows in pieces}
+
+    return rename
+
+
+def to_original(tensors: Mapping[str, np.ndarray], config: FluxConfig) -> dict[str, np.ndarray]:
+    """Return tensors of diffusers under the original code's names, the inverse of renaming."""
+    found = {}
+    for old, pieces in original_modules(config).items():
+        for leaf in ("weight", "bias"):
+            if f"{pieces[0][0]}.{leaf}" not in tensors:
+                continue
+            parts = []
+            for new, rows in pieces:
+                value = tensors[f"{new}.{leaf}"]
+                # Rows in the order of this piece, to their places in the whole.
+                size = len(value) // len(rows or (0,))
+                parts += [
+                    (part.start, value[i * size : (i + 1) * size])
+                    for i, part in enumerate(rows or (slice(0, None),))
+                ]
+            values = [value for _, value in sorted(parts, key=lambda x: x[0])]
+            name = f"{old}.{'scale' if old.endswith('_norm') else leaf}"
+            found[name] = values[0] if len(values) == 1 else np.concatenate(values)
+    return found
+
+
+def flux_prefix(names: Mapping[str, Any]) -> str | None:
+    """Return what precedes the names of a FLUX transformer's tensors; None if there is none."""
+    for prefix in PREFIXES:
+        if any(prefix + mark in names for mark in _MARKS):
+            return prefix
+    return None
+
+
+def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfig:
+    """Return the config of a published FLUX from the shapes of its tensors.
+
+    Args:
+      file: for messages.
+      shapes: by name, without prefix, in either spelling.
+
+    Raises:
+      UserError: tensors are missing that determine it.
+    """
+
+    def size(axis: int, *names: str) -> int:
+        for name in names:
+            if len(shapes.get(name, ())) > axis:
+                return shapes[name][axis]
+        raise UserError(
+            f"{file} lacks {names[0]}: expected the tensors of a FLUX transformer; copy it again."
+        )
+
+    def depth(start: str) -> int:
+        return 1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{start}\.(\d+)\.", n)))
+
+    is_original = _MARKS[0] in shapes
+    double, single = (
+        ("double_blocks", "single_blocks")
+        if is_original
+        else (
+            "transformer_blocks",
+            "single_transformer_blocks",
+        )
+    )
+    shared = ("double_stream_modulation_img.lin", "double_stream_modulation_img.linear")
+    like = FLUX2 if any(f"{name}.weight" in shapes for name in shared) else FLUX1
+    norms = f"{double}.0.img_attn.norm.query_norm.scale", f"{double}.0.attn.norm_q.weight"
+    head = size(0, *norms)
+    width, patch = (size(i, "img_in.weight", "x_embedder.weight") for i in (0, 1))
+    outputs = size(0, "final_layer.linear.weight", "proj_out.weight")
+    if width % head or patch % like.patch_size**2 or outputs != patch:
+        raise UserError(
+            f"{file} has {patch} input and {outputs} output channels, and heads of {head} of "
+            f"{width}: expected equal numbers of channels and whole heads, as of models that read "
+            "nothing but noisy latents; use another model."
+        )
+    time = "time_text_embed" if like is FLUX1 else "time_guidance_embed"
+    changes: dict[str, Any] = {}
+    if like is FLUX1:
+        text = f"{time}.text_embedder.linear_1.weight"
+        changes["pooled_width"] = size(1, "vector_in.in_layer.weight", text)
+    else:
+        inner = f"{double}.0.ff.linear_out.weight"
+        changes["mlp_ratio"] = size(1, f"{double}.0.img_mlp.2.weight", inner) / width
+        embedder = f"{time}.timestep_embedder.linear_1.weight"
+        changes["time_width"] = size(1, "time_in.in_layer.weight", embedder)
+        changes["rope_axes"] = (head // 4,) * 4
+    return dataclasses.replace(
+        like,
+        channels=patch // like.patch_size**2,
+        heads=width // head,
+        head_width=head,
+        double_depth=depth(double),
+        single_depth=depth(single),
+        text_width=size(1, "txt_in.weight", "context_embedder.weight"),
+        guidance_embedding=any(re.search(r"guidance_(in|embedder)\.", name) for name in shapes),
+        **changes,
+    )
+
+
+def read_flux_file(
+    file: epath.PathLike,
+    config: FluxConfig | None = None,
+    *,
+    place: Callable[[np.ndarray], Any] = to_device,
+) -> tuple[FluxConfig, dict[str, Any]]:
+    """Read a FLUX transformer from one file, with tensors in their stored type.
+
+    Args:
+      file: safetensors.
+      config: of the network; None determines it from the shapes, as of a published model.
+      place: called with each parameter in our layout, such as to move it to a device.
+
+    Raises:
+      UserError: the file is damaged, or holds another network.
+    """
+    tensors = TensorFiles([epath.Path(file)])
+    prefix = flux_prefix(tensors)
+    if prefix is None:
+        raise UserError(
+            f"{file} holds no FLUX transformer: expected {' or '.join(_MARKS)}, also after "
+            f"{PREFIXES[0]}; use another file."
+        )
+    # Other components in the file, such as vae., do not begin with the prefix.
+    others = re.compile(r"(vae|text_encoders?|first_stage_model|conditioner)\b")
+
+    def bare(name: str) -> str | None:
+        inner = name.removeprefix(prefix)
+        is_other = not name.startswith(prefix) or (not prefix and others.match(name))
+        return None if is_other else inner
+
+    inner = Renamed(tensors, bare)
+    if config is None:
+        config = read_original_config(file, inner.shapes)
+    if _MARKS[0] in inner:
+        inner = Renamed(inner, original_rename(config))
+    options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
+    return config, flux_from_torch(inner, config, place=place, **options)
+
+
+def write_flux_file(
+    file: epath.PathLike, params: Mapping[str, Any], config: FluxConfig, prefix: str = ""
+) -> None:
+    """Write a FLUX transformer in the original layout, which ComfyUI and diffusers read.
+
+    Args:
+      file: safetensors.
+      params: of the network, a nested dict; tensors keep their type.
+      config: of the network.
+      prefix: before all names, such as ComfyUI's `model.diffusion_model.`.
+
+    Raises:
+      UserError: the network has the structure of no published FLUX.
+    """
+    tensors = to_original(flux_to_torch(params, config), config)
+    tensors = {prefix + name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    write_whole(epath.Path(file), save(tensors, metadata={"format": "pt"}))

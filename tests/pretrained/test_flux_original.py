@@ -1,0 +1,121 @@
+"""FLUX transformers in the original layout: every tensor returns bit for bit."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxdiff.errors import UserError
+from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
+from jaxdiff.models.layers import abstract_params, bind_build
+from jaxdiff.pretrained.flux_keys import flux_to_torch
+from jaxdiff.pretrained.flux_original import (
+    original_modules,
+    read_flux_file,
+    to_original,
+    write_flux_file,
+)
+
+SMALL: dict[str, Any] = {"heads": 1, "double_depth": 2, "single_depth": 2, "text_width": 8}
+CONFIGS = {
+    "schnell": dataclasses.replace(FLUX1, **SMALL, channels=4, pooled_width=12),
+    "dev": dataclasses.replace(
+        FLUX1, **SMALL, channels=4, pooled_width=12, guidance_embedding=True
+    ),
+    "klein": FluxConfig(**SMALL, channels=8, time_width=16),
+}
+BOTH = pytest.mark.parametrize("name", CONFIGS)
+
+
+def random_params(config):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: rng.normal(size=p.shape).astype(ml_dtypes.bfloat16),
+        abstract_params(bind_build(config)),
+    )
+
+
+def equal(a, b):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x.view(np.uint16), y.view(np.uint16)), a, b
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_written_file_is_read_bit_for_bit_and_states_its_config(tmp_path, name, prefix):
+    config, file = CONFIGS[name], tmp_path / "flux.safetensors"
+    params = random_params(config)
+    write_flux_file(file, params, config, prefix)
+    found, back = read_flux_file(file, place=np.asarray)
+    assert found == config
+    equal(back, params)
+    again = tmp_path / "again.safetensors"
+    write_flux_file(again, back, found, prefix)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_names_and_order_of_rows_are_those_of_the_original_code(tmp_path):
+    config, file = CONFIGS["dev"], tmp_path / "flux.safetensors"
+    params = random_params(config)
+    write_flux_file(file, params, config)
+    tensors, theirs = load_file(file), flux_to_torch(params, config)
+    qkv = [theirs[f"transformer_blocks.1.attn.add_{x}_proj.bias"] for x in "qkv"]
+    equal(tensors["double_blocks.1.txt_attn.qkv.bias"], np.concatenate(qkv))
+    scale, shift = np.split(theirs["norm_out.linear.weight"], 2)
+    equal(tensors["final_layer.adaLN_modulation.1.weight"], np.concatenate([shift, scale]))
+    assert "single_blocks.0.norm.key_norm.scale" in tensors
+    assert len(tensors) == 2 * len(original_modules(config)) - 6 * 2  # norms have no bias
+
+
+@BOTH
+def test_names_of_diffusers_and_other_components_in_the_file_are_read_too(tmp_path, name):
+    config = CONFIGS[name]
+    params = random_params(config)
+    theirs = flux_to_torch(params, config)
+    other = {"vae.decoder.conv_in.weight": np.zeros((2, 2), np.float32)}
+    for tensors in (theirs, to_original(theirs, config)):
+        contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+        save_file({**contiguous, **other}, tmp_path / "flux.safetensors")
+        found, back = read_flux_file(tmp_path / "flux.safetensors", place=np.asarray)
+        assert found == config
+        equal(back, params)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    config, file = CONFIGS["klein"], tmp_path / "flux.safetensors"
+    whole = to_original(flux_to_torch(random_params(config), config), config)
+    whole = {key: np.ascontiguousarray(x) for key, x in whole.items()}
+    wide = np.zeros((16, 16), ml_dtypes.bfloat16)
+    for changes, message in (
+        ({"img_in.weight": None}, "lacks img_in.weight: expected the tensors of a FLUX"),
+        ({"single_blocks.1.linear2.weight": None}, "missing tensors: single_transformer_blocks.1"),
+        ({"double_blocks.0.img_attn.q.weight": wide}, "unexpected tensors: double_blocks.0.img_"),
+        ({"txt_in.bias": wide[0]}, "unexpected tensors: context_embedder.bias"),
+        ({"double_blocks.0.img_attn.qkv.weight": wide}, "tensors of another shape"),
+        ({"final_layer.linear.weight": wide}, "8 input and 16 output channels"),
+        ({"double_blocks.0.img_attn.qkv.weight": None}, "holds no FLUX transformer: expected"),
+    ):
+        tensors = {key: x for key, x in {**whole, **changes}.items() if x is not None}
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=message):
+            read_flux_file(file)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    config, file = CONFIGS["klein"], tmp_path / "flux.safetensors"
+    whole = to_original(flux_to_torch(random_params(config), config), config)
+    save_file({k: x.astype(ml_dtypes.float8_e4m3fn) for k, x in whole.items()}, file)
+    with pytest.raises(UserError, match="is of type F8_E4M3: expected one of F64, F32"):
+        read_flux_file(file)
+
+
+def test_a_structure_that_nothing_published_has_is_not_written(tmp_path):
+    config = dataclasses.replace(CONFIGS["klein"], bias=True)
+    with pytest.raises(UserError, match=r"neither a FLUX\.1 nor a FLUX\.2"):
+        write_flux_file(tmp_path / "x.safetensors", random_params(config), config)
+    assert list(tmp_path.iterdir()) == []
