@@ -139,7 +139,7 @@ def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
     if isinstance(tensor, jax.Array):
         return tensor
     # JAX would compile a transposition for every shape that is not in C order.
-    return jax.block_until_ready(jax.device_put(np.ascontiguousarray(tensor)))
+    return jax.block_until_ready(jax.device_put(np.asarray(tensor, order="C")))
 
 
 def to_linear(kernel: np.ndarray) -> np.ndarray:
