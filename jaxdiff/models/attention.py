@@ -210,21 +210,44 @@ def _in_blocks(q: Array, k: Array, v: Array) -> Array:
 class Attention(nnx.Module):
     """Multi-head attention with RMS-normalised queries and keys (Henry et al. 2020)."""
 
-    def __init__(self, width: int, heads: int, *, source_width: int, rngs: nnx.Rngs, zero=False):
-        self.heads = heads
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        source_width: int,
+        rngs: nnx.Rngs,
+        zero: bool = False,
+        bias: bool = True,
+        epsilon: float = 1e-6,
+        interleaved: bool = False,
+    ):
+        """Initialise the layers.
+
+        Args:
+          width: of the output, and of x.
+          heads: number of heads.
+          source_width: of the source.
+          rngs: random keys.
+          zero: whether the last layer starts at zero.
+          bias: whether it has one.
+          epsilon: of the norms.
+          interleaved: order of the channels that rotate together (`layers.apply_rope`).
+        """
+        self.heads, self.interleaved = heads, interleaved
         self.q = linear(width, width, rngs, axes=TO_HEADS, bias=False)
         self.k = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
         self.v = linear(source_width, width, rngs, axes=TO_HEADS, bias=False)
-        self.out = linear(width, width, rngs, axes=FROM_HEADS, zero=zero)
-        self.q_norm = nnx.RMSNorm(width // heads, rngs=rngs)
-        self.k_norm = nnx.RMSNorm(width // heads, rngs=rngs)
+        self.out = linear(width, width, rngs, axes=FROM_HEADS, zero=zero, bias=bias)
+        self.q_norm = nnx.RMSNorm(width // heads, epsilon=epsilon, rngs=rngs)
+        self.k_norm = nnx.RMSNorm(width // heads, epsilon=epsilon, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "b n d"],
         source: Float[Array, "b m e"],
         *,
-        angles: Float[Array, "n half"] | None = None,
+        angles: Float[Array, "*b n half"] | None = None,
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Attend from x to the source where the mask is true; angles rotate queries and keys."""
@@ -234,5 +257,5 @@ class Attention(nnx.Module):
         )
         q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
         if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k = (apply_rope(y, angles, interleaved=self.interleaved) for y in (q, k))
         return self.out(attend(q, k, v, mask).reshape(x.shape))

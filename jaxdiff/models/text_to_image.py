@@ -43,6 +43,7 @@ from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.layers import (
     Dense,
     abstract_module,
@@ -56,7 +57,7 @@ from jaxdiff.models.lora import adapter_axes, add_adapters
 from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
-AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | Denoiser
+AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | ZImageConfig | Denoiser
 AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
 AnyAutoencoder = (
     AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec

@@ -88,8 +88,8 @@ def load(
     """Load a text-to-image model for sampling.
 
     Args:
-      model: folder of a run, of an exported model or of a Stable Diffusion checkpoint in diffusers'
-        layout; a single file of the latter; `shipped:NAME`; or the id OWNER/NAME of a model of the
+      model: folder of a run, of an exported model or of a pipeline of diffusers; a single file of
+        Stable Diffusion; `shipped:NAME`; or the id OWNER/NAME of a model of the
         Hugging Face hub.
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
       quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
@@ -102,10 +102,23 @@ def load(
         programs.
     """
     programs = None if compiled is None else CompiledFolder(compiled)
-    # Quantised on the host: a device holds the 8 bits alone.
-    bundle = load_bundle(model, place=np.asarray if quantize else to_device, types=types)
+    kind = _compute_type(dtype)
+
+    def place(array: np.ndarray) -> Any:
+        if quantize:  # on the host: a device holds the 8 bits alone
+            return array
+        on_device = to_device(array)
+        # Wait, for the next parameter is read while this one is in memory in two types.
+        return on_device if kind is None else jax.block_until_ready(cast(on_device, kind))
+
+    bundle = load_bundle(model, place=place, types=types)
     pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
     return pipe.with_compiled(programs)
+
+
+def _compute_type(dtype: ComputeType | None) -> ComputeType | None:
+    """Return the type to cast weights to; None keeps theirs, except on a CPU."""
+    return "float32" if dtype is None and jax.default_backend() == "cpu" else dtype
 
 
 class Pipeline:
@@ -148,8 +161,7 @@ class Pipeline:
                 f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
                 "the folder of one."
             )
-        if dtype is None and jax.default_backend() == "cpu":
-            dtype = "float32"
+        dtype = _compute_type(dtype)
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self.quantize, self.types, self._compiled = quantize, tuple(types), None
         self._mesh = local_mesh(devices)

@@ -12,8 +12,8 @@ called `weight` there, as is `scale`. Integers, such as counters, are int64 ther
 """
 
 import functools
-import itertools
 import math
+import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -30,7 +30,7 @@ Path = tuple[str | int, ...]
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 _SHOWN = 5  # names in an error message
-_READERS = 4  # tensors read, and held in memory, at a time
+_READERS = 4  # layers read at a time
 _LINE = 64  # bytes of a cache line; JAX's CPU backend does not copy arrays aligned to it
 
 
@@ -130,14 +130,102 @@ def from_torch_names(
     Raises:
       UserError: tensors are missing, unexpected or of another shape; it names them.
     """
-    flat, theirs = flatten_params(params), shapes(tensors)
+    flat = flatten_params(params)
     located = {path: locate(path, value.shape, names) for path, value in flat.items()}
+    _check_tensors(shapes(tensors), flat, located, what, advice)
+    arrays = _HostArrays({path: value.shape for path, value in flat.items()})
+    left = {path: tensor.depth or 1 for path, tensor in located.items()}
+    placed: dict[Path, Any] = {}
+
+    def read(path: Path, layer: int) -> None:
+        tensor, name = located[path], located[path].names()[layer]
+        value = np.asarray(tensors[name])
+        if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
+            placed[path] = place(_narrow(value, f"{what}: {name}"))
+            return
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(
+                f"{what}: {name} holds {value.dtype}: expected floating-point numbers; use a "
+                "variant that is not quantised."
+            )
+        ours = arrays.take(path, value.dtype)
+        if not tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...]):
+            raise UserError(
+                f"{what}: {name} holds NaN or infinite numbers: expected finite weights; use "
+                "another copy of the model."
+            )
+        with arrays.turn:
+            left[path] -= 1
+            if left[path]:
+                return
+        placed[path] = place(ours)
+        arrays.release(path)
+
+    # The largest first, while few others are placed already.
+    order = sorted(located, key=arrays.sizes.__getitem__, reverse=True)
+    jobs = [(path, layer) for path in order for layer in range(left[path])]
+    with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
+        try:
+            for _ in pool.map(lambda job: read(*job), jobs):
+                pass
+        except BaseException:
+            arrays.close()  # others may wait for one that will not be placed
+            raise
+    return traverse_util.unflatten_dict({path: placed[path] for path in located})
+
+
+class _HostArrays:
+    """Arrays of the parameters that are being read.
+
+    There are at most as many at a time as the largest and 1/20 of all together take. Parameters
+    must be taken in an order in which each can be finished without a later one.
+    """
+
+    def __init__(self, shapes: Mapping[Path, tuple[int, ...]]):
+        self.turn = threading.Condition()
+        self.sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+        self._shapes = shapes
+        self._most = max(self.sizes.values(), default=0) + sum(self.sizes.values()) // 20
+        self._arrays: dict[Path, np.ndarray] = {}
+        self._closed = False
+
+    def take(self, path: Path, dtype: np.dtype) -> np.ndarray:
+        """Return the array of a parameter; a new one waits until others are released."""
+        with self.turn:
+            self.turn.wait_for(lambda: path in self._arrays or self._closed or self._fits(path))
+            if path not in self._arrays:
+                self._arrays[path] = _aligned(self._shapes[path], dtype)
+            return self._arrays[path]
+
+    def release(self, path: Path) -> None:
+        with self.turn:
+            del self._arrays[path]
+            self.turn.notify_all()
+
+    def close(self) -> None:
+        """Let nobody wait any longer."""
+        with self.turn:
+            self._closed = True
+            self.turn.notify_all()
+
+    def _fits(self, path: Path) -> bool:
+        return self.sizes[path] + sum(self.sizes[held] for held in self._arrays) <= self._most
+
+
+def _check_tensors(
+    theirs: Mapping[str, tuple[int, ...]],
+    ours: Mapping[Path, Any],
+    located: Mapping[Path, Tensor],
+    what: str,
+    advice: str,
+) -> None:
+    """Check names and shapes of a checkpoint's tensors against our parameters."""
     wanted = {name for tensor in located.values() for name in tensor.names()}
     _raise_if_any(f"{what}: missing tensors", wanted - set(theirs), advice)
     _raise_if_any(f"{what}: unexpected tensors", set(theirs) - wanted, advice)
     misshapen = []
     for path, tensor in located.items():
-        shape = flat[path].shape if tensor.depth is None else flat[path].shape[1:]
+        shape = ours[path].shape if tensor.depth is None else ours[path].shape[1:]
         expected = tensor.to_torch(np.broadcast_to(np.zeros(()), shape)).shape
         misshapen += [
             f"{name} is {theirs[name]}, expected {expected}"
@@ -145,31 +233,6 @@ def from_torch_names(
             if theirs[name] != expected
         ]
     _raise_if_any(f"{what}: tensors of another shape", misshapen, advice)
-
-    def read(path: Path) -> Any:
-        tensor = located[path]
-        values = (np.asarray(tensors[name]) for name in tensor.names())
-        first = next(values)
-        ours = _aligned(flat[path].shape, first.dtype)
-        for layer, value in enumerate(itertools.chain([first], values)):
-            name = f"{what}: {tensor.names()[layer]}"
-            if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
-                return place(_narrow(value, name))
-            if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise UserError(
-                    f"{name} holds {value.dtype}: expected floating-point numbers; use a variant "
-                    "that is not quantised."
-                )
-            if not tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...]):
-                raise UserError(
-                    f"{name} holds NaN or infinite numbers: expected finite weights; use another "
-                    "copy of the model."
-                )
-        return place(ours)
-
-    with ThreadPoolExecutor(_READERS) as pool:  # numpy releases the GIL
-        ours = dict(zip(located, pool.map(read, located), strict=True))
-    return traverse_util.unflatten_dict(ours)
 
 
 def _narrow(value: np.ndarray, name: str) -> np.ndarray:

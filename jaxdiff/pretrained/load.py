@@ -162,7 +162,8 @@ def _config(root: epath.Path, folder: epath.PathLike) -> Any:
     if root.is_file():
         raise UserError(
             f"{folder} holds no model that jaxdiff opens: expected a folder or a .safetensors "
-            "file, as others, such as .ckpt and .pt, can run code; convert it."
+            "file, as others can run code, such as .ckpt and .pt, or are quantised, such as .gguf; "
+            "convert it."
         )
     if not (root / CONFIG).exists():
         raise UserError(

@@ -35,6 +35,9 @@ _TYPES = {
 """Number types of a safetensors file, by the format's names."""
 
 
+_GGUF = "GGUF's quantised weights, which jaxdiff does not read"
+
+
 class _Place(NamedTuple):
     """The location of a tensor."""
 
@@ -129,11 +132,14 @@ class Renamed(Mapping[str, np.ndarray]):
 
 
 def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
-    """Place an array on the default device; JAX arrays keep theirs."""
+    """Place an array on the default device; JAX arrays keep theirs.
+
+    The host's copy is free when this returns.
+    """
     if isinstance(tensor, jax.Array):
         return tensor
     # JAX would compile a transposition for every shape that is not in C order.
-    return jax.device_put(np.ascontiguousarray(tensor))
+    return jax.block_until_ready(jax.device_put(np.ascontiguousarray(tensor)))
 
 
 def to_linear(kernel: np.ndarray) -> np.ndarray:
@@ -167,11 +173,12 @@ def open_weights(folder: epath.Path, stem: str) -> TensorFiles:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.exists():
             return TensorFiles(_shards(index))
-    if folder.exists() and any(folder.glob("*.bin")):
-        raise UserError(
-            f"{folder} holds only pickled weights, which can run code: expected "
-            f"{stem}.safetensors; use the model's safetensors variant."
-        )
+    for pattern, kind in (("*.bin", "pickled weights, which can run code"), ("*.gguf", _GGUF)):
+        if folder.exists() and any(folder.glob(pattern)):
+            raise UserError(
+                f"{folder} holds only {kind}: expected {stem}.safetensors; use the model's "
+                "safetensors variant."
+            )
     raise UserError(
         f"{folder} holds no weights: expected {stem}.safetensors, its variant fp16 or bf16, "
         f"or {stem}.safetensors.index.json with its shards; copy the whole folder of the model."
@@ -226,7 +233,8 @@ def _places(file: epath.Path, types: Mapping[str, Any]) -> dict[str, _Place]:
         if entry["dtype"] not in types:
             raise UserError(
                 f"{file}: {name} is of type {entry['dtype']}: expected one of "
-                f"{', '.join(types)}; use another variant of the model."
+                f"{', '.join(types)}, as in files that are not quantised; use another variant of "
+                "the model."
             )
     return {
         name: _Place(

@@ -29,6 +29,7 @@ from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.layers import (
     Modulation,
     abstract_params,
@@ -93,6 +94,9 @@ DENOISERS = {
         text_positions=False,
     ),
     "flux2": FluxConfig(**SMALL_FLUX, rope_axes=(8, 8, 8, 8)),
+    "z_image": ZImageConfig(
+        channels=3, heads=2, depth=1, refiner_depth=1, text_width=16, rope_axes=(8, 12, 12)
+    ),
 }
 CLIP = ClipConfig(
     text=ClipTextConfig(vocab_size=600, length=16, width=16, depth=1, heads=2, projection_dim=8),

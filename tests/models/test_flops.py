@@ -15,6 +15,7 @@ from jaxdiff.models.denoisers.dit import DiT, DiTConfig
 from jaxdiff.models.denoisers.flux import FLUX1, Flux, FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig, UNet2DConditionModel
 from jaxdiff.models.denoisers.unet_small import UNet, UNetConfig
+from jaxdiff.models.denoisers.z_image import ZImage, ZImageConfig
 from jaxdiff.models.layers import any_rngs
 from jaxdiff.models.text_encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 
@@ -142,6 +143,19 @@ def test_flux_agrees_with_xla(config, references):
         cond,
     )
     ours = config.flops(height=16, width=24, text_length=64, reference_tokens=references)
+    assert ours == pytest.approx(xla, rel=0.03)
+
+
+def test_z_image_agrees_with_xla():
+    config = ZImageConfig(heads=2, depth=1, refiner_depth=1, text_width=192)
+    xla = counted(
+        nnx.eval_shape(lambda: ZImage(config, rngs=any_rngs())),
+        lambda model, x, t, cond: model(x, t, cond),
+        shape(16, 28, config.channels),
+        shape(),
+        Conditioning(shape(90, config.text_width), shape(90, dtype=jnp.bool_)),
+    )
+    ours = config.flops(height=16, width=28, text_length=90)
     assert ours == pytest.approx(xla, rel=0.03)
 
 

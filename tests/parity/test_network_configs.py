@@ -22,6 +22,7 @@ from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.flux import Flux
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
+from jaxdiff.models.denoisers.z_image import ZImage
 from jaxdiff.models.layers import any_rngs, bind_build, bind_init, bind_params, patchify
 from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
 from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
@@ -34,6 +35,7 @@ from jaxdiff.pretrained import (
     t5_keys,
     tiny_autoencoder_keys,
     unet_keys,
+    z_image_keys,
 )
 from jaxdiff.pretrained.clip_folder import IMAGE_KEYS, read_image_config
 from jaxdiff.pretrained.config_check import Unused
@@ -454,6 +456,63 @@ class BothClips:
         return np.concatenate([np.asarray(x).ravel() for x in parts])
 
 
+class ZImageTransformer:
+    kind, schema = diffusers.ZImageTransformer2DModel, z_image_keys.Z_IMAGE_KEYS
+    keys: ClassVar = list(signature(kind))
+    bases: ClassVar = {
+        "Z-Image": {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 12,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [64, 8, 8],
+        }
+    }
+    values: ClassVar = {
+        "all_patch_size": [[1], [2, 4], [4]],
+        "all_f_patch_size": [[2], [1, 1]],
+        "in_channels": [8, None],
+        "dim": [64, 34, 33, None],
+        "n_layers": [2, 0],
+        "n_refiner_layers": [2, 0],
+        "n_heads": [1, 4],
+        "n_kv_heads": [1, 4, None],
+        "norm_eps": [1e-2, 0],
+        "cap_feat_dim": [8, None],
+        "siglip_feat_dim": [8],
+        "rope_theta": [100, 1e4],
+        "t_scale": [1, 100.0],
+        "axes_dims": [[6, 6, 4], [8, 8], [4, 4, 4, 4], [4, 4, 6], [5, 5, 6]],
+        "axes_lens": [[34, 8, 8], [16, 8, 8], [64, 2, 8], [64, 8], [64, 8, 8, 8]],
+    }
+
+    @staticmethod
+    def read(config):
+        return z_image_keys.read_z_image_config(config)
+
+    @staticmethod
+    def inputs(config):
+        return random(1, 4, 6, config["in_channels"]), random(1, 5, config["cap_feat_dim"])
+
+    @classmethod
+    def theirs(cls, model, config):
+        x, tokens = cls.inputs(config)
+        latents = to_torch(x)[0][:, None]
+        out = model([latents], torch.tensor([0.6]), [torch.from_numpy(tokens[0])]).sample
+        return -out[0][:, 0].permute(1, 2, 0).numpy()[None]
+
+    @classmethod
+    def ours(cls, spec, tensors, config):
+        params = z_image_keys.z_image_from_torch(tensors, spec, place=np.asarray)
+        network = bound(functools.partial(ZImage, spec), params)
+        x, tokens = map(jnp.asarray, cls.inputs(config))
+        return jax.jit(network.__call__)(x, jnp.full(1, 0.4), Conditioning(tokens=tokens))
+
+
 class Flux1:
     kind, schema = diffusers.FluxTransformer2DModel, flux_keys.FLUX1_KEYS
     keys: ClassVar = list(signature(kind))
@@ -635,7 +694,20 @@ class T5:
         return bound(functools.partial(T5Encoder, spec), params)(jnp.asarray(IDS))
 
 
-PARTS = [UNet, Flux1, Flux2, VAE, Flux2VAE, Tiny, Text, TextProjection, BothClips, Qwen, T5]
+PARTS = [
+    UNet,
+    ZImageTransformer,
+    Flux1,
+    Flux2,
+    VAE,
+    Flux2VAE,
+    Tiny,
+    Text,
+    TextProjection,
+    BothClips,
+    Qwen,
+    T5,
+]
 SAMPLE = [
     # In CI: followed, refused and without effect, of each network.
     (UNet, "1.x", "class_embed_type"),
@@ -646,6 +718,8 @@ SAMPLE = [
     (Flux2, "dev", "guidance_embeds"),
     (VAE, "KL", "act_fn"),
     (VAE, "KL", "mid_block_add_attention"),
+    (ZImageTransformer, "Z-Image", "axes_lens"),
+    (ZImageTransformer, "Z-Image", "n_kv_heads"),
     (Flux2VAE, "FLUX.2", "decoder_block_out_channels"),
     (Flux2VAE, "FLUX.2", "batch_norm_eps"),
     (Tiny, "tiny", "latent_magnitude"),

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVisionConfig,
 )
 from jaxdiff.pretrained import autoencoder_keys, clip_keys
+from jaxdiff.pretrained.key_mapping import from_torch_names
 
 TEXT = ClipTextConfig(vocab_size=6, length=4, width=8, depth=2, heads=2, projection_dim=3)
 VISION = ClipVisionConfig(
@@ -160,3 +163,26 @@ def test_the_attention_of_old_autoencoders_is_found():
         old[name] = value
     assert old.keys() != new.keys()
     assert_same(autoencoder_keys.autoencoder_from_torch(old, AUTOENCODER), params)
+
+
+def test_the_host_holds_few_stacked_parameters_at_a_time():
+    layers, width, names = 16, 128, [f"p{i}" for i in range(8)]
+    stacked = jax.ShapeDtypeStruct((layers, width, width), jnp.float32)
+    tensors = {
+        f"{name}.{layer}.weight": np.full((width, width), layer, np.float32)
+        for name in names
+        for layer in range(layers)
+    }
+    tracemalloc.start()
+    try:
+        sums = from_torch_names(
+            tensors,
+            {name: f"{name}.{{layer}}" for name in names},
+            {name: {"kernel": stacked} for name in names},
+            place=np.sum,
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {float(x["kernel"]) for x in sums.values()} == {width**2 * layers * (layers - 1) / 2}
+    assert peak < 3 * layers * width**2 * 4  # the readers are four

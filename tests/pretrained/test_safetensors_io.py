@@ -7,6 +7,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.pretrained.safetensors_io import Renamed, TensorFiles, open_weights, shapes
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, np.float16)
@@ -69,6 +70,14 @@ def test_pickled_weights_are_never_opened(folder):
         open_weights(folder, "model")
 
 
+def test_quantised_weights_are_refused(folder):
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="holds only GGUF's quantised weights"):
+        open_weights(folder, "model")
+    with pytest.raises(UserError, match=r"or are quantised, such as \.gguf"):
+        load_bundle(folder / "model-Q4_K_M.gguf")
+
+
 def test_no_weights_are_reported(folder):
     with pytest.raises(UserError, match=r"holds no weights: expected model\.safetensors"):
         open_weights(folder, "model")
@@ -105,7 +114,7 @@ def test_numbers_of_an_unknown_type_are_reported(folder):
     (path := folder / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + bytes(8)
     )
-    with pytest.raises(UserError, match="a is of type F8_E5M2"):
+    with pytest.raises(UserError, match=r"a is of type F8_E5M2: .* BF16, .* not quantised"):
         TensorFiles([path])
 
 

@@ -132,10 +132,10 @@ def _modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float
 class SwiGLU(nnx.Module):
     """silu(x W1) * (x W2), then W3 (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = linear(width, hidden, rngs, axes=TO_MLP)
-        self.up = linear(width, hidden, rngs, axes=TO_MLP)
-        self.down = linear(hidden, width, rngs, axes=FROM_MLP)
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool = True):
+        self.gate = linear(width, hidden, rngs, axes=TO_MLP, bias=bias)
+        self.up = linear(width, hidden, rngs, axes=TO_MLP, bias=bias)
+        self.down = linear(hidden, width, rngs, axes=FROM_MLP, bias=bias)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Return the same shape."""
