@@ -101,10 +101,18 @@ def _single(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> d
     return {f"{old}.linear1": _thirds(names, d)}
 
 
-def cut(rows: Rows | None) -> Cut | None:
+def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
+    """Return diffusers' modules after `fuse_qkv_projections`, and its own modules in each."""
+    modules = original_modules(config)
+    return {
+        f"transformer_blocks.{n}.attn.{new}": modules[f"double_blocks.{n}.{old}_attn.qkv"]
+        for n in range(config.double_depth)
+        for old, new in (("img", "to_qkv"), ("txt", "to_added_qkv"))
+    }
+
+
+def cut(rows: Rows) -> Cut:
     """Return the function that takes rows of a tensor."""
-    if rows is None:
-        return None
     if len(rows) == 1:
         return lambda x: x[rows[0]]
     return lambda x: np.concatenate([x[part] for part in rows])
@@ -121,7 +129,7 @@ def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, An
         module, _, leaf = name.rpartition(".")
         leaf = "weight" if leaf == "scale" else leaf
         pieces = modules.get(module, ((module, None),))
-        return {f"{new}.{leaf}": cut(rows) for new, rows in pieces}
+        return {f"{new}.{leaf}": None if rows is None else cut(rows) for new, rows in pieces}
 
     return rename
 
