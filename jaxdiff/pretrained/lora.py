@@ -19,11 +19,11 @@ from jaxdiff.io.files import reason, write_whole
 from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.flux_original import Rows, cut
 from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
 from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of, put
 from jaxdiff.pretrained.lora_names import Place, place_tensors
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
+from jaxdiff.pretrained.original_layout import Rows, cut
 from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles
 
 FILE = "pytorch_lora_weights.safetensors"

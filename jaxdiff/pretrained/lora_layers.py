@@ -16,16 +16,20 @@ from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.denoisers.base import Denoiser
 from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.lora import Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.flux_keys import flux_names
-from jaxdiff.pretrained.flux_original import Pieces, Rows, fused_modules, original_modules
+from jaxdiff.pretrained.flux_original import fused_modules, original_modules
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
+from jaxdiff.pretrained.original_layout import Pieces, Rows
 from jaxdiff.pretrained.safetensors_io import Shape
 from jaxdiff.pretrained.single_file_keys import unet_original_name
 from jaxdiff.pretrained.stable_diffusion import ENCODERS
 from jaxdiff.pretrained.unet_keys import UNET_NAMES
+from jaxdiff.pretrained.z_image_keys import Z_IMAGE_NAMES
+from jaxdiff.pretrained.z_image_original import z_image_modules
 
 PARTS = {
     "unet": "denoiser",
@@ -90,9 +94,12 @@ def _names_of(denoiser: Denoiser, model: str) -> _Names:
     if isinstance(denoiser, FluxConfig):
         modules = {**original_modules(denoiser), **fused_modules(denoiser)}
         return _Names("transformer", flux_names(denoiser), lambda layers: modules)
+    if isinstance(denoiser, ZImageConfig):
+        return _Names("transformer", Z_IMAGE_NAMES, lambda layers: z_image_modules(denoiser))
     raise UserError(
         f"The denoiser of {model} is of type {type(denoiser).__name__}: expected Stable "
-        "Diffusion's U-Net or FLUX, the networks that LoRA files are for; use another model."
+        "Diffusion's U-Net, FLUX or Z-Image, the networks that LoRA files are for; use another "
+        "model."
     )
 
 

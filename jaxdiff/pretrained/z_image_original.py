@@ -14,7 +14,7 @@ from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.z_image import PATCH, ZImageConfig
-from jaxdiff.pretrained.original_modules import (
+from jaxdiff.pretrained.original_layout import (
     Pieces,
     open_transformer,
     stacked_rows,
@@ -22,7 +22,7 @@ from jaxdiff.pretrained.original_modules import (
     to_original_names,
     write_transformer,
 )
-from jaxdiff.pretrained.safetensors_io import Renamed, Shape, to_device
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
 from jaxdiff.pretrained.z_image_keys import z_image_from_torch, z_image_to_torch
 
 _ORIGINAL = "noise_refiner.0.attention.qkv.weight"
@@ -96,7 +96,9 @@ def read_original_z_image_config(file: object, shapes: Mapping[str, Shape]) -> Z
     )
 
 
-def original_z_image_rename(config: ZImageConfig) -> Callable[[str], Any]:
+def original_z_image_rename(
+    config: ZImageConfig,
+) -> Callable[[str], str | Mapping[str, Cut | None] | None]:
     """Return what `Renamed` takes to read the original code's tensors under diffusers' names."""
     rename = to_diffusers_names(z_image_modules(config))
     return lambda name: None if name in _UNUSED else rename(name)

@@ -49,11 +49,12 @@ def to_diffusers_names(
 ) -> Callable[[str], str | Mapping[str, Cut | None]]:
     """Return what `Renamed` takes to read tensors of the original code under diffusers' names.
 
-    A name that the table does not have stays as it is.
+    A name that the table does not have stays as it is. A norm's scale is called weight.
     """
 
     def rename(name: str) -> str | Mapping[str, Cut | None]:
         module, _, leaf = name.rpartition(".")
+        leaf = "weight" if leaf == "scale" else leaf
         if module not in modules:
             return name
         pieces = modules[module]
