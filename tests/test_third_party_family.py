@@ -599,7 +599,7 @@ def test_new_words_are_refused_in_one_sentence(recipe, pipe):
 def test_the_family_has_no_form_in_diffusers(run, refused, tmp_path):
     words = ["--format", "diffusers", "--plugin", MODULE]
     said = refused("export", str(run), str(tmp_path / "out"), *words)
-    assert "reader is no Stable Diffusion model" in said
+    assert "reader is no model of diffusers" in said
 
 
 def test_training_and_sampling_are_timed(recipe):

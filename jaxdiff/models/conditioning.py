@@ -185,7 +185,8 @@ class Conditioner(abc.ABC):
     ) -> Mapping[str, TextTokenizer]:
         """Train one tokenizer on captions, for all text encoders; by default a `Tokenizer`."""
         tokenizer = Tokenizer.train(captions, vocab_size=vocab_size, length=length)
-        return dict.fromkeys(self.encoders, tokenizer)
+        encoders = self.encoders.items()
+        return {name: encoder.adapt_tokenizer(tokenizer) for name, encoder in encoders}
 
     def load_tokenizers(self, folder: str) -> Mapping[str, TextTokenizer]:
         """Load the tokenizers that `tokenizer.save` wrote into `folder`/NAME."""

@@ -30,6 +30,9 @@ from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.conditioners.flux1 import Flux1Conditioner
+from jaxdiff.models.conditioners.flux2 import Flux2Conditioner
+from jaxdiff.models.conditioners.z_image import ZImageConditioner
 from jaxdiff.models.conditioning import (
     ClipConditioner,
     Conditioner,
@@ -58,7 +61,14 @@ from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.sampling.sampler import Sampler
 
 AnyDenoiser = DiTConfig | UNetConfig | UNet2DConditionConfig | FluxConfig | ZImageConfig | Denoiser
-AnyConditioner = ClipConditioner | StableDiffusionXLConditioner | Conditioner
+AnyConditioner = (
+    ClipConditioner
+    | StableDiffusionXLConditioner
+    | Flux1Conditioner
+    | Flux2Conditioner
+    | ZImageConditioner
+    | Conditioner
+)
 AnyAutoencoder = (
     AutoencoderConfig | TinyAutoencoderConfig | Flux2AutoencoderConfig | AutoencoderSpec
 )

@@ -1,13 +1,17 @@
 """The interface of text encoder settings."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from etils import epath
 from flax import nnx
 
+from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.tokenizer_folders import CONFIG, SAVED
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.models.lora import add_adapters
@@ -48,6 +52,10 @@ class TextEncoder(abc.ABC):
         """Load the tokenizer of a folder; by default a `Tokenizer`."""
         return Tokenizer.load(folder)
 
+    def adapt_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Adapt a tokenizer that was trained on captions; by default it stays as it is."""
+        return tokenizer
+
     def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:  # noqa: B027
         """Check that the network accepts a tokenizer's ids; by default any."""
 
@@ -58,6 +66,51 @@ class TextEncoder(abc.ABC):
         if adapters is not None:
             add_adapters(module, adapters)
         return module
+
+
+class LanguageModelEncoder(TextEncoder):
+    """A text encoder whose tokenizer has the files of a language model."""
+
+    model: Any
+    max_length: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, padding included."""
+        return self.max_length
+
+    @property
+    def width(self) -> int:
+        """Width of token embeddings."""
+        return self.model.width
+
+    @property
+    def template(self) -> bool | None:
+        """The argument `thinking` of `PretrainedTokenizer.load`."""
+        return None
+
+    def load_tokenizer(self, folder: str) -> TextTokenizer:
+        """Load a language model's tokenizer, or one that was trained on captions.
+
+        Raises:
+          UserError: as `PretrainedTokenizer.load`.
+        """
+        root = epath.Path(folder)
+        if (root / SAVED).exists() and not (root / CONFIG).exists():
+            return Tokenizer.load(folder, length=self.length)
+        return PretrainedTokenizer.load(folder, length=self.length, thinking=self.template)
+
+    def adapt_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Return a copy of the encoder's length."""
+        return dataclasses.replace(tokenizer, length=self.length)
+
+    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:
+        """Check lengths and ids.
+
+        Raises:
+          UserError: they differ from the network's.
+        """
+        check_ids(tokenizer, added, length=self.length, vocab_size=self.model.vocab_size)
 
 
 def check_ids(tokenizer: Any, added: int, *, length: int, vocab_size: int) -> None:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural, Positive
-from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.distributed.sharding import Axes
 from jaxdiff.errors import UserError
 from jaxdiff.models.flops import attention_flops, linear_flops
@@ -34,7 +33,7 @@ from jaxdiff.models.layers import (
     scan_blocks,
     stack_blocks,
 )
-from jaxdiff.models.text_encoders.base import TextEncoder, check_ids
+from jaxdiff.models.text_encoders.base import LanguageModelEncoder
 
 
 @checked
@@ -170,7 +169,7 @@ class Qwen3(nnx.Module):
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class Qwen3TextEncoder(TextEncoder):
+class Qwen3TextEncoder(LanguageModelEncoder):
     """A Qwen3, the hidden states that the denoiser reads, and the form of its prompts.
 
     Attributes:
@@ -197,16 +196,6 @@ class Qwen3TextEncoder(TextEncoder):
             )
 
     @property
-    def length(self) -> int:
-        """Tokens of a prompt, those of the chat template included."""
-        return self.max_length
-
-    @property
-    def width(self) -> int:
-        """Width of token embeddings."""
-        return self.model.width
-
-    @property
     def joined_width(self) -> int:
         """Width of the joined hidden states."""
         return len(self.hidden_layers) * self.width
@@ -223,21 +212,10 @@ class Qwen3TextEncoder(TextEncoder):
         block += attention_flops(n, n, heads) + linear_flops(n, model.width, 3 * model.mlp_width)
         return self.hidden_layers[-1] * block
 
-    def load_tokenizer(self, folder: str) -> PretrainedTokenizer:
-        """Load the tokenizer of a folder, with its chat template.
-
-        Raises:
-          UserError: as `PretrainedTokenizer.load`.
-        """
-        return PretrainedTokenizer.load(folder, length=self.length, thinking=self.thinking)
-
-    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:
-        """Check lengths and ids.
-
-        Raises:
-          UserError: they differ from the network's.
-        """
-        check_ids(tokenizer, added, length=self.length, vocab_size=self.model.vocab_size)
+    @property
+    def template(self) -> bool:
+        """Whether the chat template lets the model think."""
+        return self.thinking
 
     def encode(
         self,

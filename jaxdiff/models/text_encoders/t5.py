@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Positive
-from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.distributed.sharding import Axes
 from jaxdiff.errors import UserError
 from jaxdiff.models.flops import attention_flops, linear_flops
@@ -33,7 +32,7 @@ from jaxdiff.models.layers import (
     scan_blocks,
     stack_blocks,
 )
-from jaxdiff.models.text_encoders.base import TextEncoder, check_ids
+from jaxdiff.models.text_encoders.base import LanguageModelEncoder
 
 
 @checked
@@ -169,7 +168,7 @@ class T5Encoder(nnx.Module):
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class T5TextEncoder(TextEncoder):
+class T5TextEncoder(LanguageModelEncoder):
     """A T5 encoder that attends to padding too, as in diffusers' pipelines of FLUX.1.
 
     Attributes:
@@ -179,16 +178,6 @@ class T5TextEncoder(TextEncoder):
 
     model: T5Config
     max_length: Count = 512
-
-    @property
-    def length(self) -> int:
-        """Tokens of a prompt, the end included."""
-        return self.max_length
-
-    @property
-    def width(self) -> int:
-        """Width of its tokens."""
-        return self.model.width
 
     def build(self, *, rngs: nnx.Rngs) -> T5Encoder:
         """Initialise the network."""
@@ -200,22 +189,6 @@ class T5TextEncoder(TextEncoder):
         heads = model.heads * model.head_dim
         block = linear_flops(n, model.width, 4 * heads) + attention_flops(n, n, heads)
         return model.depth * (block + linear_flops(n, model.width, 3 * model.mlp_width))
-
-    def load_tokenizer(self, folder: str) -> PretrainedTokenizer:
-        """Load the tokenizer of a folder.
-
-        Raises:
-          UserError: as `PretrainedTokenizer.load`.
-        """
-        return PretrainedTokenizer.load(folder, length=self.length)
-
-    def check_tokenizer(self, tokenizer: Any, added: int = 0) -> None:
-        """Check lengths and ids.
-
-        Raises:
-          UserError: they differ from the network's.
-        """
-        check_ids(tokenizer, added, length=self.length, vocab_size=self.model.vocab_size)
 
     def encode(
         self, params: Mapping[str, Any], name: str, ids: Int[Array, "b n"]

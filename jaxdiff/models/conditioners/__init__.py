@@ -1,0 +1,1 @@
+"""Conditioners of the model families."""
