@@ -4,7 +4,7 @@ A model is a folder, a file, `shipped:NAME` for one that comes with jaxdiff, or 
 there is no such folder, for one of the Hugging Face hub.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -34,6 +34,7 @@ from jaxdiff.pretrained.bundle import (
     spec_from_json,
 )
 from jaxdiff.pretrained.hub import download, is_hub_id
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device
 
@@ -78,7 +79,7 @@ def model_folder(model: epath.PathLike) -> epath.Path:
 def load_bundle(
     folder: epath.PathLike,
     *,
-    place: Callable[[Any], Any] = to_device,
+    place: Place = to_device,
     types: Sequence[type] = (),
 ) -> Bundle:
     """Load a trained model.
