@@ -16,7 +16,13 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
-from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers_folder, single_file
+from jaxdiff.pretrained import (
+    autoencoder_file,
+    autoencoder_folder,
+    clip_folder,
+    diffusers_folder,
+    single_file,
+)
 from jaxdiff.pretrained.bundle import (
     CONFIG,
     AnySpec,
@@ -81,7 +87,8 @@ def load_bundle(
     Args:
       folder: of an exported model, of a run (its weights are the moving average of its newest
         undamaged checkpoint), of a pipeline or an autoencoder of diffusers, or of a CLIP of
-        transformers; one safetensors file in Stable Diffusion's original layout;
+        transformers; one safetensors file in Stable Diffusion's original layout, or of FLUX's
+        autoencoder alone;
         `shipped:NAME`; or a model of the hub.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses, such as a network of yours, that the specification may name.
@@ -93,6 +100,8 @@ def load_bundle(
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers(root, place=place)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return Bundle(*autoencoder_file.read_autoencoder_file(root, place=place), {})
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -113,6 +122,8 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers_spec(root)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return autoencoder_file.read_autoencoder_file_spec(root)
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
