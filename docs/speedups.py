@@ -33,7 +33,8 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import Dense, abstract_module, abstract_params
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.auxiliary_models import clip_scores
-from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline
+from jaxdiff.pipelines.load import DEFAULT_MODEL
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import load_bundle

@@ -9,9 +9,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxdiff.distributed.mesh import MeshConfig
     from jaxdiff.errors import UserError
     from jaxdiff.pipelines.inputs import InitImage, Mix
-    from jaxdiff.pipelines.pipeline import Pipeline, load
+    from jaxdiff.pipelines.load import load
+    from jaxdiff.pipelines.pipeline import Pipeline
     from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
     from jaxdiff.sampling.guidance.apg import APG
     from jaxdiff.sampling.guidance.autoguidance import Autoguidance
@@ -47,6 +49,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "InitImage",
+    "MeshConfig",
     "Mix",
     "Pipeline",
     "Sampler",
@@ -58,9 +61,11 @@ __all__ = [
 ]
 
 _NAMES = {
+    "jaxdiff.distributed.mesh": ("MeshConfig",),
     "jaxdiff.errors": ("UserError",),
     "jaxdiff.pipelines.inputs": ("InitImage", "Mix"),
-    "jaxdiff.pipelines.pipeline": ("Pipeline", "load"),
+    "jaxdiff.pipelines.load": ("load",),
+    "jaxdiff.pipelines.pipeline": ("Pipeline",),
     "jaxdiff.sampling.feature_cache": ("FirstBlockCache", "TaylorSeer"),
     "jaxdiff.sampling.guidance.apg": ("APG",),
     "jaxdiff.sampling.guidance.autoguidance": ("Autoguidance",),

@@ -22,7 +22,8 @@ from jaxdiff.config.fields import Count
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.conditioning import full_size_crop
 from jaxdiff.pipelines.batching import default_batch_size
-from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
+from jaxdiff.pipelines.load import DEFAULT_MODEL, load
+from jaxdiff.pipelines.pipeline import Pipeline
 
 
 @checked

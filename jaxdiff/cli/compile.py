@@ -13,13 +13,14 @@ from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, flag
 from jaxdiff.distributed.compilation_cache import keep_executables
-from jaxdiff.distributed.replicate import local_mesh
+from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.compile import compile_sampler
 from jaxdiff.pipelines.compiled import EXECUTABLES, CompiledProgram
-from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline
+from jaxdiff.pipelines.load import DEFAULT_MODEL
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import resolve_settings
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.planning.topology import find_topology

@@ -47,6 +47,10 @@ class MeshConfig:
     slices: Count = 1
 
 
+REPLICATED = MeshConfig()
+"""A replica on each device."""
+
+
 def parse_slices(topology: str) -> tuple[int, str]:
     """Parse `2xv5e:16x16`: the number of slices, and the topology of one of them."""
     several = re.fullmatch(r"([1-9]\d*)x([a-z]\w*:.*)", topology)

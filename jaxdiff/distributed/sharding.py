@@ -262,12 +262,30 @@ def split_tokens(x: Array) -> Array:
     mesh = traced_mesh()
     if mesh is None or mesh.shape["context"] == 1:
         return x
+    return _split_rows(x, mesh, batch_axes(mesh))
+
+
+def _split_rows(x: Array, mesh: AbstractMesh, images: tuple[str, ...]) -> Array:
     if x.shape[1] % mesh.shape["context"]:
         raise UserError(
             f"mesh.context {mesh.shape['context']} does not divide the {x.shape[1]} rows of images "
             "or latents: expected a divisor; choose one."
         )
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(mesh), "context"))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(images, "context"))
+
+
+def split_images(x: Array) -> Array:
+    """Split images or latents [b, h, w, c] as `split_tokens`; any number of images.
+
+    Images are split over the mesh only where their number is divisible.
+    """
+    mesh = traced_mesh()
+    if mesh is None:
+        return x
+    axes = batch_axes(mesh)
+    if len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        axes = ()
+    return _split_rows(x, mesh, axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,7 +14,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.datasets.produce.source import Produce
-from jaxdiff.distributed.replicate import local_mesh
+from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import ATTRIBUTES
 from jaxdiff.io.terminal import console, write_line

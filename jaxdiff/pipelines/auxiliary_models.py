@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
-from jaxdiff.distributed.replicate import local_mesh, replicate
+from jaxdiff.distributed.replicas import local_mesh, replicate, shard
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
 from jaxdiff.models.quantized import is_quantized
@@ -27,7 +27,7 @@ _BATCH_SIZE = 16  # images that a CLIP scores at a time
 
 
 class LoadedClip(NamedTuple):
-    """A CLIP, its parameters on all devices, and its tokenizer."""
+    """A CLIP, its parameters on each device, and its tokenizer."""
 
     config: ClipConfig
     params: PyTree
@@ -79,7 +79,7 @@ def _compiled_score(config: ClipConfig):
 
 
 class LoadedGuide(NamedTuple):
-    """The model of autoguidance, and its parameters on all devices."""
+    """The model of autoguidance, and its parameters on the devices."""
 
     spec: TextToImage
     params: PyTree
@@ -125,7 +125,7 @@ def load_guide(
                 "guide.model, such as an earlier or shorter run of the same recipe."
             )
     params = bundle.params if dtype is None else cast(bundle.params, dtype)
-    return LoadedGuide(theirs, replicate(params, mesh))
+    return LoadedGuide(theirs, shard(params, mesh, theirs.param_axes()))
 
 
 def _tokenizers(bundle: Bundle) -> dict[str, str]:

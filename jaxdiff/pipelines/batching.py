@@ -1,4 +1,4 @@
-"""Group inputs into fixed-size batches and run them on the devices, in segments for previews."""
+"""Group inputs into fixed-size batches and run them on replicas, in segments for previews."""
 
 import itertools
 import warnings
@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
+from jaxdiff.distributed.replicas import num_replicas
 from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps
 
 # Default number of pixels sampled at a time, and of images at most. On two CPU cores 4 images of
@@ -20,7 +21,7 @@ PIXELS_AT_A_TIME = {"cpu": (2**14, 4), "accelerator": (2**20, 64)}
 
 
 def default_batch_size(width: int, height: int, platform: str | None = None) -> int:
-    """Return the default number of images that each device samples at a time.
+    """Return the default number of images that each replica samples at a time.
 
     `platform` is that of the devices; by default of JAX's.
     """
@@ -83,7 +84,7 @@ def in_full_batches(
 
 
 class SampleBatch(NamedTuple):
-    """Images that one device samples at a time, at most a full batch, with the same steps.
+    """Images that one replica samples at a time, at most a full batch, with the same steps.
 
     Attributes:
       indices: of the images.
@@ -97,7 +98,7 @@ class SampleBatch(NamedTuple):
 
 
 def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> list[SampleBatch]:
-    """Group images by their number of steps, in descending order, which balances the devices."""
+    """Group images by their number of steps, in descending order, which balances the replicas."""
     kinds: dict[tuple[int, int], list[int]] = {}
     for i, kind in enumerate(zip(num_steps, first, strict=True)):
         kinds.setdefault(kind, []).append(i)
@@ -114,7 +115,7 @@ class SampleCall(NamedTuple):
 
     Attributes:
       spec: the program's.
-      params: on all devices.
+      params: on the devices.
       inputs: of all images, on the host.
       batches: of `make_batches`.
       size: images of a full batch; smaller batches are padded.
@@ -127,11 +128,18 @@ class SampleCall(NamedTuple):
     size: int
 
     def rows(self) -> Iterator[tuple[Sequence[SampleBatch], SampleInputs, Steps]]:
-        """Yield one batch for each device, with the inputs and all steps of these batches."""
-        devices = self.spec.mesh.size
-        for start in range(0, len(self.batches), devices):
-            some = self.batches[start : start + devices]
-            yield some, _padded(self.inputs, some, self.size, devices), _all_steps(some, devices)
+        """Yield one batch for each replica, with the inputs and all steps of these batches.
+
+        Where a replica has several devices, all take the same steps, as the devices of all of them
+        meet in each exchange.
+        """
+        replicas = num_replicas(self.spec.mesh)
+        together = replicas < self.spec.mesh.size
+        kinds = itertools.groupby(self.batches, lambda batch: together and batch[1:])
+        for _, batches in kinds:
+            while some := list(itertools.islice(batches, replicas)):
+                steps = _all_steps(some, replicas, idle=not together)
+                yield some, _padded(self.inputs, some, self.size, replicas), steps
 
 
 class Watch(NamedTuple):
@@ -161,7 +169,7 @@ def sample_batches(
             images = part if images is None else images + np.asarray(part)
             taken += int(np.max(steps.end - steps.begin))
             if watch is not None:
-                # The shape is [device, snapshot, image, h, w, c].
+                # The shape is [replica, snapshot, image, h, w, c].
                 estimates = zip(some, np.asarray(state[-1])[:, -1], strict=False)
                 x0 = [one[: len(batch.indices)] for batch, one in estimates]
                 indices = [i for batch in some for i in batch.indices]
@@ -172,25 +180,25 @@ def sample_batches(
 
 
 def _padded(
-    inputs: SampleInputs, some: Sequence[SampleBatch], size: int, devices: int
+    inputs: SampleInputs, some: Sequence[SampleBatch], size: int, replicas: int
 ) -> SampleInputs:
-    """Return the inputs of some batches; idle devices repeat the first batch."""
+    """Return the inputs of some batches; idle replicas repeat the first batch."""
     each = [np.resize(batch.indices, size) for batch in some]
-    index = np.concatenate([*each, *[each[0]] * (devices - len(some))])
+    index = np.concatenate([*each, *[each[0]] * (replicas - len(some))])
     return jax.tree.map(lambda values: values[index], inputs)
 
 
-def _all_steps(some: Sequence[SampleBatch], devices: int) -> Steps:
-    """Return all steps of each batch; none on idle devices."""
-    idle = devices - len(some)
-    num_steps = np.array([b.num_steps for b in some] + [some[0].num_steps] * idle, np.int32)
-    first = np.array([b.first for b in some] + [some[0].first] * idle, np.int32)
-    end = np.where(np.arange(devices) < len(some), num_steps, first).astype(np.int32)
-    return Steps(num_steps, first, first, end)
+def _all_steps(some: Sequence[SampleBatch], replicas: int, *, idle: bool) -> Steps:
+    """Return all steps of each batch; further replicas are idle, or take those of the first."""
+    all_batches = [*some, *[some[0]] * (replicas - len(some))]
+    num_steps = np.array([batch.num_steps for batch in all_batches], np.int32)
+    first = np.array([batch.first for batch in all_batches], np.int32)
+    busy = len(some) if idle else replicas
+    return Steps(num_steps, first, first, np.where(np.arange(replicas) < busy, num_steps, first))
 
 
 def _segments(steps: Steps, every: int | None) -> Iterator[Steps]:
-    """Split steps into segments of at most `every` on each device."""
+    """Split steps into segments of at most `every` on each replica."""
     longest = int(np.max(steps.end - steps.begin))
     every = longest if every is None else every
     for taken in range(0, longest, every):

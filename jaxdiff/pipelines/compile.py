@@ -1,15 +1,18 @@
 """Compile a pipeline's sampler ahead of time, into a folder that `CompiledFolder` reads."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from jaxdiff.distributed.sharding import replicated
+from jaxdiff.distributed.replicas import num_replicas
+from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json
@@ -59,11 +62,12 @@ def compile_sampler(
     spec, own = call.spec, call.params
     _, inputs, steps = next(call.rows())
     devices = spec.mesh if mesh is None else mesh
-    factor = devices.size // spec.mesh.size
+    factor = num_replicas(devices) // num_replicas(spec.mesh)
     arguments = (own if params is None else params, *_scaled((inputs, steps), factor))
     spec = dataclasses.replace(spec, mesh=devices)
     program = _store(epath.Path(folder), pipe.spec.name, spec, arguments)
-    _compile(epath.Path(folder), program.key, devices, len(jax.tree.leaves(arguments[0])))
+    shardings = state_shardings(arguments[0], devices, pipe.spec.param_axes())
+    _compile(epath.Path(folder), program.key, jax.tree.leaves(shardings))
     return program
 
 
@@ -109,13 +113,12 @@ def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) 
     return described
 
 
-def _compile(folder: epath.Path, key: str, mesh: Mesh, count: int) -> None:
-    """Compile a stored program, the first `count` of whose arguments are parameters."""
+def _compile(folder: epath.Path, key: str, shardings: Sequence[NamedSharding]) -> None:
+    """Compile a stored program, whose first arguments are parameters of these shardings."""
     loaded = load_program(folder, key)
-    whole = replicated(mesh)
     # As at run time, where only the parameters are on the devices already.
     placed = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) if i < count else x
-        for i, x in enumerate(loaded.shapes)
+        x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x, sharding in itertools.zip_longest(loaded.shapes, shardings)
     ]
     loaded.call.lower(*placed).compile()

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.distributed.compilation_cache import read_executables
+from jaxdiff.distributed.replicas import num_replicas
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
 from jaxdiff.io.text import read_json
@@ -40,9 +41,10 @@ class CompiledProgram:
       model: its name.
       width: of the images.
       height: of the images.
-      batch_size: images that each device samples at a time.
+      batch_size: images that each replica samples at a time.
       platform: cpu, gpu or tpu.
       devices: their number.
+      replicas: of the model on them.
     """
 
     key: str
@@ -52,6 +54,7 @@ class CompiledProgram:
     batch_size: int
     platform: str
     devices: int
+    replicas: int
 
 
 class CompiledFolder:
@@ -69,9 +72,11 @@ class CompiledFolder:
 
     def batch_size(self, width: int, height: int, mesh: Mesh) -> int | None:
         """Return the batch size of the programs for a size on these devices; None without any."""
-        kind = width, height, mesh.devices.flat[0].platform, mesh.size
-        found = [p for p in self.programs if (p.width, p.height, p.platform, p.devices) == kind]
-        return found[0].batch_size if found else None
+        kind = width, height, mesh.devices.flat[0].platform, mesh.size, num_replicas(mesh)
+        for p in self.programs:
+            if (p.width, p.height, p.platform, p.devices, p.replicas) == kind:
+                return p.batch_size
+        return None
 
     def sampler(self, spec: SamplerSpec) -> "CompiledSampler":
         """Return the sampler of a specification, in place of `compiled_sampler`."""
@@ -137,18 +142,19 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     ]
     # The representation of a model holds all that its hash does.
     models = [repr(spec.model), repr(spec.guide)]
-    platform, devices = spec.mesh.devices.flat[0].platform, spec.mesh.size
+    platform, sizes = spec.mesh.devices.flat[0].platform, tuple(spec.mesh.shape.values())
     shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-    parts = [jax.__version__, package_digest(), platform, devices, *static, *models, tree, shapes]
+    parts = [jax.__version__, package_digest(), platform, sizes, *static, *models, tree, shapes]
     height, width = (side * spec.model.downsampling for side in spec.shape[:2])
     return CompiledProgram(
         key=hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32],
         model=spec.model.name,
         width=width,
         height=height,
-        batch_size=len(arguments[1].seeds) // devices,
+        batch_size=len(arguments[1].seeds) // num_replicas(spec.mesh),
         platform=platform,
-        devices=devices,
+        devices=spec.mesh.size,
+        replicas=num_replicas(spec.mesh),
     )
 
 

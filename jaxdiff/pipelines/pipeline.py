@@ -16,7 +16,9 @@ from jaxtyping import Float32, PyTree
 from jaxdiff.config.checked import check_value
 from jaxdiff.config.fields import Count
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
-from jaxdiff.distributed.replicate import local_mesh, replicate
+from jaxdiff.distributed.mesh import REPLICATED, MeshConfig
+from jaxdiff.distributed.replicas import local_mesh, num_replicas, shard
+from jaxdiff.distributed.sharding import check_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import ComputeType, cast
@@ -65,59 +67,17 @@ from jaxdiff.pipelines.program import (
     compiled_sampler,
 )
 from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
+from jaxdiff.pipelines.text_encoding import encode_prompts
 from jaxdiff.pipelines.windows import windows_of
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
-from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
 from jaxdiff.sampling.sampler import Sampler
 
-DEFAULT_MODEL = "shipped:produce"
 
-
-def load(
-    model: epath.PathLike = DEFAULT_MODEL,
-    *,
-    dtype: ComputeType | None = None,
-    quantize: QuantizedType | None = None,
-    devices: Sequence[Any] | None = None,
-    types: Sequence[type] = (),
-    compiled: epath.PathLike | None = None,
-) -> "Pipeline":
-    """Load a text-to-image model for sampling.
-
-    Args:
-      model: folder of a run, of an exported model or of a pipeline of diffusers; a single file of
-        Stable Diffusion; `shipped:NAME`; or the id OWNER/NAME of a model of the
-        Hugging Face hub.
-      dtype: to compute in; by default the type of the weights, but float32 on a CPU.
-      quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
-      devices: to sample on; by default all of this process.
-      types: dataclasses, such as a network of yours, that the specification may name.
-      compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
-
-    Raises:
-      UserError: there is no such model, or it is no text-to-image model, or the folder holds no
-        programs.
-    """
-    programs = None if compiled is None else CompiledFolder(compiled)
-    kind = _compute_type(dtype)
-
-    def place(array: np.ndarray) -> Any:
-        if quantize:  # on the host: a device holds the 8 bits alone
-            return array
-        on_device = to_device(array)
-        # Wait, for the next parameter is read while this one is in memory in two types.
-        return on_device if kind is None else jax.block_until_ready(cast(on_device, kind))
-
-    bundle = load_bundle(model, place=place, types=types)
-    pipe = Pipeline(bundle, dtype=dtype, quantize=quantize, devices=devices, types=types)
-    return pipe.with_compiled(programs)
-
-
-def _compute_type(dtype: ComputeType | None) -> ComputeType | None:
-    """Return the type to cast weights to; None keeps theirs, except on a CPU."""
+def compute_type(dtype: ComputeType | None) -> ComputeType | None:
+    """Return the type to compute in: without one that of the weights, but float32 on a CPU."""
     return "float32" if dtype is None and jax.default_backend() == "cpu" else dtype
 
 
@@ -131,10 +91,12 @@ class Pipeline:
 
     Attributes:
       spec: the model.
-      params: its parameters, on all devices.
+      params: its parameters, on the devices.
       tokenizers: by text encoder.
       dtype: to compute in; None is that of the weights.
       quantize: type of the stored kernels; None is that of the weights.
+      mesh: how devices share the model.
+      offload_text: whether text encoders are on the devices only while they encode prompts.
       types: dataclasses that the specifications of further models may name.
     """
 
@@ -143,6 +105,8 @@ class Pipeline:
     tokenizers: Mapping[str, TextTokenizer]
     dtype: ComputeType | None
     quantize: QuantizedType | None
+    mesh: MeshConfig
+    offload_text: bool
     types: tuple[type, ...]
     _compiled: CompiledFolder | None
 
@@ -153,6 +117,8 @@ class Pipeline:
         dtype: ComputeType | None = None,
         quantize: QuantizedType | None = None,
         devices: Sequence[Any] | None = None,
+        mesh: MeshConfig = REPLICATED,
+        offload_text: bool = False,
         types: Sequence[type] = (),
     ):
         spec = bundle.spec
@@ -161,14 +127,21 @@ class Pipeline:
                 f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
                 "the folder of one."
             )
-        dtype = _compute_type(dtype)
+        dtype = compute_type(dtype)
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self.quantize, self.types, self._compiled = quantize, tuple(types), None
-        self._mesh = local_mesh(devices)
+        self.mesh, self._mesh, self.offload_text = mesh, local_mesh(devices, mesh), offload_text
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
+        axes = spec.param_axes()
+        check_mesh(params, axes, self._mesh, splits_tokens=True)
         if quantize is not None:
             params = spec.quantize(params, check_value("quantize", quantize, QuantizedType))
-        self.params = replicate(params, self._mesh)
+        stays = {"text_encoders"} if offload_text else set()
+        here = {name: part for name, part in params.items() if name not in stays}
+        self.params = {
+            **shard(here, self._mesh, axes),
+            **{name: jax.device_get(params[name]) for name in stays},
+        }
         self._load_guide = functools.lru_cache(maxsize=2)(
             lambda model: load_guide(model, self.bundle, self.dtype, self._mesh, self.types)
         )
@@ -195,7 +168,8 @@ class Pipeline:
 
     def with_bundle(self, bundle: Bundle) -> "Pipeline":
         """Return a pipeline of another model with this one's types, devices and programs."""
-        kinds = {"dtype": self.dtype, "quantize": self.quantize, "types": self.types}
+        names = ("dtype", "quantize", "mesh", "offload_text", "types")
+        kinds = {name: getattr(self, name) for name in names}
         return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
 
     def with_compiled(self, compiled: CompiledFolder | None) -> "Pipeline":
@@ -205,7 +179,7 @@ class Pipeline:
         return pipe
 
     def batch_size(self, width: int, height: int) -> int:
-        """Return how many images of a size each device samples at a time by default."""
+        """Return how many images of a size each replica samples at a time by default."""
         stored, size = self._compiled, (width, height)
         known = None if stored is None else stored.batch_size(*size, self._mesh)
         return known or default_batch_size(*size)
@@ -272,9 +246,9 @@ class Pipeline:
           sampler: settings such as the solver; another solver compiles another program.
           guidance: options of guidance other than the scale.
           output: "uint8", "float" (float32 in [0, 1]), or "latents": latents, or pixels in [-1, 1].
-          batch_size: images that each device samples at a time; the default depends on size and
-            kind of device. Another size compiles another program with different rounding, about
-            1e-5 of an image's range.
+          batch_size: images that each replica of the model samples at a time; the default depends
+            on size and kind of device. Another size compiles another program with different
+            rounding, about 1e-5 of an image's range.
           callback: called as (step, images) after every step with the estimates of the images in
             progress, uint8 [m, h, w, 3], or a `Preview`.
 
@@ -365,6 +339,8 @@ class Pipeline:
         inputs = sample_inputs(
             request, spec, self.tokenizers, sampler.guidance_scale, images, shape
         )
+        if self.offload_text:
+            inputs = encode_prompts(spec, self.params, self._mesh, inputs, batch_size)
         program_spec = SamplerSpec(
             model=spec,
             sampler=sampler,
@@ -410,6 +386,8 @@ class Pipeline:
     ) -> tuple[SamplerSpec, PyTree, SampleInputs]:
         """Add the models of CLIP guidance and autoguidance, with their parameters and inputs."""
         n, params = len(prompts), self.params
+        if self.offload_text:
+            params = {name: part for name, part in params.items() if name != "text_encoders"}
         if guidance.clip is not None:
             clip = load_clip(guidance.clip.model, self._mesh)
             params = {**params, "clip": clip.params}
@@ -420,6 +398,11 @@ class Pipeline:
             )
             program = dataclasses.replace(program, clip=clip.config)
         if guidance.guide is not None:
+            if self.offload_text:
+                raise UserError(
+                    "Autoguidance reads the prompts by text encoders of its own, but offload_text "
+                    "encodes them apart: leave one of the two out."
+                )
             guide = self._load_guide(guidance.guide.model)
             params = {**params, "guide": guide.params}
             inputs = inputs._replace(guide_scale=np.full(n, guidance.guide.scale, np.float32))
@@ -503,13 +486,13 @@ class Pipeline:
         if self.spec.autoencoder is None:
             return images
         images = check_images(images)
-        size = default_batch_size(*images.shape[2:0:-1]) * self._mesh.size
+        size = default_batch_size(*images.shape[2:0:-1]) * num_replicas(self._mesh)
         autoencode = functools.partial(compiled_autoencoder(self.spec, self._mesh), self.params)
         return in_full_batches(autoencode, size, images)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode latents [n, i, j, c] of unit variance, or pixels, to images uint8 [n, h, w, 3]."""
         height, width = (side * self.spec.downsampling for side in latents.shape[1:3])
-        size = (batch_size or default_batch_size(width, height)) * self._mesh.size
+        size = (batch_size or default_batch_size(width, height)) * num_replicas(self._mesh)
         decode = functools.partial(compiled_decoder(self.spec, self._mesh), self.params)
         return in_full_batches(decode, size, latents)

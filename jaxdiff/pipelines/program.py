@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
-from jaxdiff.distributed.replicate import per_device
+from jaxdiff.distributed.replicas import per_replica
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import (
     AESTHETIC_SCORE,
@@ -54,8 +54,8 @@ class SampleInputs(NamedTuple):
     """Inputs that do not recompile: arrays with one row per image, None where absent.
 
     Attributes:
-      text: the prompts.
-      negative: the negative prompts.
+      text: the prompts, tokenized or encoded.
+      negative: the negative prompts, likewise, as those of `Mix` and further ones.
       seeds: of the noise.
       guidance_scale: of classifier-free guidance.
       mix_text: second prompts of `Mix`.
@@ -70,13 +70,13 @@ class SampleInputs(NamedTuple):
       guide_scale: of autoguidance.
     """
 
-    text: TextInputs
-    negative: TextInputs
+    text: TextInputs | Conditioning
+    negative: TextInputs | Conditioning
     seeds: UInt32[Any, " b"]
     guidance_scale: Float[Any, " b"]
-    mix_text: TextInputs | None = None
+    mix_text: TextInputs | Conditioning | None = None
     mix_fraction: Float[Any, " b"] | None = None
-    composed_text: TextInputs | None = None
+    composed_text: TextInputs | Conditioning | None = None
     composed_weights: Float[Any, "b k+1"] | None = None
     image: UInt8[Any, "b h w 3"] | None = None
     mask: Float[Any, "b h w"] | None = None
@@ -87,7 +87,7 @@ class SampleInputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps of each device, counted from 0; a device with begin == end is idle.
+    """The steps of each replica, counted from 0; one with begin == end is idle.
 
     Attributes:
       num_steps: of the time grid.
@@ -96,10 +96,10 @@ class Steps(NamedTuple):
       end: the step after its last.
     """
 
-    num_steps: Int[Any, "*devices"]
-    first: Int[Any, "*devices"]
-    begin: Int[Any, "*devices"]
-    end: Int[Any, "*devices"]
+    num_steps: Int[Any, "*replicas"]
+    first: Int[Any, "*replicas"]
+    begin: Int[Any, "*replicas"]
+    end: Int[Any, "*replicas"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class SamplerSpec:
       model: the model; its name and sampler are ignored.
       sampler: settings; those in `SampleInputs` and `Steps` are ignored.
       shape: of the latents, [h, w, c].
-      mesh: the devices, each with its own images.
+      mesh: the devices; each replica of the model has its own images.
       is_latent: return latents (of `DDIMInverse`: noise) rather than images.
       clip: the model of CLIP guidance.
       guide: the model of autoguidance.
@@ -180,7 +180,7 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
     """Return the jitted sampler of a specification; the batch size is static too.
 
     It is called as (params, inputs, steps, state). params is the model's tree, with those of the
-    auxiliary models at `clip` and `guide`; steps has one entry per device; state is the result of
+    auxiliary models at `clip` and `guide`; steps has one entry per replica; state is the result of
     the last segment, and any of its shapes in the first. It returns images [n, 1, ...] or snapshots
     [n, k, ...], zero before the last step, and the state, whose last element ends with the last
     estimate of x0. Without a state it takes no step, and returns one: its `eval_shape` gives the
@@ -219,11 +219,11 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
         finished = (steps.begin < steps.end) & (steps.end == steps.num_steps)
         return jax.lax.cond(finished, finish, nothing), sampled.state
 
-    def run_one_device(params, inputs, steps, state):
+    def run_replica(params, inputs, steps, state):
         images, state = run(params, inputs, *jax.tree.map(lambda x: x[0], (steps, state)))
         return images, jax.tree.map(lambda x: x[None], state)
 
-    return per_device(run_one_device, spec.mesh)
+    return per_replica(run_replica, spec.mesh)
 
 
 def _denoiser(
@@ -285,20 +285,23 @@ def _conditioned(
             concat=None if concat is None else jnp.tile(concat, (tiles, 1, 1, 1)),
         )
 
+    def encode(text: TextInputs | Conditioning) -> Conditioning:
+        return text if isinstance(text, Conditioning) else model.encode_text(params, text)
+
     count, composed = len(inputs.seeds), None
-    cond = model.encode_text(params, inputs.text)
+    cond = encode(inputs.text)
     if inputs.mix_text is not None and inputs.mix_fraction is not None:
-        cond = mix(cond, model.encode_text(params, inputs.mix_text), inputs.mix_fraction)
+        cond = mix(cond, encode(inputs.mix_text), inputs.mix_fraction)
     if inputs.composed_text is not None and inputs.composed_weights is not None:
         parts = inputs.composed_weights.shape[1] - 1
         # One prompt after another, [k b ...], as encoders have no axis for k.
         flat = jax.tree.map(
             lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), inputs.composed_text
         )
-        further = attach(model.encode_text(params, flat), parts * count, AESTHETIC_SCORE)
+        further = attach(encode(flat), parts * count, AESTHETIC_SCORE)
         further = jax.tree.map(lambda x: x.reshape(parts, count, *x.shape[1:]), further)
         composed = ComposedPrompts(further, inputs.composed_weights)
-    uncond = model.encode_text(params, inputs.negative)
+    uncond = encode(inputs.negative)
     network = model.network(params, wrap)
     splits: bool = isinstance(network, SplitNetwork)
     if cache is not None and not splits:
@@ -435,13 +438,13 @@ def compiled_autoencoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
     def autoencode(params, images):
         return _to_levels(model.decode(params, model.encode(params, from_uint8(images))))
 
-    return per_device(autoencode, mesh)
+    return per_replica(autoencode, mesh)
 
 
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
 def compiled_decoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
     """Return the jitted map from latents to uint8 images."""
-    return per_device(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
+    return per_replica(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
 
 
 def _to_levels(images: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Folders of diffusers' autoencoders: `config.json`, `diffusion_pytorch_model.safetensors`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
@@ -48,7 +49,7 @@ def read_autoencoder_folder(
     folder: epath.PathLike,
     kind: str | None = None,
     *,
-    place: Callable[[np.ndarray], Any] = to_device,
+    place: Place = to_device,
 ) -> tuple[PublishedAutoencoder, dict[str, Any]]:
     """Read an autoencoder's specification and parameters.
 

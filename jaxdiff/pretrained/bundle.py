@@ -7,7 +7,7 @@ recipe.json            how it was trained; for the record, never needed to load 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.lora import factors
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import AnyAutoencoder, TextToImage
+from jaxdiff.pretrained.placement import Place, place_tree
 
 CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
     "config.json",
@@ -118,7 +119,7 @@ def write_bundle(
 
 
 def read_exported(
-    folder: epath.PathLike, data: Any, place: Callable[[Any], Any], types: Sequence[type] = ()
+    folder: epath.PathLike, data: Any, place: Place, types: Sequence[type] = ()
 ) -> Bundle:
     """Read the folder that `write_bundle` wrote, with weights in float32.
 
@@ -134,7 +135,7 @@ def read_exported(
     root, spec = epath.Path(folder), spec_from_json(data, types)
     params = read_weights(root / MODEL)
     check_params(params, spec, str(folder))
-    return Bundle(spec, jax.tree.map(place, params), read_exported_tokenizers(root, spec))
+    return Bundle(spec, place_tree(place, params), read_exported_tokenizers(root, spec))
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -1,9 +1,7 @@
 """Folders of transformers' CLIP: `config.json`, `model.safetensors` and the tokenizer's files."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from jaxdiff.data.tokenizer import Tokenizer
@@ -23,6 +21,7 @@ from jaxdiff.pretrained.config_check import (
     optional,
     read_keys,
 )
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
@@ -102,9 +101,7 @@ def read_clip_tokenizers(folder: epath.PathLike) -> dict[str, Tokenizer]:
     return {"text": Tokenizer.load(str(folder))}
 
 
-def read_clip_folder(
-    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle:
+def read_clip_folder(folder: epath.PathLike, *, place: Place = to_device) -> Bundle:
     """Read a CLIP in transformers' layout.
 
     Args:

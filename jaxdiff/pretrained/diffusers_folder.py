@@ -1,9 +1,8 @@
 """Folders of diffusers' pipelines: `model_index.json` names the class, and so the family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
@@ -13,6 +12,7 @@ from jaxdiff.pretrained import stable_diffusion
 from jaxdiff.pretrained.bundle import Bundle, model_name
 from jaxdiff.pretrained.merging import merge_additions
 from jaxdiff.pretrained.pipeline_folder import INDEX, PipelineFamily, read_part_config
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.safetensors_io import to_device
 
 FAMILIES = {"Stable Diffusion": stable_diffusion.FAMILY}
@@ -33,9 +33,7 @@ def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
     return family.read_spec(root, index)
 
 
-def read_diffusers(
-    folder: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle:
+def read_diffusers(folder: epath.PathLike, *, place: Place = to_device) -> Bundle:
     """Read a model, with tensors in their stored type.
 
     Args:

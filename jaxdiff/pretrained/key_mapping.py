@@ -14,7 +14,7 @@ called `weight` there, as is `scale`. Integers, such as counters, are int64 ther
 import functools
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.placement import Place, part_place
 from jaxdiff.pretrained.safetensors_io import shapes
 
 Path = tuple[str | int, ...]
@@ -108,7 +109,7 @@ def from_torch_names(
     names: Mapping[str, str],
     params: Mapping[str, Any],
     *,
-    place: Callable[[np.ndarray], Any] = np.asarray,
+    place: Place = np.asarray,
     what: str = "checkpoint",
     advice: str = "check that the config belongs to this checkpoint",
 ) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def from_torch_names(
       tensors: of the checkpoint, by name.
       names: the table.
       params: nested dict of the network's parameters, which may be abstract: only shapes are read.
-      place: called with each parameter in our layout, such as to move it to a device.
+      place: called with each parameter in our layout, below the network's path.
       what: what messages call the tensors.
       advice: what messages advise.
 
@@ -141,7 +142,7 @@ def from_torch_names(
         tensor, name = located[path], located[path].names()[layer]
         value = np.asarray(tensors[name])
         if np.issubdtype(value.dtype, np.integer) and flat[path].dtype == np.int32:
-            placed[path] = place(_narrow(value, f"{what}: {name}"))
+            placed[path] = part_place(place, *path)(_narrow(value, f"{what}: {name}"))
             return
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(
@@ -158,7 +159,7 @@ def from_torch_names(
             left[path] -= 1
             if left[path]:
                 return
-        placed[path] = place(ours)
+        placed[path] = part_place(place, *path)(ours)
         arrays.release(path)
 
     # The largest first, while few others are placed already.

@@ -4,7 +4,7 @@ A model is a folder, a file, `shipped:NAME` for one that comes with jaxdiff, or 
 there is no such folder, for one of the Hugging Face hub.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +16,13 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
-from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers_folder, single_file
+from jaxdiff.pretrained import (
+    autoencoder_file,
+    autoencoder_folder,
+    clip_folder,
+    diffusers_folder,
+    single_file,
+)
 from jaxdiff.pretrained.bundle import (
     CONFIG,
     AnySpec,
@@ -28,6 +34,7 @@ from jaxdiff.pretrained.bundle import (
     spec_from_json,
 )
 from jaxdiff.pretrained.hub import download, is_hub_id
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device
 
@@ -72,7 +79,7 @@ def model_folder(model: epath.PathLike) -> epath.Path:
 def load_bundle(
     folder: epath.PathLike,
     *,
-    place: Callable[[Any], Any] = to_device,
+    place: Place = to_device,
     types: Sequence[type] = (),
 ) -> Bundle:
     """Load a trained model.
@@ -80,7 +87,8 @@ def load_bundle(
     Args:
       folder: of an exported model, of a run (its weights are the moving average of its newest
         undamaged checkpoint), of a pipeline or an autoencoder of diffusers, or of a CLIP of
-        transformers; one safetensors file in Stable Diffusion's original layout;
+        transformers; one safetensors file in Stable Diffusion's original layout, or of FLUX's
+        autoencoder alone;
         `shipped:NAME`; or a model of the hub.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses, such as a network of yours, that the specification may name.
@@ -92,6 +100,8 @@ def load_bundle(
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers(root, place=place)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return Bundle(*autoencoder_file.read_autoencoder_file(root, place=place), {})
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -112,6 +122,8 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers_spec(root)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return autoencoder_file.read_autoencoder_file_spec(root)
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):

@@ -21,11 +21,10 @@ from jaxdiff.io.text import read_json
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import Bundle, write_json
 from jaxdiff.pretrained.config_check import Kind, Used
+from jaxdiff.pretrained.placement import Place
 
 INDEX = "model_index.json"
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
-
-Place = Callable[[np.ndarray], Any]  # such as to a device
 
 
 class PipelineFamily(NamedTuple):

@@ -1,5 +1,6 @@
-"""Configs of the published Stable Diffusion models, for recipes and for single files."""
+"""Configs of published models, for recipes and for single files."""
 
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 
@@ -36,3 +37,13 @@ OPENCLIP_G = ClipTextConfig(
 )
 
 XL_SCALING_FACTOR = 0.13025  # of its autoencoder
+
+FLUX1_AUTOENCODER = AutoencoderConfig(
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    sample_size=1024,
+)
+"""Z-Image's, too."""

@@ -6,10 +6,9 @@ frozen.safetensors    weights that are not trained, each at its path in the tree
 checkpoints/          the trained ones
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -31,6 +30,7 @@ from jaxdiff.pretrained.bundle import (
 )
 from jaxdiff.pretrained.checkpoint_folder import load_params
 from jaxdiff.pretrained.embeddings import Word
+from jaxdiff.pretrained.placement import Place, place_tree
 
 FROZEN = "frozen.safetensors"
 
@@ -66,7 +66,7 @@ def read_run_spec(
 def read_run(
     folder: epath.PathLike,
     data: Mapping[str, Any],
-    place: Callable[[Any], Any],
+    place: Place,
     types: Sequence[type] = (),
 ) -> Bundle:
     """Read the model of a run, with adapters scaled as in training.
@@ -88,7 +88,7 @@ def read_run(
         own = {name: part for name, part in frozen.items() if name in parts}
         params = merge_params(own, _scaled(params, data))
     check_params(params, spec, str(folder))
-    return Bundle(spec, jax.tree.map(place, params), read_exported_tokenizers(root, spec))
+    return Bundle(spec, place_tree(place, params), read_exported_tokenizers(root, spec))
 
 
 def recipe_json(folder: epath.PathLike) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ from jaxdiff.pretrained import autoencoder_keys, clip_keys, unet_keys
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.hub import download_tokenizer
 from jaxdiff.pretrained.key_mapping import listed
+from jaxdiff.pretrained.placement import Place, part_place
 from jaxdiff.pretrained.presets import (
     CLIP_L,
     OPENCLIP_G,
@@ -173,9 +174,7 @@ def read_original_spec(file: epath.PathLike) -> TextToImage:
     return _identify(TensorFiles([epath.Path(file)])).spec
 
 
-def read_original(
-    file: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> Bundle:
+def read_original(file: epath.PathLike, *, place: Place = to_device) -> Bundle:
     """Read a Stable Diffusion checkpoint in one file, with tensors in their stored type.
 
     The file has no tokenizer: CLIP's is downloaded from the hub.
@@ -198,23 +197,23 @@ def read_original(
         own = components[component]
         return Renamed(tensors, lambda name: rename(own[name]) if name in own else None)
 
-    def options(name: str) -> dict[str, Any]:
+    def options(name: str, *path: str) -> dict[str, Any]:
         advice = f"expected those of {variant.architecture}; use a whole, unpruned model"
-        return {"place": place, "what": f"{file}, {name}", "advice": advice}
+        return {"place": part_place(place, *path), "what": f"{file}, {name}", "advice": advice}
 
     params: dict[str, Any] = {
         "denoiser": unet_keys.unet_from_torch(
-            part(UNET, unet_rename(network)), network, **options("U-Net")
+            part(UNET, unet_rename(network)), network, **options("U-Net", "denoiser")
         ),
         "autoencoder": autoencoder_keys.autoencoder_from_torch(
-            part(AUTOENCODER, vae_rename(model)), model, **options("autoencoder")
+            part(AUTOENCODER, vae_rename(model)), model, **options("autoencoder", "autoencoder")
         ),
     }
     params["text_encoders"] = {
         name: clip_keys.clip_from_torch(
             part(f"{TEXT} {i}", text_rename(encoder.model)),
             encoder.model,
-            **options(f"text encoder {i + 1}"),
+            **options(f"text encoder {i + 1}", "text_encoders", name),
         )
         for i, (name, encoder) in enumerate(variant.conditioner.encoders.items())
     }

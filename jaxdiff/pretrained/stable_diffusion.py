@@ -32,11 +32,11 @@ from jaxdiff.pretrained.pipeline_folder import (
     INDEX,
     MODEL,
     PipelineFamily,
-    Place,
     part_key,
     read_part_config,
     write_part,
 )
+from jaxdiff.pretrained.placement import Place, part_place
 from jaxdiff.pretrained.safetensors_io import open_weights
 from jaxdiff.pretrained.scheduler import (
     GRIDS,
@@ -145,15 +145,21 @@ def _read(root: epath.Path, index: Any, place: Place) -> Bundle:
     _check_ends(spec, tokenizers)
     assert isinstance(spec.denoiser, UNet2DConditionConfig)
     tensors = open_weights(root / "unet", DIFFUSION_MODEL)
-    params = {"denoiser": unet_keys.unet_from_torch(tensors, spec.denoiser, place=place)}
+    params = {
+        "denoiser": unet_keys.unet_from_torch(
+            tensors, spec.denoiser, place=part_place(place, "denoiser")
+        )
+    }
     params["text_encoders"] = {
         name: clip_keys.clip_from_torch(
-            open_weights(root / ENCODERS[name], MODEL), encoder.model, place=place
+            open_weights(root / ENCODERS[name], MODEL),
+            encoder.model,
+            place=part_place(place, "text_encoders", name),
         )
         for name, encoder in _clip_encoders(spec).items()
     }
     _, params["autoencoder"] = autoencoder_folder.read_autoencoder_folder(
-        root / "vae", _index(root, index).classes.get("vae"), place=place
+        root / "vae", _index(root, index).classes.get("vae"), place=part_place(place, "autoencoder")
     )
     return Bundle(spec, params, tokenizers)
 

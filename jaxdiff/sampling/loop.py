@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 from jaxdiff.diffusion.process import Images
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.diffusion.time_grids import Grid
+from jaxdiff.distributed.sharding import split_images
 from jaxdiff.sampling.solver import (
     Scalar,
     Solver,
@@ -142,6 +143,7 @@ def sample(
 
     def body(i, carry):
         x, states, snapshots = carry
+        x = split_images(x)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         x, x0, states = _step(denoiser, solver, path, i, x, states, step_keys, resample_steps)
         # Also fill later slots, which later steps overwrite: with fewer steps than slots none is

@@ -2,7 +2,8 @@ import jax
 import pytest
 
 from jaxdiff.benchmark.sampler_overhead import Overhead, sampler_overhead
-from jaxdiff.pipelines.pipeline import Pipeline, load
+from jaxdiff.pipelines.load import load
+from jaxdiff.pipelines.pipeline import Pipeline
 
 
 def test_a_step_and_a_bare_call_are_timed(tiny_bundle):

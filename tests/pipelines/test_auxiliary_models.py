@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.diffusion.schedules import Cosine
-from jaxdiff.distributed.replicate import local_mesh
+from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import init_params

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.distributed.compilation_cache import keep_executables
-from jaxdiff.distributed.replicate import local_mesh
+from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines import compiled
 from jaxdiff.pipelines.compile import compile_sampler

@@ -12,7 +12,8 @@ from jaxdiff.io.images import to_uint8
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_init, bind_params
 from jaxdiff.models.text_to_image import from_uint8
-from jaxdiff.pipelines.pipeline import Pipeline, load
+from jaxdiff.pipelines.load import load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle, write_bundle, write_weights
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.guidance import Guidance

@@ -18,7 +18,8 @@ from jaxdiff.pipelines.inputs import (
     seed_array,
     step_counts,
 )
-from jaxdiff.pipelines.pipeline import Pipeline, load
+from jaxdiff.pipelines.load import load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.sampling.loop import noise_from_seeds
 from jaxdiff.sampling.sampler import Sampler
 

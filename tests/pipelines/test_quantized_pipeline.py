@@ -6,8 +6,9 @@ import pytest
 
 from jaxdiff.models.lora import Factors
 from jaxdiff.models.quantized import QuantizedKernel
+from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.lora import attach, merge
-from jaxdiff.pipelines.pipeline import Pipeline, load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import write_bundle
 
 PEA = ["a small red pea"]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff.pipelines.pipeline import load
+from jaxdiff.pipelines.load import load
 from jaxdiff.pretrained.bundle import write_bundle, write_tokenizers
 from jaxdiff.training.abstract import abstract_state
 from jaxdiff.training.checkpoint import Checkpoints

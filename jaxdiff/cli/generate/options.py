@@ -15,6 +15,7 @@ from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
 from jaxdiff.distributed.distributed_init import Hosts
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import FieldError, UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format
@@ -24,7 +25,8 @@ from jaxdiff.pipelines import lora, textual_inversion
 from jaxdiff.pipelines.batching import Preview
 from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.inputs import check_prompt
-from jaxdiff.pipelines.pipeline import DEFAULT_MODEL, Pipeline, load
+from jaxdiff.pipelines.load import DEFAULT_MODEL, load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pipelines.resolve import FILES, CommandDefaults
 from jaxdiff.pipelines.settings import EDITING, GUIDANCE, PROMPTS, SAMPLING, GenerationSettings
@@ -177,6 +179,21 @@ class SampleOptions:
             alias="-v",
         ),
     ] = False
+    mesh: Annotated[
+        MeshConfig,
+        Doc(
+            "Devices along each axis, for a model that is too large for one of them: 8 along fsdp "
+            "each hold an eighth of it.",
+            MODEL,
+        ),
+    ] = dataclasses.field(default_factory=MeshConfig)
+    offload_text: Annotated[
+        bool,
+        Doc(
+            "Keep text encoders in the host's memory, and on the devices only to encode prompts.",
+            MODEL,
+        ),
+    ] = False
     hosts: Annotated[
         Hosts, Doc("Processes that share the rows of --prompts; see docs/launch.md.", HOSTS)
     ] = dataclasses.field(default_factory=Hosts)
@@ -245,7 +262,16 @@ def from_flags(
 
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
-_ANY_IMAGE |= {"compiled", "lora", "embedding", "quantize", "quiet", "verbose"}
+_ANY_IMAGE |= {
+    "compiled",
+    "lora",
+    "mesh",
+    "offload_text",
+    "embedding",
+    "quantize",
+    "quiet",
+    "verbose",
+}
 """Options that --again accepts, since an image's file does not contain them."""
 
 CONFLICTS = (
@@ -301,11 +327,23 @@ def open_pipeline(
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         dtype, quantize = options.dtype or dtype, options.quantize or quantize
         compiled = None if options.compiled is None else CompiledFolder(options.compiled)
-        pipe = load(options.model, dtype=dtype, quantize=None if files else quantize)
+        pipe = load(
+            options.model,
+            dtype=dtype,
+            quantize=None if files else quantize,
+            mesh=options.mesh,
+            offload_text=options.offload_text,
+        )
         for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         if files and quantize:  # once, after merging
-            pipe = Pipeline(pipe.bundle, dtype=dtype, quantize=quantize)
+            pipe = Pipeline(
+                pipe.bundle,
+                dtype=dtype,
+                quantize=quantize,
+                mesh=options.mesh,
+                offload_text=options.offload_text,
+            )
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
     return pipe.with_compiled(compiled)

@@ -11,7 +11,8 @@ from jaxdiff.distributed import multihost
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.inputs import InitImage
-from jaxdiff.pipelines.pipeline import Pipeline, load
+from jaxdiff.pipelines.load import load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.guidance import Guidance

@@ -16,7 +16,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io import terminal
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
-from jaxdiff.pipelines.pipeline import load
+from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.program import compiled_sampler
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"

@@ -1,0 +1,94 @@
+"""Replicas of a model for sampling: each is whole on one device, or sharded over a group of them.
+
+Replicas need no communication, so none waits for another and each may take a different number of
+steps on its part of a batch. The result for an image does not depend on their number.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxdiff.distributed.mesh import AXES, REPLICAS, REPLICATED, MeshConfig, make_mesh
+from jaxdiff.distributed.multihost import to_host
+from jaxdiff.distributed.sharding import ParamAxes, replicated, state_shardings
+from jaxdiff.errors import UserError
+
+BY_REPLICA = PartitionSpec(REPLICAS)
+"""Arrays split evenly over the replicas along their first axis."""
+
+
+def local_mesh(devices: Sequence[Any] | None = None, config: MeshConfig = REPLICATED) -> Mesh:
+    """Return a mesh, by default of one replica on each device of this process.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    chosen = jax.local_devices() if devices is None else devices
+    if config == REPLICATED:  # in the order of the devices
+        grid = np.array(chosen).reshape([-1 if axis == "data" else 1 for axis in AXES])
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = make_mesh(config, chosen)
+    if num_replicas(mesh) > 1 and mesh.shape["fsdp"] > 1 and mesh.shape["context"] > 1:
+        # Its partitioner aborts at convolutions (jax 0.10.2 to 0.12.0).
+        raise UserError(
+            f"XLA cannot sample with mesh.data {mesh.shape['data']}, mesh.fsdp "
+            f"{mesh.shape['fsdp']} and mesh.context {mesh.shape['context']}: expected one of them "
+            "to be 1; set it to 1."
+        )
+    return mesh
+
+
+def num_replicas(mesh: Mesh) -> int:
+    """Return the number of replicas on a mesh."""
+    return math.prod(mesh.shape[axis] for axis in REPLICAS)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copy a tree to every device of the mesh; arrays sharded over hosts are gathered first."""
+    return jax.device_put(jax.tree.map(_gathered, tree), replicated(mesh))
+
+
+def shard(params: PyTree, mesh: Mesh, axes: ParamAxes) -> PyTree:
+    """Place parameters with these axes: whole on the replicas' devices, or split over them.
+
+    Arrays sharded over hosts are gathered first.
+    """
+    params = jax.tree.map(_gathered, params)
+    return jax.device_put(params, state_shardings(params, mesh, axes))
+
+
+def _gathered(leaf: Any) -> Any:
+    over_hosts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return to_host(leaf) if over_hosts else leaf
+
+
+def per_replica(call: Callable[..., Any], mesh: Mesh) -> Any:
+    """Jit `call(weights, *inputs)` to run on each replica with its part of the inputs.
+
+    Inputs and outputs are trees of arrays that are split over the replicas along their first axis.
+    Within a replica of several devices XLA partitions the program by the sharding of the weights.
+    """
+    single = num_replicas(mesh) == mesh.size
+
+    def on_mesh(weights, *inputs):
+        if num_replicas(mesh) == 1 and not single:  # XLA partitions all of it
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return call(weights, *inputs)
+        specs = (PartitionSpec(), *[BY_REPLICA] * len(inputs))
+        # check_vma=False: loops may take a different number of steps on each replica.
+        program = jax.shard_map(
+            call,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=BY_REPLICA,
+            axis_names=set(AXES if single else REPLICAS),
+            check_vma=False,
+        )
+        return program(weights, *inputs)
+
+    return jax.jit(on_mesh)
