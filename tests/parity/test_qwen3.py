@@ -144,7 +144,7 @@ def test_without_the_unused_blocks_transformers_gives_the_same_hidden_states(lay
 
 @pytest.mark.nightly
 def test_two_layers_at_the_width_of_qwen3_4b(tmp_path):
-    """With 512 tokens and a vocabulary of 2048, which keeps memory below 3 GB."""
+    """With 512 tokens and a vocabulary of 2048, which keeps memory below 4 GB."""
     sizes = qwen3_keys.write_qwen3_config(
         Qwen3TextEncoder(model=Qwen3Config(vocab_size=2048, depth=3), hidden_layers=(2,)),
         whole=True,

@@ -107,7 +107,7 @@ def test_our_config_is_read_by_transformers():
 
 @pytest.mark.nightly
 def test_one_layer_at_the_width_of_t5_xxl():
-    """With 512 tokens and a vocabulary of 2048, which keeps memory below 3 GB."""
+    """With 512 tokens and a vocabulary of 2048, which keeps memory below 4 GB."""
     sizes = t5_keys.write_t5_config(T5Config(vocab_size=2048, depth=1))
     assert (sizes["d_model"], sizes["num_heads"], sizes["d_ff"]) == (4096, 64, 10240)
     torch.manual_seed(0)
