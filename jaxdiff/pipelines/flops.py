@@ -30,9 +30,9 @@ def sampling_flops(
 ) -> float:
     """Return the FLOPs of generating one image.
 
-    At times in the guidance interval an evaluation takes the network twice: for the prompt and for
-    the negative prompt. Composed prompts and auxiliary models do not count. Evaluations that a
-    cache of features saves do.
+    At times in the guidance interval an evaluation takes the network twice, for the prompt and for
+    the negative prompt, unless the model is distilled. Composed prompts and auxiliary models do not
+    count. Evaluations that a cache of features saves do.
 
     Args:
       model: the specification.
@@ -52,8 +52,9 @@ def sampling_flops(
         first=first,
     )
     low, high = sampler.guidance.active_interval
-    calls = sum(1 + (low <= t <= high) for t in times[sampler.guidance.zero_steps :])
-    total = calls * network + 2 * model.conditioner.flops()
+    guided = sampler.guidance.is_classifier_free(model.denoiser.guidance_embedding)
+    calls = sum(1 + (guided and low <= t <= high) for t in times[sampler.guidance.zero_steps :])
+    total = calls * network + (1 + guided) * model.conditioner.flops()
     if model.autoencoder is not None:
         total += model.autoencoder.decode_flops(height=size[1], width=size[0])
     return total

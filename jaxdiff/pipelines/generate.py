@@ -8,7 +8,8 @@ from jaxtyping import UInt8
 
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.batching import Preview
-from jaxdiff.pipelines.inputs import InitImage, Mix, Prompt
+from jaxdiff.pipelines.input_images import InitImage, References
+from jaxdiff.pipelines.inputs import Mix, Prompt
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import rank
 from jaxdiff.pipelines.resolve import ResolvedSettings
@@ -118,6 +119,10 @@ def _call(
         arguments["init"] = InitImage(
             image=_stack(settings, "init_image"), mask=masks, strength=strengths
         )
+    if first.settings.reference is not None:
+        count = len(first.files["reference"])
+        images = [_stack(settings, "reference", i) for i in range(count)]
+        arguments["init"] = References(images=images)
     if first.settings.mix_prompt is not None:
         arguments["latents"] = pipe.noise(
             arguments["seeds"],
@@ -128,5 +133,5 @@ def _call(
     return arguments
 
 
-def _stack(settings: Sequence[ResolvedSettings], name: str) -> np.ndarray:
-    return np.stack([s.files[name].read() for s in settings])
+def _stack(settings: Sequence[ResolvedSettings], name: str, which: int = 0) -> np.ndarray:
+    return np.stack([s.files[name][which].read() for s in settings])

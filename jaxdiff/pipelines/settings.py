@@ -21,6 +21,7 @@ from jaxdiff.config.fields import (
     Choices,
     Doc,
     File,
+    Files,
     Interval,
     Range,
     Size,
@@ -113,6 +114,16 @@ class GenerationSettings:
             common=True,
         ),
         Varies.IMAGE,
+    ] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        Range(),
+        Doc(
+            "Classifier-free guidance of distilled models such as FLUX.1, which need none; then "
+            "--negative-prompt has an effect.",
+            GUIDANCE,
+        ),
+        Varies.CALL,
     ] = None
     size: Annotated[
         tuple[int, int] | str | None,
@@ -230,6 +241,17 @@ class GenerationSettings:
         epath.Path | None,
         File(),
         Doc("Image to start from.", EDITING, common=True),
+        Varies.IMAGE,
+    ] = None
+    reference: Annotated[
+        tuple[epath.Path, ...] | None,
+        Files(),
+        Doc(
+            "Images that the prompt edits or combines, for models such as FLUX.2. The result has "
+            "the size of the first one by default.",
+            EDITING,
+            common=True,
+        ),
         Varies.IMAGE,
     ] = None
     strength: Annotated[
@@ -357,6 +379,7 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
         "a cache follows an image as a whole from step to step",
     ),
     "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
+    "reference": (("init_image", "upscale"), "an image starts from noise, or from another image"),
 }
 """Fields, with the others that they exclude, and the reason."""
 
