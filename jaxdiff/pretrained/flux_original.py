@@ -26,7 +26,8 @@ from jaxdiff.pretrained.original_layout import (
 )
 from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
 
-_MARKS = "double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"
+FLUX_MARKS = "double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.norm_q.weight"
+"""Names that the file of a FLUX has, in the original layout and in diffusers'."""
 _STREAMS = [
     ("img", "to_{}", "to_out.0", "norm", "ff"),
     ("txt", "add_{}_proj", "to_add_out", "norm_added", "ff_context"),
@@ -132,7 +133,7 @@ def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfi
     def depth(start: str) -> int:
         return 1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{start}\.(\d+)\.", n)))
 
-    is_original = _MARKS[0] in shapes
+    is_original = FLUX_MARKS[0] in shapes
     double, single = (
         ("double_blocks", "single_blocks")
         if is_original
@@ -193,10 +194,10 @@ def read_flux_file(
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    inner = open_transformer(file, "FLUX", _MARKS)
+    inner = open_transformer(file, "FLUX", FLUX_MARKS)
     if config is None:
         config = read_original_config(file, inner.shapes)
-    if _MARKS[0] in inner:
+    if FLUX_MARKS[0] in inner:
         inner = Renamed(inner, original_rename(config))
     options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
     return config, flux_from_torch(inner, config, place=place, **options)

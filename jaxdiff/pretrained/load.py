@@ -37,6 +37,11 @@ from jaxdiff.pretrained.hub import download, is_hub_id
 from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device
+from jaxdiff.pretrained.transformer_file import (
+    is_transformer_file,
+    read_transformer_file,
+    refuse_transformer_file,
+)
 
 SHIPPED = epath.Path(__file__).parent.parent / "weights"
 
@@ -47,7 +52,7 @@ class PartSource(NamedTuple):
     """The source of the weights of one part of a model.
 
     Attributes:
-      folder: a model, as for `load_bundle`.
+      folder: a model, as for `load_bundle`; for a denoiser, also a file with its transformer.
       path: of the part in the parameters of a text-to-image model.
       abstract: shapes and types that are expected.
     """
@@ -102,6 +107,7 @@ def load_bundle(
     if root.suffix.lower() == ".safetensors":
         if autoencoder_file.is_autoencoder_file(root):
             return Bundle(*autoencoder_file.read_autoencoder_file(root, place=place), {})
+        refuse_transformer_file(root)
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -124,6 +130,7 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     if root.suffix.lower() == ".safetensors":
         if autoencoder_file.is_autoencoder_file(root):
             return autoencoder_file.read_autoencoder_file_spec(root)
+        refuse_transformer_file(root)
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -157,11 +164,18 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     Raises:
       UserError: a model has no such part, or one of another size.
     """
-    folders = {source.folder for source in wanted.values()}
-    bundles = {folder: load_bundle(folder, place=np.asarray, types=types) for folder in folders}
+    bundles: dict[str, Bundle] = {}
+
+    def read(source: PartSource) -> PyTree:
+        if source.path == ("denoiser",) and is_transformer_file(source.folder):
+            return read_transformer_file(source.folder, place=np.asarray)
+        if source.folder not in bundles:
+            bundles[source.folder] = load_bundle(source.folder, place=np.asarray, types=types)
+        return part_of(bundles[source.folder], source.path, source.folder)
+
     parts = {}
     for key, source in wanted.items():
-        params = part_of(bundles[source.folder], source.path, source.folder)
+        params = read(source)
         check_fit(params, source.abstract, source.folder)
         # Weights may be stored in half precision; training keeps float32.
         parts[key] = jax.tree.map(

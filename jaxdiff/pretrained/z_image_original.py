@@ -26,7 +26,8 @@ from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
 from jaxdiff.pretrained.z_image_keys import z_image_from_torch, z_image_to_torch
 
 _ORIGINAL = "noise_refiner.0.attention.qkv.weight"
-_MARKS = _ORIGINAL, "noise_refiner.0.attention.to_q.weight"
+Z_IMAGE_MARKS = _ORIGINAL, "noise_refiner.0.attention.to_q.weight"
+"""Names that the file of a Z-Image has, in the original layout and in diffusers\'."""
 _UNUSED = ("norm_final.weight",)  # of the original code, which computes nothing with it
 _AXES = (32, 48, 48)  # of a head of 128 channels
 
@@ -127,7 +128,7 @@ def read_z_image_file(
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    tensors = open_transformer(file, "Z-Image", _MARKS)
+    tensors = open_transformer(file, "Z-Image", Z_IMAGE_MARKS)
     config = config or read_original_z_image_config(file, tensors.shapes)
     if _ORIGINAL in tensors:
         tensors = Renamed(tensors, original_z_image_rename(config))

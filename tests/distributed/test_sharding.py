@@ -27,6 +27,7 @@ from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.flux import FluxConfig
+from jaxdiff.models.denoisers.flux_blocks import Inputs, SharedModulation, SingleBlock
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.denoisers.z_image import ZImageConfig
@@ -433,6 +434,46 @@ def test_a_geglu_exchanges_weights_rather_than_activations():
     )
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
     assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+@pytest.mark.parametrize("name", ["flux1", "flux2"])
+def test_a_single_block_of_flux_exchanges_weights_rather_than_activations(name):
+    """And computes what one device computes."""
+    changes = {"heads": 4, "head_width": 8} | {"rope_axes": (2, 2, 2, 2)}
+    config = dataclasses.replace(DENOISERS[name], **changes)
+    width = config.width
+
+    def build() -> SingleBlock:
+        return SingleBlock(config, rngs=any_rngs())
+
+    params = init_params(lambda rngs: SingleBlock(config, rngs=rngs), nnx.Rngs(0))
+    vector = jnp.ones((8, width))
+    vectors = SharedModulation(*(jnp.ones((8, n * width)) for n in (6, 6, 3)))
+    x = np.random.default_rng(0).normal(size=(8, 256, width)).astype(np.float32)
+
+    def call(params, x):
+        shared = vectors if config.shared_modulation else None
+        inputs = Inputs(x, x, vector, shared, jnp.ones((256, 4)), 16, 16)
+        return bind_params(build, params)(x, inputs)
+
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(params, x)
+
+    placed = jax.device_put(params, state_shardings(params, mesh, param_axes(build)))
+    split = jax.device_put(x, batch_sharding(mesh))
+    compiled = jax.jit(on_mesh).lower(placed, split).compile()
+    np.testing.assert_allclose(
+        compiled(placed, split), jax.jit(call)(params, x), rtol=1e-4, atol=1e-4
+    )
+    exchanged = re.findall(
+        r"f32\[([\d,]+)\]\S* (?:all-to-all|collective-permute|all-gather)\(", compiled.as_text()
+    )
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
+    assert max(sizes, default=0) <= max(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(sizes, default=0) < 4 * 256 * width
 
 
 @pytest.mark.parametrize(("images", "divides"), [(8, True), (6, False)])
