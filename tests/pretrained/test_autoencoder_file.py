@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxdiff.pretrained.autoencoder_file import (
     write_autoencoder_file,
 )
 from jaxdiff.pretrained.autoencoder_keys import autoencoder_to_torch
+from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.pretrained.load import load_bundle, read_spec
 from jaxdiff.pretrained.presets import FLUX1_AUTOENCODER
@@ -57,6 +59,16 @@ def test_a_written_file_is_read_bit_for_bit(tmp_path, random_params, name):
     again = tmp_path / "again.safetensors"
     write_autoencoder_file(again, back, config)
     assert again.read_bytes() == file.read_bytes()
+
+
+def test_counters_stay_integers_in_our_own_folders(tmp_path, random_params):
+    config = CONFIGS["FLUX.2"]
+    params = random(random_params, config)
+    write_bundle(tmp_path, Bundle(config, params, {}), "bfloat16")
+    found = load_bundle(tmp_path)
+    assert found.spec == config
+    as_floats = jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float32), params)
+    equal(found.params, as_floats)
 
 
 def test_names_are_those_of_the_original_code(tmp_path, random_params):
