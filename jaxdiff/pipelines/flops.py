@@ -122,7 +122,8 @@ class SamplingSpeed:
     def _flops_of(self, one: ResolvedSettings) -> float:
         """Return the FLOPs of an image; NaN where further models or images take part."""
         asked = one.settings
-        if asked.best_of or asked.upscale or asked.clip_scale or asked.guide_scale:
+        further = ("best_of", "upscale", "clip_scale", "guide_scale", "reference", "refiner_start")
+        if any(getattr(asked, name) for name in further):
             return math.nan
         sampler = one.sampler.inherit(self._pipe.spec.sampler).resolve()
         num_steps = asked.num_steps or sampler.num_steps

@@ -78,6 +78,7 @@ def details(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
     models = {
         "clip": clip.model if clip else resolved.clip_model if asked.best_of else None,
         "guide": guide and guide.model,
+        "refiner": resolved.refiner_model,
     }
     guidance = dataclasses.replace(
         sampler.guidance,
@@ -227,10 +228,11 @@ class ImageMetadata:
             raise _changed(self.path) from error
         resolved = resolve_settings(asked.inherit(files), pipe, command, called=flag)
         found = details(resolved, pipe)
-        for name, what in (("clip", "CLIP"), ("guide", "guide model")):
+        models = (("clip", "CLIP"), ("guide", "guide model"), ("refiner", "refiner"))
+        for name, what in models:
             if found.get(name) != self.details.get(name):
                 raise UserError(
-                    f"{self.path} was guided by another {what}: give that as --{name}-model."
+                    f"{self.path} was made with another {what}: give that as --{name}-model."
                 )
         if parse_json(format_json(recorded(resolved)), self.path) != self.settings:
             raise _changed(self.path)

@@ -239,7 +239,7 @@ class Pipeline:
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
           guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and
-            so is less for Stable Diffusion and XL.
+            so is less for Stable Diffusion and XL. Networks with a guidance embedding read it.
           size: width and height; by default those of `latents` or `init`, or the training images'.
           latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
           init: images to start from, with a mask and a strength, or reference images.

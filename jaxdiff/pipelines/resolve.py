@@ -35,6 +35,8 @@ from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers import SOLVERS
 from jaxdiff.sampling.solvers_ode import DDIM
 
+REFINER_START = 0.8
+
 FILES = ("init_image", "mask", "reference")
 """Fields that name files."""
 
@@ -103,10 +105,12 @@ class CommandDefaults:
     Attributes:
       clip_model: the CLIP of `clip_scale` and `best_of`.
       guide_model: the model of autoguidance.
+      refiner_model: the model that takes over at `refiner_start`.
     """
 
     clip_model: str | None = None
     guide_model: str | None = None
+    refiner_model: str | None = None
 
     def inherit(self, guidance: Guidance) -> "CommandDefaults":
         """Return these models, with those of a sampler's guidance in the place of None."""
@@ -114,6 +118,7 @@ class CommandDefaults:
         return CommandDefaults(
             clip_model=self.clip_model or (clip.model if clip else DEFAULT_CLIP),
             guide_model=self.guide_model or (guide and guide.model),
+            refiner_model=self.refiner_model,
         )
 
 
@@ -129,12 +134,14 @@ class ResolvedSettings:
       sampler: derived from them; it overrides the model's.
       files: those that fields of `FILES` name, if any.
       clip_model: the CLIP of `best_of`.
+      refiner_model: the model that takes over, if any.
     """
 
     settings: GenerationSettings
     sampler: Sampler = field(default_factory=Sampler)
     files: Mapping[str, tuple[InputFile, ...]] = field(default_factory=dict)
     clip_model: str = DEFAULT_CLIP
+    refiner_model: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -216,6 +223,12 @@ def resolve_settings(
         raise UserError(
             f"{called('guide_scale')} has no effect without a guide model: give --guide-model."
         )
+    if asked.refiner_start is None and command.refiner_model is not None:
+        asked = dataclasses.replace(asked, refiner_start=REFINER_START)
+    if asked.refiner_start is not None and command.refiner_model is None:
+        raise UserError(
+            f"{called('refiner_start')} has no effect without a refiner: give --refiner-model."
+        )
     asked = with_requirements(asked, own, called)
     check_conflicts(asked, called)
     given = {name: input_paths(asked, name) for name in FILES}
@@ -233,6 +246,7 @@ def resolve_settings(
         sampler=_sampler(asked, model, command),
         files=files,
         clip_model=command.clip_model or DEFAULT_CLIP,
+        refiner_model=command.refiner_model,
     )
     width, height = resolved.final_size
     if max(width, height) > LARGEST_SIDE:

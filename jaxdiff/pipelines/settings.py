@@ -187,6 +187,12 @@ class GenerationSettings:
         Varies.CALL,
         NoOp(1),
     ] = None
+    refiner_start: Annotated[
+        float | None,
+        Range(0, 1, "()"),
+        Doc("Share of the steps after which --refiner-model takes over; 0.8 by default.", SAMPLING),
+        Varies.CALL,
+    ] = None
     guidance_interval: Annotated[
         tuple[float, float] | None,
         Interval(),
@@ -379,6 +385,10 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
         "a cache follows an image as a whole from step to step",
     ),
     "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
+    "refiner_start": (
+        ("init_image", "reference", "upscale"),
+        "a refiner continues from the noise of this image",
+    ),
     "reference": (("init_image", "upscale"), "an image starts from noise, or from another image"),
 }
 """Fields, with the others that they exclude, and the reason."""

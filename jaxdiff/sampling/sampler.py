@@ -33,7 +33,8 @@ class Sampler:
       solver: of the sampling ODE or SDE.
       grid: the times that it visits.
       num_steps: of the solver.
-      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
+      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided. Networks
+        with a guidance embedding read it instead.
       guidance: all other options of guidance.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
       init_noise: "unit" starts from noise of variance 1, as diffusers does with Stable Diffusion;

@@ -42,6 +42,7 @@ VALUES = {
     "clip_interval": (0.00001, 1.0),
     "clip_cutouts": 4,
     "true_cfg_scale": 2.0,
+    "refiner_start": 0.8,
     "init_image": epath.Path("a.png"),
     "reference": (epath.Path("a.png"), epath.Path("b.png")),
     "strength": 0.25,
