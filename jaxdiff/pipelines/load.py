@@ -87,7 +87,7 @@ def _placement(
     """Return where `Pipeline` has each parameter, in the type that it computes in."""
     axes = spec.param_axes()
 
-    def put(path: tuple[Any, ...], value: np.ndarray) -> Any:
+    def put(path: tuple[Any, ...], value: np.ndarray | jax.Array) -> Any:
         if offload_text and path[0] == TEXT:
             return np.asarray(value if dtype is None else cast(value, dtype))
         # JAX would compile a transposition for every shape that is not in C order.
