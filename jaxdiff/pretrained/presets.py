@@ -1,7 +1,11 @@
-"""Configs of the published Stable Diffusion models, for recipes and for single files."""
+"""Configs of published models, for recipes and for single files."""
 
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 
 SD1 = UNet2DConditionConfig()
 SD2 = UNet2DConditionConfig(
@@ -36,3 +40,37 @@ OPENCLIP_G = ClipTextConfig(
 )
 
 XL_SCALING_FACTOR = 0.13025  # of its autoencoder
+
+FLUX1_DEV = FluxConfig(
+    channels=16,
+    patch_size=2,
+    double_depth=19,
+    single_depth=38,
+    text_width=4096,
+    pooled_width=768,
+    mlp="gelu",
+    mlp_ratio=4.0,
+    bias=True,
+    shared_modulation=False,
+    fused=False,
+    guidance_embedding=True,
+    rope_axes=(16, 56, 56),
+    rope_theta=10_000.0,
+    text_positions=False,
+    max_references=0,
+)
+KLEIN_4B = FluxConfig()
+Z_IMAGE = ZImageConfig()
+
+# Of FLUX.1 and Z-Image.
+FLUX1_AUTOENCODER = AutoencoderConfig(
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    sample_size=1024,
+)
+
+KLEIN_4B_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(9, 18, 27))
+Z_IMAGE_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(35,), thinking=True)
