@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxdiff.distributed.mesh import MeshConfig
     from jaxdiff.errors import UserError
-    from jaxdiff.pipelines.inputs import InitImage, Mix
+    from jaxdiff.pipelines.input_images import InitImage, References
+    from jaxdiff.pipelines.inputs import Mix
     from jaxdiff.pipelines.load import load
     from jaxdiff.pipelines.pipeline import Pipeline
     from jaxdiff.sampling.feature_cache import FirstBlockCache, TaylorSeer
@@ -52,6 +53,7 @@ __all__ = [
     "MeshConfig",
     "Mix",
     "Pipeline",
+    "References",
     "Sampler",
     "TaylorSeer",
     "UniPC",
@@ -63,7 +65,8 @@ __all__ = [
 _NAMES = {
     "jaxdiff.distributed.mesh": ("MeshConfig",),
     "jaxdiff.errors": ("UserError",),
-    "jaxdiff.pipelines.inputs": ("InitImage", "Mix"),
+    "jaxdiff.pipelines.input_images": ("InitImage", "References"),
+    "jaxdiff.pipelines.inputs": ("Mix",),
     "jaxdiff.pipelines.load": ("load",),
     "jaxdiff.pipelines.pipeline": ("Pipeline",),
     "jaxdiff.sampling.feature_cache": ("FirstBlockCache", "TaylorSeer"),

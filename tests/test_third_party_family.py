@@ -358,7 +358,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.images import read_picture, save_png
 from jaxdiff.models.layers import init_params, rngs_from_seed
 from jaxdiff.pipelines import edit
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.textual_inversion import add_word
 from jaxdiff.pretrained.bundle import Bundle, write_bundle

@@ -20,7 +20,7 @@ from jaxdiff.diffusion.objectives import Denoising, LossInputs, LossOutputs, Obj
 from jaxdiff.diffusion.process import add_noise, to_x0_eps
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pretrained.bundle import write_bundle
 from jaxdiff.sampling.guidance.guidance import Estimates, Guidance
 from jaxdiff.sampling.sampler import Sampler

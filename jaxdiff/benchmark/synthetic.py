@@ -61,8 +61,8 @@ def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     def sample(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if name == "size_crop":
             return np.tile(np.array([size, size, 0, 0, size, size], leaf.dtype), (leaf.shape[0], 1))
-        if leaf.dtype == bool:
-            return np.zeros(leaf.shape, bool)
+        if leaf.dtype == bool:  # masks [b, n] hide no token, and no prompt [b] is absent
+            return np.full(leaf.shape, leaf.ndim > 1)
         if np.issubdtype(leaf.dtype, np.integer):
             below = 256 if name == "image" else config.tokenizer.vocab_size
             return rng.integers(0, below, leaf.shape, leaf.dtype)

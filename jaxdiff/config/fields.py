@@ -190,6 +190,19 @@ class File(Text):
 
 
 @dataclass(frozen=True)
+class Files(File):
+    """The paths of files: a list, or one text with `|` between them."""
+
+    def check(self, name: str, value: Any, kind: Any) -> tuple[epath.Path, ...]:
+        """Raise `UserError` as `File` does for each, and for an empty list."""
+        values = value if isinstance(value, list | tuple) else [value]
+        texts = [x for v in values for x in (v.split("|") if isinstance(v, str) else [v])]
+        if not texts:
+            raise unexpected(name, value, "the paths of files")
+        return tuple(File.check(self, name, text, str) for text in texts)
+
+
+@dataclass(frozen=True)
 class Switch:
     """True or false."""
 
@@ -241,7 +254,7 @@ class Size:
         return width, height
 
 
-_METAVARS = {Choices: "NAME", File: "FILE", Interval: "LOW-HIGH", Size: "SIZE"}
+_METAVARS = {Choices: "NAME", File: "FILE", Files: "FILE", Interval: "LOW-HIGH", Size: "SIZE"}
 
 
 @dataclass(frozen=True)
@@ -277,8 +290,10 @@ class Field:
         return flag(self.name)
 
     @property
-    def flag_type(self) -> type:
-        """How the command line reads it: a number, a switch, or the text that JSON has."""
+    def flag_type(self) -> Any:
+        """How the command line reads it: a number, a switch, or the text or texts of JSON."""
+        if isinstance(self.constraint, Files):
+            return tuple[str, ...]
         return self.kind if self.kind in (int, float, bool) else str
 
     @property
@@ -316,7 +331,7 @@ class Field:
             # Without the exponents in which JSON would have a small number.
             return "-".join(np.format_float_positional(end, trim="-") for end in value)
         if isinstance(value, tuple):
-            return "x".join(map(str, value))
+            return ("|" if isinstance(self.constraint, Files) else "x").join(map(str, value))
         return str(value) if isinstance(self.constraint, File) else value
 
 

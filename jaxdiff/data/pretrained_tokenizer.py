@@ -29,6 +29,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer, first_letter
 from jaxdiff.data.tokenizer_folders import (
     CONFIG,
     FILE_KINDS,
+    check_state,
     damage_as_user_error,
     load_by_transformers,
 )
@@ -156,6 +157,20 @@ class PretrainedTokenizer(TextTokenizer):
                 "text encoder's max_length; load the model's own tokenizer."
             )
         return found
+
+    @classmethod
+    def _from_state(cls, state: Any, files: Mapping[str, bytes]) -> "PretrainedTokenizer":
+        """Invert `_state`; exceptions mean damage."""
+        check_state(state["backend"])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state["backend"]))
+        truncation: Any = backend.truncation
+        padding: Any = backend.padding
+        if truncation["max_length"] != padding["length"]:
+            raise ValueError("texts are cut off and padded to different lengths")
+        prefix, suffix = state["prefix"], state["suffix"]
+        if not (isinstance(prefix, str) and isinstance(suffix, str)):
+            raise TypeError("prefix and suffix are no texts")
+        return cls(backend=backend, prefix=prefix, suffix=suffix, files=files)
 
     @classmethod
     def _from_transformers(

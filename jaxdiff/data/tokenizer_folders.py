@@ -163,20 +163,28 @@ def _is_clip(backend: tokenizers.Tokenizer) -> bool:
 
 def _read_saved(root: epath.Path) -> tuple[tokenizers.Tokenizer, int | None, int | None, bool]:
     """Return backend, stated length, padding id, and whether padding is on the left."""
-    backend = tokenizers.Tokenizer.from_buffer(checked_file(root / SAVED))
+    backend = tokenizers.Tokenizer.from_buffer(_checked(root / SAVED))
     padding = backend.padding or {"pad_id": backend.token_to_id(END), "direction": "right"}
     stated = (backend.truncation or {}).get("max_length")
     return backend, stated, padding["pad_id"], padding["direction"] == "left"
 
 
-def checked_file(file: epath.Path) -> bytes:
-    """Return the content of a `tokenizer.json` whose parts fit together.
+def _checked(file: epath.Path) -> bytes:
+    """Return the content of a `tokenizer.json` whose parts fit together."""
+    data = read_bytes(file, "the whole folder of a tokenizer", largest=LARGEST_TEXT)
+    check_state(parse_json(data, file))
+    return data
+
+
+def check_state(state: Any) -> None:
+    """Check that the parts of a `tokenizer.json`, as parsed, fit together.
 
     `tokenizers` does not check ids: it aborts on a template with an unknown token, and takes time
     and memory in proportion to the largest id.
+
+    Raises:
+      ValueError: they do not. Other damage raises other exceptions.
     """
-    data = read_bytes(file, "the whole folder of a tokenizer", largest=LARGEST_TEXT)
-    state = parse_json(data, file)
     vocabulary = state["model"]["vocab"]  # a list of Unigram, whose ids are its places
     ids = [*vocabulary.values()] if isinstance(vocabulary, Mapping) else []
     ids += [token["id"] for token in state.get("added_tokens") or ()]
@@ -190,7 +198,6 @@ def checked_file(file: epath.Path) -> bytes:
                 raise ValueError(f"its template has the unknown token {min(unknown)!r}")
             ids += [i for token in known.values() for i in token["ids"]]
     _check_ids(ids)
-    return data
 
 
 def _check_ids(ids: Iterable[int]) -> None:
@@ -219,7 +226,7 @@ def load_by_transformers(root: epath.Path) -> Any:
     )
     kind = {} if named else {"tokenizer_type": "clip"}
     if (root / SAVED).exists():
-        checked_file(root / SAVED)
+        _checked(root / SAVED)
     elif (root / _VOCAB).exists():
         _check_ids(read_json(root / _VOCAB).values())
     with _local_copy(root) as folder, without_torch("transformers"), _quiet_transformers():

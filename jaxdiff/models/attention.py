@@ -51,6 +51,7 @@ def linear(
 # A CPU splits attention with at least this many logits into blocks of queries: on two cores 4096
 # positions of 8 heads (Stable Diffusion at 512 pixels) take 0.7 s instead of 4.5.
 _MIN_CPU_LOGITS, _CPU_BLOCK = 2**18, 256
+_EXCLUDED = float(np.finfo(np.float32).min) / 2  # logit of a key that the mask excludes
 # A TPU uses splash attention from this many logits on; below it XLA is faster.
 _MIN_SPLASH_LOGITS = 2**20
 _LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
@@ -94,7 +95,7 @@ def attend(
 def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attend on one device, with its fastest kernel."""
     kernels: dict[str, Callable[..., Array]] = {}
-    if mask is None and q.shape[1] * k.shape[1] >= _MIN_CPU_LOGITS:
+    if q.shape[1] * k.shape[1] >= _MIN_CPU_LOGITS:
         kernels["cpu"] = _in_blocks
     if _for_splash(q, k):
         kernels["tpu"] = _splash
@@ -186,7 +187,7 @@ def _largest_block() -> int:
     return next((size for name, size in _SPLASH_BLOCKS if kind.startswith(name)), _SPLASH_BLOCK)
 
 
-def _in_blocks(q: Array, k: Array, v: Array) -> Array:
+def _in_blocks(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attend with one block of queries of one head of one image at a time.
 
     All logits together do not fit the cache, and batched products are slow in XLA's CPU backend.
@@ -194,17 +195,21 @@ def _in_blocks(q: Array, k: Array, v: Array) -> Array:
     b, n, h, d = q.shape
     block = max(size for size in range(1, _CPU_BLOCK + 1) if n % size == 0)
 
-    def head(qkv: tuple[Array, Array, Array]) -> Array:
-        q, k, v = qkv
+    def head(qkv: tuple[Array, ...]) -> Array:
+        q, k, v, *mask = qkv
 
         def some(q: Array) -> Array:
             logits = (q @ k.T).astype(jnp.float32) / math.sqrt(d)
+            if mask:
+                logits = jnp.where(mask[0], logits, _EXCLUDED)
             return jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
 
         return jax.lax.map(some, q.reshape(n // block, block, d)).reshape(n, d)
 
-    q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
-    return jax.lax.map(head, (q, k, v)).reshape(b, h, n, d).swapaxes(1, 2)
+    heads = tuple(x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    if mask is not None:
+        heads = (*heads, jnp.repeat(mask, h, axis=0))
+    return jax.lax.map(head, heads).reshape(b, h, n, d).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):

@@ -91,19 +91,26 @@ class SampleBatch(NamedTuple):
       indices: of the images.
       num_steps: of the time grid.
       first: index of the first step.
+      last: index of the step after the last.
     """
 
     indices: Sequence[int]
     num_steps: int
     first: int
+    last: int
 
 
-def make_batches(num_steps: Sequence[int], first: Sequence[int], size: int) -> list[SampleBatch]:
-    """Group images by their number of steps, in descending order, which balances the replicas."""
-    kinds: dict[tuple[int, int], list[int]] = {}
-    for i, kind in enumerate(zip(num_steps, first, strict=True)):
-        kinds.setdefault(kind, []).append(i)
-    ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] - kind[0][0])
+def make_batches(
+    num_steps: Sequence[int], taken: Sequence[tuple[int, int]], size: int
+) -> list[SampleBatch]:
+    """Group images by their number of steps, in descending order, which balances the replicas.
+
+    `taken` are the first step of each image, and the step after its last.
+    """
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for i, (count, (first, last)) in enumerate(zip(num_steps, taken, strict=True)):
+        kinds.setdefault((count, first, last), []).append(i)
+    ordered = sorted(kinds.items(), key=lambda kind: kind[0][1] - kind[0][2])
     return [
         SampleBatch(images[i : i + size], *kind)
         for kind, images in ordered
@@ -194,8 +201,9 @@ def _all_steps(some: Sequence[SampleBatch], replicas: int, *, idle: bool) -> Ste
     all_batches = [*some, *[some[0]] * (replicas - len(some))]
     num_steps = np.array([batch.num_steps for batch in all_batches], np.int32)
     first = np.array([batch.first for batch in all_batches], np.int32)
+    last = np.array([batch.last for batch in all_batches], np.int32)
     busy = len(some) if idle else replicas
-    return Steps(num_steps, first, first, np.where(np.arange(replicas) < busy, num_steps, first))
+    return Steps(num_steps, first, last, first, np.where(np.arange(replicas) < busy, last, first))
 
 
 def _segments(steps: Steps, every: int | None) -> Iterator[Steps]:

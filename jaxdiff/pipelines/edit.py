@@ -9,14 +9,11 @@ from PIL import Image
 
 from jaxdiff.config.checked import check_value
 from jaxdiff.errors import UserError
+from jaxdiff.pipelines.input_images import AnyImages, InitImage, Number, check_images
 from jaxdiff.pipelines.inputs import (
-    AnyImages,
-    InitImage,
     Integer,
     Mix,
-    Number,
     Prompt,
-    check_images,
     one_each,
     prompt_list,
     slerp,

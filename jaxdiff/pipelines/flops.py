@@ -30,9 +30,9 @@ def sampling_flops(
 ) -> float:
     """Return the FLOPs of generating one image.
 
-    At times in the guidance interval an evaluation takes the network twice: for the prompt and for
-    the negative prompt. Composed prompts and auxiliary models do not count. Evaluations that a
-    cache of features saves do.
+    At times in the guidance interval an evaluation takes the network twice, for the prompt and for
+    the negative prompt, unless the model is distilled. Composed prompts and auxiliary models do not
+    count. Evaluations that a cache of features saves do.
 
     Args:
       model: the specification.
@@ -52,8 +52,9 @@ def sampling_flops(
         first=first,
     )
     low, high = sampler.guidance.active_interval
-    calls = sum(1 + (low <= t <= high) for t in times[sampler.guidance.zero_steps :])
-    total = calls * network + 2 * model.conditioner.flops()
+    guided = sampler.guidance.is_classifier_free(model.denoiser.guidance_embedding)
+    calls = sum(1 + (guided and low <= t <= high) for t in times[sampler.guidance.zero_steps :])
+    total = calls * network + (1 + guided) * model.conditioner.flops()
     if model.autoencoder is not None:
         total += model.autoencoder.decode_flops(height=size[1], width=size[0])
     return total
@@ -121,7 +122,8 @@ class SamplingSpeed:
     def _flops_of(self, one: ResolvedSettings) -> float:
         """Return the FLOPs of an image; NaN where further models or images take part."""
         asked = one.settings
-        if asked.best_of or asked.upscale or asked.clip_scale or asked.guide_scale:
+        further = ("best_of", "upscale", "clip_scale", "guide_scale", "reference", "refiner_start")
+        if any(getattr(asked, name) for name in further):
             return math.nan
         sampler = one.sampler.inherit(self._pipe.spec.sampler).resolve()
         num_steps = asked.num_steps or sampler.num_steps

@@ -1,17 +1,22 @@
 """Generate the images of resolved settings with one call of a pipeline."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxdiff.errors import UserError
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.batching import Preview
-from jaxdiff.pipelines.inputs import InitImage, Mix, Prompt
+from jaxdiff.pipelines.input_images import InitImage, References
+from jaxdiff.pipelines.inputs import Mix, Prompt
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import rank
 from jaxdiff.pipelines.resolve import ResolvedSettings
+from jaxdiff.pretrained.load import load_bundle
 
 
 class Generated(NamedTuple):
@@ -83,6 +88,8 @@ def _sample(
     pipe: Pipeline, settings: Sequence[ResolvedSettings], preview: Preview | None
 ) -> np.ndarray:
     prompts = [_prompt(s) for s in settings]
+    if settings[0].settings.refiner_start is not None:
+        return _refined(pipe, settings, prompts, preview)
     if settings[0].settings.variation is None:
         return pipe(prompts, **_call(pipe, settings, preview))
     return edit.variations(
@@ -92,6 +99,38 @@ def _sample(
         prompts=prompts,
         **_arguments(settings, preview),
     )
+
+
+def _refined(
+    pipe: Pipeline,
+    settings: Sequence[ResolvedSettings],
+    prompts: Sequence[Prompt],
+    preview: Preview | None,
+) -> np.ndarray:
+    """Sample the first part of the steps, and the others by the refiner, from noisy latents."""
+    first, call = settings[0], _call(pipe, settings, preview)
+    start = first.settings.refiner_start
+    assert start is not None
+    assert first.refiner_model is not None
+    parts = [
+        dataclasses.replace(first.sampler, denoising_interval=part)
+        for part in ((0.0, start), (start, 1.0))
+    ]
+    refiner = _load_refiner(pipe, first.refiner_model)
+    latents = pipe(prompts, **call | {"sampler": parts[0], "output": "latents"})
+    return refiner(prompts, **call | {"sampler": parts[1], "latents": latents})
+
+
+@functools.lru_cache(maxsize=2)
+def _load_refiner(pipe: Pipeline, model: str) -> Pipeline:
+    refiner = pipe.with_bundle(load_bundle(model, types=pipe.types))
+    ours, theirs = (p.spec.latent_shape(512, 512) for p in (pipe, refiner))
+    if ours != theirs:
+        raise UserError(
+            f"{model} has other latents than {pipe.spec.name}: expected its refiner; give that as "
+            "--refiner-model."
+        )
+    return refiner
 
 
 def _arguments(settings: Sequence[ResolvedSettings], preview: Preview | None) -> dict[str, Any]:
@@ -118,6 +157,10 @@ def _call(
         arguments["init"] = InitImage(
             image=_stack(settings, "init_image"), mask=masks, strength=strengths
         )
+    if first.settings.reference is not None:
+        count = len(first.files["reference"])
+        images = [_stack(settings, "reference", i) for i in range(count)]
+        arguments["init"] = References(images=images)
     if first.settings.mix_prompt is not None:
         arguments["latents"] = pipe.noise(
             arguments["seeds"],
@@ -128,5 +171,5 @@ def _call(
     return arguments
 
 
-def _stack(settings: Sequence[ResolvedSettings], name: str) -> np.ndarray:
-    return np.stack([s.files[name].read() for s in settings])
+def _stack(settings: Sequence[ResolvedSettings], name: str, which: int = 0) -> np.ndarray:
+    return np.stack([s.files[name][which].read() for s in settings])

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxdiff.pipelines.resolve import (
     FILES,
     CommandDefaults,
     ResolvedSettings,
+    input_paths,
     open_input,
     recorded,
     resolve_settings,
@@ -77,6 +78,7 @@ def details(resolved: ResolvedSettings, pipe: Pipeline) -> dict[str, Any]:
     models = {
         "clip": clip.model if clip else resolved.clip_model if asked.best_of else None,
         "guide": guide and guide.model,
+        "refiner": resolved.refiner_model,
     }
     guidance = dataclasses.replace(
         sampler.guidance,
@@ -202,7 +204,7 @@ class ImageMetadata:
 
         Args:
           pipe: the model that generated it.
-          files: `init_image` and `mask`, whose digests the file has.
+          files: those that fields of `FILES` name, whose digests the file has.
           command: its auxiliary models, if any.
 
         Raises:
@@ -216,7 +218,7 @@ class ImageMetadata:
                 "--embedding, --dtype and --quantize."
             )
         for name in FILES:
-            self._check_input(name, getattr(files, name))
+            self._check_input(name, input_paths(files, name))
         try:
             named = {name: value for name, value in self.settings.items() if name not in FILES}
             named |= {"prompt": self.text["prompt"], "seed": int(self.text["seed"])}
@@ -226,10 +228,11 @@ class ImageMetadata:
             raise _changed(self.path) from error
         resolved = resolve_settings(asked.inherit(files), pipe, command, called=flag)
         found = details(resolved, pipe)
-        for name, what in (("clip", "CLIP"), ("guide", "guide model")):
+        models = (("clip", "CLIP"), ("guide", "guide model"), ("refiner", "refiner"))
+        for name, what in models:
             if found.get(name) != self.details.get(name):
                 raise UserError(
-                    f"{self.path} was guided by another {what}: give that as --{name}-model."
+                    f"{self.path} was made with another {what}: give that as --{name}-model."
                 )
         if parse_json(format_json(recorded(resolved)), self.path) != self.settings:
             raise _changed(self.path)
@@ -240,18 +243,20 @@ class ImageMetadata:
             )
         return resolved
 
-    def _check_input(self, name: str, given: epath.Path | None) -> None:
-        """Raise `UserError` unless an input is that of the file, or neither is set."""
-        stated = self.settings.get(name)
-        digest = given and open_input(given, name == "mask").sha256
+    def _check_input(self, name: str, given: Sequence[epath.Path]) -> None:
+        """Raise `UserError` unless the inputs are those of the file, or neither has any."""
+        value = self.settings.get(name, [])
+        stated = value if isinstance(value, list) else [value]
+        digests = [open_input(path, name == "mask").sha256 for path in given]
         try:
-            if digest == (None if stated is None else stated["sha256"]):
+            if digests == [one["sha256"] for one in stated]:
                 return
-            if stated is None:
+            if not stated:
                 raise UserError(f"{self.path} was made without {flag(name)}: leave that out.")
+            names = ", ".join(one["file"] for one in stated)
+            what = "that file" if len(stated) == 1 else "those files in this order"
             raise UserError(
-                f"{self.path} was made from {stated['file']}: give that file, unchanged, as "
-                f"{flag(name)}."
+                f"{self.path} was made from {names}: give {what}, unchanged, as {flag(name)}."
             )
         except (KeyError, TypeError) as error:
             raise _changed(self.path) from error

@@ -2,24 +2,22 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float32, UInt8, UInt32
-from PIL import Image
+from jaxtyping import Float32, UInt32
 
 from jaxdiff.config.checked import check_value, checked
 from jaxdiff.config.fields import Count, Natural, Seed, Text
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import FieldError, UserError
-from jaxdiff.io.image_decoding import ImageError
-from jaxdiff.io.images import mask_of, picture_of
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
+from jaxdiff.pipelines.input_images import InitImage, Number, References, check_masks
 from jaxdiff.pipelines.program import SampleInputs
 from jaxdiff.pipelines.prompt_weights import tokenize
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -28,9 +26,7 @@ from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, Steps
 IMAGE_STRENGTH = 0.6
 
 Integer = int | np.integer
-Number = Integer | float | np.floating
 Output = Literal["uint8", "float", "latents"]
-AnyImages = np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 @checked
@@ -61,25 +57,6 @@ Prompt = str | Mix
 
 @checked
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InitImage:
-    """Images to start from.
-
-    Attributes:
-      image: uint8 or float in [0, 1], [n, h, w, 3] or one for all, or Pillow's; its size is the
-        result's.
-      mask: 1 where the image is replaced and 0 where pixels are kept, [n, h, w] or one for all, or
-        Pillow's; None replaces all.
-      strength: amount of noise added to the image, from 0 to 1, one for all or one each; 0.6 by
-        default, 1 with a mask.
-    """
-
-    image: AnyImages
-    mask: AnyImages | None = None
-    strength: Number | Iterable[Number] | None = None
-
-
-@checked
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SampleRequest:
     """The arguments of `Pipeline.__call__`, which describes them."""
 
@@ -90,7 +67,7 @@ class SampleRequest:
     guidance_scale: Number | Iterable[Number] | None = None
     size: tuple[int, int] | None = None
     latents: np.ndarray | jax.Array | None = None
-    init: InitImage | None = None
+    init: InitImage | References | None = None
     sampler: Sampler | None = None
     guidance: Guidance | None = None
     output: Output = "uint8"
@@ -100,6 +77,16 @@ class SampleRequest:
     def __post_init__(self):
         # Once, as an iterator can be read.
         object.__setattr__(self, "prompts", prompt_list(self.prompts))
+
+    @property
+    def init_image(self) -> InitImage | None:
+        """The images to start from."""
+        return self.init if isinstance(self.init, InitImage) else None
+
+    @property
+    def references(self) -> References | None:
+        """The reference images."""
+        return self.init if isinstance(self.init, References) else None
 
     @classmethod
     def of(cls, **arguments: Any) -> "SampleRequest":
@@ -115,6 +102,31 @@ class SampleRequest:
             (self.sampler or Sampler()).inherit(model)
         )
         return sampler.resolve()
+
+
+def check_request(request: SampleRequest, spec: TextToImage, sampler: ResolvedSampler) -> None:
+    """Raise `UserError` for arguments that contradict each other, or that the model lacks."""
+    init = request.init_image
+    if spec.is_inpainting and (init is None or init.mask is None):
+        raise UserError(
+            f"{spec.name} is for inpainting: expected init with an image and a mask, 1 where the "
+            "image is replaced."
+        )
+    if sampler.vae_mode == "tiling" and any(sampler.wrap):
+        raise UserError(
+            'vae_mode is "tiling", whose tiles do not wrap: expected "slicing" or "full".'
+        )
+    low, high = sampler.denoising_interval
+    if high < 1 and request.output != "latents":
+        raise UserError(
+            f"denoising_interval ends at {high:g}, where images are noisy: expected 1, or "
+            'output="latents" for the model that takes over.'
+        )
+    if low > 0 and (request.latents is None or init is not None):
+        raise UserError(
+            f"denoising_interval starts at {low:g}: expected the latents of a call whose interval "
+            "ends there, and no init image; give them as latents."
+        )
 
 
 class UnknownWordWarning(UserWarning):
@@ -208,83 +220,6 @@ def step_counts(num_steps: Integer | Iterable[Integer], n: int) -> list[int]:
     return [check_value("num_steps", count, Steps) for count in one_each("num_steps", num_steps, n)]
 
 
-def check_images(image: Any, n: int | None = None) -> UInt8[np.ndarray, "n h w 3"]:
-    """Return one image for each of n prompts, by default as many as there are.
-
-    A single image is repeated. Pillow's are read as `io/images.py` reads files.
-
-    Raises:
-      UserError: neither uint8 nor float in [0, 1], or not [h, w, 3], [1, h, w, 3] or [n, h, w, 3].
-    """
-    images = _array("image", image, picture_of)
-    images = images[None] if images.ndim == 3 else images
-    if images.ndim == 4 and images.dtype.kind == "f":
-        if not (images.min(initial=0) >= 0 and images.max(initial=1) <= 1):
-            raise UserError(
-                f"image has values from {images.min():g} to {images.max():g}: expected uint8, or "
-                "floats from 0 to 1."
-            )
-        images = np.rint(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
-        raise UserError(
-            f"image is {images.dtype} {images.shape}: expected uint8 [n, height, width, 3]."
-        )
-    return _broadcast("image", images, len(images) if n is None else n)
-
-
-def check_masks(mask: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "n h w"]:
-    """Return one mask, from 0 to 1, for each of the images [n, h, w, 3].
-
-    Pillow's images are masks as `io/images.py` reads files.
-
-    Raises:
-      UserError: another size, or values out of range.
-    """
-    masks = _array("mask", mask, mask_of)
-    if masks.dtype.kind not in "biuf":
-        raise UserError(f"mask is {masks.dtype}: expected numbers from 0 to 1.")
-    masks = masks.astype(np.float32)
-    masks = masks[None] if masks.ndim == 2 else masks
-    if masks.ndim != 3 or masks.shape[1:] != shape[1:3]:
-        raise UserError(f"mask is of shape {masks.shape}: expected that of the image, {shape[:3]}.")
-    if not (masks.min(initial=0) >= 0 and masks.max(initial=0) <= 1):
-        raise UserError(
-            f"mask goes from {masks.min():g} to {masks.max():g}: expected 0 where the image is "
-            "kept and 1 where it is replaced."
-        )
-    return _broadcast("mask", masks, shape[0])
-
-
-def _array(name: str, value: Any, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """Return an array; `convert` reads Pillow's images.
-
-    Raises:
-      UserError: it is neither an array nor an image that can be read.
-    """
-    try:
-        if isinstance(value, list | tuple):
-            value = [convert(x) if isinstance(x, Image.Image) else x for x in value]
-        array = np.asarray(convert(value) if isinstance(value, Image.Image) else value)
-    except ImageError as error:
-        raise UserError(
-            f"{name} cannot be read ({error}): expected an image of 8 bits per channel."
-        ) from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} is no array ({error}): expected images of one size.") from error
-    if array.dtype.kind in "USO":
-        raise UserError(
-            f"{name} is a {type(value).__name__}: expected an array, or an image of Pillow such as "
-            "PIL.Image.open(file)."
-        )
-    return array
-
-
-def _broadcast(name: str, values: np.ndarray, n: int) -> np.ndarray:
-    if len(values) not in (1, n):
-        raise UserError(f"{name} has {len(values)} for {n} prompts: expected one, or one each.")
-    return np.broadcast_to(values, (n, *values.shape[1:]))
-
-
 def first_step(strength: float, num_steps: int) -> int:
     """Return the index of the first step, later for a smaller strength; at least one is taken.
 
@@ -300,25 +235,33 @@ def first_step(strength: float, num_steps: int) -> int:
     return num_steps - max(1, min(num_steps, int(strength * num_steps + 1e-6)))
 
 
-def first_steps(init: InitImage | None, num_steps: Sequence[int]) -> list[int]:
-    """Return the index of each image's first step.
+def steps_taken(
+    init: InitImage | None, num_steps: Sequence[int], sampler: ResolvedSampler, num_tokens: int
+) -> list[tuple[int, int]]:
+    """Return the index of each image's first step, and of the step after its last.
 
     Raises:
-      UserError: a strength outside [0, 1], or neither one nor one each.
+      UserError: a strength outside [0, 1], or neither one nor one each; or an interval without
+        steps.
     """
     n = len(num_steps)
+    known = {k: sampler.steps_taken(k, num_tokens) for k in set(num_steps)}
     if init is None:
-        return [0] * n
+        return [known[k] for k in num_steps]
     default = IMAGE_STRENGTH if init.mask is None else 1.0
     strengths = one_each("strength", default if init.strength is None else init.strength, n)
     float_array("strength", strengths, n)  # raises for what is no number
-    return [first_step(float(s), k) for s, k in zip(strengths, num_steps, strict=True)]
+    pairs = zip(strengths, num_steps, strict=True)
+    return [(first_step(float(s), k), known[k][1]) for s, k in pairs]
 
 
 def image_size(
-    request: SampleRequest, spec: TextToImage, images: np.ndarray | None
+    request: SampleRequest,
+    spec: TextToImage,
+    images: np.ndarray | None,
+    references: Sequence[np.ndarray] | None = None,
 ) -> tuple[int, int]:
-    """Return width and height: as requested, or of images or latents, or the training size.
+    """Return width and height: as requested, or of images, latents or references, or in training.
 
     Raises:
       UserError: they contradict each other, or are no multiples of the model's.
@@ -338,6 +281,8 @@ def image_size(
             raise UserError(f"latents are of shape {latents.shape}: expected [n, i, j, c].")
         height, width = latents.shape[1:3]
         size = width * spec.downsampling, height * spec.downsampling
+    elif size is None and references:
+        size = references[0].shape[2], references[0].shape[1]
     return check_size(size or (spec.image_size, spec.image_size), spec)
 
 
@@ -361,7 +306,7 @@ def sample_inputs(
     request: SampleRequest,
     spec: TextToImage,
     tokenizers: Mapping[str, TextTokenizer],
-    guidance_scale: float,
+    sampler: ResolvedSampler,
     images: np.ndarray | None,
     shape: tuple[int, int, int],
 ) -> SampleInputs:
@@ -371,7 +316,7 @@ def sample_inputs(
       request: of the user.
       spec: of the model.
       tokenizers: its tokenizers.
-      guidance_scale: default of the request's.
+      sampler: its settings, and the default of the guidance scale.
       images: to start from, checked.
       shape: of the latents.
 
@@ -389,15 +334,18 @@ def sample_inputs(
         mix_text = tokenize(spec.conditioner, tokenizers, others).text
         fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
         mix_fraction = np.asarray(fractions, np.float32)
-    scale = guidance_scale if request.guidance_scale is None else request.guidance_scale
-    scales = float_array("guidance_scale", scale, n)
+    scale = sampler.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scales, embedded = _guidance_scales(
+        float_array("guidance_scale", scale, n), spec, sampler.guidance
+    )
     seeds = range(n) if request.seeds is None else request.seeds
-    mask = request.init.mask if request.init is not None else None
+    mask = request.init_image.mask if request.init_image is not None else None
     return SampleInputs(
         text=positive.text,
         negative=negative.text,
         seeds=seed_array(one_each("seeds", seeds, n)),
-        guidance_scale=_guidance_scales(scales, spec),
+        guidance_scale=scales,
+        guidance=embedded,
         mix_text=mix_text,
         mix_fraction=mix_fraction,
         composed_text=positive.composed_text,
@@ -409,22 +357,39 @@ def sample_inputs(
 
 
 def _guidance_scales(
-    scales: Float32[np.ndarray, " n"], spec: TextToImage
-) -> Float32[np.ndarray, " n"]:
-    """Return the scales of eq. 1 of `sampling/guidance/cfg.py`.
+    scales: Float32[np.ndarray, " n"], spec: TextToImage, guidance: Guidance
+) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"] | None]:
+    """Return the scales of eq. 1 of `sampling/guidance/cfg.py`, and those that the network reads.
 
     diffusers' pipelines of Stable Diffusion and XL are unguided at 1 and below, and cards of
     distilled models ask for 0. Other models follow eq. 1, with a warning below 1.
+
+    Raises:
+      UserError: a scale that has no effect on this model.
     """
+    embeds, true_scale = spec.denoiser.guidance_embedding, guidance.true_cfg_scale
+    if embeds or guidance.distilled:
+        if not embeds and (scales != 1).any():
+            raise UserError(
+                f"guidance_scale is {scales[scales != 1][0]:g}, but {spec.name} is distilled to "
+                "need no guidance: expected 1; leave it out, or set true_cfg_scale to guide all "
+                "the same."
+            )
+        return np.full_like(scales, true_scale or 1), scales if embeds else None
+    if true_scale is not None:
+        raise UserError(
+            f"true_cfg_scale is {true_scale:g}, but {spec.name} is not distilled: expected "
+            "guidance_scale; give that instead."
+        )
     if isinstance(spec.denoiser, UNet2DConditionConfig):
-        return np.maximum(scales, np.float32(1))
+        return np.maximum(scales, np.float32(1)), None
     if scales.min() < 1:
         warnings.warn(
             f"guidance_scale is {scales.min():g}: below 1 it steers towards the negative prompt; 1 "
             "is unguided.",
             stacklevel=4,
         )
-    return scales
+    return scales, None
 
 
 def _noise(latents: Any, n: int, shape: tuple[int, int, int]) -> np.ndarray | None:

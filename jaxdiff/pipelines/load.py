@@ -87,11 +87,11 @@ def _placement(
     """Return where `Pipeline` has each parameter, in the type that it computes in."""
     axes = spec.param_axes()
 
-    def put(path: tuple[Any, ...], value: np.ndarray) -> Any:
+    def put(path: tuple[Any, ...], value: np.ndarray | jax.Array) -> Any:
         if offload_text and path[0] == TEXT:
             return np.asarray(value if dtype is None else cast(value, dtype))
         # JAX would compile a transposition for every shape that is not in C order.
-        value = value if isinstance(value, jax.Array) else np.ascontiguousarray(value)
+        value = value if isinstance(value, jax.Array) else np.asarray(value, order="C")
         placed = jax.tree.leaves(shard(traverse_util.unflatten_dict({path: value}), mesh, axes))[0]
         # Wait, for the next parameter is read while this one is in memory in two types.
         return placed if dtype is None else jax.block_until_ready(cast(placed, dtype))

@@ -37,8 +37,8 @@ from jaxdiff.pipelines.batching import (
     warn_of_broken,
 )
 from jaxdiff.pipelines.compiled import CompiledFolder
+from jaxdiff.pipelines.input_images import InitImage, References, check_images, check_references
 from jaxdiff.pipelines.inputs import (
-    InitImage,
     Integer,
     Mix,
     Number,
@@ -46,9 +46,8 @@ from jaxdiff.pipelines.inputs import (
     Prompt,
     SampleRequest,
     UnknownWordWarning,
-    check_images,
+    check_request,
     check_size,
-    first_steps,
     float_array,
     image_size,
     one_each,
@@ -58,6 +57,7 @@ from jaxdiff.pipelines.inputs import (
     size_of_ratio,
     slerp,
     step_counts,
+    steps_taken,
 )
 from jaxdiff.pipelines.program import (
     SampleInputs,
@@ -221,7 +221,7 @@ class Pipeline:
         guidance_scale: Number | Iterable[Number] | None = None,
         size: tuple[int, int] | None = None,
         latents: np.ndarray | jax.Array | None = None,
-        init: InitImage | None = None,
+        init: InitImage | References | None = None,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
         output: Output = "uint8",
@@ -239,10 +239,10 @@ class Pipeline:
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
           guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and
-            so is less for Stable Diffusion and XL.
+            so is less for Stable Diffusion and XL. Networks with a guidance embedding read it.
           size: width and height; by default those of `latents` or `init`, or the training images'.
           latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
-          init: images to start from, with a mask and a strength.
+          init: images to start from, with a mask and a strength, or reference images.
           sampler: settings such as the solver; another solver compiles another program.
           guidance: options of guidance other than the scale.
           output: "uint8", "float" (float32 in [0, 1]), or "latents": latents, or pixels in [-1, 1].
@@ -315,29 +315,20 @@ class Pipeline:
         """
         spec, sampler = self.spec, request.resolve_sampler(self.spec.sampler)
         prompts = prompt_list(request.prompts)
-        n, init = len(prompts), request.init
-        if spec.is_inpainting and (init is None or init.mask is None):
-            raise UserError(
-                f"{spec.name} is for inpainting: expected init with an image and a mask, 1 where "
-                "the image is replaced."
-            )
-        if sampler.vae_mode == "tiling" and any(sampler.wrap):
-            raise UserError(
-                'vae_mode is "tiling", whose tiles do not wrap: expected "slicing" or "full".'
-            )
+        n, init = len(prompts), request.init_image
+        check_request(request, spec, sampler)
         steps = step_counts(
             sampler.num_steps if request.num_steps is None else request.num_steps, n
         )
         for count in {min(steps), max(steps)}:
             sampler.check_steps(count)
         images = None if init is None else check_images(init.image, n)
-        size = image_size(request, spec, images)
-        batch_size = request.batch_size
-        if batch_size is None:
-            batch_size = self.batch_size(*size)
+        references = request.references and check_references(request.references, n, spec)
+        size = image_size(request, spec, images, references)
+        batch_size = request.batch_size or self.batch_size(*size)
         shape = spec.latent_shape(size[1], size[0])
-        inputs = sample_inputs(
-            request, spec, self.tokenizers, sampler.guidance_scale, images, shape
+        inputs = sample_inputs(request, spec, self.tokenizers, sampler, images, shape)._replace(
+            references=references
         )
         if self.offload_text:
             inputs = encode_prompts(spec, self.params, self._mesh, inputs, batch_size)
@@ -353,7 +344,9 @@ class Pipeline:
         program_spec, params, inputs = self._with_auxiliary_models(
             program_spec, inputs, prompts, sampler.guidance
         )
-        batches = make_batches(steps, first_steps(init, steps), batch_size)
+        batches = make_batches(
+            steps, steps_taken(init, steps, sampler, program_spec.num_tokens), batch_size
+        )
         return SampleCall(program_spec, params, inputs, batches, batch_size)
 
     def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:

@@ -58,12 +58,14 @@ class SampleInputs(NamedTuple):
       negative: the negative prompts, likewise, as those of `Mix` and further ones.
       seeds: of the noise.
       guidance_scale: of classifier-free guidance.
+      guidance: the guidance scale that the network reads.
       mix_text: second prompts of `Mix`.
       mix_fraction: their fractions.
       composed_text: further prompts of composed prompts; its arrays are [b, k, ...].
       composed_weights: of the first prompt, then of these.
       image: to start from.
       mask: 1 where the image is replaced.
+      references: reference images.
       noise: of unit variance, instead of that of the seeds.
       clip_ids: prompts for CLIP guidance.
       clip_scale: its scale.
@@ -74,12 +76,14 @@ class SampleInputs(NamedTuple):
     negative: TextInputs | Conditioning
     seeds: UInt32[Any, " b"]
     guidance_scale: Float[Any, " b"]
+    guidance: Float[Any, " b"] | None = None
     mix_text: TextInputs | Conditioning | None = None
     mix_fraction: Float[Any, " b"] | None = None
     composed_text: TextInputs | Conditioning | None = None
     composed_weights: Float[Any, "b k+1"] | None = None
     image: UInt8[Any, "b h w 3"] | None = None
     mask: Float[Any, "b h w"] | None = None
+    references: tuple[UInt8[Any, "b _ _ 3"], ...] | None = None
     noise: Float[Any, "b i j c"] | None = None
     clip_ids: Int[Any, "b n"] | None = None
     clip_scale: Float[Any, " b"] | None = None
@@ -91,13 +95,15 @@ class Steps(NamedTuple):
 
     Attributes:
       num_steps: of the time grid.
-      first: the first step of the run, above 0 for runs that start from an image.
+      first: the first step of the run, above 0 for runs that start from an image or take over.
+      last: the step after the last of the run, below num_steps for runs that hand over.
       begin: the first step of this segment.
       end: the step after its last.
     """
 
     num_steps: Int[Any, "*replicas"]
     first: Int[Any, "*replicas"]
+    last: Int[Any, "*replicas"]
     begin: Int[Any, "*replicas"]
     end: Int[Any, "*replicas"]
 
@@ -133,12 +139,15 @@ class SamplerSpec:
         if guidance.clip is not None:
             clip = dataclasses.replace(guidance.clip, model="", scale=0.0)
             guidance = dataclasses.replace(guidance, clip=clip)
+        if guidance.true_cfg_scale is not None:
+            guidance = dataclasses.replace(guidance, true_cfg_scale=1.0)
         sampler = dataclasses.replace(
             self.sampler,
             num_steps=1,
             guidance_scale=1.0,
             guidance=guidance,
             overlap=None,
+            denoising_interval=(float(self.sampler.denoising_interval[0] > 0), 1.0),
             vae_mode="full" if self.is_latent else self.sampler.vae_mode,
         )
         object.__setattr__(self, "sampler", sampler)
@@ -216,7 +225,7 @@ def compiled_sampler(spec: SamplerSpec) -> Any:
             made = jax.eval_shape(finish)
             return jnp.zeros(made.shape, made.dtype)
 
-        finished = (steps.begin < steps.end) & (steps.end == steps.num_steps)
+        finished = (steps.begin < steps.end) & (steps.end == steps.last)
         return jax.lax.cond(finished, finish, nothing), sampled.state
 
     def run_replica(params, inputs, steps, state):
@@ -247,6 +256,7 @@ def _denoiser(
         threshold=spec.sampler.threshold,
         guide=guide,
         zero_init_until=_zero_init_until(spec, num_steps),
+        classifier_free=guidance.is_classifier_free(model.denoiser.guidance_embedding),
     )
     if windows is not None:
         denoiser = windowed(denoiser, windows, *spec.shape[:2])
@@ -275,14 +285,24 @@ def _conditioned(
     Raises:
       UserError: the network has no features to cache.
     """
-    concat = _inpainting_channels(model, params, inputs)
+    reference, positions = _references(model, params, inputs)
+    shared = Conditioning(
+        guidance=inputs.guidance,
+        concat=_inpainting_channels(model, params, inputs),
+        reference=reference,
+        reference_positions=positions,
+    )
 
     def attach(cond: Conditioning, count: int, score: float) -> Conditioning:
         tiles = count // len(inputs.seeds)
+        tiled = jax.tree.map(lambda x: jnp.tile(x, (tiles, *[1] * (x.ndim - 1))), shared)
         return cond._replace(
             size_crop=full_size_crop(*size, count),
             aesthetic_score=jnp.full(count, score),
-            concat=None if concat is None else jnp.tile(concat, (tiles, 1, 1, 1)),
+            guidance=tiled.guidance,
+            concat=tiled.concat,
+            reference=tiled.reference,
+            reference_positions=tiled.reference_positions,
         )
 
     def encode(text: TextInputs | Conditioning) -> Conditioning:
@@ -333,6 +353,16 @@ def _inpainting_channels(
     return jnp.concatenate([mask, model.encode(params, around)], axis=-1)
 
 
+def _references(
+    model: TextToImage, params: Mapping[str, Any], inputs: SampleInputs
+) -> tuple[Float[Array, "b m r"] | None, Int[Array, "b m axes"] | None]:
+    """Return the tokens and positions of the reference images, if there are some."""
+    if inputs.references is None or not model.denoiser.max_references:
+        return None, None
+    latents = [model.encode(params, from_uint8(images)) for images in inputs.references]
+    return model.denoiser.reference_tokens(latents)
+
+
 def latent_mask(mask: Float[Array, "n h w"], downsampling: int) -> Float[Array, "n i j 1"]:
     """Downsample a mask: a latent is replaced if any of its pixels is."""
     n, height, _ = mask.shape
@@ -369,7 +399,10 @@ def _start(
 def _init_latents(
     spec: SamplerSpec, params: Mapping[str, Any], inputs: SampleInputs, first: Int[Array, ""]
 ) -> InitLatents | None:
-    """Return the latents of the initial images."""
+    """Return the latents of the initial images, or of the run before."""
+    if spec.sampler.denoising_interval[0] > 0:
+        assert inputs.noise is not None
+        return InitLatents(inputs.noise, first_step=first, has_noise=True)
     if inputs.image is None:
         return None
     model, sampler = spec.model, spec.sampler

@@ -12,6 +12,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import LARGEST_SEED, fields_of
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
+from jaxdiff.pipelines.input_images import check_reference_count, reference_size
 from jaxdiff.pipelines.inputs import IMAGE_STRENGTH, check_size
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
@@ -34,7 +35,9 @@ from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers import SOLVERS
 from jaxdiff.sampling.solvers_ode import DDIM
 
-FILES = ("init_image", "mask")
+REFINER_START = 0.8
+
+FILES = ("init_image", "mask", "reference")
 """Fields that name files."""
 
 _INHERITED = (
@@ -50,8 +53,14 @@ _INHERITED = (
 """Fields that become None where they equal those of the model's sampler."""
 
 
+def input_paths(settings: GenerationSettings, name: str) -> tuple[epath.Path, ...]:
+    """Return the files that a field of `FILES` names."""
+    value = getattr(settings, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 class InputFile(NamedTuple):
-    """An initial image, or a mask."""
+    """An initial image, a mask, or a reference image."""
 
     path: epath.Path
     sha256: str
@@ -96,10 +105,12 @@ class CommandDefaults:
     Attributes:
       clip_model: the CLIP of `clip_scale` and `best_of`.
       guide_model: the model of autoguidance.
+      refiner_model: the model that takes over at `refiner_start`.
     """
 
     clip_model: str | None = None
     guide_model: str | None = None
+    refiner_model: str | None = None
 
     def inherit(self, guidance: Guidance) -> "CommandDefaults":
         """Return these models, with those of a sampler's guidance in the place of None."""
@@ -107,6 +118,7 @@ class CommandDefaults:
         return CommandDefaults(
             clip_model=self.clip_model or (clip.model if clip else DEFAULT_CLIP),
             guide_model=self.guide_model or (guide and guide.model),
+            refiner_model=self.refiner_model,
         )
 
 
@@ -120,14 +132,16 @@ class ResolvedSettings:
     Attributes:
       settings: those that have an effect.
       sampler: derived from them; it overrides the model's.
-      files: `init_image` and `mask`, if any.
+      files: those that fields of `FILES` name, if any.
       clip_model: the CLIP of `best_of`.
+      refiner_model: the model that takes over, if any.
     """
 
     settings: GenerationSettings
     sampler: Sampler = field(default_factory=Sampler)
-    files: Mapping[str, InputFile] = field(default_factory=dict)
+    files: Mapping[str, tuple[InputFile, ...]] = field(default_factory=dict)
     clip_model: str = DEFAULT_CLIP
+    refiner_model: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -153,8 +167,9 @@ class ResolvedSettings:
         return self.size[0] * factor, self.size[1] * factor
 
     def group(self, level: Varies) -> tuple[object, ...]:
-        """Return `GenerationSettings.group`."""
-        return self.settings.group(level)
+        """Return `GenerationSettings.group`, with the sizes of the reference images."""
+        sizes = (file.size for file in self.files.get("reference", ()))
+        return *self.settings.group(level), *sizes
 
     def replace(self, **changes: object) -> "ResolvedSettings":
         """Replace settings that do not affect the sampler."""
@@ -208,10 +223,22 @@ def resolve_settings(
         raise UserError(
             f"{called('guide_scale')} has no effect without a guide model: give --guide-model."
         )
+    if asked.refiner_start is None and command.refiner_model is not None:
+        asked = dataclasses.replace(asked, refiner_start=REFINER_START)
+    if asked.refiner_start is not None and command.refiner_model is None:
+        raise UserError(
+            f"{called('refiner_start')} has no effect without a refiner: give --refiner-model."
+        )
     asked = with_requirements(asked, own, called)
     check_conflicts(asked, called)
-    given = {name: getattr(asked, name) for name in FILES if getattr(asked, name)}
-    files = {name: opened(path, name == "mask") for name, path in given.items()}
+    given = {name: input_paths(asked, name) for name in FILES}
+    if given["reference"]:
+        check_reference_count(len(given["reference"]), pipe.spec)
+    files = {
+        name: tuple(opened(path, name == "mask") for path in paths)
+        for name, paths in given.items()
+        if paths
+    }
     asked = _with_defaults(asked, model, _size(asked, files, pipe))
     asked = _without_inherited(asked, pipe.spec.sampler, command)
     resolved = ResolvedSettings(
@@ -219,6 +246,7 @@ def resolve_settings(
         sampler=_sampler(asked, model, command),
         files=files,
         clip_model=command.clip_model or DEFAULT_CLIP,
+        refiner_model=command.refiner_model,
     )
     width, height = resolved.final_size
     if max(width, height) > LARGEST_SIDE:
@@ -232,13 +260,15 @@ def resolve_settings(
 
 
 def _size(
-    asked: GenerationSettings, files: Mapping[str, InputFile], pipe: Pipeline
+    asked: GenerationSettings, files: Mapping[str, tuple[InputFile, ...]], pipe: Pipeline
 ) -> tuple[int, int]:
     size = pipe.size_of(asked.size) if isinstance(asked.size, str) else asked.size
-    image = files.get("init_image")
-    size = size or (image.size if image else (pipe.image_size, pipe.image_size))
-    for name, file in files.items():
-        if file.size != size:
+    multiple = pipe.spec.size_multiple
+    sizes = [file.size for file in files.get("init_image", ())]
+    sizes += [reference_size(file.size, multiple).cropped for file in files.get("reference", ())]
+    size = size or (sizes[0] if sizes else (pipe.image_size, pipe.image_size))
+    for name, (file, *_) in files.items():
+        if name != "reference" and file.size != size:
             raise UserError(
                 f"The {'mask' if name == 'mask' else 'image'} {file.path.name} is "
                 f"{file.size[0]}x{file.size[1]}, not {size[0]}x{size[1]} as the result: resize it, "
@@ -303,6 +333,7 @@ def _sampler(
         interval=asked.guidance_interval,
         rescale=asked.guidance_rescale,
         apg=apg,
+        true_cfg_scale=asked.true_cfg_scale,
         cfg_zero_star=zero,
         clip=_clip(asked, command),
         guide=None
@@ -339,8 +370,9 @@ def _clip(asked: GenerationSettings, command: CommandDefaults) -> ClipGuidance |
 def recorded(resolved: ResolvedSettings) -> dict[str, object]:
     """Return the settings as JSON, without the prompt and the seed, files by their digest."""
     settings = resolved.settings.to_json()
-    for name, file in resolved.files.items():
-        settings[name] = {"file": file.path.name, "sha256": file.sha256}
+    for name, files in resolved.files.items():
+        stated = [{"file": file.path.name, "sha256": file.sha256} for file in files]
+        settings[name] = stated if name == "reference" else stated[0]
     return {name: value for name, value in settings.items() if name not in NOT_RECORDED}
 
 

@@ -21,6 +21,7 @@ from jaxdiff.config.fields import (
     Choices,
     Doc,
     File,
+    Files,
     Interval,
     Range,
     Size,
@@ -114,6 +115,16 @@ class GenerationSettings:
         ),
         Varies.IMAGE,
     ] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        Range(),
+        Doc(
+            "Classifier-free guidance of distilled models such as FLUX.1, which need none; then "
+            "--negative-prompt has an effect.",
+            GUIDANCE,
+        ),
+        Varies.CALL,
+    ] = None
     size: Annotated[
         tuple[int, int] | str | None,
         Size(LARGEST_SIDE),
@@ -176,6 +187,12 @@ class GenerationSettings:
         Varies.CALL,
         NoOp(1),
     ] = None
+    refiner_start: Annotated[
+        float | None,
+        Range(0, 1, "()"),
+        Doc("Share of the steps after which --refiner-model takes over; 0.8 by default.", SAMPLING),
+        Varies.CALL,
+    ] = None
     guidance_interval: Annotated[
         tuple[float, float] | None,
         Interval(),
@@ -230,6 +247,17 @@ class GenerationSettings:
         epath.Path | None,
         File(),
         Doc("Image to start from.", EDITING, common=True),
+        Varies.IMAGE,
+    ] = None
+    reference: Annotated[
+        tuple[epath.Path, ...] | None,
+        Files(),
+        Doc(
+            "Images that the prompt edits or combines, for models such as FLUX.2. The result has "
+            "the size of the first one by default.",
+            EDITING,
+            common=True,
+        ),
         Varies.IMAGE,
     ] = None
     strength: Annotated[
@@ -357,6 +385,11 @@ CONFLICTS: dict[str, tuple[tuple[str, ...], str]] = {
         "a cache follows an image as a whole from step to step",
     ),
     "upscale": (("mask",), "upscaling changes the pixels that a mask keeps"),
+    "refiner_start": (
+        ("init_image", "reference", "upscale"),
+        "a refiner continues from the noise of this image",
+    ),
+    "reference": (("init_image", "upscale"), "an image starts from noise, or from another image"),
 }
 """Fields, with the others that they exclude, and the reason."""
 

@@ -160,13 +160,14 @@ def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str,
 
 
 def write_weights(path: epath.Path, params: PyTree, dtype: str = "float32") -> None:
-    """Write a tree of floats as one safetensors file, as `path.to.leaf`, rounded to `dtype`."""
+    """Write a tree as one safetensors file, as `path.to.leaf`, with floats rounded to `dtype`."""
     arrays = {key: np.asarray(jax.device_get(leaf)) for key, leaf in _flatten(params).items()}
-    write_whole(path, save({key: x.astype(dtype, order="C") for key, x in arrays.items()}))
+    stored = {key: x if x.dtype == np.int32 else x.astype(dtype) for key, x in arrays.items()}
+    write_whole(path, save({key: np.asarray(x, order="C") for key, x in stored.items()}))
 
 
 def read_weights(path: epath.Path) -> dict[str, Any]:
-    """Read the tree of `write_weights`, in float32.
+    """Read the tree of `write_weights`, with floats in float32.
 
     Raises:
       UserError: there is no such file, or it cannot be read.
@@ -178,14 +179,17 @@ def read_weights(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or cut off ({error}): copy it again.") from error
     tree = {}
     for key, tensor in stored:
+        # Modules in lists have numbers.
+        names = tuple(int(name) if name.isdigit() else name for name in key.split("."))
+        if (tensor["dtype"], tensor["shape"]) == ("I32", []):  # a counter
+            tree[names] = np.array(np.frombuffer(tensor["data"], np.int32)[0])
+            continue
         if tensor["dtype"] not in _FLOATS:
             raise UserError(
                 f"{path} holds {tensor['dtype']} in {key}: expected {', '.join(_FLOATS)}; export "
                 "the model again."
             )
         value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
-        # Modules in lists have numbers.
-        names = tuple(int(name) if name.isdigit() else name for name in key.split("."))
         tree[names] = value.astype(np.float32)
     return nnx.traversals.unflatten_mapping(tree)
 

@@ -210,6 +210,11 @@ def write_flux_config(config: FluxConfig) -> dict[str, Any]:
     }
 
 
+def flux_names(config: FluxConfig) -> Mapping[str, str]:
+    """Return the table of a network's names in diffusers; `UserError` if it has no such model."""
+    return FLUX1_NAMES if is_flux1(config) else FLUX2_NAMES
+
+
 def flux_from_torch(
     tensors: Mapping[str, np.ndarray], config: FluxConfig, **options: Any
 ) -> dict[str, Any]:
@@ -217,10 +222,10 @@ def flux_from_torch(
 
     `options` and errors are those of `key_mapping.from_torch_names`.
     """
-    names = FLUX1_NAMES if is_flux1(config) else FLUX2_NAMES
-    return from_torch_names(tensors, names, abstract_params(bind_build(config)), **options)
+    params = abstract_params(bind_build(config))
+    return from_torch_names(tensors, flux_names(config), params, **options)
 
 
 def flux_to_torch(params: Mapping[str, Any], config: FluxConfig) -> dict[str, np.ndarray]:
     """Return the tensors of a diffusers checkpoint from the network's parameters."""
-    return to_torch_names(params, FLUX1_NAMES if is_flux1(config) else FLUX2_NAMES)
+    return to_torch_names(params, flux_names(config))

@@ -1,11 +1,8 @@
 """FLUX transformers in one file, in the layout of their original code.
 
-    double_blocks.N.img_attn.qkv      queries, keys and values of image tokens, one under another
-    single_blocks.N.linear1           those of a single block, and the first layer of its MLP
-    final_layer.adaLN_modulation.1    shift, then scale: the other way round in diffusers
-
-ComfyUI puts `model.diffusion_model.` before these names, others `diffusion_model.`. A file may also
-hold diffusers' names. It has neither text encoders nor an autoencoder, or they are left unread.
+double_blocks.N.img_attn.qkv      queries, keys and values of image tokens, one under another
+single_blocks.N.linear1           those of a single block, and the first layer of its MLP
+final_layer.adaLN_modulation.1    shift, then scale: the other way round in diffusers
 """
 
 import dataclasses
@@ -15,22 +12,22 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
 from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.pretrained.flux_keys import FLUX2, flux_from_torch, flux_to_torch, is_flux1
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, TensorFiles, to_device
+from jaxdiff.pretrained.original_layout import (
+    Pieces,
+    open_transformer,
+    stacked_rows,
+    to_diffusers_names,
+    to_original_names,
+    write_transformer,
+)
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
 
-Rows = tuple[slice, ...]
-
-Pieces = tuple[tuple[str, Rows | None], ...]
-"""Modules of diffusers that an original module holds, and their rows in it; None for all."""
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
-
-_MARKS = "double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"
+FLUX_MARKS = "double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.norm_q.weight"
+"""Names that the file of a FLUX has, in the original layout and in diffusers'."""
 _STREAMS = [
     ("img", "to_{}", "to_out.0", "norm", "ff"),
     ("txt", "add_{}_proj", "to_add_out", "norm_added", "ff_context"),
@@ -64,14 +61,6 @@ def original_modules(config: FluxConfig) -> dict[str, Pieces]:
     return modules | {old: ((new, None),) for old, new in whole.items()}
 
 
-def _thirds(names: list[str], d: int) -> Pieces:
-    """Return modules of d rows one under another; the last has all that follow."""
-    ends = [*range(d, d * len(names), d), None]
-    return tuple(
-        (name, (slice(i * d, end),)) for i, (name, end) in enumerate(zip(names, ends, strict=True))
-    )
-
-
 def _double(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> dict[str, Pieces]:
     """Return the divided modules of a double block, and add the others to `whole`."""
     mlp = ("net.0.proj", "net.2") if first else ("linear_in", "linear_out")
@@ -79,7 +68,7 @@ def _double(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> d
     for kind, projection, out, norm, feed in _STREAMS:
         attention = f"{old}.{kind}_attn"
         names = [f"{new}.attn.{projection.format(x)}" for x in "qkv"]
-        modules[f"{attention}.qkv"] = _thirds(names, d)
+        modules[f"{attention}.qkv"] = stacked_rows(names, d)
         whole |= {f"{attention}.norm.{x}": f"{new}.attn.{norm}_{y}" for x, y in _NORMS.items()}
         whole[f"{attention}.proj"] = f"{new}.attn.{out}"
         whole |= {f"{old}.{kind}_mlp.{i}": f"{new}.{feed}.{mlp[i // 2]}" for i in (0, 2)}
@@ -98,62 +87,28 @@ def _single(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> d
         return {}
     whole[f"{old}.modulation.lin"] = f"{new}.norm.linear"
     names = [*(f"{new}.attn.to_{x}" for x in "qkv"), f"{new}.proj_mlp"]
-    return {f"{old}.linear1": _thirds(names, d)}
+    return {f"{old}.linear1": stacked_rows(names, d)}
 
 
-def cut(rows: Rows | None) -> Cut | None:
-    """Return the function that takes rows of a tensor."""
-    if rows is None:
-        return None
-    if len(rows) == 1:
-        return lambda x: x[rows[0]]
-    return lambda x: np.concatenate([x[part] for part in rows])
-
-
-def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Any]]:
-    """Return what `Renamed` takes to read the original code's tensors under diffusers' names.
-
-    A name that the original code does not have stays as it is.
-    """
+def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
+    """Return diffusers' modules after `fuse_qkv_projections`, and its own modules in each."""
     modules = original_modules(config)
+    return {
+        f"transformer_blocks.{n}.attn.{new}": modules[f"double_blocks.{n}.{old}_attn.qkv"]
+        for n in range(config.double_depth)
+        for old, new in (("img", "to_qkv"), ("txt", "to_added_qkv"))
+    }
 
-    def rename(name: str) -> str | Mapping[str, Any]:
-        module, _, leaf = name.rpartition(".")
-        leaf = "weight" if leaf == "scale" else leaf
-        pieces = modules.get(module, ((module, None),))
-        return {f"{new}.{leaf}": cut(rows) for new, rows in pieces}
 
-    return rename
+def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Cut | None]]:
+    """Return what `Renamed` takes to read the original code's tensors under diffusers' names."""
+    return to_diffusers_names(original_modules(config))
 
 
 def to_original(tensors: Mapping[str, np.ndarray], config: FluxConfig) -> dict[str, np.ndarray]:
     """Return tensors of diffusers under the original code's names, the inverse of renaming."""
-    found = {}
-    for old, pieces in original_modules(config).items():
-        for leaf in ("weight", "bias"):
-            if f"{pieces[0][0]}.{leaf}" not in tensors:
-                continue
-            parts = []
-            for new, rows in pieces:
-                value = tensors[f"{new}.{leaf}"]
-                # Rows in the order of this piece, to their places in the whole.
-                size = len(value) // len(rows or (0,))
-                parts += [
-                    (part.start, value[i * size : (i + 1) * size])
-                    for i, part in enumerate(rows or (slice(0, None),))
-                ]
-            values = [value for _, value in sorted(parts, key=lambda x: x[0])]
-            name = f"{old}.{'scale' if old.endswith('_norm') else leaf}"
-            found[name] = values[0] if len(values) == 1 else np.concatenate(values)
-    return found
-
-
-def flux_prefix(names: Mapping[str, Any]) -> str | None:
-    """Return what precedes the names of a FLUX transformer's tensors; None if there is none."""
-    for prefix in PREFIXES:
-        if any(prefix + mark in names for mark in _MARKS):
-            return prefix
-    return None
+    original = to_original_names(tensors, original_modules(config))
+    return {re.sub(r"_norm\.weight$", "_norm.scale", name): x for name, x in original.items()}
 
 
 def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfig:
@@ -178,7 +133,7 @@ def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfi
     def depth(start: str) -> int:
         return 1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{start}\.(\d+)\.", n)))
 
-    is_original = _MARKS[0] in shapes
+    is_original = FLUX_MARKS[0] in shapes
     double, single = (
         ("double_blocks", "single_blocks")
         if is_original
@@ -239,25 +194,10 @@ def read_flux_file(
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    tensors = TensorFiles([epath.Path(file)])
-    prefix = flux_prefix(tensors)
-    if prefix is None:
-        raise UserError(
-            f"{file} holds no FLUX transformer: expected {' or '.join(_MARKS)}, also after "
-            f"{PREFIXES[0]}; use another file."
-        )
-    # Other components in the file, such as vae., do not begin with the prefix.
-    others = re.compile(r"(vae|text_encoders?|first_stage_model|conditioner)\b")
-
-    def bare(name: str) -> str | None:
-        inner = name.removeprefix(prefix)
-        is_other = not name.startswith(prefix) or (not prefix and others.match(name))
-        return None if is_other else inner
-
-    inner = Renamed(tensors, bare)
+    inner = open_transformer(file, "FLUX", FLUX_MARKS)
     if config is None:
         config = read_original_config(file, inner.shapes)
-    if _MARKS[0] in inner:
+    if FLUX_MARKS[0] in inner:
         inner = Renamed(inner, original_rename(config))
     options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
     return config, flux_from_torch(inner, config, place=place, **options)
@@ -277,6 +217,4 @@ def write_flux_file(
     Raises:
       UserError: the network has the structure of no published FLUX.
     """
-    tensors = to_original(flux_to_torch(params, config), config)
-    tensors = {prefix + name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_whole(epath.Path(file), save(tensors, metadata={"format": "pt"}))
+    write_transformer(file, to_original(flux_to_torch(params, config), config), prefix)

@@ -16,7 +16,13 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
-from jaxdiff.pretrained import autoencoder_folder, clip_folder, diffusers_folder, single_file
+from jaxdiff.pretrained import (
+    autoencoder_file,
+    autoencoder_folder,
+    clip_folder,
+    diffusers_folder,
+    single_file,
+)
 from jaxdiff.pretrained.bundle import (
     CONFIG,
     AnySpec,
@@ -31,6 +37,11 @@ from jaxdiff.pretrained.hub import download, is_hub_id
 from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.run_folder import is_recipe, read_run, read_run_spec
 from jaxdiff.pretrained.safetensors_io import to_device
+from jaxdiff.pretrained.transformer_file import (
+    is_transformer_file,
+    read_transformer_file,
+    refuse_transformer_file,
+)
 
 SHIPPED = epath.Path(__file__).parent.parent / "weights"
 
@@ -41,7 +52,7 @@ class PartSource(NamedTuple):
     """The source of the weights of one part of a model.
 
     Attributes:
-      folder: a model, as for `load_bundle`.
+      folder: a model, as for `load_bundle`; for a denoiser, also a file with its transformer.
       path: of the part in the parameters of a text-to-image model.
       abstract: shapes and types that are expected.
     """
@@ -81,7 +92,8 @@ def load_bundle(
     Args:
       folder: of an exported model, of a run (its weights are the moving average of its newest
         undamaged checkpoint), of a pipeline or an autoencoder of diffusers, or of a CLIP of
-        transformers; one safetensors file in Stable Diffusion's original layout;
+        transformers; one safetensors file in Stable Diffusion's original layout, or of FLUX's
+        autoencoder alone;
         `shipped:NAME`; or a model of the hub.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses, such as a network of yours, that the specification may name.
@@ -93,6 +105,9 @@ def load_bundle(
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers(root, place=place)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return Bundle(*autoencoder_file.read_autoencoder_file(root, place=place), {})
+        refuse_transformer_file(root)
         return single_file.read_original(root, place=place)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -113,6 +128,9 @@ def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers_spec(root)
     if root.suffix.lower() == ".safetensors":
+        if autoencoder_file.is_autoencoder_file(root):
+            return autoencoder_file.read_autoencoder_file_spec(root)
+        refuse_transformer_file(root)
         return single_file.read_original_spec(root)
     data = _config(root, folder)
     if clip_folder.is_clip_config(data):
@@ -146,11 +164,18 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     Raises:
       UserError: a model has no such part, or one of another size.
     """
-    folders = {source.folder for source in wanted.values()}
-    bundles = {folder: load_bundle(folder, place=np.asarray, types=types) for folder in folders}
+    bundles: dict[str, Bundle] = {}
+
+    def read(source: PartSource) -> PyTree:
+        if source.path == ("denoiser",) and is_transformer_file(source.folder):
+            return read_transformer_file(source.folder, place=np.asarray)
+        if source.folder not in bundles:
+            bundles[source.folder] = load_bundle(source.folder, place=np.asarray, types=types)
+        return part_of(bundles[source.folder], source.path, source.folder)
+
     parts = {}
     for key, source in wanted.items():
-        params = part_of(bundles[source.folder], source.path, source.folder)
+        params = read(source)
         check_fit(params, source.abstract, source.folder)
         # Weights may be stored in half precision; training keeps float32.
         parts[key] = jax.tree.map(

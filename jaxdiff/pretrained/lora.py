@@ -1,11 +1,12 @@
-"""LoRA files of Stable Diffusion: those of diffusers, PEFT, kohya's scripts and LyCORIS.
+"""LoRA files of diffusers, PEFT, kohya's scripts, ai-toolkit and LyCORIS.
 
-`lora_names` has the spellings of layers, `lora_kinds` the kinds of adapters, and `lora_scale` what
-PEFT's configs state of their scale.
+`lora_layers` has the layers and their spellings, `lora_names` the names of tensors, `lora_kinds`
+the kinds of adapters, and `lora_scale` what PEFT's configs state of their scale.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
-from jaxdiff.pretrained.lora_names import FOLDERS, Layer, Place, layers_of, place_tensors
+from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of, put
+from jaxdiff.pretrained.lora_names import Place, place_tensors
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
-from jaxdiff.pretrained.safetensors_io import TensorFiles
+from jaxdiff.pretrained.original_layout import Rows, cut
+from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -64,7 +67,8 @@ def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, F
         found = {place.role: tensors[name] for name, place in group.items()}
         config = configs.get(first.component)
         effect = Adapter(path, first.layer, first.module, found, config).read()
-        effects[first.layer.part, first.layer.path].append((first.layer, effect))
+        for layer, own in _by_layer(first.layer, effect):
+            effects[layer.part, layer.path].append((layer, own))
     adapters: dict[str, dict[Path, Factors | Change]] = defaultdict(dict)
     for (part, layer_path), stack in effects.items():
         pairs = [(layer, effect.pair) for layer, effect in stack if effect.pair is not None]
@@ -115,14 +119,33 @@ def _configs(path: epath.Path, tensors: TensorFiles) -> dict[str, PeftConfig]:
             raise UserError(f"{what} is no config of PEFT: expected a JSON object; copy it again.")
         for key, value in config.items():
             folder, _, rest = key.partition(".")
-            folder, rest = (folder, rest) if folder in FOLDERS.values() and rest else ("", key)
-            stated[folder][rest] = value
+            part, rest = (PARTS[folder], rest) if folder in PARTS and rest else ("", key)
+            stated[part][rest] = value
     configs = {x: read_peft_config(f"{path}, {_METADATA}", keys) for x, keys in stated.items()}
     beside = path.parent / PEFT_CONFIG
     is_peft = path.name == PEFT_FILE or any(name.startswith(_PEFT_NAME) for name in tensors)
     if is_peft and beside.exists():
         configs[""] = read_peft_config(str(beside), read_json(beside), selects=True)
     return configs
+
+
+def _by_layer(layer: Layer, effect: Effect) -> Iterator[tuple[Layer, Effect]]:
+    """Yield the layers of ours that an adapter changes, with its effect on each."""
+    for own, rows in layer.pieces:
+        if rows is None:
+            yield own, effect
+            continue
+        pair = effect.pair and Factors(effect.pair.down, cut(rows)(effect.pair.up.T).T)
+        changes = {
+            name: functools.partial(_of_rows, change, rows, layer.shapes[name][::-1])
+            for name, change in effect.changes.items()
+        }
+        yield own, Effect(effect.kind, pair, changes)
+
+
+def _of_rows(change: Apply, rows: Rows, shape: Shape, value: np.ndarray, scale: float) -> Any:
+    """Apply a change of a module to the rows of one layer in it; others do not matter to them."""
+    return cut(rows)(change(put(value, rows, shape), scale))
 
 
 def _stacked(pairs: list[tuple[Layer, Factors]]) -> Factors:

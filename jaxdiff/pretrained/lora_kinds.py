@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Factors
-from jaxdiff.pretrained.lora_names import Layer
+from jaxdiff.pretrained.lora_layers import Layer
 from jaxdiff.pretrained.lora_scale import PeftConfig
 from jaxdiff.pretrained.safetensors_io import Shape
 
@@ -220,6 +220,8 @@ class Adapter:
             return lambda weight, scale: _unit(weight + scale * delta(), 0) * magnitude
         given = (*self._tensors["dora_scale"].shape, 1)
         axis = 1 if given[0] == 1 and given[1] == self._shape[1] else 0
+        if axis and self._layer.parts:  # norms over rows of several layers of ours
+            raise self._error("has a dora_scale of its inputs", "one of its outputs")
         wanted = (1, self._shape[1], *ones) if axis else (self._shape[0], 1, *ones)
         magnitude = _float32(self._take("dora_scale", *wanted))
 

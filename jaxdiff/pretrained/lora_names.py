@@ -5,35 +5,29 @@
     base_model.model.down_blocks.0 ... to_q.lora_A.weight  PEFT's own files
     lora_unet_down_blocks_0_ ... _to_q.lora_down.weight    kohya; lora_te_, lora_te1_, lora_te2_
     lora_unet_input_blocks_1_1_ ... _to_q.lora_down.weight kohya, by the original names of the U-Net
-    diffusion_model.input_blocks.1.1 ... to_q.lora_A.weight ComfyUI
+    diffusion_model.input_blocks.1.1 ... to_q.lora_A.weight ComfyUI, ai-toolkit
+    transformer.transformer_blocks.0.attn.to_q.lora_A.weight diffusers, of FLUX; lora_transformer_
+    lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight kohya, of FLUX
 
 A name is a component, a layer and a role. Dots and underscores of a layer's name are the same here.
 """
 
-import functools
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import ClipTextEncoder
-from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.lora import Path
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.clip_keys import TEXT_NAMES
-from jaxdiff.pretrained.key_mapping import flatten_params, locate
+from jaxdiff.pretrained.lora_layers import Layer, flat_name, spellings_of
 from jaxdiff.pretrained.safetensors_io import Shape
-from jaxdiff.pretrained.single_file_keys import unet_original_name
-from jaxdiff.pretrained.stable_diffusion import ENCODERS
-from jaxdiff.pretrained.unet_keys import UNET_NAMES
-
-FOLDERS = {"denoiser": "unet", **ENCODERS}
-"""Our parts by their names in a diffusers checkpoint, the components of a file."""
 
 _COMPONENTS = {
-    "unet": r"unet\.|lora_unet_|lycoris_unet_|(model\.)?diffusion_model\.",
-    "text_encoder": r"text_encoder\.|lora_te1?_|lycoris_text_encoder_|text_encoders\.clip_l\.",
-    "text_encoder_2": r"text_encoder_2\.|lora_te2_|lycoris_text_encoder_2_|text_encoders\.clip_g\.",
+    "denoiser": (
+        r"unet\.|lora_unet_|lycoris_unet_|(model\.)?diffusion_model\.|lora_transformer_"
+        r"|transformer\.(?!text_model)"
+    ),
+    "text": r"text_encoder\.|lora_te1?_|lycoris_text_encoder_|text_encoders\.clip_l\.",
+    "text_2": r"text_encoder_2\.|lora_te2_|lycoris_text_encoder_2_|text_encoders\.clip_g\.",
     "": "(lycoris_)?",  # of the layer that has the name
 }
 _WRAPPERS = r"(base_model\.model\.|_orig_mod\.|module\.|transformer\.(?=text_model))*"
@@ -86,91 +80,13 @@ _OTHERS = {
 _LONGEST_SHOWN = 160  # characters
 
 
-class Layer(NamedTuple):
-    """A layer of ours; `index` is its index in a stack of `depth`, None for single layers.
-
-    Attributes:
-      name: in a diffusers checkpoint.
-      part: `denoiser` or the name of a text encoder.
-      path: of the layer.
-      shapes: of its parameters `kernel`, `scale` and `bias`, without the stack's axis.
-    """
-
-    name: str
-    part: str
-    path: Path
-    shapes: Mapping[str, Shape]
-    index: int | None
-    depth: int | None
-
-    @property
-    def weight(self) -> str:
-        """The name of the parameter that PyTorch calls weight."""
-        return "kernel" if "kernel" in self.shapes else "scale"
-
-
 class Place(NamedTuple):
     """The layer and role of a tensor, and the name of the layer that PEFT's patterns match."""
 
     layer: Layer
     role: str
-    component: str  # as the name states it: "" if it does not
+    component: str  # our part, as the name states it: "" if it does not
     module: str
-
-
-@functools.lru_cache(maxsize=4)
-def layers_of(spec: TextToImage) -> dict[str, Layer]:
-    """Return the layers that a file can change, by component and name in a diffusers checkpoint."""
-    if not isinstance(spec.denoiser, UNet2DConditionConfig):
-        raise UserError(
-            f"The denoiser of {spec.name} is of type {type(spec.denoiser).__name__}: expected "
-            "Stable Diffusion's U-Net, the only network that LoRA files are for; use another model."
-        )
-    abstract = spec.abstract_params()
-    parts: dict[str, tuple[Any, Mapping[str, str]]] = {
-        "denoiser": (abstract["denoiser"], UNET_NAMES)
-    }
-    for name, encoder in spec.conditioner.encoders.items():
-        if isinstance(encoder, ClipTextEncoder) and name in ENCODERS:
-            parts[name] = (abstract["text_encoders"][name], TEXT_NAMES)
-    layers: dict[str, Layer] = {}
-    for part, (params, table) in parts.items():
-        for (*path, leaf), value in flatten_params(params).items():
-            if leaf not in ("kernel", "scale", "bias"):
-                continue
-            tensor = locate((*path, leaf), value.shape, table)
-            stacked = tensor.depth is not None
-            shape = value.shape[1:] if stacked else value.shape
-            for index, theirs in enumerate(tensor.names()):
-                place = (index, tensor.depth) if stacked else (None, None)
-                name = f"{FOLDERS[part]}.{theirs.rpartition('.')[0]}"
-                layer = layers.setdefault(name, Layer(name, part, tuple(path), {}, *place))
-                layers[name] = layer._replace(shapes={**layer.shapes, str(leaf): shape})
-    return layers
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
-
-
-@functools.lru_cache(maxsize=4)
-def _spellings(spec: TextToImage) -> dict[str, dict[str, Layer]]:
-    """Return each component's layers by all names that files use, with underscores."""
-    spellings: dict[str, dict[str, Layer]] = {
-        FOLDERS[layer.part]: {} for layer in layers_of(spec).values()
-    }
-    for name, layer in layers_of(spec).items():
-        component, _, theirs = name.partition(".")
-        names = [theirs]
-        if layer.part == "denoiser":
-            assert isinstance(spec.denoiser, UNet2DConditionConfig)
-            names.append(unet_original_name(theirs, spec.denoiser))
-            names.append(re.sub(r"\.to_out\.0$", ".to_out", theirs))
-        else:  # the text encoders of transformers from 5.6 on, and of the first diffusers
-            old = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", theirs)
-            names += [x.removeprefix("text_model.") for x in (theirs, old)] + [old]
-        spellings[component] |= {_flat(x): layer for x in names}
-    return spellings
 
 
 def _split(name: str) -> tuple[str, str, str] | None:
@@ -197,7 +113,7 @@ def _fits(layer: Layer, role: str, shape: Shape) -> bool:
 def place_tensors(file: object, shapes: Mapping[str, Shape], spec: TextToImage) -> dict[str, Place]:
     """Return the place of each tensor of a file in the model.
 
-    A name without a component is of the U-Net, or of the only text encoder that the file fits.
+    A name without a component is of the denoiser, or of the only text encoder that the file fits.
 
     Args:
       file: for messages.
@@ -207,14 +123,15 @@ def place_tensors(file: object, shapes: Mapping[str, Shape], spec: TextToImage) 
     Raises:
       UserError: a tensor is of another method or model, or has the same place as another.
     """
-    spellings = _spellings(spec)
+    spellings = spellings_of(spec)
     places: dict[str, Place] = {}
     ambiguous: dict[str, list[Place]] = {}
     for name in shapes:
         component, module, role = _split(name) or ("", name, "")
-        folders = [component] if component else spellings
-        known = [spellings[x] for x in folders if role and _flat(module) in spellings.get(x, {})]
-        found = [Place(x[_flat(module)], role, component, module) for x in known]
+        parts = [component] if component else spellings
+        flat = flat_name(module)
+        known = [spellings[x][flat] for x in parts if role and flat in spellings.get(x, {})]
+        found = [Place(layer, role, component, module) for layer in known]
         if len(found) == 1:
             places[name] = found[0]
         elif found:
@@ -246,18 +163,30 @@ def _choose(
 def _unique(file: object, places: dict[str, Place]) -> dict[str, Place]:
     names: dict[tuple[str, str], str] = {}
     for name, place in places.items():
-        other = names.setdefault((place.layer.name, place.role), name)
-        if other != name:
-            raise UserError(
-                f"{file} has two tensors for one place, {_shown(other)} and {_shown(name)}: "
-                "expected one adapter for each layer; leave one of them out."
-            )
+        for layer, _ in place.layer.pieces:
+            other = names.setdefault((layer.name, place.role), name)
+            if other != name:
+                raise UserError(
+                    f"{file} has two tensors for one place, {_shown(other)} and {_shown(name)}: "
+                    "expected one adapter for each layer; leave one of them out."
+                )
     return places
 
 
 def _shown(name: str) -> str:
     """Return a name for a message of one line."""
     return repr(name[:_LONGEST_SHOWN])[1:-1]
+
+
+_FAMILIES = {
+    r"joint_blocks": "Stable Diffusion 3",
+    r"(down|up|input|output|mid|middle)_block": "Stable Diffusion 1, 2 or XL",
+    r"(context|noise)_refiner|layers[._]\d+[._](attention|feed_forward)": "Z-Image",
+    r"stream_modulation|(single\w*attn|to_qkv_mlp)|linear_(in|out)\b": "FLUX.2",
+    r"(img|txt)_mod[._]lin|modulation[._]lin|vector_in|proj_mlp|(ff|ff_context)[._]net": "FLUX.1",
+    r"(double|single)_blocks|(single_|^)transformer_blocks": "FLUX",
+}
+"""Names of layers of each family."""
 
 
 def _complaint(file: object, strange: list[str]) -> str:
@@ -268,8 +197,11 @@ def _complaint(file: object, strange: list[str]) -> str:
                 f"{file} has {method} ({_shown(name)}), which jaxdiff does not read: expected "
                 "LoRA, DoRA, LoHa, LoKr or differences of weights; convert it to LoRA."
             )
+    known = (kind for mark, kind in _FAMILIES.items() if any(re.search(mark, x) for x in strange))
+    family = next(known, None)
+    like = "" if family is None else f", as of {family}"
     return (
-        f"{file} has {len(strange)} tensors that are no LoRA of this model's layers, such as "
+        f"{file} has {len(strange)} tensors that are no LoRA of this model's layers{like}, such as "
         f"{_shown(strange[0])}: expected pairs like lora_A and lora_B, or lora_down and lora_up; "
         "load the model that the file was trained on."
     )

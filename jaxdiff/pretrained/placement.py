@@ -14,11 +14,11 @@ Place = Callable[[np.ndarray], Any]
 class Placement:
     """A `Place` that depends on the parameter's path in the model, such as to shard it."""
 
-    def __init__(self, put: Callable[[tuple[Any, ...], np.ndarray], Any], path: tuple = ()):
+    def __init__(self, put: Callable[[tuple[Any, ...], Any], Any], path: tuple = ()):
         """Place by `put(path, value)`, below `path`."""
         self._put, self._path = put, path
 
-    def __call__(self, value: np.ndarray) -> Any:
+    def __call__(self, value: np.ndarray | jax.Array) -> Any:
         """Place the parameter at this path."""
         return self._put(self._path, value)
 

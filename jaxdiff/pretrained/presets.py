@@ -1,7 +1,9 @@
 """Configs of published models, for recipes and for single files."""
 
+import dataclasses
+
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.denoisers.flux import FluxConfig
+from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
@@ -41,28 +43,10 @@ OPENCLIP_G = ClipTextConfig(
 
 XL_SCALING_FACTOR = 0.13025  # of its autoencoder
 
-FLUX1_DEV = FluxConfig(
-    channels=16,
-    patch_size=2,
-    double_depth=19,
-    single_depth=38,
-    text_width=4096,
-    pooled_width=768,
-    mlp="gelu",
-    mlp_ratio=4.0,
-    bias=True,
-    shared_modulation=False,
-    fused=False,
-    guidance_embedding=True,
-    rope_axes=(16, 56, 56),
-    rope_theta=10_000.0,
-    text_positions=False,
-    max_references=0,
-)
+FLUX1_DEV = dataclasses.replace(FLUX1, guidance_embedding=True)
 KLEIN_4B = FluxConfig()
 Z_IMAGE = ZImageConfig()
 
-# Of FLUX.1 and Z-Image.
 FLUX1_AUTOENCODER = AutoencoderConfig(
     latent_channels=16,
     use_quant_conv=False,
@@ -71,6 +55,7 @@ FLUX1_AUTOENCODER = AutoencoderConfig(
     shift_factor=0.1159,
     sample_size=1024,
 )
+"""Z-Image's, too."""
 
 KLEIN_4B_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(9, 18, 27))
 Z_IMAGE_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(35,), thinking=True)

@@ -93,13 +93,14 @@ class Renamed(Mapping[str, np.ndarray]):
     def __init__(
         self,
         tensors: Mapping[str, np.ndarray],
-        rename: Callable[[str], str | Mapping[str, Cut] | None],
+        rename: Callable[[str], str | Mapping[str, Cut | None] | None],
     ):
         """Rename tensors.
 
         Args:
           tensors: by their old names.
-          rename: returns a tensor's new name, or the parts to cut it into, or None to drop it.
+          rename: returns a tensor's new name, or the parts to cut it into (None: all of it), or
+            None to drop it.
 
         Raises:
           UserError: two tensors have one new name.
@@ -139,7 +140,7 @@ def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:
     if isinstance(tensor, jax.Array):
         return tensor
     # JAX would compile a transposition for every shape that is not in C order.
-    return jax.block_until_ready(jax.device_put(np.ascontiguousarray(tensor)))
+    return jax.block_until_ready(jax.device_put(np.asarray(tensor, order="C")))
 
 
 def to_linear(kernel: np.ndarray) -> np.ndarray:

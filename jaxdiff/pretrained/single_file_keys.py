@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
@@ -162,10 +163,43 @@ def _to_convolution(kernel: np.ndarray) -> np.ndarray:
     return kernel[:, :, None, None] if kernel.ndim == 2 else kernel
 
 
-def vae_rename(config: AutoencoderConfig) -> Callable[[str], New]:
+def vae_rename(config: AutoencoderConfig | Flux2AutoencoderConfig) -> Callable[[str], New]:
     """Rename the autoencoder's tensors to names that `autoencoder_keys` reads."""
+    return _renamer(_vae_table(config), _VAE_BLOCK)
+
+
+_VAE_BLOCK = {"nin_shortcut": "conv_shortcut"}
+_VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def vae_original(
+    tensors: Mapping[str, np.ndarray], config: AutoencoderConfig | Flux2AutoencoderConfig
+) -> dict[str, np.ndarray]:
+    """Return the tensors of diffusers' autoencoder in the original layout."""
+    modules = {new: old for old, new in _vae_table(config).items()}
+    inner = {new: old for old, new in _VAE_BLOCK.items()} | _VAE_ATTENTION
+    rename, original = _renamer(modules, inner), {}
+    for name, value in tensors.items():
+        is_matrix = ".attentions." in name and value.ndim == 2
+        original[rename(name)] = _to_convolution(value) if is_matrix else value
+    return original
+
+
+@functools.lru_cache(maxsize=4)
+def _vae_table(config: AutoencoderConfig | Flux2AutoencoderConfig) -> dict[str, str]:
     levels = len(config.block_out_channels)
     table: dict[str, str] = {}
+    if isinstance(config, Flux2AutoencoderConfig):
+        table = {
+            "encoder.quant_conv": "quant_conv",
+            "decoder.post_quant_conv": "post_quant_conv",
+        }
     for half, level, resample in (("encoder", "down", "down"), ("decoder", "up", "up")):
         table |= {
             f"{half}.norm_out": f"{half}.conv_norm_out",
@@ -182,7 +216,7 @@ def vae_rename(config: AutoencoderConfig) -> Callable[[str], New]:
             table[f"{half}.{level}.{theirs}.{resample}sample.conv"] = (
                 f"{ours}.{resample}samplers.0.conv"
             )
-    return _renamer(table, {"nin_shortcut": "conv_shortcut"})
+    return table
 
 
 _OPENCLIP = {

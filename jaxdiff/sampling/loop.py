@@ -47,12 +47,14 @@ class InitLatents(NamedTuple):
       mask: 1 where x0 is replaced and 0 where it is kept; None replaces all of it.
       first_step: index of the first step.
       from_noise: whether a run from step 0 starts from pure noise.
+      has_noise: whether x0 is x_t before the first step, of another run, instead of data.
     """
 
     x0: Images
     mask: Float[Array, "b h w 1"] | None = None
     first_step: int | Int[Array, ""] = 0
     from_noise: bool = False
+    has_noise: bool = False
 
 
 LoopState = Any  # the loop's carry, a tree of arrays
@@ -152,7 +154,9 @@ def sample(
         return x, states, snapshots
 
     x = noise if init_noise == "unit" else path.levels(0)[2] * noise
-    if init is not None:
+    if init is not None and init.has_noise:
+        x = init.x0
+    elif init is not None:
         x = jnp.where((first_step == 0) & init.from_noise, x, path.noised(first_step))
     carry = init_loop_state(denoiser, solver, x, num_snapshots)
     begin, end = first_step, path.num_steps

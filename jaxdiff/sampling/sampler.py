@@ -4,8 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
+
 from jaxdiff.config.checked import checked
-from jaxdiff.config.fields import BelowOne, Count, Range
+from jaxdiff.config.fields import BelowOne, Count, Interval, Range
 from jaxdiff.diffusion.time_grids import MOST_STEPS, AnyGrid, TimeGrid
 from jaxdiff.errors import UserError
 from jaxdiff.sampling.feature_cache import AnyCache, TaylorSeer
@@ -31,7 +33,8 @@ class Sampler:
       solver: of the sampling ODE or SDE.
       grid: the times that it visits.
       num_steps: of the solver.
-      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided.
+      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided. Networks
+        with a guidance embedding read it instead.
       guidance: all other options of guidance.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
       init_noise: "unit" starts from noise of variance 1, as diffusers does with Stable Diffusion;
@@ -43,6 +46,9 @@ class Sampler:
       overlap: of MultiDiffusion windows, as a fraction of their sides; None denoises the image as a
         whole.
       cache: reuses features of earlier steps, for speed at some distance from the exact image.
+      denoising_interval: the part of the way from noise, 0, to the image, 1, that is taken: the
+        denoising_start and denoising_end of diffusers. (0, 0.8) returns the noisy latents from
+        which another model, such as Stable Diffusion XL's refiner, continues with (0.8, 1).
 
     Raises:
       UserError: a number out of range.
@@ -60,6 +66,7 @@ class Sampler:
     wrap: tuple[bool, bool] | None = None
     overlap: BelowOne | None = None
     cache: AnyCache | None = None
+    denoising_interval: Annotated[tuple[float, float], Interval()] | None = None
 
     def inherit(self, other: "Sampler") -> "Sampler":
         """Return these settings, with another's in the place of those that are None."""
@@ -88,6 +95,7 @@ _DEFAULTS = Sampler(
     resample_steps=1,
     vae_mode="full",
     wrap=(False, False),
+    denoising_interval=(0.0, 1.0),
 )
 
 
@@ -107,6 +115,28 @@ class ResolvedSampler:
     wrap: tuple[bool, bool]
     overlap: float | None
     cache: AnyCache | None = None
+    denoising_interval: tuple[float, float] = (0.0, 1.0)
+
+    def steps_taken(self, num_steps: int, num_tokens: int) -> tuple[int, int]:
+        """Return the first step of `denoising_interval`, and the step after its last.
+
+        A step belongs to the interval in which it starts.
+
+        Raises:
+          UserError: no step starts there.
+        """
+        low, high = self.denoising_interval
+        if (low, high) == (0, 1):
+            return 0, num_steps
+        times = self.grid(jnp.arange(num_steps), num_steps, num_tokens)
+        first, last = (int((times > 1 - share + 1e-6).sum()) for share in (low, high))
+        last = num_steps if high == 1 else last
+        if first == last:
+            raise UserError(
+                f"denoising_interval is {low:g}-{high:g}, where none of {num_steps} steps starts: "
+                "expected a wider one; increase it or num_steps."
+            )
+        return first, last
 
     def check_steps(self, num_steps: int) -> None:
         """Raise `UserError` for steps that the grid does not have, or without any guided one.

@@ -77,8 +77,28 @@ def test_wrong_folders_are_refused(t5, tmp_path):
     t5.save(str(tmp_path))
     with pytest.raises(UserError, match=r"gives 16 tokens: expected 17"):
         PretrainedTokenizer.load(str(tmp_path), length=17)
+
+
+def unknown_token(state):
+    state["backend"]["post_processor"]["special_tokens"] = {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("backend"),
+        lambda state: state.update(prefix=None),
+        lambda state: state["backend"].update(padding=None),
+        lambda state: state["backend"]["truncation"].update(max_length=15),
+        unknown_token,
+    ],
+)
+def test_damage_is_refused(damage, t5, tmp_path):
+    t5.save(str(tmp_path))
     path = tmp_path / "jaxdiff_tokenizer.json"
-    path.write_text(json.dumps({"prefix": ""}))
+    state = json.loads(path.read_text())
+    damage(state)
+    path.write_text(json.dumps(state))
     with pytest.raises(UserError, match="cannot be read"):
         PretrainedTokenizer.load(str(tmp_path), length=16)
 

@@ -27,11 +27,15 @@ from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.flux import FluxConfig
+from jaxdiff.models.denoisers.flux_blocks import Inputs, SharedModulation, SingleBlock
 from jaxdiff.models.denoisers.unet_sd import GEGLU, UNet2DConditionConfig
 from jaxdiff.models.denoisers.unet_small import UNetConfig
 from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.layers import (
+    FROM_MLP,
+    TO_MLP,
     Modulation,
+    UnitDense,
     abstract_params,
     any_rngs,
     bind_init,
@@ -40,7 +44,8 @@ from jaxdiff.models.layers import (
     param_axes,
     stack_blocks,
 )
-from jaxdiff.models.lora import LoraConfig
+from jaxdiff.models.lora import Factors, LoraConfig, add_adapters
+from jaxdiff.models.lora import tree as tree_of_adapters
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.planning.collectives import exchanges
 from jaxdiff.planning.hlo import read_program
@@ -433,6 +438,81 @@ def test_a_geglu_exchanges_weights_rather_than_activations():
     )
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
     assert max(sizes, default=0) <= 32 * 8 * 32
+
+
+def test_layers_of_units_with_adapters_and_biases_give_the_same_on_a_mesh():
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def build():
+        first = UnitDense(32, 48, units=3, axes=TO_MLP, rngs=any_rngs())
+        return nnx.Dict(
+            first=first, second=UnitDense(48, 32, units=3, axes=FROM_MLP, rngs=any_rngs())
+        )
+
+    params = jax.tree.map(lambda leaf: random(*leaf.shape), abstract_params(build))
+    adapters = {
+        ("first",): Factors(random(32, 4), random(4, 48)),
+        ("second",): Factors(random(48, 4), random(4, 32)),
+    }
+
+    def call(params, x):
+        module = bind_params(build, params)
+        add_adapters(module, tree_of_adapters(adapters))
+        return module["second"].join(jax.nn.silu(module["first"].split(x)))
+
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(params, x)
+
+    x = random(8, 5, 32)
+    placed = jax.device_put(params, state_shardings(params, mesh, param_axes(build)))
+    found = jax.jit(on_mesh)(placed, jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(found, jax.jit(call)(params, x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux1", "flux2"])
+def test_a_single_block_of_flux_exchanges_weights_rather_than_activations(name):
+    """And computes what one device computes."""
+    changes = {"heads": 4, "head_width": 8} | {"rope_axes": (2, 2, 2, 2)}
+    config = dataclasses.replace(DENOISERS[name], **changes)
+    width = config.width
+
+    def build() -> SingleBlock:
+        return SingleBlock(config, rngs=any_rngs())
+
+    params = init_params(lambda rngs: SingleBlock(config, rngs=rngs), nnx.Rngs(0))
+    vector = jnp.ones((8, width))
+    vectors = SharedModulation(*(jnp.ones((8, n * width)) for n in (6, 6, 3)))
+    x = np.random.default_rng(0).normal(size=(8, 256, width)).astype(np.float32)
+
+    def call(params, x):
+        shared = vectors if config.shared_modulation else None
+        inputs = Inputs(x, x, vector, shared, jnp.ones((256, 4)), 16, 16)
+        return bind_params(build, params)(x, inputs)
+
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(params, x)
+
+    placed = jax.device_put(params, state_shardings(params, mesh, param_axes(build)))
+    split = jax.device_put(x, batch_sharding(mesh))
+    compiled = jax.jit(on_mesh).lower(placed, split).compile()
+    np.testing.assert_allclose(
+        compiled(placed, split), jax.jit(call)(params, x), rtol=1e-4, atol=1e-4
+    )
+    exchanged = re.findall(
+        r"f32\[([\d,]+)\]\S* (?:all-to-all|collective-permute|all-gather)\(", compiled.as_text()
+    )
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in exchanged]
+    assert max(sizes, default=0) <= max(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(sizes, default=0) < 4 * 256 * width
 
 
 @pytest.mark.parametrize(("images", "divides"), [(8, True), (6, False)])

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save
 
 from jaxdiff.cli import main as cli
-from jaxdiff.pretrained.lora_names import layers_of
+from jaxdiff.pretrained.lora_layers import layers_of
 from tests.fuzz.harness import (
     PROMPT_FILES,
     SECONDS,

@@ -35,6 +35,17 @@ def test_attention_in_blocks_of_queries_is_the_same(n, m, monkeypatch):
     )
 
 
+def test_blocks_of_queries_exclude_keys_by_the_mask(monkeypatch):
+    """Each image its own; without any key, the output is finite."""
+    monkeypatch.setattr(attention, "_MIN_CPU_LOGITS", 1)
+    q, k, v = random(3, 520, 2, 4), random(3, 9, 2, 4), random(3, 9, 2, 4)
+    mask = jnp.arange(9) < jnp.array([9, 4, 0])[:, None]
+    out = jax.jit(attention.attend)(q, k, v, mask)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
+    np.testing.assert_allclose(out[:2], expected[:2], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(out).all()
+
+
 def test_only_long_sequences_are_split_into_blocks():
     def loops(n):
         jaxpr = jax.make_jaxpr(attention.attend)(*(random(1, n, 1, 4),) * 3)

@@ -1,7 +1,10 @@
 """PyTorch works in one thread: more of them wait for each other while XLA's have work to do."""
 
+import json
+
 import pytest
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 
 
@@ -21,3 +24,16 @@ def small_unet() -> UNet2DConditionConfig:
         cross_attention_dim=16,
         norm_num_groups=8,
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tiny tokenizer as vocab.json and merges.txt, which is how the checkpoints have it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = json.loads(
+        Tokenizer.train(["a red pea", "a green banana"], vocab_size=540).backend.to_str()
+    )["model"]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return folder

@@ -13,6 +13,7 @@ from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder, TinyAutoencoderConfig
 from jaxdiff.models.layers import any_rngs, bind_build, bind_params
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
+from jaxdiff.pretrained.autoencoder_file import write_autoencoder_file
 from jaxdiff.pretrained.autoencoder_folder import published_autoencoder, read_autoencoder_folder
 
 torch = pytest.importorskip("torch")
@@ -280,3 +281,30 @@ def test_tiles_of_flux2(tmp_path):
     np.testing.assert_allclose(found, as_nhwc(packed), rtol=0, atol=1e-5)
     found = jax.jit(lambda z: ours.decode(z, "tiling"))(as_nhwc(packed))
     np.testing.assert_allclose(found, as_nhwc(decoded), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2"])
+def test_files_of_the_original_code_are_read_as_diffusers_reads_them(kind, tmp_path):
+    """Of FLUX.2's names, diffusers' converter knows all but those of the quant convolutions."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    variant = VARIANTS["sd3"] if kind == "AutoencoderKL" else FLUX2["small"]
+    theirs = torch_autoencoder(variant, kind)
+    theirs.save_pretrained(tmp_path)
+    config, params = read_autoencoder_folder(tmp_path, place=np.asarray)
+    write_autoencoder_file(tmp_path / "ae.safetensors", params, config)
+    original = {
+        name: torch.from_numpy(value)
+        for name, value in load_file(tmp_path / "ae.safetensors").items()
+    }
+    levels = len(config.block_out_channels)
+    blocks = {"down_block_types": [None] * levels, "up_block_types": [None] * levels}
+    wanted = convert_ldm_vae_checkpoint(dict(original), blocks)
+    tensors = theirs.state_dict()
+    moved = {x for x in tensors if "quant_conv" in x or x.startswith("bn.")}
+    assert wanted.keys() | moved == tensors.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(value.numpy(), tensors[name].numpy(), err_msg=name)
+    for name in moved:
+        half = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}.get(name.split(".")[0], "")
+        np.testing.assert_array_equal(original[half + name].numpy(), tensors[name].numpy())

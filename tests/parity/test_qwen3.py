@@ -9,7 +9,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.models.layers import bind_build, bind_params
-from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
+from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 from jaxdiff.pretrained import qwen3_keys
 from jaxdiff.pretrained.safetensors_io import open_weights
 
@@ -54,10 +54,10 @@ def hidden_states(model, mask, dtype=None):
     return [state.float().numpy() for state in states]
 
 
-def read(folder, layers) -> tuple[Qwen3TextEncoder, dict]:
+def read(folder, layers, length=LENGTH) -> tuple[Qwen3TextEncoder, dict]:
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     encoder = Qwen3TextEncoder(
-        model=qwen3_keys.read_qwen3_config(config), hidden_layers=layers, max_length=LENGTH
+        model=qwen3_keys.read_qwen3_config(config), hidden_layers=layers, max_length=length
     )
     tensors = open_weights(epath.Path(folder), "model")
     return encoder, qwen3_keys.qwen3_from_torch(tensors, encoder)
@@ -140,3 +140,29 @@ def test_without_the_unused_blocks_transformers_gives_the_same_hidden_states(lay
     for layer in layers:
         np.testing.assert_allclose(found[layer], expected[layer], atol=1e-5, rtol=0)
     assert read(written, layers)[0].hidden_layers == layers
+
+
+@pytest.mark.nightly
+def test_two_layers_at_the_width_of_qwen3_4b(tmp_path):
+    """With 512 tokens and a vocabulary of 2048, which keeps memory below 4 GB."""
+    sizes = qwen3_keys.write_qwen3_config(
+        Qwen3TextEncoder(model=Qwen3Config(vocab_size=2048, depth=3), hidden_layers=(2,)),
+        whole=True,
+    )
+    config = transformers.Qwen3Config(**sizes)
+    assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (2560, 32, 128)
+    torch.manual_seed(0)
+    model = transformers.Qwen3Model(config).eval()
+    model.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 2048, (2, 512)), np.arange(512) < np.array([[40], [512]])
+    with torch.no_grad():
+        expected = model(
+            torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True
+        ).hidden_states
+    encoder, params = read(tmp_path, (1, 2), length=512)
+    build = bind_build(encoder)
+    run = jax.jit(lambda params, ids, mask: bind_params(build, params)(ids, mask))
+    for layer, ours in zip((1, 2), run(params, ids, mask), strict=True):
+        theirs = expected[layer].numpy()
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import jaxdiff
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.pipelines import lora, textual_inversion
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 
 torch = pytest.importorskip("torch")
@@ -43,19 +43,6 @@ SCHEDULERS = {
         timestep_spacing="trailing",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tiny tokenizer as vocab.json and merges.txt, which is how the checkpoints have it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    bpe = json.loads(
-        Tokenizer.train(["a red pea", "a green banana"], vocab_size=540).backend.to_str()
-    )["model"]
-    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    return folder
 
 
 def text_encoder(tokenizer, width, *, projected):

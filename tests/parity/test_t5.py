@@ -8,7 +8,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from jaxdiff.models.layers import bind_init, bind_params
-from jaxdiff.models.text_encoders.t5 import T5Encoder, position_buckets
+from jaxdiff.models.text_encoders.t5 import T5Config, T5Encoder, position_buckets
 from jaxdiff.pretrained import t5_keys
 
 torch = pytest.importorskip("torch")
@@ -103,3 +103,21 @@ def test_our_config_is_read_by_transformers():
     config = t5_keys.read_t5_config(transformers.T5Config(**SIZES).to_dict())
     theirs = transformers.T5Config(**t5_keys.write_t5_config(config))
     assert t5_keys.read_t5_config(theirs.to_dict()) == config
+
+
+@pytest.mark.nightly
+def test_one_layer_at_the_width_of_t5_xxl():
+    """With 512 tokens and a vocabulary of 2048, which keeps memory below 4 GB."""
+    sizes = t5_keys.write_t5_config(T5Config(vocab_size=2048, depth=1))
+    assert (sizes["d_model"], sizes["num_heads"], sizes["d_ff"]) == (4096, 64, 10240)
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    ids = np.random.default_rng(0).integers(0, 2048, (1, 512))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).last_hidden_state.numpy()
+    tensors = {name: x.detach().numpy() for name, x in model.state_dict().items()}
+    config = t5_keys.read_t5_config(sizes)
+    params = t5_keys.t5_from_torch(tensors, config)
+    build = bind_init(T5Encoder, config)
+    found = jax.jit(lambda params, ids: bind_params(build, params)(ids))(params, ids)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

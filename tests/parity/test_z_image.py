@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.pretrained import z_image_keys
+from jaxdiff.pretrained.safetensors_io import Renamed
+from jaxdiff.pretrained.z_image_original import original_z_image_rename, z_image_to_original
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -147,6 +149,23 @@ def test_tensors_and_config_there_and_back(tmp_path):
         for x in (written, model)
     )
     assert ours == expected
+
+
+def test_files_of_the_original_code_are_read_as_diffusers_reads_them():
+    from diffusers.loaders.single_file_utils import (
+        convert_z_image_transformer_checkpoint_to_diffusers as convert,
+    )
+
+    model = torch_z_image()
+    config, params = read(model)
+    original = z_image_to_original(z_image_keys.z_image_to_torch(params), config)
+    assert any(name.endswith(".attention.qkv.weight") for name in original)
+    comfy = {f"model.diffusion_model.{k}": torch.from_numpy(x) for k, x in original.items()}
+    found, tensors = Renamed(original, original_z_image_rename(config)), model.state_dict()
+    for converted in (convert(comfy), {name: torch.from_numpy(x) for name, x in found.items()}):
+        assert converted.keys() == tensors.keys()
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(converted[name].numpy(), value.numpy(), err_msg=name)
 
 
 @pytest.mark.nightly

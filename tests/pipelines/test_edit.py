@@ -8,7 +8,7 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines import edit
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.sampling.guidance.apg import APG
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds

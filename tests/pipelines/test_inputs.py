@@ -9,13 +9,8 @@ from PIL import Image
 
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.edit import extend, invert, upscale, variations
-from jaxdiff.pipelines.inputs import (
-    check_images,
-    check_masks,
-    first_step,
-    size_of_ratio,
-    slerp,
-)
+from jaxdiff.pipelines.input_images import check_images, check_masks
+from jaxdiff.pipelines.inputs import first_step, size_of_ratio, slerp
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.program import latent_mask
 

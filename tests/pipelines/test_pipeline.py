@@ -6,8 +6,8 @@ import pytest
 from jaxdiff.diffusion.time_grids import MOST_STEPS, ConsistencyGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.batching import Preview, default_batch_size
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pipelines.inputs import (
-    InitImage,
     Mix,
     SampleRequest,
     UnknownWordWarning,

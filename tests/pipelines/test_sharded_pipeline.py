@@ -6,7 +6,8 @@ import pytest
 
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines.inputs import InitImage, Mix
+from jaxdiff.pipelines.input_images import InitImage
+from jaxdiff.pipelines.inputs import Mix
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.guidance import Guidance

@@ -17,7 +17,7 @@ from jaxdiff.models.conditioning import (
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.sampling.sampler import Sampler

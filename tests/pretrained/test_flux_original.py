@@ -19,6 +19,7 @@ from jaxdiff.pretrained.flux_original import (
     to_original,
     write_flux_file,
 )
+from jaxdiff.pretrained.load import PartSource, load_bundle, read_parts
 
 SMALL: dict[str, Any] = {"heads": 1, "double_depth": 2, "single_depth": 2, "text_width": 8}
 CONFIGS = {
@@ -119,3 +120,19 @@ def test_a_structure_that_nothing_published_has_is_not_written(tmp_path):
     with pytest.raises(UserError, match=r"neither a FLUX\.1 nor a FLUX\.2"):
         write_flux_file(tmp_path / "x.safetensors", random_params(config), config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_gives_the_denoiser_of_a_model_but_no_whole_model(tmp_path):
+    config, file = CONFIGS["klein"], str(tmp_path / "flux.safetensors")
+    params = random_params(config)
+    write_flux_file(file, params, config, "model.diffusion_model.")
+    abstract = abstract_params(bind_build(config))
+    found = read_parts({0: PartSource(file, ("denoiser",), abstract)})[0]
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.float32, params))
+    with pytest.raises(UserError, match="without the tokenizers of a whole model: expected the"):
+        load_bundle(file)
+    with pytest.raises(UserError, match="without the tokenizers of a whole model: expected the"):
+        read_parts({0: PartSource(file, ("autoencoder",), abstract)})
+    wider = abstract_params(bind_build(dataclasses.replace(config, channels=4)))
+    with pytest.raises(UserError, match="patch"):
+        read_parts({0: PartSource(file, ("denoiser",), wider)})

@@ -6,7 +6,7 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.lora_kinds import Adapter, to_theirs
-from jaxdiff.pretrained.lora_names import Layer
+from jaxdiff.pretrained.lora_layers import Layer
 from jaxdiff.pretrained.lora_scale import read_peft_config
 
 OUT, IN, RANK = 12, 6, 2

@@ -3,7 +3,8 @@
 import pytest
 
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.lora_names import layers_of, place_tensors
+from jaxdiff.pretrained.lora_layers import layers_of
+from jaxdiff.pretrained.lora_names import place_tensors
 
 WIDTH = 8
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"

@@ -33,7 +33,13 @@ from jaxdiff.pipelines.flops import SamplingSpeed
 from jaxdiff.pipelines.generate import generate
 from jaxdiff.pipelines.image_metadata import file_text, record
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.resolve import FILES, ResolvedSettings, open_input, resolve_settings
+from jaxdiff.pipelines.resolve import (
+    FILES,
+    ResolvedSettings,
+    input_paths,
+    open_input,
+    resolve_settings,
+)
 from jaxdiff.pipelines.settings import Varies
 from jaxdiff.training.metrics import Progress
 
@@ -185,7 +191,7 @@ def _plan(
     jobs: dict[str, Job] = {}
     shared, opened = options.settings, functools.cache(open_input)
     for name in FILES:
-        if (path := getattr(shared, name)) is not None:
+        for path in input_paths(shared, name):
             opened(path, name == "mask")  # an error of the command line, not of a row
     for row in rows:
         try:

@@ -160,6 +160,14 @@ class SampleOptions:
             metavar="MODEL",
         ),
     ] = None
+    refiner_model: Annotated[
+        str | None,
+        Doc(
+            "Model that takes over at --refiner-start, such as Stable Diffusion XL's refiner.",
+            MODEL,
+            metavar="MODEL",
+        ),
+    ] = None
     quiet: Annotated[
         bool,
         Doc(
@@ -202,7 +210,8 @@ class SampleOptions:
     @property
     def command_defaults(self) -> CommandDefaults:
         """The models that rows cannot set."""
-        return CommandDefaults(clip_model=self.clip_model, guide_model=self.guide_model)
+        names = ("clip_model", "guide_model", "refiner_model")
+        return CommandDefaults(**{name: getattr(self, name) for name in names})
 
 
 NOT_FLAGS = ("prompt", "name")  # positional, and for rows only
@@ -262,6 +271,7 @@ def from_flags(
 
 
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
+_ANY_IMAGE |= {"refiner_model"}
 _ANY_IMAGE |= {
     "compiled",
     "lora",
@@ -278,6 +288,7 @@ CONFLICTS = (
     ("quiet", "verbose"),
     ("strip", "prompts"),
     ("strip", "variation"),
+    ("strip", "refiner_model"),
     ("interpolate", "prompts"),
     ("interpolate", "mix_prompt"),
     ("interpolate", "mix"),

@@ -17,7 +17,7 @@ from jaxdiff.config.fields import check_names, fields_of
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
 from jaxdiff.io.text import LARGEST_TEXT, csv_rows, decode_text, lines_of, parse_json
-from jaxdiff.pipelines.resolve import FILES
+from jaxdiff.pipelines.resolve import FILES, input_paths
 from jaxdiff.pipelines.settings import GenerationSettings
 
 COLUMNS = fields_of(GenerationSettings)
@@ -167,8 +167,12 @@ def _settings(values: dict[str, Any], folder: epath.Path) -> GenerationSettings:
         raise UserError("prompt is missing: every row needs one.")
     if not settings.prompt.strip():
         raise UserError("prompt is empty: expected a text.")
-    paths = {name: values[name] for name in FILES if values.get(name) is not None}
-    return replace(settings, **{k: _inside(folder, k, text) for k, text in paths.items()})
+    changes: dict[str, Any] = {}
+    for name in FILES:
+        paths = [_inside(folder, name, str(path)) for path in input_paths(settings, name)]
+        if paths:
+            changes[name] = tuple(paths) if name == "reference" else paths[0]
+    return replace(settings, **changes)
 
 
 def _inside(folder: epath.Path, name: str, text: str) -> epath.Path:

@@ -2,9 +2,11 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.layers import Remat
 
@@ -60,6 +62,12 @@ class Denoiser(abc.ABC):
         Time grids and time samplers may depend on it.
         """
         return height * width // self.size_multiple**2
+
+    def reference_tokens(
+        self, latents: Sequence[Float[Array, "b _ _ c"]]
+    ) -> tuple[Float[Array, "b m r"], Int[Array, "b m axes"]]:
+        """Return `Conditioning.reference` and its positions for latents of reference images."""
+        raise NotImplementedError(f"{type(self).__name__} reads no reference images.")
 
     @property
     def extra_channels(self) -> int:

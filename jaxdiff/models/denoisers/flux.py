@@ -182,7 +182,7 @@ class FluxConfig(Denoiser):
         return (doubles + singles) * block + ends
 
     def reference_tokens(
-        self, latents: Sequence[Float[Array, "b h w c"]]
+        self, latents: Sequence[Float[Array, "b _ _ c"]]
     ) -> tuple[Float[Array, "b m r"], Int[Array, "b m axes"]]:
         """Return `Conditioning.reference` and its positions for latents of reference images."""
         tokens = [patchify(z, self.patch_size, channels_first=True) for z in latents]

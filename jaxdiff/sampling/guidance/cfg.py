@@ -134,6 +134,7 @@ def guided_denoiser(
     threshold: Threshold | None = None,
     guide: GuideModel | None = None,
     zero_init_until: Scalar | None = None,
+    classifier_free: bool = True,
 ) -> StatefulDenoiser:
     """Return a denoiser of b images, guided by eq. 1.
 
@@ -145,12 +146,17 @@ def guided_denoiser(
       threshold: keeps estimates of x0 in range.
       guide: the model of autoguidance.
       zero_init_until: above this time the velocity is 0, for `CFGZeroStar.zero_steps`.
+      classifier_free: False evaluates the network for the prompts alone, at half of the cost.
     """
     low, high = guidance.active_interval
     schedule = model.schedule
 
-    def guided(x: Images, t: Scalar, states: State) -> tuple[Images, State]:
+    def combined(x: Images, t: Scalar, states: State) -> tuple[Images, Images, State]:
+        """Return the guided x0, the conditional one, and the next states."""
         state, cached = states
+        if not classifier_free:
+            cond, cached = model.conditional(x, t, cached)
+            return cond, cond, (state, cached)
         (cond, uncond), cached = model.both(x, t, cached)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         estimates = Estimates(cond, uncond, x, t, alpha, sigma, model.prediction)
@@ -160,9 +166,13 @@ def guided_denoiser(
             delta, state = _delta(guidance, estimates, state)
             # From cond, not from uncond: at scale 1 this is cond to the last bit.
             x0 = cond + (guidance_scale - 1).reshape(-1, 1, 1, 1) * delta
+        return x0, cond, (state, cached)
+
+    def guided(x: Images, t: Scalar, states: State) -> tuple[Images, State]:
+        x0, cond, states = combined(x, t, states)
         if guide is not None:
             x0 = x0 + (guide.scale - 1) * (cond - guide.model.conditional(x, t)[0])
-        return _rescaled(guidance.rescale_fraction, x0, cond), (state, cached)
+        return _rescaled(guidance.rescale_fraction, x0, cond), states
 
     def unguided(x: Images, t: Scalar, states: State) -> tuple[Images, State]:
         state, cached = states

@@ -77,6 +77,10 @@ class Guidance:
         `cfg_zero_star.optimized_scale`.
       clip: CLIP guidance; a scale of 0 disables a model's default.
       guide: autoguidance; a scale of 1 disables a model's default.
+      distilled: whether the network is trained to need no classifier-free guidance, in few steps
+        or with the guidance scale as its input; it is then evaluated for the prompt alone.
+      true_cfg_scale: scale of classifier-free guidance of a distilled network, in addition to what
+        it was trained for; None does without.
 
     Raises:
       UserError: interval or rescale outside [0, 1].
@@ -89,6 +93,16 @@ class Guidance:
     rule: GuidanceRule | None = None
     clip: ClipGuidance | None = None
     guide: Autoguidance | None = None
+    distilled: bool | None = None
+    true_cfg_scale: float | None = None
+
+    def is_classifier_free(self, embeds: bool = False) -> bool:
+        """Whether the network is evaluated for the negative prompt, too.
+
+        Args:
+          embeds: whether it reads the guidance scale.
+        """
+        return self.true_cfg_scale is not None or not (self.distilled or embeds)
 
     def inherit(self, other: "Guidance") -> "Guidance":
         """Return these options, with another's in the place of those that are None."""

@@ -13,7 +13,9 @@ from jaxdiff.io.image_files import read_image_text
 from jaxdiff.io.images import save_png
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVisionConfig
 from jaxdiff.pipelines.auxiliary_models import clip_scores
+from jaxdiff.pipelines.load import load
 from jaxdiff.pretrained.bundle import Bundle, abstract_of, write_bundle
+from jaxdiff.sampling.sampler import Sampler
 from tests.io.conftest import chunk, png
 
 PEA = "a small red pea"
@@ -179,6 +181,23 @@ def test_guidance_of_all_kinds_is_reproduced(sample, guides, tmp_path, capsys):
     assert "give --guide-model" in capsys.readouterr().err
     assert sample("--again", file, "--guide-model", guides[1]) == 2
     assert "another guide model: give that as --guide-model" in capsys.readouterr().err
+
+
+def test_a_refiner_takes_over_and_is_reproduced(sample, model, guides, tmp_path, capsys):
+    assert sample(PEA, "--num-steps", 4, "--refiner-model", guides[1], "--refiner-start", 0.5) == 0
+    file = tmp_path / "out" / "0000-a-small-red-pea.png"
+    options = {"seeds": 0, "num_steps": 4}
+    base = load(model)(
+        PEA, sampler=Sampler(denoising_interval=(0, 0.5)), output="latents", **options
+    )
+    rest = Sampler(denoising_interval=(0.5, 1))
+    image = load(guides[1])(PEA, sampler=rest, latents=base, **options)[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+    assert sample("--again", file, "--refiner-model", guides[1]) == 0
+    assert sample("--again", file, "--refiner-model", guides[0]) == 2
+    assert "another refiner: give that as --refiner-model" in capsys.readouterr().err
+    assert sample("--again", file) == 2
+    assert "give --refiner-model" in capsys.readouterr().err
 
 
 def test_the_best_of_several_has_the_file_of_its_seed_alone(sample, clips, tmp_path):

@@ -10,7 +10,7 @@ from jaxdiff.cli.generate import batch_generate
 from jaxdiff.distributed import multihost
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
-from jaxdiff.pipelines.inputs import InitImage
+from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import write_bundle

@@ -36,6 +36,8 @@ ROW = {
     "apg": 0.0,
     "cfg_zero_star": 1,
     "guide_scale": 2.0,
+    "true_cfg_scale": 2.0,
+    "refiner_start": 0.8,
     "variation": 0.5,
     "upscale": 2,
     "upscale_strength": 0.25,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build, bind_params, cast
 from jaxdiff.sampling.feature_cache import SplitNetwork
 
-SMALL: dict[str, Any] = {
+SMALL = {
     "heads": 2,
     "head_width": 16,
     "double_depth": 2,

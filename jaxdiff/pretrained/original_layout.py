@@ -1,0 +1,126 @@
+"""Transformers in one file, in the layout of their original code.
+
+A module there may hold several modules of diffusers, such as queries, keys and values, in rows one
+under another. A table has the modules of the original code, each with diffusers' modules in it.
+
+ComfyUI puts `model.diffusion_model.` before all names. A file may also hold diffusers' names, or
+other components, which are left unread.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, TensorFiles
+
+Rows = tuple[slice, ...]
+
+Pieces = tuple[tuple[str, Rows | None], ...]
+"""Modules of diffusers that an original module holds, and their rows in it; None for all."""
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
+
+_OTHERS = re.compile(r"(vae|text_encoders?|first_stage_model|conditioner)\b")
+
+
+def stacked_rows(names: Collection[str], size: int) -> Pieces:
+    """Return modules of `size` rows one under another; the last has all that follow."""
+    ends = [*range(size, size * len(names), size), None]
+    return tuple(
+        (name, (slice(i * size, end),))
+        for i, (name, end) in enumerate(zip(names, ends, strict=True))
+    )
+
+
+def cut(rows: Rows) -> Cut:
+    """Return the function that takes rows of a tensor."""
+    if len(rows) == 1:
+        return lambda x: x[rows[0]]
+    return lambda x: np.concatenate([x[part] for part in rows])
+
+
+def to_diffusers_names(
+    modules: Mapping[str, Pieces],
+) -> Callable[[str], str | Mapping[str, Cut | None]]:
+    """Return what `Renamed` takes to read tensors of the original code under diffusers' names.
+
+    A name that the table does not have stays as it is. A norm's scale is called weight.
+    """
+
+    def rename(name: str) -> str | Mapping[str, Cut | None]:
+        module, _, leaf = name.rpartition(".")
+        leaf = "weight" if leaf == "scale" else leaf
+        if module not in modules:
+            return name
+        pieces = modules[module]
+        return {f"{new}.{leaf}": None if rows is None else cut(rows) for new, rows in pieces}
+
+    return rename
+
+
+def to_original_names(
+    tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pieces]
+) -> dict[str, np.ndarray]:
+    """Return tensors of diffusers under the original names: the inverse of `to_diffusers_names`."""
+    left, found = dict(tensors), dict[str, np.ndarray]()
+    for old, pieces in modules.items():
+        for leaf in ("weight", "bias"):
+            if f"{pieces[0][0]}.{leaf}" not in left:
+                continue
+            parts = []
+            for new, rows in pieces:
+                value = left.pop(f"{new}.{leaf}")
+                # Rows in the order of this piece, to their places in the whole.
+                size = len(value) // len(rows or (0,))
+                parts += [
+                    (part.start or 0, value[i * size : (i + 1) * size])
+                    for i, part in enumerate(rows or (slice(0, None),))
+                ]
+            values = [value for _, value in sorted(parts, key=lambda x: x[0])]
+            found[f"{old}.{leaf}"] = values[0] if len(values) == 1 else np.concatenate(values)
+    return found | left
+
+
+def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:
+    """Return what precedes one of the marks, names of a network's tensors; None without any."""
+    for prefix in PREFIXES:
+        if any(prefix + mark in names for mark in marks):
+            return prefix
+    return None
+
+
+def open_transformer(file: epath.PathLike, what: str, marks: Collection[str]) -> Renamed:
+    """Open the tensors of a transformer in a file, without their prefix.
+
+    Args:
+      file: safetensors.
+      what: the family, for messages.
+      marks: names of which the network has one.
+
+    Raises:
+      UserError: the file is damaged, or holds no such network.
+    """
+    tensors = TensorFiles([epath.Path(file)])
+    prefix = prefix_of(tensors.shapes, marks)
+    if prefix is None:
+        raise UserError(
+            f"{file} holds no {what} transformer: expected {' or '.join(marks)}, also after "
+            f"{PREFIXES[0]}; use another file."
+        )
+
+    def bare(name: str) -> str | None:
+        is_other = not name.startswith(prefix) or (not prefix and _OTHERS.match(name))
+        return None if is_other else name.removeprefix(prefix)
+
+    return Renamed(tensors, bare)
+
+
+def write_transformer(file: epath.PathLike, tensors: Mapping[str, np.ndarray], prefix: str) -> None:
+    """Write tensors to a safetensors file, with a prefix before their names."""
+    named = {prefix + name: np.asarray(value, order="C") for name, value in tensors.items()}
+    write_whole(epath.Path(file), save(named, metadata={"format": "pt"}))

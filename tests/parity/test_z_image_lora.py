@@ -1,0 +1,191 @@
+"""LoRA files for Z-Image of every trainer change the weights as diffusers changes them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.lora import merge_adapters
+from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained import z_image_keys
+from jaxdiff.pretrained.lora import read_lora, write_lora
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.parity
+
+SMALL = {
+    "in_channels": 3,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [4, 6, 6],
+}
+RANK = 4
+
+
+def torch_z_image():
+    torch.manual_seed(0)
+    return diffusers.ZImageTransformer2DModel(**SMALL).eval()
+
+
+def tensors_of(model):
+    """Weights, also of a model with fused adapters."""
+    return {
+        name.replace(".base_layer.", "."): x.detach().numpy()
+        for name, x in model.state_dict().items()
+        if ".lora_" not in name and ".lokr_" not in name
+    }
+
+
+@functools.cache
+def ours():
+    """A specification, and the denoiser's parameters."""
+    model = torch_z_image()
+    config = z_image_keys.read_z_image_config({**model.config})
+    text = ClipTextConfig(vocab_size=64, width=24, depth=1, heads=2, projection_dim=20)
+    spec = TextToImage(
+        denoiser=config,
+        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
+        prediction="velocity",
+        schedule=RectifiedFlow(),
+        image_size=16,
+    )
+    params = z_image_keys.z_image_from_torch(tensors_of(model), config, place=jnp.asarray)
+    return spec, params
+
+
+@functools.cache
+def sizes():
+    """(outputs, inputs) of diffusers' linear layers."""
+    modules = torch_z_image().named_modules()
+    return {n: tuple(m.weight.shape) for n, m in modules if isinstance(m, torch.nn.Linear)}
+
+
+def original_sizes():
+    """(outputs, inputs) of the blocks' linear layers in the original code."""
+    found = {}
+    for name, (outputs, inputs) in sizes().items():
+        if name.startswith(("all_", "cap_", "t_")):
+            continue
+        if name.endswith(".to_q"):
+            found[name.replace("to_q", "qkv")] = 3 * outputs, inputs
+        elif not name.endswith((".to_k", ".to_v")):
+            found[name.replace("to_out.0", "out")] = outputs, inputs
+    return found
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def pairs(layers, down, up, *, alpha=None):
+    """Random adapters by name, for layers of (outputs, inputs)."""
+    tensors = {}
+    for i, (name, (outputs, inputs)) in enumerate(layers.items()):
+        tensors[f"{name}.{down}.weight"] = 0.3 * random(RANK, inputs, seed=2 * i)
+        tensors[f"{name}.{up}.weight"] = 0.3 * random(outputs, RANK, seed=2 * i + 1)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    return tensors
+
+
+def theirs(tensors):
+    """Weights that diffusers merges with the adapters of a file."""
+    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
+    converted = diffusers.ZImagePipeline.lora_state_dict(given)
+    model = torch_z_image()
+    model.load_lora_adapter(converted, prefix="transformer")
+    model.fuse_lora()
+    return tensors_of(model)
+
+
+def check(file, wanted, changed):
+    """Compare our merged weights; `changed` counts those that differ."""
+    spec, params = ours()
+    merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
+    found = z_image_keys.z_image_to_torch(jax.device_get(merged))
+    before = tensors_of(torch_z_image())
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
+    moved = {name for name in wanted if np.abs(wanted[name] - before[name]).max() > 1e-3}
+    assert len(moved) == changed
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_files_of_diffusers_and_ai_toolkit(tmp_path, prefix):
+    tensors = pairs({prefix + name: x for name, x in sizes().items()}, "lora_A", "lora_B")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    check(tmp_path / "lora.safetensors", theirs(tensors), len(sizes()))
+
+
+def test_files_of_peft(tmp_path):
+    names = [name for name in sizes() if "attention" in name or "feed_forward" in name]
+    config = peft.LoraConfig(
+        target_modules=names, r=RANK, lora_alpha=2, init_lora_weights=False, use_rslora=True
+    )
+    model = peft.get_peft_model(torch_z_image(), config)
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    check(tmp_path / "adapter_model.safetensors", tensors_of(model.get_base_model()), len(names))
+
+
+def kohya(layers):
+    """Names of kohya's scripts."""
+    return {f"lora_unet_{name.replace('.', '_')}": x for name, x in layers.items()}
+
+
+def test_files_of_kohya(tmp_path):
+    """By diffusers' names; diffusers does not read the embedders' there."""
+    layers = {k: x for k, x in sizes().items() if "attention" in k or "feed_forward" in k}
+    tensors = pairs(kohya(layers), "lora_down", "lora_up", alpha=3.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    check(tmp_path / "lora.safetensors", theirs(tensors), len(layers))
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."], ids=["kohya", "comfyui"])
+def test_files_by_the_names_of_the_original_code(tmp_path, prefix):
+    """diffusers reads fused layers only in another spelling of the two factors."""
+    layers = original_sizes()
+    named = kohya(layers) if prefix == "lora_unet_" else {prefix + k: x for k, x in layers.items()}
+    save_file(pairs(named, "lora_down", "lora_up", alpha=3.0), tmp_path / "lora.safetensors")
+    given = pairs(kohya(layers), "lora.down", "lora.up", alpha=3.0)
+    check(tmp_path / "lora.safetensors", theirs(given), len(layers) + 2 * 4)
+
+
+def test_kronecker_products_of_ai_toolkit(tmp_path):
+    tensors = {}
+    for i, (name, (outputs, inputs)) in enumerate(sizes().items()):
+        if "attention" in name:
+            layer = f"diffusion_model.{name}"
+            tensors[f"{layer}.lokr_w1"] = random(2, 2, seed=3 * i)
+            tensors[f"{layer}.lokr_w2_a"] = random(outputs // 2, RANK, seed=3 * i + 1)
+            tensors[f"{layer}.lokr_w2_b"] = random(RANK, inputs // 2, seed=3 * i + 2)
+            tensors[f"{layer}.alpha"] = np.array(2, np.float32)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    check(tmp_path / "lora.safetensors", theirs(tensors), len(tensors) // 4)
+
+
+def test_what_is_written_opens_in_diffusers(tmp_path):
+    spec, _ = ours()
+    tensors = pairs({f"transformer.{name}": x for name, x in sizes().items()}, "lora_A", "lora_B")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    write_lora(
+        tmp_path / "written.safetensors", read_lora(tmp_path / "lora.safetensors", spec), spec
+    )
+    model = torch_z_image()
+    model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
+    model.fuse_lora()
+    check(tmp_path / "lora.safetensors", tensors_of(model), len(sizes()))
