@@ -28,7 +28,7 @@ from etils import epath
 
 from jaxdiff.benchmark.timing import median, time_in_turns
 from jaxdiff.pretrained import unet_keys
-from jaxdiff.pretrained.pipeline_folder import DIFFUSION_MODEL
+from jaxdiff.pretrained.diffusers_folder import DIFFUSION_MODEL
 from jaxdiff.pretrained.presets import SD1
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
 

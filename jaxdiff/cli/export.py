@@ -18,7 +18,7 @@ from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
-from jaxdiff.pretrained.diffusers_folder import write_diffusers
+from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import load_bundle, model_folder
 from jaxdiff.pretrained.lora import write_lora
@@ -49,8 +49,8 @@ class ExportOptions:
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     format: str = "jaxdiff"
-    """jaxdiff; diffusers: a folder for StableDiffusionPipeline.from_pretrained or its XL variant,
-    with adapters and added tokens merged into the weights; lora: the adapters alone, for
+    """jaxdiff; diffusers: a folder for DiffusionPipeline.from_pretrained, with adapters and added
+    tokens merged into the weights; lora: the adapters alone, for
     load_lora_weights; embedding: the added token alone, for load_textual_inversion."""
     dtype: str | None = None
     """Type of the weights: bfloat16, float16 or float32. By default bfloat16, and with --format
@@ -97,11 +97,21 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
         bundle = bundle._replace(params=cast(bundle.params))
     if options.format == "diffusers":
         merged = merge(detach(bundle), adapters_of(bundle))
-        write_diffusers(epath.Path(options.out), merged)
+        write_diffusers(epath.Path(options.out), merged, original=_original(options.run, config))
         write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
     else:
         _export_lora(options, bundle)
         write_card(options.out, bundle_card(bundle, options.out, "lora", recipe))
+
+
+def _original(model: str, config: Config | None) -> epath.Path | None:
+    """Return the folder of diffusers that a model's text encoders come from, if there is one."""
+    pretrained = getattr(config and config.task, "pretrained", None)
+    source = getattr(pretrained, "text_encoders", None) if config else model
+    if source is None:
+        return None
+    folder = model_folder(source)
+    return folder if is_diffusers_folder(folder) else None
 
 
 def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:

@@ -264,9 +264,12 @@ class TextToImage:
     def latents_from_moments(
         self, params: Params, moments: Float[Array, "b i j m"], keys: RowKeys
     ) -> Latents:
-        """Sample latents from cached moments of z: means, then logarithms of variances."""
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return self._autoencoder(params, NO_WRAP).to_latents(Gaussian(mean, logvar).sample(keys))
+        """Sample latents from cached moments of z: means, then any logarithms of variances."""
+        assert self.autoencoder is not None
+        z = moments.astype(jnp.float32)
+        if self.autoencoder.moment_channels > self.autoencoder.latent_channels:
+            z = Gaussian(*jnp.split(z, 2, axis=-1)).sample(keys)
+        return self._autoencoder(params, NO_WRAP).to_latents(z)
 
     def _autoencoder(self, params: Params, wrap: Wrap) -> Any:
         assert self.autoencoder is not None

@@ -10,6 +10,7 @@ from jaxdiff.io.text import read_json
 from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
+from jaxdiff.models.text_to_image import AnyAutoencoder
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
 from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.safetensors_io import open_weights, to_device
@@ -61,21 +62,28 @@ def read_autoencoder_folder(
     Raises:
       UserError: a file is missing or damaged, or of an unsupported kind.
     """
-    root = epath.Path(folder)
-    spec, tensors = read_autoencoder_spec(root, kind), open_weights(root, WEIGHTS)
+    spec = read_autoencoder_spec(folder, kind)
+    return spec, read_autoencoder_params(folder, spec, place=place)
+
+
+def read_autoencoder_params(
+    folder: epath.PathLike, spec: AnyAutoencoder, *, place: Place = to_device
+) -> dict[str, Any]:
+    """Read the parameters of an autoencoder whose specification is known."""
+    tensors = open_weights(epath.Path(folder), WEIGHTS)
     if isinstance(spec, TinyAutoencoderConfig):
-        params = tiny_autoencoder_keys.tiny_autoencoder_from_torch(tensors, spec, place=place)
-    else:
-        params = autoencoder_keys.autoencoder_from_torch(tensors, spec, place=place)
-    return spec, params
+        return tiny_autoencoder_keys.tiny_autoencoder_from_torch(tensors, spec, place=place)
+    assert isinstance(spec, AutoencoderConfig | Flux2AutoencoderConfig)  # all that are published
+    return autoencoder_keys.autoencoder_from_torch(tensors, spec, place=place)
 
 
 def published_autoencoder(
-    spec: PublishedAutoencoder, params: Mapping[str, Any]
+    spec: AnyAutoencoder | None, params: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return diffusers' config and tensors of an autoencoder."""
     if isinstance(spec, TinyAutoencoderConfig):
         config = tiny_autoencoder_keys.write_tiny_autoencoder_config(spec)
         return config, tiny_autoencoder_keys.tiny_autoencoder_to_torch(params)
+    assert isinstance(spec, AutoencoderConfig | Flux2AutoencoderConfig)  # all that are published
     config = autoencoder_keys.write_autoencoder_config(spec)
     return config, autoencoder_keys.autoencoder_to_torch(params)

@@ -3,19 +3,44 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
+from safetensors.numpy import save
 
+from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import write_whole
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained import stable_diffusion
-from jaxdiff.pretrained.bundle import Bundle, model_name
+from jaxdiff.pretrained import flux, stable_diffusion, z_image
+from jaxdiff.pretrained.autoencoder_folder import published_autoencoder, read_autoencoder_params
+from jaxdiff.pretrained.bundle import Bundle, model_name, write_json
 from jaxdiff.pretrained.merging import merge_additions
-from jaxdiff.pretrained.pipeline_folder import INDEX, PipelineFamily, read_part_config
-from jaxdiff.pretrained.placement import Place
-from jaxdiff.pretrained.safetensors_io import to_device
+from jaxdiff.pretrained.pipeline_folder import (
+    ENCODERS,
+    INDEX,
+    PipelineFamily,
+    read_part_config,
+)
+from jaxdiff.pretrained.placement import Place, part_place
+from jaxdiff.pretrained.safetensors_io import open_weights, to_device
+from jaxdiff.pretrained.text_encoder_folder import (
+    MODEL,
+    published_text_encoder,
+    read_text_encoder,
+)
 
-FAMILIES = {"Stable Diffusion": stable_diffusion.FAMILY}
+DIFFUSION_MODEL = "diffusion_pytorch_model"
+
+FAMILIES = {
+    "Stable Diffusion": stable_diffusion.FAMILY,
+    "FLUX": flux.FAMILY,
+    "Z-Image": z_image.FAMILY,
+}
+
+_REFUSED = {"Flux2Pipeline": "whose text encoder, Mistral, jaxdiff does not have"}
 
 
 def is_diffusers_folder(folder: epath.PathLike) -> bool:
@@ -44,38 +69,139 @@ def read_diffusers(folder: epath.PathLike, *, place: Place = to_device) -> Bundl
       UserError: a part is missing or damaged, or of an unsupported kind.
     """
     root, index, family = _open(folder)
-    return family.read(root, index, place)
+    spec = family.read_spec(root, index)
+    tokenizers = _read_tokenizers(root, spec)
+    assert spec.autoencoder is not None  # of all families
+    tensors = open_weights(root / family.network, DIFFUSION_MODEL)
+    params = {
+        "denoiser": family.from_torch(tensors, spec.denoiser, place=part_place(place, "denoiser"))
+    }
+    params["text_encoders"] = {
+        name: read_text_encoder(
+            root / ENCODERS[name], encoder, place=part_place(place, "text_encoders", name)
+        )
+        for name, encoder in spec.conditioner.encoders.items()
+    }
+    params["autoencoder"] = read_autoencoder_params(
+        root / "vae", spec.autoencoder, place=part_place(place, "autoencoder")
+    )
+    return Bundle(spec, params, tokenizers)
 
 
 def read_diffusers_tokenizers(folder: epath.PathLike) -> Mapping[str, TextTokenizer]:
     """Read the tokenizers of all text encoders.
 
     Raises:
-      UserError: one is missing or damaged.
+      UserError: one is missing or damaged, or does not fit its text encoder.
     """
     root, index, family = _open(folder)
-    return family.read_tokenizers(root, index)
+    return _read_tokenizers(root, family.read_spec(root, index))
 
 
-def write_diffusers(folder: epath.PathLike, bundle: Bundle) -> None:
+def _read_tokenizers(root: epath.Path, spec: TextToImage) -> dict[str, TextTokenizer]:
+    tokenizers = {}
+    for name, encoder in spec.conditioner.encoders.items():
+        path = _tokenizer_folder(root, name)
+        if not path.exists():
+            raise UserError(
+                f"{root} has no {path.name}: expected one for its {ENCODERS[name]}; copy the whole "
+                "folder of the model."
+            )
+        tokenizers[name] = encoder.load_tokenizer(str(path))
+        pooled = not isinstance(spec.conditioner, ClipConditioner)
+        _check_tokenizer(encoder, tokenizers[name], ENCODERS[name], pooled=pooled)
+    return tokenizers
+
+
+def _check_tokenizer(encoder: Any, tokenizer: Any, part: str, *, pooled: bool) -> None:
+    """Check the ids of a tokenizer, and its end, whose features are the pooled ones of CLIP."""
+    most, config = encoder.model.vocab_size, f"{part}/config.json"
+    if tokenizer.vocab_size > most:
+        raise UserError(
+            f"{config}: vocab_size is {most}: expected at least {tokenizer.vocab_size}, the ids of "
+            "its tokenizer; copy the whole folder of the model."
+        )
+    if pooled and isinstance(encoder, ClipTextEncoder):
+        end = encoder.model.end_id
+        if end not in (None, tokenizer.end_id):
+            raise UserError(
+                f"{config}: eos_token_id is {end}: expected {tokenizer.end_id}, with which its "
+                "tokenizer ends texts; use another model."
+            )
+
+
+def _tokenizer_folder(root: epath.Path, name: str) -> epath.Path:
+    return root / ENCODERS[name].replace("text_encoder", "tokenizer")
+
+
+def write_diffusers(
+    folder: epath.PathLike, bundle: Bundle, *, original: epath.PathLike | None = None
+) -> None:
     """Write a folder that diffusers loads; the index comes last and marks it as complete.
 
     Tensors keep their type. Adapters and added tokens are merged into the weights.
 
+    Args:
+      folder: to write.
+      bundle: the model.
+      original: a folder of diffusers that its text encoders come from. Layers of a language model
+        that the denoiser does not read, and the files of tokenizers, are copied from it.
+
     Raises:
       UserError: diffusers has no such model.
     """
-    for family in FAMILIES.values():
-        if family.holds(bundle):
-            family.write(epath.Path(folder), merge_additions(bundle))
-            return
+    root, family = epath.Path(folder), _family_of(bundle)
+    spec, params, tokenizers = merge_additions(bundle)
+    written = family.write_spec(spec)
+    vae_config, vae_tensors = published_autoencoder(spec.autoencoder, params["autoencoder"])
+    (root / INDEX).unlink(missing_ok=True)
+    index = written.index | {
+        family.network: ["diffusers", written.network["_class_name"]],
+        "vae": ["diffusers", vae_config["_class_name"]],
+        "scheduler": ["diffusers", written.scheduler["_class_name"]],
+    }
+    tensors = family.to_torch(params["denoiser"], spec.denoiser)
+    _write_part(root / family.network, DIFFUSION_MODEL, written.network, tensors)
+    _write_part(root / "vae", DIFFUSION_MODEL, vae_config, vae_tensors)
+    write_json(root / "scheduler" / "scheduler_config.json", written.scheduler)
+    for name, encoder in spec.conditioner.encoders.items():
+        part, tokenizer = ENCODERS[name], _tokenizer_folder(root, name)
+        source = None if original is None else epath.Path(original) / part
+        published = published_text_encoder(encoder, params["text_encoders"][name], source)
+        _write_part(root / part, MODEL, *published)
+        index[part] = ["transformers", *published.config["architectures"]]
+        index[tokenizer.name] = ["transformers", _write_tokenizer(tokenizer, tokenizers[name])]
+    write_json(root / INDEX, index)
+
+
+def _write_tokenizer(folder: epath.Path, tokenizer: TextTokenizer) -> str:
+    """Write a tokenizer, and return its class in transformers."""
+    assert isinstance(tokenizer, Tokenizer | PretrainedTokenizer)  # those of the text encoders
+    tokenizer.export(str(folder))
+    return read_part_config(folder / "tokenizer_config.json")["tokenizer_class"]
+
+
+def _family_of(bundle: Bundle) -> PipelineFamily:
+    spec = bundle.spec
+    if isinstance(spec, TextToImage) and set(bundle.tokenizers) == set(spec.conditioner.encoders):
+        for family in FAMILIES.values():
+            if family.holds(spec):
+                return family
     raise UserError(
-        f"{model_name(bundle.spec)} is no model of diffusers: expected the networks, text encoders "
-        f"with tokenizers and autoencoder of {' or '.join(FAMILIES)}; export it in another format."
+        f"{model_name(spec)} is no model of diffusers: expected the networks, text encoders with "
+        f"tokenizers and autoencoder of {' or '.join(FAMILIES)}; export it in another format."
     )
 
 
-def _open(folder: epath.PathLike) -> tuple[epath.Path, Any, PipelineFamily]:
+def _write_part(
+    folder: epath.Path, stem: str, config: dict[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    # transformers refuses a file without this entry.
+    write_whole(folder / f"{stem}.safetensors", save(dict(tensors), metadata={"format": "pt"}))
+    write_json(folder / "config.json", config)
+
+
+def _open(folder: epath.PathLike) -> tuple[epath.Path, dict[str, Any], PipelineFamily]:
     """Return the folder, its index and its family."""
     root = epath.Path(folder)
     index = read_part_config(root / INDEX)
@@ -84,7 +210,7 @@ def _open(folder: epath.PathLike) -> tuple[epath.Path, Any, PipelineFamily]:
         if isinstance(kind, str) and kind in family.pipelines:
             return root, index, family
     known = [name for family in FAMILIES.values() for name in family.pipelines]
+    why = _REFUSED.get(str(kind), "which jaxdiff does not support")
     raise UserError(
-        f"{root / INDEX} names {kind}, which jaxdiff does not support: expected "
-        f"{', '.join(known)}; use another model."
+        f"{root / INDEX} names {kind}, {why}: expected {', '.join(known)}; use another model."
     )

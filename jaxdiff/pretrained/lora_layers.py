@@ -24,9 +24,9 @@ from jaxdiff.pretrained.flux_keys import flux_names
 from jaxdiff.pretrained.flux_original import fused_modules, original_modules
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.original_layout import Pieces, Rows
+from jaxdiff.pretrained.pipeline_folder import ENCODERS
 from jaxdiff.pretrained.safetensors_io import Shape
 from jaxdiff.pretrained.single_file_keys import unet_original_name
-from jaxdiff.pretrained.stable_diffusion import ENCODERS
 from jaxdiff.pretrained.unet_keys import UNET_NAMES
 from jaxdiff.pretrained.z_image_keys import Z_IMAGE_NAMES
 from jaxdiff.pretrained.z_image_original import z_image_modules

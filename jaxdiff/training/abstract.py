@@ -68,8 +68,9 @@ def abstract_batch(config: Config) -> dict[str, Any]:
     if text is not None:
         batch["text"] = text
     if config.data.gives_latents and isinstance(task, DiffusionTask):
-        height, width, channels = task.model.latent_shape(size, size)
-        latents = (count, height, width, 2 * channels)
+        assert task.model.autoencoder is not None
+        height, width, _ = task.model.latent_shape(size, size)
+        latents = (count, height, width, task.model.autoencoder.moment_channels)
         if config.data.gives_text:
             packed = task.model.conditioner.packed_size
             batch["text_features"] = jax.ShapeDtypeStruct((count, packed), jnp.float16)

@@ -56,7 +56,8 @@ class LatentEncoder:
 
         def encode(params: PyTree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
             z = bind_params(build, params).encode(from_uint8(images))
-            return jnp.concatenate([z.mean, z.logvar], axis=-1).astype(options.dtype)
+            moments = jnp.concatenate([z.mean, z.logvar], axis=-1)
+            return moments[..., : autoencoder.moment_channels].astype(options.dtype)
 
         self._encode = jax.jit(encode)
 

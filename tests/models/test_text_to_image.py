@@ -14,6 +14,7 @@ from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import (
     ClipConditioner,
@@ -22,7 +23,7 @@ from jaxdiff.models.conditioning import (
     StableDiffusionXLConditioner,
 )
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
-from jaxdiff.models.layers import init_params
+from jaxdiff.models.layers import bind_build, bind_params, init_params
 from jaxdiff.models.lora import LoraConfig, init_adapters
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage, from_uint8, merge_params, tree_of
@@ -203,6 +204,26 @@ def test_latents_of_cached_moments_are_those_of_the_image(latents):
         return online, latents.latents_from_moments(params, moments, keys)
 
     np.testing.assert_allclose(*both(RowKeys.whole(jax.random.key(3), 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_latents_without_a_variance_are_those_of_cached_means(latents):
+    autoencoder = Flux2AutoencoderConfig(
+        z_channels=2, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2
+    )
+    denoiser = dataclasses.replace(latents.denoiser, channels=8)
+    spec = dataclasses.replace(latents, autoencoder=autoencoder, denoiser=denoiser)
+    assert autoencoder.moment_channels == 8
+    params = {"autoencoder": init_params(lambda rngs: autoencoder.build(rngs=rngs), nnx.Rngs(0))}
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
+
+    @jax.jit
+    def both(keys):
+        means = bind_params(bind_build(autoencoder), params["autoencoder"]).encode(images).mean
+        return spec.encode(params, images, keys), spec.latents_from_moments(params, means, keys)
+
+    online, cached = both(RowKeys.whole(jax.random.key(3), 2))
+    assert online.shape == (2, *spec.latent_shape(8, 8))
+    np.testing.assert_allclose(online, cached, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_in_the_tree_change_the_prediction(pixels):

@@ -18,9 +18,9 @@ class Record(TypedDict):
 class LatentRecord(TypedDict):
     """The latents of one captioned image, in v views.
 
-    `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance; `size_crop` is
-    as in `jaxdiff.data.transforms.Example`; `text`, if cached, float [k, m], are the features of k
-    captions from `Conditioner.pack`.
+    `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance, or means alone,
+    [v, h, w, c]; `size_crop` is as in `jaxdiff.data.transforms.Example`; `text`, if cached, float
+    [k, m], are the features of k captions from `Conditioner.pack`.
     """
 
     moments: np.ndarray

@@ -40,6 +40,11 @@ class AutoencoderSpec(abc.ABC):
     def decode_flops(self, *, height: int, width: int) -> float:
         """FLOPs of decoding one image of height x width pixels."""
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of z's moments: means, and logarithms of variances where there are any."""
+        return 2 * self.latent_channels
+
     def fingerprinted(self, params: Any) -> Any:
         """Return the parameters that determine latents; by default all."""
         return params

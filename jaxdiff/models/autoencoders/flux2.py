@@ -90,6 +90,11 @@ class Flux2AutoencoderConfig(AutoencoderSpec):
         widths = self.decoder_block_out_channels or self.block_out_channels
         return dataclasses.replace(self.encoder, block_out_channels=widths)
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of z's moments: z has no variance."""
+        return self.latent_channels
+
     def build(self, *, rngs: nnx.Rngs) -> "Flux2Autoencoder":
         """Initialise the network."""
         return Flux2Autoencoder(self, rngs=rngs)

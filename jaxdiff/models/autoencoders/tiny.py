@@ -57,6 +57,11 @@ class TinyAutoencoderConfig(AutoencoderSpec):
         """Pixels per latent, along each side."""
         return 2 ** (len(self.encoder_blocks) - 1)
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of z's moments: z has no variance."""
+        return self.latent_channels
+
     def build(self, *, rngs: nnx.Rngs) -> "TinyAutoencoder":
         """Initialise the network."""
         return TinyAutoencoder(self, rngs=rngs)

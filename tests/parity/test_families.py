@@ -1,0 +1,106 @@
+"""Whole pipelines of FLUX.1, FLUX.2 klein and Z-Image sample as diffusers does, there and back."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
+from jaxdiff.pretrained.load import read_spec
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from tests.parity.families import (
+    KINDS,
+    STEPS,
+    family,
+    make_pipeline,
+    noise,
+    sample_there,
+    stored,
+)
+
+pytestmark = pytest.mark.parity
+
+SIZES = [(32, 48), (64, 16)]
+GUIDANCE = {"FLUX.1 dev": 2.5, "klein base": 4.0, "Z-Image": 3.0}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, tmp_path_factory):
+    """The kind, diffusers' pipeline, its folder, and ours."""
+    root = tmp_path_factory.mktemp("family")
+    theirs = make_pipeline(request.param, root)
+    theirs.save_pretrained(root / "theirs")
+    return request.param, theirs, root / "theirs", jaxdiff.load(root / "theirs")
+
+
+def settings(kind):
+    """Guidance of both; Z-Image adds the difference to the positive prediction."""
+    scale = GUIDANCE.get(kind)
+    if scale is None:
+        return {"guidance_scale": 0.0 if kind.startswith("Z-Image") else 1.0}, {}
+    return {"guidance_scale": scale}, {"guidance_scale": scale + (kind == "Z-Image")}
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_images(height, width, model):
+    kind, theirs, _, ours = model
+    latents, (there, here) = noise(kind, height, width, 2), settings(kind)
+    prompts = ["a red pea", "two green bananas, ripe and the quick brown fox"]
+    expected = sample_there(theirs, kind, latents, prompt=prompts, **there)
+    found = ours(
+        prompts, latents=latents, num_steps=STEPS, size=(width, height), output="float", **here
+    )
+    assert expected.std() > 0.05  # images with structure
+    assert np.abs(expected[0] - expected[1]).max() > 0.05
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_import_then_export(model, tmp_path):
+    """Tensors and tokenizers come back bit for bit; diffusers samples the same from the folder."""
+    kind, theirs, folder, _ = model
+    write_diffusers(tmp_path, read_diffusers(folder, place=np.asarray), original=folder)
+    before, after = stored(folder), stored(tmp_path)
+    assert set(before) == set(after)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=str(name))
+        assert after[name].dtype == value.dtype
+    for file in folder.glob("tokenizer*/*"):
+        assert (tmp_path / file.parent.name / file.name).read_bytes() == file.read_bytes()
+    assert read_spec(tmp_path).sampler == read_spec(folder).sampler
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is type(theirs)
+    again.set_progress_bar_config(disable=True)
+    latents, (there, _) = noise(kind, *SIZES[0]), settings(kind)
+    images = [sample_there(pipeline, kind, latents, **there) for pipeline in (theirs, again)]
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
+
+
+def test_without_the_original_the_image_is_the_same(model, tmp_path):
+    """Layers that no hidden state depends on are left out."""
+    kind, theirs, folder, _ = model
+    write_diffusers(tmp_path, read_diffusers(folder, place=np.asarray))
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    if family(kind) == "klein":
+        assert again.text_encoder.config.num_hidden_layers < 30
+    latents, (there, _) = noise(kind, *SIZES[0]), settings(kind)
+    images = [sample_there(pipeline, kind, latents, **there) for pipeline in (theirs, again)]
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_in_shards(model, tmp_path):
+    """As the published folders are: every bit comes back."""
+    _, theirs, *_ = model
+    folder, back = tmp_path / "theirs", tmp_path / "ours"
+    half = copy.deepcopy(theirs).to(torch.bfloat16)
+    half.save_pretrained(folder, max_shard_size="20KB", variant="bf16")
+    assert len(list((folder / "transformer").glob("*.bf16*.safetensors"))) > 1
+    write_diffusers(back, read_diffusers(folder, place=np.asarray), original=folder)
+    before, after = stored(folder), stored(back)
+    assert set(before) == set(after)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=str(name))
