@@ -254,9 +254,14 @@ class Conditioner(abc.ABC):
         """Check that each encoder accepts its tokenizer's ids, less `added` new tokens.
 
         Raises:
-          UserError: another length, or ids beyond the vocabulary.
+          UserError: there is none, or it has another length, or ids beyond the vocabulary.
         """
         for name, encoder in self.encoders.items():
+            if name not in tokenizers:
+                raise UserError(
+                    f"The model has no tokenizer for its text encoder {name}: expected one beside "
+                    "its weights; copy the whole folder of the model."
+                )
             encoder.check_tokenizer(tokenizers[name], added)
 
 
