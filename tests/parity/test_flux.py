@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.diffusion.objectives import Denoising, LossInputs
+from jaxdiff.diffusion.row_keys import RowKeys
+from jaxdiff.diffusion.schedules import RectifiedFlow
+from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.flux import FLUX1 as FLUX1_CONFIG
 from jaxdiff.models.denoisers.flux import FluxConfig
@@ -239,3 +243,34 @@ def test_files_of_the_original_code_are_read_as_diffusers_reads_them(name):
     for key, tensor in wanted.items():
         np.testing.assert_array_equal(found[key], tensor.numpy())
         np.testing.assert_array_equal(found[key], rows[key])
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 klein"])
+def test_the_training_loss_is_diffusers(name):
+    """Of its training scripts: mean((prediction - (noise - latents))^2) at the same times."""
+    config, params = ours(name)
+    latents, _, cond = inputs(config, *SIZES[0], 0)
+    seen = []
+
+    def model(x_t, t, cond, next_t=None):
+        seen.append((np.asarray(x_t), np.asarray(t)))
+        return predict(config)(params, x_t, t, cond)
+
+    outputs = Denoising(times=LogitNormal()).loss(
+        LossInputs(
+            model=model,
+            prediction="velocity",
+            schedule=RectifiedFlow(),
+            x0=jnp.asarray(latents),
+            cond=cond,
+            keys=RowKeys.whole(jax.random.key(0), 2),
+        )
+    )
+    ((x_t, t),) = seen
+    sigma = t[:, None, None, None]
+    noise = (x_t - (1 - sigma) * latents) / sigma
+    assert abs(noise.std() - 1) < 0.1
+    with torch.no_grad():
+        predicted = theirs(name, x_t, t, cond, ()).numpy()
+    expected = ((predicted - (noise - latents)) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(outputs.loss, expected, rtol=1e-5)

@@ -35,26 +35,6 @@ from jaxdiff.training.tasks.diffusion import Trainable
 NO_SKIPS = {"nonfinite": jnp.int32(0), "nonfinite_in_a_row": jnp.int32(0)}
 STEPS = 6
 
-# Dies in step 5, with the checkpoint of step 4 complete and that of step 6 not begun.
-KILLED = """
-import os, pathlib, signal, sys, time
-from jaxdiff.evaluation.evaluator import Report
-from jaxdiff.training.recipe import load_recipe
-from jaxdiff.training.loop import train
-from jaxdiff.training.tasks.diffusion import Trainable
-
-recipe, _, out = sys.argv[1:]
-
-def evaluate(state, *_):
-    if int(state.step) == 5:
-        while not (pathlib.Path(out) / "checkpoints" / "4").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Report()
-
-train(load_recipe(recipe), out, evaluate=evaluate)
-"""
-
 
 def quiet(_: str) -> None:
     pass
@@ -135,9 +115,8 @@ def test_every_line_has_the_figures_that_a_run_is_watched_by(straight):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny_recipe, launch):
-    (tmp_path / "killed.py").write_text(KILLED)
     config = evaluated(tiny_recipe(steps=STEPS))
-    killed = launch(tmp_path, config, code=str(tmp_path / "killed.py"), devices=8)
+    killed = launch(tmp_path, config, code="tests/training/killed.py", devices=8)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
     logged = []
     result = train(tiny_recipe(steps=STEPS), killed.out, log=logged.append)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdiff.config.checked import checked
-from jaxdiff.config.fields import Count, Text
+from jaxdiff.config.fields import Count, NotNegative, Text
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
 from jaxdiff.diffusion.losses import loss_by_level
 from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
@@ -110,9 +110,12 @@ class DiffusionTask(Task):
       trainable: its parameters that are trained.
       objective: the loss.
       curriculum: low noise levels first; None samples all levels from the start.
+      guidance: the guidance scale of all images, for networks that read one, such as FLUX.1-dev; 1
+        as in diffusers' training script.
 
     Raises:
-      UserError: frozen weights have no source, or options of `trainable` conflict.
+      UserError: frozen weights have no source, options of `trainable` conflict, or `guidance` is
+        set for a network that reads none.
     """
 
     model: TextToImage
@@ -120,9 +123,15 @@ class DiffusionTask(Task):
     trainable: Trainable = field(default_factory=Trainable)
     objective: AnyObjective = field(default_factory=Denoising)
     curriculum: NoiseCurriculum | None = None
+    guidance: NotNegative = 1.0
 
     def __post_init__(self):
         trainable, pretrained = self.trainable, self.pretrained
+        if self.guidance != 1 and not self.model.denoiser.guidance_embedding:
+            raise UserError(
+                f"task.guidance is {self.guidance:g} but the denoiser reads no guidance scale: "
+                "expected 1; set it for networks with a guidance embedding, such as FLUX.1-dev."
+            )
         trains_denoiser = trainable.includes(DENOISER)
         if pretrained.denoiser is None and (not trains_denoiser or self.objective.uses_teacher):
             raise UserError(
@@ -320,14 +329,21 @@ class DiffusionTask(Task):
             cond = self.model.conditioner.unpack(batch["text_features"], params, inputs)
         else:
             cond = self.model.encode_text(params, inputs)
-        return cond._replace(size_crop=batch["size_crop"].astype(jnp.float32))
+        return self._of_images(cond, batch)
+
+    def _of_images(self, cond: Conditioning, batch: Batch) -> Conditioning:
+        """Add size and crop of a batch's images, and the guidance scale."""
+        size_crop = batch["size_crop"].astype(jnp.float32)
+        reads_guidance = self.model.denoiser.guidance_embedding
+        guidance = jnp.full(len(size_crop), self.guidance) if reads_guidance else None
+        return cond._replace(size_crop=size_crop, guidance=guidance)
 
     def _uncond(self, params: PyTree, frozen: PyTree, batch: Batch) -> Conditioning:
         """Return the conditioning of absent prompts for the images of a batch."""
-        size_crop = batch["size_crop"].astype(jnp.float32)
+        count = len(batch["size_crop"])
         cond = self.model.encode_text(params, frozen["absent_text"])
-        repeat = lambda x: jnp.broadcast_to(x, (len(size_crop), *x.shape[1:]))  # noqa: E731
-        return jax.tree.map(repeat, cond)._replace(size_crop=size_crop)
+        repeat = lambda x: jnp.broadcast_to(x, (count, *x.shape[1:]))  # noqa: E731
+        return self._of_images(jax.tree.map(repeat, cond), batch)
 
     def x0(self, params: PyTree, batch: Batch, keys: RowKeys) -> Float[Array, "b i j c"]:
         """Encode a batch of images, or read its cached latents; `keys` sample z in both."""
