@@ -16,7 +16,7 @@ from jaxdiff.pretrained.safetensors_io import VARIANTS
 CLIP = "openai/clip-vit-large-patch14"
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _SMALL = re.compile(r"model_index\.json|(scheduler|tokenizer|tokenizer_2)/[\w.-]+")
 _TOKENIZER = re.compile(
     r"(tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt"

@@ -73,6 +73,30 @@ def test_a_repository_may_be_one_model(there, others):
     assert hub.wanted([*others, *there]) == there
 
 
+def test_the_parts_of_a_flow_model_are_downloaded():
+    read = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/tokenizer.json",
+        "tokenizer_2/spiece.model",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    others = [
+        "flux-2-klein-4b.safetensors",
+        "ae.safetensors",
+        "text_encoder/generation_config.json",
+    ]
+    assert set(hub.wanted(read + others)) == set(read)
+
+
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_hub_id("runs/produce")
