@@ -64,12 +64,13 @@ def test_its_tokens_fit_its_text_encoders(config):
     if isinstance(task, AutoencoderTask):
         pytest.skip("reads no text")
     if isinstance(task, ClipTask):
-        encoders = [task.model.text]
+        sizes = [(task.model.text.length, task.model.text.vocab_size)]
     else:
-        encoders = [encoder.model for encoder in task.model.conditioner.encoders.values()]
-    for model in encoders:
-        assert config.tokenizer.length <= model.length
-        assert config.tokenizer.vocab_size <= model.vocab_size
+        encoders = task.model.conditioner.encoders.values()
+        sizes = [(encoder.length, encoder.model.vocab_size) for encoder in encoders]
+    for length, vocab_size in sizes:
+        assert config.tokenizer.length <= length
+        assert config.tokenizer.vocab_size <= vocab_size
 
 
 def test_its_evaluators_can_evaluate_its_model(config):

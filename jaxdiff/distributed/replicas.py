@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxdiff.distributed.mesh import AXES, REPLICAS, REPLICATED, MeshConfig, make_mesh
-from jaxdiff.distributed.multihost import to_host
+from jaxdiff.distributed.multihost import from_host, to_host
 from jaxdiff.distributed.sharding import ParamAxes, replicated, state_shardings
 from jaxdiff.errors import UserError
 
@@ -49,22 +49,31 @@ def num_replicas(mesh: Mesh) -> int:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copy a tree to every device of the mesh; arrays sharded over hosts are gathered first."""
-    return jax.device_put(jax.tree.map(_gathered, tree), replicated(mesh))
+    """Copy a tree to every device of the mesh."""
+    return _place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def shard(params: PyTree, mesh: Mesh, axes: ParamAxes) -> PyTree:
-    """Place parameters with these axes: whole on the replicas' devices, or split over them.
-
-    Arrays sharded over hosts are gathered first.
-    """
-    params = jax.tree.map(_gathered, params)
-    return jax.device_put(params, state_shardings(params, mesh, axes))
+    """Place parameters with these axes: whole on the replicas' devices, or split over them."""
+    return _place(params, state_shardings(params, mesh, axes))
 
 
-def _gathered(leaf: Any) -> Any:
-    over_hosts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    return to_host(leaf) if over_hosts else leaf
+def _place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Move arrays; those of a mesh over hosts stay on the devices, unless one host wants them."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        over_hosts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if sharding.is_fully_addressable:
+            return jax.device_put(to_host(leaf) if over_hosts else leaf, sharding)
+        return _resharded(leaf, sharding) if over_hosts else from_host(leaf, sharding)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def _resharded(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
 
 
 def per_replica(call: Callable[..., Any], mesh: Mesh) -> Any:

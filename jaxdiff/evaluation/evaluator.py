@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -70,6 +73,7 @@ class EvalContext:
       tokenizers: of its text encoders.
       data: of the recipe.
       generation: how images are generated.
+      mesh: of devices that share the model, as they train it; None samples on those of this host.
     """
 
     step: int
@@ -78,11 +82,24 @@ class EvalContext:
     tokenizers: Mapping[str, Any]
     data: DataConfig
     generation: Generation = Generation()
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The model as a pipeline."""
-        return Pipeline(Bundle(self.spec, self.params, dict(self.tokenizers)))
+        """The model as a pipeline, whose weights stay on the devices that train them.
+
+        Text encoders that training keeps on the host stay there too.
+        """
+        bundle = Bundle(self.spec, self.params, dict(self.tokenizers))
+        if self.mesh is None:
+            return Pipeline(bundle)
+        text = jax.tree.leaves(self.params.get("text_encoders", {}))
+        on_host = bool(text) and all(isinstance(leaf, np.ndarray) for leaf in text)
+        sizes = dict(self.mesh.shape)
+        # XLA cannot sample with images split over data, fsdp and context at once.
+        sizes |= {"fsdp": sizes["fsdp"] * sizes["context"], "context": 1}
+        devices = list(self.mesh.devices.flat)
+        return Pipeline(bundle, devices=devices, mesh=MeshConfig(**sizes), offload_text=on_host)
 
     def generate(self, prompts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
         """Generate an image for each prompt; image i has seed i, or the best of as many seeds."""

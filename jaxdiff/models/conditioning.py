@@ -198,6 +198,11 @@ class Conditioner(abc.ABC):
         fields = (cond.tokens, cond.pooled, cond.mask)
         return jnp.concatenate([x.reshape(len(x), -1) for x in fields if x is not None], axis=-1)
 
+    @property
+    def unpacks_alone(self) -> bool:
+        """Whether `unpack` reads no parameters; by default true."""
+        return True
+
     def unpack(
         self, rows: Float[Array, "b m"], params: Mapping[str, Any], inputs: TextInputs
     ) -> Conditioning:
@@ -249,9 +254,14 @@ class Conditioner(abc.ABC):
         """Check that each encoder accepts its tokenizer's ids, less `added` new tokens.
 
         Raises:
-          UserError: another length, or ids beyond the vocabulary.
+          UserError: there is none, or it has another length, or ids beyond the vocabulary.
         """
         for name, encoder in self.encoders.items():
+            if name not in tokenizers:
+                raise UserError(
+                    f"The model has no tokenizer for its text encoder {name}: expected one beside "
+                    "its weights; copy the whole folder of the model."
+                )
             encoder.check_tokenizer(tokenizers[name], added)
 
 
@@ -368,6 +378,11 @@ class ClipConditioner(Conditioner):
     def _caches_only_pooled(self) -> bool:
         """Whether the tokens are embedding lookups, which need no cache."""
         return self.text.hidden_layer == 0
+
+    @property
+    def unpacks_alone(self) -> bool:
+        """False where the tokens are not cached."""
+        return not self._caches_only_pooled
 
     def pack(self, cond: Conditioning) -> Float[Array, "b m"]:
         """Flatten encoded captions; where tokens are embeddings, only the pooled vector."""

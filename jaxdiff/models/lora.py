@@ -31,6 +31,22 @@ LORA = "lora"  # the attribute of a layer that is its adapter
 
 @checked
 @dataclass(frozen=True, kw_only=True)
+class LoraPattern:
+    """Another rank and alpha for some of the adapted layers.
+
+    Attributes:
+      targets: ends of the paths of these layers, as in `LoraConfig`.
+      rank: of their adapters.
+      alpha: of their adapters; None is `rank`.
+    """
+
+    targets: tuple[str, ...]
+    rank: Count
+    alpha: float | None = None
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Rank, scale and target layers of adapters that are to be trained.
 
@@ -39,6 +55,7 @@ class LoraConfig:
       alpha: an adapter's output is multiplied by alpha / rank; None is `rank`, for a factor of 1.
       targets: ends of the paths of the adapted layers, in whole names; `*` is any number. By
         default the input and output projections of attention.
+      patterns: layers with another rank or alpha; of several that match, the first counts.
 
     Raises:
       UserError: a rank below 1.
@@ -47,16 +64,28 @@ class LoraConfig:
     rank: Count = 16
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "k", "v", "out")
-
-    @property
-    def scale(self) -> float:
-        """The factor on an adapter's output."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    patterns: tuple[LoraPattern, ...] = ()
 
     def adapts(self, path: str) -> bool:
         """Whether a layer's path, such as `down.0.transformers.1.blocks.attention.q`, matches."""
-        ends = "|".join(re.escape(target).replace(r"\*", r"\d+") for target in self.targets)
-        return re.search(rf"(^|\.)({ends})$", path) is not None
+        return _matches(self.targets, path)
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the adapter of an adapted layer."""
+        return self._of(path).rank
+
+    def scale_of(self, path: str) -> float:
+        """Return the factor on the output of an adapter, alpha / rank."""
+        found = self._of(path)
+        return 1.0 if found.alpha is None else found.alpha / found.rank
+
+    def _of(self, path: str) -> "LoraConfig | LoraPattern":
+        return next((x for x in self.patterns if _matches(x.targets, path)), self)
+
+
+def _matches(targets: tuple[str, ...], path: str) -> bool:
+    ends = "|".join(re.escape(target).replace(r"\*", r"\d+") for target in targets)
+    return re.search(rf"(^|\.)({ends})$", path) is not None
 
 
 class Factors(NamedTuple):
@@ -146,7 +175,7 @@ def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dic
     layers = {
         path: layer
         for path, layer in nnx.iter_modules(module)
-        if isinstance(layer, Dense | Conv) and config.adapts(".".join(map(str, path)))
+        if isinstance(layer, Dense | Conv) and config.adapts(_dotted(path))
     }
     if not layers:
         raise UserError(
@@ -154,20 +183,25 @@ def init_adapters(module: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> dic
             "in targets."
         )
     pairs: dict[Path, Factors] = {
-        cast(Path, path): _init(layer.kernel, config, rngs) for path, layer in layers.items()
+        cast(Path, path): _init(layer.kernel, config.rank_of(_dotted(path)), rngs)
+        for path, layer in layers.items()
     }
     return tree(pairs)
 
 
-def _init(kernel: nnx.Param, config: LoraConfig, rngs: nnx.Rngs) -> Factors:
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _init(kernel: nnx.Param, rank: int, rngs: nnx.Rngs) -> Factors:
     *window, inputs, outputs = kernel.shape
     is_convolution = kernel.ndim >= 4
     ones = [1] * len(window) if is_convolution else window
     fan_in = math.prod(window) * inputs if is_convolution else inputs
     bound = 1 / math.sqrt(fan_in)
-    shape = (*window, inputs, config.rank)
+    shape = (*window, inputs, rank)
     down = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return Factors(down, jnp.zeros((*ones, config.rank, outputs)))
+    return Factors(down, jnp.zeros((*ones, rank, outputs)))
 
 
 def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
@@ -196,12 +230,13 @@ def tree(adapters: Mapping[Path, Factors]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def scale_adapters(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """Multiply the effect of adapters, a nested dict of parameters."""
-    if scale == 1:
-        return dict(adapters)
-    pairs = factors(adapters)
-    return tree({path: Factors(pair.down, pair.up * scale) for path, pair in pairs.items()})
+def scale_adapters(adapters: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """Multiply trained adapters, a nested dict of parameters, by their alpha / rank."""
+    scaled = {}
+    for path, pair in factors(adapters).items():
+        scale = config.scale_of(_dotted(path))
+        scaled[path] = pair if scale == 1 else pair.scaled(scale)
+    return tree(scaled)
 
 
 def merge_adapters(

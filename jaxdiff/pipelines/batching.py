@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
+from jaxdiff.distributed.multihost import to_host
 from jaxdiff.distributed.replicas import num_replicas
 from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps
 
@@ -80,7 +81,7 @@ def in_full_batches(
         parts = [array[start : start + size] for array in rows]
         made.append((call(*(np.resize(p, (size, *p.shape[1:])) for p in parts)), len(parts[0])))
         seen(start + len(parts[0]))
-    return np.concatenate([np.asarray(one)[:count] for one, count in made])
+    return np.concatenate([to_host(one)[:count] for one, count in made])
 
 
 class SampleBatch(NamedTuple):
@@ -173,11 +174,11 @@ def sample_batches(
         for steps in _segments(run, None if watch is None else watch.every):
             part, state = program(call.params, rows, steps, state)
             # Nonzero only for images that took their last step.
-            images = part if images is None else images + np.asarray(part)
+            images = part if images is None else images + to_host(part)
             taken += int(np.max(steps.end - steps.begin))
             if watch is not None:
                 # The shape is [replica, snapshot, image, h, w, c].
-                estimates = zip(some, np.asarray(state[-1])[:, -1], strict=False)
+                estimates = zip(some, to_host(state[-1])[:, -1], strict=False)
                 x0 = [one[: len(batch.indices)] for batch, one in estimates]
                 indices = [i for batch in some for i in batch.indices]
                 order = np.argsort(indices)
@@ -226,7 +227,7 @@ def _in_order(
     """Restore the order of images on the host, without compilation."""
     pairs = [
         (batch.indices, images[i * size : i * size + len(batch.indices)])
-        for some, images in ((some, np.asarray(images)) for some, images in made)
+        for some, images in ((some, to_host(images)) for some, images in made)
         for i, batch in enumerate(some)
     ]
     order = list(itertools.chain.from_iterable(indices for indices, _ in pairs))

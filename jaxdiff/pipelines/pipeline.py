@@ -127,6 +127,9 @@ class Pipeline:
                 f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
                 "the folder of one."
             )
+        new_tokens = bundle.params.get("added_tokens", {}).values()
+        added = max((len(rows) for rows in new_tokens), default=0)
+        spec.conditioner.check_tokenizers(bundle.tokenizers, added)
         dtype = compute_type(dtype)
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
         self.quantize, self.types, self._compiled = quantize, tuple(types), None

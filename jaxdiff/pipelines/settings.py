@@ -253,7 +253,7 @@ class GenerationSettings:
         tuple[epath.Path, ...] | None,
         Files(),
         Doc(
-            "Images that the prompt edits or combines, for models such as FLUX.2. The result has "
+            "Images that the prompt edits or combines. For models such as FLUX.2; the result has "
             "the size of the first one by default.",
             EDITING,
             common=True,

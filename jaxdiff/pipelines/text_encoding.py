@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.distributed.multihost import to_host
 from jaxdiff.distributed.replicas import num_replicas, per_replica, shard
 from jaxdiff.models.conditioning import Conditioning, TextInputs
 from jaxdiff.models.text_to_image import TextToImage, merge_params
@@ -52,7 +53,7 @@ def _encode(encode: Any, text: TextInputs, size: int) -> Conditioning:
     order = {row: k for k, row in enumerate(dict.fromkeys(rows))}
     first = [rows.index(row) for row in order]
     padded = np.resize(first, (-(-len(first) // size), size))
-    made = [jax.device_get(encode(_rows(flat, index))) for index in padded]
+    made = [to_host(encode(_rows(flat, index))) for index in padded]
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *made)
     found = _rows(joined, np.array([order[row] for row in rows]))
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)

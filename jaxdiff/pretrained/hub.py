@@ -6,6 +6,7 @@ import huggingface_hub
 from etils import epath
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
+    GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
 )
@@ -84,10 +85,15 @@ def _fetch(model: str, files: list[str], cached: bool) -> epath.Path:
 
 
 def _download_error(model: str, error: Exception) -> UserError:
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{model} is open only to those who accept its licence: accept it on the model's page "
+            "of the hub, then run `hf auth login` with a token of that account."
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         f"{model} is no local folder and cannot be downloaded from the hub ({reason}): check the "
-        "name, the connection, and, for a model under a licence, `hf auth login`."
+        "name and the connection."
     )
 
 

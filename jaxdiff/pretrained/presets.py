@@ -1,8 +1,13 @@
 """Configs of published models, for recipes and for single files."""
 
+import dataclasses
+
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
+from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 
 SD1 = UNet2DConditionConfig()
 SD2 = UNet2DConditionConfig(
@@ -38,6 +43,10 @@ OPENCLIP_G = ClipTextConfig(
 
 XL_SCALING_FACTOR = 0.13025  # of its autoencoder
 
+FLUX1_DEV = dataclasses.replace(FLUX1, guidance_embedding=True)
+KLEIN_4B = FluxConfig()
+Z_IMAGE = ZImageConfig()
+
 FLUX1_AUTOENCODER = AutoencoderConfig(
     latent_channels=16,
     use_quant_conv=False,
@@ -47,3 +56,6 @@ FLUX1_AUTOENCODER = AutoencoderConfig(
     sample_size=1024,
 )
 """Z-Image's, too."""
+
+KLEIN_4B_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(9, 18, 27))
+Z_IMAGE_TEXT = Qwen3TextEncoder(model=Qwen3Config(), hidden_layers=(35,), thinking=True)

@@ -117,15 +117,12 @@ def _trainable(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _scaled(params: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Multiply a run's adapters by its recipe's alpha / rank."""
-    adapters = params.get("adapters")
-    if adapters is None:
+    if "adapters" not in params:
         return dict(params)
-    scales = {}
+    adapters = dict(params["adapters"])
     for name, part in (("lora", "denoiser"), ("text_lora", "text_encoders")):
         stated = _trainable(data).get(name)
         config = from_json(LoraConfig | None, stated, f"config.task.trainable.{name}")
-        scales[part] = config.scale if config else 1.0
-    return {
-        **params,
-        "adapters": {part: scale_adapters(x, scales[part]) for part, x in adapters.items()},
-    }
+        if config is not None:
+            adapters[part] = scale_adapters(adapters[part], config)
+    return {**params, "adapters": adapters}

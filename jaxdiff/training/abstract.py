@@ -40,9 +40,23 @@ def _jitted_init(
     return jax.jit(lambda parts: init_state(task, updates, ema, seed, parts))
 
 
+def host_parts(config: Config) -> frozenset[str]:
+    """Return the names of frozen parts that no step reads, which stay on the host.
+
+    These are the text encoders of cached captions.
+    """
+    task = config.task
+    if not isinstance(task, DiffusionTask) or not config.data.gives_text:
+        return frozenset()
+    unread = task.conditioner.unpacks_alone and not task.objective.uses_uncond
+    return frozenset({"text_encoders"} if unread else ())
+
+
 def abstract_frozen(config: Config) -> PyTree:
-    """Return shapes and compute types of the frozen parts, without reading them."""
-    stored = abstract_frozen_params(config.task) | config.task.constants(None)
+    """Return shapes and compute types of the frozen parts on the devices, without reading them."""
+    parts, away = abstract_frozen_params(config.task), host_parts(config)
+    stored = {name: part for name, part in parts.items() if name not in away}
+    stored |= config.task.constants(None)
     return jax.eval_shape(lambda tree: cast(tree, config.train.compute), stored)
 
 

@@ -29,7 +29,13 @@ from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.io.terminal import printable, write_text
 from jaxdiff.models.layers import cast
 from jaxdiff.pretrained.bundle import CHECKPOINTS
-from jaxdiff.training.abstract import abstract_state, check_axes, flops_per_image, state_initializer
+from jaxdiff.training.abstract import (
+    abstract_state,
+    check_axes,
+    flops_per_image,
+    host_parts,
+    state_initializer,
+)
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.goodput import Goodput
@@ -99,7 +105,7 @@ def train(
     config, tokenizers, account = _open_data(config, out, fresh=fresh, log=log)
     host = load_frozen(config, out)
     check_encoders(config, host, tokenizers)
-    frozen = _place_frozen(config, mesh, host, tokenizers)
+    frozen, unread = _place_frozen(config, mesh, host, tokenizers)
     with ExitStack() as whole, ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
@@ -123,7 +129,9 @@ def train(
             due = _due(config, number)
             if due and evaluate is not None:
                 with run.throughput.timed("pause"):
-                    run.writer.write_report(number, evaluate(state, frozen, tokenizers, due))
+                    run.writer.write_report(
+                        number, evaluate(state, frozen | unread, tokenizers, due)
+                    )
 
         state = _take_steps(run, stop, lambda s, b: step(s, frozen, b), state, batches, after)
         number = int(state.step)
@@ -134,7 +142,7 @@ def train(
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
         finished = number == config.train.steps
         stopped_by = None if finished else stop.signal
-        result = Result(summary, state, frozen, tokenizers, finished, stopped_by)
+        result = Result(summary, state, frozen | unread, tokenizers, finished, stopped_by)
         if finished and finish is not None:
             run.writer.write_report(number, finish(result))
     return result
@@ -157,11 +165,18 @@ def _open_data(
     return config, tokenizers, account
 
 
-def _place_frozen(config: Config, mesh: Mesh, host: PyTree, tokenizers: Tokenizers) -> PyTree:
-    """Place frozen parts and constants, in the compute type and sharded like trained parameters."""
-    constants = host | config.task.constants(tokenizers)
-    placed = state_shardings(constants, mesh, config.task.param_axes())
-    return from_host(cast(constants, config.train.compute), placed)
+def _place_frozen(
+    config: Config, mesh: Mesh, host: PyTree, tokenizers: Tokenizers
+) -> tuple[PyTree, PyTree]:
+    """Place frozen parts and constants, in the compute type and sharded like trained parameters.
+
+    Parts that no step reads are returned apart, on the host.
+    """
+    away = host_parts(config)
+    constants = cast(host | config.task.constants(tokenizers), config.train.compute)
+    read = {name: part for name, part in constants.items() if name not in away}
+    placed = state_shardings(read, mesh, config.task.param_axes())
+    return from_host(read, placed), {name: constants[name] for name in away}
 
 
 def _take_steps(

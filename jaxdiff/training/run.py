@@ -8,6 +8,7 @@ from etils import epath
 from jaxtyping import PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
@@ -89,7 +90,9 @@ def eval_context(
     task, params = config.task, state.ema
     if isinstance(task, DiffusionTask):
         params = task.model_params(params, frozen)
-    return EvalContext(int(state.step), task.model, params, tokenizers, config.data)
+    return EvalContext(
+        int(state.step), task.model, params, tokenizers, config.data, mesh=make_mesh(config.mesh)
+    )
 
 
 def run_evaluators(

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,8 @@ from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.rendering import render
 from jaxdiff.datasets.produce.score import evaluation_scenes
 from jaxdiff.datasets.produce.source import Produce, full_caption
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
+from jaxdiff.distributed.replicas import shard
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import clip_score, samples
 from jaxdiff.evaluation import evaluator as interface
@@ -325,3 +328,22 @@ def test_a_context_builds_the_pipeline_of_its_model(tiny_bundle, tiny_recipe):
     assert images.shape == (2, 32, 32, 3)
     np.testing.assert_array_equal(images, context.pipeline(["a small red pea", "a green tomato"]))
     assert context.pipeline is context.pipeline
+
+
+def test_evaluators_sample_on_the_mesh_that_trains(tiny_bundle, tiny_recipe):
+    spec, config = tiny_bundle.spec, tiny_recipe()
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2), jax.devices()[:4])
+    params = shard(tiny_bundle.params, mesh, spec.param_axes())
+    arguments = {"num_steps": 2, "output": "float"}
+    alone = EvalContext(3, spec, tiny_bundle.params, tiny_bundle.tokenizers, config.data)
+    expected = alone.pipeline(["a small red pea"], **arguments)
+    text = jax.device_get(params["text_encoders"])
+    for there in (params, {**params, "text_encoders": text}):
+        context = dataclasses.replace(alone, params=there, mesh=mesh)
+        pipe = context.pipeline
+        assert (
+            dict(zip(("fsdp", "context"), (4, 1), strict=True)).items() <= vars(pipe.mesh).items()
+        )
+        assert pipe.offload_text == (there is not params)
+        images = pipe(["a small red pea"], **arguments)
+        np.testing.assert_allclose(images, expected, atol=1e-4)

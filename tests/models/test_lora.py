@@ -1,5 +1,7 @@
 """Adapters in a network: where they go, what they compute, and that they start without effect."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models import lora
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.layers import Dense, bind_params, scan_blocks, stack_blocks
-from jaxdiff.models.lora import LoraConfig
+from jaxdiff.models.lora import LoraConfig, LoraPattern
 
 DEPTH = 3
 
@@ -80,7 +82,7 @@ def test_adapters_mirror_the_networks_parameters():
 
 def test_added_adapters_equal_merged_ones():
     params, adapters = random(params_of(network())), random(adapters_of())
-    adapters = lora.scale_adapters(adapters, CONFIG.scale)
+    adapters = lora.scale_adapters(adapters, CONFIG)
     added = call(params, X, adapters)
     merged = call(lora.merge_adapters(params, lora.factors(adapters)), X)
     np.testing.assert_allclose(added, merged, rtol=1e-4, atol=1e-4)
@@ -88,15 +90,31 @@ def test_added_adapters_equal_merged_ones():
 
 
 def test_the_scale_multiplies_the_effect():
-    assert LoraConfig(rank=4, alpha=2.0).scale == 0.5
-    assert LoraConfig(rank=4).scale == 1
     adapters = random(adapters_of())
-    halved = lora.scale_adapters(adapters, 0.5)
+    halved = lora.scale_adapters(adapters, LoraConfig(rank=4, alpha=2.0))
     for path, pair in lora.factors(adapters).items():
         half = lora.factors(halved)[path]
         np.testing.assert_array_equal(half.down, pair.down)
         np.testing.assert_array_equal(half.up, pair.up / 2)
-    assert lora.scale_adapters(adapters, 1.0) == adapters
+    same = lora.scale_adapters(adapters, LoraConfig(rank=4))
+    jax.tree.map(np.testing.assert_array_equal, same, adapters)
+
+
+def test_layers_may_have_a_rank_and_an_alpha_of_their_own():
+    patterns = (
+        LoraPattern(targets=("heads.*",), rank=3, alpha=1.5),
+        LoraPattern(targets=("heads.1", "conv"), rank=5),
+    )
+    config = dataclasses.replace(CONFIG, patterns=patterns)
+    pairs = lora.factors(adapters_of(config))
+    ranks = {path[0]: pair.down.shape[-1] for path, pair in pairs.items()}
+    assert ranks == {"conv": 5, "blocks": CONFIG.rank, "heads": 3}
+    scales = {path: config.scale_of(path) for path in ("conv", "blocks", "heads.1")}
+    assert scales == {"conv": 1, "blocks": 1.5, "heads.1": 0.5}
+    scaled = lora.factors(lora.scale_adapters(lora.tree(pairs), config))
+    for path, pair in pairs.items():
+        factor = scales[".".join(map(str, path))]
+        np.testing.assert_array_equal(scaled[path].up, factor * pair.up)
 
 
 def test_a_shared_network_has_no_adapters_left_over():

@@ -73,28 +73,21 @@ def test_a_repository_may_be_one_model(there, others):
     assert hub.wanted([*others, *there]) == there
 
 
-def test_the_parts_of_a_flow_model_are_downloaded():
-    read = [
+def test_a_folder_of_a_transformer_with_a_chat_template():
+    files = [
         "model_index.json",
-        "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "text_encoder/model-00001-of-00002.safetensors",
         "text_encoder/model-00002-of-00002.safetensors",
         "text_encoder/model.safetensors.index.json",
         "tokenizer/chat_template.jinja",
         "tokenizer/tokenizer.json",
-        "tokenizer_2/spiece.model",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
-        "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]
-    others = [
-        "flux-2-klein-4b.safetensors",
-        "ae.safetensors",
-        "text_encoder/generation_config.json",
-    ]
-    assert set(hub.wanted(read + others)) == set(read)
+    others = ["flux-2-klein-4b.safetensors", "assets/teaser.jpg"]
+    assert hub.wanted([*others, *files]) == files
 
 
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
@@ -112,6 +105,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: ClassVar = {name: f"{name} itself".encode() for name in REPOSITORY}
     broken: ClassVar[set[str]] = set()  # answered with an error
+    gated: ClassVar[set[str]] = set()  # answered with the error of a licence that is not accepted
     asked: ClassVar[list[str]] = []
     commit = "a" * 40
 
@@ -126,8 +120,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> bytes:
         path = self.path.partition("?")[0]
-        if path.rpartition("/")[2] in self.broken or "" in self.broken:
+        name = path.rpartition("/")[2]
+        if name in self.broken | self.gated or "" in self.broken:
             self.send_response(403)
+            if name in self.gated:
+                self.send_header("X-Error-Code", "GatedRepo")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return b""
@@ -167,7 +164,9 @@ def test_a_model_is_downloaded_once_and_found_again_without_a_connection(tmp_pat
 
     Hub.broken = {"merges.txt"}
     assert "cannot be downloaded from the hub" in load("somebody/something")  # not half of it
-    Hub.broken = set()
+    Hub.broken, Hub.gated = set(), {"merges.txt"}
+    assert "accept it on the model's page of the hub" in load("somebody/something")
+    Hub.gated = set()
     folder = pathlib.Path(load("somebody/something"))
     found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     assert sorted(found) == sorted(hub.wanted(REPOSITORY)) == sorted(set(Hub.asked))

@@ -28,7 +28,12 @@ from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.training import loop
-from jaxdiff.training.abstract import abstract_batch, flops_per_image
+from jaxdiff.training.abstract import (
+    abstract_batch,
+    abstract_frozen,
+    flops_per_image,
+    host_parts,
+)
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.optimizer import AdamW
@@ -231,6 +236,8 @@ def test_training_from_cached_text_gives_the_loss_of_encoding_it_online(
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), dict(one)) for one in (batch, real[0])]
     assert shapes[0] == shapes[1]
     assert batch["text_features"].shape == (BATCH, task.model.conditioner.packed_size)
+    assert ("text_encoders" in host_parts(cached)) == (name == "SDXL")
+    assert ("text_encoders" in abstract_frozen(cached)) == (name == "produce")
     assert flops_per_image(cached) < flops_per_image(_cache(config, folder / f"{name} latents"))
 
 

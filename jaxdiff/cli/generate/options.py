@@ -171,7 +171,7 @@ class SampleOptions:
     quiet: Annotated[
         bool,
         Doc(
-            "Print results and errors only: no progress, times or warnings.",
+            "Print results and errors only. No progress, times or warnings.",
             PROMPTS,
             common=True,
             alias="-q",

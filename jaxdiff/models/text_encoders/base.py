@@ -123,6 +123,6 @@ def check_ids(tokenizer: Any, added: int, *, length: int, vocab_size: int) -> No
     if tokenizer.length != length or known > vocab_size:
         raise UserError(
             f"The tokenizer gives {tokenizer.length} tokens out of {known}, but the text encoder "
-            f"takes {length} out of {vocab_size}: set tokenizer.length and tokenizer.vocab_size to "
-            "the encoder's length and vocab_size."
+            f"takes {length} out of {vocab_size}: use the model's own tokenizer, or, in a recipe, "
+            "set tokenizer.length and tokenizer.vocab_size to the encoder's length and vocab_size."
         )

@@ -238,10 +238,10 @@ class DiffusionTask(Task):
         if "adapters" in params:
             adapters = dict(params["adapters"])
             if trainable.lora is not None:
-                adapters["denoiser"] = scale_adapters(adapters["denoiser"], trainable.lora.scale)
+                adapters["denoiser"] = scale_adapters(adapters["denoiser"], trainable.lora)
             if trainable.text_lora is not None:
                 adapters["text_encoders"] = {
-                    name: scale_adapters(tree, trainable.text_lora.scale)
+                    name: scale_adapters(tree, trainable.text_lora)
                     for name, tree in adapters["text_encoders"].items()
                 }
             params["adapters"] = adapters
