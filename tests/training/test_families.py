@@ -53,6 +53,9 @@ def models(tmp_path_factory):
         params = jax.tree.map(
             lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), spec.abstract_params()
         )
+        norm = params["autoencoder"].get("bn")
+        if norm is not None:
+            norm["running_var"] = 0.5 + np.abs(norm["running_var"])
         tokenizers = {n: tokenizer(e) for n, e in spec.conditioner.encoders.items()}
         write_bundle(root / name, Bundle(spec, params, tokenizers), "float32")
     write_photos(root / "photos")

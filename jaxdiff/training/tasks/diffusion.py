@@ -110,8 +110,8 @@ class DiffusionTask(Task):
       trainable: its parameters that are trained.
       objective: the loss.
       curriculum: low noise levels first; None samples all levels from the start.
-      guidance: the guidance scale of all images, for networks that read one, such as FLUX.1-dev; 1
-        as in diffusers' training script.
+      guidance: the guidance scale of all images, for networks that read one, such as FLUX.1-dev; at
+        1, as in diffusers' training script, a guided model is the conditional one.
 
     Raises:
       UserError: frozen weights have no source, options of `trainable` conflict, or `guidance` is
@@ -329,21 +329,20 @@ class DiffusionTask(Task):
             cond = self.model.conditioner.unpack(batch["text_features"], params, inputs)
         else:
             cond = self.model.encode_text(params, inputs)
-        return self._of_images(cond, batch)
-
-    def _of_images(self, cond: Conditioning, batch: Batch) -> Conditioning:
-        """Add size and crop of a batch's images, and the guidance scale."""
-        size_crop = batch["size_crop"].astype(jnp.float32)
-        reads_guidance = self.model.denoiser.guidance_embedding
-        guidance = jnp.full(len(size_crop), self.guidance) if reads_guidance else None
-        return cond._replace(size_crop=size_crop, guidance=guidance)
+        return self._with_numbers(cond, batch)
 
     def _uncond(self, params: PyTree, frozen: PyTree, batch: Batch) -> Conditioning:
         """Return the conditioning of absent prompts for the images of a batch."""
-        count = len(batch["size_crop"])
-        cond = self.model.encode_text(params, frozen["absent_text"])
+        cond, count = self.model.encode_text(params, frozen["absent_text"]), len(batch["size_crop"])
         repeat = lambda x: jnp.broadcast_to(x, (count, *x.shape[1:]))  # noqa: E731
-        return self._of_images(jax.tree.map(repeat, cond), batch)
+        return self._with_numbers(jax.tree.map(repeat, cond), batch)
+
+    def _with_numbers(self, cond: Conditioning, batch: Batch) -> Conditioning:
+        """Add sizes and crops, and the guidance scale for networks that read one."""
+        size_crop = batch["size_crop"].astype(jnp.float32)
+        embedded = self.model.denoiser.guidance_embedding
+        guidance = jnp.full(len(size_crop), self.guidance) if embedded else None
+        return cond._replace(size_crop=size_crop, guidance=guidance)
 
     def x0(self, params: PyTree, batch: Batch, keys: RowKeys) -> Float[Array, "b i j c"]:
         """Encode a batch of images, or read its cached latents; `keys` sample z in both."""
