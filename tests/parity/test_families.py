@@ -123,6 +123,6 @@ def test_reference_images(model):
     images = [Image.fromarray(picture) for picture in pictures]
     expected = sample_there(theirs, kind, latents, image=images, **there)
     plain = sample_there(theirs, kind, latents, **there)
-    assert np.abs(expected - plain).max() > 0.05
+    assert np.abs(expected - plain).max() > 0.02  # the references count
     found = ours("a red pea", init=References(images=pictures), latents=latents, **options)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
