@@ -90,15 +90,17 @@ def test_the_smaller_padding_of_the_two_operands_counts():
 
 
 @pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
-def test_kernels_of_splash_attention_count_all_pairs(kernel, products):
+@pytest.mark.parametrize(("batch", "order"), [("4,16", "3,2,1,0"), ("64", "2,1,0")])
+def test_kernels_of_splash_attention_count_all_pairs(kernel, products, batch, order):
+    """A single image has no axis of its own."""
     program = read_program(
         "ENTRY %main (m: s8[1,2,2]) -> bf16[4] {\n  %m = s8[1,2,2]{2,1,0} parameter(0)\n"
-        "  %q = bf16[4,16,1024,128]{3,2,1,0} parameter(1)\n"
-        "  %k = bf16[4,16,512,128]{3,2,1,0} parameter(2)\n"
-        f"  ROOT %splash_mha_{kernel}_residuals.3 = bf16[4,16,1024,128]{{3,2,1,0}} "
+        f"  %q = bf16[{batch},1024,128]{{{order}}} parameter(1)\n"
+        f"  %k = bf16[{batch},512,128]{{{order}}} parameter(2)\n"
+        f"  ROOT %splash_mha_{kernel}_residuals.3 = bf16[{batch},1024,128]{{{order}}} "
         'custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"\n}\n'
     )
-    assert flops_of(program) == products * 2 * 4 * 16 * 1024 * 512 * 128
+    assert flops_of(program) == products * 2 * 64 * 1024 * 512 * 128
 
 
 def test_other_kernels_count_nothing():
