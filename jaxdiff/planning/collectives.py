@@ -216,8 +216,14 @@ class Links:
         spanned = self.dimensions(collective.group)
         if not spanned:
             return collective.sent / self.bandwidth
-        used = sum(self._links(d, collective.group) for d in spanned)
-        return collective.sent / self.bandwidth * 2 * len(self.wraps) / used
+        link = self.bandwidth / 2 / len(self.wraps)
+        links = {d: self._links(d, collective.group) for d in spanned}
+        if collective.kind == "all-to-all":
+            # A part passes the devices between its ends; each dimension has links of its own.
+            sides = {d: len({self.coordinates[i][d] for i in collective.group}) for d in spanned}
+            hops = [sides[d] ** 2 // 4 / sides[d] / links[d] for d in spanned]
+            return collective.payload * max(hops) / link
+        return collective.sent / link / sum(links.values())
 
     def _links(self, dimension: int, group: Sequence[int]) -> float:
         """Return how many links of a dimension each device of a group has to itself.

@@ -135,6 +135,23 @@ def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     assert Links(4.0, 1.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
 
 
+def test_parts_of_an_all_to_all_pass_the_devices_between_their_ends():
+    """Counted by hand on rings and lines of four links of 1 byte/s each: 64 bytes a device."""
+    places = tuple((x, y) for x in range(4) for y in range(8))
+    links = Links(4.0, 1.0, places, (True, False))
+
+    def seconds(*group):
+        return links.seconds(Collective("all-to-all", group, 64.0, ""))
+
+    column, row = range(0, 32, 8), range(8)
+    assert seconds(*column) == 16 * (1 + 1 + 2) / 2  # distances on a ring, in both directions
+    assert seconds(*row) == 8 * 4 * 4  # four devices send to four others over one link
+    assert seconds(*row[:3]) == 64 / 3 * 2
+    assert seconds(0, 1) == 32
+    assert seconds(*range(32)) == 8 * 4 * 4  # the ring is done by then
+    assert Links(4.0, 1.0).seconds(Collective("all-to-all", (0, 1, 2, 3), 64.0, "")) == 48 / 4
+
+
 @pytest.mark.parametrize(("target", "slices"), [("1,2", 2), ("1:4", 4)])
 def test_what_the_hosts_reduce_over_slices_is_counted_once(target, slices):
     """1 KiB that a chip sends and receives, printed twice."""
