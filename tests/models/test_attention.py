@@ -124,7 +124,9 @@ def test_devices_exchange_tokens_for_heads_where_that_sends_less(m, heads, kind)
 
     shapes = [jax.ShapeDtypeStruct((4, n, heads, 8), jnp.float32) for n in (16, m, m)]
     step = jax.jit(on_mesh, in_shardings=(split, whole, whole))
-    found = exchanges(read_program(step.lower(*shapes).compile().as_text()))
+    program = step.lower(*shapes).compile().as_text()
+    assert program is not None
+    found = exchanges(read_program(program))
     assert {exchange.kind for exchange in found} == ({kind} if kind else set())
     array = 2 * 16 * heads * 8 * 4  # of the images of a device
     sent = {"all-to-all": 4 * array / 4 * 3 / 4, "all-gather": 2 * array * 3 / 4, None: 0}
@@ -319,8 +321,9 @@ def test_programs_for_nvidia_call_its_kernel_with_a_mask(config):
         with under:
             return jnp.sum(attention.attend(q, q, q, mask), dtype=jnp.float32)
 
-    where = {"in_shardings": batch_sharding(mesh)} if mesh else {}
-    traced = jax.jit(jax.grad(loss), **where).trace(q, mask)
+    gradient = jax.grad(loss)
+    step = jax.jit(gradient, in_shardings=batch_sharding(mesh)) if mesh else jax.jit(gradient)
+    traced = step.trace(q, mask)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in program
     assert "__cudnn$fmhaSoftmaxBackward" in program
