@@ -9,7 +9,12 @@ import optax
 from jaxtyping import Array, PyTree, Shaped
 
 from jaxdiff.diffusion.row_keys import RowKeys
-from jaxdiff.distributed.sharding import Reduction, mean_over_replicas, shard_gradients
+from jaxdiff.distributed.sharding import (
+    Reduction,
+    mean_over_replicas,
+    shard_gradients,
+    whole_on_each_cpu,
+)
 from jaxdiff.models.layers import ComputeType, cast, rngs_from_seed
 from jaxdiff.models.text_to_image import merge_params
 from jaxdiff.training.ema import Ema
@@ -72,7 +77,8 @@ def make_train_step(
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         keys = RowKeys.whole(key, len(jax.tree.leaves(batch)[0]))
-        at_the_end = task.by_row and (accumulate > 1 or reduce == "float32")
+        once = accumulate > 1 or reduce == "float32" or whole_on_each_cpu()
+        at_the_end = task.by_row and once
         grads, (metrics, task_state) = _mean_gradient(
             gradient, accumulate, at_the_end, state, frozen, batch, keys
         )
@@ -118,7 +124,8 @@ def _mean_gradient(
     """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
     Gradients are reduced over replicas of the model for each part, in the compute type, or once
-    `at_the_end`, in float32.
+    `at_the_end`, in float32. On CPUs the latter holds for one part too: XLA would reduce the
+    gradients of each block on its own, and the devices wait for each other each time.
     """
 
     def split(x: Array) -> Shaped[Array, "k b ..."]:
@@ -135,6 +142,9 @@ def _mean_gradient(
                 params, frozen, batch, part_keys, task_state, ema
             )
             return (grads, metrics), task_state
+
+        if accumulate == 1:
+            return part_gradient(rows, first_state)
 
         def body(carry, part):
             total, task_state = carry

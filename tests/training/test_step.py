@@ -25,6 +25,8 @@ from jaxdiff.models.layers import (
     scan_blocks,
     stack_blocks,
 )
+from jaxdiff.planning.collectives import exchanges
+from jaxdiff.planning.hlo import read_program
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step
@@ -128,6 +130,7 @@ def compiled(mesh_config: MeshConfig | None = None, **options):
     def run(state, batch):
         return step(jax.device_put(state, placed), {}, jax.device_put(batch, batch_sharding(mesh)))
 
+    run.step = step
     return run
 
 
@@ -177,7 +180,7 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, options):
 @pytest.mark.parametrize(("reduce", "types"), [("compute", set()), ("float32", {"f32"})])
 def test_replicas_sum_gradients_once_in_float32_if_the_recipe_says_so(reduce, types):
     """Otherwise the compiler sums results of products, in their type."""
-    mesh = make_mesh(MeshConfig(data=8))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     step_on_mesh = make_train_step(Regression(), OPTIMIZER, EMA, compute="bfloat16", reduce=reduce)
 
     def step(*inputs):
@@ -189,6 +192,15 @@ def test_replicas_sum_gradients_once_in_float32_if_the_recipe_says_so(reduce, ty
     found = re.findall(r"stablehlo\.all_reduce.*?: \(tensor<(?:\d+x)*(\w+)>", program, re.DOTALL)
     assert set(found) == types
     assert not found or len(found) >= len(jax.tree.leaves(initial().params))
+
+
+@pytest.mark.parametrize("mesh", [MESHES[0], MeshConfig(slices=2, data=4)])
+def test_cpu_devices_that_hold_the_whole_model_wait_for_each_other_once(mesh):
+    program = compiled(mesh, accumulate=1).step.lower(initial(), {}, make_batch()).compile()
+    (exchange,) = exchanges(read_program(program.as_text()))
+    assert exchange[:3] == ("all-reduce", 8, 1)
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(initial().params))
+    assert weights <= exchange.payload <= weights + 64
 
 
 @pytest.mark.parametrize(
