@@ -8,7 +8,7 @@ axes may be split by `fsdp`: a network without names is sharded by the sizes of 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import traverse_util
@@ -43,6 +43,9 @@ AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
 
 # Below this size an all-gather costs more than the memory it saves.
 _SMALLEST = 2**12
+
+Reduction = Literal["compute", "float32"]
+"""Type in which replicas of the model sum gradients."""
 
 _Path = tuple[str, ...]
 
