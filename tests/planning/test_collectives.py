@@ -89,6 +89,18 @@ def test_overlapped_collectives_of_a_tpu_count_once():
     ]
 
 
+def test_a_permutation_moves_its_operand():
+    """As libtpu prints its start: the result is followed by two counters."""
+    rows = "bf16[4,8]{1,0}"
+    program = read_program(
+        f"ENTRY %main (a: {rows}) -> {rows} {{\n  %a = {rows} parameter(0)\n"
+        f"  %s = ({rows}, {rows}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) collective-permute-start(%a), "
+        "channel_id=1, source_target_pairs={{0,1},{1,0}}\n"
+        f"  ROOT %r = {rows} collective-permute-done(%s)\n}}\n"
+    )
+    assert exchanges(program) == [Exchange("collective-permute", 2, 1, 64.0, 64.0)]
+
+
 def test_a_program_without_collectives_has_none():
     assert exchanges(compiled(jnp.sin, (8,))) == []
 
