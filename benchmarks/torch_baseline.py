@@ -29,15 +29,19 @@ from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.synthetic import random_like
 from jaxdiff.benchmark.timing import median, peak_memory, time_in_turns
 from jaxdiff.benchmark.train import TERA, peak_of_device
+from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, check_batch, make_mesh
+from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import abstract_params, bind_build, bind_params, init_params
 from jaxdiff.pretrained import unet_keys
+from jaxdiff.training.loop import compile_step
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.step import init_state, make_train_step
+from jaxdiff.training.state import TrainState
+from jaxdiff.training.step import init_state
 from jaxdiff.training.tasks.base import Task
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
@@ -52,6 +56,11 @@ class DenoiserTask(Task):
     """Train a denoiser alone, on given noisy images and targets."""
 
     model: Denoiser
+
+    @property
+    def by_row(self) -> bool:
+        """True: the loss is a mean over images."""
+        return True
 
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the denoiser."""
@@ -217,16 +226,26 @@ def _batch(config: Config, task: DiffusionTask, denoiser: Denoiser) -> dict[str,
 
 
 def _jaxdiff_step(config: Config, denoiser: Denoiser, params: PyTree, batch: dict) -> Contender:
+    devices = jax.devices()
+    # PyTorch uses one accelerator, but all cores.
+    mesh = make_mesh(MeshConfig(), devices if devices[0].platform == "cpu" else devices[:1])
+    check_batch(config.train.batch_size, mesh, 1)
     alone = DenoiserTask(model=denoiser)
     optimizer = config.optimizer.build(config.train.steps)
-    train_step = make_train_step(alone, optimizer, config.ema, compute=config.train.compute)
-    jitted = jax.jit(train_step, donate_argnums=0)
-    state = jax.jit(lambda p: init_state(alone, optimizer, config.ema, 0, p))(params)
-    on_device = jax.device_put(batch)
+
+    def init(params: PyTree) -> TrainState:
+        return init_state(alone, optimizer, config.ema, 0, params)
+
+    shardings = state_shardings(jax.eval_shape(init, params), mesh, alone.param_axes())
+    state = jax.jit(init, out_shardings=shardings)(params)
+    train = dataclasses.replace(config.train, accumulate=1)
+    config = dataclasses.replace(config, task=alone, train=train)
+    jitted = compile_step(config, mesh, shardings, {})
+    on_devices = jax.device_put(batch, batch_sharding(mesh))
 
     def step() -> float:
         nonlocal state
-        state, metrics = jitted(state, {}, on_device)
+        state, metrics = jitted(state, {}, on_devices)
         return float(metrics["loss"])
 
     return _first(step, jax_peak)

@@ -220,6 +220,15 @@ def shard_gradients(gradients: PyTree, axes: ParamAxes) -> PyTree:
     return jax.lax.with_sharding_constraint(gradients, specs)
 
 
+def whole_on_each_cpu() -> bool:
+    """Whether the traced program runs on several CPU devices that each hold the whole model."""
+    mesh = traced_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    if mesh is None or device is None or device.device_kind != "cpu":
+        return False
+    return math.prod(mesh.shape[axis] for axis in REPLICAS) == mesh.size
+
+
 def mean_over_replicas(
     function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
@@ -242,7 +251,7 @@ def mean_over_replicas(
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(REPLICAS)),
         out_specs=PartitionSpec(),
-        axis_names=set(REPLICAS),
+        axis_names=set(mesh.axis_names if whole_on_each_cpu() else REPLICAS),
         check_vma=False,
     )
 

@@ -239,9 +239,14 @@ class Conditioner(abc.ABC):
         """Check that each encoder accepts its tokenizer's ids, less `added` new tokens.
 
         Raises:
-          UserError: another length, or ids beyond the vocabulary.
+          UserError: there is none, or it has another length, or ids beyond the vocabulary.
         """
         for name, encoder in self.encoders.items():
+            if name not in tokenizers:
+                raise UserError(
+                    f"The model has no tokenizer for its text encoder {name}: expected one beside "
+                    "its weights; copy the whole folder of the model."
+                )
             encoder.check_tokenizer(tokenizers[name], added)
 
 
@@ -335,8 +340,9 @@ class ClipTextEncoder(TextEncoder):
         if tokenizer.length != self.length or vocab_size > self.model.vocab_size:
             raise UserError(
                 f"The tokenizer gives {tokenizer.length} tokens out of {vocab_size}, but the "
-                f"text encoder takes {self.length} out of {self.model.vocab_size}: set "
-                "tokenizer.length and tokenizer.vocab_size to the encoder's length and vocab_size."
+                f"text encoder takes {self.length} out of {self.model.vocab_size}: use the model's "
+                "own tokenizer, or, in a recipe, set tokenizer.length and tokenizer.vocab_size to "
+                "the encoder's length and vocab_size."
             )
 
     def encode(self, params: Mapping[str, Any], name: str, ids: Int[Array, "b n"]) -> TextFeatures:

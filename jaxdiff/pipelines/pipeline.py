@@ -148,6 +148,9 @@ class Pipeline:
                 f"The model is of type {type(spec).__name__}: expected a text-to-image model; give "
                 "the folder of one."
             )
+        new_tokens = bundle.params.get("added_tokens", {}).values()
+        added = max((len(rows) for rows in new_tokens), default=0)
+        spec.conditioner.check_tokenizers(bundle.tokenizers, added)
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, PyTree, Shaped
 
 from jaxdiff.diffusion.row_keys import RowKeys
-from jaxdiff.distributed.sharding import mean_over_replicas, shard_gradients
+from jaxdiff.distributed.sharding import mean_over_replicas, shard_gradients, whole_on_each_cpu
 from jaxdiff.models.layers import ComputeType, cast, rngs_from_seed
 from jaxdiff.models.text_to_image import merge_params
 from jaxdiff.training.ema import Ema
@@ -116,9 +116,9 @@ def _mean_gradient(
     """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
     The gradients of a loss `by_row` are reduced over replicas of the model once, not for each part.
+    On CPUs this holds for one part too: XLA would reduce the gradients of each block on its own,
+    and the devices wait for each other each time.
     """
-    if accumulate == 1:
-        return gradient(state.params, frozen, batch, keys, state.task_state, state.ema)
 
     def split(x: Array) -> Shaped[Array, "k b ..."]:
         # Every k-th image: each device holds rows of every micro-batch, without communication.
@@ -135,6 +135,9 @@ def _mean_gradient(
             )
             return (grads, metrics), task_state
 
+        if accumulate == 1:
+            return part_gradient(rows, first_state)
+
         def body(carry, part):
             total, task_state = carry
             result, task_state = part_gradient(part, task_state)
@@ -147,7 +150,8 @@ def _mean_gradient(
         (total, task_state), _ = jax.lax.scan(body, (zeros, first_state), parts)
         return jax.tree.map(lambda x: x / accumulate, total), task_state
 
-    mean = mean_over_replicas(mean_over_parts) if by_row else mean_over_parts
+    once = by_row and (accumulate > 1 or whole_on_each_cpu())
+    mean = mean_over_replicas(mean_over_parts) if once else mean_over_parts
     constants = (state.params, frozen, keys.key, state.task_state, state.ema)
     (grads, metrics), task_state = mean(constants, (dict(batch), keys.rows))
     return grads, (metrics, task_state)

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 @pytest.mark.parametrize(("network", "remat"), [("DiT", "none"), ("U-Net", "full")])
 def test_both_take_the_same_steps(network, remat, small_unet, tiny_recipe, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes a minute
-    config = tiny_recipe(batch_size=2)
+    config = tiny_recipe()
     task = config.task
     changes = {}
     if network == "U-Net":

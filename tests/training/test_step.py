@@ -24,6 +24,8 @@ from jaxdiff.models.layers import (
     scan_blocks,
     stack_blocks,
 )
+from jaxdiff.planning.collectives import exchanges
+from jaxdiff.planning.hlo import read_program
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step
@@ -127,6 +129,7 @@ def compiled(mesh_config: MeshConfig | None = None, **options):
     def run(state, batch):
         return step(jax.device_put(state, placed), {}, jax.device_put(batch, batch_sharding(mesh)))
 
+    run.step = step
     return run
 
 
@@ -170,6 +173,15 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
             getattr(state, name),
             getattr(expected, name),
         )
+
+
+@pytest.mark.parametrize("mesh", [MESHES[0], MeshConfig(slices=2, data=4)])
+def test_cpu_devices_that_hold_the_whole_model_wait_for_each_other_once(mesh):
+    program = compiled(mesh, accumulate=1).step.lower(initial(), {}, make_batch()).compile()
+    (exchange,) = exchanges(read_program(program.as_text()))
+    assert exchange[:3] == ("all-reduce", 8, 1)
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(initial().params))
+    assert weights <= exchange.payload <= weights + 64
 
 
 @pytest.mark.parametrize(
