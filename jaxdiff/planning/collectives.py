@@ -108,7 +108,7 @@ def _payload(kind: str, instruction: Instruction, group: int) -> float:
     if instruction.opcode.endswith("-start") and instruction.result.startswith("(("):
         sizes = [array.bytes for array in arrays(instruction.result.split("), ", 1)[1])]
     elif instruction.opcode.endswith("-start") and kind != "all-reduce" and len(sizes) > 1:
-        sizes = sizes[len(sizes) // 2 :][:1]  # operand and result; counters have no shape
+        sizes = sizes[1:2]  # operand, result, and of a permutation two counters
     # The result of a `reduce-scatter` is the part that each device keeps.
     is_scatter = instruction.opcode.startswith("reduce-scatter")
     return float(sum(sizes)) * (group if is_scatter else 1)

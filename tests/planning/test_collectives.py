@@ -89,14 +89,14 @@ def test_overlapped_collectives_of_a_tpu_count_once():
     ]
 
 
-def test_counters_of_a_collective_that_starts_are_not_its_payload():
-    """As libtpu prints it: the operand, the result, and two counters."""
+def test_a_permutation_moves_its_operand():
+    """As libtpu prints its start: the result is followed by two counters."""
+    rows = "bf16[4,8]{1,0}"
     program = read_program(
-        "ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {\n  %a = bf16[4,8]{1,0} parameter(0)\n"
-        "  %s = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, "
-        "u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=1, "
-        "source_target_pairs={{0,1},{1,0}}\n"
-        "  ROOT %d = bf16[4,8]{1,0} collective-permute-done(%s)\n}\n"
+        f"ENTRY %main (a: {rows}) -> {rows} {{\n  %a = {rows} parameter(0)\n"
+        f"  %s = ({rows}, {rows}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) collective-permute-start(%a), "
+        "channel_id=1, source_target_pairs={{0,1},{1,0}}\n"
+        f"  ROOT %r = {rows} collective-permute-done(%s)\n}}\n"
     )
     assert exchanges(program) == [Exchange("collective-permute", 2, 1, 64.0, 64.0)]
 
