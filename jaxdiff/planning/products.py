@@ -61,8 +61,10 @@ def padded_flops(
         return product.padded_flops(side)
     if instruction.opcode == "custom-call":
         count = next((n for k, n in _KERNELS.items() if instruction.name.startswith(k)), 0)
-        shapes = [arrays(types[name])[0].shape for name in instruction.operands if name in types]
-        queries, keys = [*(shape for shape in shapes if len(shape) == 4), (0,) * 4, (0,) * 4][:2]
+        given = [types[name] for name in instruction.operands if name in types]
+        shapes = [arrays(type_)[0].shape for type_ in given if type_.startswith(("bf16", "f"))]
+        # Those of the mask's blocks before them are integers; one image has no axis of its own.
+        queries, keys = [*(shape for shape in shapes if len(shape) > 2), (0,) * 3, (0,) * 3][:2]
         *batch, length, width = queries
         return count * Product(math.prod(batch), length, keys[-2], width).padded_flops(side)
     inside = program.inside(instruction)
