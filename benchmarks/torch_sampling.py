@@ -24,7 +24,7 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.flops import sampling_flops
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pretrained.diffusers import write_diffusers
+from jaxdiff.pretrained.diffusers_folder import write_diffusers
 from jaxdiff.training.recipe import Config
 
 PROMPT = "a small green pea"

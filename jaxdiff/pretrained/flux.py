@@ -38,6 +38,7 @@ from jaxdiff.pretrained.pipeline_folder import (
     read_index,
     read_part_config,
 )
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.sampler import Sampler
 
 FLUX1_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
@@ -69,8 +70,13 @@ HIDDEN_LAYERS = (9, 18, 27)
 
 _SIZE = 1024
 _T5_LENGTH = {True: 512, False: 256}  # of dev, and of schnell
-_DEV, _SCHNELL = {"num_steps": 28, "guidance_scale": 3.5}, {"num_steps": 4, "guidance_scale": 1.0}
-_KLEIN = {False: {"num_steps": 50, "guidance_scale": 4.0}, True: _SCHNELL}  # by is_distilled
+_DEV: dict[str, Any] = {"num_steps": 28, "guidance_scale": 3.5}
+_BASE: dict[str, Any] = {"num_steps": 50, "guidance_scale": 4.0}
+_DISTILLED: dict[str, Any] = {
+    "num_steps": 4,
+    "guidance_scale": 1.0,
+    "guidance": Guidance(distilled=True),
+}
 
 
 def _read_spec(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
@@ -89,9 +95,8 @@ def _read_spec(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
     )
     scheduler = read_part_config(root / "scheduler" / "scheduler_config.json")
     scheduling = read_flow_scheduling(scheduler, by_steps=True)
-    return _spec(
-        root, denoiser, conditioner, autoencoder, scheduling, _KLEIN[values["is_distilled"]]
-    )
+    defaults = _DISTILLED if values["is_distilled"] else _BASE
+    return _spec(root, denoiser, conditioner, autoencoder, scheduling, defaults)
 
 
 def _read_flux1(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
@@ -115,7 +120,7 @@ def _read_flux1(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
     scheduling = read_flow_scheduling(
         read_part_config(root / "scheduler" / "scheduler_config.json")
     )
-    defaults = _DEV if denoiser.guidance_embedding else _SCHNELL
+    defaults = _DEV if denoiser.guidance_embedding else _DISTILLED
     return _spec(root, denoiser, conditioner, autoencoder, scheduling, defaults)
 
 
@@ -155,8 +160,8 @@ def _write_spec(spec: TextToImage) -> WrittenSpec:
         index: dict[str, Any] = {"_class_name": FLUX1_PIPELINES[0]}
         index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     else:
-        distilled = sampler.guidance_scale == 1
-        index = {"_class_name": FLUX2_PIPELINES[0], "is_distilled": distilled}
+        distilled = spec.sampler.guidance is not None and spec.sampler.guidance.distilled
+        index = {"_class_name": FLUX2_PIPELINES[0], "is_distilled": bool(distilled)}
     scheduler = write_flow_scheduling(FlowScheduling(sampler.solver, sampler.grid))
     return WrittenSpec(index, network, scheduler)
 

@@ -33,6 +33,7 @@ from jaxdiff.pretrained.pipeline_folder import (
     read_index,
     read_part_config,
 )
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.sampler import Sampler
 
 PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
@@ -48,7 +49,12 @@ Z_IMAGE_INDEX_KEYS: Schema = {
 
 _SIZE = 1024
 _TURBO_GRID = FlowGrid(shift=3.0)
-_TURBO, _BASE = {"num_steps": 8, "guidance_scale": 1.0}, {"num_steps": 50, "guidance_scale": 6.0}
+_TURBO: dict[str, Any] = {
+    "num_steps": 8,
+    "guidance_scale": 1.0,
+    "guidance": Guidance(distilled=True),
+}
+_BASE: dict[str, Any] = {"num_steps": 50, "guidance_scale": 6.0}
 
 
 def _read_spec(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:

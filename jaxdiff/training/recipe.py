@@ -102,12 +102,14 @@ class PlannedTopology:
       topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
       mesh: of its devices.
       accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
+      batch_size: images per step; None leaves the recipe's.
       remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
     """
 
     topology: str
     mesh: MeshConfig
     accumulate: Count = 1
+    batch_size: Count | None = None
     remat: Remat | None = None
 
 
@@ -151,7 +153,8 @@ def on_topology(config: Config, name: str) -> Config:
     count, single = parse_slices(name)
     planned = next((planned for planned in config.slices if planned.topology == single), None)
     if planned is not None:
-        train = replace(config.train, accumulate=planned.accumulate)
+        batch_size = planned.batch_size or config.train.batch_size
+        train = replace(config.train, accumulate=planned.accumulate, batch_size=batch_size)
         config = replace(config, mesh=planned.mesh, train=train)
         config = with_remat(config, planned.remat) if planned.remat else config
     return replace(config, mesh=replace(config.mesh, slices=count)) if count > 1 else config

@@ -40,7 +40,7 @@ def model(request, tmp_path_factory):
 def settings(kind):
     """Guidance of both; Z-Image adds the difference to the positive prediction."""
     scale = GUIDANCE.get(kind)
-    if scale is None:
+    if scale is None:  # distilled
         return {"guidance_scale": 0.0 if kind.startswith("Z-Image") else 1.0}, {}
     return {"guidance_scale": scale}, {"guidance_scale": scale + (kind == "Z-Image")}
 

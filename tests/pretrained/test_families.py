@@ -8,154 +8,22 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.diffusion.time_grids import FlowGrid
-from jaxdiff.diffusion.time_shifts import EmpiricalShift, TokenShift
 from jaxdiff.errors import UserError
-from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
-from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.conditioners.flux1 import Flux1Conditioner
-from jaxdiff.models.conditioners.flux2 import Flux2Conditioner
-from jaxdiff.models.conditioners.z_image import ZImageConditioner
-from jaxdiff.models.conditioning import ClipTextEncoder
-from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
-from jaxdiff.models.denoisers.z_image import ZImageConfig
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
-from jaxdiff.models.text_encoders.t5 import T5Config, T5TextEncoder
-from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 from jaxdiff.pretrained.load import read_spec, read_tokenizers
 from jaxdiff.pretrained.pipeline_folder import INDEX
-from jaxdiff.sampling.sampler import Sampler
-from jaxdiff.sampling.solvers_ode import DDIM, Euler, Heun
-from tests.data.language_tokenizers import write_qwen_tokenizer, write_t5_tokenizer
-
-SMALL_VAE = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 4}
-VAE = AutoencoderConfig(
-    **SMALL_VAE,
-    latent_channels=4,
-    scaling_factor=0.3611,
-    shift_factor=0.1159,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
-FLUX = {"heads": 2, "head_width": 16, "double_depth": 1, "single_depth": 2}
-QWEN = {"width": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp_width": 12}
-CLIP_WORDS, T5_WORDS, QWEN_WORDS = 525, 60, 310
-
-
-def qwen(depth: int, **options) -> Qwen3TextEncoder:
-    return Qwen3TextEncoder(
-        model=Qwen3Config(vocab_size=QWEN_WORDS, depth=depth, **QWEN), **options
-    )
-
-
-def flux1(guidance_embedding: bool) -> TextToImage:
-    clip = ClipTextConfig(vocab_size=CLIP_WORDS, length=77, width=6, depth=1, heads=2)
-    t5 = T5Config(vocab_size=T5_WORDS, width=8, depth=1, heads=2, head_dim=4, mlp_width=12)
-    return TextToImage(
-        denoiser=dataclasses.replace(
-            FLUX1,
-            **FLUX,
-            channels=4,
-            text_width=8,
-            pooled_width=6,
-            rope_axes=(4, 6, 6),
-            guidance_embedding=guidance_embedding,
-        ),
-        conditioner=Flux1Conditioner(
-            text=ClipTextEncoder(model=clip),
-            text_2=T5TextEncoder(model=t5, max_length=512 if guidance_embedding else 256),
-        ),
-        autoencoder=VAE,
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=1024,
-        sampler=Sampler(
-            solver=Euler(),
-            grid=FlowGrid(token_shift=TokenShift()) if guidance_embedding else FlowGrid(),
-            num_steps=28 if guidance_embedding else 4,
-            guidance_scale=3.5 if guidance_embedding else 1.0,
-        ),
-    )
-
-
-def klein(*, distilled: bool) -> TextToImage:
-    return TextToImage(
-        denoiser=FluxConfig(
-            **FLUX, channels=16, text_width=24, time_width=16, rope_axes=(4, 4, 4, 4)
-        ),
-        conditioner=Flux2Conditioner(text=qwen(28, hidden_layers=(9, 18, 27))),
-        autoencoder=Flux2AutoencoderConfig(**SMALL_VAE, z_channels=4),
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=1024,
-        sampler=Sampler(
-            solver=Euler(),
-            grid=FlowGrid(token_shift=EmpiricalShift()),
-            num_steps=4 if distilled else 50,
-            guidance_scale=1.0 if distilled else 4.0,
-        ),
-    )
-
-
-def z_image(*, turbo: bool) -> TextToImage:
-    return TextToImage(
-        denoiser=ZImageConfig(
-            channels=4,
-            heads=2,
-            depth=2,
-            refiner_depth=1,
-            text_width=8,
-            rope_axes=(4, 6, 6),
-            rope_lengths=(1024, 64, 64),
-        ),
-        conditioner=ZImageConditioner(text=qwen(3, hidden_layers=(2,), thinking=True)),
-        autoencoder=VAE,
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=1024,
-        sampler=Sampler(
-            solver=Euler(),
-            grid=FlowGrid(shift=3.0 if turbo else 6.0),
-            num_steps=8 if turbo else 50,
-            guidance_scale=1.0 if turbo else 6.0,
-        ),
-    )
-
-
-SPECS = {
-    "FLUX.1 dev": flux1(guidance_embedding=True),
-    "FLUX.1 schnell": flux1(guidance_embedding=False),
-    "klein": klein(distilled=True),
-    "klein base": klein(distilled=False),
-    "Z-Image Turbo": z_image(turbo=True),
-    "Z-Image": z_image(turbo=False),
-}
+from jaxdiff.sampling.solvers_ode import DDIM, Heun
+from tests.pretrained.families import SPECS, random_bundle
 
 
 @pytest.fixture(scope="module")
-def bundle(random_params, tmp_path_factory):
+def bundle(tmp_path_factory):
     """`bundle(name, dtype)`: one of `SPECS` with random weights and tokenizers."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    folders = {
-        Qwen3TextEncoder: write_qwen_tokenizer(root / "qwen"),
-        T5TextEncoder: write_t5_tokenizer(root / "t5"),
-    }
-    clip = Tokenizer.train(["a red pea", "a green banana"] * 9, vocab_size=540)
 
-    def tokenizer(encoder):
-        folder = folders.get(type(encoder))
-        return clip if folder is None else encoder.load_tokenizer(str(folder))
-
-    def make(name: str, dtype=np.float32) -> Bundle:
-        spec = dataclasses.replace(SPECS[name], name="tiny")
-        tokenizers = {n: tokenizer(e) for n, e in spec.conditioner.encoders.items()}
-        return Bundle(spec, random_params(spec, dtype), tokenizers)
+    def make(name, dtype=np.float32):
+        return random_bundle(name, tmp_path_factory.mktemp("tokenizers"), dtype)
 
     return make
 
@@ -293,8 +161,6 @@ def test_layers_above_the_hidden_states_come_from_the_original(bundle, tmp_path)
     write_diffusers(tmp_path / "small", there)
     original = tmp_path / "original"
     shutil.copytree(tmp_path / "small", original)
-    from safetensors.numpy import load_file, save_file
-
     file = original / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     deeper = {

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 import jaxdiff
 from jaxdiff.benchmark import synthetic
@@ -32,10 +33,13 @@ FLUX = FluxConfig(
 )
 
 
-def test_a_run_from_scratch(tiny_recipe, tmp_path):
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_run_from_scratch(tiny_recipe, tmp_path, guided):
+    """A network that reads the guidance scale trains with one, too."""
     config = tiny_recipe(steps=2)
+    denoiser = dataclasses.replace(FLUX, guidance_embedding=guided)
     model = dataclasses.replace(
-        config.task.model, denoiser=FLUX, conditioner=Flux2Conditioner(text=QWEN)
+        config.task.model, denoiser=denoiser, conditioner=Flux2Conditioner(text=QWEN)
     )
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
     batch = synthetic.random_batch(config, make_mesh(config.mesh))

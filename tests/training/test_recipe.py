@@ -198,10 +198,12 @@ def test_a_recipe_that_fails_is_a_user_error(tmp_path, code, reason):
 
 def test_settings_of_a_topology_are_those_of_each_of_several_slices(tiny_recipe):
     mesh = MeshConfig(data=2, fsdp=8)
-    named = PlannedTopology(topology="v5e:4x4", mesh=mesh, accumulate=2, remat="dots")
+    named = PlannedTopology(
+        topology="v5e:4x4", mesh=mesh, accumulate=2, batch_size=512, remat="dots"
+    )
     config = dataclasses.replace(tiny_recipe(), slices=(named,))
     one, two = on_topology(config, "v5e:4x4"), on_topology(config, "2xv5e:4x4")
-    assert (one.mesh, one.train.accumulate) == (mesh, 2)
+    assert (one.mesh, one.train.accumulate, one.train.batch_size) == (mesh, 2, 512)
     assert one.task.model.denoiser.remat == "dots"
     assert two == dataclasses.replace(one, mesh=dataclasses.replace(mesh, slices=2))
     assert on_topology(config, "v5e:8x8") == config

@@ -320,14 +320,20 @@ class DiffusionTask(Task):
             cond = self.model.conditioner.unpack(batch["text_features"], params, inputs)
         else:
             cond = self.model.encode_text(params, inputs)
-        return cond._replace(size_crop=batch["size_crop"].astype(jnp.float32))
+        return self._with_numbers(cond, batch)
 
     def _uncond(self, params: PyTree, frozen: PyTree, batch: Batch) -> Conditioning:
         """Return the conditioning of absent prompts for the images of a batch."""
+        cond, count = self.model.encode_text(params, frozen["absent_text"]), len(batch["size_crop"])
+        repeat = lambda x: jnp.broadcast_to(x, (count, *x.shape[1:]))  # noqa: E731
+        return self._with_numbers(jax.tree.map(repeat, cond), batch)
+
+    def _with_numbers(self, cond: Conditioning, batch: Batch) -> Conditioning:
+        """Add sizes and crops, and guidance 1, at which a guided model is the conditional one."""
         size_crop = batch["size_crop"].astype(jnp.float32)
-        cond = self.model.encode_text(params, frozen["absent_text"])
-        repeat = lambda x: jnp.broadcast_to(x, (len(size_crop), *x.shape[1:]))  # noqa: E731
-        return jax.tree.map(repeat, cond)._replace(size_crop=size_crop)
+        embedded = self.model.denoiser.guidance_embedding
+        guidance = jnp.ones(len(size_crop)) if embedded else None
+        return cond._replace(size_crop=size_crop, guidance=guidance)
 
     def x0(self, params: PyTree, batch: Batch, keys: RowKeys) -> Float[Array, "b i j c"]:
         """Encode a batch of images, or read its cached latents; `keys` sample z in both."""
