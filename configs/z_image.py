@@ -1,13 +1,23 @@
 """Z-Image, fine-tuned on your own images.
 
-Hardware: TPU slice or several GPUs.
-Cost: not measured yet.
+Hardware: TPU v5e:8x8, v5e:16x16 or v6e:8x8.
+Cost: planned: 6.6, 6.6 or 1.4 hours on slices at 40 % utilisation; not trained yet.
 
     python train.py configs/z_image.py --data.source.path photos
 
-As `configs/flux2_klein_4b.py`, with the 6.2 billion parameters of Z-Image's transformer, of which
+As `configs/flux2_klein_4b.py`, with the 6.2 billion parameters of Z-Image's transformer, whose
 masters, EMA and moments take 99 GB. A cached caption takes 2.6 MB. Times are logit-normal with the
 model's static shift of 3. Speed and quality have not been measured yet.
+
+`jaxdiff plan configs/z_image.py --quick` compiles the step for each of them:
+
+    slice      batch  mesh            micro-batches  remat  state/chip  memory/chip  hours at 40 %
+    v5e:8x8       64  data=1 fsdp=64              1  full     1.45 GiB    5.3 of 16            6.6
+    v5e:16x16    256  data=4 fsdp=64              1  full     1.45 GiB    5.4 of 16            6.6
+    v6e:8x8       64  data=1 fsdp=64              1  dots     1.45 GiB   16.8 of 32            1.4
+
+State is weights, EMA, moments and frozen parts; memory is that of the whole step in GiB. Hours are
+those of 10,000 steps at 40 % of the chips' peak FLOP/s. Elsewhere the batch is 64 and remat "full".
 """
 
 import dataclasses
@@ -16,9 +26,10 @@ from pathlib import Path
 from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_grids import FlowGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.models.conditioners.z_image import ZImageConditioner
 from jaxdiff.pretrained.presets import FLUX1_AUTOENCODER, Z_IMAGE, Z_IMAGE_TEXT
-from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.recipe import Config, PlannedTopology, load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 
 MODEL = "Tongyi-MAI/Z-Image"
@@ -46,5 +57,9 @@ def get_config() -> Config:
             pretrained=Pretrained(denoiser=MODEL, text_encoders=MODEL, autoencoder=MODEL),
             objective=Denoising(times=LogitNormal(shift=SHIFT)),
         ),
-        slices=(),
+        slices=(
+            PlannedTopology(topology="v5e:8x8", mesh=MeshConfig(data=1, fsdp=64)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=4, fsdp=64), batch_size=256),
+            PlannedTopology(topology="v6e:8x8", mesh=MeshConfig(data=1, fsdp=64), remat="dots"),
+        ),
     )

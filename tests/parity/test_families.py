@@ -4,8 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import jaxdiff
+from jaxdiff.errors import UserError
+from jaxdiff.pipelines.input_images import References
 from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 from jaxdiff.pretrained.load import read_spec
 
@@ -104,3 +107,22 @@ def test_bfloat16_in_shards(model, tmp_path):
     assert set(before) == set(after)
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=str(name))
+
+
+def test_reference_images(model):
+    """Two images of several sizes, which neither is a multiple of the latents' side."""
+    kind, theirs, _, ours = model
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((66, 70), (72, 96))]
+    latents, (there, here) = noise(kind, *SIZES[0]), settings(kind)
+    options = {"num_steps": STEPS, "size": SIZES[0][::-1], "output": "float", **here}
+    if family(kind) != "klein":
+        with pytest.raises(UserError, match="reads no reference images"):
+            ours("a red pea", init=References(images=pictures), latents=latents, **options)
+        return
+    images = [Image.fromarray(picture) for picture in pictures]
+    expected = sample_there(theirs, kind, latents, image=images, **there)
+    plain = sample_there(theirs, kind, latents, **there)
+    assert np.abs(expected - plain).max() > 0.02  # the references count
+    found = ours("a red pea", init=References(images=pictures), latents=latents, **options)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)

@@ -29,17 +29,26 @@ RECIPES = {
         "jit_pixel_256",
     )
 }
+FINE_TUNING = {
+    name: load_recipe(Path(__file__).parents[2] / "configs" / f"{name}.py")
+    for name in ("flux2_klein_4b", "flux2_klein_4b_lora", "z_image", "z_image_lora", "flux1_lora")
+}
 # What is sold as v5e-256, v6e-256 and v5p-128, which counts two cores for each chip; eight GPUs.
 SLICES = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:4x4x4": 64, "h100:8": 8}
+CHIPS = {**SLICES, "v5e:8x8": 64, "v6e:8x8": 64}
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_it_names_all_slices(name):
+    assert {planned.topology for planned in RECIPES[name].slices} == {*SLICES}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *FINE_TUNING])
 def test_it_names_a_mesh_for_each_slice_that_its_batch_divides(name):
-    config = RECIPES[name]
-    assert {
-        planned.topology: math.prod(vars(planned.mesh).values()) for planned in config.slices
-    } == SLICES
+    config = RECIPES.get(name) or FINE_TUNING[name]
+    assert config.slices
     for planned in config.slices:
+        assert math.prod(vars(planned.mesh).values()) == CHIPS[planned.topology]
         on = on_topology(config, planned.topology)
         assert on.train.batch_size % (on.mesh.data * on.mesh.fsdp * on.train.accumulate) == 0
 
