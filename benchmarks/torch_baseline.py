@@ -27,7 +27,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from benchmarks.torch_dit import TorchDiT, to_torch_names
 from jaxdiff.benchmark.report import Measurement
 from jaxdiff.benchmark.synthetic import random_like
-from jaxdiff.benchmark.timing import time_in_turns
+from jaxdiff.benchmark.timing import median, peak_memory, time_in_turns
+from jaxdiff.benchmark.train import TERA, peak_of_device
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, check_batch, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
@@ -89,12 +90,14 @@ class DenoiserTask(Task):
 class Contender(NamedTuple):
     """A timed training step, which returns the loss, with the time of its first call.
 
-    `losses` are those of the first steps, which are not timed.
+    `losses` are those of the first steps, which are not timed; `peak_bytes` is the memory of a GPU
+    that the contender takes, None on a CPU.
     """
 
     step: Callable[[], float]
     compile_s: float
     losses: list[float]
+    peak_bytes: int | None
 
 
 def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
@@ -120,6 +123,8 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
                 )
     steps = {name: one.step for name, one in contenders.items()}
     seconds = time_in_turns(steps, warmup=warmup, repeats=repeats)
+    height, width, length = *batch["x"].shape[1:3], batch["text"].shape[1]
+    flops = 3 * denoiser.flops(height=height, width=width, text_length=length)
     return [
         Measurement(
             name=name,
@@ -130,11 +135,54 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
                 "first_call_s": one.compile_s,
                 "first_loss": one.losses[0],
                 "last_loss": one.step(),
+                **utilisation(config.train.batch_size * flops, seconds[name], one.peak_bytes),
             },
             notes=["The denoiser alone, without text encoder and autoencoder."],
         )
         for name, one in contenders.items()
     ]
+
+
+def utilisation(flops: float, seconds: list[float], peak_bytes: int | None) -> dict[str, float]:
+    """Return TFLOP/s, MFU and peak memory; without the last two where they are unknown.
+
+    Args:
+      flops: of the model in one repeat.
+      seconds: of each repeat.
+      peak_bytes: memory of the device.
+    """
+    rate, (peak, _) = flops / TERA / median(seconds), peak_of_device(None)
+    found = {"model_tflops_per_s": rate}
+    if peak is not None:
+        found["mfu"] = rate / peak
+    if peak_bytes is not None:
+        found["peak_memory_bytes"] = peak_bytes
+    return found
+
+
+def torch_device() -> str:
+    """Return the device of PyTorch's side: the GPU where JAX uses one too."""
+    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    return "cuda" if on_gpu else "cpu"
+
+
+class TorchMemory:
+    """Peak memory of the GPU that PyTorch takes from now on, beyond what it holds already."""
+
+    def __init__(self) -> None:
+        if torch_device() == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+
+    def peak(self) -> int | None:
+        """Return the peak so far; None on a CPU."""
+        on_gpu = torch_device() == "cuda"
+        return torch.cuda.max_memory_allocated() - self._before if on_gpu else None
+
+
+def jax_peak() -> int | None:
+    """Return the peak memory of the GPU that JAX took so far; None on a CPU."""
+    return peak_memory().bytes if torch_device() == "cuda" else None
 
 
 def _checked(config: Config) -> tuple[DiffusionTask, Denoiser]:
@@ -200,22 +248,25 @@ def _jaxdiff_step(config: Config, denoiser: Denoiser, params: PyTree, batch: dic
         state, metrics = jitted(state, {}, on_devices)
         return float(metrics["loss"])
 
-    return _first(step)
+    return _first(step, jax_peak)
 
 
-def _first(step: Callable[[], float]) -> Contender:
+def _first(step: Callable[[], float], peak: Callable[[], int | None]) -> Contender:
     start = time.perf_counter()
     losses = [step()]
     compile_s = time.perf_counter() - start
-    return Contender(step, compile_s, losses + [step() for _ in range(COMPARED - 1)])
+    losses += [step() for _ in range(COMPARED - 1)]
+    return Contender(step, compile_s, losses, peak())
 
 
 def _torch_step(
     config: Config, denoiser: Denoiser, params: PyTree, batch: dict, *, compiled: bool
 ) -> Contender:
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() != "cpu" else "cpu"
+    device, memory = torch_device(), TorchMemory()
     model, predict = _torch_model(denoiser, params)
     model.to(device).train()
+    if device == "cuda" and isinstance(denoiser, UNet2DConditionConfig):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster there
     inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
     settings, ema = config.optimizer, [p.detach().clone() for p in model.parameters()]
     kernels = [p for p in model.parameters() if p.ndim > 1]
@@ -257,7 +308,7 @@ def _torch_step(
             torch.cuda.synchronize()  # wait for the update
         return loss.item()
 
-    return _first(step)
+    return _first(step, memory.peak)
 
 
 def _torch_model(

@@ -20,7 +20,7 @@ import tyro
 from etils import epath
 from flax import nnx
 
-from jaxdiff.benchmark.synthetic import small_tokenizers
+from jaxdiff.benchmark.synthetic import random_bundle
 from jaxdiff.benchmark.timing import time_in_turns
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Positive, Range
@@ -82,18 +82,8 @@ def random_sd15(width: float, abstract: bool = False) -> Bundle:
     )
     if abstract:
         return Bundle(spec, spec.abstract_params(), {})
-    rng = np.random.default_rng(0)
-
-    def sample(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        name = getattr(path[-1], "key", "")
-        if name in ("scale", "bias"):
-            return np.full(leaf.shape, float(name == "scale"), np.float32)
-        values = rng.standard_normal(leaf.shape, np.float32)
-        fan_in = np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2:-1])
-        return values * (fan_in**-0.5 if name == "kernel" else 0.02)
-
-    params = jax.tree_util.tree_map_with_path(sample, spec.abstract_params())
-    return Bundle(spec, params, small_tokenizers(config))
+    task: Any = dataclasses.replace(config.task, model=spec)  # type: ignore[type-var]
+    return random_bundle(dataclasses.replace(config, task=task))
 
 
 def weights_fraction(spec: TextToImage) -> float:

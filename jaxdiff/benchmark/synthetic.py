@@ -86,7 +86,20 @@ def small_tokenizers(config: Config) -> Mapping[str, TextTokenizer]:
 
 
 def random_bundle(config: Config) -> Bundle:
-    """Return a recipe's text-to-image model with random weights."""
-    model = config.task.model
+    """Return a recipe's text-to-image model with random weights, whose activations stay of order 1.
+
+    Scales are 1 and biases 0; kernels have a variance of 1 / fan-in.
+    """
+    model, rng = config.task.model, np.random.default_rng(0)
     assert isinstance(model, TextToImage)
-    return Bundle(model, random_like(model.abstract_params()), small_tokenizers(config))
+
+    def sample(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+        name = getattr(path[-1], "key", "")
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        fan_in = np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2:-1])
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return values * np.float32(fan_in**-0.5 if name == "kernel" else _SCALE)
+
+    params = jax.tree_util.tree_map_with_path(sample, model.abstract_params())
+    return Bundle(model, params, small_tokenizers(config))

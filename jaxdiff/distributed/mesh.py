@@ -33,9 +33,10 @@ class MeshConfig:
         gathered layer by layer (Zhao et al. 2023).
       tensor: tensor parallelism: devices split the heads of attention and the hidden units of MLPs
         (Shoeybi et al. 2019); convolutions are not split.
-      context: context parallelism: devices split each image of a denoiser by rows. In attention
-        each computes its own queries, for which keys and values are gathered; convolutions
-        exchange the rows at the borders.
+      context: context parallelism: devices split each image of a denoiser by rows. For
+        self-attention they exchange tokens for heads (Jacobs et al. 2023), or gather keys and
+        values if context x tensor does not divide the heads; convolutions exchange the rows at the
+        borders.
       slices: TPU slices, which the data center's network connects. Each has replicas of the model
         and its share of the batch; gradients are reduced within a slice first.
     """

@@ -8,7 +8,7 @@ axes may be split by `fsdp`: a network without names is sharded by the sizes of 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import traverse_util
@@ -43,6 +43,9 @@ AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
 
 # Below this size an all-gather costs more than the memory it saves.
 _SMALLEST = 2**12
+
+Reduction = Literal["compute", "float32"]
+"""Type in which replicas of the model sum gradients."""
 
 _Path = tuple[str, ...]
 
@@ -173,33 +176,42 @@ def gather_weights(params: PyTree, axes: ParamAxes) -> PyTree:
 
     Each device gathers one block at a time (Zhao et al. 2023). Without the constraint XLA may
     gather activations instead. Cotangents are constrained to the sharding of the parameters, so
-    that XLA reduce-scatters them over `fsdp` and all-reduces only these parts over `data`. Without
-    a mesh, return the weights. `axes` exclude the axis of the stack.
+    that XLA reduce-scatters them over `fsdp` and all-reduces only these parts over `data`. Where
+    `fsdp` alone splits the batch, they are constrained to be whole before: otherwise XLA moves
+    partial sums from device to device between parts of each product, which cost more than they
+    hide. Without a mesh, return the weights. `axes` exclude the axis of the stack.
     """
     mesh = traced_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params
     named = _flat(axes)
+    alone = all(mesh.shape[axis] == 1 for axis in batch_axes(mesh) if axis != "fsdp")
 
     def gather(path, leaf):
         names = _find(named, path, leaf.ndim)
         split = partition_spec(names, leaf.shape, mesh)
         whole = split if "modulation" in names else tensor_spec(names, leaf.shape, mesh)
-        return _gathered(whole, split, leaf)
+        return _gathered(whole, whole if alone else split, split, leaf)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(whole: PartitionSpec, split: PartitionSpec, weight: Array) -> Array:
-    """Constrain a weight to `whole`, and its cotangent to `split`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(
+    whole: PartitionSpec, summed: PartitionSpec, split: PartitionSpec, weight: Array
+) -> Array:
+    """Constrain a weight to `whole`, and its cotangent to `summed`, then to `split`."""
     return jax.lax.with_sharding_constraint(weight, whole)
 
 
-_gathered.defvjp(
-    lambda whole, split, weight: (_gathered(whole, split, weight), None),
-    lambda whole, split, _, cotangent: (jax.lax.with_sharding_constraint(cotangent, split),),
-)
+def _cotangent(
+    whole: PartitionSpec, summed: PartitionSpec, split: PartitionSpec, _: None, cotangent: Array
+) -> tuple[Array]:
+    total = jax.lax.with_sharding_constraint(cotangent, summed)
+    return (jax.lax.with_sharding_constraint(total, split),)
+
+
+_gathered.defvjp(lambda *specs_and_weight: (_gathered(*specs_and_weight), None), _cotangent)
 
 
 def shard_gradients(gradients: PyTree, axes: ParamAxes) -> PyTree:

@@ -1,13 +1,14 @@
 """Multi-head attention with the fastest kernel of each kind of device.
 
-  NVIDIA  cuDNN's flash attention without a mask, in bfloat16 or float16 with heads of at most 128
-          channels
+  NVIDIA  cuDNN's flash attention, with or without a mask, in bfloat16 or float16 with heads of at
+          most 128 channels
   TPU     splash attention, for long sequences, with or without a mask
   CPU     blocks of queries, for long sequences
   else    XLA, which materializes the logits
 
-A kernel works on one device. Under the mesh of the traced program, queries are sharded over images,
-heads and, where tokens are split, tokens; keys and values are then gathered.
+A kernel works on one device. Under the mesh of the traced program, attention is sharded over images
+and heads. Where `context` splits tokens, devices exchange them for heads in self-attention, if the
+heads divide among them, which sends less than gathering keys and values (`_exchanges_heads`).
 """
 
 import math
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epy
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.distributed.sharding import Axes, batch_axes, traced_mesh
@@ -54,6 +55,7 @@ _MIN_CPU_LOGITS, _CPU_BLOCK = 2**18, 256
 _EXCLUDED = float(np.finfo(np.float32).min) / 2  # logit of a key that the mask excludes
 # A TPU uses splash attention from this many logits on; below it XLA is faster.
 _MIN_SPLASH_LOGITS = 2**20
+_CUDNN_TILE = 64  # queries or keys
 _LANES = 128  # of a TPU's vector unit; block lengths are multiples of it
 _MAX_SPLASH_PADDING = 1.25  # times as many logits as without padding to those multiples
 # The largest block of splash attention, in queries and in keys: MaxText's default, 512, and for v6e
@@ -70,15 +72,20 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v for each head, over the keys where the mask is true."""
     mesh = traced_mesh()
-    if mesh is None or (mesh.shape["context"] == 1 and not _for_splash(q, k)):
+    has_kernel = _for_splash(q, k) or _for_cudnn(q, k)
+    if mesh is None or (mesh.shape["context"] == 1 and not has_kernel):
         return _attend(q, k, v, mask)
     axes = batch_axes(mesh)
     images = axes if q.shape[0] % math.prod(mesh.shape[a] for a in axes) == 0 else None
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     tokens = "context" if q.shape[1] % mesh.shape["context"] == 0 else None
-    queries, keys = PartitionSpec(images, tokens, heads), PartitionSpec(images, None, heads)
-    shared: list[Any] = [queries, keys, keys]
+    by_token = PartitionSpec(images, tokens, heads)
+    queries, keys = by_token, PartitionSpec(images, None, heads)
     inputs: list[Any] = [q, k, v]
+    if _exchanges_heads(q, k, mesh):
+        queries = keys = PartitionSpec(images, None, ("tensor", "context"))
+        inputs = [jax.lax.with_sharding_constraint(x, by_token) for x in inputs]
+    shared: list[Any] = [queries, keys, keys]
     if mask is not None:
         shared, inputs = [*shared, PartitionSpec(images)], [*inputs, mask]
     local = jax.shard_map(
@@ -89,7 +96,18 @@ def attend(
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )
-    return local(*inputs)
+    return jax.lax.with_sharding_constraint(local(*inputs), by_token)
+
+
+def _exchanges_heads(q: Array, k: Array, mesh: AbstractMesh) -> bool:
+    """Whether devices along `context` hold all tokens of some heads (Jacobs et al. 2023, Ulysses).
+
+    In self-attention, whose keys are split like its queries: of c devices each then sends (c - 1)/c
+    of a c-th of queries, keys, values and results, in place of (c - 1)/c of all keys and values.
+    """
+    context = mesh.shape["context"]
+    is_self = q.shape[1] == k.shape[1]
+    return context > 1 and is_self and q.shape[2] % (context * mesh.shape["tensor"]) == 0
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -99,7 +117,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
         kernels["cpu"] = _in_blocks
     if _for_splash(q, k):
         kernels["tpu"] = _splash
-    if mask is None and _for_cudnn(q, k):
+    if _for_cudnn(q, k):
         kernels["cuda"] = _cudnn
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if not kernels:
@@ -115,7 +133,7 @@ def _xla(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 def _for_splash(q: Array, k: Array) -> bool:
     lengths = q.shape[1], k.shape[1]
-    logits, padded = math.prod(lengths), math.prod(map(_padded, lengths))
+    logits, padded = math.prod(lengths), math.prod(_up(n, _LANES) for n in lengths)
     return (
         logits >= _MIN_SPLASH_LOGITS
         and padded <= _MAX_SPLASH_PADDING * logits
@@ -130,14 +148,30 @@ def _for_cudnn(q: Array, k: Array) -> bool:
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[3] <= 128
         and q.shape[3] % 8 == 0
-        and q.shape[1] % 64 == 0
-        and k.shape[1] % 64 == 0
+        and q.shape[1] >= _CUDNN_TILE
     )
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    """NVIDIA's flash attention (Dao et al. 2022)."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+def _cudnn(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """NVIDIA's flash attention (Dao et al. 2022), on tokens padded to whole tiles.
+
+    It reads a number of keys for each image, so that the keys where the mask is true are moved to
+    the front: their order does not matter. A mask of logits would be written for all queries, and
+    so would its gradient.
+    """
+    n, m = q.shape[1], k.shape[1]
+    used = None if m % _CUDNN_TILE == 0 else jnp.full(k.shape[0], m, jnp.int32)
+    if mask is not None:
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        k, v = (jax.vmap(_permuted)(x, order) for x in (k, v))
+        used = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
+    q, k, v = (_pad_tokens(x, _up(x.shape[1], _CUDNN_TILE)) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=used, implementation="cudnn")
+    return out[:, :n]
+
+
+def _permuted(x: Array, order: Array) -> Array:
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _splash(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -148,7 +182,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """
     b, n, h, d = q.shape
     m, most = k.shape[1], _largest_block()
-    rows, columns = _padded(n), _padded(m)
+    rows, columns = _up(n, _LANES), _up(m, _LANES)
     keys = _block(columns, most)
     block: Any = {f"block_q{pass_}": _block(rows, most) for pass_ in ("", "_dkv", "_dq")}
     block |= {f"block_kv{pass_}": keys for pass_ in ("", "_dkv", "_dq")}
@@ -162,16 +196,20 @@ def _splash(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
         segments = splash.SegmentIds(q=jnp.ones((b, rows), jnp.int32), kv=used)
 
     def heads_first(x: Array, length: int) -> Float[Array, "b h {length} d"]:
-        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        return _pad_tokens(x, length).swapaxes(1, 2)
 
     scaled = heads_first(q / np.sqrt(d).astype(q.dtype), rows)
     out = jax.vmap(kernel)(scaled, heads_first(k, columns), heads_first(v, columns), segments)
     return out.swapaxes(1, 2)[:, :n]
 
 
-def _padded(length: int) -> int:
-    """Return the next multiple of `_LANES`."""
-    return -(-length // _LANES) * _LANES
+def _pad_tokens(x: Array, length: int) -> Float[Array, "b {length} h d"]:
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _up(length: int, multiple: int) -> int:
+    """Return the next multiple."""
+    return -(-length // multiple) * multiple
 
 
 def _block(length: int, largest: int) -> int:

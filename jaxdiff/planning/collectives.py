@@ -104,11 +104,11 @@ def exchanges(program: Program) -> list[Exchange]:
 
 
 def _payload(kind: str, instruction: Instruction, group: int) -> float:
-    sizes = [array.bytes for array in arrays(instruction.result)]
+    sizes = [array.bytes for array in arrays(instruction.result) if array.shape]
     if instruction.opcode.endswith("-start") and instruction.result.startswith("(("):
         sizes = [array.bytes for array in arrays(instruction.result.split("), ", 1)[1])]
     elif instruction.opcode.endswith("-start") and kind != "all-reduce" and len(sizes) > 1:
-        sizes = sizes[len(sizes) // 2 :][:1]  # operand, result, and counters
+        sizes = sizes[1:2]  # operand, result, and of a permutation two counters
     # The result of a `reduce-scatter` is the part that each device keeps.
     is_scatter = instruction.opcode.startswith("reduce-scatter")
     return float(sum(sizes)) * (group if is_scatter else 1)
@@ -216,8 +216,14 @@ class Links:
         spanned = self.dimensions(collective.group)
         if not spanned:
             return collective.sent / self.bandwidth
-        used = sum(self._links(d, collective.group) for d in spanned)
-        return collective.sent / self.bandwidth * 2 * len(self.wraps) / used
+        link = self.bandwidth / 2 / len(self.wraps)
+        links = {d: self._links(d, collective.group) for d in spanned}
+        if collective.kind == "all-to-all":
+            # A part passes the devices between its ends; each dimension has links of its own.
+            sides = {d: len({self.coordinates[i][d] for i in collective.group}) for d in spanned}
+            hops = [sides[d] ** 2 // 4 / sides[d] / links[d] for d in spanned]
+            return collective.payload * max(hops) / link
+        return collective.sent / link / sum(links.values())
 
     def _links(self, dimension: int, group: Sequence[int]) -> float:
         """Return how many links of a dimension each device of a group has to itself.

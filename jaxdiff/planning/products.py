@@ -61,11 +61,9 @@ def padded_flops(
         return product.padded_flops(side)
     if instruction.opcode == "custom-call":
         count = next((n for k, n in _KERNELS.items() if instruction.name.startswith(k)), 0)
-        # Masks, of integers, precede queries and keys, which have no axis for a single image.
         given = [types[name] for name in instruction.operands if name in types]
-        shapes = [
-            arrays(kind)[0].shape for kind in given if kind.startswith(("bf16", "f16", "f32"))
-        ]
+        shapes = [arrays(type_)[0].shape for type_ in given if type_.startswith(("bf16", "f"))]
+        # Those of the mask's blocks before them are integers; one image has no axis of its own.
         queries, keys = [*(shape for shape in shapes if len(shape) > 2), (0,) * 3, (0,) * 3][:2]
         *batch, length, width = queries
         return count * Product(math.prod(batch), length, keys[-2], width).padded_flops(side)

@@ -95,23 +95,23 @@ class _Estimate:
             + self._seconds(mesh, "all-reduce", "data", 2 * held / mesh.fsdp)
             + self._seconds(mesh, "all-reduce", "slices", 2 * held / mesh.fsdp / mesh.data)
             + self._seconds(mesh, "all-reduce", "tensor", summed)
-            + self._seconds(mesh, "all-gather", "context", exchanged)
+            + self._seconds(mesh, "all-to-all", "context", exchanged)
         )
         update = _STATE_BYTES * held / mesh.fsdp / self.topology.chip.bandwidth
         return self.products(config) + update + links / 2
 
     def _activations(self, config: Config) -> tuple[float, float]:
-        """Return the bytes of activations summed over `tensor`, and gathered over `context`.
+        """Return the bytes of activations summed over `tensor`, and exchanged over `context`.
 
         A transformer of 24 layers of width d has about 24 x 12 d^2 parameters, and takes 6 FLOPs a
-        token for each in a step. Each layer sums its activations four times in a step; it gathers
-        keys and values, again in the backward pass, and sums their gradients.
+        token for each in a step. Each layer sums its activations four times in a step; it exchanges
+        queries, keys, values and results, again in the backward pass, and their gradients.
         """
         mesh = config.mesh
         tokens = self.per_image / 6 / self.parameters * config.train.batch_size
         width = math.sqrt(self.parameters / 24 / 12)
         layers = 24 * 2 * width * tokens / mesh.slices / mesh.data / mesh.fsdp
-        return 4 * layers / mesh.context, 6 * layers / mesh.tensor
+        return 4 * layers / mesh.context, 12 * layers / mesh.tensor / mesh.context
 
     def _seconds(self, mesh: MeshConfig, kind: str, axis: str, payload: float) -> float:
         """Return the time of a collective along an axis of a mesh."""

@@ -233,6 +233,7 @@ def compile_step(
         config.ema,
         accumulate=config.train.accumulate,
         compute=config.train.compute,
+        reduce=config.train.reduce,
     )
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch):

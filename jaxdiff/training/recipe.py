@@ -17,6 +17,7 @@ from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.mesh import MeshConfig, parse_slices
+from jaxdiff.distributed.sharding import Reduction
 from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
@@ -59,6 +60,9 @@ class TrainConfig:
       batch_size: images of one step, over all devices and micro-batches.
       accumulate: sequential micro-batches of a step's batch.
       compute: type of activations and products; parameters stay float32.
+      reduce: type in which replicas of the model (`mesh.data`, `mesh.slices`) sum gradients: that
+        of `compute`, during the backward pass, or float32, after it. Gradients of micro-batches
+        are summed in float32.
       seed: of initialisation, data order and noise.
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints; the last step always has one.
@@ -77,6 +81,7 @@ class TrainConfig:
     batch_size: Count = 64
     accumulate: Count = 1
     compute: ComputeType = "float32"
+    reduce: Reduction = "compute"
     seed: Seed = 0
     log_every: Count = 50
     checkpoint_every: Count = 1000

@@ -9,7 +9,12 @@ import optax
 from jaxtyping import Array, PyTree, Shaped
 
 from jaxdiff.diffusion.row_keys import RowKeys
-from jaxdiff.distributed.sharding import mean_over_replicas, shard_gradients, whole_on_each_cpu
+from jaxdiff.distributed.sharding import (
+    Reduction,
+    mean_over_replicas,
+    shard_gradients,
+    whole_on_each_cpu,
+)
 from jaxdiff.models.layers import ComputeType, cast, rngs_from_seed
 from jaxdiff.models.text_to_image import merge_params
 from jaxdiff.training.ema import Ema
@@ -49,13 +54,14 @@ def make_train_step(
     *,
     accumulate: int = 1,
     compute: ComputeType = "float32",
+    reduce: Reduction = "compute",
 ) -> TrainStep:
     """Make a step that updates parameters, optimizer state, EMA and the task's state.
 
     Gradients are taken with respect to the float32 masters through a cast to `compute`, and
     averaged over `accumulate` sequential micro-batches: the gradient of the whole batch where the
-    loss is a mean over its rows. A nonfinite loss, gradient or update changes only the step and the
-    counts of skipped updates.
+    loss is a mean over its rows. Replicas of the model sum them as `reduce` states. A nonfinite
+    loss, gradient or update changes only the step and the counts of skipped updates.
     """
 
     def loss(params, frozen, batch, keys, task_state, average):
@@ -71,8 +77,10 @@ def make_train_step(
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         keys = RowKeys.whole(key, len(jax.tree.leaves(batch)[0]))
+        once = accumulate > 1 or reduce == "float32" or whole_on_each_cpu()
+        at_the_end = task.by_row and once
         grads, (metrics, task_state) = _mean_gradient(
-            gradient, accumulate, task.by_row, state, frozen, batch, keys
+            gradient, accumulate, at_the_end, state, frozen, batch, keys
         )
         grad_norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
@@ -107,7 +115,7 @@ def make_train_step(
 def _mean_gradient(
     gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
     accumulate: int,
-    by_row: bool,
+    at_the_end: bool,
     state: TrainState,
     frozen: PyTree,
     batch: Batch,
@@ -115,9 +123,9 @@ def _mean_gradient(
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
     """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
-    The gradients of a loss `by_row` are reduced over replicas of the model once, not for each part.
-    On CPUs this holds for one part too: XLA would reduce the gradients of each block on its own,
-    and the devices wait for each other each time.
+    Gradients are reduced over replicas of the model for each part, in the compute type, or once
+    `at_the_end`, in float32. On CPUs the latter holds for one part too: XLA would reduce the
+    gradients of each block on its own, and the devices wait for each other each time.
     """
 
     def split(x: Array) -> Shaped[Array, "k b ..."]:
@@ -143,6 +151,8 @@ def _mean_gradient(
             result, task_state = part_gradient(part, task_state)
             return (jax.tree.map(jnp.add, total, result), task_state), None
 
+        if accumulate == 1:
+            return part_gradient(rows, first_state)
         parts = jax.tree.map(split, rows)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes, _ = jax.eval_shape(part_gradient, first, first_state)
@@ -150,8 +160,7 @@ def _mean_gradient(
         (total, task_state), _ = jax.lax.scan(body, (zeros, first_state), parts)
         return jax.tree.map(lambda x: x / accumulate, total), task_state
 
-    once = by_row and (accumulate > 1 or whole_on_each_cpu())
-    mean = mean_over_replicas(mean_over_parts) if once else mean_over_parts
+    mean = mean_over_replicas(mean_over_parts) if at_the_end else mean_over_parts
     constants = (state.params, frozen, keys.key, state.task_state, state.ema)
     (grads, metrics), task_state = mean(constants, (dict(batch), keys.rows))
     return grads, (metrics, task_state)

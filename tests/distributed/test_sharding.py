@@ -49,6 +49,7 @@ from jaxdiff.models.lora import tree as tree_of_adapters
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.planning.collectives import exchanges
 from jaxdiff.planning.hlo import read_program
+from jaxdiff.planning.topology import find_topology
 from jaxdiff.training.abstract import abstract_batch, abstract_state, check_axes
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.loop import compile_step
@@ -332,6 +333,7 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
     [
         *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
         *((name, MeshConfig(data=2, fsdp=4), 1) for name in ("dit", "flux1", "flux2")),
+        ("dit", MeshConfig(data=1, fsdp=8), 1),
         ("dit", None, 2),
         pytest.param("dit", None, 4, marks=pytest.mark.nightly),
         ("dit", MeshConfig(data=4, fsdp=2), 2),
@@ -547,6 +549,31 @@ def test_a_modulation_exchanges_vectors_rather_than_its_kernel(images, divides):
     if divides:
         payloads = [e.payload / e.count for e in exchanges(read_program(compiled.as_text()))]
         assert 0 < max(payloads) < 4 * 64 * 384 / 2
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4)])
+def test_a_tpu_reduce_scatters_gradients(mesh):
+    """Also where `fsdp` alone splits the batch: XLA would pass partial sums around."""
+    pytest.importorskip("libtpu")
+    made = make_mesh(mesh, find_topology("v5e:2x4").devices)
+
+    def loss(kernel, x):
+        whole = gather_weights({"kernel": kernel}, {"kernel": ("embed", "mlp")})["kernel"]
+        return jnp.sum((x @ whole).astype(jnp.float32) ** 2)
+
+    def on_mesh(kernel, x):
+        with jax.sharding.use_abstract_mesh(made.abstract_mesh):
+            return jax.grad(loss)(kernel, x)
+
+    where = NamedSharding(made, PartitionSpec("fsdp")), batch_sharding(made)
+    inputs = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+        for shape, sharding in zip(((1024, 4096), (16384, 1024)), where, strict=True)
+    )
+    compiled = jax.jit(on_mesh, out_shardings=where[0]).lower(*inputs).compile()
+    found = {e.kind: e for e in exchanges(read_program(compiled.as_text()))}
+    assert found["reduce-scatter"].payload == 2 * 1024 * 4096
+    assert "collective-permute" not in found
 
 
 @pytest.mark.parametrize("spec", [(None, None, "fsdp", None), (None, None, None, "fsdp")])

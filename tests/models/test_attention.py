@@ -1,14 +1,19 @@
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.models import attention
+from jaxdiff.planning.collectives import exchanges
+from jaxdiff.planning.hlo import read_program
 from jaxdiff.planning.topology import find_topology
 
 
@@ -83,10 +88,23 @@ def on_mesh():
     return wrap
 
 
-@pytest.mark.parametrize(("n", "masked"), [(16, True), (18, False)])  # 18 do not divide by four
-def test_tokens_on_several_devices_are_the_same_attention(n, masked, on_mesh):
-    inputs = random(4, n, 2, 8), random(4, 6, 2, 8), random(4, 6, 2, 8)
-    mask = jnp.arange(6)[None] < jnp.array([2, 6, 3, 1])[:, None] if masked else None
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "masked", "config"),
+    [
+        # Keys and values are gathered: few keys, or heads that do not divide.
+        (16, 6, 2, True, MeshConfig(data=2, context=4)),
+        (18, 6, 4, False, MeshConfig(data=2, context=4)),  # 18 do not divide by four
+        (16, 16, 2, True, MeshConfig(data=2, context=4)),
+        # Tokens are exchanged for heads.
+        (16, 16, 4, True, MeshConfig(data=2, context=4)),
+        (18, 18, 4, True, MeshConfig(data=2, context=4)),
+        (16, 16, 4, False, MeshConfig(data=2, context=2, tensor=2)),
+        (16, 16, 8, True, MeshConfig(data=1, context=4, tensor=2)),
+    ],
+)
+def test_tokens_on_several_devices_are_the_same_attention(n, m, heads, masked, config, on_mesh):
+    inputs = random(4, n, heads, 8), random(4, m, heads, 8), random(4, m, heads, 8)
+    mask = jnp.arange(m)[None] < jnp.array([2, 6, 3, 1])[:, None] if masked else None
 
     def gradient(q, k, v):
         def loss(q, k, v):
@@ -94,12 +112,36 @@ def test_tokens_on_several_devices_are_the_same_attention(n, masked, on_mesh):
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    shared = on_mesh(MeshConfig(data=2, context=4), gradient)
+    shared = on_mesh(config, gradient)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         jax.device_get(shared(*inputs)),
         jax.device_get(jax.jit(gradient)(*inputs)),
     )
+
+
+@pytest.mark.parametrize(
+    ("m", "heads", "kind"), [(16, 4, "all-to-all"), (16, 2, "all-gather"), (6, 4, None)]
+)
+def test_devices_exchange_tokens_for_heads_where_that_sends_less(m, heads, kind):
+    """A quarter of queries, keys, values and results in place of all keys and values."""
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+    split = NamedSharding(mesh, PartitionSpec("data", "context"))
+    whole = split if m == 16 else NamedSharding(mesh, PartitionSpec("data"))
+
+    def on_mesh(q, k, v):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention.attend(q, k, v)
+
+    shapes = [jax.ShapeDtypeStruct((4, n, heads, 8), jnp.float32) for n in (16, m, m)]
+    step = jax.jit(on_mesh, in_shardings=(split, whole, whole))
+    program = step.lower(*shapes).compile().as_text()
+    assert program is not None
+    found = exchanges(read_program(program))
+    assert {exchange.kind for exchange in found} == ({kind} if kind else set())
+    array = 2 * 16 * heads * 8 * 4  # of the images of a device
+    sent = {"all-to-all": 4 * array / 4 * 3 / 4, "all-gather": 2 * array * 3 / 4, None: 0}
+    assert sum(exchange.sent for exchange in found) == sent[kind]
 
 
 def test_each_device_attends_for_its_own_tokens(on_mesh):
@@ -147,7 +189,7 @@ def test_keys_that_a_mask_excludes_do_not_matter_to_the_kernel_of_a_tpu(interpre
 
 
 def test_a_tpu_has_the_largest_blocks_that_divide_its_tokens():
-    assert [attention._padded(n) for n in (1024, 1101, 4173)] == [1024, 1152, 4224]
+    assert [attention._up(n, 128) for n in (1024, 1101, 4173)] == [1024, 1152, 4224]
     blocks = {n: [attention._block(n, most) for most in (512, 1024)] for n in (1024, 1152, 1280)}
     assert blocks == {1024: [512, 1024], 1152: [384, 384], 1280: [256, 640]}
 
@@ -207,3 +249,93 @@ def test_each_generation_of_tpu_compiles_its_kernel_with_a_mask(topology):
     program = jax.jit(jax.grad(loss)).lower(q, mask).compile().as_text()
     assert program is not None
     assert program.count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "masked"), [(64, 128, False), (70, 77, False), (64, 64, True), (100, 77, True)]
+)
+def test_what_cudnn_gets_is_the_same_attention(n, m, masked, monkeypatch):
+    """With keys that a mask excludes anywhere, and gradients; XLA stands in for the kernel."""
+    kernel = jax.nn.dot_product_attention
+
+    def checked(*args, implementation=None, **options):
+        if implementation == "cudnn":
+            assert args[0].shape[1] % 64 == args[1].shape[1] % 64 == 0
+            assert args[1].shape[1] == m or "key_value_seq_lengths" in options
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", checked)
+    inputs = random(2, n, 2, 8), random(2, m, 2, 8), random(2, m, 2, 8)
+    mask = jnp.stack([jnp.arange(m) % 3 > 0, jnp.arange(m) < m // 2]) if masked else None
+
+    def gradient(attend):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(attend(q, k, v, mask)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*inputs)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(attention._cudnn),
+        gradient(attention._xla),
+    )
+
+
+def test_cudnn_ignores_keys_where_a_mask_excludes_all(monkeypatch):
+    """But for one, so that an image without any does not become NaN."""
+    lengths = []
+
+    def kernel(q, k, v, *, key_value_seq_lengths, implementation):
+        lengths.extend(key_value_seq_lengths.tolist())
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q = random(2, 64, 1, 8)
+    attention._cudnn(q, q, q, jnp.stack([jnp.zeros(64, bool), jnp.arange(64) < 9]))
+    assert lengths == [1, 9]
+
+
+@pytest.fixture
+def as_on_nvidia(monkeypatch):
+    """A process that traces as one with an NVIDIA GPU does."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype", "expected"),
+    [
+        (1024, 1024, 72, jnp.bfloat16, True),
+        (1101, 77, 128, jnp.float16, True),
+        (1024, 1024, 160, jnp.bfloat16, False),
+        (1024, 1024, 60, jnp.bfloat16, False),
+        (1024, 1024, 64, jnp.float32, False),
+        (16, 1024, 64, jnp.bfloat16, False),
+    ],
+)
+@pytest.mark.usefixtures("as_on_nvidia")
+def test_nvidia_has_its_kernel_where_that_exists(n, m, d, dtype, expected):
+    q, k = jnp.zeros((1, n, 1, d), dtype), jnp.zeros((1, m, 1, d), dtype)
+    assert attention._for_cudnn(q, k) == expected
+
+
+@pytest.mark.parametrize("config", [None, MeshConfig(data=4, tensor=2)])
+@pytest.mark.usefixtures("as_on_nvidia")
+def test_programs_for_nvidia_call_its_kernel_with_a_mask(config):
+    """Forward and backward, on one device and under a mesh."""
+    q = jax.ShapeDtypeStruct((8, 1101, 2, 72), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((8, 1101), bool)
+    mesh = config and make_mesh(config)
+
+    def loss(q, mask):
+        under = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext()
+        with under:
+            return jnp.sum(attention.attend(q, q, q, mask), dtype=jnp.float32)
+
+    gradient = jax.grad(loss)
+    step = jax.jit(gradient, in_shardings=batch_sharding(mesh)) if mesh else jax.jit(gradient)
+    traced = step.trace(q, mask)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in program
+    assert "__cudnn$fmhaSoftmaxBackward" in program
+    assert program.count("PADDING") == 2

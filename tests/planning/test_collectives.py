@@ -89,6 +89,18 @@ def test_overlapped_collectives_of_a_tpu_count_once():
     ]
 
 
+def test_a_permutation_moves_its_operand():
+    """As libtpu prints its start: the result is followed by two counters."""
+    rows = "bf16[4,8]{1,0}"
+    program = read_program(
+        f"ENTRY %main (a: {rows}) -> {rows} {{\n  %a = {rows} parameter(0)\n"
+        f"  %s = ({rows}, {rows}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) collective-permute-start(%a), "
+        "channel_id=1, source_target_pairs={{0,1},{1,0}}\n"
+        f"  ROOT %r = {rows} collective-permute-done(%s)\n}}\n"
+    )
+    assert exchanges(program) == [Exchange("collective-permute", 2, 1, 64.0, 64.0)]
+
+
 def test_a_program_without_collectives_has_none():
     assert exchanges(compiled(jnp.sin, (8,))) == []
 
@@ -133,6 +145,23 @@ def test_a_collective_uses_the_links_of_the_dimensions_that_it_spans():
     assert seconds(0, 3) == 32 * 3  # the ends of a line
     assert seconds(*range(16)) == 60 / 3
     assert Links(4.0, 1.0).seconds(Collective("all-gather", (0, 1, 2, 3), 64.0, "")) == 48 / 4
+
+
+def test_parts_of_an_all_to_all_pass_the_devices_between_their_ends():
+    """Counted by hand on rings and lines of four links of 1 byte/s each: 64 bytes a device."""
+    places = tuple((x, y) for x in range(4) for y in range(8))
+    links = Links(4.0, 1.0, places, (True, False))
+
+    def seconds(*group):
+        return links.seconds(Collective("all-to-all", group, 64.0, ""))
+
+    column, row = range(0, 32, 8), range(8)
+    assert seconds(*column) == 16 * (1 + 1 + 2) / 2  # distances on a ring, in both directions
+    assert seconds(*row) == 8 * 4 * 4  # four devices send to four others over one link
+    assert seconds(*row[:3]) == 64 / 3 * 2
+    assert seconds(0, 1) == 32
+    assert seconds(*range(32)) == 8 * 4 * 4  # the ring is done by then
+    assert Links(4.0, 1.0).seconds(Collective("all-to-all", (0, 1, 2, 3), 64.0, "")) == 48 / 4
 
 
 @pytest.mark.parametrize(("target", "slices"), [("1,2", 2), ("1:4", 4)])

@@ -89,18 +89,18 @@ def test_the_smaller_padding_of_the_two_operands_counts():
     assert Product(3, 100, 100, 10).padded_flops(1) == Product(3, 100, 100, 10).flops
 
 
+@pytest.mark.parametrize("images", [(4,), ()])
 @pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
-@pytest.mark.parametrize(("batch", "order"), [("4,16", "3,2,1,0"), ("64", "2,1,0")])
-def test_kernels_of_splash_attention_count_all_pairs(kernel, products, batch, order):
-    """A single image has no axis of its own."""
+def test_kernels_of_splash_attention_count_all_pairs(kernel, products, images):
+    """Of several images, or of one, whose axis the compiler leaves out."""
+    q, k = (",".join(map(str, (*images, 16, n, 128))) for n in (1024, 512))
     program = read_program(
         "ENTRY %main (m: s8[1,2,2]) -> bf16[4] {\n  %m = s8[1,2,2]{2,1,0} parameter(0)\n"
-        f"  %q = bf16[{batch},1024,128]{{{order}}} parameter(1)\n"
-        f"  %k = bf16[{batch},512,128]{{{order}}} parameter(2)\n"
-        f"  ROOT %splash_mha_{kernel}_residuals.3 = bf16[{batch},1024,128]{{{order}}} "
+        f"  %q = bf16[{q}] parameter(1)\n  %k = bf16[{k}] parameter(2)\n"
+        f"  ROOT %splash_mha_{kernel}_residuals.3 = bf16[{q}] "
         'custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"\n}\n'
     )
-    assert flops_of(program) == products * 2 * 64 * 1024 * 512 * 128
+    assert flops_of(program) == products * 2 * sum(images or (1,)) * 16 * 1024 * 512 * 128
 
 
 def test_other_kernels_count_nothing():

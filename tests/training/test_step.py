@@ -1,6 +1,7 @@
 """One training step, on a task whose loss is deterministic."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,16 +156,17 @@ MESHES = [
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulate"),
+    ("mesh", "options"),
     [
-        *((mesh, 1) for mesh in MESHES),
-        (None, 4),
-        *((mesh, 2) for mesh in MESHES if mesh.tensor < 8),
+        *((mesh, {}) for mesh in MESHES),
+        (None, {"accumulate": 4}),
+        *((mesh, {"accumulate": 2}) for mesh in MESHES if mesh.tensor < 8),
+        *((mesh, {"reduce": "float32"}) for mesh in (MESHES[0], MESHES[1], MESHES[5])),
     ],
 )
-def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
+def test_devices_and_micro_batches_do_not_change_the_step(mesh, options):
     expected, figures = on_one_device()
-    state, found = two_steps(compiled(mesh, accumulate=accumulate))
+    state, found = two_steps(compiled(mesh, **options))
     np.testing.assert_allclose(found, figures, rtol=1e-5)
     assert not np.isclose(figures[0], figures[2], rtol=1e-2)
     for name in ("params", "ema", "opt_state", "task_state", "step"):
@@ -173,6 +175,23 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, accumulate):
             getattr(state, name),
             getattr(expected, name),
         )
+
+
+@pytest.mark.parametrize(("reduce", "types"), [("compute", set()), ("float32", {"f32"})])
+def test_replicas_sum_gradients_once_in_float32_if_the_recipe_says_so(reduce, types):
+    """Otherwise the compiler sums results of products, in their type."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    step_on_mesh = make_train_step(Regression(), OPTIMIZER, EMA, compute="bfloat16", reduce=reduce)
+
+    def step(*inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step_on_mesh(*inputs)
+
+    placed = replicated(mesh), replicated(mesh), batch_sharding(mesh)
+    program = jax.jit(step, in_shardings=placed).lower(initial(), {}, make_batch()).as_text()
+    found = re.findall(r"stablehlo\.all_reduce.*?: \(tensor<(?:\d+x)*(\w+)>", program, re.DOTALL)
+    assert set(found) == types
+    assert not found or len(found) >= len(jax.tree.leaves(initial().params))
 
 
 @pytest.mark.parametrize("mesh", [MESHES[0], MeshConfig(slices=2, data=4)])
