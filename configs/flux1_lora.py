@@ -1,7 +1,7 @@
 """FLUX.1-dev with low-rank adapters, trained on your own images.
 
-Hardware: one GPU of 40 GB or TPU v5e:8x8.
-Cost: planned: 1.0 hours on slices at 40 % utilisation; not trained yet.
+Hardware: one GPU of 40 GB, TPU v5e:8x8, v5e:16x16, v6e:8x8, v5p:4x4x4 or 8 H100.
+Cost: planned: 1.0, 1.0, 0.23, 0.45 or 1.7 hours on slices at 40 % utilisation; not trained yet.
 
     python train.py configs/flux1_lora.py --data.source.path photos
     jaxdiff export runs/flux1_lora style --format lora
@@ -14,8 +14,12 @@ tokens. A cached caption takes 4.2 MB. Speed, memory and quality have not been m
 
 `jaxdiff plan configs/flux1_lora.py --quick` compiles the step for each of them:
 
-    slice    batch  mesh            micro-batches  remat  state/chip  memory/chip  hours at 40 %
-    v5e:8x8     64  data=1 fsdp=64              1  full     0.37 GiB    4.3 of 16            1.0
+    slice      batch  mesh            micro-batches  remat  state/chip  memory/chip  hours at 40 %
+    v5e:8x8       64  data=1 fsdp=64              1  full     0.37 GiB    4.3 of 16            1.0
+    v5e:16x16    256  data=4 fsdp=64              1  full     0.37 GiB    4.0 of 16            1.0
+    v6e:8x8       64  data=1 fsdp=64              1  full     0.37 GiB    4.4 of 32           0.23
+    v5p:4x4x4     64  data=64 fsdp=1              1  dots    23.30 GiB   57.2 of 95           0.45
+    h100:8        64  data=8 fsdp=1               8  dots    23.30 GiB   57.6 of 80            1.7
 
 State is weights, EMA, moments and frozen parts; memory is that of the whole step in GiB. Hours are
 those of 2,000 steps at 40 % of the chips' peak FLOP/s. On one device the batch is 4.
@@ -70,6 +74,18 @@ def get_config() -> Config:
         ),
         slices=(
             PlannedTopology(topology="v5e:8x8", mesh=MeshConfig(data=1, fsdp=64), batch_size=64),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=4, fsdp=64), batch_size=256),
+            PlannedTopology(topology="v6e:8x8", mesh=MeshConfig(data=1, fsdp=64), batch_size=64),
+            PlannedTopology(
+                topology="v5p:4x4x4", mesh=MeshConfig(data=64, fsdp=1), batch_size=64, remat="dots"
+            ),
+            PlannedTopology(
+                topology="h100:8",
+                mesh=MeshConfig(data=8, fsdp=1),
+                accumulate=8,
+                batch_size=64,
+                remat="dots",
+            ),
         ),
         tokenizer=TokenizerConfig(vocab_size=32_128, length=77),
     )

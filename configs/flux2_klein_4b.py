@@ -1,7 +1,7 @@
 """FLUX.2-klein-base 4B, fine-tuned on your own images.
 
-Hardware: TPU v5e:8x8, v5e:16x16 or v6e:8x8.
-Cost: planned: 3.7, 3.7 or 0.79 hours on slices at 40 % utilisation; not trained yet.
+Hardware: TPU v5e:8x8, v5e:16x16, v6e:8x8, v5p:4x4x4 or 8 H100.
+Cost: planned: 3.7, 3.7, 0.79, 1.6 or 5.9 hours on slices at 40 % utilisation; not trained yet.
 
     python train.py configs/flux2_klein_4b.py --data.source.path photos
 
@@ -19,6 +19,8 @@ guidance. Speed and quality have not been measured yet.
     v5e:8x8       64  data=1 fsdp=64              1  full     0.91 GiB    3.8 of 16            3.7
     v5e:16x16    256  data=4 fsdp=64              1  dots     0.91 GiB   12.3 of 16            3.7
     v6e:8x8       64  data=1 fsdp=64              1  dots     0.91 GiB   12.3 of 32           0.79
+    v5p:4x4x4     64  data=1 fsdp=64              1  none     0.91 GiB   47.2 of 95            1.6
+    h100:8        64  data=1 fsdp=8               2  dots     7.24 GiB   58.4 of 80            5.9
 
 State is weights, EMA, moments and frozen parts; memory is that of the whole step in GiB. Hours are
 those of 10,000 steps at 40 % of the chips' peak FLOP/s. Elsewhere the batch is 64 and remat "full".
@@ -89,5 +91,9 @@ def get_config() -> Config:
                 topology="v5e:16x16", mesh=MeshConfig(data=4, fsdp=64), batch_size=256, remat="dots"
             ),
             PlannedTopology(topology="v6e:8x8", mesh=MeshConfig(data=1, fsdp=64), remat="dots"),
+            PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=1, fsdp=64), remat="none"),
+            PlannedTopology(
+                topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=2, remat="dots"
+            ),
         ),
     )

@@ -1,7 +1,7 @@
 """FLUX.2-klein-base 4B with low-rank adapters, trained on your own images.
 
-Hardware: one GPU, TPU v5e:8x8, v6e:8x8, v5p:4x4x4 or 8 H100.
-Cost: planned: 0.49, 0.11, 0.21 or 0.78 hours on slices at 40 % utilisation; not trained yet.
+Hardware: one GPU, TPU v5e:8x8, v5e:16x16, v6e:8x8, v5p:4x4x4 or 8 H100.
+Cost: planned: 0.49, 0.49, 0.11, 0.21 or 0.78 hours on slices at 40 % utilisation; not trained yet.
 
     python train.py configs/flux2_klein_4b_lora.py --data.source.path photos
     jaxdiff export runs/flux2_klein_4b_lora style --format lora
@@ -14,6 +14,7 @@ and quality have not been measured yet.
 
     slice      batch  mesh            micro-batches  remat  state/chip  memory/chip  hours at 40 %
     v5e:8x8       64  data=8 fsdp=8               1  full     0.97 GiB    3.6 of 16           0.49
+    v5e:16x16    256  data=32 fsdp=8              1  full     0.97 GiB    3.6 of 16           0.49
     v6e:8x8       64  data=64 fsdp=1              1  full     7.73 GiB   10.3 of 32           0.11
     v5p:4x4x4     64  data=64 fsdp=1              1  none     7.73 GiB   42.0 of 95           0.21
     h100:8        64  data=8 fsdp=1               8  none     7.73 GiB   42.4 of 80           0.78
@@ -47,6 +48,7 @@ def get_config() -> Config:
         mesh=MeshConfig(),
         slices=(
             PlannedTopology(topology="v5e:8x8", mesh=MeshConfig(data=8, fsdp=8), batch_size=64),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=32, fsdp=8), batch_size=256),
             PlannedTopology(topology="v6e:8x8", mesh=MeshConfig(data=64, fsdp=1), batch_size=64),
             PlannedTopology(
                 topology="v5p:4x4x4", mesh=MeshConfig(data=64, fsdp=1), batch_size=64, remat="none"

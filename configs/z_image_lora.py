@@ -1,7 +1,7 @@
 """Z-Image with low-rank adapters, trained on your own images.
 
-Hardware: one GPU or TPU v5e:8x8.
-Cost: planned: 0.88 hours on slices at 40 % utilisation; not trained yet.
+Hardware: one GPU, TPU v5e:8x8, v5e:16x16, v6e:8x8, v5p:4x4x4 or 8 H100.
+Cost: planned: 0.88, 0.88, 0.19, 0.38 or 1.4 hours on slices at 40 % utilisation; not trained yet.
 
     python train.py configs/z_image_lora.py --data.source.path photos
     jaxdiff export runs/z_image_lora style --format lora
@@ -12,8 +12,12 @@ quality have not been measured yet.
 
 `jaxdiff plan configs/z_image_lora.py --quick` compiles the step for each of them:
 
-    slice    batch  mesh            micro-batches  remat  state/chip  memory/chip  hours at 40 %
-    v5e:8x8     64  data=4 fsdp=16              1  full     0.77 GiB    4.2 of 16           0.88
+    slice      batch  mesh             micro-batches  remat  state/chip  memory/chip  hours at 40 %
+    v5e:8x8       64  data=4 fsdp=16               1  full     0.77 GiB    4.2 of 16           0.88
+    v5e:16x16    256  data=16 fsdp=16              1  full     0.77 GiB    4.2 of 16           0.88
+    v6e:8x8       64  data=16 fsdp=4               1  dots     3.05 GiB   29.5 of 32           0.19
+    v5p:4x4x4     64  data=64 fsdp=1               1  dots    12.21 GiB   38.6 of 95           0.38
+    h100:8        64  data=8 fsdp=1                4  dots    12.21 GiB   65.3 of 80            1.4
 
 State is weights, EMA, moments and frozen parts; memory is that of the whole step in GiB. Hours are
 those of 2,000 steps at 40 % of the chips' peak FLOP/s. On one device the batch is 4.
@@ -44,5 +48,21 @@ def get_config() -> Config:
         mesh=MeshConfig(),
         slices=(
             PlannedTopology(topology="v5e:8x8", mesh=MeshConfig(data=4, fsdp=16), batch_size=64),
+            PlannedTopology(
+                topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), batch_size=256
+            ),
+            PlannedTopology(
+                topology="v6e:8x8", mesh=MeshConfig(data=16, fsdp=4), batch_size=64, remat="dots"
+            ),
+            PlannedTopology(
+                topology="v5p:4x4x4", mesh=MeshConfig(data=64, fsdp=1), batch_size=64, remat="dots"
+            ),
+            PlannedTopology(
+                topology="h100:8",
+                mesh=MeshConfig(data=8, fsdp=1),
+                accumulate=4,
+                batch_size=64,
+                remat="dots",
+            ),
         ),
     )
