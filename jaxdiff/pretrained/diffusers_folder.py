@@ -145,7 +145,7 @@ def write_diffusers(
       folder: to write.
       bundle: the model.
       original: a folder of diffusers that its text encoders come from. Layers of a language model
-        that the denoiser does not read, and the files of tokenizers, are copied from it.
+        that the denoiser does not read are copied from it.
 
     Raises:
       UserError: diffusers has no such model.
