@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from jaxdiff.config.fields import fields_of, flag
-from jaxdiff.config.serialization import to_json
+from jaxdiff.config.serialization import from_json, to_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import format_json, parse_json
 from jaxdiff.models.layers import ComputeType
@@ -39,6 +39,7 @@ from jaxdiff.pipelines.resolve import (
 from jaxdiff.pipelines.settings import GenerationSettings
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.sampling.sampler import ResolvedSampler
 
 # Names of solvers in web UIs, where they differ from ours.
 SAMPLERS = {
@@ -236,12 +237,23 @@ class ImageMetadata:
                 )
         if parse_json(format_json(recorded(resolved)), self.path) != self.settings:
             raise _changed(self.path)
-        if parse_json(format_json(found["sampler"]), self.path) != self.details["sampler"]:
+        if not self._has_sampler(found["sampler"], pipe.types):
             raise UserError(
                 f"{self.path} was made with another sampler than {pipe.spec.name} has now: restore "
                 "the key sampler in the config.json of the model."
             )
         return resolved
+
+    def _has_sampler(self, sampler: Any, types: Sequence[type]) -> bool:
+        """Whether the file states this sampler; keys that it lacks have their defaults.
+
+        Later versions have more keys.
+        """
+        try:
+            stated = from_json(ResolvedSampler, self.details["sampler"], types=types)
+        except (UserError, KeyError):
+            return False
+        return format_json(to_json(stated)) == format_json(sampler)
 
     def _check_input(self, name: str, given: Sequence[epath.Path]) -> None:
         """Raise `UserError` unless the inputs are those of the file, or neither has any."""

@@ -259,6 +259,15 @@ def test_a_model_with_another_sampler_is_refused(sample, generated, model, tmp_p
     assert "with another sampler" in capsys.readouterr().err
 
 
+def test_a_file_of_a_version_with_fewer_options_is_reproduced(sample, generated, tmp_path):
+    text = read_image_text(generated)
+    details = json.loads(text["details"])
+    del details["sampler"]["denoising_interval"], details["sampler"]["guidance"]["distilled"]
+    text["details"] = json.dumps(details)
+    save_png(tmp_path / "earlier.png", pixels(generated), text)
+    assert sample("--again", tmp_path / "earlier.png") == 0
+
+
 def test_a_file_without_the_text_is_refused(sample, generated, tmp_path, capsys):
     bare = tmp_path / "bare.png"
     save_png(bare, pixels(generated), {"prompt": PEA})
