@@ -145,7 +145,7 @@ def test_an_image_of_clip_guidance_is_reproduced_with_that_clip(sample, clips, t
     assert "CLIP guidance: 3" in read_image_text(file)["parameters"]
     assert sample("--again", file, *words) == 0
     assert sample("--again", file, "--clip-model", clips[1]) == 2
-    assert "was guided by another CLIP" in capsys.readouterr().err
+    assert "was made with another CLIP" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
