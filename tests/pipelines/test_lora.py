@@ -14,6 +14,7 @@ from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines import lora
 from jaxdiff.pipelines.lora import adapters_of, attach, detach, merge, scaled
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle, check_params
 
 QUERY = ("blocks", "attention", "q")
@@ -92,6 +93,21 @@ def test_several_add_up_in_any_order(bundle):
     assert_same_change(adapters_of(both), adapters_of(other))
     at_once = merge(detach(both), adapters_of(both))
     assert_same(at_once, merge(merge(detach(both), one), two))
+
+
+def test_other_scales_of_several_compile_nothing(tiny_bundle, compilations):
+    pipe = Pipeline(tiny_bundle, devices=jax.devices()[:1])
+
+    def image(first, second):
+        model = pipe.bundle
+        for rank, scale in ((2, first), (3, second)):
+            model = attach(model, scaled(some(tiny_bundle, rank), scale))
+        return pipe.with_bundle(model)("a small red pea", num_steps=1, output="float")
+
+    before = image(0.01, 0.02)
+    del compilations[:]
+    assert np.abs(image(0.03, 0.01) - before).max() > 1e-3
+    assert not compilations
 
 
 def test_adapters_of_one_part_have_one_rank(bundle):
