@@ -121,7 +121,7 @@ def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
         (("export", "nowhere", "out"), "nowhere holds no model"),
         (("export", "a", "b", "--dtype", "int8"), "expected bfloat16, float16 or float32"),
         (("export", "a", "b", "--format", "ckpt"), "diffusers, lora or embedding"),
-        (("export", "shipped:produce", "b", "--format", "diffusers"), "no Stable Diffusion model"),
+        (("export", "shipped:produce", "b", "--format", "diffusers"), "is no model of diffusers"),
     ],
 )
 def test_a_user_error_is_one_line(refused, started, words, message, monkeypatch, tmp_path):

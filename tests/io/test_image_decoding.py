@@ -336,7 +336,7 @@ def test_threads_leave_the_filters_of_warnings_as_they_were(image_files):
 def test_no_other_module_opens_images():
     package = Path(jaxdiff.__file__).parent
     opening = {p.name for p in package.rglob("*.py") if "Image.open(" in p.read_text("utf-8")}
-    assert opening == {"image_decoding.py", "inputs.py"}  # a message of inputs.py mentions it
+    assert opening == {"image_decoding.py", "input_images.py"}  # a message of the latter names it
 
 
 def strokes(colour, clear, background=(0, 0, 0)):

@@ -80,9 +80,18 @@ class Flux2AutoencoderConfig(AutoencoderSpec):
     @property
     def encoder(self) -> AutoencoderConfig:
         """The autoencoder whose encoder this one has."""
-        same = {f.name for f in dataclasses.fields(AutoencoderConfig)}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in same}
-        return AutoencoderConfig(latent_channels=self.z_channels, **values)
+        return AutoencoderConfig(
+            image_channels=self.image_channels,
+            latent_channels=self.z_channels,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            norm_num_groups=self.norm_num_groups,
+            mid_block_add_attention=self.mid_block_add_attention,
+            use_quant_conv=self.use_quant_conv,
+            use_post_quant_conv=self.use_post_quant_conv,
+            sample_size=self.sample_size,
+            remat=self.remat,
+        )
 
     @property
     def decoder(self) -> AutoencoderConfig:
