@@ -30,7 +30,7 @@ TARGETS = {
 PROMPT, SIDE = "a red pea", 32
 
 
-@pytest.fixture(scope="module", params=["klein base"])
+@pytest.fixture(scope="module", params=SCALES)
 def model(request, tmp_path_factory):
     """The kind, the folder of its pipeline, and diffusers' image without adapters."""
     root = tmp_path_factory.mktemp("family")
