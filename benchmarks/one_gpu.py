@@ -117,7 +117,7 @@ def part_config(part: Part, *, tiny: bool) -> Config:
         config,
         task=replace(task, model=model),
         data=replace(config.data, transforms=replace(config.data.transforms, size=64)),
-        train=replace(train, batch_size=2),
+        train=replace(train, batch_size=jax.device_count()),
     )
 
 
