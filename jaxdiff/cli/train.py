@@ -10,14 +10,14 @@ from typing import Annotated
 
 import jax
 import tyro
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.cli.parsing import NO_PREFIX
 from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import flatten, to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
-from jaxdiff.distributed.mesh import AXES, MeshConfig, make_mesh, parse_slices
+from jaxdiff.distributed.mesh import AXES, MeshConfig, abstract_mesh, make_mesh, parse_slices
 from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import check_text
@@ -123,7 +123,5 @@ def describe_recipe(config: Config) -> str:
 
 def _mesh_of(config: MeshConfig) -> Mesh | AbstractMesh:
     """Return the recipe's mesh: abstract if its size is given, else over the devices here."""
-    sizes = [getattr(config, axis) for axis in AXES]
-    if min(sizes) < 1:
-        return make_mesh(config)
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    is_given = all(getattr(config, axis) > 0 for axis in AXES)
+    return abstract_mesh(config) if is_given else make_mesh(config)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Range
@@ -105,6 +105,17 @@ def _on_torus(sizes: list[int], devices: Sequence[Any]) -> np.ndarray:
     )
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """Return a mesh without devices; all sizes must be given."""
+    sizes = tuple(getattr(config, axis) for axis in AXES)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_replicas(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of replicas of a model on a mesh."""
+    return math.prod(mesh.shape[axis] for axis in REPLICAS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, BATCH)
@@ -116,7 +127,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     Raises:
       UserError: the batch size is not divisible.
     """
-    replicas = math.prod(mesh.shape[axis] for axis in REPLICAS)
+    replicas = num_replicas(mesh)
     parts = replicas * mesh.shape["fsdp"] * accumulate
     if batch_size % parts:
         raise UserError(

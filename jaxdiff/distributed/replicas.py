@@ -1,10 +1,10 @@
 """Replicas of a model for sampling: each is whole on one device, or sharded over a group of them.
 
-Replicas need no communication, so none waits for another and each may take a different number of
-steps on its part of a batch. The result for an image does not depend on their number.
+Replicas need no communication. On a device each, none waits for another, and each may take a
+different number of steps on its part of a batch. The result for an image does not depend on their
+number.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxdiff.distributed.mesh import AXES, REPLICAS, REPLICATED, MeshConfig, make_mesh
+from jaxdiff.distributed.mesh import AXES, REPLICAS, REPLICATED, MeshConfig, make_mesh, num_replicas
 from jaxdiff.distributed.multihost import from_host, to_host
 from jaxdiff.distributed.sharding import ParamAxes, replicated, state_shardings
 from jaxdiff.errors import UserError
@@ -43,11 +43,6 @@ def local_mesh(devices: Sequence[Any] | None = None, config: MeshConfig = REPLIC
     return mesh
 
 
-def num_replicas(mesh: Mesh) -> int:
-    """Return the number of replicas on a mesh."""
-    return math.prod(mesh.shape[axis] for axis in REPLICAS)
-
-
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copy a tree to every device of the mesh."""
     return _place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
@@ -65,15 +60,9 @@ def _place(tree: PyTree, shardings: PyTree) -> PyTree:
         over_hosts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         if sharding.is_fully_addressable:
             return jax.device_put(to_host(leaf) if over_hosts else leaf, sharding)
-        return _resharded(leaf, sharding) if over_hosts else from_host(leaf, sharding)
+        return jax.device_put(leaf, sharding) if over_hosts else from_host(leaf, sharding)
 
     return jax.tree.map(put, tree, shardings)
-
-
-def _resharded(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-        return leaf
-    return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
 
 
 def per_replica(call: Callable[..., Any], mesh: Mesh) -> Any:
@@ -82,10 +71,10 @@ def per_replica(call: Callable[..., Any], mesh: Mesh) -> Any:
     Inputs and outputs are trees of arrays that are split over the replicas along their first axis.
     Within a replica of several devices XLA partitions the program by the sharding of the weights.
     """
-    single = num_replicas(mesh) == mesh.size
+    count = num_replicas(mesh)
 
     def on_mesh(weights, *inputs):
-        if num_replicas(mesh) == 1 and not single:  # XLA partitions all of it
+        if count == 1 < mesh.size:  # XLA partitions all of it
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return call(weights, *inputs)
         specs = (PartitionSpec(), *[BY_REPLICA] * len(inputs))
@@ -95,7 +84,7 @@ def per_replica(call: Callable[..., Any], mesh: Mesh) -> Any:
             mesh=mesh,
             in_specs=specs,
             out_specs=BY_REPLICA,
-            axis_names=set(AXES if single else REPLICAS),
+            axis_names=set(AXES if count == mesh.size else REPLICAS),
             check_vma=False,
         )
         return program(weights, *inputs)

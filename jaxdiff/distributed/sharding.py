@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxdiff.distributed.mesh import BATCH, REPLICAS
+from jaxdiff.distributed.mesh import BATCH, REPLICAS, num_replicas
 from jaxdiff.errors import UserError
 
 Axes = tuple[str | None, ...]
@@ -110,6 +110,21 @@ def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def bytes_per_device(
+    abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes, item_size: int | None = None
+) -> int:
+    """Return the bytes of a sharded tree on each device.
+
+    `item_size` is that of its numbers in bytes; None is that of their types.
+    """
+
+    def size(leaf: Any, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * (item_size or leaf.dtype.itemsize)
+
+    sizes = jax.tree.map(size, abstract, state_shardings(abstract, mesh, axes))
+    return sum(jax.tree.leaves(sizes))
 
 
 def _flat(axes: ParamAxes) -> dict[_Path, Axes]:
@@ -229,7 +244,7 @@ def whole_on_each_cpu() -> bool:
     device = None if mesh is None else mesh.abstract_device
     if mesh is None or device is None or device.device_kind != "cpu":
         return False
-    return math.prod(mesh.shape[axis] for axis in REPLICAS) == mesh.size
+    return num_replicas(mesh) == mesh.size
 
 
 def mean_over_replicas(
@@ -242,7 +257,7 @@ def mean_over_replicas(
     result must not depend on the rows. Without replicas, return the function.
     """
     mesh = traced_mesh()
-    if mesh is None or math.prod(mesh.shape[axis] for axis in REPLICAS) == 1:
+    if mesh is None or num_replicas(mesh) == 1:
         return function
 
     def of_replica(constants: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:

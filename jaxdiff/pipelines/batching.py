@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
+from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.distributed.multihost import to_host
-from jaxdiff.distributed.replicas import num_replicas
 from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps
 
 # Default number of pixels sampled at a time, and of images at most. On two CPU cores 4 images of

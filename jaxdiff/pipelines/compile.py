@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from jaxdiff.distributed.replicas import num_replicas
+from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole

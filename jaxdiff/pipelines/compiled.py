@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.distributed.compilation_cache import read_executables
-from jaxdiff.distributed.replicas import num_replicas
+from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
 from jaxdiff.io.text import read_json

@@ -1,6 +1,5 @@
 """Load a model for sampling, each parameter to the devices that hold it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +7,12 @@ import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.chips import GIB, Device, find_chip
-from jaxdiff.distributed.mesh import AXES, REPLICATED, MeshConfig
+from jaxdiff.distributed.mesh import REPLICATED, MeshConfig, abstract_mesh
 from jaxdiff.distributed.replicas import local_mesh, shard
-from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.distributed.sharding import bytes_per_device
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.models.quantized import QuantizedType
@@ -131,7 +130,7 @@ def check_memory(
         fsdp
         for fsdp in range(1, count + 1)
         if count % fsdp == 0
-        and _bytes_per_device(spec, _fsdp_mesh(count, fsdp), item_size, offload_text) <= limit
+        and _bytes_per_device(spec, _shared_by(fsdp, count), item_size, offload_text) <= limit
     ]
     others = ["quantize int8"] if item_size > 1 else []
     others += [] if offload_text else ["offload_text"]
@@ -141,6 +140,11 @@ def check_memory(
         f"{(needed - limit) / GIB:.1f} GiB more than a {device.device_kind} has: {advice}"
         f"{', or ' if others else ''}{' or '.join(others)}."
     )
+
+
+def _shared_by(fsdp: int, count: int) -> AbstractMesh:
+    """Return the mesh of `count` devices, `fsdp` of which share a model."""
+    return abstract_mesh(MeshConfig(data=count // fsdp, fsdp=fsdp))
 
 
 def _memory(device: Device) -> float | None:
@@ -155,25 +159,7 @@ def _bytes_per_device(
     spec: TextToImage, mesh: Mesh | AbstractMesh, item_size: int, offload_text: bool
 ) -> float:
     """Return the bytes of weights that are on a device at the same time."""
-    params = spec.abstract_params()
-    shardings = state_shardings(params, mesh, spec.param_axes())
-
-    def size(name: str) -> int:
-        each = jax.tree.map(
-            lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)),
-            params[name],
-            shardings[name],
-        )
-        return item_size * sum(jax.tree.leaves(each))
-
-    text, rest = size(TEXT), sum(size(name) for name in params if name != TEXT)
-    return max(text, rest) if offload_text else text + rest
-
-
-def _fsdp_mesh(count: int, fsdp: int) -> AbstractMesh:
-    sizes = {"data": count // fsdp, "fsdp": fsdp}
-    return AbstractMesh(
-        tuple(sizes.get(axis, 1) for axis in AXES),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-    )
+    axes, rest = spec.param_axes(), spec.abstract_params()
+    text = {TEXT: rest.pop(TEXT)}
+    sizes = [bytes_per_device(part, mesh, axes, item_size) for part in (text, rest)]
+    return max(sizes) if offload_text else sum(sizes)

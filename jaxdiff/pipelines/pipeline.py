@@ -16,8 +16,8 @@ from jaxtyping import Float32, PyTree
 from jaxdiff.config.checked import check_value
 from jaxdiff.config.fields import Count
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
-from jaxdiff.distributed.mesh import REPLICATED, MeshConfig
-from jaxdiff.distributed.replicas import local_mesh, num_replicas, shard
+from jaxdiff.distributed.mesh import REPLICATED, MeshConfig, num_replicas
+from jaxdiff.distributed.replicas import local_mesh, shard
 from jaxdiff.distributed.sharding import check_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.distributed.multihost import to_host
-from jaxdiff.distributed.replicas import num_replicas, per_replica, shard
+from jaxdiff.distributed.replicas import per_replica, shard
 from jaxdiff.models.conditioning import Conditioning, TextInputs
 from jaxdiff.models.text_to_image import TextToImage, merge_params
 from jaxdiff.pipelines.program import NUM_PROGRAMS, SampleInputs

@@ -15,7 +15,6 @@ is the larger of products and collectives.
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.mesh import check_batch, make_mesh
-from jaxdiff.distributed.sharding import state_shardings
+from jaxdiff.distributed.sharding import bytes_per_device, state_shardings
 from jaxdiff.errors import UserError
 from jaxdiff.planning.collectives import Exchange, exchanges
 from jaxdiff.planning.hlo import Program, read_program
@@ -259,14 +258,9 @@ def count_params(tree: Any) -> int:
 
 def state_bytes_per_device(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Return the bytes of train state and frozen weights on each device."""
-    trees = abstract_state(config), abstract_frozen(config)
     axes = config.task.param_axes()
-    shardings = [state_shardings(tree, mesh, axes) for tree in trees]
-
-    def size(leaf, sharding) -> int:
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, list(trees), shardings)))
+    trees = abstract_state(config), abstract_frozen(config)
+    return sum(bytes_per_device(tree, mesh, axes) for tree in trees)
 
 
 def remat_of(config: Config) -> str | None:

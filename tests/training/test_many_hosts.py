@@ -11,7 +11,10 @@ from PIL import Image
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.evaluation.produce import ProduceAccuracy
+from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.diffusion import Trainable
 
 pytestmark = pytest.mark.nightly
 
@@ -21,19 +24,24 @@ BOUND = 60  # seconds within which the others end; an idle machine needs a few
 
 def recipe_of(tiny_recipe, *, evaluate: bool = False) -> Config:
     """Sharded parameters and a frozen text encoder; `evaluate` adds sample grids and scores."""
-    recipe = tiny_recipe(steps=STEPS, checkpoint_every=5, sample_every=20 if evaluate else 0)
-    text = dataclasses.replace(recipe.task.text, trained=False)
-    prompts = ("a small red pea", "a blue pear", "a green tomato") if evaluate else ()
+    recipe = tiny_recipe(steps=STEPS, checkpoint_every=5)
+    model = recipe.task.model
+    sampler = dataclasses.replace(model.sampler, num_steps=2)
+    prompts = ("a small red pea", "a blue pear", "a green tomato")
+    evaluators = SampleGrid(prompts=prompts, every=20), ProduceAccuracy(samples=2)
     return dataclasses.replace(
         recipe,
-        task=dataclasses.replace(recipe.task, text=text),
+        task=dataclasses.replace(
+            recipe.task,
+            model=dataclasses.replace(model, sampler=sampler, image_size=64),
+            trainable=Trainable(),
+        ),
         data=dataclasses.replace(
             recipe.data, source=Produce(size=64, length=50), transforms=Transforms(size=64)
         ),
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=3e-4),
         mesh=MeshConfig(data=-1, fsdp=2),
-        sampling=dataclasses.replace(recipe.sampling, prompts=prompts, num_steps=2),
-        eval_samples=2 if evaluate else 0,
+        evaluators=evaluators if evaluate else (),
     )
 
 
@@ -56,7 +64,8 @@ def pair(launch, tiny_recipe, tmp_path_factory):
 
 
 def assert_same_curve(run, alone) -> None:
-    actual, expected = run.records(), alone.records()
+    # Reports of evaluators have lines of their own.
+    actual, expected = ([r for r in x.records() if "loss" in r] for x in (run, alone))
     assert [r["step"] for r in actual] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm"):
         a, b = ([r[name] for r in records] for records in (actual, expected))
@@ -72,7 +81,8 @@ def test_two_processes_train_sample_and_score_like_one(pair, alone):
             for run in (pair, alone)
         )
         assert np.abs(a - b).max() <= 2
-    assert pair.summary()["scores"].keys() == alone.summary()["scores"].keys()
+    scores = [run.summary()["evaluation"] for run in (pair, alone)]
+    assert scores[0].keys() == scores[1].keys() != set()
     files = [sorted(path.name for path in run.out.iterdir()) for run in (pair, alone)]
     assert files[0] == files[1]
 
