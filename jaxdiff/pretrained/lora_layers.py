@@ -1,6 +1,6 @@
 """The layers that LoRA files change, by their names in diffusers and in the original code.
 
-Other trainers adapt the original code's modules, of which one may hold several layers of ours, such
+Other trainers adapt the original code's modules. One module may hold several layers of ours, such
 as queries, keys and values: `Layer.parts` are these, with their rows.
 """
 

@@ -87,7 +87,7 @@ def to_original_names(
 
 
 def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:
-    """Return what precedes one of the marks, names of a network's tensors; None without any."""
+    """Return what precedes one of the marks, which are names of tensors; None without any."""
     for prefix in PREFIXES:
         if any(prefix + mark in names for mark in marks):
             return prefix
@@ -100,7 +100,7 @@ def open_transformer(file: epath.PathLike, what: str, marks: Collection[str]) ->
     Args:
       file: safetensors.
       what: the family, for messages.
-      marks: names of which the network has one.
+      marks: names of tensors; the network has one of them.
 
     Raises:
       UserError: the file is damaged, or holds no such network.
