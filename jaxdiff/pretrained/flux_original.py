@@ -22,9 +22,8 @@ from jaxdiff.pretrained.original_layout import (
     stacked_rows,
     to_diffusers_names,
     to_original_names,
-    write_transformer,
 )
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device, write_tensors
 
 FLUX_MARKS = "double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.norm_q.weight"
 """Names that the file of a FLUX has, in the original layout and in diffusers'."""
@@ -217,4 +216,5 @@ def write_flux_file(
     Raises:
       UserError: the network has the structure of no published FLUX.
     """
-    write_transformer(file, to_original(flux_to_torch(params, config), config), prefix)
+    tensors = to_original(flux_to_torch(params, config), config)
+    write_tensors(file, {prefix + name: value for name, value in tensors.items()})

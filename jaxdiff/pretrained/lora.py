@@ -12,10 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import reason, write_whole
+from jaxdiff.io.files import reason
 from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
@@ -24,7 +23,7 @@ from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of, put
 from jaxdiff.pretrained.lora_names import Place, place_tensors
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
 from jaxdiff.pretrained.original_layout import Rows, cut
-from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles
+from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles, write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -199,5 +198,5 @@ def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> N
             continue
         for name, value in zip(("lora_A", "lora_B"), pair, strict=True):
             value = np.asarray(value if layer.index is None else value[layer.index])
-            tensors[f"{theirs}.{name}.weight"] = np.ascontiguousarray(to_theirs(value))
-    write_whole(path, save(tensors, metadata={"format": "pt"}))
+            tensors[f"{theirs}.{name}.weight"] = to_theirs(value)
+    write_tensors(path, tensors)

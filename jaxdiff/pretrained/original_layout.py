@@ -12,10 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
 from jaxdiff.pretrained.safetensors_io import Cut, Renamed, TensorFiles
 
 Rows = tuple[slice, ...]
@@ -118,9 +116,3 @@ def open_transformer(file: epath.PathLike, what: str, marks: Collection[str]) ->
         return None if is_other else name.removeprefix(prefix)
 
     return Renamed(tensors, bare)
-
-
-def write_transformer(file: epath.PathLike, tensors: Mapping[str, np.ndarray], prefix: str) -> None:
-    """Write tensors to a safetensors file, with a prefix before their names."""
-    named = {prefix + name: np.asarray(value, order="C") for name, value in tensors.items()}
-    write_whole(epath.Path(file), save(named, metadata={"format": "pt"}))

@@ -20,9 +20,8 @@ from jaxdiff.pretrained.original_layout import (
     stacked_rows,
     to_diffusers_names,
     to_original_names,
-    write_transformer,
 )
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device, write_tensors
 from jaxdiff.pretrained.z_image_keys import z_image_from_torch, z_image_to_torch
 
 _ORIGINAL = "noise_refiner.0.attention.qkv.weight"
@@ -147,4 +146,5 @@ def write_z_image_file(
       config: of the network.
       prefix: before all names, such as ComfyUI's `model.diffusion_model.`.
     """
-    write_transformer(file, z_image_to_original(z_image_to_torch(params), config), prefix)
+    tensors = z_image_to_original(z_image_to_torch(params), config)
+    write_tensors(file, {prefix + name: value for name, value in tensors.items()})
