@@ -19,10 +19,10 @@ from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
-from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of, put
+from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of
 from jaxdiff.pretrained.lora_names import Place, place_tensors
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
-from jaxdiff.pretrained.original_layout import Rows, cut
+from jaxdiff.pretrained.original_layout import Rows, cut, put
 from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles, write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -144,7 +144,9 @@ def _by_layer(layer: Layer, effect: Effect) -> Iterator[tuple[Layer, Effect]]:
 
 def _of_rows(change: Apply, rows: Rows, shape: Shape, value: np.ndarray, scale: float) -> Any:
     """Apply a change of a module to the rows of one layer in it; others do not matter to them."""
-    return cut(rows)(change(put(value, rows, shape), scale))
+    whole = np.zeros(shape, value.dtype)
+    put(whole, rows, value)
+    return cut(rows)(change(whole, scale))
 
 
 def _stacked(pairs: list[tuple[Layer, Factors]]) -> Factors:

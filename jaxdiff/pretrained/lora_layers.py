@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.denoisers.base import Denoiser
@@ -170,14 +168,3 @@ def _joined(name: str, pieces: Pieces, layers: Mapping[str, Layer]) -> Layer:
     }
     path = tuple(name.split(".")[1:])
     return Layer(name, first.part, path, shapes, None, None, parts)
-
-
-def put(value: np.ndarray, rows: Rows, shape: Shape) -> np.ndarray:
-    """Return zeros of a shape with a part's rows in their places, the inverse of `cut`."""
-    whole = np.zeros(shape, value.dtype)
-    start = 0
-    for part in rows:
-        place = whole[part]
-        place[...] = value[start : start + len(place)]
-        start += len(place)
-    return whole

@@ -8,7 +8,7 @@ other components, which are left unread.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -42,6 +42,15 @@ def cut(rows: Rows) -> Cut:
     return lambda x: np.concatenate([x[part] for part in rows])
 
 
+def put(whole: np.ndarray, rows: Rows, value: np.ndarray) -> None:
+    """Write rows to their places in a tensor, the inverse of `cut`."""
+    start = 0
+    for part in rows:
+        place = whole[part]
+        place[...] = value[start : start + len(place)]
+        start += len(place)
+
+
 def to_diffusers_names(
     modules: Mapping[str, Pieces],
 ) -> Callable[[str], str | Mapping[str, Cut | None]]:
@@ -68,20 +77,24 @@ def to_original_names(
     left, found = dict(tensors), dict[str, np.ndarray]()
     for old, pieces in modules.items():
         for leaf in ("weight", "bias"):
-            if f"{pieces[0][0]}.{leaf}" not in left:
-                continue
-            parts = []
-            for new, rows in pieces:
-                value = left.pop(f"{new}.{leaf}")
-                # Rows in the order of this piece, to their places in the whole.
-                size = len(value) // len(rows or (0,))
-                parts += [
-                    (part.start or 0, value[i * size : (i + 1) * size])
-                    for i, part in enumerate(rows or (slice(0, None),))
-                ]
-            values = [value for _, value in sorted(parts, key=lambda x: x[0])]
-            found[f"{old}.{leaf}"] = values[0] if len(values) == 1 else np.concatenate(values)
+            if f"{pieces[0][0]}.{leaf}" in left:
+                values = [(rows, left.pop(f"{new}.{leaf}")) for new, rows in pieces]
+                found[f"{old}.{leaf}"] = _joined(values)
     return found | left
+
+
+def _joined(values: Sequence[tuple[Rows | None, np.ndarray]]) -> np.ndarray:
+    """Return the tensor of an original module from those of all pieces, with their rows."""
+    rows, first = values[0]
+    if rows is None:
+        return first
+    size = sum(len(value) for _, value in values)
+    dtype = np.result_type(*(value.dtype for _, value in values))
+    whole = np.empty((size, *first.shape[1:]), dtype)
+    for rows, value in values:
+        assert rows is not None  # which is of a piece without others
+        put(whole, rows, value)
+    return whole
 
 
 def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:
