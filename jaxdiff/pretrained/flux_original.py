@@ -34,7 +34,7 @@ _STREAMS = [
 _NORMS = {"query_norm": "q", "key_norm": "k"}
 
 
-def original_modules(config: FluxConfig) -> dict[str, Pieces]:
+def flux_modules(config: FluxConfig) -> dict[str, Pieces]:
     """Return the modules of the original code, and those of diffusers in each."""
     first, d = is_flux1(config), config.width
     time = "time_text_embed" if first else "time_guidance_embed"
@@ -89,9 +89,9 @@ def _single(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> d
     return {f"{old}.linear1": stacked_rows(names, d)}
 
 
-def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
+def fused_flux_modules(config: FluxConfig) -> dict[str, Pieces]:
     """Return diffusers' modules after `fuse_qkv_projections`, and its own modules in each."""
-    modules = original_modules(config)
+    modules = flux_modules(config)
     return {
         f"transformer_blocks.{n}.attn.{new}": modules[f"double_blocks.{n}.{old}_attn.qkv"]
         for n in range(config.double_depth)
@@ -99,14 +99,16 @@ def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
     }
 
 
-def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Cut | None]]:
+def original_flux_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Cut | None]]:
     """Return what `Renamed` takes to read the original code's tensors under diffusers' names."""
-    return to_diffusers_names(original_modules(config))
+    return to_diffusers_names(flux_modules(config))
 
 
-def to_original(tensors: Mapping[str, np.ndarray], config: FluxConfig) -> dict[str, np.ndarray]:
+def flux_to_original(
+    tensors: Mapping[str, np.ndarray], config: FluxConfig
+) -> dict[str, np.ndarray]:
     """Return tensors of diffusers under the original code's names, the inverse of renaming."""
-    original = to_original_names(tensors, original_modules(config))
+    original = to_original_names(tensors, flux_modules(config))
     return {re.sub(r"_norm\.weight$", "_norm.scale", name): x for name, x in original.items()}
 
 
@@ -197,7 +199,7 @@ def read_flux_file(
     if config is None:
         config = read_original_config(file, inner.shapes)
     if FLUX_MARKS[0] in inner:
-        inner = Renamed(inner, original_rename(config))
+        inner = Renamed(inner, original_flux_rename(config))
     options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
     return config, flux_from_torch(inner, config, place=place, **options)
 
@@ -216,5 +218,5 @@ def write_flux_file(
     Raises:
       UserError: the network has the structure of no published FLUX.
     """
-    tensors = to_original(flux_to_torch(params, config), config)
+    tensors = flux_to_original(flux_to_torch(params, config), config)
     write_tensors(file, {prefix + name: value for name, value in tensors.items()})

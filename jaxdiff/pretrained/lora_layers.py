@@ -19,7 +19,7 @@ from jaxdiff.models.lora import Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.flux_keys import flux_names
-from jaxdiff.pretrained.flux_original import fused_modules, original_modules
+from jaxdiff.pretrained.flux_original import flux_modules, fused_flux_modules
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.original_layout import Pieces, Rows
 from jaxdiff.pretrained.pipeline_folder import ENCODERS
@@ -90,7 +90,7 @@ def _names_of(denoiser: Denoiser, model: str) -> _Names:
             lambda layers: {unet_original_name(x, denoiser): ((x, None),) for x in layers},
         )
     if isinstance(denoiser, FluxConfig):
-        modules = {**original_modules(denoiser), **fused_modules(denoiser)}
+        modules = {**flux_modules(denoiser), **fused_flux_modules(denoiser)}
         return _Names("transformer", flux_names(denoiser), lambda layers: modules)
     if isinstance(denoiser, ZImageConfig):
         return _Names("transformer", Z_IMAGE_NAMES, lambda layers: z_image_modules(denoiser))

@@ -16,7 +16,7 @@ from jaxdiff.models.lora import merge_adapters
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import flux_keys
-from jaxdiff.pretrained.flux_original import original_modules
+from jaxdiff.pretrained.flux_original import flux_modules
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
@@ -98,7 +98,7 @@ def pairs(sizes, down, up, *, alpha=None):
 def original_sizes(first: bool):
     """(outputs, inputs) of the original code's linear layers."""
     layers, sizes = linear_layers(first), {}
-    for old, pieces in original_modules(ours(first)[0].denoiser).items():
+    for old, pieces in flux_modules(ours(first)[0].denoiser).items():
         found = [layers[new].weight.shape for new, _ in pieces if new in layers]
         if found:
             sizes[old] = (sum(outputs for outputs, _ in found), found[0][1])
@@ -184,7 +184,7 @@ def test_files_of_kohya(tmp_path, first, prefix):
             "lora_unet_" + re.sub(r"\.(?!lora_|alpha|weight)", "_", k.removeprefix(prefix)): x
             for k, x in tensors.items()
         }
-    modules = original_modules(ours(first)[0].denoiser)
+    modules = flux_modules(ours(first)[0].denoiser)
     changed = sum(len(modules[name]) for name in sizes)
     check(first, tmp_path / "lora.safetensors", theirs(first, tensors), changed)
 
@@ -195,7 +195,7 @@ def test_files_of_ai_toolkit_for_the_second_generation(tmp_path, prefix):
     del sizes["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
     tensors = pairs({prefix + k: x for k, x in sizes.items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
-    modules = original_modules(ours(False)[0].denoiser)
+    modules = flux_modules(ours(False)[0].denoiser)
     changed = sum(len(modules[name]) for name in sizes)
     check(False, tmp_path / "lora.safetensors", theirs(False, tensors), changed)
 

@@ -14,9 +14,9 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.flux_keys import flux_to_torch
 from jaxdiff.pretrained.flux_original import (
-    original_modules,
+    flux_modules,
+    flux_to_original,
     read_flux_file,
-    to_original,
     write_flux_file,
 )
 from jaxdiff.pretrained.load import PartSource, load_bundle, read_parts
@@ -70,7 +70,7 @@ def test_names_and_order_of_rows_are_those_of_the_original_code(tmp_path):
     scale, shift = np.split(theirs["norm_out.linear.weight"], 2)
     equal(tensors["final_layer.adaLN_modulation.1.weight"], np.concatenate([shift, scale]))
     assert "single_blocks.0.norm.key_norm.scale" in tensors
-    assert len(tensors) == 2 * len(original_modules(config)) - 6 * 2  # norms have no bias
+    assert len(tensors) == 2 * len(flux_modules(config)) - 6 * 2  # norms have no bias
 
 
 @BOTH
@@ -79,7 +79,7 @@ def test_names_of_diffusers_and_other_components_in_the_file_are_read_too(tmp_pa
     params = random_params(config)
     theirs = flux_to_torch(params, config)
     other = {"vae.decoder.conv_in.weight": np.zeros((2, 2), np.float32)}
-    for tensors in (theirs, to_original(theirs, config)):
+    for tensors in (theirs, flux_to_original(theirs, config)):
         contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
         save_file({**contiguous, **other}, tmp_path / "flux.safetensors")
         found, back = read_flux_file(tmp_path / "flux.safetensors", place=np.asarray)
@@ -89,7 +89,7 @@ def test_names_of_diffusers_and_other_components_in_the_file_are_read_too(tmp_pa
 
 def test_damaged_files_are_refused_by_name(tmp_path):
     config, file = CONFIGS["klein"], tmp_path / "flux.safetensors"
-    whole = to_original(flux_to_torch(random_params(config), config), config)
+    whole = flux_to_original(flux_to_torch(random_params(config), config), config)
     whole = {key: np.ascontiguousarray(x) for key, x in whole.items()}
     wide = np.zeros((16, 16), ml_dtypes.bfloat16)
     for changes, message in (
@@ -109,7 +109,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 
 def test_quantised_weights_are_refused(tmp_path):
     config, file = CONFIGS["klein"], tmp_path / "flux.safetensors"
-    whole = to_original(flux_to_torch(random_params(config), config), config)
+    whole = flux_to_original(flux_to_torch(random_params(config), config), config)
     save_file({k: x.astype(ml_dtypes.float8_e4m3fn) for k, x in whole.items()}, file)
     with pytest.raises(UserError, match="is of type F8_E4M3: expected one of F64, F32"):
         read_flux_file(file)
