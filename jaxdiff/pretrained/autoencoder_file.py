@@ -5,16 +5,16 @@ components, after `first_stage_model.` or `vae.`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.pretrained.autoencoder_keys import autoencoder_from_torch, autoencoder_to_torch
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.presets import FLUX1_AUTOENCODER
 from jaxdiff.pretrained.safetensors_io import Renamed, Shape, TensorFiles, to_device, write_tensors
 from jaxdiff.pretrained.single_file_keys import vae_original, vae_rename
@@ -49,7 +49,7 @@ def read_autoencoder_file(
     file: epath.PathLike,
     config: FluxAutoencoderConfig | None = None,
     *,
-    place: Callable[[np.ndarray], Any] = to_device,
+    place: Place = to_device,
 ) -> tuple[FluxAutoencoderConfig, dict[str, Any]]:
     """Read an autoencoder, with tensors in their stored type.
 
