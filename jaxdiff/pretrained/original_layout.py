@@ -9,12 +9,13 @@ other components, which are left unread.
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from jaxdiff.errors import UserError
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, TensorFiles
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, TensorFiles
 
 Rows = tuple[slice, ...]
 
@@ -95,6 +96,39 @@ def _joined(values: Sequence[tuple[Rows | None, np.ndarray]]) -> np.ndarray:
         assert rows is not None  # which is of a piece without others
         put(whole, rows, value)
     return whole
+
+
+class TransformerShapes(NamedTuple):
+    """Shapes of a transformer's tensors, from which its config follows.
+
+    Attributes:
+      file: for messages.
+      what: the family, for messages.
+      shapes: by name, without prefix, in either spelling.
+    """
+
+    file: object
+    what: str
+    shapes: Mapping[str, Shape]
+
+    def shape(self, rank: int, *names: str) -> Shape:
+        """Return the shape of the first of these tensors that is there, with so many axes.
+
+        Raises:
+          UserError: there is none.
+        """
+        for name in names:
+            if len(self.shapes.get(name, ())) == rank:
+                return self.shapes[name]
+        raise UserError(
+            f"{self.file} lacks {names[0]}: expected the tensors of a {self.what} transformer; "
+            "copy it again."
+        )
+
+    def depth(self, stack: str) -> int:
+        """Return the number of layers of a stack; 1 without any, so that they are missed."""
+        found = (re.match(rf"{stack}\.(\d+)\.", name) for name in self.shapes)
+        return 1 + max((int(layer[1]) for layer in found if layer), default=0)
 
 
 def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:

@@ -96,6 +96,10 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         ({"img_in.weight": None}, "lacks img_in.weight: expected the tensors of a FLUX"),
         ({"single_blocks.1.linear2.weight": None}, "missing tensors: single_transformer_blocks.1"),
         ({"double_blocks.0.img_attn.q.weight": wide}, "unexpected tensors: double_blocks.0.img_"),
+        (
+            dict.fromkeys(name for name in whole if name.startswith("single_blocks.")),
+            "missing tensors: single_transformer_blocks.0",
+        ),
         ({"txt_in.bias": wide[0]}, "unexpected tensors: context_embedder.bias"),
         ({"double_blocks.0.img_attn.qkv.weight": wide}, "tensors of another shape"),
         ({"final_layer.linear.weight": wide}, "8 input and 16 output channels"),
