@@ -45,7 +45,7 @@ FLUX2_PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 
 FLUX1_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
-    "transformer": part_key("FluxTransformer2DModel"),
+    "transformer": part_key(flux_keys.FLUX1_KIND),
     "vae": part_key(autoencoder_keys.KIND),
     "text_encoder": part_key("CLIPTextModel"),
     "tokenizer": part_key(),
@@ -56,9 +56,9 @@ FLUX1_INDEX_KEYS: Schema = {
 
 FLUX2_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
-    "transformer": part_key("Flux2Transformer2DModel"),
+    "transformer": part_key(flux_keys.FLUX2_KIND),
     "vae": part_key(autoencoder_keys.FLUX2_KIND),
-    "text_encoder": part_key("Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder": part_key(*qwen3_keys.ARCHITECTURES),
     "tokenizer": part_key(),
     "is_distilled": Used(False, FLAG),
 }

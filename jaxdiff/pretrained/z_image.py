@@ -41,7 +41,7 @@ Z_IMAGE_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
     "transformer": part_key(z_image_keys.KIND),
     "vae": part_key(autoencoder_keys.KIND),
-    "text_encoder": part_key("Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder": part_key(*qwen3_keys.ARCHITECTURES),
     "tokenizer": part_key(),
 }
 """Schema of `model_index.json`."""
