@@ -20,7 +20,7 @@ from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
 from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of
-from jaxdiff.pretrained.lora_names import Place, place_tensors
+from jaxdiff.pretrained.lora_names import Target, find_targets
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
 from jaxdiff.pretrained.original_layout import Rows, cut, put
 from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles, write_tensors
@@ -55,15 +55,15 @@ def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, F
     tensors = TensorFiles([path], _SMALL_FLOATS)
     if not tensors:
         raise UserError(f"{path} has no tensors: expected those of a LoRA; copy it again.")
-    places = place_tensors(path, tensors.shapes, spec)
+    targets = find_targets(path, tensors.shapes, spec)
     configs = _configs(path, tensors)
-    grouped: dict[str, dict[str, Place]] = defaultdict(dict)
-    for name, place in places.items():
-        grouped[place.layer.name][name] = place
+    grouped: dict[str, dict[str, Target]] = defaultdict(dict)
+    for name, target in targets.items():
+        grouped[target.layer.name][name] = target
     effects: dict[tuple[str, Path], list[tuple[Layer, Effect]]] = defaultdict(list)
     for group in grouped.values():
         first = next(iter(group.values()))
-        found = {place.role: tensors[name] for name, place in group.items()}
+        found = {target.role: tensors[name] for name, target in group.items()}
         config = configs.get(first.component)
         effect = Adapter(path, first.layer, first.module, found, config).read()
         for layer, own in _by_layer(first.layer, effect):
