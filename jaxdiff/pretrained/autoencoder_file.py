@@ -5,20 +5,18 @@ components, after `first_stage_model.` or `vae.`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
 from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.pretrained.autoencoder_keys import autoencoder_from_torch, autoencoder_to_torch
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.presets import FLUX1_AUTOENCODER
-from jaxdiff.pretrained.safetensors_io import Renamed, Shape, TensorFiles, to_device
+from jaxdiff.pretrained.safetensors_io import Renamed, Shape, TensorFiles, to_device, write_tensors
 from jaxdiff.pretrained.single_file_keys import vae_original, vae_rename
 
 FluxAutoencoderConfig = AutoencoderConfig | Flux2AutoencoderConfig
@@ -51,7 +49,7 @@ def read_autoencoder_file(
     file: epath.PathLike,
     config: FluxAutoencoderConfig | None = None,
     *,
-    place: Callable[[np.ndarray], Any] = to_device,
+    place: Place = to_device,
 ) -> tuple[FluxAutoencoderConfig, dict[str, Any]]:
     """Read an autoencoder, with tensors in their stored type.
 
@@ -80,9 +78,7 @@ def write_autoencoder_file(
       params: of the autoencoder, a nested dict; tensors keep their type.
       config: of the autoencoder.
     """
-    tensors = vae_original(autoencoder_to_torch(params), config)
-    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    write_whole(epath.Path(file), save(contiguous, metadata={"format": "pt"}))
+    write_tensors(file, vae_original(autoencoder_to_torch(params), config))
 
 
 def _open(file: epath.PathLike) -> Renamed:

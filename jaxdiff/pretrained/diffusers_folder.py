@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import flux, stable_diffusion, z_image
@@ -25,7 +23,7 @@ from jaxdiff.pretrained.pipeline_folder import (
     read_part_config,
 )
 from jaxdiff.pretrained.placement import Place, part_place
-from jaxdiff.pretrained.safetensors_io import open_weights, to_device
+from jaxdiff.pretrained.safetensors_io import open_weights, to_device, write_tensors
 from jaxdiff.pretrained.text_encoder_folder import (
     MODEL,
     published_text_encoder,
@@ -196,8 +194,7 @@ def _family_of(bundle: Bundle) -> PipelineFamily:
 def _write_part(
     folder: epath.Path, stem: str, config: dict[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    # transformers refuses a file without this entry.
-    write_whole(folder / f"{stem}.safetensors", save(dict(tensors), metadata={"format": "pt"}))
+    write_tensors(folder / f"{stem}.safetensors", tensors)
     write_json(folder / "config.json", config)
 
 

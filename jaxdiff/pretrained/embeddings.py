@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.safetensors_io import TensorFiles
+from jaxdiff.pretrained.safetensors_io import TensorFiles, write_tensors
 
 FILE = "learned_embeds.safetensors"
 
@@ -92,10 +90,9 @@ def write_embedding(file: epath.PathLike, word: Word) -> None:
     """
     path = epath.Path(file)
     path = path / FILE if path.suffix != ".safetensors" else path
-    rows = {name: np.ascontiguousarray(vectors) for name, vectors in word.rows.items()}
-    if len(rows) > 1:
-        tensors = {_XL.get(name, name): vectors for name, vectors in rows.items()}
+    if len(word.rows) > 1:
+        tensors = {_XL.get(name, name): vectors for name, vectors in word.rows.items()}
     else:
-        (vectors,) = rows.values()
+        (vectors,) = word.rows.values()
         tensors = {word.word: vectors}
-    write_whole(path, save(tensors, metadata={"format": "pt", _WORD: word.word}))
+    write_tensors(path, tensors, **{_WORD: word.word})

@@ -12,7 +12,6 @@ from typing import Any
 
 from etils import epath
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.models.autoencoders.flux2 import Flux2AutoencoderConfig
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioners.flux1 import Flux1Conditioner
@@ -33,7 +32,7 @@ from jaxdiff.pretrained.pipeline_folder import (
     COMMON_KEYS,
     PipelineFamily,
     WrittenSpec,
-    check_parts,
+    flow_spec,
     part_key,
     read_index,
     read_part_config,
@@ -46,7 +45,7 @@ FLUX2_PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 
 FLUX1_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
-    "transformer": part_key("FluxTransformer2DModel"),
+    "transformer": part_key(flux_keys.FLUX1_KIND),
     "vae": part_key(autoencoder_keys.KIND),
     "text_encoder": part_key("CLIPTextModel"),
     "tokenizer": part_key(),
@@ -57,9 +56,9 @@ FLUX1_INDEX_KEYS: Schema = {
 
 FLUX2_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
-    "transformer": part_key("Flux2Transformer2DModel"),
+    "transformer": part_key(flux_keys.FLUX2_KIND),
     "vae": part_key(autoencoder_keys.FLUX2_KIND),
-    "text_encoder": part_key("Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder": part_key(*qwen3_keys.ARCHITECTURES),
     "tokenizer": part_key(),
     "is_distilled": Used(False, FLAG),
 }
@@ -68,7 +67,6 @@ FLUX2_INDEX_KEYS: Schema = {
 HIDDEN_LAYERS = (9, 18, 27)
 """Hidden states of Qwen3 that FLUX.2 klein reads."""
 
-_SIZE = 1024
 _T5_LENGTH = {True: 512, False: 256}  # of dev, and of schnell
 _DEV: dict[str, Any] = {"num_steps": 28, "guidance_scale": 3.5}
 _BASE: dict[str, Any] = {"num_steps": 50, "guidance_scale": 4.0}
@@ -96,7 +94,8 @@ def _read_spec(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
     scheduler = read_part_config(root / "scheduler" / "scheduler_config.json")
     scheduling = read_flow_scheduling(scheduler, by_steps=True)
     defaults = _DISTILLED if values["is_distilled"] else _BASE
-    return _spec(root, denoiser, conditioner, autoencoder, scheduling, defaults)
+    sampler = Sampler(**scheduling._asdict(), **defaults)
+    return flow_spec(root, denoiser, conditioner, autoencoder, sampler)
 
 
 def _read_flux1(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
@@ -121,28 +120,8 @@ def _read_flux1(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
         read_part_config(root / "scheduler" / "scheduler_config.json")
     )
     defaults = _DEV if denoiser.guidance_embedding else _DISTILLED
-    return _spec(root, denoiser, conditioner, autoencoder, scheduling, defaults)
-
-
-def _spec(
-    root: epath.Path,
-    denoiser: FluxConfig,
-    conditioner: Flux1Conditioner | Flux2Conditioner,
-    autoencoder: AutoencoderConfig | Flux2AutoencoderConfig,
-    scheduling: FlowScheduling,
-    defaults: Mapping[str, Any],
-) -> TextToImage:
-    check_parts(denoiser, conditioner, autoencoder)
-    return TextToImage(
-        name=root.resolve().name,
-        denoiser=denoiser,
-        conditioner=conditioner,
-        autoencoder=autoencoder,
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=_SIZE,
-        sampler=Sampler(**scheduling._asdict(), **defaults),
-    )
+    sampler = Sampler(**scheduling._asdict(), **defaults)
+    return flow_spec(root, denoiser, conditioner, autoencoder, sampler)
 
 
 def _holds(spec: TextToImage) -> bool:

@@ -28,6 +28,7 @@ from jaxdiff.pretrained.config_check import (
 )
 from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 
+FLUX1_KIND, FLUX2_KIND = "FluxTransformer2DModel", "Flux2Transformer2DModel"
 WHAT = "transformer/config.json"
 
 FLUX2 = FluxConfig()
@@ -202,7 +203,7 @@ def write_flux_config(config: FluxConfig) -> dict[str, Any]:
     if not first and config.rope_theta.is_integer():
         written["rope_theta"] = int(config.rope_theta)
     return {
-        "_class_name": "FluxTransformer2DModel" if first else "Flux2Transformer2DModel",
+        "_class_name": FLUX1_KIND if first else FLUX2_KIND,
         **written,
         "patch_size": 1,
         "in_channels": config.patch_channels,

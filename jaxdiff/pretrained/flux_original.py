@@ -18,15 +18,17 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.pretrained.flux_keys import FLUX2, flux_from_torch, flux_to_torch, is_flux1
 from jaxdiff.pretrained.original_layout import (
     Pieces,
+    TransformerShapes,
     open_transformer,
     stacked_rows,
     to_diffusers_names,
     to_original_names,
-    write_transformer,
 )
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
+from jaxdiff.pretrained.placement import Place
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, to_device, write_tensors
 
-FLUX_MARKS = "double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.norm_q.weight"
+_ORIGINAL = "double_blocks.0.img_attn.qkv.weight"
+FLUX_MARKS = _ORIGINAL, "single_transformer_blocks.0.attn.norm_q.weight"
 """Names that the file of a FLUX has, in the original layout and in diffusers'."""
 _STREAMS = [
     ("img", "to_{}", "to_out.0", "norm", "ff"),
@@ -35,7 +37,7 @@ _STREAMS = [
 _NORMS = {"query_norm": "q", "key_norm": "k"}
 
 
-def original_modules(config: FluxConfig) -> dict[str, Pieces]:
+def flux_modules(config: FluxConfig) -> dict[str, Pieces]:
     """Return the modules of the original code, and those of diffusers in each."""
     first, d = is_flux1(config), config.width
     time = "time_text_embed" if first else "time_guidance_embed"
@@ -90,9 +92,9 @@ def _single(old: str, new: str, d: int, first: bool, whole: dict[str, str]) -> d
     return {f"{old}.linear1": stacked_rows(names, d)}
 
 
-def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
+def fused_flux_modules(config: FluxConfig) -> dict[str, Pieces]:
     """Return diffusers' modules after `fuse_qkv_projections`, and its own modules in each."""
-    modules = original_modules(config)
+    modules = flux_modules(config)
     return {
         f"transformer_blocks.{n}.attn.{new}": modules[f"double_blocks.{n}.{old}_attn.qkv"]
         for n in range(config.double_depth)
@@ -100,57 +102,37 @@ def fused_modules(config: FluxConfig) -> dict[str, Pieces]:
     }
 
 
-def original_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Cut | None]]:
+def original_flux_rename(config: FluxConfig) -> Callable[[str], str | Mapping[str, Cut | None]]:
     """Return what `Renamed` takes to read the original code's tensors under diffusers' names."""
-    return to_diffusers_names(original_modules(config))
+    return to_diffusers_names(flux_modules(config))
 
 
-def to_original(tensors: Mapping[str, np.ndarray], config: FluxConfig) -> dict[str, np.ndarray]:
+def flux_to_original(
+    tensors: Mapping[str, np.ndarray], config: FluxConfig
+) -> dict[str, np.ndarray]:
     """Return tensors of diffusers under the original code's names, the inverse of renaming."""
-    original = to_original_names(tensors, original_modules(config))
+    original = to_original_names(tensors, flux_modules(config))
     return {re.sub(r"_norm\.weight$", "_norm.scale", name): x for name, x in original.items()}
 
 
-def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfig:
+def flux_config_of(found: TransformerShapes) -> FluxConfig:
     """Return the config of a published FLUX from the shapes of its tensors.
-
-    Args:
-      file: for messages.
-      shapes: by name, without prefix, in either spelling.
 
     Raises:
       UserError: tensors are missing that determine it.
     """
-
-    def size(axis: int, *names: str) -> int:
-        for name in names:
-            if len(shapes.get(name, ())) > axis:
-                return shapes[name][axis]
-        raise UserError(
-            f"{file} lacks {names[0]}: expected the tensors of a FLUX transformer; copy it again."
-        )
-
-    def depth(start: str) -> int:
-        return 1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{start}\.(\d+)\.", n)))
-
-    is_original = FLUX_MARKS[0] in shapes
-    double, single = (
-        ("double_blocks", "single_blocks")
-        if is_original
-        else (
-            "transformer_blocks",
-            "single_transformer_blocks",
-        )
-    )
+    double, single = "transformer_blocks", "single_transformer_blocks"
+    if _ORIGINAL in found.shapes:
+        double, single = "double_blocks", "single_blocks"
     shared = ("double_stream_modulation_img.lin", "double_stream_modulation_img.linear")
-    like = FLUX2 if any(f"{name}.weight" in shapes for name in shared) else FLUX1
+    like = FLUX2 if any(f"{name}.weight" in found.shapes for name in shared) else FLUX1
     norms = f"{double}.0.img_attn.norm.query_norm.scale", f"{double}.0.attn.norm_q.weight"
-    head = size(0, *norms)
-    width, patch = (size(i, "img_in.weight", "x_embedder.weight") for i in (0, 1))
-    outputs = size(0, "final_layer.linear.weight", "proj_out.weight")
+    (head,) = found.shape(1, *norms)
+    width, patch = found.shape(2, "img_in.weight", "x_embedder.weight")
+    outputs, _ = found.shape(2, "final_layer.linear.weight", "proj_out.weight")
     if width % head or patch % like.patch_size**2 or outputs != patch:
         raise UserError(
-            f"{file} has {patch} input and {outputs} output channels, and heads of {head} of "
+            f"{found.file} has {patch} input and {outputs} output channels, and heads of {head} of "
             f"{width}: expected equal numbers of channels and whole heads, as of models that read "
             "nothing but noisy latents; use another model."
         )
@@ -158,49 +140,46 @@ def read_original_config(file: object, shapes: Mapping[str, Shape]) -> FluxConfi
     changes: dict[str, Any] = {}
     if like is FLUX1:
         text = f"{time}.text_embedder.linear_1.weight"
-        changes["pooled_width"] = size(1, "vector_in.in_layer.weight", text)
+        _, changes["pooled_width"] = found.shape(2, "vector_in.in_layer.weight", text)
     else:
         inner = f"{double}.0.ff.linear_out.weight"
-        changes["mlp_ratio"] = size(1, f"{double}.0.img_mlp.2.weight", inner) / width
+        changes["mlp_ratio"] = found.shape(2, f"{double}.0.img_mlp.2.weight", inner)[1] / width
         embedder = f"{time}.timestep_embedder.linear_1.weight"
-        changes["time_width"] = size(1, "time_in.in_layer.weight", embedder)
+        _, changes["time_width"] = found.shape(2, "time_in.in_layer.weight", embedder)
         changes["rope_axes"] = (head // 4,) * 4
     return dataclasses.replace(
         like,
         channels=patch // like.patch_size**2,
         heads=width // head,
         head_width=head,
-        double_depth=depth(double),
-        single_depth=depth(single),
-        text_width=size(1, "txt_in.weight", "context_embedder.weight"),
-        guidance_embedding=any(re.search(r"guidance_(in|embedder)\.", name) for name in shapes),
+        double_depth=found.depth(double),
+        single_depth=found.depth(single),
+        text_width=found.shape(2, "txt_in.weight", "context_embedder.weight")[1],
+        guidance_embedding=any(
+            re.search(r"guidance_(in|embedder)\.", name) for name in found.shapes
+        ),
         **changes,
     )
 
 
 def read_flux_file(
-    file: epath.PathLike,
-    config: FluxConfig | None = None,
-    *,
-    place: Callable[[np.ndarray], Any] = to_device,
+    file: epath.PathLike, *, place: Place = to_device
 ) -> tuple[FluxConfig, dict[str, Any]]:
-    """Read a FLUX transformer from one file, with tensors in their stored type.
+    """Read a published FLUX transformer from one file, with tensors in their stored type.
 
     Args:
       file: safetensors.
-      config: of the network; None determines it from the shapes, as of a published model.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    inner = open_transformer(file, "FLUX", FLUX_MARKS)
-    if config is None:
-        config = read_original_config(file, inner.shapes)
-    if FLUX_MARKS[0] in inner:
-        inner = Renamed(inner, original_rename(config))
+    tensors = open_transformer(file, "FLUX", FLUX_MARKS)
+    config = flux_config_of(TransformerShapes(file, "FLUX", tensors.shapes))
+    if _ORIGINAL in tensors:
+        tensors = Renamed(tensors, original_flux_rename(config))
     options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
-    return config, flux_from_torch(inner, config, place=place, **options)
+    return config, flux_from_torch(tensors, config, place=place, **options)
 
 
 def write_flux_file(
@@ -217,4 +196,5 @@ def write_flux_file(
     Raises:
       UserError: the network has the structure of no published FLUX.
     """
-    write_transformer(file, to_original(flux_to_torch(params, config), config), prefix)
+    tensors = flux_to_original(flux_to_torch(params, config), config)
+    write_tensors(file, {prefix + name: value for name, value in tensors.items()})

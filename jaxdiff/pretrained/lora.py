@@ -12,19 +12,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import reason, write_whole
+from jaxdiff.io.files import reason
 from jaxdiff.io.text import parse_json, read_json
 from jaxdiff.models.lora import Adapters, Change, Factors, Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.lora_kinds import Adapter, Apply, Effect, to_ours, to_theirs
-from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of, put
-from jaxdiff.pretrained.lora_names import Place, place_tensors
+from jaxdiff.pretrained.lora_layers import PARTS, Layer, layers_of
+from jaxdiff.pretrained.lora_names import Target, find_targets
 from jaxdiff.pretrained.lora_scale import PeftConfig, read_peft_config
-from jaxdiff.pretrained.original_layout import Rows, cut
-from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles
+from jaxdiff.pretrained.original_layout import Rows, cut, put
+from jaxdiff.pretrained.safetensors_io import Shape, TensorFiles, write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -56,15 +55,15 @@ def read_lora(file: epath.PathLike, spec: TextToImage) -> dict[str, dict[Path, F
     tensors = TensorFiles([path], _SMALL_FLOATS)
     if not tensors:
         raise UserError(f"{path} has no tensors: expected those of a LoRA; copy it again.")
-    places = place_tensors(path, tensors.shapes, spec)
+    targets = find_targets(path, tensors.shapes, spec)
     configs = _configs(path, tensors)
-    grouped: dict[str, dict[str, Place]] = defaultdict(dict)
-    for name, place in places.items():
-        grouped[place.layer.name][name] = place
+    grouped: dict[str, dict[str, Target]] = defaultdict(dict)
+    for name, target in targets.items():
+        grouped[target.layer.name][name] = target
     effects: dict[tuple[str, Path], list[tuple[Layer, Effect]]] = defaultdict(list)
     for group in grouped.values():
         first = next(iter(group.values()))
-        found = {place.role: tensors[name] for name, place in group.items()}
+        found = {target.role: tensors[name] for name, target in group.items()}
         config = configs.get(first.component)
         effect = Adapter(path, first.layer, first.module, found, config).read()
         for layer, own in _by_layer(first.layer, effect):
@@ -145,7 +144,9 @@ def _by_layer(layer: Layer, effect: Effect) -> Iterator[tuple[Layer, Effect]]:
 
 def _of_rows(change: Apply, rows: Rows, shape: Shape, value: np.ndarray, scale: float) -> Any:
     """Apply a change of a module to the rows of one layer in it; others do not matter to them."""
-    return cut(rows)(change(put(value, rows, shape), scale))
+    whole = np.zeros(shape, value.dtype)
+    put(whole, rows, value)
+    return cut(rows)(change(whole, scale))
 
 
 def _stacked(pairs: list[tuple[Layer, Factors]]) -> Factors:
@@ -199,5 +200,5 @@ def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> N
             continue
         for name, value in zip(("lora_A", "lora_B"), pair, strict=True):
             value = np.asarray(value if layer.index is None else value[layer.index])
-            tensors[f"{theirs}.{name}.weight"] = np.ascontiguousarray(to_theirs(value))
-    write_whole(path, save(tensors, metadata={"format": "pt"}))
+            tensors[f"{theirs}.{name}.weight"] = to_theirs(value)
+    write_tensors(path, tensors)

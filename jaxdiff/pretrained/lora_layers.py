@@ -1,6 +1,6 @@
 """The layers that LoRA files change, by their names in diffusers and in the original code.
 
-Other trainers adapt the original code's modules, of which one may hold several layers of ours, such
+Other trainers adapt the original code's modules. One module may hold several layers of ours, such
 as queries, keys and values: `Layer.parts` are these, with their rows.
 """
 
@@ -8,8 +8,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.conditioning import ClipTextEncoder
@@ -21,7 +19,7 @@ from jaxdiff.models.lora import Path
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.clip_keys import TEXT_NAMES
 from jaxdiff.pretrained.flux_keys import flux_names
-from jaxdiff.pretrained.flux_original import fused_modules, original_modules
+from jaxdiff.pretrained.flux_original import flux_modules, fused_flux_modules
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.original_layout import Pieces, Rows
 from jaxdiff.pretrained.pipeline_folder import ENCODERS
@@ -92,7 +90,7 @@ def _names_of(denoiser: Denoiser, model: str) -> _Names:
             lambda layers: {unet_original_name(x, denoiser): ((x, None),) for x in layers},
         )
     if isinstance(denoiser, FluxConfig):
-        modules = {**original_modules(denoiser), **fused_modules(denoiser)}
+        modules = {**flux_modules(denoiser), **fused_flux_modules(denoiser)}
         return _Names("transformer", flux_names(denoiser), lambda layers: modules)
     if isinstance(denoiser, ZImageConfig):
         return _Names("transformer", Z_IMAGE_NAMES, lambda layers: z_image_modules(denoiser))
@@ -170,14 +168,3 @@ def _joined(name: str, pieces: Pieces, layers: Mapping[str, Layer]) -> Layer:
     }
     path = tuple(name.split(".")[1:])
     return Layer(name, first.part, path, shapes, None, None, parts)
-
-
-def put(value: np.ndarray, rows: Rows, shape: Shape) -> np.ndarray:
-    """Return zeros of a shape with a part's rows in their places, the inverse of `cut`."""
-    whole = np.zeros(shape, value.dtype)
-    start = 0
-    for part in rows:
-        place = whole[part]
-        place[...] = value[start : start + len(place)]
-        start += len(place)
-    return whole

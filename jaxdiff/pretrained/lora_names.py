@@ -80,7 +80,7 @@ _OTHERS = {
 _LONGEST_SHOWN = 160  # characters
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """The layer and role of a tensor, and the name of the layer that PEFT's patterns match."""
 
     layer: Layer
@@ -110,8 +110,8 @@ def _fits(layer: Layer, role: str, shape: Shape) -> bool:
     return shape[1] == inputs if role == "down" else shape[0] == outputs
 
 
-def place_tensors(file: object, shapes: Mapping[str, Shape], spec: TextToImage) -> dict[str, Place]:
-    """Return the place of each tensor of a file in the model.
+def find_targets(file: object, shapes: Mapping[str, Shape], spec: TextToImage) -> dict[str, Target]:
+    """Return the layer and role of each tensor of a file.
 
     A name without a component is of the denoiser, or of the only text encoder that the file fits.
 
@@ -124,27 +124,27 @@ def place_tensors(file: object, shapes: Mapping[str, Shape], spec: TextToImage) 
       UserError: a tensor is of another method or model, or has the same place as another.
     """
     spellings = spellings_of(spec)
-    places: dict[str, Place] = {}
-    ambiguous: dict[str, list[Place]] = {}
+    targets: dict[str, Target] = {}
+    ambiguous: dict[str, list[Target]] = {}
     for name in shapes:
         component, module, role = _split(name) or ("", name, "")
         parts = [component] if component else spellings
         flat = flat_name(module)
         known = [spellings[x][flat] for x in parts if role and flat in spellings.get(x, {})]
-        found = [Place(layer, role, component, module) for layer in known]
+        found = [Target(layer, role, component, module) for layer in known]
         if len(found) == 1:
-            places[name] = found[0]
+            targets[name] = found[0]
         elif found:
             ambiguous[name] = found
-    strange = [name for name in shapes if name not in places and name not in ambiguous]
+    strange = [name for name in shapes if name not in targets and name not in ambiguous]
     if strange:
         raise UserError(_complaint(file, strange))
-    return _unique(file, places | _choose(file, shapes, ambiguous))
+    return _unique(file, targets | _choose(file, shapes, ambiguous))
 
 
 def _choose(
-    file: object, shapes: Mapping[str, Shape], ambiguous: Mapping[str, list[Place]]
-) -> dict[str, Place]:
+    file: object, shapes: Mapping[str, Shape], ambiguous: Mapping[str, list[Target]]
+) -> dict[str, Target]:
     """Choose the text encoder that all names without a component fit."""
     options = list(zip(*ambiguous.values(), strict=True))
     fitting = [
@@ -160,17 +160,17 @@ def _choose(
     return dict(zip(ambiguous, (fitting or options or [()])[0], strict=True))
 
 
-def _unique(file: object, places: dict[str, Place]) -> dict[str, Place]:
+def _unique(file: object, targets: dict[str, Target]) -> dict[str, Target]:
     names: dict[tuple[str, str], str] = {}
-    for name, place in places.items():
-        for layer, _ in place.layer.pieces:
-            other = names.setdefault((layer.name, place.role), name)
+    for name, target in targets.items():
+        for layer, _ in target.layer.pieces:
+            other = names.setdefault((layer.name, target.role), name)
             if other != name:
                 raise UserError(
                     f"{file} has two tensors for one place, {_shown(other)} and {_shown(name)}: "
                     "expected one adapter for each layer; leave one of them out."
                 )
-    return places
+    return targets
 
 
 def _shown(name: str) -> str:

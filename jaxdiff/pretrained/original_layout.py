@@ -8,15 +8,14 @@ other components, which are left unread.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, TensorFiles
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, TensorFiles
 
 Rows = tuple[slice, ...]
 
@@ -42,6 +41,15 @@ def cut(rows: Rows) -> Cut:
     if len(rows) == 1:
         return lambda x: x[rows[0]]
     return lambda x: np.concatenate([x[part] for part in rows])
+
+
+def put(whole: np.ndarray, rows: Rows, value: np.ndarray) -> None:
+    """Write rows to their places in a tensor, the inverse of `cut`."""
+    start = 0
+    for part in rows:
+        place = whole[part]
+        place[...] = value[start : start + len(place)]
+        start += len(place)
 
 
 def to_diffusers_names(
@@ -70,24 +78,61 @@ def to_original_names(
     left, found = dict(tensors), dict[str, np.ndarray]()
     for old, pieces in modules.items():
         for leaf in ("weight", "bias"):
-            if f"{pieces[0][0]}.{leaf}" not in left:
-                continue
-            parts = []
-            for new, rows in pieces:
-                value = left.pop(f"{new}.{leaf}")
-                # Rows in the order of this piece, to their places in the whole.
-                size = len(value) // len(rows or (0,))
-                parts += [
-                    (part.start or 0, value[i * size : (i + 1) * size])
-                    for i, part in enumerate(rows or (slice(0, None),))
-                ]
-            values = [value for _, value in sorted(parts, key=lambda x: x[0])]
-            found[f"{old}.{leaf}"] = values[0] if len(values) == 1 else np.concatenate(values)
+            if f"{pieces[0][0]}.{leaf}" in left:
+                values = [(rows, left.pop(f"{new}.{leaf}")) for new, rows in pieces]
+                found[f"{old}.{leaf}"] = _joined(values)
     return found | left
 
 
+def _joined(values: Sequence[tuple[Rows | None, np.ndarray]]) -> np.ndarray:
+    """Return the tensor of an original module from those of all pieces, with their rows."""
+    rows, first = values[0]
+    if rows is None:
+        return first
+    size = sum(len(value) for _, value in values)
+    dtype = np.result_type(*(value.dtype for _, value in values))
+    whole = np.empty((size, *first.shape[1:]), dtype)
+    for rows, value in values:
+        assert rows is not None  # which is of a piece without others
+        put(whole, rows, value)
+    return whole
+
+
+class TransformerShapes(NamedTuple):
+    """Shapes of a transformer's tensors, from which its config follows.
+
+    Attributes:
+      file: for messages.
+      what: the family, for messages.
+      shapes: by name, without prefix, in either spelling.
+    """
+
+    file: object
+    what: str
+    shapes: Mapping[str, Shape]
+
+    def shape(self, rank: int, *names: str) -> Shape:
+        """Return the shape of the first of these tensors that is there, with so many axes.
+
+        Raises:
+          UserError: there is none.
+        """
+        for name in names:
+            if len(self.shapes.get(name, ())) == rank:
+                return self.shapes[name]
+        raise UserError(
+            f"{self.file} lacks {names[0]}: expected the tensors of a {self.what} transformer; "
+            "copy it again."
+        )
+
+    def depth(self, stack: str) -> int:
+        """Return the number of layers of a stack; 1 without any, so that they are missed."""
+        found = (re.match(rf"{stack}\.(\d+)\.", name) for name in self.shapes)
+        return 1 + max((int(layer[1]) for layer in found if layer), default=0)
+
+
 def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:
-    """Return what precedes one of the marks, names of a network's tensors; None without any."""
+    """Return what precedes one of the marks, which are names of tensors; None without any."""
     for prefix in PREFIXES:
         if any(prefix + mark in names for mark in marks):
             return prefix
@@ -100,7 +145,7 @@ def open_transformer(file: epath.PathLike, what: str, marks: Collection[str]) ->
     Args:
       file: safetensors.
       what: the family, for messages.
-      marks: names of which the network has one.
+      marks: names of tensors; the network has one of them.
 
     Raises:
       UserError: the file is damaged, or holds no such network.
@@ -118,9 +163,3 @@ def open_transformer(file: epath.PathLike, what: str, marks: Collection[str]) ->
         return None if is_other else name.removeprefix(prefix)
 
     return Renamed(tensors, bare)
-
-
-def write_transformer(file: epath.PathLike, tensors: Mapping[str, np.ndarray], prefix: str) -> None:
-    """Write tensors to a safetensors file, with a prefix before their names."""
-    named = {prefix + name: np.asarray(value, order="C") for name, value in tensors.items()}
-    write_whole(epath.Path(file), save(named, metadata={"format": "pt"}))

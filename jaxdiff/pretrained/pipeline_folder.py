@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import read_json
 from jaxdiff.models.text_to_image import (
@@ -23,6 +24,7 @@ from jaxdiff.models.text_to_image import (
     TextToImage,
 )
 from jaxdiff.pretrained.config_check import Kind, Schema, Unused, Used, read_keys
+from jaxdiff.sampling.sampler import Sampler
 
 INDEX = "model_index.json"
 ENCODERS = {"text": "text_encoder", "text_2": "text_encoder_2"}
@@ -118,14 +120,35 @@ def read_index(
     return values
 
 
-def check_parts(
-    denoiser: AnyDenoiser, conditioner: AnyConditioner, autoencoder: AnyAutoencoder
-) -> None:
-    """Check that a transformer, text encoders and an autoencoder belong together.
+def flow_spec(
+    root: epath.Path,
+    denoiser: AnyDenoiser,
+    conditioner: AnyConditioner,
+    autoencoder: AnyAutoencoder,
+    sampler: Sampler,
+) -> TextToImage:
+    """Return the specification of a flow-matching transformer for images of 1024 x 1024.
 
     Raises:
-      UserError: widths or channels differ.
+      UserError: widths or channels of the parts differ.
     """
+    _check_parts(denoiser, conditioner, autoencoder)
+    return TextToImage(
+        name=root.resolve().name,
+        denoiser=denoiser,
+        conditioner=conditioner,
+        autoencoder=autoencoder,
+        prediction="velocity",
+        schedule=RectifiedFlow(),
+        image_size=1024,
+        sampler=sampler,
+    )
+
+
+def _check_parts(
+    denoiser: AnyDenoiser, conditioner: AnyConditioner, autoencoder: AnyAutoencoder
+) -> None:
+    """Check that a transformer, text encoders and an autoencoder belong together."""
     if autoencoder.latent_channels != denoiser.channels:
         raise UserError(
             f"transformer/config.json has in_channels for latents of {denoiser.channels} channels "

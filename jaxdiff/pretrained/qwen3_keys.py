@@ -32,7 +32,7 @@ from jaxdiff.pretrained.key_mapping import from_torch_names, to_torch_names
 from jaxdiff.pretrained.safetensors_io import Renamed
 
 WHAT = "text_encoder/config.json"
-ARCHITECTURE = "Qwen3ForCausalLM"
+ARCHITECTURES = "Qwen3ForCausalLM", "Qwen3Model"  # with and without the head
 
 _LAYER = "model.layers.{layer}"
 NAMES = {
@@ -126,7 +126,7 @@ def write_qwen3_config(encoder: Qwen3TextEncoder, *, whole: bool) -> dict[str, A
     depth = encoder.model.depth if whole else _written_depth(encoder)
     rope = {"rope_type": "default", "rope_theta": encoder.model.rope_theta}
     return {
-        "architectures": [ARCHITECTURE if whole else "Qwen3Model"],
+        "architectures": [ARCHITECTURES[0 if whole else 1]],
         "model_type": "qwen3",
         **write_keys(encoder.model, KEYS),
         "num_hidden_layers": depth,

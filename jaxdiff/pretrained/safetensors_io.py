@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint on disk one at a time."""
+"""Read the tensors of a checkpoint on disk one at a time, and write its files."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import is_local
+from jaxdiff.io.files import is_local, write_whole
 from jaxdiff.io.text import parse_json, read_json
 
 Shape = tuple[int, ...]
@@ -130,6 +131,16 @@ class Renamed(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def write_tensors(file: epath.PathLike, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
+    """Write a safetensors file as PyTorch's libraries do, with further metadata.
+
+    Tensors keep their type.
+    """
+    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    # transformers refuses a file without this format.
+    write_whole(epath.Path(file), save(contiguous, metadata={"format": "pt", **metadata}))
 
 
 def to_device(tensor: np.ndarray | jax.Array) -> jax.Array:

@@ -6,12 +6,12 @@ The rest of the model, its text encoders, tokenizers and autoencoder, comes from
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.flux_original import FLUX_MARKS, read_flux_file
 from jaxdiff.pretrained.original_layout import prefix_of
+from jaxdiff.pretrained.placement import Place
 from jaxdiff.pretrained.safetensors_io import TensorFiles, to_device
 from jaxdiff.pretrained.z_image_original import Z_IMAGE_MARKS, read_z_image_file
 
@@ -27,9 +27,7 @@ def is_transformer_file(file: epath.PathLike) -> bool:
     return epath.Path(file).suffix.lower() == ".safetensors" and _reader(file) is not None
 
 
-def read_transformer_file(
-    file: epath.PathLike, *, place: Callable[[np.ndarray], Any] = to_device
-) -> dict[str, Any]:
+def read_transformer_file(file: epath.PathLike, *, place: Place = to_device) -> dict[str, Any]:
     """Read a denoiser's parameters, with tensors in their stored type.
 
     Args:

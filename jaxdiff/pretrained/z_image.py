@@ -10,7 +10,6 @@ from typing import Any
 
 from etils import epath
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.diffusion.time_grids import AnyGrid, FlowGrid
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioners.z_image import ZImageConditioner
@@ -28,7 +27,7 @@ from jaxdiff.pretrained.pipeline_folder import (
     COMMON_KEYS,
     PipelineFamily,
     WrittenSpec,
-    check_parts,
+    flow_spec,
     part_key,
     read_index,
     read_part_config,
@@ -42,12 +41,11 @@ Z_IMAGE_INDEX_KEYS: Schema = {
     **COMMON_KEYS,
     "transformer": part_key(z_image_keys.KIND),
     "vae": part_key(autoencoder_keys.KIND),
-    "text_encoder": part_key("Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder": part_key(*qwen3_keys.ARCHITECTURES),
     "tokenizer": part_key(),
 }
 """Schema of `model_index.json`."""
 
-_SIZE = 1024
 _TURBO_GRID = FlowGrid(shift=3.0)
 _TURBO: dict[str, Any] = {
     "num_steps": 8,
@@ -69,20 +67,11 @@ def _read_spec(root: epath.Path, index: Mapping[str, Any]) -> TextToImage:
     autoencoder = autoencoder_keys.read_autoencoder_config(
         read_part_config(root / "vae" / "config.json")
     )
-    check_parts(denoiser, conditioner, autoencoder)
     scheduling = read_flow_scheduling(
         read_part_config(root / "scheduler" / "scheduler_config.json")
     )
-    return TextToImage(
-        name=root.resolve().name,
-        denoiser=denoiser,
-        conditioner=conditioner,
-        autoencoder=autoencoder,
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=_SIZE,
-        sampler=Sampler(**scheduling._asdict(), **_defaults(scheduling.grid)),
-    )
+    sampler = Sampler(**scheduling._asdict(), **_defaults(scheduling.grid))
+    return flow_spec(root, denoiser, conditioner, autoencoder, sampler)
 
 
 def _defaults(grid: AnyGrid) -> dict[str, Any]:

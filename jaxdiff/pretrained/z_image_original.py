@@ -5,7 +5,6 @@ layers.N.attention.out, q_norm, k_norm
 x_embedder, final_layer       diffusers' all_x_embedder.2-1, all_final_layer.2-1
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,18 +15,19 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.z_image import PATCH, ZImageConfig
 from jaxdiff.pretrained.original_layout import (
     Pieces,
+    TransformerShapes,
     open_transformer,
     stacked_rows,
     to_diffusers_names,
     to_original_names,
-    write_transformer,
 )
-from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, to_device
+from jaxdiff.pretrained.placement import Place
+from jaxdiff.pretrained.safetensors_io import Cut, Renamed, to_device, write_tensors
 from jaxdiff.pretrained.z_image_keys import z_image_from_torch, z_image_to_torch
 
 _ORIGINAL = "noise_refiner.0.attention.qkv.weight"
 Z_IMAGE_MARKS = _ORIGINAL, "noise_refiner.0.attention.to_q.weight"
-"""Names that the file of a Z-Image has, in the original layout and in diffusers\'."""
+"""Names that the file of a Z-Image has, in the original layout and in diffusers'."""
 _UNUSED = ("norm_final.weight",)  # of the original code, which computes nothing with it
 _AXES = (32, 48, 48)  # of a head of 128 channels
 
@@ -54,45 +54,27 @@ def z_image_modules(config: ZImageConfig) -> dict[str, Pieces]:
     return modules | {old: ((new, None),) for old, new in whole.items()}
 
 
-def read_original_z_image_config(file: object, shapes: Mapping[str, Shape]) -> ZImageConfig:
+def z_image_config_of(found: TransformerShapes) -> ZImageConfig:
     """Return the config of a published Z-Image from the shapes of its tensors.
-
-    Args:
-      file: for messages.
-      shapes: by name, without prefix, in either spelling.
 
     Raises:
       UserError: tensors are missing that determine it.
     """
-
-    def shape(rank: int, *names: str) -> Shape:
-        for name in names:
-            if len(shapes.get(name, ())) == rank:
-                return shapes[name]
-        raise UserError(
-            f"{file} lacks {names[0]}: expected the tensors of a Z-Image transformer; copy it "
-            "again."
-        )
-
-    def depth(stack: str) -> int:
-        found = [int(m[1]) for name in shapes if (m := re.match(rf"{stack}\.(\d+)\.", name))]
-        return 1 + max(found, default=0)
-
-    width, patch = shape(2, "x_embedder.weight", f"all_x_embedder.{PATCH}-1.weight")
+    width, patch = found.shape(2, "x_embedder.weight", f"all_x_embedder.{PATCH}-1.weight")
     attention = "noise_refiner.0.attention"
-    (head,) = shape(1, f"{attention}.q_norm.weight", f"{attention}.norm_q.weight")
+    (head,) = found.shape(1, f"{attention}.q_norm.weight", f"{attention}.norm_q.weight")
     if width % head or head % 16 or patch % PATCH**2:
         raise UserError(
-            f"{file} has heads of {head} channels of {width}, and {patch} numbers in a patch: "
-            "expected whole heads, a multiple of 16 in each, and patches of 2 x 2; use another "
-            "model."
+            f"{found.file} has heads of {head} channels of {width}, and {patch} numbers in a "
+            "patch: expected whole heads, a multiple of 16 in each, and patches of 2 x 2; use "
+            "another model."
         )
     return ZImageConfig(
         channels=patch // PATCH**2,
         heads=width // head,
-        depth=depth("layers"),
-        refiner_depth=depth("noise_refiner"),
-        text_width=shape(2, "cap_embedder.1.weight")[1],
+        depth=found.depth("layers"),
+        refiner_depth=found.depth("noise_refiner"),
+        text_width=found.shape(2, "cap_embedder.1.weight")[1],
         rope_axes=tuple(axis * head // sum(_AXES) for axis in _AXES),
     )
 
@@ -113,23 +95,19 @@ def z_image_to_original(
 
 
 def read_z_image_file(
-    file: epath.PathLike,
-    config: ZImageConfig | None = None,
-    *,
-    place: Callable[[np.ndarray], Any] = to_device,
+    file: epath.PathLike, *, place: Place = to_device
 ) -> tuple[ZImageConfig, dict[str, Any]]:
-    """Read a Z-Image transformer from one file, with tensors in their stored type.
+    """Read a published Z-Image transformer from one file, with tensors in their stored type.
 
     Args:
       file: safetensors.
-      config: of the network; None determines it from the shapes, as of a published model.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: the file is damaged, or holds another network.
     """
     tensors = open_transformer(file, "Z-Image", Z_IMAGE_MARKS)
-    config = config or read_original_z_image_config(file, tensors.shapes)
+    config = z_image_config_of(TransformerShapes(file, "Z-Image", tensors.shapes))
     if _ORIGINAL in tensors:
         tensors = Renamed(tensors, original_z_image_rename(config))
     options = {"what": str(file), "advice": "use a whole, unpruned Z-Image transformer"}
@@ -147,4 +125,5 @@ def write_z_image_file(
       config: of the network.
       prefix: before all names, such as ComfyUI's `model.diffusion_model.`.
     """
-    write_transformer(file, z_image_to_original(z_image_to_torch(params), config), prefix)
+    tensors = z_image_to_original(z_image_to_torch(params), config)
+    write_tensors(file, {prefix + name: value for name, value in tensors.items()})

@@ -17,7 +17,7 @@ from jaxdiff.models.denoisers.flux import FLUX1 as FLUX1_CONFIG
 from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build, bind_params
 from jaxdiff.pretrained import flux_keys
-from jaxdiff.pretrained.flux_original import original_rename, to_original
+from jaxdiff.pretrained.flux_original import flux_to_original, original_flux_rename
 from jaxdiff.pretrained.key_mapping import flatten_params, locate
 from jaxdiff.pretrained.safetensors_io import Renamed
 
@@ -236,9 +236,9 @@ def test_files_of_the_original_code_are_read_as_diffusers_reads_them(name):
         for theirs in tensor.names():
             size = value.shape[-1]
             rows[theirs] = rng.normal(size=(size, 2) if tensor.is_kernel else (size,))
-    original = to_original(rows, config)
+    original = flux_to_original(rows, config)
     wanted = convert({key: torch.from_numpy(x) for key, x in original.items()})
-    found = Renamed(original, original_rename(config))
+    found = Renamed(original, original_flux_rename(config))
     assert found.keys() == wanted.keys() == rows.keys()
     for key, tensor in wanted.items():
         np.testing.assert_array_equal(found[key], tensor.numpy())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from jaxdiff.models.lora import merge_adapters
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import flux_keys
-from jaxdiff.pretrained.flux_original import original_modules
+from jaxdiff.pretrained.flux_original import flux_modules
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
+
+from tests.parity.lora_files import RANK, check_merged, pairs, random, tensors_of
 
 pytestmark = pytest.mark.parity
 
@@ -36,7 +39,6 @@ SMALL = {
 }
 FIRST = {**SMALL, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6)}
 SECOND = {**SMALL, "in_channels": 3, "axes_dims_rope": (4, 4, 4, 4)}
-RANK = 4
 
 
 def torch_flux(first: bool):
@@ -44,15 +46,6 @@ def torch_flux(first: bool):
     if first:
         return diffusers.FluxTransformer2DModel(**FIRST).eval()
     return diffusers.Flux2Transformer2DModel(**SECOND).eval()
-
-
-def tensors_of(model):
-    """Weights, also of a model with fused adapters."""
-    return {
-        name.replace(".base_layer.", "."): x.detach().numpy()
-        for name, x in model.state_dict().items()
-        if ".lora_" not in name
-    }
 
 
 @functools.cache
@@ -75,30 +68,15 @@ def spec_of(config: FluxConfig) -> TextToImage:
     )
 
 
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def linear_layers(first: bool):
     model = torch_flux(first)
     return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-def pairs(sizes, down, up, *, alpha=None):
-    """Random adapters by name, for layers of (outputs, inputs)."""
-    tensors = {}
-    for i, (name, (outputs, inputs)) in enumerate(sizes.items()):
-        tensors[f"{name}.{down}.weight"] = 0.3 * random(RANK, inputs, seed=2 * i)
-        tensors[f"{name}.{up}.weight"] = 0.3 * random(outputs, RANK, seed=2 * i + 1)
-        if alpha is not None and "final_layer" not in name:  # which diffusers ignores there
-            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-    return tensors
-
-
 def original_sizes(first: bool):
     """(outputs, inputs) of the original code's linear layers."""
     layers, sizes = linear_layers(first), {}
-    for old, pieces in original_modules(ours(first)[0].denoiser).items():
+    for old, pieces in flux_modules(ours(first)[0].denoiser).items():
         found = [layers[new].weight.shape for new, _ in pieces if new in layers]
         if found:
             sizes[old] = (sum(outputs for outputs, _ in found), found[0][1])
@@ -122,16 +100,11 @@ def theirs(first: bool, tensors):
 
 
 def check(first: bool, file, wanted, changed):
-    """Compare our merged weights; `changed` are the parts of names whose weights differ."""
+    """Compare our merged weights; `changed` counts those that differ."""
     spec, params = ours(first)
     merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
     found = flux_keys.flux_to_torch(jax.device_get(merged), spec.denoiser)
-    before = tensors_of(torch_flux(first))
-    assert found.keys() == wanted.keys()
-    moved = {name for name in wanted if np.abs(wanted[name] - before[name]).max() > 1e-3}
-    for name, tensor in wanted.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert len(moved) == changed
+    check_merged(found, wanted, tensors_of(torch_flux(first)), changed)
 
 
 BOTH = pytest.mark.parametrize("first", [True, False], ids=["FLUX.1", "FLUX.2"])
@@ -167,14 +140,14 @@ SKIPPED = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."], ids=["kohya", "comfyui"])
+@pytest.mark.parametrize(
+    ("first", "prefix"),
+    # FLUX.2's in ComfyUI's spelling are those of ai-toolkit, which the next test checks.
+    [(True, "lora_unet_"), (True, "diffusion_model."), (False, "lora_unet_")],
+    ids=["FLUX.1 kohya", "FLUX.1 comfyui", "FLUX.2 kohya"],
+)
 def test_files_of_kohya(tmp_path, first, prefix):
-    import re
-
     sizes = {k: x for k, x in original_sizes(first).items() if not re.search(SKIPPED[first], k)}
-    if prefix == "diffusion_model." and not first:
-        return  # as ai-toolkit writes them, which the next test checks
     flat = prefix == "lora_unet_"
     named = {prefix + (k.replace(".", "_") if flat else k): x for k, x in sizes.items()}
     tensors = pairs(named, "lora_down", "lora_up", alpha=3.0)
@@ -184,7 +157,7 @@ def test_files_of_kohya(tmp_path, first, prefix):
             "lora_unet_" + re.sub(r"\.(?!lora_|alpha|weight)", "_", k.removeprefix(prefix)): x
             for k, x in tensors.items()
         }
-    modules = original_modules(ours(first)[0].denoiser)
+    modules = flux_modules(ours(first)[0].denoiser)
     changed = sum(len(modules[name]) for name in sizes)
     check(first, tmp_path / "lora.safetensors", theirs(first, tensors), changed)
 
@@ -195,7 +168,7 @@ def test_files_of_ai_toolkit_for_the_second_generation(tmp_path, prefix):
     del sizes["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
     tensors = pairs({prefix + k: x for k, x in sizes.items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
-    modules = original_modules(ours(False)[0].denoiser)
+    modules = flux_modules(ours(False)[0].denoiser)
     changed = sum(len(modules[name]) for name in sizes)
     check(False, tmp_path / "lora.safetensors", theirs(False, tensors), changed)
 
@@ -222,7 +195,7 @@ def test_the_fused_layer_of_published_width(tmp_path):
 
 @BOTH
 def test_what_is_written_opens_in_diffusers(tmp_path, first):
-    spec, params = ours(first)
+    spec, _ = ours(first)
     layers = linear_layers(first)
     sizes = {f"transformer.{name}": layer.weight.shape for name, layer in layers.items()}
     save_file(pairs(sizes, "lora_A", "lora_B"), tmp_path / "lora.safetensors")
@@ -232,12 +205,10 @@ def test_what_is_written_opens_in_diffusers(tmp_path, first):
     model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
     model.fuse_lora()
     check(first, tmp_path / "lora.safetensors", tensors_of(model), len(layers))
-    del params
 
 
-@pytest.mark.parametrize("first", [True])
-def test_configs_in_the_metadata_state_the_scale(tmp_path, first):
-    layer = linear_layers(first)["proj_out"]
+def test_configs_in_the_metadata_state_the_scale(tmp_path):
+    layer = linear_layers(True)["proj_out"]
     tensors = pairs({"transformer.proj_out": layer.weight.shape}, "lora_A", "lora_B")
     metadata = {"transformer.r": RANK, "transformer.lora_alpha": 8}
     save_file(
@@ -246,4 +217,4 @@ def test_configs_in_the_metadata_state_the_scale(tmp_path, first):
         metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)},
     )
     tensors["transformer.proj_out.lora_B.weight"] *= 2
-    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), 1)
+    check(True, tmp_path / "lora.safetensors", theirs(True, tensors), 1)

@@ -20,6 +20,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
+from tests.parity.lora_files import RANK, check_merged, pairs, random, tensors_of
+
 pytestmark = pytest.mark.parity
 
 SMALL = {
@@ -32,21 +34,11 @@ SMALL = {
     "cap_feat_dim": 24,
     "axes_dims": [4, 6, 6],
 }
-RANK = 4
 
 
 def torch_z_image():
     torch.manual_seed(0)
     return diffusers.ZImageTransformer2DModel(**SMALL).eval()
-
-
-def tensors_of(model):
-    """Weights, also of a model with fused adapters."""
-    return {
-        name.replace(".base_layer.", "."): x.detach().numpy()
-        for name, x in model.state_dict().items()
-        if ".lora_" not in name and ".lokr_" not in name
-    }
 
 
 @functools.cache
@@ -86,21 +78,6 @@ def original_sizes():
     return found
 
 
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def pairs(layers, down, up, *, alpha=None):
-    """Random adapters by name, for layers of (outputs, inputs)."""
-    tensors = {}
-    for i, (name, (outputs, inputs)) in enumerate(layers.items()):
-        tensors[f"{name}.{down}.weight"] = 0.3 * random(RANK, inputs, seed=2 * i)
-        tensors[f"{name}.{up}.weight"] = 0.3 * random(outputs, RANK, seed=2 * i + 1)
-        if alpha is not None:
-            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-    return tensors
-
-
 def theirs(tensors):
     """Weights that diffusers merges with the adapters of a file."""
     given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
@@ -116,12 +93,7 @@ def check(file, wanted, changed):
     spec, params = ours()
     merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
     found = z_image_keys.z_image_to_torch(jax.device_get(merged))
-    before = tensors_of(torch_z_image())
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
-    moved = {name for name in wanted if np.abs(wanted[name] - before[name]).max() > 1e-3}
-    assert len(moved) == changed
+    check_merged(found, wanted, tensors_of(torch_z_image()), changed)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])

@@ -18,6 +18,7 @@ from jaxdiff.models.conditioning import (
 )
 from jaxdiff.models.denoisers.dit import DiTConfig
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.bundle import Bundle, abstract_of
@@ -25,13 +26,13 @@ from jaxdiff.pretrained.bundle import Bundle, abstract_of
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[..., Any]:
-    """`random_params(spec)` initialises every parameter with normal noise."""
+    """`random_params(spec)` initialises every parameter with normal noise, also of one network."""
 
     def init(spec, dtype=np.float32, scale=0.3):
         rng = np.random.default_rng(0)
-        return jax.tree.map(
-            lambda x: (scale * rng.normal(size=x.shape)).astype(dtype), abstract_of(spec)
-        )
+        is_network = hasattr(spec, "build")
+        abstract = abstract_params(bind_build(spec)) if is_network else abstract_of(spec)
+        return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(dtype), abstract)
 
     return init
 

@@ -18,10 +18,10 @@ from jaxdiff.pretrained.autoencoder_file import (
 )
 from jaxdiff.pretrained.autoencoder_keys import autoencoder_to_torch
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
-from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.pretrained.load import load_bundle, read_spec
 from jaxdiff.pretrained.presets import FLUX1_AUTOENCODER
 from jaxdiff.pretrained.safetensors_io import to_device
+from tests.pretrained.same_bits import assert_same_bits
 
 SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 CONFIGS = {
@@ -38,14 +38,6 @@ def random(random_params, config):
     return params
 
 
-def equal(a, b):
-    a, b = flatten_params(a), flatten_params(b)
-    assert a.keys() == b.keys()
-    for path, value in a.items():
-        assert (value.dtype, value.shape) == (b[path].dtype, b[path].shape), path
-        assert np.asarray(value).tobytes() == np.asarray(b[path]).tobytes(), path
-
-
 @BOTH
 def test_a_written_file_is_read_bit_for_bit(tmp_path, random_params, name):
     config, file = CONFIGS[name], tmp_path / "ae.safetensors"
@@ -55,7 +47,7 @@ def test_a_written_file_is_read_bit_for_bit(tmp_path, random_params, name):
     for place in (np.asarray, to_device):
         found, back = read_autoencoder_file(file, config, place=place)
         assert found == config
-        equal(back, params)
+        assert_same_bits(back, params)
     again = tmp_path / "again.safetensors"
     write_autoencoder_file(again, back, config)
     assert again.read_bytes() == file.read_bytes()
@@ -68,7 +60,7 @@ def test_counters_stay_integers_in_our_own_folders(tmp_path, random_params):
     found = load_bundle(tmp_path)
     assert found.spec == config
     as_floats = jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float32), params)
-    equal(found.params, as_floats)
+    assert_same_bits(found.params, as_floats)
 
 
 def test_names_are_those_of_the_original_code(tmp_path, random_params):
@@ -108,7 +100,7 @@ def test_names_of_diffusers_and_other_components_in_the_file_are_read_too(
     save_file(tensors, file)
     assert not is_autoencoder_file(file)
     _, back = read_autoencoder_file(file, config, place=np.asarray)
-    equal(back, params)
+    assert_same_bits(back, params)
 
 
 def shapes_of_published(tmp_path, latents, extra=()):

@@ -16,7 +16,7 @@ from jaxdiff.models.lora import merge_adapters
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained.flux_keys import flux_to_torch
-from jaxdiff.pretrained.flux_original import to_original
+from jaxdiff.pretrained.flux_original import flux_to_original
 from jaxdiff.pretrained.lora import read_lora
 
 SMALL = {"heads": 2, "head_width": 16, "double_depth": 1, "single_depth": 1, "text_width": 24}
@@ -53,7 +53,7 @@ def merged(name, file):
     params = weights(name)
     after = merge_adapters(params, read_lora(file, spec_of(name))["denoiser"])
     config = CONFIGS[name]
-    return tuple(to_original(flux_to_torch(x, config), config) for x in (params, after))
+    return tuple(flux_to_original(flux_to_torch(x, config), config) for x in (params, after))
 
 
 MODULES = {
@@ -86,7 +86,7 @@ def adapter(kind, outputs, inputs):
 @BOTH
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoKr"])
 def test_a_module_changes_all_layers_that_it_holds(tmp_path, name, kind):
-    original = to_original(flux_to_torch(weights(name), CONFIGS[name]), CONFIGS[name])
+    original = flux_to_original(flux_to_torch(weights(name), CONFIGS[name]), CONFIGS[name])
     tensors, changes = {}, {}
     for module in MODULES[name]:
         found, changes[f"{module}.weight"] = adapter(kind, *original[f"{module}.weight"].shape)

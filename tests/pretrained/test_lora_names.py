@@ -4,7 +4,7 @@ import pytest
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.lora_layers import layers_of
-from jaxdiff.pretrained.lora_names import place_tensors
+from jaxdiff.pretrained.lora_names import find_targets
 
 WIDTH = 8
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
@@ -74,9 +74,9 @@ LAYERS = {
 )
 def test_every_spelling_of_a_layer_is_known(layer, spelling, stable_diffusions):
     name = f"{spelling}.lora_down.weight"
-    places = place_tensors("style", {name: (4, WIDTH)}, stable_diffusions["XL"])
-    assert places[name].layer.name == layer
-    assert places[name].role == "down"
+    targets = find_targets("style", {name: (4, WIDTH)}, stable_diffusions["XL"])
+    assert targets[name].layer.name == layer
+    assert targets[name].role == "down"
 
 
 ROLES = {
@@ -113,10 +113,10 @@ def test_every_spelling_of_a_role_is_known(role, end, stable_diffusions):
     module = QUERY
     if end.startswith(".processor"):  # of an attention's processor
         module, end = QUERY.replace(".to_q", ""), end.replace("_lora", ".to_q_lora")
-    places = place_tensors("style", {module + end: (4, WIDTH)}, stable_diffusions["SD"])
-    (place,) = places.values()
-    assert (place.role, place.layer.name) == (role, QUERY)
-    assert place.module == QUERY.removeprefix("unet.")
+    targets = find_targets("style", {module + end: (4, WIDTH)}, stable_diffusions["SD"])
+    (target,) = targets.values()
+    assert (target.role, target.layer.name) == (role, QUERY)
+    assert target.module == QUERY.removeprefix("unet.")
 
 
 @pytest.mark.parametrize("kind", ["SD", "XL", "refiner"])
@@ -126,8 +126,8 @@ def test_the_names_of_different_layers_differ(kind, stable_diffusions):
         folder, _, theirs = name.partition(".")
         kohya = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
         for spelling in (name, kohya[folder] + theirs.replace(".", "_")):
-            (place,) = place_tensors("style", {f"{spelling}.alpha": ()}, spec).values()
-            assert place.layer == layer
+            (target,) = find_targets("style", {f"{spelling}.alpha": ()}, spec).values()
+            assert target.layer == layer
 
 
 OTHERS = {
@@ -152,19 +152,19 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_are_refused_by_name(name, stable_diffusions):
     with pytest.raises(UserError, match=f"style has .*{OTHERS[name]}.*does not read"):
-        place_tensors("style", {name: (4, WIDTH)}, stable_diffusions["SD"])
+        find_targets("style", {name: (4, WIDTH)}, stable_diffusions["SD"])
 
 
 def test_the_same_place_by_two_names_is_refused(stable_diffusions):
     names = {f"{QUERY}.lora_A.weight": (4, 8), f"{LAYERS[QUERY][5]}.lora_down.weight": (4, 8)}
     with pytest.raises(UserError, match="two tensors for one place"):
-        place_tensors("style", names, stable_diffusions["SD"])
+        find_targets("style", names, stable_diffusions["SD"])
 
 
 def test_names_without_an_encoder_are_of_the_one_that_fits(stable_diffusions):
     name = "base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight"
     xl = stable_diffusions["XL"]
     with pytest.raises(UserError, match="fits both text encoders and names neither"):
-        place_tensors("style", {name: (4, WIDTH)}, xl)
-    (place,) = place_tensors("style", {name: (4, WIDTH)}, stable_diffusions["refiner"]).values()
-    assert place.layer.part == "text_2"
+        find_targets("style", {name: (4, WIDTH)}, xl)
+    (target,) = find_targets("style", {name: (4, WIDTH)}, stable_diffusions["refiner"]).values()
+    assert target.layer.part == "text_2"

@@ -1,6 +1,5 @@
 """Z-Image's transformer in the original layout: every tensor returns bit for bit."""
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,51 +7,38 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.z_image import ZImageConfig
-from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.z_image_keys import z_image_to_torch
 from jaxdiff.pretrained.z_image_original import (
     read_z_image_file,
     write_z_image_file,
     z_image_to_original,
 )
+from tests.pretrained.same_bits import assert_same_bits
 
+BFLOAT16 = ml_dtypes.bfloat16
 CONFIG = ZImageConfig(
     channels=4, heads=2, depth=3, refiner_depth=1, text_width=8, rope_axes=(4, 6, 6)
 )
 
 
-def random_weights():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda p: rng.normal(size=p.shape).astype(ml_dtypes.bfloat16),
-        abstract_params(bind_build(CONFIG)),
-    )
-
-
-def equal(a, b):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(x.view(np.uint16), y.view(np.uint16)), a, b
-    )
-
-
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_written_file_is_read_bit_for_bit_and_states_its_config(tmp_path, prefix):
-    params, file = random_weights(), tmp_path / "z_image.safetensors"
+def test_a_written_file_is_read_bit_for_bit_and_states_its_config(tmp_path, random_params, prefix):
+    params, file = random_params(CONFIG, BFLOAT16), tmp_path / "z_image.safetensors"
     write_z_image_file(file, params, CONFIG, prefix)
     found, back = read_z_image_file(file, place=np.asarray)
     assert found == CONFIG
-    equal(back, params)
+    assert_same_bits(back, params)
     again = tmp_path / "again.safetensors"
     write_z_image_file(again, back, found, prefix)
     assert again.read_bytes() == file.read_bytes()
 
 
-def test_names_and_order_of_rows_are_those_of_the_original_code(tmp_path):
-    params, file = random_weights(), tmp_path / "z_image.safetensors"
+def test_names_and_order_of_rows_are_those_of_the_original_code(tmp_path, random_params):
+    params, file = random_params(CONFIG, BFLOAT16), tmp_path / "z_image.safetensors"
     write_z_image_file(file, params, CONFIG)
     tensors, theirs = load_file(file), z_image_to_torch(params)
     qkv = [theirs[f"layers.2.attention.to_{x}.weight"] for x in "qkv"]
-    equal(tensors["layers.2.attention.qkv.weight"], np.concatenate(qkv))
+    assert_same_bits(tensors["layers.2.attention.qkv.weight"], np.concatenate(qkv))
     for name in (
         "x_embedder.bias",
         "final_layer.adaLN_modulation.1.weight",
@@ -65,8 +51,8 @@ def test_names_and_order_of_rows_are_those_of_the_original_code(tmp_path):
     assert not [name for name in tensors if "all_" in name or ".to_" in name]
 
 
-def test_names_of_diffusers_and_other_tensors_in_the_file_are_read_too(tmp_path):
-    params, file = random_weights(), tmp_path / "z_image.safetensors"
+def test_names_of_diffusers_and_other_tensors_in_the_file_are_read_too(tmp_path, random_params):
+    params, file = random_params(CONFIG, BFLOAT16), tmp_path / "z_image.safetensors"
     theirs = z_image_to_torch(params)
     other = {"vae.decoder.conv_in.weight": np.zeros((2, 2), np.float32)}
     unused = {"norm_final.weight": np.ones(32, np.float32)}
@@ -75,14 +61,14 @@ def test_names_of_diffusers_and_other_tensors_in_the_file_are_read_too(tmp_path)
         save_file({**contiguous, **other}, file)
         found, back = read_z_image_file(file, place=np.asarray)
         assert found == CONFIG
-        equal(back, params)
+        assert_same_bits(back, params)
 
 
-def test_damaged_files_are_refused_by_name(tmp_path):
+def test_damaged_files_are_refused_by_name(tmp_path, random_params):
     file = tmp_path / "z_image.safetensors"
-    whole = z_image_to_original(z_image_to_torch(random_weights()), CONFIG)
+    whole = z_image_to_original(z_image_to_torch(random_params(CONFIG, BFLOAT16)), CONFIG)
     whole = {key: np.ascontiguousarray(x) for key, x in whole.items()}
-    wide = np.zeros((24, 24), ml_dtypes.bfloat16)
+    wide = np.zeros((24, 24), BFLOAT16)
     for changes, message in (
         ({"x_embedder.weight": None}, "lacks x_embedder.weight: expected the tensors of a Z-Image"),
         ({"layers.1.attention.qkv.weight": None}, r"missing tensors: layers\.1\.attention\.to_k"),
