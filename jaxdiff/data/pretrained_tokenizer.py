@@ -147,9 +147,7 @@ class PretrainedTokenizer(TextTokenizer):
         with damage_as_user_error(folder):
             if own is None:
                 return cls._from_transformers(root, read, length, thinking)
-            state = parse_json(own, root / _OWN)
-            backend = tokenizers.Tokenizer.from_str(json.dumps(state["backend"]))
-            found = cls(backend=backend, prefix=state["prefix"], suffix=state["suffix"], files=read)
+            found = cls._from_state(parse_json(own, root / _OWN), read)
             found.encode(["a"])
         if found.length != length:
             raise UserError(

@@ -48,7 +48,7 @@ class StoredTokenizer(NamedTuple):
 def read_folder(folder: str, length: int | None) -> StoredTokenizer:
     """Read a tokenizer; see `Tokenizer.load`."""
     root = epath.Path(folder)
-    own = (root / SAVED).exists() and not (root / CONFIG).exists()
+    own = is_own_folder(root)
     if not own and not any((root / name).exists() for name in (CONFIG, _VOCAB)):
         raise UserError(
             f"{folder} holds no tokenizer: expected {SAVED}, {CONFIG}, or vocab.json and "
@@ -71,6 +71,11 @@ def read_folder(folder: str, length: int | None) -> StoredTokenizer:
             "set the length."
         )
     return StoredTokenizer(backend, length, pad_id, pad_left, _spellings(backend, by_name=not own))
+
+
+def is_own_folder(root: epath.Path) -> bool:
+    """Return whether `Tokenizer.save` wrote a folder's tokenizer, without transformers' config."""
+    return (root / SAVED).exists() and not (root / CONFIG).exists()
 
 
 @contextmanager

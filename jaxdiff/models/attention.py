@@ -133,7 +133,7 @@ def _xla(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 def _for_splash(q: Array, k: Array) -> bool:
     lengths = q.shape[1], k.shape[1]
-    logits, padded = math.prod(lengths), math.prod(_up(n, _LANES) for n in lengths)
+    logits, padded = math.prod(lengths), math.prod(_round_up(n, _LANES) for n in lengths)
     return (
         logits >= _MIN_SPLASH_LOGITS
         and padded <= _MAX_SPLASH_PADDING * logits
@@ -165,7 +165,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
         order = jnp.argsort(~mask, axis=1, stable=True)
         k, v = (jax.vmap(_permuted)(x, order) for x in (k, v))
         used = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
-    q, k, v = (_pad_tokens(x, _up(x.shape[1], _CUDNN_TILE)) for x in (q, k, v))
+    q, k, v = (_pad_tokens(x, _round_up(x.shape[1], _CUDNN_TILE)) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=used, implementation="cudnn")
     return out[:, :n]
 
@@ -182,7 +182,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """
     b, n, h, d = q.shape
     m, most = k.shape[1], _largest_block()
-    rows, columns = _up(n, _LANES), _up(m, _LANES)
+    rows, columns = _round_up(n, _LANES), _round_up(m, _LANES)
     keys = _block(columns, most)
     block: Any = {f"block_q{pass_}": _block(rows, most) for pass_ in ("", "_dkv", "_dq")}
     block |= {f"block_kv{pass_}": keys for pass_ in ("", "_dkv", "_dq")}
@@ -207,7 +207,7 @@ def _pad_tokens(x: Array, length: int) -> Float[Array, "b {length} h d"]:
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
-def _up(length: int, multiple: int) -> int:
+def _round_up(length: int, multiple: int) -> int:
     """Return the next multiple."""
     return -(-length // multiple) * multiple
 

@@ -111,9 +111,15 @@ class TextInputs(NamedTuple):
 
 
 class Conditioner(abc.ABC):
-    """Interface of conditioners; a family's own is a frozen dataclass that inherits it."""
+    """Interface of conditioners; a family's own is a frozen dataclass that inherits it.
+
+    Attributes:
+      masked: whether `encode` returns a mask, `Conditioning.mask`.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
+
+    masked: bool = True
 
     @property
     @abc.abstractmethod
@@ -210,14 +216,13 @@ class Conditioner(abc.ABC):
         del params
         length, rows = self.text_length, rows.astype(jnp.float32)
         pooled = self.pooled_width or 0
-        has_mask = rows.shape[1] > length * self.text_width + pooled
         ends = length * self.text_width, length * self.text_width + pooled
         tokens, vector, mask = jnp.split(rows, ends, axis=-1)
         return self.with_absent(
             Conditioning(
                 tokens=tokens.reshape(-1, length, self.text_width),
                 pooled=vector if pooled else None,
-                mask=mask > 0 if has_mask else None,
+                mask=mask > 0 if self.masked else None,
             ),
             inputs,
         )
@@ -225,7 +230,7 @@ class Conditioner(abc.ABC):
     @property
     def packed_size(self) -> int:
         """Numbers in a row of `pack`."""
-        return self.text_length * (self.text_width + 1) + (self.pooled_width or 0)
+        return self.text_length * (self.text_width + self.masked) + (self.pooled_width or 0)
 
     def with_absent(self, cond: Conditioning, inputs: TextInputs) -> Conditioning:
         """Replace the conditioning of absent prompts; by default they are as the empty one."""
@@ -404,7 +409,7 @@ class ClipConditioner(Conditioner):
         """Numbers in a row of `pack`."""
         if self._caches_only_pooled:
             return self.pooled_width
-        return super().packed_size - (0 if self.masked else self.text_length)
+        return super().packed_size
 
 
 @checked
@@ -420,6 +425,7 @@ class StableDiffusionXLConditioner(Conditioner):
       zero_absent: an absent prompt is all zeros, rather than the encoded "".
     """
 
+    masked = False
     text: ClipTextEncoder | None = None
     text_2: ClipTextEncoder
     zero_absent: bool = True
@@ -464,8 +470,3 @@ class StableDiffusionXLConditioner(Conditioner):
             tokens=cond.tokens * given[:, None, None].astype(cond.tokens.dtype),
             pooled=cond.pooled * given[:, None].astype(cond.pooled.dtype),
         )
-
-    @property
-    def packed_size(self) -> int:
-        """Numbers in a row of `pack`."""
-        return super().packed_size - self.text_length

@@ -251,6 +251,25 @@ class Modulation(Dense):
         return constrain(out, PartitionSpec(images))
 
 
+def modulate(
+    x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b n d"]:
+    """Scale and shift the channels of each image's tokens."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def plain_layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Build a layer norm without parameters."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        use_bias=False,
+        use_scale=False,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
 def fourier_features(
     t: Float[Array, " b"], width: int, *, scale: float = 1000.0
 ) -> Float[Array, "b {width}"]:

@@ -90,6 +90,7 @@ def unknown_token(state):
         lambda state: state.update(prefix=None),
         lambda state: state["backend"].update(padding=None),
         lambda state: state["backend"]["truncation"].update(max_length=15),
+        lambda state: state["backend"]["added_tokens"][0].update(id=2**21),
         unknown_token,
     ],
 )

@@ -189,7 +189,7 @@ def test_keys_that_a_mask_excludes_do_not_matter_to_the_kernel_of_a_tpu(interpre
 
 
 def test_a_tpu_has_the_largest_blocks_that_divide_its_tokens():
-    assert [attention._up(n, 128) for n in (1024, 1101, 4173)] == [1024, 1152, 4224]
+    assert [attention._round_up(n, 128) for n in (1024, 1101, 4173)] == [1024, 1152, 4224]
     blocks = {n: [attention._block(n, most) for most in (512, 1024)] for n in (1024, 1152, 1280)}
     assert blocks == {1024: [512, 1024], 1152: [384, 384], 1280: [256, 640]}
 

@@ -101,8 +101,7 @@ def test_encoded_text_has_the_widths_that_the_conditioner_states(conditioner):
     assert cond.tokens.shape == (3, conditioner.text_length, conditioner.text_width)
     widths = None if cond.pooled is None else cond.pooled.shape[1]
     assert widths == conditioner.pooled_width
-    is_masked = getattr(conditioner, "masked", isinstance(conditioner, ZImageConditioner))
-    assert (cond.mask is not None) == is_masked
+    assert (cond.mask is not None) == conditioner.masked
     abstract = conditioner.abstract_inputs(3)
     assert jax.tree.structure(abstract) == jax.tree.structure(inputs)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), inputs) == jax.tree.map(

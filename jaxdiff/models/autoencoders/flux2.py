@@ -20,7 +20,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig, Gaussian
 from jaxdiff.models.autoencoders.tiling import VaeMode
-from jaxdiff.models.layers import Remat
+from jaxdiff.models.layers import Remat, patchify, unpatchify
 
 PACK = 2
 """Side of the square of positions of z that becomes one latent."""
@@ -184,13 +184,11 @@ class Flux2Autoencoder(Autoencoder):
 
 def pack_latents(z: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 4*c"]:
     """Join squares of positions by channel, in the order channel, row, column."""
-    b, h, w, c = z.shape
-    z = z.reshape(b, h // PACK, PACK, w // PACK, PACK, c)
-    return z.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // PACK, w // PACK, c * PACK**2)
+    b, h, w, _ = z.shape
+    return patchify(z, PACK, channels_first=True).reshape(b, h // PACK, w // PACK, -1)
 
 
 def unpack_latents(z: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c/4"]:
     """Invert `pack_latents`."""
     b, h, w, c = z.shape
-    z = z.reshape(b, h, w, c // PACK**2, PACK, PACK)
-    return z.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * PACK, w * PACK, c // PACK**2)
+    return unpatchify(z.reshape(b, h * w, c), h, w, PACK, channels_first=True)

@@ -24,10 +24,11 @@ class Flux1Conditioner(Conditioner):
     The denoiser reads padding too. Weights of words apply to T5's tokens alone.
 
     Attributes:
-      text: CLIP, of which only the pooled vector is read.
+      text: CLIP; the denoiser reads only its pooled vector.
       text_2: T5.
     """
 
+    masked = False
     text: ClipTextEncoder
     text_2: T5TextEncoder
 
@@ -59,8 +60,3 @@ class Flux1Conditioner(Conditioner):
             tokens = weight_tokens(tokens, empty, inputs.weights["text_2"])
         pooled = self.text.encode(params, "text", inputs.ids["text"]).pooled
         return Conditioning(tokens, pooled=pooled)
-
-    @property
-    def packed_size(self) -> int:
-        """Numbers in a row of `pack`."""
-        return super().packed_size - self.text_length

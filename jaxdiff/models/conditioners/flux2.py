@@ -14,14 +14,11 @@ from jaxdiff.models.conditioning import Conditioning, TextInputs
 class Flux2Conditioner(Qwen3Conditioner):
     """Three hidden states of a Qwen3; the denoiser reads those of padding too."""
 
+    masked = False
+
     def encode(self, params: Mapping[str, Any], inputs: TextInputs) -> Conditioning:
         """Encode prompts, as `encode_prompt` of diffusers' Flux2KleinPipeline."""
         assert inputs.masks is not None
         return Conditioning(
             self.text.encode(params, "text", inputs.ids["text"], inputs.masks["text"])
         )
-
-    @property
-    def packed_size(self) -> int:
-        """Numbers in a row of `pack`."""
-        return super().packed_size - self.text_length

@@ -66,8 +66,11 @@ class Denoiser(abc.ABC):
     def reference_tokens(
         self, latents: Sequence[Float[Array, "b _ _ c"]]
     ) -> tuple[Float[Array, "b m r"], Int[Array, "b m axes"]]:
-        """Return `Conditioning.reference` and its positions for latents of reference images."""
-        raise NotImplementedError(f"{type(self).__name__} reads no reference images.")
+        """Return `Conditioning.reference` and its positions for latents of reference images.
+
+        Called only, and to be defined, where `max_references` is above 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no reference_tokens.")
 
     @property
     def extra_channels(self) -> int:

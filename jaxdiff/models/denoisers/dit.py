@@ -30,6 +30,7 @@ from jaxdiff.models.layers import (
     Remat,
     absolute_positions,
     fourier_features,
+    modulate,
     patchify,
     pooled_token_sum,
     rotary_table,
@@ -125,10 +126,6 @@ class DiTConfig(Denoiser):
         return self.depth * block + ends
 
 
-def _modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class SwiGLU(nnx.Module):
     """silu(x W1) * (x W2), then W3 (Shazeer 2020)."""
 
@@ -170,11 +167,11 @@ class DiTBlock(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Return the same shape; `cond` embeds time and pooled text, `text` is the tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(cond), 6, axis=-1)
-        h = _modulate(self.norm1(x), shift1, scale1)
+        h = modulate(self.norm1(x), shift1, scale1)
         x = x + gate1[:, None] * self.attention(h, h, angles=angles, mask=mask)
         if hasattr(self, "cross"):
             x = x + self.cross(self.cross_norm(x), text, mask=text_mask)
-        return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class _Inputs(NamedTuple):
@@ -291,5 +288,5 @@ class DiT(nnx.Module):
         if self.config.text == "joint":
             tokens = tokens[:, : rows * columns]
         shift, scale = jnp.split(self.final_modulation(inputs.vector), 2, axis=-1)
-        out = self.final(_modulate(self.final_norm(tokens), shift, scale))
+        out = self.final(modulate(self.final_norm(tokens), shift, scale))
         return unpatchify(out.astype(jnp.float32), rows, columns, self.config.patch_size)

@@ -30,8 +30,6 @@ from jaxdiff.models.denoisers.flux_blocks import (
     Tokens,
     Words,
     init_modulation,
-    layer_norm,
-    modulate,
 )
 from jaxdiff.models.flops import attention_flops, linear_flops
 from jaxdiff.models.layers import (
@@ -40,7 +38,9 @@ from jaxdiff.models.layers import (
     Remat,
     axial_angles,
     fourier_features,
+    modulate,
     patchify,
+    plain_layer_norm,
     scan_blocks,
     stack_blocks,
     unpatchify,
@@ -251,7 +251,7 @@ class Flux(nnx.Module):
         self.single = stack_blocks(
             lambda rngs: SingleBlock(config, rngs=rngs), config.single_depth, rngs
         )
-        self.final_norm = layer_norm(config, rngs)
+        self.final_norm = plain_layer_norm(width, config.eps, rngs)
         self.final_modulation = init_modulation(2, config, rngs)
         self.final = linear(width, patch, rngs, axes=TO_CHANNELS, zero=True, bias=bias)
 

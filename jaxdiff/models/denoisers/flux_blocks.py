@@ -17,6 +17,8 @@ from jaxdiff.models.layers import (
     Modulation,
     UnitDense,
     apply_rope,
+    modulate,
+    plain_layer_norm,
 )
 
 if TYPE_CHECKING:
@@ -56,29 +58,12 @@ class Inputs(NamedTuple):
         return attend(q, k, v).reshape(*v.shape[:2], -1)
 
 
-def modulate(x: Tokens, shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Tokens:
-    """Scale and shift the channels of each image's tokens."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 def _activate(units: Float[Array, "b n u w"], mlp: str) -> Float[Array, "b n v w"]:
     """Apply the MLP's activation to units of hidden channels; a SwiGLU's gates come first."""
     if mlp == "gelu":
         return jax.nn.gelu(units, approximate=True)
     gate, up = jnp.split(units, 2, axis=-2)
     return jax.nn.silu(gate) * up
-
-
-def layer_norm(config: "FluxConfig", rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Build a layer norm without parameters."""
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.eps,
-        use_bias=False,
-        use_scale=False,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
 
 
 def _unit_linear(inputs: int, outputs: int, units: int, config: "FluxConfig", rngs: nnx.Rngs, axes):
@@ -147,7 +132,7 @@ class Stream(nnx.Module):
         if not config.shared_modulation:
             self.modulation = init_modulation(6, config, rngs)
         width, bias = config.width, config.bias
-        self.norm = layer_norm(config, rngs)
+        self.norm = plain_layer_norm(width, config.eps, rngs)
         self.q, self.k, self.v = (
             linear(width, width, rngs, axes=TO_HEADS, bias=bias) for _ in range(3)
         )
@@ -207,7 +192,7 @@ class SingleBlock(nnx.Module):
         # The widest units that both q, k, v and the hidden channels consist of.
         unit = math.gcd(width, hidden)
         self.units = width // unit
-        self.norm = layer_norm(config, rngs)
+        self.norm = plain_layer_norm(width, config.eps, rngs)
         if not config.fused:
             self.q, self.k, self.v = (
                 linear(width, width, rngs, axes=TO_HEADS, bias=bias) for _ in range(3)

@@ -35,6 +35,7 @@ from jaxdiff.models.layers import (
     axial_angles,
     fourier_features,
     patchify,
+    plain_layer_norm,
     scan_blocks,
     stack_blocks,
     unpatchify,
@@ -44,7 +45,7 @@ from jaxdiff.sampling.feature_cache import Shallow
 PATCH = 2
 """Side of the square of latents that becomes one token."""
 
-QK_EPSILON = 1e-5
+_QK_EPSILON = 1e-5
 _FINAL_EPSILON = 1e-6
 _MULTIPLE = 32  # of the lengths of both sequences
 _SINUSOIDS, _TIME_HIDDEN, _TIME_WIDTH = 256, 1024, 256
@@ -142,9 +143,8 @@ class ZImageConfig(Denoiser):
         total = blocks(self.refiner_depth, image) + blocks(self.refiner_depth, text, False)
         total += blocks(self.depth, image + text)
         total += linear_flops(1, _SINUSOIDS, _TIME_HIDDEN)
-        total += linear_flops(1, _TIME_HIDDEN, self.time_width) + linear_flops(
-            1, self.time_width, d
-        )
+        total += linear_flops(1, _TIME_HIDDEN, self.time_width)
+        total += linear_flops(1, self.time_width, d)
         total += linear_flops(text_length, self.text_width, d)
         return total + 2 * linear_flops(patches, self.patch_channels, d)
 
@@ -168,7 +168,7 @@ class ZImageBlock(nnx.Module):
             config.heads,
             source_width=width,
             bias=False,
-            epsilon=QK_EPSILON,
+            epsilon=_QK_EPSILON,
             interleaved=True,
             rngs=rngs,
         )
@@ -248,14 +248,7 @@ class ZImage(nnx.Module):
         self.image_refiner = stack(config.refiner_depth, modulated=True)
         self.text_refiner = stack(config.refiner_depth, modulated=False)
         self.blocks = stack(config.depth, modulated=True)
-        self.final_norm = nnx.LayerNorm(
-            width,
-            epsilon=_FINAL_EPSILON,
-            use_bias=False,
-            use_scale=False,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
+        self.final_norm = plain_layer_norm(width, _FINAL_EPSILON, rngs)
         self.final_modulation = Modulation(config.time_width, width, kernel_init=zeros, rngs=rngs)
         self.final = linear(width, patch, rngs, axes=TO_CHANNELS, zero=True)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxdiff.data.pretrained_tokenizer import PretrainedTokenizer
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.tokenizer import Tokenizer
-from jaxdiff.data.tokenizer_folders import CONFIG, SAVED
+from jaxdiff.data.tokenizer_folders import is_own_folder
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import bind_build, bind_params
 from jaxdiff.models.lora import add_adapters
@@ -69,10 +69,17 @@ class TextEncoder(abc.ABC):
 
 
 class LanguageModelEncoder(TextEncoder):
-    """A text encoder whose tokenizer has the files of a language model."""
+    """A text encoder whose tokenizer has the files of a language model.
+
+    Attributes:
+      model: the network's size.
+      max_length: tokens of a prompt, padding included.
+      thinking: of the tokenizer's chat template, as in `PretrainedTokenizer.load`.
+    """
 
     model: Any
     max_length: int
+    thinking: bool | None = None
 
     @property
     def length(self) -> int:
@@ -84,21 +91,15 @@ class LanguageModelEncoder(TextEncoder):
         """Width of token embeddings."""
         return self.model.width
 
-    @property
-    def template(self) -> bool | None:
-        """The argument `thinking` of `PretrainedTokenizer.load`."""
-        return None
-
     def load_tokenizer(self, folder: str) -> TextTokenizer:
         """Load a language model's tokenizer, or one that was trained on captions.
 
         Raises:
           UserError: as `PretrainedTokenizer.load`.
         """
-        root = epath.Path(folder)
-        if (root / SAVED).exists() and not (root / CONFIG).exists():
+        if is_own_folder(epath.Path(folder)):
             return Tokenizer.load(folder, length=self.length)
-        return PretrainedTokenizer.load(folder, length=self.length, thinking=self.template)
+        return PretrainedTokenizer.load(folder, length=self.length, thinking=self.thinking)
 
     def adapt_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return a copy of the encoder's length."""

@@ -212,11 +212,6 @@ class Qwen3TextEncoder(LanguageModelEncoder):
         block += attention_flops(n, n, heads) + linear_flops(n, model.width, 3 * model.mlp_width)
         return self.hidden_layers[-1] * block
 
-    @property
-    def template(self) -> bool:
-        """Whether the chat template lets the model think."""
-        return self.thinking
-
     def encode(
         self,
         params: Mapping[str, Any],

@@ -27,9 +27,7 @@ IDS = np.random.default_rng(0).integers(0, 128, (8, N))
 MASK = np.arange(N) < np.arange(9, 17)[:, None]
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(fsdp=2, tensor=4)], ids=str
-)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_sharded_weights_give_the_same_tokens(name, mesh):
     encoder, rng = ENCODERS[name], np.random.default_rng(1)
