@@ -71,7 +71,7 @@ def test_import_then_export(model, tmp_path):
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=str(name))
         assert after[name].dtype == value.dtype
-    kept = "tokenizer_2" if family(kind) == "FLUX.1" else "tokenizer"  # CLIP's is written anew
+    kept = "tokenizer_2" if family(kind) == "FLUX.1" else "tokenizer"  # CLIP's is rewritten
     for file in (folder / kept).iterdir():
         assert (tmp_path / file.parent.name / file.name).read_bytes() == file.read_bytes()
     assert read_spec(tmp_path).sampler == read_spec(folder).sampler

@@ -212,14 +212,14 @@ ADAPTED = {
 
 def write_random_lora(unet, naming, path):
     """Adapters of several ranks, named as diffusers or as kohya does, the latter with alphas."""
-    draw, tensors = np.random.default_rng(len(naming)), {}
+    rng, tensors = np.random.default_rng(len(naming)), {}
     for name, module in unet.named_modules():
         if not name.endswith(ADAPTED[naming]):
             continue
         outputs, inputs, *window = module.weight.shape
-        rank = int(draw.integers(2, 5)) if naming == "kohya" else 3
-        down = draw.normal(size=(rank, inputs, *window)).astype(np.float32) / inputs
-        up = draw.normal(size=(outputs, rank, *[1] * len(window))).astype(np.float32)
+        rank = int(rng.integers(2, 5)) if naming == "kohya" else 3
+        down = rng.normal(size=(rank, inputs, *window)).astype(np.float32) / inputs
+        up = rng.normal(size=(outputs, rank, *[1] * len(window))).astype(np.float32)
         if naming == "kohya":
             name = f"lora_unet_{name.replace('.', '_')}"
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}

@@ -79,14 +79,14 @@ def torch_unet(name: str):
 
 
 def inputs(variant, config, height=16, width=24):
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
-    tokens = draw.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
+    tokens = rng.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
     if config.added_width is None:
         return x, Conditioning(tokens=tokens)
-    pooled = draw.normal(size=(2, 20)).astype(np.float32)
+    pooled = rng.normal(size=(2, 20)).astype(np.float32)
     count = (config.added_width - 20) // config.time_id_width
-    size_crop = draw.integers(0, 1024, (2, 6)).astype(np.float32)
+    size_crop = rng.integers(0, 1024, (2, 6)).astype(np.float32)
     cond = Conditioning(tokens=tokens, pooled=pooled, size_crop=size_crop)
     if count == 5:  # the refiner
         cond = cond._replace(aesthetic_score=np.array([6, 2.5], np.float32))

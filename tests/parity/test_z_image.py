@@ -50,10 +50,10 @@ def torch_z_image(full: bool = False):
 
 def inputs(config, height, width, lengths=LENGTHS, *, left=False):
     """Return latents, times, and captions of several lengths, padded with noise."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     count = len(lengths)
-    x = draw.normal(size=(count, height, width, config.channels)).astype(np.float32)
-    tokens = draw.normal(size=(count, max(lengths), config.text_width)).astype(np.float32)
+    x = rng.normal(size=(count, height, width, config.channels)).astype(np.float32)
+    tokens = rng.normal(size=(count, max(lengths), config.text_width)).astype(np.float32)
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     mask = mask[:, ::-1].copy() if left else mask
     t = np.linspace(0.1, 0.95, count).astype(np.float32)
