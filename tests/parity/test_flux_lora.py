@@ -1,27 +1,36 @@
 """LoRA files for FLUX of every trainer change the weights as diffusers changes them."""
 
+import dataclasses
 import functools
 import json
+import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
-from jaxdiff.models.denoisers.flux import FluxConfig
-from jaxdiff.models.lora import merge_adapters
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import flux_keys
 from jaxdiff.pretrained.flux_original import original_modules
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+from tests.parity.lora_files import (
+    RANK,
+    assert_same_weights,
+    converted,
+    linear_layers,
+    merged_by_diffusers,
+    merged_by_peft,
+    merged_here,
+    pairs,
+    random,
+    spec_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -36,7 +45,6 @@ SMALL = {
 }
 FIRST = {**SMALL, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6)}
 SECOND = {**SMALL, "in_channels": 3, "axes_dims_rope": (4, 4, 4, 4)}
-RANK = 4
 
 
 def torch_flux(first: bool):
@@ -44,15 +52,6 @@ def torch_flux(first: bool):
     if first:
         return diffusers.FluxTransformer2DModel(**FIRST).eval()
     return diffusers.Flux2Transformer2DModel(**SECOND).eval()
-
-
-def tensors_of(model):
-    """Weights, also of a model with fused adapters."""
-    return {
-        name.replace(".base_layer.", "."): x.detach().numpy()
-        for name, x in model.state_dict().items()
-        if ".lora_" not in name
-    }
 
 
 @functools.cache
@@ -64,74 +63,37 @@ def ours(first: bool):
     return spec_of(config), flux_keys.flux_from_torch(tensors_of(model), config, place=jnp.asarray)
 
 
-def spec_of(config: FluxConfig) -> TextToImage:
-    text = ClipTextConfig(vocab_size=64, width=24, depth=1, heads=2, projection_dim=20)
-    return TextToImage(
-        denoiser=config,
-        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=16,
-    )
-
-
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def linear_layers(first: bool):
-    model = torch_flux(first)
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-
-
-def pairs(sizes, down, up, *, alpha=None):
-    """Random adapters by name, for layers of (outputs, inputs)."""
-    tensors = {}
-    for i, (name, (outputs, inputs)) in enumerate(sizes.items()):
-        tensors[f"{name}.{down}.weight"] = 0.3 * random(RANK, inputs, seed=2 * i)
-        tensors[f"{name}.{up}.weight"] = 0.3 * random(outputs, RANK, seed=2 * i + 1)
-        if alpha is not None and "final_layer" not in name:  # which diffusers ignores there
-            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-    return tensors
+@functools.cache
+def sizes(first: bool):
+    """(outputs, inputs) of diffusers' linear layers."""
+    return linear_layers(torch_flux(first))
 
 
 def original_sizes(first: bool):
     """(outputs, inputs) of the original code's linear layers."""
-    layers, sizes = linear_layers(first), {}
+    layers, found = sizes(first), {}
     for old, pieces in original_modules(ours(first)[0].denoiser).items():
-        found = [layers[new].weight.shape for new, _ in pieces if new in layers]
-        if found:
-            sizes[old] = (sum(outputs for outputs, _ in found), found[0][1])
-    return sizes
+        parts = [layers[new] for new, _ in pieces if new in layers]
+        if parts:
+            found[old] = (sum(outputs for outputs, _ in parts), parts[0][1])
+    return found
 
 
 def theirs(first: bool, tensors):
     """Weights that diffusers merges with the adapters of a file."""
     pipeline = diffusers.FluxPipeline if first else diffusers.Flux2Pipeline
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    converted = pipeline.lora_state_dict(given)
-    converted = converted[0] if isinstance(converted, tuple) else converted
-    model = torch_flux(first)
-    converted = {
-        name if name.startswith("transformer.") else f"transformer.{name}": x
-        for name, x in converted.items()
+    adapters = {
+        f"transformer.{name.removeprefix('transformer.')}": x
+        for name, x in converted(pipeline, tensors).items()
     }
-    model.load_lora_adapter(converted, prefix="transformer")
-    model.fuse_lora()
-    return tensors_of(model)
+    return merged_by_diffusers(torch_flux(first), adapters)
 
 
 def check(first: bool, file, wanted, changed):
-    """Compare our merged weights; `changed` are the parts of names whose weights differ."""
+    """Compare our merged weights; `changed` counts those that differ."""
     spec, params = ours(first)
-    merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
-    found = flux_keys.flux_to_torch(jax.device_get(merged), spec.denoiser)
-    before = tensors_of(torch_flux(first))
-    assert found.keys() == wanted.keys()
-    moved = {name for name in wanted if np.abs(wanted[name] - before[name]).max() > 1e-3}
-    for name, tensor in wanted.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert len(moved) == changed
+    found = flux_keys.flux_to_torch(merged_here(params, file, spec), spec.denoiser)
+    assert_same_weights(found, wanted, tensors_of(torch_flux(first)), changed)
 
 
 BOTH = pytest.mark.parametrize("first", [True, False], ids=["FLUX.1", "FLUX.2"])
@@ -140,23 +102,15 @@ BOTH = pytest.mark.parametrize("first", [True, False], ids=["FLUX.1", "FLUX.2"])
 @BOTH
 def test_files_of_diffusers(tmp_path, first):
     """ai-toolkit writes the same for FLUX.1."""
-    layers = linear_layers(first)
-    sizes = {f"transformer.{name}": layer.weight.shape for name, layer in layers.items()}
-    tensors = pairs(sizes, "lora_A", "lora_B")
+    tensors = pairs({f"transformer.{k}": x for k, x in sizes(first).items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
-    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), len(layers))
+    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), len(sizes(first)))
 
 
 @BOTH
 def test_files_of_peft(tmp_path, first):
-    names = [x for x in linear_layers(first) if "attn" in x or "linear_in" in x or "proj_mlp" in x]
-    config = peft.LoraConfig(
-        target_modules=names, r=RANK, lora_alpha=2, init_lora_weights=False, use_rslora=True
-    )
-    model = peft.get_peft_model(torch_flux(first), config)
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    wanted = tensors_of(model.get_base_model())
+    names = [x for x in sizes(first) if "attn" in x or "linear_in" in x or "proj_mlp" in x]
+    wanted = merged_by_peft(torch_flux(first), names, tmp_path)
     check(first, tmp_path / "adapter_model.safetensors", wanted, len(names))
 
 
@@ -167,17 +121,20 @@ SKIPPED = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."], ids=["kohya", "comfyui"])
+@pytest.mark.parametrize(
+    ("first", "prefix"),
+    [(True, "lora_unet_"), (False, "lora_unet_"), (True, "diffusion_model.")],
+    ids=["kohya FLUX.1", "kohya FLUX.2", "comfyui FLUX.1"],
+)
 def test_files_of_kohya(tmp_path, first, prefix):
-    import re
-
-    sizes = {k: x for k, x in original_sizes(first).items() if not re.search(SKIPPED[first], k)}
-    if prefix == "diffusion_model." and not first:
-        return  # as ai-toolkit writes them, which the next test checks
+    layers = {k: x for k, x in original_sizes(first).items() if not re.search(SKIPPED[first], k)}
     flat = prefix == "lora_unet_"
-    named = {prefix + (k.replace(".", "_") if flat else k): x for k, x in sizes.items()}
-    tensors = pairs(named, "lora_down", "lora_up", alpha=3.0)
+    named = {prefix + (k.replace(".", "_") if flat else k): x for k, x in layers.items()}
+    tensors = {
+        name: x
+        for name, x in pairs(named, "lora_down", "lora_up", alpha=3.0).items()
+        if not re.search(r"final_layer.*\.alpha", name)  # which diffusers ignores
+    }
     save_file(tensors, tmp_path / "lora.safetensors")
     if not flat:  # diffusers expects underscores after the prefix
         tensors = {
@@ -185,18 +142,18 @@ def test_files_of_kohya(tmp_path, first, prefix):
             for k, x in tensors.items()
         }
     modules = original_modules(ours(first)[0].denoiser)
-    changed = sum(len(modules[name]) for name in sizes)
+    changed = sum(len(modules[name]) for name in layers)
     check(first, tmp_path / "lora.safetensors", theirs(first, tensors), changed)
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
 def test_files_of_ai_toolkit_for_the_second_generation(tmp_path, prefix):
-    sizes = original_sizes(False)
-    del sizes["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
-    tensors = pairs({prefix + k: x for k, x in sizes.items()}, "lora_A", "lora_B")
+    layers = original_sizes(False)
+    del layers["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
+    tensors = pairs({prefix + k: x for k, x in layers.items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
     modules = original_modules(ours(False)[0].denoiser)
-    changed = sum(len(modules[name]) for name in sizes)
+    changed = sum(len(modules[name]) for name in layers)
     check(False, tmp_path / "lora.safetensors", theirs(False, tensors), changed)
 
 
@@ -206,11 +163,9 @@ def test_the_fused_layer_of_published_width(tmp_path):
     tensors["lora_unet_single_blocks_0_linear1.alpha"] = np.array(1, np.float32)
     save_file(tensors, tmp_path / "lora.safetensors")
     config = flux_keys.read_flux1_config({"num_layers": 1, "num_single_layers": 1})
-    config = FluxConfig(**{**vars(config), "channels": 3, "text_width": 24, "pooled_width": 20})
+    config = dataclasses.replace(config, channels=3, text_width=24, pooled_width=20)
     found = read_lora(tmp_path / "lora.safetensors", spec_of(config))["denoiser"]
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    wanted = diffusers.FluxPipeline.lora_state_dict(given)
-    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    wanted = converted(diffusers.FluxPipeline, tensors)
     vector = random(3072)
     places = {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v", "inner": "proj_mlp"}
     assert {path[-1] for path in found} == set(places)
@@ -222,23 +177,18 @@ def test_the_fused_layer_of_published_width(tmp_path):
 
 @BOTH
 def test_what_is_written_opens_in_diffusers(tmp_path, first):
-    spec, params = ours(first)
-    layers = linear_layers(first)
-    sizes = {f"transformer.{name}": layer.weight.shape for name, layer in layers.items()}
-    save_file(pairs(sizes, "lora_A", "lora_B"), tmp_path / "lora.safetensors")
-    adapters = read_lora(tmp_path / "lora.safetensors", spec)
-    write_lora(tmp_path / "written.safetensors", adapters, spec)
-    model = torch_flux(first)
-    model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
-    model.fuse_lora()
-    check(first, tmp_path / "lora.safetensors", tensors_of(model), len(layers))
-    del params
+    spec, _ = ours(first)
+    tensors = pairs({f"transformer.{k}": x for k, x in sizes(first).items()}, "lora_A", "lora_B")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    write_lora(
+        tmp_path / "written.safetensors", read_lora(tmp_path / "lora.safetensors", spec), spec
+    )
+    wanted = merged_by_diffusers(torch_flux(first), str(tmp_path / "written.safetensors"))
+    check(first, tmp_path / "lora.safetensors", wanted, len(sizes(first)))
 
 
-@pytest.mark.parametrize("first", [True])
-def test_configs_in_the_metadata_state_the_scale(tmp_path, first):
-    layer = linear_layers(first)["proj_out"]
-    tensors = pairs({"transformer.proj_out": layer.weight.shape}, "lora_A", "lora_B")
+def test_configs_in_the_metadata_state_the_scale(tmp_path):
+    tensors = pairs({"transformer.proj_out": sizes(True)["proj_out"]}, "lora_A", "lora_B")
     metadata = {"transformer.r": RANK, "transformer.lora_alpha": 8}
     save_file(
         tensors,
@@ -246,4 +196,4 @@ def test_configs_in_the_metadata_state_the_scale(tmp_path, first):
         metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)},
     )
     tensors["transformer.proj_out.lora_B.weight"] *= 2
-    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), 1)
+    check(True, tmp_path / "lora.safetensors", theirs(True, tensors), 1)

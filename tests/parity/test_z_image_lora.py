@@ -2,23 +2,31 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
-from jaxdiff.models.lora import merge_adapters
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import z_image_keys
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+from tests.parity.lora_files import (
+    RANK,
+    assert_same_weights,
+    converted,
+    linear_layers,
+    merged_by_diffusers,
+    merged_by_peft,
+    merged_here,
+    pairs,
+    random,
+    spec_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -32,7 +40,6 @@ SMALL = {
     "cap_feat_dim": 24,
     "axes_dims": [4, 6, 6],
 }
-RANK = 4
 
 
 def torch_z_image():
@@ -40,37 +47,19 @@ def torch_z_image():
     return diffusers.ZImageTransformer2DModel(**SMALL).eval()
 
 
-def tensors_of(model):
-    """Weights, also of a model with fused adapters."""
-    return {
-        name.replace(".base_layer.", "."): x.detach().numpy()
-        for name, x in model.state_dict().items()
-        if ".lora_" not in name and ".lokr_" not in name
-    }
-
-
 @functools.cache
 def ours():
     """A specification, and the denoiser's parameters."""
     model = torch_z_image()
     config = z_image_keys.read_z_image_config({**model.config})
-    text = ClipTextConfig(vocab_size=64, width=24, depth=1, heads=2, projection_dim=20)
-    spec = TextToImage(
-        denoiser=config,
-        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=16,
-    )
     params = z_image_keys.z_image_from_torch(tensors_of(model), config, place=jnp.asarray)
-    return spec, params
+    return spec_of(config), params
 
 
 @functools.cache
 def sizes():
     """(outputs, inputs) of diffusers' linear layers."""
-    modules = torch_z_image().named_modules()
-    return {n: tuple(m.weight.shape) for n, m in modules if isinstance(m, torch.nn.Linear)}
+    return linear_layers(torch_z_image())
 
 
 def original_sizes():
@@ -86,42 +75,16 @@ def original_sizes():
     return found
 
 
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def pairs(layers, down, up, *, alpha=None):
-    """Random adapters by name, for layers of (outputs, inputs)."""
-    tensors = {}
-    for i, (name, (outputs, inputs)) in enumerate(layers.items()):
-        tensors[f"{name}.{down}.weight"] = 0.3 * random(RANK, inputs, seed=2 * i)
-        tensors[f"{name}.{up}.weight"] = 0.3 * random(outputs, RANK, seed=2 * i + 1)
-        if alpha is not None:
-            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-    return tensors
-
-
 def theirs(tensors):
     """Weights that diffusers merges with the adapters of a file."""
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    converted = diffusers.ZImagePipeline.lora_state_dict(given)
-    model = torch_z_image()
-    model.load_lora_adapter(converted, prefix="transformer")
-    model.fuse_lora()
-    return tensors_of(model)
+    return merged_by_diffusers(torch_z_image(), converted(diffusers.ZImagePipeline, tensors))
 
 
 def check(file, wanted, changed):
     """Compare our merged weights; `changed` counts those that differ."""
     spec, params = ours()
-    merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
-    found = z_image_keys.z_image_to_torch(jax.device_get(merged))
-    before = tensors_of(torch_z_image())
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
-    moved = {name for name in wanted if np.abs(wanted[name] - before[name]).max() > 1e-3}
-    assert len(moved) == changed
+    found = z_image_keys.z_image_to_torch(merged_here(params, file, spec))
+    assert_same_weights(found, wanted, tensors_of(torch_z_image()), changed)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
@@ -133,13 +96,8 @@ def test_files_of_diffusers_and_ai_toolkit(tmp_path, prefix):
 
 def test_files_of_peft(tmp_path):
     names = [name for name in sizes() if "attention" in name or "feed_forward" in name]
-    config = peft.LoraConfig(
-        target_modules=names, r=RANK, lora_alpha=2, init_lora_weights=False, use_rslora=True
-    )
-    model = peft.get_peft_model(torch_z_image(), config)
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    check(tmp_path / "adapter_model.safetensors", tensors_of(model.get_base_model()), len(names))
+    wanted = merged_by_peft(torch_z_image(), names, tmp_path)
+    check(tmp_path / "adapter_model.safetensors", wanted, len(names))
 
 
 def kohya(layers):
@@ -185,7 +143,5 @@ def test_what_is_written_opens_in_diffusers(tmp_path):
     write_lora(
         tmp_path / "written.safetensors", read_lora(tmp_path / "lora.safetensors", spec), spec
     )
-    model = torch_z_image()
-    model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
-    model.fuse_lora()
-    check(tmp_path / "lora.safetensors", tensors_of(model), len(sizes()))
+    wanted = merged_by_diffusers(torch_z_image(), str(tmp_path / "written.safetensors"))
+    check(tmp_path / "lora.safetensors", wanted, len(sizes()))
