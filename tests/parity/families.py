@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from jaxdiff.data.tokenizer import Tokenizer
 from tests.data.language_tokenizers import write_qwen_tokenizer, write_t5_tokenizer
+from tests.parity.torch_models import randomized
 
 KINDS = ("FLUX.1 dev", "FLUX.1 schnell", "klein", "klein base", "Z-Image Turbo", "Z-Image")
 GUIDANCE = {"FLUX.1 dev": 2.5, "klein base": 4.0, "Z-Image": 3.0}  # the others are distilled
@@ -21,15 +22,6 @@ STEPS = 3
 
 def family(kind: str) -> str:
     return next(name for name in CHANNELS if kind.startswith(name))
-
-
-def randomized(model: Any) -> Any:
-    """Change all weights: norms' scales of 1 and biases of 0 hide mistakes."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_((1 if "pad_token" in name else 0.05) * torch.randn_like(parameter))
-    return model.eval()
 
 
 def qwen3(vocab: int, width: int, depth: int) -> Any:
@@ -187,7 +179,8 @@ def make_pipeline(kind: str, folder: Path) -> Any:
     pipeline = _BUILD[family(kind)](folder, kind)
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, part, None) is not None:
-            randomized(getattr(pipeline, part))
+            torch.manual_seed(1)
+            randomized(getattr(pipeline, part), 0.05)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

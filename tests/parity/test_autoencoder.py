@@ -19,6 +19,8 @@ from jaxdiff.pretrained.autoencoder_folder import published_autoencoder, read_au
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.torch_models import randomized
+
 pytestmark = pytest.mark.parity
 
 # Named as in diffusers' config.json: like SD 1.x and XL; like SD 3, FLUX.1 and Z-Image; of another
@@ -84,14 +86,12 @@ def torch_autoencoder(variant, kind="AutoencoderKL") -> torch.nn.Module:
         **variant,
     )
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        if kind == "AutoencoderKLFlux2":
-            model.bn.running_mean.normal_()
-            model.bn.running_var.uniform_(0.1, 4)
-            model.bn.num_batches_tracked.fill_(123_456)
-    return model.eval()
+    randomized(model, 0.02)
+    if kind == "AutoencoderKLFlux2":
+        model.bn.running_mean.normal_()
+        model.bn.running_var.uniform_(0.1, 4)
+        model.bn.num_batches_tracked.fill_(123_456)
+    return model
 
 
 def as_nhwc(x) -> np.ndarray:

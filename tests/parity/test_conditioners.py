@@ -21,17 +21,14 @@ from tests.data.language_tokenizers import TEXTS, write_qwen_tokenizer, write_t5
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity.families import clip_text, qwen3, randomized, t5_encoder
+from tests.parity.families import clip_text, qwen3, t5_encoder
+from tests.parity.torch_models import randomized, tensors_of
 
 pytestmark = pytest.mark.parity
 
 LENGTH = 32
 PROMPTS = ["a small red pea", "", "two green bananas, ripe. " * 9, "the  fox\n", None]
 GIVEN = [prompt or "" for prompt in PROMPTS]
-
-
-def tensors_of(model):
-    return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
 
 def encode(conditioner, networks, folders):
@@ -55,7 +52,7 @@ def qwen(tmp_path_factory):
         for side in ("right", "left")
     }
     torch.manual_seed(0)
-    return folders, randomized(qwen3(vocab=320, width=32, depth=4))
+    return folders, randomized(qwen3(vocab=320, width=32, depth=4), 0.1)
 
 
 def our_qwen(model, layers, *, thinking):
@@ -119,7 +116,7 @@ def test_flux1(tmp_path):
     tokenizer.export(str(folders["text"]))
     clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folders["text"])
     torch.manual_seed(0)
-    clip, t5 = randomized(clip_text(clip_tokenizer)), randomized(t5_encoder(vocab=64))
+    clip, t5 = (randomized(x, 0.1) for x in (clip_text(clip_tokenizer), t5_encoder(vocab=64)))
     pipeline = diffusers.FluxPipeline(
         scheduler=None,
         vae=None,

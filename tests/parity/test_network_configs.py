@@ -22,6 +22,7 @@ from tests.parity.networks.autoencoders import VAE, Flux2VAE, Tiny
 from tests.parity.networks.common import signature
 from tests.parity.networks.denoisers import Flux1, Flux2, UNet, ZImageTransformer
 from tests.parity.networks.text_encoders import T5, BothClips, Qwen, Text, TextProjection
+from tests.parity.torch_models import tensors_of
 
 pytestmark = pytest.mark.parity
 
@@ -71,10 +72,6 @@ def randomized(model):
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-def tensors_of(model):
-    return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
 
 def full(network, base):
