@@ -26,7 +26,7 @@ from benchmarks import torch_baseline, torch_sampling
 from jaxdiff.cli.bench import TimingOptions, measure_and_report
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.errors import UserError
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.models.conditioning import ClipTextEncoder
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.training.recipe import Config, load_recipe, with_remat
 
@@ -34,8 +34,8 @@ replace = dataclasses.replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One of the comparisons.
+class Comparison:
+    """A recipe timed in jaxdiff and in PyTorch.
 
     Attributes:
       recipe: name of the recipe.
@@ -59,22 +59,22 @@ _TINY_UNET = {
     "heads": (2, 2),
     "cross_attention_dim": 32,
 }
-PARTS = {
-    "dit-xl2-train-256": Part(
+COMPARISONS = {
+    "dit-xl2-train-256": Comparison(
         recipe="dit_xl2_imagenet256",
         measure=torch_baseline.measure,
         batch_size=64,
         repeats=20,
         tiny={"width": 64, "depth": 2, "heads": 2, "text_width": 32, "pooled_width": 32},
     ),
-    "sd15-train-512": Part(
+    "sd15-train-512": Comparison(
         recipe="sd15_scratch_512",
         measure=torch_baseline.measure,
         batch_size=16,
         repeats=10,
         tiny=_TINY_UNET,
     ),
-    "sd15-sample-512": Part(
+    "sd15-sample-512": Comparison(
         recipe="sd15",
         measure=torch_sampling.measure,
         batch_size=8,
@@ -96,23 +96,22 @@ class Options:
     """Small networks and three turns, on any device."""
 
 
-def part_config(part: Part, *, tiny: bool) -> Config:
+def recipe_of(comparison: Comparison, *, tiny: bool) -> Config:
     """Return the recipe of a comparison: without remat, in bfloat16."""
-    config = with_remat(load_recipe(find_recipe(part.recipe)), "none")
-    train = replace(config.train, batch_size=part.batch_size, compute="bfloat16")
+    config = with_remat(load_recipe(find_recipe(comparison.recipe)), "none")
+    train = replace(config.train, batch_size=comparison.batch_size, compute="bfloat16")
     if not tiny:
         return replace(config, train=train)
     task: Any = config.task
     text = ClipTextConfig(width=32, depth=1, heads=2)
     model = replace(
         task.model,
-        denoiser=replace(task.model.denoiser, **part.tiny),
+        denoiser=replace(task.model.denoiser, **comparison.tiny),
         conditioner=replace(task.model.conditioner, text=ClipTextEncoder(model=text)),
         autoencoder=replace(task.model.autoencoder, block_out_channels=(32, 32, 32, 32)),
         sampler=replace(task.model.sampler, num_steps=4),
         image_size=64,
     )
-    assert isinstance(model.conditioner, ClipConditioner)
     return replace(
         config,
         task=replace(task, model=model),
@@ -121,7 +120,7 @@ def part_config(part: Part, *, tiny: bool) -> Config:
     )
 
 
-def run_part(name: str, out: str, tiny: bool) -> None:
+def run_comparison(name: str, out: str, tiny: bool) -> None:
     """Time one comparison, print its report and write it to `out`.
 
     Raises:
@@ -132,29 +131,30 @@ def run_part(name: str, out: str, tiny: bool) -> None:
             f"JAX's device is a {jax.default_backend()}: expected a GPU; run "
             "pip install -e '.[gpu]', or give --tiny."
         )
-    part, kind = PARTS[name], jax.devices()[0].device_kind.replace(" ", "-").lower()
+    comparison = COMPARISONS[name]
+    kind = jax.devices()[0].device_kind.replace(" ", "-").lower()
     options = TimingOptions(
-        config=part_config(part, tiny=tiny),
+        config=recipe_of(comparison, tiny=tiny),
         json=str(Path(out) / f"{kind}-{name}{'-tiny' if tiny else ''}.json"),
-        repeats=3 if tiny else part.repeats,
+        repeats=3 if tiny else comparison.repeats,
         warmup=1,
     )
-    measure_and_report(name, options, part.measure)
+    measure_and_report(name, options, comparison.measure)
 
 
 def main(options: Options) -> int:
     """Run the comparisons; return the exit status."""
-    unknown = set(options.only) - PARTS.keys()
+    unknown = set(options.only) - COMPARISONS.keys()
     if unknown:
-        print(f"one_gpu: There is no {min(unknown)!r}: expected some of {', '.join(PARTS)}.")
+        print(f"one_gpu: There is no {min(unknown)!r}: expected some of {', '.join(COMPARISONS)}.")
         return 2
-    # JAX would take three quarters of the memory, beside which PyTorch has no room.
+    # JAX reserves three quarters of the memory by default, which leaves PyTorch too little.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     failed = False
-    for name in options.only or PARTS:
+    for name in options.only or COMPARISONS:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             try:
-                process.submit(run_part, name, options.out, options.tiny).result()
+                process.submit(run_comparison, name, options.out, options.tiny).result()
             except Exception as error:  # the others may still succeed
                 print(f"{name}: {error}", file=sys.stderr)
                 failed = True

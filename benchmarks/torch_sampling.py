@@ -8,7 +8,7 @@ torch.compile.
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,18 @@ TOLERANCE = 2.0  # mean difference of images in float32, of 255; more is an erro
 Images = Callable[[], np.ndarray]
 
 
+class Contender(NamedTuple):
+    """A timed sampler, with the images, the time and the peak memory of its first call.
+
+    `peak_bytes` is the memory of a GPU, None on a CPU.
+    """
+
+    run: Images
+    images: np.ndarray
+    first_call_s: float
+    peak_bytes: int | None
+
+
 def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
     """Time a batch of `train.batch_size` images of the recipe's model in turns.
 
@@ -48,20 +60,22 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
     def ours() -> np.ndarray:
         return pipeline([PROMPT] * count, latents=noise, batch_size=count, output="float")
 
-    contenders: dict[str, Images] = {"jaxdiff": ours}
-    made, first, peaks = {}, {}, {}
-    _first("jaxdiff", ours, jax_peak, made, first, peaks)
+    contenders = {"jaxdiff": _first(ours, jax_peak)}
     for name, compiled in (("diffusers, eager", False), ("diffusers, compiled", True)):
         memory = TorchMemory()
-        contenders[name] = _diffusers(config, bundle, noise, compiled=compiled)
-        _first(name, contenders[name], memory.peak, made, first, peaks)
-    far = {name: 255 * float(np.abs(x - made["jaxdiff"]).mean()) for name, x in made.items()}
+        theirs = _diffusers(config, bundle, noise, compiled=compiled)
+        contenders[name] = _first(theirs, memory.peak)
+    expected = contenders["jaxdiff"].images
+    far = {
+        name: 255 * float(np.abs(one.images - expected).mean()) for name, one in contenders.items()
+    }
     if config.train.compute == "float32" and max(far.values()) > TOLERANCE:
         raise UserError(
             f"The images differ from jaxdiff's by {far} of 255: expected equal images; the times "
             "are not comparable."
         )
-    seconds = time_in_turns(contenders, warmup=warmup, repeats=repeats)
+    runs = {name: one.run for name, one in contenders.items()}
+    seconds = time_in_turns(runs, warmup=warmup, repeats=repeats)
     sampler = model.sampler.resolve()
     flops = count * sampling_flops(model, sampler, (size, size), num_steps=sampler.num_steps)
     return [
@@ -72,28 +86,20 @@ def measure(config: Config, *, warmup: int, repeats: int) -> list[Measurement]:
             images=count,
             metrics={
                 "num_steps": float(sampler.num_steps),
-                "first_call_s": first[name],
+                "first_call_s": one.first_call_s,
                 "difference_of_255": far[name],
-                **utilisation(flops, seconds[name], peaks[name]),
+                **utilisation(flops, seconds[name], one.peak_bytes),
             },
             notes=["Text encoder, all steps with guidance, and decoder."],
         )
-        for name in contenders
+        for name, one in contenders.items()
     ]
 
 
-def _first(
-    name: str,
-    run: Images,
-    peak: Callable[[], int | None],
-    made: dict[str, np.ndarray],
-    first: dict[str, float],
-    peaks: dict[str, int | None],
-) -> None:
-    """Call a contender once, and note its images, time and memory."""
+def _first(run: Images, peak: Callable[[], int | None]) -> Contender:
     start = time.perf_counter()
-    made[name] = run()
-    first[name], peaks[name] = time.perf_counter() - start, peak()
+    images = run()
+    return Contender(run, images, time.perf_counter() - start, peak())
 
 
 def _diffusers(config: Config, bundle: Any, noise: np.ndarray, *, compiled: bool) -> Images:

@@ -20,22 +20,12 @@ from jaxdiff.datasets.produce.source import Produce, full_caption
 from jaxdiff.pipelines.flops import evaluation_times
 from jaxdiff.sampling.guidance.guidance import Estimates
 
-
-@dataclasses.dataclass
-class Counter:
-    """Number of unconditional evaluations that were needed."""
-
-    count: int = 0
-
-    def add(self, needed: jax.Array) -> None:
-        """Count the images that need one."""
-        jax.debug.callback(lambda needed: self._add(int(np.sum(needed))), needed)
-
-    def _add(self, more: int) -> None:
-        self.count += more
+EVALUATED: list[int] = []  # how many images need an unconditional evaluation, for each step
 
 
-COUNTER = Counter()
+def count(needed: jax.Array) -> None:
+    """Count the images [b] that need an unconditional evaluation in a step."""
+    jax.debug.callback(lambda needed: EVALUATED.append(int(needed.sum())), needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Adaptive:
     ) -> tuple[jax.Array, jax.Array]:
         """Guide the images whose guidance has not stopped."""
         cond, uncond = estimates.cond, estimates.uncond
-        COUNTER.add(~state)
+        count(~state)
         scale = jnp.where(state, 1, guidance_scale).reshape(-1, 1, 1, 1)
         norms = jnp.sum(cond**2, (1, 2, 3)) * jnp.sum(uncond**2, (1, 2, 3))
         similarity = jnp.sum(cond * uncond, (1, 2, 3)) / jnp.sqrt(norms)
@@ -91,7 +81,7 @@ class Every:
         """Guide by this step's difference, or by one extrapolated from earlier steps."""
         step, last, slope, before = state
         cond, t, due = estimates.cond, estimates.t, step % self.interval == 0
-        COUNTER.add(jnp.full(len(cond), due))
+        count(jnp.full(len(cond), due))
         difference = cond - estimates.uncond
         rise = (difference - last) / jnp.where(t == before, 1, t - before)
         used = jnp.where(due, difference, last + slope * (t - before))
@@ -124,17 +114,18 @@ def main(images: int = 64, steps: int = 24) -> None:
         print(f"| {name} | {evaluations:.2f} | {difference.mean():.2f} | {psnr:.1f} |")
 
     for fraction in (5 / 6, 3 / 4, 2 / 3):
-        count = round(fraction * steps)
-        line(f"{count} steps", count / steps, pipe(prompts, num_steps=count))
+        fewer = round(fraction * steps)
+        line(f"{fewer} steps", fewer / steps, pipe(prompts, num_steps=fewer))
     for low in (0.35, 0.5, 0.7):
         made = pipe(prompts, num_steps=steps, guidance=Guidance(interval=(low, 1)))
         line(f"interval {low:g}-1", sum(1 + (t >= low) for t in times) / 2 / steps, made)
     for rule in (*map(Adaptive, (0.998, 0.99, 0.95)), *map(Every, (2, 3))):
-        COUNTER.count = 0
+        EVALUATED.clear()
         made = pipe(prompts, num_steps=steps, guidance=Guidance(rule=rule))
         jax.effects_barrier()
-        padded = -(-images // pipe.batch_size(64, 64)) * pipe.batch_size(64, 64)
-        line(str(rule), (1 + COUNTER.count / padded / steps) / 2, made)
+        batch = pipe.batch_size(64, 64)
+        padded = -(-images // batch) * batch
+        line(str(rule), (1 + sum(EVALUATED) / padded / steps) / 2, made)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from jaxdiff.data.tokenizer import Tokenizer
 from tests.data.language_tokenizers import write_qwen_tokenizer, write_t5_tokenizer
+from tests.parity.torch_models import randomized
 
 KINDS = ("FLUX.1 dev", "FLUX.1 schnell", "klein", "klein base", "Z-Image Turbo", "Z-Image")
+GUIDANCE = {"FLUX.1 dev": 2.5, "klein base": 4.0, "Z-Image": 3.0}  # the others are distilled
 CHANNELS = {"FLUX.1": 4, "klein": 16, "Z-Image": 4}  # of the latents
 DOWNSAMPLING = {"FLUX.1": 2, "klein": 4, "Z-Image": 2}
 STEPS = 3
@@ -22,16 +24,7 @@ def family(kind: str) -> str:
     return next(name for name in CHANNELS if kind.startswith(name))
 
 
-def randomized(model: Any) -> Any:
-    """Change all weights: norms' scales of 1 and biases of 0 hide mistakes."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_((1 if "pad_token" in name else 0.05) * torch.randn_like(parameter))
-    return model.eval()
-
-
-def _qwen3(vocab: int, width: int, depth: int) -> Any:
+def qwen3(vocab: int, width: int, depth: int) -> Any:
     return transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
             vocab_size=vocab,
@@ -46,7 +39,7 @@ def _qwen3(vocab: int, width: int, depth: int) -> Any:
     )
 
 
-def _clip(tokenizer: Any) -> Any:
+def clip_text(tokenizer: Any) -> Any:
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -61,7 +54,7 @@ def _clip(tokenizer: Any) -> Any:
     )
 
 
-def _t5(vocab: int) -> Any:
+def t5_encoder(vocab: int) -> Any:
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=vocab,
@@ -122,9 +115,9 @@ def _flux1(folder: Path, kind: str) -> Any:
             guidance_embeds=dev,
         ),
         vae=_vae(),
-        text_encoder=_clip(clip),
+        text_encoder=clip_text(clip),
         tokenizer=clip,
-        text_encoder_2=_t5(len(t5)),
+        text_encoder_2=t5_encoder(len(t5)),
         tokenizer_2=t5,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=dev, shift=3.0 if dev else 1.0
@@ -147,7 +140,7 @@ def _klein(folder: Path, kind: str) -> Any:
             guidance_embeds=False,
         ),
         vae=_flux2_vae(),
-        text_encoder=_qwen3(len(qwen), 16, 30),
+        text_encoder=qwen3(len(qwen), 16, 30),
         tokenizer=qwen,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         is_distilled=kind == "klein",
@@ -169,7 +162,7 @@ def _z_image(folder: Path, kind: str) -> Any:
             axes_lens=[1024, 64, 64],
         ),
         vae=_vae(),
-        text_encoder=_qwen3(len(qwen), 16, 3),
+        text_encoder=qwen3(len(qwen), 16, 3),
         tokenizer=qwen,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             shift=3.0 if kind == "Z-Image Turbo" else 6.0
@@ -186,9 +179,25 @@ def make_pipeline(kind: str, folder: Path) -> Any:
     pipeline = _BUILD[family(kind)](folder, kind)
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, part, None) is not None:
-            randomized(getattr(pipeline, part))
+            torch.manual_seed(1)
+            randomized(getattr(pipeline, part), 0.05)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def open_pipeline(folder: Path) -> Any:
+    """Return diffusers' pipeline of a folder."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def guidance(kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Return guidance of diffusers and of ours: Z-Image adds the difference to the conditional."""
+    scale = GUIDANCE.get(kind)
+    if scale is None:
+        return {"guidance_scale": 0.0 if family(kind) == "Z-Image" else 1.0}, {}
+    return {"guidance_scale": scale}, {"guidance_scale": scale + (kind == "Z-Image")}
 
 
 def noise(kind: str, height: int, width: int, count: int = 1) -> np.ndarray:

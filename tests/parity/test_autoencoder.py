@@ -19,6 +19,8 @@ from jaxdiff.pretrained.autoencoder_folder import published_autoencoder, read_au
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.torch_models import randomized
+
 pytestmark = pytest.mark.parity
 
 # Named as in diffusers' config.json: like SD 1.x and XL; like SD 3, FLUX.1 and Z-Image; of another
@@ -84,14 +86,12 @@ def torch_autoencoder(variant, kind="AutoencoderKL") -> torch.nn.Module:
         **variant,
     )
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        if kind == "AutoencoderKLFlux2":
-            model.bn.running_mean.normal_()
-            model.bn.running_var.uniform_(0.1, 4)
-            model.bn.num_batches_tracked.fill_(123_456)
-    return model.eval()
+    randomized(model, 0.02)
+    if kind == "AutoencoderKLFlux2":
+        model.bn.running_mean.normal_()
+        model.bn.running_var.uniform_(0.1, 4)
+        model.bn.num_batches_tracked.fill_(123_456)
+    return model
 
 
 def as_nhwc(x) -> np.ndarray:
@@ -108,10 +108,10 @@ def test_moments_and_images(name, tmp_path):
     params = autoencoder_keys.autoencoder_from_torch(tensors, config)
     nnx.update(ours, jax.tree.map(jnp.asarray, params))
 
-    draw = np.random.default_rng(0)
-    images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     side = config.downsampling
-    z = draw.normal(size=(2, 16 // side, 24 // side, config.latent_channels)).astype(np.float32)
+    z = rng.normal(size=(2, 16 // side, 24 // side, config.latent_channels)).astype(np.float32)
     with torch.no_grad():
         moments = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
@@ -125,15 +125,15 @@ def test_moments_and_images(name, tmp_path):
 
 def test_our_tensors_load_into_diffusers():
     config = AutoencoderConfig(**VARIANTS["sd"])
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     ours = nnx.eval_shape(lambda: Autoencoder(config, rngs=any_rngs()))
     shapes = nnx.to_pure_dict(nnx.state(ours))
-    params = jax.tree.map(lambda p: jnp.asarray(0.1 * draw.normal(size=p.shape), p.dtype), shapes)
+    params = jax.tree.map(lambda p: jnp.asarray(0.1 * rng.normal(size=p.shape), p.dtype), shapes)
     nnx.update(ours, params)
     tensors = autoencoder_keys.autoencoder_to_torch(params)
     theirs = torch_autoencoder(VARIANTS["sd"])
     theirs.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
-    z = draw.normal(size=(1, 4, 4, 4)).astype(np.float32)
+    z = rng.normal(size=(1, 4, 4, 4)).astype(np.float32)
     with torch.no_grad():
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
     np.testing.assert_allclose(jax.jit(ours.decode)(z), as_nhwc(decoded), rtol=0, atol=1e-4)
@@ -151,9 +151,9 @@ def test_tiles(height, width, tmp_path):
     ours = bind_params(
         lambda: Autoencoder(config, rngs=any_rngs()), jax.tree.map(jnp.asarray, params)
     )
-    draw = np.random.default_rng(0)
-    images = draw.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
-    z = draw.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+    z = rng.normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mean
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
@@ -191,9 +191,9 @@ def test_tiny(tmp_path):
     assert ours == expected
 
     ours = bind_params(lambda: TinyAutoencoder(config, rngs=any_rngs()), params)
-    draw = np.random.default_rng(0)
-    images = draw.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
-    z = 3 * draw.normal(size=(2, 4, 6, 4)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    z = 3 * rng.normal(size=(2, 4, 6, 4)).astype(np.float32)
     with torch.no_grad():
         latents = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latents
         decoded = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
@@ -227,9 +227,9 @@ def test_the_folder_of_flux1_and_z_image(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     config, ours = from_folder(tmp_path)
     assert (config.scaling_factor, config.shift_factor) == (0.3611, 0.1159)
-    draw, side = np.random.default_rng(0), config.downsampling
-    images = draw.uniform(-1, 1, (1, 8 * side, 4 * side, 3)).astype(np.float32)
-    latents = draw.normal(size=(1, 8, 4, 16)).astype(np.float32)
+    rng, side = np.random.default_rng(0), config.downsampling
+    images = rng.uniform(-1, 1, (1, 8 * side, 4 * side, 3)).astype(np.float32)
+    latents = rng.normal(size=(1, 8, 4, 16)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist.mode()
         encoded = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
@@ -251,9 +251,9 @@ def test_flux2(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     config, ours = from_folder(tmp_path)
     pipeline = diffusers.Flux2KleinPipeline
-    draw, side = np.random.default_rng(0), config.downsampling
-    images = draw.uniform(-1, 1, (2, 4 * side, 6 * side, 3)).astype(np.float32)
-    latents = draw.normal(size=(2, 4, 6, config.latent_channels)).astype(np.float32)
+    rng, side = np.random.default_rng(0), config.downsampling
+    images = rng.uniform(-1, 1, (2, 4 * side, 6 * side, 3)).astype(np.float32)
+    latents = rng.normal(size=(2, 4, 6, config.latent_channels)).astype(np.float32)
     mean = theirs.bn.running_mean[:, None, None]
     deviation = torch.sqrt(theirs.bn.running_var + theirs.config.batch_norm_eps)[:, None, None]
     with torch.no_grad():

@@ -24,6 +24,8 @@ from jaxdiff.pretrained.load import load_bundle
 
 torch = pytest.importorskip("torch")
 
+from tests.parity.torch_models import randomized
+
 pytestmark = pytest.mark.parity
 
 END = 49
@@ -81,10 +83,7 @@ def vision_config(**variant) -> ClipVisionConfig:
 def randomize(model):
     """Every parameter, biases and norms too, so that none can be mistaken for another."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(model, 0.2)
 
 
 def load(network, config, model, folder):

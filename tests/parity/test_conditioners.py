@@ -21,23 +21,14 @@ from tests.data.language_tokenizers import TEXTS, write_qwen_tokenizer, write_t5
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.families import clip_text, qwen3, t5_encoder
+from tests.parity.torch_models import randomized, tensors_of
+
 pytestmark = pytest.mark.parity
 
 LENGTH = 32
 PROMPTS = ["a small red pea", "", "two green bananas, ripe. " * 9, "the  fox\n", None]
 GIVEN = [prompt or "" for prompt in PROMPTS]
-
-
-def randomized(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def tensors_of(model):
-    return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
 
 def encode(conditioner, networks, folders):
@@ -60,16 +51,8 @@ def qwen(tmp_path_factory):
         side: write_qwen_tokenizer(tmp_path_factory.mktemp(side), padding_side=side)
         for side in ("right", "left")
     }
-    config = transformers.Qwen3Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return folders, randomized(transformers.Qwen3ForCausalLM(config))
+    torch.manual_seed(0)
+    return folders, randomized(qwen3(vocab=320, width=32, depth=4), 0.1)
 
 
 def our_qwen(model, layers, *, thinking):
@@ -131,32 +114,14 @@ def test_flux1(tmp_path):
     folders = {"text": tmp_path / "clip", "text_2": write_t5_tokenizer(tmp_path / "t5")}
     tokenizer = Tokenizer.train(TEXTS, vocab_size=540)
     tokenizer.export(str(folders["text"]))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    clip = randomized(
-        transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(
-                vocab_size=540, intermediate_size=64, eos_token_id=tokenizer.end_id, **sizes
-            )
-        )
-    )
-    t5 = randomized(
-        transformers.T5EncoderModel(
-            transformers.T5Config(
-                vocab_size=64,
-                d_model=24,
-                d_kv=8,
-                d_ff=48,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-            )
-        )
-    )
+    clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folders["text"])
+    torch.manual_seed(0)
+    clip, t5 = (randomized(x, 0.1) for x in (clip_text(clip_tokenizer), t5_encoder(vocab=64)))
     pipeline = diffusers.FluxPipeline(
         scheduler=None,
         vae=None,
         text_encoder=clip,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folders["text"]),
+        tokenizer=clip_tokenizer,
         text_encoder_2=t5,
         tokenizer_2=transformers.AutoTokenizer.from_pretrained(folders["text_2"]),
         transformer=None,

@@ -13,14 +13,16 @@ from jaxdiff.pretrained.diffusers_folder import read_diffusers, write_diffusers
 from jaxdiff.pretrained.load import read_spec
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 from tests.parity.families import (
     KINDS,
     STEPS,
     family,
+    guidance,
     make_pipeline,
     noise,
+    open_pipeline,
     sample_there,
     stored,
 )
@@ -28,7 +30,6 @@ from tests.parity.families import (
 pytestmark = pytest.mark.parity
 
 SIZES = [(32, 48), (64, 16)]
-GUIDANCE = {"FLUX.1 dev": 2.5, "klein base": 4.0, "Z-Image": 3.0}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -40,18 +41,26 @@ def model(request, tmp_path_factory):
     return request.param, theirs, root / "theirs", jaxdiff.load(root / "theirs")
 
 
-def settings(kind):
-    """Guidance of both; Z-Image adds the difference to the positive prediction."""
-    scale = GUIDANCE.get(kind)
-    if scale is None:  # distilled
-        return {"guidance_scale": 0.0 if kind.startswith("Z-Image") else 1.0}, {}
-    return {"guidance_scale": scale}, {"guidance_scale": scale + (kind == "Z-Image")}
+def assert_same_tensors(folder, back):
+    """Compare the tensors of two folders bit for bit."""
+    before, after = stored(folder), stored(back)
+    assert set(before) == set(after)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=str(name))
+        assert after[name].dtype == value.dtype
+
+
+def assert_same_images(kind, theirs, again):
+    """Compare the images of two pipelines of diffusers."""
+    latents, (there, _) = noise(kind, *SIZES[0]), guidance(kind)
+    images = [sample_there(pipeline, kind, latents, **there) for pipeline in (theirs, again)]
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_images(height, width, model):
     kind, theirs, _, ours = model
-    latents, (there, here) = noise(kind, height, width, 2), settings(kind)
+    latents, (there, here) = noise(kind, height, width, 2), guidance(kind)
     prompts = ["a red pea", "two green bananas, ripe and the quick brown fox"]
     expected = sample_there(theirs, kind, latents, prompt=prompts, **there)
     found = ours(
@@ -66,35 +75,24 @@ def test_import_then_export(model, tmp_path):
     """Tensors and tokenizers come back bit for bit; diffusers samples the same from the folder."""
     kind, theirs, folder, _ = model
     write_diffusers(tmp_path, read_diffusers(folder, place=np.asarray), original=folder)
-    before, after = stored(folder), stored(tmp_path)
-    assert set(before) == set(after)
-    for name, value in before.items():
-        np.testing.assert_array_equal(after[name], value, err_msg=str(name))
-        assert after[name].dtype == value.dtype
-    # CLIP's tokenizer is not kept as it was: jaxdiff writes its files.
-    kept = "tokenizer_2" if family(kind) == "FLUX.1" else "tokenizer"
+    assert_same_tensors(folder, tmp_path)
+    kept = "tokenizer_2" if family(kind) == "FLUX.1" else "tokenizer"  # CLIP's is rewritten
     for file in (folder / kept).iterdir():
         assert (tmp_path / file.parent.name / file.name).read_bytes() == file.read_bytes()
     assert read_spec(tmp_path).sampler == read_spec(folder).sampler
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again = open_pipeline(tmp_path)
     assert type(again) is type(theirs)
-    again.set_progress_bar_config(disable=True)
-    latents, (there, _) = noise(kind, *SIZES[0]), settings(kind)
-    images = [sample_there(pipeline, kind, latents, **there) for pipeline in (theirs, again)]
-    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
+    assert_same_images(kind, theirs, again)
 
 
 def test_without_the_original_the_image_is_the_same(model, tmp_path):
     """Layers that no hidden state depends on are left out."""
     kind, theirs, folder, _ = model
     write_diffusers(tmp_path, read_diffusers(folder, place=np.asarray))
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
+    again = open_pipeline(tmp_path)
     if family(kind) == "klein":
         assert again.text_encoder.config.num_hidden_layers < 30
-    latents, (there, _) = noise(kind, *SIZES[0]), settings(kind)
-    images = [sample_there(pipeline, kind, latents, **there) for pipeline in (theirs, again)]
-    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
+    assert_same_images(kind, theirs, again)
 
 
 def test_bfloat16_in_shards(model, tmp_path):
@@ -105,10 +103,7 @@ def test_bfloat16_in_shards(model, tmp_path):
     half.save_pretrained(folder, max_shard_size="20KB", variant="bf16")
     assert len(list((folder / "transformer").glob("*.bf16*.safetensors"))) > 1
     write_diffusers(back, read_diffusers(folder, place=np.asarray), original=folder)
-    before, after = stored(folder), stored(back)
-    assert set(before) == set(after)
-    for name, value in before.items():
-        np.testing.assert_array_equal(after[name], value, err_msg=str(name))
+    assert_same_tensors(folder, back)
 
 
 def test_reference_images(model):
@@ -116,7 +111,7 @@ def test_reference_images(model):
     kind, theirs, _, ours = model
     rng = np.random.default_rng(1)
     pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((66, 70), (72, 96))]
-    latents, (there, here) = noise(kind, *SIZES[0]), settings(kind)
+    latents, (there, here) = noise(kind, *SIZES[0]), guidance(kind)
     options = {"num_steps": STEPS, "size": SIZES[0][::-1], "output": "float", **here}
     if family(kind) != "klein":
         with pytest.raises(UserError, match="reads no reference images"):

@@ -24,6 +24,8 @@ from jaxdiff.pretrained.safetensors_io import Renamed
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.torch_models import randomized, relative, tensors_of
+
 pytestmark = pytest.mark.parity
 
 FLUX1 = {
@@ -73,11 +75,7 @@ def is_first(name):
 def torch_flux(name: str):
     torch.manual_seed(0)
     kind = diffusers.FluxTransformer2DModel if is_first(name) else diffusers.Flux2Transformer2DModel
-    model = kind(**VARIANTS[name])
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms' scales of 1 and biases of 0 hide mistakes
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(kind(**VARIANTS[name]), 0.02)
 
 
 @functools.cache
@@ -85,8 +83,7 @@ def ours(name: str):
     read = flux_keys.read_flux1_config if is_first(name) else flux_keys.read_flux2_config
     model = torch_flux(name)
     config = read({**model.config})
-    tensors = {key: x.detach().numpy() for key, x in model.state_dict().items()}
-    return config, flux_keys.flux_from_torch(tensors, config, place=jnp.asarray)
+    return config, flux_keys.flux_from_torch(tensors_of(model), config, place=jnp.asarray)
 
 
 def random(*shape, seed=0):
@@ -148,12 +145,6 @@ def theirs(name, x, t, cond, sizes):
     return out.permute(0, 2, 3, 1)
 
 
-def relative(ours, theirs) -> float:
-    """L2 of the difference over L2."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
 @functools.cache
 def predict(config, gradients=False):
     def call(params, x, t, cond):
@@ -203,10 +194,7 @@ def test_predictions_and_gradients_are_diffusers(name, size, references):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tensors_and_config_return_bit_for_bit(name, dtype):
     model, (config, _) = torch_flux(name), ours(name)
-    tensors = {
-        key: np.asarray(jnp.asarray(x.detach().numpy(), dtype))
-        for key, x in model.state_dict().items()
-    }
+    tensors = {key: np.asarray(jnp.asarray(x, dtype)) for key, x in tensors_of(model).items()}
     params = flux_keys.flux_from_torch(tensors, config, place=np.asarray)
     back = flux_keys.flux_to_torch(params, config)
     assert back.keys() == tensors.keys()

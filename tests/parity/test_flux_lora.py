@@ -1,30 +1,36 @@
 """LoRA files for FLUX of every trainer change the weights as diffusers changes them."""
 
+import dataclasses
 import functools
 import json
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
-from jaxdiff.models.denoisers.flux import FluxConfig
-from jaxdiff.models.lora import merge_adapters
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import flux_keys
 from jaxdiff.pretrained.flux_original import flux_modules
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
-from tests.parity.lora_files import RANK, check_merged, pairs, random, tensors_of
+from tests.parity.lora_files import (
+    RANK,
+    assert_same_weights,
+    converted,
+    linear_layers,
+    merged_by_diffusers,
+    merged_by_peft,
+    merged_here,
+    pairs,
+    random,
+    spec_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -57,54 +63,37 @@ def ours(first: bool):
     return spec_of(config), flux_keys.flux_from_torch(tensors_of(model), config, place=jnp.asarray)
 
 
-def spec_of(config: FluxConfig) -> TextToImage:
-    text = ClipTextConfig(vocab_size=64, width=24, depth=1, heads=2, projection_dim=20)
-    return TextToImage(
-        denoiser=config,
-        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=16,
-    )
-
-
-def linear_layers(first: bool):
-    model = torch_flux(first)
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+@functools.cache
+def sizes(first: bool):
+    """(outputs, inputs) of diffusers' linear layers."""
+    return linear_layers(torch_flux(first))
 
 
 def original_sizes(first: bool):
     """(outputs, inputs) of the original code's linear layers."""
-    layers, sizes = linear_layers(first), {}
+    layers, found = sizes(first), {}
     for old, pieces in flux_modules(ours(first)[0].denoiser).items():
-        found = [layers[new].weight.shape for new, _ in pieces if new in layers]
-        if found:
-            sizes[old] = (sum(outputs for outputs, _ in found), found[0][1])
-    return sizes
+        parts = [layers[new] for new, _ in pieces if new in layers]
+        if parts:
+            found[old] = (sum(outputs for outputs, _ in parts), parts[0][1])
+    return found
 
 
 def theirs(first: bool, tensors):
     """Weights that diffusers merges with the adapters of a file."""
     pipeline = diffusers.FluxPipeline if first else diffusers.Flux2Pipeline
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    converted = pipeline.lora_state_dict(given)
-    converted = converted[0] if isinstance(converted, tuple) else converted
-    model = torch_flux(first)
-    converted = {
-        name if name.startswith("transformer.") else f"transformer.{name}": x
-        for name, x in converted.items()
+    adapters = {
+        f"transformer.{name.removeprefix('transformer.')}": x
+        for name, x in converted(pipeline, tensors).items()
     }
-    model.load_lora_adapter(converted, prefix="transformer")
-    model.fuse_lora()
-    return tensors_of(model)
+    return merged_by_diffusers(torch_flux(first), adapters)
 
 
 def check(first: bool, file, wanted, changed):
     """Compare our merged weights; `changed` counts those that differ."""
     spec, params = ours(first)
-    merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
-    found = flux_keys.flux_to_torch(jax.device_get(merged), spec.denoiser)
-    check_merged(found, wanted, tensors_of(torch_flux(first)), changed)
+    found = flux_keys.flux_to_torch(merged_here(params, file, spec), spec.denoiser)
+    assert_same_weights(found, wanted, tensors_of(torch_flux(first)), changed)
 
 
 BOTH = pytest.mark.parametrize("first", [True, False], ids=["FLUX.1", "FLUX.2"])
@@ -113,23 +102,15 @@ BOTH = pytest.mark.parametrize("first", [True, False], ids=["FLUX.1", "FLUX.2"])
 @BOTH
 def test_files_of_diffusers(tmp_path, first):
     """ai-toolkit writes the same for FLUX.1."""
-    layers = linear_layers(first)
-    sizes = {f"transformer.{name}": layer.weight.shape for name, layer in layers.items()}
-    tensors = pairs(sizes, "lora_A", "lora_B")
+    tensors = pairs({f"transformer.{k}": x for k, x in sizes(first).items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
-    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), len(layers))
+    check(first, tmp_path / "lora.safetensors", theirs(first, tensors), len(sizes(first)))
 
 
 @BOTH
 def test_files_of_peft(tmp_path, first):
-    names = [x for x in linear_layers(first) if "attn" in x or "linear_in" in x or "proj_mlp" in x]
-    config = peft.LoraConfig(
-        target_modules=names, r=RANK, lora_alpha=2, init_lora_weights=False, use_rslora=True
-    )
-    model = peft.get_peft_model(torch_flux(first), config)
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    wanted = tensors_of(model.get_base_model())
+    names = [x for x in sizes(first) if "attn" in x or "linear_in" in x or "proj_mlp" in x]
+    wanted = merged_by_peft(torch_flux(first), names, tmp_path)
     check(first, tmp_path / "adapter_model.safetensors", wanted, len(names))
 
 
@@ -142,15 +123,18 @@ SKIPPED = {
 
 @pytest.mark.parametrize(
     ("first", "prefix"),
-    # FLUX.2's in ComfyUI's spelling are those of ai-toolkit, which the next test checks.
-    [(True, "lora_unet_"), (True, "diffusion_model."), (False, "lora_unet_")],
-    ids=["FLUX.1 kohya", "FLUX.1 comfyui", "FLUX.2 kohya"],
+    [(True, "lora_unet_"), (False, "lora_unet_"), (True, "diffusion_model.")],
+    ids=["kohya FLUX.1", "kohya FLUX.2", "comfyui FLUX.1"],
 )
 def test_files_of_kohya(tmp_path, first, prefix):
-    sizes = {k: x for k, x in original_sizes(first).items() if not re.search(SKIPPED[first], k)}
+    layers = {k: x for k, x in original_sizes(first).items() if not re.search(SKIPPED[first], k)}
     flat = prefix == "lora_unet_"
-    named = {prefix + (k.replace(".", "_") if flat else k): x for k, x in sizes.items()}
-    tensors = pairs(named, "lora_down", "lora_up", alpha=3.0)
+    named = {prefix + (k.replace(".", "_") if flat else k): x for k, x in layers.items()}
+    tensors = {
+        name: x
+        for name, x in pairs(named, "lora_down", "lora_up", alpha=3.0).items()
+        if not re.search(r"final_layer.*\.alpha", name)  # which diffusers ignores
+    }
     save_file(tensors, tmp_path / "lora.safetensors")
     if not flat:  # diffusers expects underscores after the prefix
         tensors = {
@@ -158,18 +142,18 @@ def test_files_of_kohya(tmp_path, first, prefix):
             for k, x in tensors.items()
         }
     modules = flux_modules(ours(first)[0].denoiser)
-    changed = sum(len(modules[name]) for name in sizes)
+    changed = sum(len(modules[name]) for name in layers)
     check(first, tmp_path / "lora.safetensors", theirs(first, tensors), changed)
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
 def test_files_of_ai_toolkit_for_the_second_generation(tmp_path, prefix):
-    sizes = original_sizes(False)
-    del sizes["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
-    tensors = pairs({prefix + k: x for k, x in sizes.items()}, "lora_A", "lora_B")
+    layers = original_sizes(False)
+    del layers["final_layer.adaLN_modulation.1"]  # whose halves diffusers leaves as they are
+    tensors = pairs({prefix + k: x for k, x in layers.items()}, "lora_A", "lora_B")
     save_file(tensors, tmp_path / "lora.safetensors")
     modules = flux_modules(ours(False)[0].denoiser)
-    changed = sum(len(modules[name]) for name in sizes)
+    changed = sum(len(modules[name]) for name in layers)
     check(False, tmp_path / "lora.safetensors", theirs(False, tensors), changed)
 
 
@@ -179,11 +163,9 @@ def test_the_fused_layer_of_published_width(tmp_path):
     tensors["lora_unet_single_blocks_0_linear1.alpha"] = np.array(1, np.float32)
     save_file(tensors, tmp_path / "lora.safetensors")
     config = flux_keys.read_flux1_config({"num_layers": 1, "num_single_layers": 1})
-    config = FluxConfig(**{**vars(config), "channels": 3, "text_width": 24, "pooled_width": 20})
+    config = dataclasses.replace(config, channels=3, text_width=24, pooled_width=20)
     found = read_lora(tmp_path / "lora.safetensors", spec_of(config))["denoiser"]
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    wanted = diffusers.FluxPipeline.lora_state_dict(given)
-    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    wanted = converted(diffusers.FluxPipeline, tensors)
     vector = random(3072)
     places = {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v", "inner": "proj_mlp"}
     assert {path[-1] for path in found} == set(places)
@@ -196,20 +178,17 @@ def test_the_fused_layer_of_published_width(tmp_path):
 @BOTH
 def test_what_is_written_opens_in_diffusers(tmp_path, first):
     spec, _ = ours(first)
-    layers = linear_layers(first)
-    sizes = {f"transformer.{name}": layer.weight.shape for name, layer in layers.items()}
-    save_file(pairs(sizes, "lora_A", "lora_B"), tmp_path / "lora.safetensors")
-    adapters = read_lora(tmp_path / "lora.safetensors", spec)
-    write_lora(tmp_path / "written.safetensors", adapters, spec)
-    model = torch_flux(first)
-    model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
-    model.fuse_lora()
-    check(first, tmp_path / "lora.safetensors", tensors_of(model), len(layers))
+    tensors = pairs({f"transformer.{k}": x for k, x in sizes(first).items()}, "lora_A", "lora_B")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    write_lora(
+        tmp_path / "written.safetensors", read_lora(tmp_path / "lora.safetensors", spec), spec
+    )
+    wanted = merged_by_diffusers(torch_flux(first), str(tmp_path / "written.safetensors"))
+    check(first, tmp_path / "lora.safetensors", wanted, len(sizes(first)))
 
 
 def test_configs_in_the_metadata_state_the_scale(tmp_path):
-    layer = linear_layers(True)["proj_out"]
-    tensors = pairs({"transformer.proj_out": layer.weight.shape}, "lora_A", "lora_B")
+    tensors = pairs({"transformer.proj_out": sizes(True)["proj_out"]}, "lora_A", "lora_B")
     metadata = {"transformer.r": RANK, "transformer.lora_alpha": 8}
     save_file(
         tensors,

@@ -12,10 +12,10 @@ from jaxdiff.errors import UserError
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("name", one_gpu.PARTS)
-def test_a_part_writes_its_report(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", one_gpu.COMPARISONS)
+def test_a_comparison_writes_its_report(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes a minute
-    one_gpu.run_part(name, str(tmp_path), tiny=True)
+    one_gpu.run_comparison(name, str(tmp_path), tiny=True)
     (file,) = tmp_path.glob(f"*-{name}-tiny.json")
     results = json.loads(file.read_text())["results"]
     assert len(results) == 3
@@ -28,4 +28,4 @@ def test_a_part_writes_its_report(name, tmp_path, monkeypatch):
 
 def test_without_a_gpu_the_script_says_so(tmp_path):
     with pytest.raises(UserError, match=r"expected a GPU; .* or give --tiny"):
-        one_gpu.run_part("sd15-sample-512", str(tmp_path), tiny=False)
+        one_gpu.run_comparison("sd15-sample-512", str(tmp_path), tiny=False)

@@ -45,9 +45,9 @@ OPENCLIP = ClipTextConfig(
 
 
 def random_params(build):
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: draw.normal(size=x.shape).astype(np.float32), abstract_params(build)
+        lambda x: rng.normal(size=x.shape).astype(np.float32), abstract_params(build)
     )
 
 
@@ -129,10 +129,10 @@ def test_autoencoder():
 
 
 def test_openclip():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def random(*shape):
-        return draw.normal(size=shape).astype(np.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     width, prefix = OPENCLIP.width, "conditioner.embedders.1.model."
     ldm = {

@@ -15,6 +15,8 @@ from jaxdiff.pretrained.safetensors_io import open_weights
 
 torch = pytest.importorskip("torch")
 
+from tests.parity.torch_models import randomized
+
 pytestmark = pytest.mark.parity
 
 DEPTH, LENGTH = 4, 12
@@ -40,11 +42,7 @@ SIDES = {
 def random_model(kind=transformers.Qwen3ForCausalLM, **changes):
     """A model whose parameters are all random, norms too."""
     torch.manual_seed(0)
-    model = kind(transformers.Qwen3Config(**{**SIZES, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(kind(transformers.Qwen3Config(**{**SIZES, **changes})), 0.1)
 
 
 def hidden_states(model, mask, dtype=None):

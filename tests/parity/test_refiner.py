@@ -8,16 +8,15 @@ from jaxdiff.sampling.sampler import Sampler
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from tests.parity.test_stable_diffusion import (
-    CROSS,
-    PLAIN,
     SCHEDULERS,
     STEPS,
+    padded_tokenizer,
     stable_diffusion_xl,
     text_encoder,
-    unet,
+    unet_xl,
     vae,
 )
 
@@ -31,20 +30,8 @@ def refiner(tokenizer, scheduler):
         text_encoder=None,
         text_encoder_2=text_encoder(tokenizer, 24, projected=True),
         tokenizer=None,
-        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(
-            tokenizer, model_max_length=77, pad_token="!"
-        ),
-        unet=unet(
-            block_out_channels=(16, 32),
-            down=(PLAIN, CROSS),
-            transformer_layers_per_block=(1, 2),
-            attention_head_dim=(2, 4),
-            cross_attention_dim=24,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=20 + 5 * 8,
-        ),
+        tokenizer_2=padded_tokenizer(tokenizer),
+        unet=unet_xl(24, 5),
         scheduler=scheduler,
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,

@@ -103,28 +103,35 @@ def stable_diffusion(tokenizer, scheduler):
     )
 
 
+def unet_xl(width, numbers):
+    """A U-Net of XL's kind that reads tokens of a width, and so many numbers as conditions."""
+    return unet(
+        block_out_channels=(16, 32),
+        down=(PLAIN, CROSS),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=width,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + numbers * 8,
+    )
+
+
+def padded_tokenizer(tokenizer):
+    """The tokenizer of XL's second text encoder."""
+    return transformers.CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77, pad_token="!")
+
+
 def stable_diffusion_xl(tokenizer, scheduler):
     torch.manual_seed(0)
-    padded = transformers.CLIPTokenizer.from_pretrained(
-        tokenizer, model_max_length=77, pad_token="!"
-    )
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=text_encoder(tokenizer, 32, projected=False),
         text_encoder_2=text_encoder(tokenizer, 24, projected=True),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77),
-        tokenizer_2=padded,
-        unet=unet(
-            block_out_channels=(16, 32),
-            down=(PLAIN, CROSS),
-            transformer_layers_per_block=(1, 2),
-            attention_head_dim=(2, 4),
-            cross_attention_dim=56,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=20 + 6 * 8,
-        ),
+        tokenizer_2=padded_tokenizer(tokenizer),
+        unet=unet_xl(56, 6),
         scheduler=scheduler,
         add_watermarker=False,
     )
@@ -212,14 +219,14 @@ ADAPTED = {
 
 def write_random_lora(unet, naming, path):
     """Adapters of several ranks, named as diffusers or as kohya does, the latter with alphas."""
-    draw, tensors = np.random.default_rng(len(naming)), {}
+    rng, tensors = np.random.default_rng(len(naming)), {}
     for name, module in unet.named_modules():
         if not name.endswith(ADAPTED[naming]):
             continue
         outputs, inputs, *window = module.weight.shape
-        rank = int(draw.integers(2, 5)) if naming == "kohya" else 3
-        down = draw.normal(size=(rank, inputs, *window)).astype(np.float32) / inputs
-        up = draw.normal(size=(outputs, rank, *[1] * len(window))).astype(np.float32)
+        rank = int(rng.integers(2, 5)) if naming == "kohya" else 3
+        down = rng.normal(size=(rank, inputs, *window)).astype(np.float32) / inputs
+        up = rng.normal(size=(outputs, rank, *[1] * len(window))).astype(np.float32)
         if naming == "kohya":
             name = f"lora_unet_{name.replace('.', '_')}"
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}

@@ -13,6 +13,8 @@ from jaxdiff.pretrained import t5_keys
 
 torch = pytest.importorskip("torch")
 
+from tests.parity.torch_models import randomized, tensors_of
+
 pytestmark = pytest.mark.parity
 
 LENGTH = 24
@@ -40,10 +42,7 @@ MASKS = {
 def saved(tmp_path_factory):
     """A model whose parameters are all random, and its folder."""
     torch.manual_seed(0)
-    model = transformers.T5EncoderModel(transformers.T5Config(**SIZES)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = randomized(transformers.T5EncoderModel(transformers.T5Config(**SIZES)), 0.1)
     folder = tmp_path_factory.mktemp("t5")
     model.save_pretrained(folder)
     return model, folder
@@ -115,9 +114,8 @@ def test_one_layer_at_the_width_of_t5_xxl():
     ids = np.random.default_rng(0).integers(0, 2048, (1, 512))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).last_hidden_state.numpy()
-    tensors = {name: x.detach().numpy() for name, x in model.state_dict().items()}
     config = t5_keys.read_t5_config(sizes)
-    params = t5_keys.t5_from_torch(tensors, config)
+    params = t5_keys.t5_from_torch(tensors_of(model), config)
     build = bind_init(T5Encoder, config)
     found = jax.jit(lambda params, ids: bind_params(build, params)(ids))(params, ids)
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

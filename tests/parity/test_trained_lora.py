@@ -13,15 +13,23 @@ from jaxdiff.training.loop import train
 from jaxdiff.training.optimizer import AdamW, ConstantLR
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-from tests.parity.families import STEPS, family, make_pipeline, noise, sample_there
+from tests.parity.families import (
+    GUIDANCE,
+    STEPS,
+    family,
+    guidance,
+    make_pipeline,
+    noise,
+    open_pipeline,
+    sample_there,
+)
 from tests.training.families import recipe, write_photos
 
 pytestmark = pytest.mark.parity
 
-SCALES = {"FLUX.1 dev": 2.5, "klein base": 4.0, "Z-Image": 3.0}
 TARGETS = {
     "FLUX.1": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp"],
     "klein": ["to_q", "to_out.0", "ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj"],
@@ -30,7 +38,7 @@ TARGETS = {
 PROMPT, SIDE = "a red pea", 32
 
 
-@pytest.fixture(scope="module", params=SCALES)
+@pytest.fixture(scope="module", params=GUIDANCE)
 def model(request, tmp_path_factory):
     """The kind, the folder of its pipeline, and diffusers' image without adapters."""
     root = tmp_path_factory.mktemp("family")
@@ -39,25 +47,15 @@ def model(request, tmp_path_factory):
     return request.param, root / "theirs", there(theirs, request.param)
 
 
-def opened(folder):
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def there(pipeline, kind):
-    latents = noise(kind, SIDE, SIDE)
-    return sample_there(pipeline, kind, latents, prompt=[PROMPT], guidance_scale=SCALES[kind])
+    latents, (settings, _) = noise(kind, SIDE, SIDE), guidance(kind)
+    return sample_there(pipeline, kind, latents, prompt=[PROMPT], **settings)
 
 
 def here(pipeline, kind):
+    latents, (_, settings) = noise(kind, SIDE, SIDE), guidance(kind)
     return pipeline(
-        PROMPT,
-        latents=noise(kind, SIDE, SIDE),
-        num_steps=STEPS,
-        size=(SIDE, SIDE),
-        output="float",
-        guidance_scale=SCALES[kind] + (kind == "Z-Image"),
+        PROMPT, latents=latents, num_steps=STEPS, size=(SIDE, SIDE), output="float", **settings
     )
 
 
@@ -71,7 +69,7 @@ def test_trained_here(model, tmp_path):
     export_model(
         ExportOptions(run=str(tmp_path / "run"), out=str(tmp_path / "style"), format="lora")
     )
-    theirs = opened(folder)
+    theirs = open_pipeline(folder)
     theirs.load_lora_weights(tmp_path / "style")
     expected = there(theirs, kind)
     assert np.abs(expected - without).max() > 0.02
@@ -81,7 +79,7 @@ def test_trained_here(model, tmp_path):
 
 def test_trained_there(model, tmp_path):
     kind, folder, without = model
-    theirs = opened(folder)
+    theirs = open_pipeline(folder)
     torch.manual_seed(0)
     theirs.transformer.add_adapter(
         peft.LoraConfig(

@@ -15,6 +15,8 @@ from jaxdiff.pretrained import unet_keys
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.torch_models import randomized, relative, tensors_of
+
 pytestmark = pytest.mark.parity
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -71,22 +73,18 @@ def torch_unet(name: str):
     torch.manual_seed(0)
     variant = VARIANTS[name]
     up = tuple(UP[kind] for kind in reversed(variant["down_block_types"]))
-    model = diffusers.UNet2DConditionModel(up_block_types=up, **variant)
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms' scales of 1 and biases of 0 hide mistakes
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.eval()
+    return randomized(diffusers.UNet2DConditionModel(up_block_types=up, **variant), 0.02)
 
 
 def inputs(variant, config, height=16, width=24):
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
-    tokens = draw.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, height, width, config.in_channels)).astype(np.float32)
+    tokens = rng.normal(size=(2, 7, config.cross_attention_dim)).astype(np.float32)
     if config.added_width is None:
         return x, Conditioning(tokens=tokens)
-    pooled = draw.normal(size=(2, 20)).astype(np.float32)
+    pooled = rng.normal(size=(2, 20)).astype(np.float32)
     count = (config.added_width - 20) // config.time_id_width
-    size_crop = draw.integers(0, 1024, (2, 6)).astype(np.float32)
+    size_crop = rng.integers(0, 1024, (2, 6)).astype(np.float32)
     cond = Conditioning(tokens=tokens, pooled=pooled, size_crop=size_crop)
     if count == 5:  # the refiner
         cond = cond._replace(aesthetic_score=np.array([6, 2.5], np.float32))
@@ -110,12 +108,6 @@ def theirs(model, x, step, cond):
         torch.from_numpy(cond.tokens),
         added_cond_kwargs=added,
     ).sample
-
-
-def relative(ours, theirs) -> float:
-    """L2 of the difference over L2."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -145,8 +137,7 @@ def test_gradients_of_the_fine_tuning_loss(name):
     """Of the mean squared error, with respect to every parameter of the U-Net."""
     model = torch_unet(name)
     config = unet_keys.read_unet_config(dict(model.config))
-    tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    params = unet_keys.unet_from_torch(tensors, config)
+    params = unet_keys.unet_from_torch(tensors_of(model), config)
     x, cond = inputs(VARIANTS[name], config, height=8, width=8)
     target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     step = np.array([500, 20])

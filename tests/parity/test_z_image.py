@@ -18,6 +18,8 @@ from jaxdiff.pretrained.z_image_original import original_z_image_rename, z_image
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.parity.torch_models import randomized, relative, tensors_of
+
 pytestmark = pytest.mark.parity
 
 SMALL = {
@@ -40,20 +42,17 @@ SIZES = [(8, 12), (16, 8)]  # of latents: 24 tokens, padded to 32, and 32
 
 @functools.cache
 def torch_z_image(full: bool = False):
-    model = diffusers.ZImageTransformer2DModel(**(FULL if full else SMALL)).eval()
+    model = diffusers.ZImageTransformer2DModel(**(FULL if full else SMALL))
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # norms of 1 and pads of 0 hide mistakes
-            parameter.add_((1 if "pad_token" in name else 0.02) * torch.randn_like(parameter))
-    return model
+    return randomized(model, 0.02)
 
 
 def inputs(config, height, width, lengths=LENGTHS, *, left=False):
     """Return latents, times, and captions of several lengths, padded with noise."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     count = len(lengths)
-    x = draw.normal(size=(count, height, width, config.channels)).astype(np.float32)
-    tokens = draw.normal(size=(count, max(lengths), config.text_width)).astype(np.float32)
+    x = rng.normal(size=(count, height, width, config.channels)).astype(np.float32)
+    tokens = rng.normal(size=(count, max(lengths), config.text_width)).astype(np.float32)
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     mask = mask[:, ::-1].copy() if left else mask
     t = np.linspace(0.1, 0.95, count).astype(np.float32)
@@ -75,16 +74,9 @@ def ours(config, params):
     return functools.partial(network, jax.tree.map(jnp.asarray, params))
 
 
-def relative(found, expected) -> float:
-    """L2 of the difference over L2."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
 def read(model):
     config = z_image_keys.read_z_image_config(dict(model.config))
-    tensors = {name: x.detach().numpy() for name, x in model.state_dict().items()}
-    return config, z_image_keys.z_image_from_torch(tensors, config)
+    return config, z_image_keys.z_image_from_torch(tensors_of(model), config)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

@@ -2,25 +2,31 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
-from jaxdiff.models.lora import merge_adapters
-from jaxdiff.models.text_encoders.clip import ClipTextConfig
-from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pretrained import z_image_keys
 from jaxdiff.pretrained.lora import read_lora, write_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
-from tests.parity.lora_files import RANK, check_merged, pairs, random, tensors_of
+from tests.parity.lora_files import (
+    RANK,
+    assert_same_weights,
+    converted,
+    linear_layers,
+    merged_by_diffusers,
+    merged_by_peft,
+    merged_here,
+    pairs,
+    random,
+    spec_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -46,23 +52,14 @@ def ours():
     """A specification, and the denoiser's parameters."""
     model = torch_z_image()
     config = z_image_keys.read_z_image_config({**model.config})
-    text = ClipTextConfig(vocab_size=64, width=24, depth=1, heads=2, projection_dim=20)
-    spec = TextToImage(
-        denoiser=config,
-        conditioner=ClipConditioner(text=ClipTextEncoder(model=text), masked=False),
-        prediction="velocity",
-        schedule=RectifiedFlow(),
-        image_size=16,
-    )
     params = z_image_keys.z_image_from_torch(tensors_of(model), config, place=jnp.asarray)
-    return spec, params
+    return spec_of(config), params
 
 
 @functools.cache
 def sizes():
     """(outputs, inputs) of diffusers' linear layers."""
-    modules = torch_z_image().named_modules()
-    return {n: tuple(m.weight.shape) for n, m in modules if isinstance(m, torch.nn.Linear)}
+    return linear_layers(torch_z_image())
 
 
 def original_sizes():
@@ -80,20 +77,14 @@ def original_sizes():
 
 def theirs(tensors):
     """Weights that diffusers merges with the adapters of a file."""
-    given = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-    converted = diffusers.ZImagePipeline.lora_state_dict(given)
-    model = torch_z_image()
-    model.load_lora_adapter(converted, prefix="transformer")
-    model.fuse_lora()
-    return tensors_of(model)
+    return merged_by_diffusers(torch_z_image(), converted(diffusers.ZImagePipeline, tensors))
 
 
 def check(file, wanted, changed):
     """Compare our merged weights; `changed` counts those that differ."""
     spec, params = ours()
-    merged = merge_adapters(params, read_lora(file, spec)["denoiser"])
-    found = z_image_keys.z_image_to_torch(jax.device_get(merged))
-    check_merged(found, wanted, tensors_of(torch_z_image()), changed)
+    found = z_image_keys.z_image_to_torch(merged_here(params, file, spec))
+    assert_same_weights(found, wanted, tensors_of(torch_z_image()), changed)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
@@ -105,13 +96,8 @@ def test_files_of_diffusers_and_ai_toolkit(tmp_path, prefix):
 
 def test_files_of_peft(tmp_path):
     names = [name for name in sizes() if "attention" in name or "feed_forward" in name]
-    config = peft.LoraConfig(
-        target_modules=names, r=RANK, lora_alpha=2, init_lora_weights=False, use_rslora=True
-    )
-    model = peft.get_peft_model(torch_z_image(), config)
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    check(tmp_path / "adapter_model.safetensors", tensors_of(model.get_base_model()), len(names))
+    wanted = merged_by_peft(torch_z_image(), names, tmp_path)
+    check(tmp_path / "adapter_model.safetensors", wanted, len(names))
 
 
 def kohya(layers):
@@ -157,7 +143,5 @@ def test_what_is_written_opens_in_diffusers(tmp_path):
     write_lora(
         tmp_path / "written.safetensors", read_lora(tmp_path / "lora.safetensors", spec), spec
     )
-    model = torch_z_image()
-    model.load_lora_adapter(str(tmp_path / "written.safetensors"), prefix="transformer")
-    model.fuse_lora()
-    check(tmp_path / "lora.safetensors", tensors_of(model), len(sizes()))
+    wanted = merged_by_diffusers(torch_z_image(), str(tmp_path / "written.safetensors"))
+    check(tmp_path / "lora.safetensors", wanted, len(sizes()))

@@ -2,9 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -17,6 +15,7 @@ from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.lora import LoraConfig, LoraPattern
 from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained, Trainable
@@ -29,14 +28,11 @@ MLP = ("inner", "outer", "gate", "up", "down")
 
 def lora(spec: TextToImage) -> LoraConfig:
     """Adapters of all projections of attention and MLPs, those of MLPs of another rank."""
-    names = _names(jax.tree_util.tree_leaves_with_path(spec.abstract_params()["denoiser"]))
+    params = flatten_params(spec.abstract_params()["denoiser"])
+    names = {name for path in params for name in path}
     mlp = tuple(name for name in MLP if name in names)
     patterns = (LoraPattern(targets=mlp, rank=3, alpha=6.0),)
     return LoraConfig(rank=2, alpha=4.0, targets=(*ATTENTION, *mlp), patterns=patterns)
-
-
-def _names(leaves: Any) -> set[str]:
-    return {key.key for path, _ in leaves for key in path}
 
 
 def write_photos(folder: Path) -> Path:

@@ -273,8 +273,8 @@ def test_adapters_of_the_denoiser_are_trained_at_their_scale(task, alpha):
     full = adapted.model_params(params, random_like(abstract_frozen_params(adapted)))
     assert set(full) == {"denoiser", "text_encoders", "adapters"}
     scaled, stored = (factors(tree["adapters"]["denoiser"]) for tree in (full, params))
+    factor = 1 if alpha is None else 0.5
     for path, pair in stored.items():
-        factor = 1 if alpha is None else 0.5
         np.testing.assert_allclose(scaled[path].up, factor * pair.up, rtol=1e-6)
 
 
