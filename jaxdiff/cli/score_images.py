@@ -1,4 +1,4 @@
-"""`jaxdiff evaluate` without a model: images of any generator, references, comparison, self-test."""
+"""`jaxdiff evaluate` without a model: images of any generator, references, comparison, and test."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

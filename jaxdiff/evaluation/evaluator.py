@@ -7,6 +7,7 @@ end; `jaxdiff evaluate` calls the same object.
 import abc
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -141,6 +142,11 @@ class Evaluator(abc.ABC):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Return SHA-256, in hex, of texts in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def image_source(data: DataConfig) -> Any:

@@ -1,7 +1,6 @@
 """Distances of generated images from a reference in the features of a network, such as FID."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -18,6 +17,7 @@ from jaxdiff.evaluation.evaluator import (
     Evaluator,
     Report,
     check_text_to_image,
+    digest,
     image_source,
 )
 from jaxdiff.evaluation.extraction import generated_features, image_features
@@ -242,10 +242,6 @@ class FeatureDistance(Evaluator):
         parts = generated_features(context, network, prompts)
         ours = collect(parts, network.provenance, "generated images", len(prompts))
         report = measure(network, ours, theirs, self.measures, few=self.few)
-        digest = _digest(prompts)
-        about = {name: {**known, "prompts": digest} for name, known in report.provenance.items()}
+        texts = {"prompts": digest(prompts)}
+        about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
-
-
-def _digest(texts: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -22,7 +22,8 @@ def figures_json(report: Report, settings: Mapping[str, Any], **about: Any) -> d
       settings: of the evaluation, such as the number of samples.
       about: what is stated but does not decide whether figures are comparable, such as the sampler.
     """
-    of_figures = {name: report.provenance.get(name, dict(settings)) for name in report.scalars}
+    others = {key: settings[key] for key in ("samples",) if key in settings}
+    of_figures = {name: dict(report.provenance.get(name, others)) for name in report.scalars}
     versions = {name: _version(name) for name in _PACKAGES}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     about = {"figures": of_figures, "versions": versions, "devices": device, **about}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from jaxtyping import UInt8
 
 from jaxdiff.errors import UserError
@@ -17,11 +18,18 @@ from jaxdiff.evaluation.features import ClipFeatures, inception_network
 from jaxdiff.evaluation.image_sets import ImageArray
 from jaxdiff.models.image_encoders.inception import InceptionV3
 from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.pretrained.key_mapping import flatten_params
+from jaxdiff.pretrained.key_mapping import Path, flatten_params
 
 TOLERANCE = 1e-3  # relative; float32 on another device differs by about 1e-5
 
-STORED: dict[str, float] = {}
+STORED = {
+    "frechet_shipped_produce_clip": 14.61264789,
+    "kernel_shipped_produce_clip": 0.2174996724,
+    "mmd_shipped_produce_clip": 0.01982510004,
+    "inception, mean": 2.670963487,
+    "inception, deviation": 3.694410656,
+    "inception, first image": -36.5561521,
+}
 """Values computed on a CPU, 2026-11-29."""
 
 
@@ -35,20 +43,22 @@ def fixed_images(count: int, first: int = 0, size: int = 48) -> UInt8[np.ndarray
 def fixed_inception() -> dict[str, Any]:
     """Return random parameters of the FID Inception, of activations of about unit size."""
     rng = np.random.RandomState(0)
-    params: dict[str, Any] = {}
-    for path, leaf in sorted(flatten_params(abstract_params(bind_init(InceptionV3))).items()):
-        value = rng.randn(*leaf.shape).astype(np.float32)
+    flat = {}
+    for path, shape in sorted(_shapes().items()):
+        value = rng.randn(*shape).astype(np.float32)
         if path[-1] == "kernel":
-            value *= np.float32((2 / np.prod(leaf.shape[:-1])) ** 0.5)
+            value *= np.float32((2 / np.prod(shape[:-1])) ** 0.5)
         elif path[-1] in ("scale", "variance"):
             value = np.abs(1 + value / 4)
         else:
             value *= np.float32(0.2)
-        inner = params
-        for name in path[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[path[-1]] = value
-    return params
+        flat[path] = value
+    return traverse_util.unflatten_dict(flat)
+
+
+def _shapes() -> dict[Path, tuple[int, ...]]:
+    flat = flatten_params(abstract_params(bind_init(InceptionV3)))
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def inception_values(features: np.ndarray) -> dict[str, float]:
