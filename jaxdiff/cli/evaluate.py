@@ -9,7 +9,7 @@ import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
-from jaxdiff.cli.score_images import FIGURES, PARTS, compare_command, without_model
+from jaxdiff.cli.score_images import FIGURES, PARTS, compare_command, has_model, score_images
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, NotNegative, Range
 from jaxdiff.config.serialization import to_json
@@ -90,9 +90,9 @@ def evaluate_command(arguments: list[str]) -> None:
         return
     options = parse_flags(EvaluateOptions, arguments, prog="jaxdiff evaluate")
     _check(options)
-    action = without_model(options)
+    evaluate = evaluate_model if has_model(options) else score_images
     with join_hosts(options.hosts):
-        evaluate_model(options) if action is None else action()
+        evaluate(options)
 
 
 def evaluate_model(options: EvaluateOptions) -> None:

@@ -1,6 +1,5 @@
 """`jaxdiff evaluate` without a model: images of any generator, references, comparison, and test."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -38,22 +37,22 @@ def compare_command(files: list[str]) -> None:
     write_text(compare_figures(*files))
 
 
-def without_model(options: "EvaluateOptions") -> Callable[[], None] | None:
-    """Return what options without a model ask for; None with a model.
+def has_model(options: "EvaluateOptions") -> bool:
+    """Whether options name a model to evaluate, rather than images, a reference or the self-test.
 
     Raises:
-      UserError: options that exclude each other, or that ask for nothing.
+      UserError: they exclude each other, or ask for nothing.
     """
     if options.self_test:
-        return lambda: self_test(on_host0(write_line))
+        return False
     if options.run is not None:
         if options.images is not None:
             raise UserError("--images and a model exclude each other: leave one of them out.")
-        return None
+        return True
     if options.images is not None:
         if options.reference is None:
             raise UserError("--images needs --reference: give the images to compare with.")
-        return lambda: _score(options)
+        return False
     if options.reference is None:
         raise UserError("jaxdiff evaluate needs a model: give its folder, or --images.")
     if options.out is None or not options.out.endswith(".safetensors"):
@@ -61,7 +60,21 @@ def without_model(options: "EvaluateOptions") -> Callable[[], None] | None:
             "--reference alone writes statistics and needs --out: give the name of a file that "
             "ends in .safetensors, or a model or --images to compare."
         )
-    return lambda: _write_reference(options)
+    return False
+
+
+def score_images(options: "EvaluateOptions") -> None:
+    """Test the metrics, score images, or write the statistics of a reference.
+
+    Raises:
+      UserError: the metrics differ, or the images or the network cannot be read.
+    """
+    if options.self_test:
+        self_test(on_host0(write_line))
+    elif options.images is not None:
+        _score(options)
+    else:
+        _write_reference(options)
 
 
 def _score(options: "EvaluateOptions") -> None:

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
+from etils import epy
 from jaxtyping import Float
+
+with epy.lazy_imports():  # not for a recipe that is only read
+    import scipy.linalg
 
 Vectors = Float[np.ndarray, "_ d"]
 Matrix = Float[np.ndarray, "d d"]

@@ -81,18 +81,19 @@ def is_dinov2_config(data: Any) -> bool:
     return isinstance(data, dict) and data.get("model_type") == "dinov2"
 
 
-def read_dinov2_folder(folder: epath.Path) -> tuple[Dinov2Config, dict[str, Any]]:
+def read_dinov2_folder(folder: epath.PathLike) -> tuple[Dinov2Config, dict[str, Any]]:
     """Read the specification and the parameters of a DINOv2.
 
     Raises:
       UserError: a file is missing or damaged, or has unsupported values.
     """
-    what = f"{folder.name}/{CONFIG}"
-    values = read_keys(what, read_json(folder / CONFIG, "the whole folder of a model"), KEYS)
+    root = epath.Path(folder)
+    what = f"{root.name}/{CONFIG}"
+    values = read_keys(what, read_json(root / CONFIG, "the whole folder of a model"), KEYS)
     if values["hidden_size"] % values["num_attention_heads"]:
         raise UserError(f"{what}: hidden_size is no multiple of num_attention_heads: use another.")
     config = Dinov2Config(**named_fields(values, KEYS))
-    tensors = Renamed(open_weights(folder, "model"), _old_name)
+    tensors = Renamed(open_weights(root, "model"), _old_name)
     return config, from_torch_names(tensors, _NAMES, abstract_params(bind_build(config)))
 
 

@@ -1,6 +1,7 @@
 """Inception-v3 and DINOv2 with the same weights as PyTorch, and distances of the same features."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -132,7 +133,7 @@ def test_dinov2(size, tmp_path):
     with torch.no_grad():
         expected = model(nchw(images)).pooler_output
     exact = type(spec)(**{**vars(spec), "position_offset": 0.0})
-    assert relative(bind_params(bind_build(exact), params)(images), expected) < 1e-5
+    assert relative(bind_params(bind_build(exact), params)(jnp.asarray(images)), expected) < 1e-5
 
 
 def test_positions_are_interpolated_as_in_the_authors_code():
