@@ -229,10 +229,7 @@ class FeatureDistance(Evaluator):
         """Generate images, and compare their features with those of the reference."""
         self.check(context.spec, context.data)
         network, images = self.network.load(), DataImages(context.data, self.samples)
-        if self.reference is None:
-            theirs = set_statistics(network, images, context.parts)
-        else:
-            theirs = reference_statistics(network, self.reference, context.parts)
+        theirs = self._reference(network, images, context.parts)
         prompts = images.captions()
         if len(prompts) < 2:
             raise UserError(
@@ -245,3 +242,19 @@ class FeatureDistance(Evaluator):
         texts = {"prompts": digest(prompts)}
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
+
+    def _reference(
+        self, network: FeatureNetwork, images: DataImages, folder: epath.Path | None
+    ) -> Statistics:
+        """Return the statistics of the reference, computed once for all evaluations of a run."""
+        key = str(network.provenance), self.reference or images.fingerprint
+        if _latest.get("key") != key:
+            if self.reference is None:
+                statistics = set_statistics(network, images, folder)
+            else:
+                statistics = reference_statistics(network, self.reference, folder)
+            _latest.update(key=key, statistics=statistics)
+        return _latest["statistics"]
+
+
+_latest: dict[str, Any] = {}  # the statistics of the last reference, and their key
