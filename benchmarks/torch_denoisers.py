@@ -69,8 +69,8 @@ def contenders(kind: Denoiser, *, batch: int, size: int, heads: int) -> Contende
     side = size // kind.cell
     x, pooled = random(side, side, config.channels), getattr(config, "pooled_width", None)
     cond = Conditioning(
-        tokens=random(kind.tokens, config.text_width),
-        pooled=None if pooled is None else random(pooled),
+        tokens=jnp.asarray(random(kind.tokens, config.text_width)),
+        pooled=None if pooled is None else jnp.asarray(random(pooled)),
     )
 
     @jax.jit
