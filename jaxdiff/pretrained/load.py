@@ -191,8 +191,15 @@ def read_tokenizers(
     return read_exported_tokenizers(root, spec)
 
 
-def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> dict[Key, PyTree]:
-    """Read parts of trained models, on the host, in the expected types.
+def read_parts(
+    wanted: Mapping[Key, PartSource], types: Sequence[type] = (), *, widen: bool = True
+) -> dict[Key, PyTree]:
+    """Read parts of trained models, on the host.
+
+    Args:
+      wanted: their sources.
+      types: dataclasses that a specification may name beside those of this package.
+      widen: return arrays in the expected types, as of weights to train, not in the stored ones.
 
     Raises:
       UserError: a model has no such part, or one of another size.
@@ -210,9 +217,11 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     for key, source in wanted.items():
         params = read(source)
         check_fit(params, source.abstract, source.folder)
-        # Weights may be stored in half precision; training keeps float32.
+        # Scalars, which no compute type rounds, always have the expected type.
         parts[key] = jax.tree.map(
-            lambda x, like: np.asarray(x, like.dtype), params, source.abstract
+            lambda x, like: np.asarray(x, None if x.ndim and not widen else like.dtype),
+            params,
+            source.abstract,
         )
     return parts
 
