@@ -7,9 +7,9 @@ end; `jaxdiff evaluate` calls the same object.
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,9 @@ from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import best_of_n
 from jaxdiff.pretrained.bundle import AnySpec, Bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+Goal = Literal["min", "max"]
+"""Which value of a scalar is best."""
 
 
 class Report(NamedTuple):
@@ -74,6 +77,8 @@ class EvalContext:
       data: of the recipe.
       generation: how images are generated.
       mesh: of devices that share the model, as they train it; None samples on those of this host.
+      loss: `loss(samples)` computes the metrics of the recipe's task, means over as many held-out
+        records; None where there is no such task.
     """
 
     step: int
@@ -83,6 +88,7 @@ class EvalContext:
     data: DataConfig
     generation: Generation = Generation()
     mesh: Mesh | None = None
+    loss: Callable[[int], Mapping[str, np.ndarray]] | None = None
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
@@ -118,6 +124,7 @@ class Evaluator(abc.ABC):
     Attributes:
       name: of its figures in metrics.
       has_figures: whether it reports scalars; `jaxdiff evaluate` leaves out those of images alone.
+      goal: which values of its scalars are best.
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
     """
 
@@ -125,6 +132,7 @@ class Evaluator(abc.ABC):
 
     name: ClassVar[str] = "evaluator"
     has_figures: ClassVar[bool] = True
+    goal: ClassVar[Goal] = "max"
     every: int = 0
 
     @abc.abstractmethod
@@ -133,6 +141,14 @@ class Evaluator(abc.ABC):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def with_samples(evaluator: Evaluator, samples: int | None) -> Evaluator:
+    """Return an evaluator with another number of samples, if it counts any; None leaves its own."""
+    if samples is None or not hasattr(evaluator, "samples"):
+        return evaluator
+    changes: dict[str, Any] = {"samples": samples}
+    return dataclasses.replace(evaluator, **changes)  # type: ignore[type-var]
 
 
 def image_source(data: DataConfig) -> Any:
