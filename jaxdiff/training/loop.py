@@ -126,28 +126,13 @@ def train(
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         stack.enter_context(run.trace)
-        best = BestModel(
-            out,
-            config=to_json(config),
-            tokenizers=tokenizers,
-            settings=config.best if evaluate is not None else None,
-            evaluators=config.evaluators,
-            notes=checkpoints.note(NOTES),
-            report=log,
-        )
-        whole.enter_context(best)
+        best = whole.enter_context(_best_model(config, out, tokenizers, checkpoints, evaluate, log))
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
-
-        def save(state: TrainState) -> None:
-            # A run that resumes here has all that was written before it.
-            snapshots.wait()
-            best.wait()
-            checkpoints.save(state, best.notes)
 
         def after(number: int, state: TrainState) -> None:
             saves = number % config.train.checkpoint_every == 0
             if saves and config.best is None:  # else with what the evaluation decides
-                save(state)
+                _save(state, checkpoints, snapshots, best)
             snapshots.after(number, state.averages)
             due = _due(config, number)
             if due and evaluate is not None:
@@ -156,7 +141,7 @@ def train(
                     run.writer.write_report(number, report)
                     best.after(number, report.scalars, state.ema)
             if saves and config.best is not None:
-                save(state)
+                _save(state, checkpoints, snapshots, best)
 
         stops = lambda: stop.should_stop or best.should_stop  # noqa: E731
         state = _take_steps(
@@ -167,7 +152,7 @@ def train(
         if number > first:
             if finished:
                 snapshots.save(number, state.averages)
-            save(state)
+            _save(state, checkpoints, snapshots, best)
         checkpoints.wait()
         stack.close()
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
@@ -181,6 +166,35 @@ def train(
             best.wait()
             summary |= best.summary if report.scalars else {}
     return result
+
+
+def _best_model(
+    config: Config,
+    out: epath.Path,
+    tokenizers: Tokenizers,
+    checkpoints: Checkpoints,
+    evaluate: Evaluate | None,
+    log: Callable[[str], None],
+) -> BestModel:
+    """Return what follows the best step, from the checkpoint that was restored."""
+    return BestModel(
+        out,
+        config=to_json(config),
+        tokenizers=tokenizers,
+        settings=config.best if evaluate is not None else None,
+        evaluators=config.evaluators,
+        notes=checkpoints.note(NOTES),
+        report=log,
+    )
+
+
+def _save(
+    state: TrainState, checkpoints: Checkpoints, snapshots: Snapshots, best: BestModel
+) -> None:
+    """Save a checkpoint; a run that resumes there has all that was written before it."""
+    snapshots.wait()
+    best.wait()
+    checkpoints.save(state, best.notes)
 
 
 def _open_data(
