@@ -71,6 +71,15 @@ def ema_command(arguments: list[str]) -> None:
     widths = tuple(
         check_value("--widths", value, Width) for value in parse_values(options.widths, "--widths")
     )
+    average_model(options, widths)
+
+
+def average_model(options: EmaOptions, widths: tuple[float, ...]) -> None:
+    """Write the average of a width, or of the best of some widths.
+
+    Raises:
+      UserError: the run has no snapshots of averages, or the search fails.
+    """
     config = read_config(options.run)
     averages = StoredAverages(options.run, write_line)
     width = options.width

@@ -32,7 +32,7 @@ SWEEP, PLOT = "evaluation_sweep.json", "evaluation_sweep.png"
 SETTINGS = ("guidance_scale", "num_steps", "solver")
 """What a sweep may vary."""
 
-COST = "TFLOP/image"
+UNITS = ((1e12, "TFLOP/image"), (1e9, "GFLOP/image"))
 
 
 def parse_sweep(words: Sequence[str]) -> list[dict[str, Any]]:
@@ -95,6 +95,12 @@ def run_sweep(
         raise UserError(
             "--sweep varies how images are sampled: expected a text-to-image model; leave it out."
         )
+    evaluators = tuple(evaluator for evaluator in evaluators if evaluator.generates)
+    if not evaluators:
+        raise UserError(
+            "--sweep needs an evaluator of sampled images: expected one such as ClipScore(); name "
+            "a recipe that has one in --recipe."
+        )
     if scalar is not None:
         evaluators = (Selection(scalar=scalar).evaluator(evaluators),)
     fixed = {
@@ -105,22 +111,23 @@ def run_sweep(
     saved = SavedFigures(folder / SWEEP, fixed)
     costs, figures, log = [], [], on_host0(write_line)
     for number, point in enumerate(points, 1):
-        costs.append(_teraflops(context.spec, point, context.generation.best_of))
+        costs.append(_flops(context.spec, point, context.generation.best_of))
         figures.append(saved.measure(point, lambda at=point: _measure(at, evaluators, context)))
         log(f"{number} of {len(points)}: {_label(point)}")
     selection = Selection(scalar=scalar or next(iter(figures[0])))
     evaluator = selection.evaluator(evaluators)
+    scale, unit = UNITS[0] if max(costs) >= UNITS[0][0] else UNITS[1]
     shown = [
-        SweepPoint(_label(point), cost, selection.value(found))
+        SweepPoint(_label(point), cost / scale, selection.value(found))
         for point, cost, found in zip(points, costs, figures, strict=True)
     ]
     if not is_host0():
         return
     front = pareto_front(shown, evaluator.goal)
-    console().print(_table(points, shown, front, selection.scalar))
+    console().print(_table(points, shown, front, (unit, selection.scalar)))
     if any(not math.isnan(point.quality) for point in shown):
         title = f"{context.spec.name}: {len(shown)} settings, Pareto front marked"
-        plot = render_sweep(shown, evaluator.goal, title=title, cost=COST, quality=selection.scalar)
+        plot = render_sweep(shown, evaluator.goal, title=title, cost=unit, quality=selection.scalar)
         image_io.save_png(folder / PLOT, plot)
     write_line(f"Saved {folder / SWEEP} and {folder / PLOT}")
 
@@ -142,28 +149,32 @@ def _sampler(point: Mapping[str, Any]) -> Sampler:
     return Sampler(solver=solver, num_steps=point.get("num_steps"))
 
 
-def _teraflops(spec: TextToImage, point: Mapping[str, Any], best_of: int) -> float:
-    """Return the model FLOPs of one image, in 10^12."""
+def _flops(spec: TextToImage, point: Mapping[str, Any], best_of: int) -> float:
+    """Return the model FLOPs of one image."""
     sampler = _sampler(point).inherit(spec.sampler).resolve()
     size = (spec.image_size, spec.image_size)
-    return best_of * sampling_flops(spec, sampler, size, num_steps=sampler.num_steps) / 1e12
+    return best_of * sampling_flops(spec, sampler, size, num_steps=sampler.num_steps)
 
 
 def _label(point: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in point.items())
+    return ", ".join(f"{name} {_text(value)}" for name, value in point.items())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _table(
     points: Sequence[Mapping[str, Any]],
     shown: Sequence[SweepPoint],
     front: Sequence[int],
-    scalar: str,
+    names: tuple[str, str],
 ) -> Table:
     table = Table(caption="* on the Pareto front", caption_justify="left")
-    for name in (*points[0], COST, scalar, ""):
+    for name in (*points[0], *names, ""):
         table.add_column(name, justify="right")
     for i, (point, found) in enumerate(zip(points, shown, strict=True)):
-        cells = [str(value) for value in point.values()]
+        cells = [_text(value) for value in point.values()]
         table.add_row(*cells, f"{found.cost:.4g}", f"{found.quality:.4g}", "*" * (i in front))
     return table
 

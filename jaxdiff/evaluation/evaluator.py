@@ -124,6 +124,7 @@ class Evaluator(abc.ABC):
     Attributes:
       name: of its figures in metrics.
       has_figures: whether it reports scalars; `jaxdiff evaluate` leaves out those of images alone.
+      generates: whether its figures depend on how images are sampled, which a sweep varies.
       goal: which values of its scalars are best.
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
     """
@@ -132,6 +133,7 @@ class Evaluator(abc.ABC):
 
     name: ClassVar[str] = "evaluator"
     has_figures: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
     goal: ClassVar[Goal] = "max"
     every: int = 0
 

@@ -29,6 +29,7 @@ class HeldOutLoss(Evaluator):
     """
 
     name: ClassVar[str] = "held_out"
+    generates: ClassVar[bool] = False
     goal: ClassVar[Goal] = "min"
     samples: Count = 1024
     every: Natural = 0

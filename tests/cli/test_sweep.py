@@ -17,6 +17,7 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Report
+from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
 from jaxdiff.sampling.solvers_ode import Heun
 
@@ -81,7 +82,9 @@ def test_the_plot_marks_the_front():
 def model(tiny_bundle, tiny_recipe, tmp_path):
     folder = tmp_path / "model"
     write_bundle(folder, tiny_bundle, dtype="float32")
-    config = dataclasses.replace(tiny_recipe(), evaluators=(ClipScore(),))
+    config = tiny_recipe()
+    data = dataclasses.replace(config.data, held_out=0.1)
+    config = dataclasses.replace(config, data=data, evaluators=(HeldOutLoss(), ClipScore()))
     write_json(epath.Path(folder) / RECIPE, to_json(config))
     return folder
 
@@ -90,6 +93,7 @@ def test_a_sweep_writes_figures_table_and_plot_and_resumes(model, monkeypatch, c
     calls = []
 
     def run(evaluators, context, images, log):
+        assert [evaluator.name for evaluator in evaluators] == ["clip_score"]
         calls.append(context.generation.arguments)
         scale = context.generation.arguments["guidance_scale"]
         return Report(scalars={"clip_score/score": 20.0 + scale, "clip_score/data": 30.0})
@@ -100,7 +104,7 @@ def test_a_sweep_writes_figures_table_and_plot_and_resumes(model, monkeypatch, c
     assert len(calls) == 6
     assert calls[1]["sampler"].solver == Heun()
     said = capsys.readouterr().out
-    assert "TFLOP/image" in said
+    assert "GFLOP/image" in said
     assert "22" in said
     found = json.loads((model / "evaluation_sweep.json").read_text())
     assert found["points"][5]["point"] == {"guidance_scale": 2, "solver": "heun"}
