@@ -96,6 +96,8 @@ def test_commands_are_understood(command, monkeypatch, tmp_path, capsys):
         "sample.sample_images",
         "evaluate.evaluate_model",
         "ema.average_model",
+        "evaluate.score_images",
+        "evaluate.compare_command",
         "explore.explore_data",
         "export.export_model",
         "compile.compile_model",

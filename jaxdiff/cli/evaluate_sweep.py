@@ -1,14 +1,11 @@
 """`jaxdiff evaluate --sweep`: figures at all combinations of some settings of sampling."""
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 from rich.table import Table
 
@@ -18,11 +15,13 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator
+from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.selection import Selection
 from jaxdiff.io import images as image_io
 from jaxdiff.io.terminal import console, write_line
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.flops import sampling_flops
+from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers import SOLVERS
 from jaxdiff.training.run import on_host0, run_evaluators
@@ -106,7 +105,7 @@ def run_sweep(
     fixed = {
         **settings,
         "evaluators": [to_json(evaluator) for evaluator in evaluators],
-        "weights": weights_hash(context.params),
+        "weights": weights_fingerprint(context.params),
     }
     saved = SavedFigures(folder / SWEEP, fixed)
     costs, figures, log = [], [], on_host0(write_line)
@@ -115,7 +114,7 @@ def run_sweep(
         figures.append(saved.measure(point, lambda at=point: _measure(at, evaluators, context)))
         log(f"{number} of {len(points)}: {_label(point)}")
     selection = Selection(scalar=scalar or next(iter(figures[0])))
-    evaluator = selection.evaluator(evaluators)
+    goal = selection.goal_of(selection.evaluator(evaluators))
     scale, unit = UNITS[0] if max(costs) >= UNITS[0][0] else UNITS[1]
     shown = [
         SweepPoint(_label(point), cost / scale, selection.value(found))
@@ -123,11 +122,13 @@ def run_sweep(
     ]
     if not is_host0():
         return
-    front = pareto_front(shown, evaluator.goal)
+    if context.parts is not None:
+        remove_parts(context.parts)
+    front = pareto_front(shown, goal)
     console().print(_table(points, shown, front, (unit, selection.scalar)))
     if any(not math.isnan(point.quality) for point in shown):
         title = f"{context.spec.name}: {len(shown)} settings, Pareto front marked"
-        plot = render_sweep(shown, evaluator.goal, title=title, cost=unit, quality=selection.scalar)
+        plot = render_sweep(shown, goal, title=title, cost=unit, quality=selection.scalar)
         image_io.save_png(folder / PLOT, plot)
     write_line(f"Saved {folder / SWEEP} and {folder / PLOT}")
 
@@ -177,12 +178,3 @@ def _table(
         cells = [_text(value) for value in point.values()]
         table.add_row(*cells, f"{found.cost:.4g}", f"{found.quality:.4g}", "*" * (i in front))
     return table
-
-
-def weights_hash(params: Any) -> str:
-    """Return a hash of all weights, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

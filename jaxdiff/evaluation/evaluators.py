@@ -2,6 +2,7 @@
 
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator
+from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
 from jaxdiff.evaluation.produce import ProduceAccuracy
@@ -13,6 +14,7 @@ AnyEvaluator = (
     | ProduceAccuracy
     | OpenMojiAccuracy
     | ClipScore
+    | FeatureDistance
     | HeldOutLoss
     | Evaluator
 )

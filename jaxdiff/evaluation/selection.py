@@ -60,5 +60,9 @@ class Selection:
             return False
         if than is None:
             return True
-        gain = than - value if (self.goal or evaluator.goal) == "min" else value - than
+        gain = than - value if self.goal_of(evaluator) == "min" else value - than
         return gain > by
+
+    def goal_of(self, evaluator: Evaluator) -> Goal:
+        """Return which value of the scalar is best."""
+        return self.goal or evaluator.goal_of(self.scalar.removeprefix(f"{evaluator.name}/"))

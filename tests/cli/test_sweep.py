@@ -17,7 +17,9 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Report
+from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.held_out import HeldOutLoss
+from jaxdiff.evaluation.selection import Selection
 from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
 from jaxdiff.sampling.solvers_ode import Heun
 
@@ -115,6 +117,13 @@ def test_a_sweep_writes_figures_table_and_plot_and_resumes(model, monkeypatch, c
     assert len(calls) == 9
     assert cli.main([*words, "--samples", "20", "--scalar", "clip_score/data"]) == 0
     assert len(calls) == 15
+
+
+def test_a_sweep_shows_distances_as_lower_is_better():
+    distance = FeatureDistance()
+    assert Selection(scalar="features/fid").goal_of(distance) == "min"
+    assert Selection(scalar="features/recall").goal_of(distance) == "max"
+    assert Selection(scalar="features/recall", goal="min").goal_of(distance) == "min"
 
 
 def test_mistakes_are_one_sentence(model, capsys):
