@@ -248,13 +248,15 @@ class FeatureDistance(Evaluator):
     ) -> Statistics:
         """Return the statistics of the reference, computed once for all evaluations of a run."""
         key = str(network.provenance), self.reference or images.fingerprint
-        if _latest.get("key") != key:
+        if key not in _references:
+            if len(_references) >= _MOST_REFERENCES:
+                del _references[next(iter(_references))]
             if self.reference is None:
-                statistics = set_statistics(network, images, folder)
+                _references[key] = set_statistics(network, images, folder)
             else:
-                statistics = reference_statistics(network, self.reference, folder)
-            _latest.update(key=key, statistics=statistics)
-        return _latest["statistics"]
+                _references[key] = reference_statistics(network, self.reference, folder)
+        return _references[key]
 
 
-_latest: dict[str, Any] = {}  # the statistics of the last reference, and their key
+_MOST_REFERENCES = 4
+_references: dict[tuple[str, str], Statistics] = {}  # the latest, by network and images
