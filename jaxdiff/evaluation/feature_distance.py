@@ -17,7 +17,7 @@ from jaxdiff.evaluation.evaluator import (
     Evaluator,
     Report,
     check_text_to_image,
-    digest,
+    digest_of_texts,
     image_source,
 )
 from jaxdiff.evaluation.extraction import generated_features, image_features
@@ -239,7 +239,7 @@ class FeatureDistance(Evaluator):
         parts = generated_features(context, network, prompts)
         ours = collect(parts, network.provenance, "generated images", len(prompts))
         report = measure(network, ours, theirs, self.measures, few=self.few)
-        texts = {"prompts": digest(prompts)}
+        texts = {"prompts": digest_of_texts(prompts)}
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
 
