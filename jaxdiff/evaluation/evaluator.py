@@ -166,7 +166,7 @@ def with_samples(evaluator: Evaluator, samples: int | None) -> Evaluator:
     return dataclasses.replace(evaluator, **changes)  # type: ignore[type-var]
 
 
-def digest(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Sequence[str]) -> str:
     """Return SHA-256, in hex, of texts in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
