@@ -15,9 +15,10 @@ from jaxdiff.evaluation.distances import root_factor
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Goal,
     Report,
     check_text_to_image,
-    digest,
+    digest_of_texts,
     image_source,
 )
 from jaxdiff.evaluation.extraction import generated_features, image_features
@@ -209,12 +210,17 @@ class FeatureDistance(Evaluator):
     """
 
     name: ClassVar[str] = "features"
+    goal: ClassVar[Goal] = "min"
     network: AnyFeatures | Features = field(default_factory=ClipFeatures)
     reference: str | None = None
     samples: Annotated[int, Range(2)] = 5000
     measures: tuple[Measure, ...] = ()
     few: bool = False
     every: Natural = 0
+
+    def goal_of(self, scalar: str) -> Goal:
+        """Return "max" for precision and recall, "min" for distances."""
+        return "max" if scalar.startswith(("precision", "recall")) else self.goal
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, or cached latents of unknown images."""
@@ -239,7 +245,7 @@ class FeatureDistance(Evaluator):
         parts = generated_features(context, network, prompts)
         ours = collect(parts, network.provenance, "generated images", len(prompts))
         report = measure(network, ours, theirs, self.measures, few=self.few)
-        texts = {"prompts": digest(prompts)}
+        texts = {"prompts": digest_of_texts(prompts)}
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
 
@@ -248,13 +254,15 @@ class FeatureDistance(Evaluator):
     ) -> Statistics:
         """Return the statistics of the reference, computed once for all evaluations of a run."""
         key = str(network.provenance), self.reference or images.fingerprint
-        if _latest.get("key") != key:
+        if key not in _references:
+            if len(_references) >= _MOST_REFERENCES:
+                del _references[next(iter(_references))]
             if self.reference is None:
-                statistics = set_statistics(network, images, folder)
+                _references[key] = set_statistics(network, images, folder)
             else:
-                statistics = reference_statistics(network, self.reference, folder)
-            _latest.update(key=key, statistics=statistics)
-        return _latest["statistics"]
+                _references[key] = reference_statistics(network, self.reference, folder)
+        return _references[key]
 
 
-_latest: dict[str, Any] = {}  # the statistics of the last reference, and their key
+_MOST_REFERENCES = 4
+_references: dict[tuple[str, str], Statistics] = {}  # the latest, by network and images
