@@ -137,7 +137,7 @@ def _write_reference(options: "EvaluateOptions") -> None:
 
 def _reference(network: FeatureNetwork, name: str, parts: epath.Path | None) -> Statistics:
     """Return the statistics of a file, a folder, or the data of a recipe."""
-    if epath.Path(name).exists():
+    if epath.Path(name).exists() and not name.endswith(".py"):
         return reference_statistics(network, name, parts)
     return set_statistics(network, DataImages(load_recipe(name).data), parts)
 

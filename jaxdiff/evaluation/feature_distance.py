@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from etils import epath
 
@@ -209,6 +209,7 @@ class FeatureDistance(Evaluator):
     """
 
     name: ClassVar[str] = "features"
+    goal: ClassVar[Literal["min", "max"]] = "min"
     network: AnyFeatures | Features = field(default_factory=ClipFeatures)
     reference: str | None = None
     samples: Annotated[int, Range(2)] = 5000
