@@ -23,6 +23,7 @@ from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
 from jaxdiff.models.layers import ComputeType, Remat
+from jaxdiff.training.best import BestCheckpoint
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
@@ -130,6 +131,7 @@ class Config:
       mesh: of the devices.
       compiler: XLA's flags.
       evaluators: metrics and images, at intervals and at the end.
+      best: by which scalar of an evaluator the best step is kept, and when training stops early.
       slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
     """
 
@@ -143,6 +145,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     evaluators: tuple[AnyEvaluator, ...] = ()
+    best: BestCheckpoint | None = None
     slices: tuple[PlannedTopology, ...] = ()
 
 

@@ -115,6 +115,11 @@ class Iconify(PickledFields):
             "name": f"{icon.set}/{icon.name}",
         }
 
+    def identity(self, index: int) -> str:
+        """Return the set and the name of the icon."""
+        icon = self.icons[index]
+        return f"{icon.set}/{icon.name}"
+
     def rgba(self, index: int) -> UInt8[np.ndarray, "h w 4"]:
         """Return the pixels of record `index`, with straight alpha."""
         return self._file[1].get_slice("images")[self.icons[index].row]
