@@ -1,7 +1,7 @@
 """Text to images of everyday things in four drawing styles, at 128 pixels.
 
 Hardware: one GPU.
-Cost: not been measured.
+Cost: not measured yet.
 
     pip install -e '.[icons]'
     python train.py configs/icons_autoencoder.py --data.source.download True

@@ -1,7 +1,7 @@
 """An autoencoder of drawings of everyday things: 128x128 pixels to 16x16 latents of 8 channels.
 
 Hardware: one GPU; a CPU takes a day.
-Cost: not been measured.
+Cost: not measured yet.
 
     pip install -e '.[icons]'
     python train.py configs/icons_autoencoder.py --data.source.download True

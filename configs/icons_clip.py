@@ -1,7 +1,7 @@
 """A small CLIP of scenes of everyday things and their captions, on 128x128 pixels.
 
 Hardware: one GPU, or two CPU cores.
-Cost: not been measured.
+Cost: not measured yet.
 
     pip install -e '.[icons]'
     python train.py configs/icons_clip.py --data.source.download True
