@@ -10,7 +10,9 @@ Cost: not measured yet.
     jaxdiff export runs/icons_clip models/icons_clip
     python train.py configs/icons.py
 
-The recipe has not been trained yet. It has 700 things, flat, shaded, cartoon and simple, alone, in
+The recipe has not been trained yet. `IconAccuracy` scores held-out styles and pairs; on the true
+scenes, disturbed, it finds 91 % of the things and styles, and 88 % of the pairs. The
+data have 700 things, flat, shaded, cartoon and simple, alone, in
 groups and in relations, without one style of every second thing and without one pair in eight.
 """
 
@@ -23,6 +25,7 @@ from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_grids import TimeGrid
 from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.evaluation.icons import IconAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
 from jaxdiff.training.ema import Ema
@@ -88,5 +91,5 @@ def get_config() -> Config:
         optimizer=replace(base.optimizer, learning_rate=1e-3),
         ema=Ema(decay=0.9995),
         train=replace(base.train, steps=200_000, batch_size=64, checkpoint_every=5000),
-        evaluators=(SampleGrid(prompts=PROMPTS, every=10_000),),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=10_000), IconAccuracy(samples=500)),
     )

@@ -4,6 +4,7 @@ from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.held_out import HeldOutLoss
+from jaxdiff.evaluation.icons import IconAccuracy
 from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
@@ -13,6 +14,7 @@ AnyEvaluator = (
     | Reconstructions
     | ProduceAccuracy
     | OpenMojiAccuracy
+    | IconAccuracy
     | ClipScore
     | FeatureDistance
     | HeldOutLoss

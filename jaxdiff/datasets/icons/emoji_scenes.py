@@ -153,7 +153,7 @@ class EmojiScenes(PickledFields):
         canvas = Image.new("RGB", (self.size, self.size), scene.colour)
         items = scene.items * scene.count if scene.count > 1 else scene.items
         for item, (x, y, side) in zip(items, scene.boxes, strict=True):
-            drawing = self._drawing(item.thing, item.style)
+            drawing = self.drawing(item.thing, item.style)
             scale = side * self.size / max(drawing.size)
             width, height = (max(1, round(length * scale)) for length in drawing.size)
             scaled = drawing.resize((width, height), Image.Resampling.LANCZOS)
@@ -169,28 +169,31 @@ class EmojiScenes(PickledFields):
         """Sample a scene of the split, of the kind that `form`, in [0, 1), selects."""
         if self.split == "held_out":
             if form < self.pair_fraction:
-                return sample_two(rng, self._shares["train"], "held_out")
-            return sample_one(rng, self._shares["held_out"])
+                return sample_two(rng, self.shares["train"], "held_out")
+            return sample_one(rng, self.shares["held_out"])
         if form < self.pair_fraction:
-            return sample_two(rng, self._shares["train"])
+            return sample_two(rng, self.shares["train"])
         if form < self.pair_fraction + self.trio_fraction:
-            return sample_three(rng, self._shares["train"])
+            return sample_three(rng, self.shares["train"])
         if form < self.pair_fraction + self.trio_fraction + self.group_fraction:
             return sample_equal(rng, self._countable)
-        return sample_one(rng, self._shares["train"])
+        return sample_one(rng, self.shares["train"])
 
     def _scene(self, index: int) -> tuple[IconScene, np.random.Generator]:
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} is outside 0..{self.length - 1}")
         rng = np.random.default_rng((self.seed, self.split == "held_out", index))
-        scene = self.sample(rng, rng.random())
+        return self.with_contrast(self.sample(rng, rng.random()), rng), rng
+
+    def with_contrast(self, scene: IconScene, rng: np.random.Generator) -> IconScene:
+        """Return a scene with a background of another colour than its drawings."""
         means = np.array([self._mean_colour(item.thing, item.style) for item in scene.items])
         for _ in range(_TRIES):
             if np.linalg.norm(means - scene.colour, axis=1).min() >= _CONTRAST:
                 break
             name, colour = sample_background(rng)
             scene = dataclasses.replace(scene, background=name, colour=colour)
-        return scene, rng
+        return scene
 
     def _captions(self, scene: IconScene, rng: np.random.Generator) -> list[str]:
         return [
@@ -199,13 +202,14 @@ class EmojiScenes(PickledFields):
         ]
 
     @cached_property
-    def _shares(self) -> dict[Share, Catalogue]:
+    def shares(self) -> dict[Share, Catalogue]:
+        """The drawings of each split."""
         return {share: self.catalogue.of_share(share) for share in ("train", "held_out")}
 
     @cached_property
     def _countable(self) -> Catalogue:
         """The things of the training split that have a plural."""
-        things, styles = self._shares["train"]
+        things, styles = self.shares["train"]
         return Catalogue(tuple(thing for thing in things if plural(thing)), styles)
 
     @cached_property
@@ -232,7 +236,7 @@ class EmojiScenes(PickledFields):
         icons = (icon.emoji for icon in self.drawings.icons)
         return {emoji.thing: emoji.names for emoji in icons if emoji and emoji.thing}
 
-    def _drawing(self, thing: str, style: str) -> Image.Image:
+    def drawing(self, thing: str, style: str) -> Image.Image:
         """Return a drawing, cut to what is visible."""
         image = Image.fromarray(self.drawings.rgba(self._rows[thing, style]))
         return image.crop(image.getchannel("A").point(_visible).getbbox() or (0, 0, *image.size))

@@ -15,10 +15,8 @@ from PIL import Image, ImageFilter
 
 from jaxdiff.datasets.openmoji.names import Worker
 from jaxdiff.datasets.openmoji.source import OpenMoji
+from jaxdiff.datasets.scoring import disturbed, rolled
 
-# Standard deviation of the ceiling's noise, in grey levels of 256. With the shift by one pixel, it
-# disturbs an emoji about as much as sampling does.
-_NOISE = 24.0
 _SEED = 0
 
 
@@ -78,20 +76,12 @@ def score_workers(
     wanted = [worker_of[name] for name in targets]
     rng = np.random.default_rng(_SEED)
     blurred = [_blurred(image) for image in images]
-    disturbed = [_blurred(_disturbed(source.image(workers[worker]), rng)) for worker in wanted]
+    ceiling = [_blurred(disturbed(source.image(workers[worker]), rng)) for worker in wanted]
     return OpenMojiScore(
         score=_fractions(blurred, wanted, real),
-        ceiling=_fractions(disturbed, wanted, real),
-        chance=_fractions(blurred, _rolled(wanted), real),
+        ceiling=_fractions(ceiling, wanted, real),
+        chance=_fractions(blurred, rolled(wanted), real),
     )
-
-
-def _rolled(wanted: list[Worker]) -> list[Worker]:
-    """Roll workers by half of the distinct ones, so that repeated prompts never match."""
-    distinct = list(dict.fromkeys(wanted))
-    half = max(1, len(distinct) // 2)
-    other = dict(zip(distinct, [*distinct[-half:], *distinct[:-half]], strict=True))
-    return [other[worker] for worker in wanted]
 
 
 def _fractions(
@@ -122,11 +112,3 @@ def _blurred(image: UInt8[np.ndarray, "s s 3"]) -> Float[np.ndarray, "s s 3"]:
     """Blur by 1/64 of the side, which tolerates small shifts of thin lines."""
     blur = ImageFilter.GaussianBlur(image.shape[0] / 64)
     return np.asarray(Image.fromarray(image).filter(blur), np.float32)
-
-
-def _disturbed(
-    image: UInt8[np.ndarray, "s s 3"], rng: np.random.Generator
-) -> UInt8[np.ndarray, "s s 3"]:
-    moved = np.roll(image, 1, axis=rng.integers(2))
-    noisy = moved + rng.normal(0.0, _NOISE, image.shape)
-    return np.clip(noisy.round(), 0, 255).astype(np.uint8)

@@ -1,0 +1,77 @@
+"""Accuracy on everyday things: whether images show the prompted thing, style and pair."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural, Range
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
+from jaxdiff.datasets.icons.scene import Share
+from jaxdiff.datasets.icons.score import IconJudge, SceneKind, icon_prompts, icon_scenes
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Report,
+    check_text_to_image,
+    image_source,
+    table,
+)
+from jaxdiff.pretrained.bundle import AnySpec
+
+_NAMES: dict[tuple[SceneKind, Share], str] = {
+    ("single", "held_out"): "single things, held-out styles",
+    ("single", "train"): "single things, trained styles",
+    ("two", "held_out"): "two things, held-out pairs",
+    ("two", "train"): "two things, trained pairs",
+}
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class IconAccuracy(Evaluator):
+    """Fractions of images whose nearest drawing, of all things and styles, is the prompted one.
+
+    "ceiling" is the accuracy on disturbed true scenes, "chance" that of images against other
+    prompts, and "latents", for latent models, that of true scenes after the autoencoder.
+
+    Attributes:
+      samples: prompts of each of four sets.
+      every: steps between evaluations; 0 evaluates at the end alone.
+
+    Raises:
+      UserError: fewer than two samples.
+    """
+
+    name: ClassVar[str] = "icons"
+    samples: Annotated[int, Range(2)] = 500
+    every: Natural = 0
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for other data than EmojiScenes, or another size."""
+        size, source = check_text_to_image(spec, self).image_size, image_source(data)
+        if not isinstance(source, EmojiScenes) or size != source.size:
+            raise UserError(
+                f"evaluator {self.name!r} compares images with drawings of things: expected "
+                "data.source to be EmojiScenes, of the size of the model's images; leave the "
+                "evaluator out."
+            )
+
+    def evaluate(self, context: EvalContext) -> Report:
+        """Generate and score images."""
+        self.check(context.spec, context.data)
+        spec, source = check_text_to_image(context.spec, self), image_source(context.data)
+        judge = IconJudge(source)
+        results = {}
+        for (kind, share), name in _NAMES.items():
+            scenes = icon_scenes(source, self.samples, share, kind)
+            images = context.generate(icon_prompts(scenes))
+            columns = judge.score(images, scenes)._asdict()
+            if spec.autoencoder is not None:
+                true = np.stack([source.compose(scene) for scene in scenes])
+                columns["latents"] = judge.fractions(context.pipeline.autoencode(true), scenes)
+            results[name] = columns
+        return table(results)
