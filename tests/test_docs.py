@@ -94,6 +94,8 @@ def test_commands_are_understood(command, monkeypatch, tmp_path, capsys):
         "train.describe_recipe",
         "sample.sample_images",
         "evaluate.evaluate_model",
+        "evaluate.score_images",
+        "evaluate.compare_command",
         "explore.explore_data",
         "export.export_model",
         "compile.compile_model",

@@ -3,18 +3,24 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
+from jaxdiff.cli.score_images import FIGURES, PARTS, compare_command, has_model, score_images
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, NotNegative, Range
+from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
+from jaxdiff.evaluation.extraction import remove_parts
+from jaxdiff.evaluation.feature_distance import FeatureDistance
+from jaxdiff.evaluation.features import ClipFeatures, Measure, features_of
+from jaxdiff.evaluation.provenance import figures_json
 from jaxdiff.io.files import make_folder, write_whole
 from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line, write_text
@@ -32,12 +38,33 @@ from jaxdiff.training.workdir import read_config
 @checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Evaluate a trained model; print the figures and save them in its folder."""
+    """Evaluate a trained model or images; print the figures and save them in its folder.
 
-    run: Annotated[str, tyro.conf.Positional]
+    `jaxdiff evaluate compare A.json B.json` compares the figures of two evaluations.
+    """
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
     """Folder of a run or of an exported model, or `shipped:NAME`."""
     out: str | None = None
-    """Folder of `evaluation.json`; the model's by default."""
+    """Folder of `evaluation.json`, by default the model's; for --reference alone, the file of its
+    statistics, ending in .safetensors."""
+    images: str | None = None
+    """Images of any generator, in the place of a model: a folder, or .npz with arr_0."""
+    reference: str | None = None
+    """Images to compare with: a folder, .npz of ADM or pytorch-fid, statistics that jaxdiff wrote,
+    or for --images a recipe. Alone it writes its statistics to --out."""
+    features: str = ClipFeatures.model
+    """Network of the compared features: weights of the FID Inception as safetensors, or a DINOv2
+    or CLIP (folder, `shipped:NAME` or OWNER/NAME)."""
+    resize: Literal["tensorflow", "pytorch"] | None = None
+    """Resizing before the FID Inception: as torch-fidelity and ADM (tensorflow, the default), or as
+    pytorch-fid."""
+    measures: tuple[Measure, ...] = ()
+    """Distances of the features; by default those for which the network is known."""
+    few: bool = False
+    """Report a Frechet distance of few images, which is biased."""
+    self_test: bool = False
+    """Check the installed metrics against stored values."""
     recipe: str | None = None
     """Recipe whose evaluators and data are used; by default the one that trained the model."""
     samples: Annotated[int, Range(2)] = 500
@@ -58,10 +85,14 @@ class EvaluateOptions:
 
 def evaluate_command(arguments: list[str]) -> None:
     """Run `jaxdiff evaluate RUN [--samples N] ...`."""
+    if arguments[:1] == ["compare"]:
+        compare_command(arguments[1:])
+        return
     options = parse_flags(EvaluateOptions, arguments, prog="jaxdiff evaluate")
     _check(options)
+    evaluate = evaluate_model if has_model(options) else score_images
     with join_hosts(options.hosts):
-        evaluate_model(options)
+        evaluate(options)
 
 
 def evaluate_model(options: EvaluateOptions) -> None:
@@ -73,6 +104,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
+    assert options.run is not None
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
     with held_on_host0(_held(options)):
         _evaluate(options, config)
@@ -81,6 +113,7 @@ def evaluate_model(options: EvaluateOptions) -> None:
 @contextlib.contextmanager
 def _held(options: EvaluateOptions) -> Iterator[None]:
     """Hold the lock of the folder that the figures go to."""
+    assert options.run is not None
     with contextlib.ExitStack() as stack:
         if options.out is not None:
             stack.enter_context(output_folder(options.out))
@@ -95,38 +128,57 @@ def _held(options: EvaluateOptions) -> Iterator[None]:
 
 
 def _evaluate(options: EvaluateOptions, config: Config) -> None:
-    evaluators = _evaluators(config, options.samples)
+    assert options.run is not None
+    evaluators = _evaluators(config, options)
     spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:
         evaluator.check(spec, config.data)
     generation = _generation(options)
-    context = EvalContext(0, spec, params, tokenizers, config.data, generation)
+    is_saved = options.out is not None or not options.run.startswith("shipped:")
+    folder = epath.Path(options.out or options.run)
+    parts = folder / PARTS if is_saved else None
+    context = EvalContext(0, spec, params, tokenizers, config.data, generation, parts=parts)
     report = run_evaluators(evaluators, context, None, on_host0(write_text))
     settings = _settings(options, spec)
     if not is_host0():
         return
     write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if options.out is None and options.run.startswith("shipped:"):
+    if parts is None:
         return
-    path = epath.Path(options.out or options.run) / "evaluation.json"
-    text = format_json({**settings, "figures": report.scalars}, indent=2) + "\n"
+    path = folder / FIGURES
+    seeds = f"0 to {options.samples * options.best_of - 1}"
+    sampler = to_json(getattr(spec, "sampler", None))
+    content = figures_json(report, settings, seeds=seeds, sampler=sampler, model=options.run)
     try:
-        write_whole(path, text.encode())
+        write_whole(path, (format_json(content, indent=2) + "\n").encode())
+        remove_parts(parts)
     except UserError as error:  # the figures are printed
         write_line(f"jaxdiff: The figures are printed but not saved: {error}", stderr=True)
     else:
         write_line(f"Saved {path}")
 
 
-def _evaluators(config: Config, samples: int) -> tuple[Evaluator, ...]:
-    """Return the evaluators that report figures, with the number of samples asked for."""
+def _evaluators(config: Config, options: EvaluateOptions) -> tuple[Evaluator, ...]:
+    """Return the evaluators that report figures, with the number of samples asked for.
+
+    With a reference or a feature network it is the distance of their features alone.
+    """
+    if options.reference is not None or options.features != ClipFeatures.model:
+        distance = FeatureDistance(
+            network=features_of(options.features, options.resize),
+            reference=options.reference,
+            samples=options.samples,
+            measures=options.measures,
+            few=options.few,
+        )
+        return (distance,)
     found = [e for e in config.evaluators if e.has_figures]
     if not found:
         raise UserError(
             f"{config.name} has no evaluators with figures: name a recipe that has some in "
             "--recipe, such as one with evaluators=(ClipScore(),)."
         )
-    changes: dict[str, Any] = {"samples": samples}
+    changes: dict[str, Any] = {"samples": options.samples}
     return tuple(
         dataclasses.replace(e, **changes) if hasattr(e, "samples") else e  # type: ignore[type-var]
         for e in found

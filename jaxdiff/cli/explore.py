@@ -29,7 +29,7 @@ from jaxdiff.explore.spaces import (
     read_clip,
     read_records,
 )
-from jaxdiff.explore.tsne import tsne
+from jaxdiff.explore.tsne import check_tsne, tsne
 from jaxdiff.io import images as pictures
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import output_folder
@@ -78,6 +78,7 @@ def explore_data(options: ExploreOptions) -> None:
       UserError: no such recipe, model or axis; too few records, or too many; scikit-learn is not
         installed.
     """
+    check_tsne()
     is_recipe = options.data.endswith(".py")
     config = load_recipe(options.data) if is_recipe else read_config(options.data)
     specs = list(dict.fromkeys([options.x, options.y, *options.axes]))

@@ -84,8 +84,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh {requested} does not fit the {len(devices)} devices: expected sizes that "
-            "multiply to that number; change mesh.data, mesh.fsdp, mesh.tensor or mesh.context."
+            f"mesh {requested} does not fit the {len(devices)} device{'s' * (len(devices) != 1)}: "
+            "expected sizes that multiply to that number; change mesh.data, mesh.fsdp, "
+            "mesh.tensor or mesh.context."
         )
     if devices[0].platform == "tpu":  # place neighbours on an axis next to each other on the torus
         grid = _on_torus(sizes, devices)

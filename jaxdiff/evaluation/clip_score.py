@@ -1,11 +1,12 @@
-"""CLIP score: how well images match their captions, for any data with captions."""
+"""CLIP score and retrieval: how well images match their captions, for any data with captions."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural, Range
@@ -17,9 +18,10 @@ from jaxdiff.evaluation.evaluator import (
     Evaluator,
     Report,
     check_text_to_image,
+    digest,
     image_source,
 )
-from jaxdiff.pipelines.auxiliary_models import clip_scores
+from jaxdiff.pipelines.auxiliary_models import clip_embeddings, clip_scores
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
@@ -31,6 +33,9 @@ class ClipScore(Evaluator):
 
     Captions are those of records spread over the data. "data" is the score of their own images,
     "chance" that of the generated images with the captions shifted by half of their number.
+    "retrieval" is the fraction of images whose caption is the nearest of all, and "text_retrieval"
+    that of captions whose image is; equal captions count as one. "retrieval_data" and
+    "text_retrieval_data" are those of the data's own images.
 
     Attributes:
       samples: captions.
@@ -70,7 +75,22 @@ class ClipScore(Evaluator):
             )
         }
         text = ", ".join(f"{name} {value:.1f}" for name, value in scalars.items())
-        return Report(scalars=scalars, text=f"CLIP score ({self.clip_model}): {text}")
+        found = {}
+        for end, pixels in (("", images), ("_data", true)):
+            both = retrieval(*clip_embeddings(self.clip_model, pixels, captions), captions)
+            found |= {f"retrieval{end}": both[0], f"text_retrieval{end}": both[1]}
+        scalars |= found
+        text += "; " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        about = {
+            "clip_model": self.clip_model,
+            "images": len(images),
+            "prompts": digest(captions),
+        }
+        return Report(
+            scalars=scalars,
+            text=f"CLIP score ({self.clip_model}): {text}",
+            provenance=dict.fromkeys(scalars, about),
+        )
 
     def _records(self, data: DataConfig) -> tuple[list[str], UInt8[np.ndarray, "n h w 3"]]:
         """Return captions and images of records spread over the data, unusable ones left out."""
@@ -95,3 +115,18 @@ class ClipScore(Evaluator):
                 "expected at least 2; repair the data, or leave the evaluator out."
             )
         return captions, np.stack(images)
+
+
+def retrieval(
+    images: Float32[np.ndarray, "n e"], texts: Float32[np.ndarray, "n e"], captions: Sequence[str]
+) -> tuple[float, float]:
+    """Return recall at 1 of captions by images, and of images by captions.
+
+    Args:
+      images: unit vectors.
+      texts: unit vectors of the captions.
+      captions: of the images; equal ones are the same.
+    """
+    cosines, names = images @ texts.T, np.array(captions)
+    by_image, by_text = names[cosines.argmax(axis=1)], names[cosines.argmax(axis=0)]
+    return float((by_image == names).mean()), float((by_text == names).mean())

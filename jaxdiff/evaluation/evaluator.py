@@ -7,12 +7,14 @@ end; `jaxdiff evaluate` calls the same object.
 import abc
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
@@ -36,11 +38,13 @@ class Report(NamedTuple):
       scalars: figures by name, for metrics.
       images: uint8 [h, w, 3] by name.
       text: the figures as a table, for people; "" for none.
+      provenance: what each figure depends on; figures of other ones are not comparable.
     """
 
     scalars: Mapping[str, float] = {}
     images: Mapping[str, UInt8[np.ndarray, "h w 3"]] = {}
     text: str = ""
+    provenance: Mapping[str, Mapping[str, Any]] = {}
 
 
 @checked
@@ -74,6 +78,7 @@ class EvalContext:
       data: of the recipe.
       generation: how images are generated.
       mesh: of devices that share the model, as they train it; None samples on those of this host.
+      parts: folder for results in progress, which a later evaluation reads; None keeps none.
     """
 
     step: int
@@ -83,6 +88,7 @@ class EvalContext:
     data: DataConfig
     generation: Generation = Generation()
     mesh: Mesh | None = None
+    parts: epath.Path | None = None
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
@@ -101,15 +107,18 @@ class EvalContext:
         devices = list(self.mesh.devices.flat)
         return Pipeline(bundle, devices=devices, mesh=MeshConfig(**sizes), offload_text=on_host)
 
-    def generate(self, prompts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
-        """Generate an image for each prompt; image i has seed i, or the best of as many seeds."""
-        how = self.generation
-        if how.best_of == 1:
-            return self.pipeline(prompts, **how.arguments)
-        ranked = best_of_n(
-            self.pipeline, prompts, n=how.best_of, clip=how.clip_model, **how.arguments
-        )
-        return ranked.images
+    def generate(self, prompts: Sequence[str], first: int = 0) -> UInt8[np.ndarray, "n h w 3"]:
+        """Generate an image for each prompt.
+
+        Image i has seed `first` + i; or it is the best of n, whose first has seed n times that.
+        """
+        how, count = self.generation, self.generation.best_of
+        arguments = dict(how.arguments)
+        if first:
+            arguments["seeds"] = [count * (first + i) for i in range(len(prompts))]
+        if count == 1:
+            return self.pipeline(prompts, **arguments)
+        return best_of_n(self.pipeline, prompts, n=count, clip=how.clip_model, **arguments).images
 
 
 class Evaluator(abc.ABC):
@@ -133,6 +142,11 @@ class Evaluator(abc.ABC):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Return SHA-256, in hex, of texts in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def image_source(data: DataConfig) -> Any:

@@ -2,10 +2,17 @@
 
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator
+from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
 
 AnyEvaluator = (
-    SampleGrid | Reconstructions | ProduceAccuracy | OpenMojiAccuracy | ClipScore | Evaluator
+    SampleGrid
+    | Reconstructions
+    | ProduceAccuracy
+    | OpenMojiAccuracy
+    | ClipScore
+    | FeatureDistance
+    | Evaluator
 )

@@ -1,5 +1,7 @@
 """t-SNE embeddings, computed by scikit-learn (van der Maaten & Hinton 2008)."""
 
+from importlib.util import find_spec
+
 import numpy as np
 from jaxtyping import Float
 
@@ -7,6 +9,15 @@ from jaxdiff.errors import UserError
 
 PERPLEXITY = 30.0
 SEED = 0
+
+
+def check_tsne() -> None:
+    """Raise `UserError` if scikit-learn is not installed."""
+    if any(find_spec(package) is None for package in ("sklearn", "threadpoolctl")):
+        raise UserError(
+            "t-SNE needs the package scikit-learn, which is not installed: run "
+            "pip install -e '.[explore]' in a clone of jaxdiff."
+        )
 
 
 def tsne(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
@@ -19,14 +30,10 @@ def tsne(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
     Raises:
       UserError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise UserError(
-            "t-SNE needs the package scikit-learn, which is not installed: run "
-            "pip install -e '.[explore]' in a clone of jaxdiff."
-        ) from None
+    check_tsne()
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
     if not np.ptp(vectors, axis=0).any():  # scikit-learn divides by their standard deviation
         return np.zeros((len(vectors), 2), np.float32)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)

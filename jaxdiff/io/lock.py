@@ -2,7 +2,8 @@
 
 A local folder is locked by `flock` on a hidden file, which the system releases with the process. In
 cloud storage the lock is a lease: an object that its holder renews, and that others may replace
-once it has expired. Both hold who took them, for the message of the one who is refused.
+once it has expired. Who finds a lease waits until it is renewed, whose holder is alive, or expires,
+whose holder was killed. Both hold who took them, for the message of the one who is refused.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from jaxdiff.io.files import is_local, make_folder, remove_partial
 LOCK = ".jaxdiff-lock"
 EXPIRES = 180.0  # seconds after the last renewal of a lease
 RENEW = 45.0  # seconds between renewals
+POLL = 3.0  # seconds between looks at another's lease
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -43,7 +45,8 @@ def lock_folder(folder: epath.PathLike, *, share: str | None = None) -> Iterator
         not with those without a name.
 
     Raises:
-      UserError: another process holds it; says which, on which host and since when.
+      UserError: another process holds it; says which, on which host and since when. In `gs://`
+        after `RENEW` seconds at most.
     """
     path = epath.Path(folder)
     with contextlib.ExitStack() as stack:
@@ -53,7 +56,7 @@ def lock_folder(folder: epath.PathLike, *, share: str | None = None) -> Iterator
             # Each holder writes its lease first, then looks for those that it may not be beside.
             others = path.glob(f"{LOCK}-*") if share is None else [path / LOCK]
             for other in others:
-                _refuse_held(GoogleStorage(str(other)), folder)
+                _wait_for_end(GoogleStorage(str(other)), folder)
         else:
             stack.enter_context(_flock(path / LOCK, folder, exclusive=share is None))
             if share is not None:
@@ -80,16 +83,18 @@ def _holder() -> bytes:
     return json.dumps(who).encode()
 
 
-def _refusal(folder: epath.PathLike, holder: bytes, expires: float | None = None) -> UserError:
-    """Return the refusal by a holder, whose lease expires in some seconds."""
+def _in_use(folder: epath.PathLike, holder: bytes) -> str:
     who: dict[str, Any] = dict.fromkeys(("host", "pid", "command", "since"), "?")
     with contextlib.suppress(ValueError, TypeError):
         who |= json.loads(holder)
-    lease = "" if expires is None else f"; if it was killed, its lease ends in {expires:.0f} s"
-    return UserError(
+    return (
         f"{folder} is in use by process {who['pid']} ({who['command']}) on {who['host']} since "
-        f"{who['since']}: wait for its end, or choose another folder{lease}."
+        f"{who['since']}"
     )
+
+
+def _refusal(folder: epath.PathLike, holder: bytes) -> UserError:
+    return UserError(f"{_in_use(folder, holder)}: wait for its end, or choose another folder.")
 
 
 @contextlib.contextmanager
@@ -163,11 +168,9 @@ class Store(Protocol):
 
 
 @contextlib.contextmanager
-def _lease(
-    store: Store, folder: epath.PathLike, *, expires: float = EXPIRES, renew: float = RENEW
-) -> Iterator[None]:
+def _lease(store: Store, folder: epath.PathLike) -> Iterator[None]:
     """Hold a lease: written where there is none or an expired one, renewed until the end."""
-    there = _refuse_held(store, folder, expires)
+    there = _wait_for_end(store, folder)
     holder = _holder()
     generation = store.write(holder, 0 if there is None else there.generation)
     if generation is None:  # somebody else was faster
@@ -176,7 +179,7 @@ def _lease(
     done, held = threading.Event(), [generation]
 
     def keep() -> None:
-        while not done.wait(renew):
+        while not done.wait(RENEW):
             try:
                 new = store.write(holder, held[0])
             except Exception as error:  # the storage client's exceptions share no base class
@@ -204,11 +207,24 @@ def _lease(
             logging.getLogger(__name__).warning("%s: lease not removed (%s).", folder, error)
 
 
-def _refuse_held(store: Store, folder: epath.PathLike, expires: float = EXPIRES) -> Stored | None:
-    """Return an expired lease, or None where there is none; raise `UserError` for a live one."""
-    there = store.read()
-    if there is not None and there.age < expires:
-        raise _refusal(folder, there.data, expires - there.age)
+def _wait_for_end(store: Store, folder: epath.PathLike) -> Stored | None:
+    """Return an expired lease, or None where there is none.
+
+    Raises:
+      UserError: its holder renews it.
+    """
+    first = there = store.read()
+    while there is not None and there.age < EXPIRES:
+        if there is first:
+            logging.getLogger(__name__).warning(
+                "%s, or was killed: waiting for up to %.0f s until that is known.",
+                _in_use(folder, there.data),
+                EXPIRES - there.age,
+            )
+        time.sleep(POLL)
+        there = store.read()
+        if there is not None and first is not None and there.generation != first.generation:
+            raise _refusal(folder, there.data)
     return there
 
 

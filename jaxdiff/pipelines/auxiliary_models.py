@@ -78,6 +78,34 @@ def _compiled_score(config: ClipConfig):
     return score
 
 
+def clip_embeddings(
+    model: str, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
+) -> tuple[Float32[np.ndarray, "n e"], Float32[np.ndarray, "n e"]]:
+    """Return the unit vectors of images and of prompts.
+
+    Raises:
+      UserError: as `load_clip`.
+    """
+    clip = load_clip(model, local_mesh())
+    ids = clip.tokenizer([plain(prompt) for prompt in prompts])
+    embed = functools.partial(_compiled_embeddings(clip.config), clip.params)
+    both = in_full_batches(embed, _BATCH_SIZE, images, ids)
+    image, text = np.split(both, 2, axis=1)
+    return image, text
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled_embeddings(config: ClipConfig):
+    @jax.jit
+    def embed(params, images, ids):
+        clip = bind_params(bind_init(Clip, config), params)
+        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
+        embeddings = clip(views, ids)
+        return jnp.concatenate([embeddings.image, embeddings.text], axis=1)
+
+    return embed
+
+
 class LoadedGuide(NamedTuple):
     """The model of autoguidance, and its parameters on the devices."""
 

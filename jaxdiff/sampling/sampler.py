@@ -133,8 +133,9 @@ class ResolvedSampler:
         last = num_steps if high == 1 else last
         if first == last:
             raise UserError(
-                f"denoising_interval is {low:g}-{high:g}, where none of {num_steps} steps starts: "
-                "expected a wider one; increase it or num_steps."
+                f"none of {num_steps} steps starts in {low:g}-{high:g} of the way from noise to "
+                "the image: expected a wider part; change denoising_interval (--refiner-start), or "
+                "increase num_steps."
             )
         return first, last
 

@@ -107,14 +107,17 @@ def run_evaluators(
       log: called with a table or a path.
 
     Returns:
-      All scalars, named EVALUATOR/SCALAR, and all images, named EVALUATOR/IMAGE.
+      All scalars, named EVALUATOR/SCALAR, with their provenance, and all images, named
+      EVALUATOR/IMAGE.
     """
     scalars: dict[str, float] = {}
     shown: dict[str, UInt8[np.ndarray, "h w 3"]] = {}
+    provenance: dict[str, Mapping[str, Any]] = {}
     for evaluator in evaluators:
         report = evaluator.evaluate(context)
         scalars |= {f"{evaluator.name}/{name}": x for name, x in report.scalars.items()}
         shown |= {f"{evaluator.name}/{name}": x for name, x in report.images.items()}
+        provenance |= {f"{evaluator.name}/{name}": x for name, x in report.provenance.items()}
         if report.text:
             log(report.text)
         if images is None or not is_host0():
@@ -124,7 +127,7 @@ def run_evaluators(
             path = images / f"step_{context.step:06d}{end}.png"
             image_io.save_png(path, image)
             log(f"{name.capitalize()}: {path}")
-    return Report(scalars=scalars, images=shown)
+    return Report(scalars=scalars, images=shown, provenance=provenance)
 
 
 def on_host0(log: Log) -> Log:

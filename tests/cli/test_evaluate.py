@@ -18,6 +18,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation import clip_score
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.io.images import save_png
@@ -74,12 +75,18 @@ def test_figures_are_printed_and_saved_in_the_folder_of_the_model(model, calls, 
     [(evaluators, context)] = calls
     assert evaluators == (ClipScore(samples=500),)
     assert (context.generation.best_of, context.generation.arguments["batch_size"]) == (1, None)
+    about = saved(folder).pop("provenance")
     assert saved(folder) == {
         "samples": 500,
         "guidance_scale": context.spec.sampler.guidance_scale,
         "best_of": 1,
         "figures": {"clip_score/score": 20.0},
+        "provenance": about,
     }
+    assert about["figures"] == {"clip_score/score": {"samples": 500}}
+    assert about["sampler"] == to_json(context.spec.sampler)
+    assert about["seeds"] == "0 to 499"
+    assert {"jax", "numpy"} <= set(about["versions"])
     table, settings, where = capsys.readouterr().out.splitlines()
     assert (table, where) == ("the table", f"Saved {folder / 'evaluation.json'}")
     assert settings.startswith("samples 500, guidance_scale ")
@@ -179,7 +186,9 @@ def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_pa
     )
     folder = model(ClipScore(), source=ImageFolder(path=str(photos)))
     assert cli.main(["evaluate", str(folder), "--samples", "3"]) == 0
-    assert saved(folder)["figures"] == {f"clip_score/{n}": 25 for n in ("score", "data", "chance")}
+    figures = saved(folder)["figures"]
+    assert [figures[f"clip_score/{name}"] for name in ("score", "data", "chance")] == [25, 25, 25]
+    assert 0 <= figures["clip_score/retrieval"] <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,3 +232,81 @@ def test_a_run_in_training_is_evaluated_into_another_folder(
         assert cli.main(["evaluate", str(folder), "--out", str(tmp_path / "figures")]) == 0
     assert (tmp_path / "figures" / "evaluation.json").exists()
     assert not (folder / "evaluation.json").exists()
+
+
+def squares(folder, count, seed=0):
+    """Write images of random colours."""
+    for i, colour in enumerate(np.random.default_rng(seed).integers(0, 256, (count, 3), np.uint8)):
+        image = np.full((40, 40, 3), colour, np.uint8)
+        image[10:20, 8 : 12 + i % 20] = 255 - colour
+        save_png(folder / f"{i:03d}.png", image)
+    return str(folder)
+
+
+def test_images_of_any_generator_are_scored_against_a_reference_and_compared(
+    one_device, tmp_path, capsys, refused
+):
+    real, first = squares(tmp_path / "real", 12), squares(tmp_path / "first", 12, seed=1)
+    second, fewer = squares(tmp_path / "second", 12, seed=2), squares(tmp_path / "few", 8, seed=1)
+    reference, words = str(tmp_path / "real.safetensors"), ("--few", "--out")
+    assert cli.main(["evaluate", "--reference", real, "--out", reference]) == 0
+    assert f"Saved {reference}: statistics of 12 images of {real}" in capsys.readouterr().out
+    for images in (first, second, fewer):
+        command = [
+            "evaluate",
+            "--images",
+            images,
+            "--reference",
+            reference,
+            *words,
+            f"{images}-out",
+        ]
+        assert cli.main(command) == 0
+    assert "frechet_shipped_produce_clip" in capsys.readouterr().out
+    files = [f"{images}-out/evaluation.json" for images in (first, second, fewer)]
+    figures = [json.loads(epath.Path(file).read_text())["figures"] for file in files]
+    assert figures[0].keys() == figures[1].keys()
+    assert figures[0] != figures[1]
+    assert not list(tmp_path.glob("*-out/evaluation_parts"))
+    assert cli.main(["evaluate", "compare", *files[:2]]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(figures[0])
+    assert table[1].startswith("frechet_shipped_produce_clip ")
+    message = refused("evaluate", "compare", files[0], files[2])
+    assert "not comparable (images is 12 in the first and 8 in the second)" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs a model: give its folder, or --images"),
+        (("--images", "a"), "--images needs --reference"),
+        (
+            ("runs/a", "--images", "a", "--reference", "b"),
+            "--images and a model exclude each other",
+        ),
+        (("--reference", "a"), "--reference alone writes statistics and needs --out"),
+        (("--reference", "a", "--out", "b"), "ends in .safetensors"),
+        (("compare", "a"), "takes two files"),
+        (("--images", "a", "--reference", "b", "--resize", "pytorch"), "--resize has no effect on"),
+        (("--images", "a", "--reference", "none"), "none"),
+    ],
+)
+def test_images_without_what_they_need_are_refused(refused, words, message):
+    assert message in refused("evaluate", *words)
+
+
+def test_figures_that_do_not_state_what_they_depend_on_are_refused(refused, tmp_path):
+    (tmp_path / "a.json").write_text('{"figures": {"fid": 3.0}}')
+    file = str(tmp_path / "a.json")
+    assert "does not state what its figures depend on" in refused("evaluate", "compare", file, file)
+
+
+def test_a_reference_makes_an_evaluator_of_its_features(model, calls, tmp_path):
+    folder = model(ClipScore())
+    words = ("--reference", "real", "--samples", "7", "--measures", "mmd", "kernel")
+    assert cli.main(["evaluate", str(folder), *words]) == 0
+    [(evaluators, context)] = calls
+    expected = FeatureDistance(reference="real", samples=7, measures=("mmd", "kernel"))
+    assert evaluators == (expected,)
+    assert context.parts == epath.Path(folder) / "evaluation_parts"

@@ -88,6 +88,13 @@ def test_a_folder_of_images_becomes_figures_and_a_page(folder, tmp_path, capsys)
         assert all(len(axis["values"]) == 23 for axis in space["axes"])
 
 
+def test_a_missing_scikit_learn_is_reported_before_the_work(refused, monkeypatch):
+    monkeypatch.setattr("jaxdiff.explore.tsne.find_spec", lambda name: None)
+    monkeypatch.setattr(command, "load_recipe", None)
+    monkeypatch.setattr(command, "read_config", None)
+    assert "pip install -e '.[explore]'" in refused("produce")
+
+
 def test_the_axis_between_two_colours_separates_objects_of_these_colours():
     clip, drawings = read_clip("shipped:produce_clip"), Produce(length=10_000, pair_fraction=0.0)
     chosen = [(i, drawings.scene(i).items[0].colour) for i in range(200)]

@@ -191,7 +191,12 @@ def matching(monkeypatch):
         calls.append((model, list(texts)))
         return np.array([float(str(i[0, 0, 0]) in t) for i, t in zip(images, texts, strict=True)])
 
+    def embeddings(model, images, texts):
+        numbers = [image[0, 0, 0] for image in images], [int(text.split()[-1]) for text in texts]
+        return tuple(np.eye(64, dtype=np.float32)[n] for n in numbers)
+
     monkeypatch.setattr(clip_score, "clip_scores", scores)
+    monkeypatch.setattr(clip_score, "clip_embeddings", embeddings)
     return calls
 
 
@@ -225,8 +230,13 @@ def test_the_clip_score_compares_images_with_their_and_other_captions(context, m
     images["a pea 44"] = np.zeros((8, 8, 3), np.uint8)  # generated wrongly
     place = context(Numbered(numbers), 8, images)
     report = ClipScore(samples=6, clip_model="mine").evaluate(place)
-    assert report.scalars == {"score": 75.0, "data": 100.0, "chance": 0.0}
-    assert report.text == "CLIP score (mine): score 75.0, data 100.0, chance 0.0"
+    cosines = {"score": 75.0, "data": 100.0, "chance": 0.0}
+    ranks = {"retrieval": 0.75, "text_retrieval": 0.75}
+    of_data = {"retrieval_data": 1.0, "text_retrieval_data": 1.0}
+    assert report.scalars == cosines | ranks | of_data
+    assert report.text.startswith("CLIP score (mine): score 75.0, data 100.0, chance 0.0; retriev")
+    about = report.provenance["retrieval"]
+    assert (about["clip_model"], about["images"]) == ("mine", 4)
     assert {model for model, _ in matching} == {"mine"}
     assert sorted(matching[0][1]) == sorted(matching[2][1])
 

@@ -359,7 +359,7 @@ def test_a_data_worker_that_dies_ends_the_run_which_then_goes_on(faked, tmp_path
         train(recipe(1), tmp_path, evaluate=kill, log=quiet)
     reported = []
     train(recipe(0), tmp_path, log=reported.append)
-    assert reported[0].startswith("Resuming at step")
+    assert any(line.startswith("Resuming at step") for line in reported)
 
 
 def test_a_shard_that_vanishes_is_reported_by_its_records(faked, tmp_path, tiny_recipe):

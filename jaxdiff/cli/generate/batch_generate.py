@@ -18,6 +18,7 @@ from jaxdiff.cli.generate.options import (
     make_preview,
     open_pipeline,
     prompt_warnings,
+    summary,
 )
 from jaxdiff.cli.generate.prompt_file import BadRow, PromptRow, read_prompts, slug
 from jaxdiff.cli.progress import line_console
@@ -104,7 +105,7 @@ def generate_file(options: SampleOptions) -> int:
             generated, speed = _generate_rows(rows, folder, options, name, errors)
     if not options.quiet:
         seconds = time.perf_counter() - start
-        write_line(f"{generated} images in {seconds:.1f} s, compile included{speed}.")
+        write_line(summary(generated, seconds, speed))
     count = errors.count()
     if count and is_host0():
         write_line(

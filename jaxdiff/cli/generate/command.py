@@ -18,6 +18,7 @@ from jaxdiff.cli.generate.options import (
     make_preview,
     open_pipeline,
     prompt_warnings,
+    summary,
 )
 from jaxdiff.cli.generate.prompt_file import slug
 from jaxdiff.cli.progress import show_progress
@@ -138,7 +139,7 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
         _save_png(folder / "strip.png", pictures.strip(estimates))
     if not options.quiet:
         seconds = time.perf_counter() - start
-        write_line(f"{len(images)} images in {seconds:.1f} s, compile included{speed.text()}.")
+        write_line(summary(len(images), seconds, speed.text()))
 
 
 def _generate(

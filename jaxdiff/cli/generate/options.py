@@ -395,6 +395,12 @@ def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
     return warnings
 
 
+def summary(count: int, seconds: float, speed: str) -> str:
+    """Return the line that ends a command."""
+    images = f"{count} image{'s' * (count != 1)}"
+    return f"{images} in {seconds:.1f} s, compile included{speed}."
+
+
 def file_and_scale(lora: str) -> tuple[str, float]:
     """Split FILE:SCALE; FILE alone, which may have a colon in its path, has a scale of 1.
 

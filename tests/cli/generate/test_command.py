@@ -353,7 +353,7 @@ def test_names_that_are_not_utf_8_are_read_and_written(sample, tmp_path, capsys)
     epath.Path(prompts).write_text(f"{PEA}\n")
     for generated in (1, 0):
         assert sample("--prompts", prompts, "--out", folder) == 0
-        assert f"{generated} images in" in capsys.readouterr().out
+        assert f"{generated} image" in capsys.readouterr().out
     (line,) = (epath.Path(folder) / "manifest.jsonl").read_text().splitlines()
     assert json.loads(line)["prompts"] == r"p\xe9.txt"
     image = os.fsdecode(bytes(tmp_path / "again") + b"\xe9.png")

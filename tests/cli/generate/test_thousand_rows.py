@@ -20,7 +20,7 @@ KILLS = 10
 
 INVALID = {
     '{"prompt": ""}': "prompt is empty",
-    '{"prompt": "a pea", "seed": 3': "it is not JSON",
+    '{"prompt": "a pea", "seed": 3': "it is not valid JSON",
     '{"prompt": "a pea", "sed": 3}': "did you mean seed?",
     '{"prompt": "a pea", "num_steps": "ten"}': "num_steps is 'ten': expected a whole number",
     '{"prompt": "a pea", "size": "63x64"}': "multiples of",

@@ -1,0 +1,138 @@
+"""`jaxdiff evaluate` without a model: images of any generator, references, comparison, and test."""
+
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Report
+from jaxdiff.evaluation.extraction import remove_parts
+from jaxdiff.evaluation.feature_distance import (
+    measure,
+    reference_statistics,
+    set_statistics,
+)
+from jaxdiff.evaluation.features import FeatureNetwork, features_of
+from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles, ImageSet
+from jaxdiff.evaluation.provenance import compare_figures, figures_json
+from jaxdiff.evaluation.self_test import self_test
+from jaxdiff.evaluation.statistics import Statistics, read_npz, write_statistics
+from jaxdiff.io.files import make_folder, write_whole
+from jaxdiff.io.terminal import write_line, write_text
+from jaxdiff.io.text import format_json
+from jaxdiff.training.recipe import load_recipe
+from jaxdiff.training.run import on_host0
+
+if TYPE_CHECKING:
+    from jaxdiff.cli.evaluate import EvaluateOptions
+
+FIGURES, PARTS = "evaluation.json", "evaluation_parts"
+
+
+def compare_command(files: list[str]) -> None:
+    """Run `jaxdiff evaluate compare A.json B.json`."""
+    if len(files) != 2 or any(file.startswith("-") for file in files):
+        raise UserError("jaxdiff evaluate compare takes two files: give A.json and B.json.")
+    write_text(compare_figures(*files))
+
+
+def has_model(options: "EvaluateOptions") -> bool:
+    """Whether options name a model to evaluate, rather than images, a reference or the self-test.
+
+    Raises:
+      UserError: they exclude each other, or ask for nothing.
+    """
+    if options.self_test:
+        return False
+    if options.run is not None:
+        if options.images is not None:
+            raise UserError("--images and a model exclude each other: leave one of them out.")
+        return True
+    if options.images is not None:
+        if options.reference is None:
+            raise UserError("--images needs --reference: give the images to compare with.")
+        return False
+    if options.reference is None:
+        raise UserError("jaxdiff evaluate needs a model: give its folder, or --images.")
+    if options.out is None or not options.out.endswith(".safetensors"):
+        raise UserError(
+            "--reference alone writes statistics and needs --out: give the name of a file that "
+            "ends in .safetensors, or a model or --images to compare."
+        )
+    return False
+
+
+def score_images(options: "EvaluateOptions") -> None:
+    """Test the metrics, score images, or write the statistics of a reference.
+
+    Raises:
+      UserError: the metrics differ, or the images or the network cannot be read.
+    """
+    if options.self_test:
+        self_test(on_host0(write_line))
+    elif options.images is not None:
+        _score(options)
+    else:
+        _write_reference(options)
+
+
+def _score(options: "EvaluateOptions") -> None:
+    """Score a folder of images."""
+    assert options.images is not None
+    assert options.reference is not None
+    network = features_of(options.features, options.resize).load()
+    folder = None if options.out is None else make_folder(options.out)
+    parts = None if folder is None else folder / PARTS
+    theirs = _reference(network, options.reference, parts)
+    ours = set_statistics(network, _images(options.images), parts)
+    report = measure(network, ours, theirs, options.measures, few=options.few)
+    if not is_host0():
+        return
+    write_text(report.text)
+    if folder is not None:
+        save_figures(folder, report, options.images)
+
+
+def save_figures(folder: epath.Path, report: Report, images: str) -> None:
+    """Write `evaluation.json` of images, and remove the features in progress."""
+    content = figures_json(report, {"images": images})
+    write_whole(folder / FIGURES, (format_json(content, indent=2) + "\n").encode())
+    remove_parts(folder / PARTS)
+    write_line(f"Saved {folder / FIGURES}")
+
+
+def _write_reference(options: "EvaluateOptions") -> None:
+    """Compute the statistics of a reference and write them."""
+    assert options.reference is not None
+    assert options.out is not None
+    path = epath.Path(options.out)
+    network = features_of(options.features, options.resize).load()
+    parts = make_folder(path.parent) / f".{path.stem}_{PARTS}"
+    found = _reference(network, options.reference, parts)
+    if found.features is None:
+        raise UserError(
+            f"{options.reference} holds mean and covariance alone, which are read as they are: "
+            "expected images; give a folder of them."
+        )
+    if not is_host0():
+        return
+    write_statistics(path, found)
+    remove_parts(parts)
+    write_line(f"Saved {path}: statistics of {found.count} images of {found.data}")
+
+
+def _reference(network: FeatureNetwork, name: str, parts: epath.Path | None) -> Statistics:
+    """Return the statistics of a file, a folder, or the data of a recipe."""
+    if epath.Path(name).exists():
+        return reference_statistics(network, name, parts)
+    return set_statistics(network, DataImages(load_recipe(name).data), parts)
+
+
+def _images(path: str) -> ImageSet:
+    if not path.lower().endswith(".npz"):
+        return ImageFiles(path)
+    arrays = read_npz(path)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} holds statistics: expected images as arr_0; give a folder.")
+    return ImageArray(arrays["arr_0"], path)

@@ -1,0 +1,247 @@
+"""Distances of generated images from a reference in the features of a network, such as FID."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from etils import epath
+
+from jaxdiff.config.checked import checked
+from jaxdiff.config.fields import Natural, Range
+from jaxdiff.data.loader import DataConfig
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation import distances
+from jaxdiff.evaluation.distances import root_factor
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Report,
+    check_text_to_image,
+    digest,
+    image_source,
+)
+from jaxdiff.evaluation.extraction import generated_features, image_features
+from jaxdiff.evaluation.features import (
+    AnyFeatures,
+    ClipFeatures,
+    FeatureNetwork,
+    Features,
+    Measure,
+)
+from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles, ImageSet
+from jaxdiff.evaluation.statistics import (
+    Statistics,
+    collect,
+    moments_of_npz,
+    network_fits,
+    read_npz,
+    read_statistics,
+)
+from jaxdiff.pretrained.bundle import AnySpec
+
+UNBIASED = 50_000
+"""Images from which on the Frechet distance is not extrapolated."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kernel": {
+        "subsets": distances.KERNEL_SUBSETS,
+        "subset_size": distances.KERNEL_SUBSET_SIZE,
+    },
+    "mmd": {"sigma": distances.MMD_SIGMA},
+    "precision": {"neighbours": distances.NEIGHBOURS, "most": distances.NEIGHBOUR_SAMPLES},
+    "recall": {"neighbours": distances.NEIGHBOURS, "most": distances.NEIGHBOUR_SAMPLES},
+}
+"""Settings of measures; figures of other ones are not comparable."""
+
+
+def measure(
+    network: FeatureNetwork,
+    ours: Statistics,
+    theirs: Statistics,
+    measures: Sequence[Measure] = (),
+    *,
+    few: bool = False,
+) -> Report:
+    """Return the distances of a set of images from a reference.
+
+    Args:
+      network: of both statistics' features.
+      ours: of the images, with features.
+      theirs: of the reference.
+      measures: to compute; none computes those that the network is known for.
+      few: whether a Frechet distance of no more images than a feature has numbers is reported.
+
+    Raises:
+      UserError: too few images; or a measure that needs the reference's features, which a file
+        with moments alone lacks.
+    """
+    assert ours.features is not None
+    found: dict[str, float] = {}
+    for kind in measures or network.usual:
+        if kind == "frechet":
+            found |= _frechet(network, ours, theirs, few=few)
+            continue
+        if theirs.features is None:
+            if not measures:
+                continue
+            raise UserError(
+                f"{theirs.data} holds mean and covariance alone, and {kind} needs features: "
+                "expected images, or statistics of jaxdiff evaluate --reference; leave it out."
+            )
+        if kind == "kernel":
+            found["kernel"] = distances.kernel_distance(ours.features, theirs.features)
+        elif kind == "mmd":
+            found["mmd"] = distances.gaussian_mmd(ours.features, theirs.features)
+        else:
+            both = distances.precision_recall(ours.features, theirs.features)
+            found |= dict(zip(("precision", "recall"), both, strict=True))
+    common = {
+        **network.provenance,
+        "images": ours.count,
+        "reference": theirs.fingerprint,
+        "reference_images": theirs.count,
+    }
+    scalars = {network.name_of(name): value for name, value in found.items()}
+    provenance = {network.name_of(name): common | SETTINGS.get(name, {}) for name in found}
+    return Report(scalars=scalars, text=_table(scalars, ours, theirs), provenance=provenance)
+
+
+def _frechet(
+    network: FeatureNetwork, ours: Statistics, theirs: Statistics, *, few: bool
+) -> dict[str, float]:
+    """Return the Frechet distance, and its extrapolation for less than `UNBIASED` images."""
+    least = min(ours.count, theirs.count or ours.count)
+    if least <= network.width and not few:
+        raise UserError(
+            f"{network.name_of('frechet')} of {least} images says little, as its bias grows with "
+            f"1 / images and the covariance of {network.width} numbers is singular: expected more "
+            f"than {network.width}; generate more (--samples), or give --few."
+        )
+    root = root_factor(theirs.moments.covariance)
+    found = {"frechet": distances.frechet(ours.moments, theirs.moments, root)}
+    if 2 * network.width < ours.count < UNBIASED:
+        assert ours.features is not None
+        end = distances.frechet_infinity(ours.features, theirs.moments, root)
+        found["frechet_infinity"] = end
+    return found
+
+
+def _table(scalars: dict[str, float], ours: Statistics, theirs: Statistics) -> str:
+    lines = [f"{name:<40}{value:>12.5g}" for name, value in scalars.items()]
+    return "\n".join(
+        [*lines, f"{ours.data}: {ours.count}; reference {theirs.data}: {theirs.count or 'unknown'}"]
+    )
+
+
+def set_statistics(
+    network: FeatureNetwork, images: ImageSet, folder: epath.Path | None = None
+) -> Statistics:
+    """Return the statistics of a set of images."""
+    parts = image_features(network, images, folder)
+    return collect(parts, network.provenance, images.name, len(images))
+
+
+def reference_statistics(
+    network: FeatureNetwork, path: str, folder: epath.Path | None = None
+) -> Statistics:
+    """Return the statistics of a reference.
+
+    Args:
+      network: of the features.
+      path: statistics (.safetensors); an .npz file of ADM or pytorch-fid; or a folder of images.
+      folder: for features in progress; None keeps none.
+
+    Raises:
+      UserError: it cannot be read, or was computed with another network.
+    """
+    suffix = epath.Path(path).suffix.lower()
+    if suffix == ".safetensors":
+        found = read_statistics(path)
+    elif suffix == ".npz":
+        found = _npz_statistics(network, path, folder)
+    else:
+        return set_statistics(network, ImageFiles(path), folder)
+    if difference := network_fits(found, network.provenance, network.width):
+        raise UserError(
+            f"{path} {difference}: expected statistics of the network in use; write them again "
+            "with jaxdiff evaluate --reference, or name their network."
+        )
+    return found
+
+
+def _npz_statistics(network: FeatureNetwork, path: str, folder: epath.Path | None) -> Statistics:
+    """Return moments and images of an .npz file; images alone give their moments."""
+    arrays = read_npz(path)
+    moments = moments_of_npz(path, arrays)
+    images = arrays.get("arr_0")
+    own = None if images is None else set_statistics(network, ImageArray(images, path), folder)
+    if moments is None:
+        assert own is not None
+        return own
+    return Statistics(
+        count=0,  # the file does not say
+        moments=moments,
+        features=None if own is None else own.features,
+        network={},
+        data=path,
+    )
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class FeatureDistance(Evaluator):
+    """Distances of generated images from a reference in the features of a network.
+
+    Prompts are captions of records spread over the data; image i has seed i.
+
+    Attributes:
+      network: of the features. With the FID Inception the figures are `fid`, `kid`, `precision` and
+        `recall`; those of another network have its name.
+      reference: statistics of `jaxdiff evaluate --reference`, an .npz file of ADM or pytorch-fid,
+        or a folder of images; None takes the images whose captions are the prompts.
+      samples: images; published figures are of 50,000.
+      measures: to compute; none computes those that the network is known for.
+      few: whether a Frechet distance of no more images than a feature has numbers is reported.
+      every: steps between evaluations; 0 evaluates at the end alone.
+
+    Raises:
+      UserError: fewer than two samples.
+    """
+
+    name: ClassVar[str] = "features"
+    network: AnyFeatures | Features = field(default_factory=ClipFeatures)
+    reference: str | None = None
+    samples: Annotated[int, Range(2)] = 5000
+    measures: tuple[Measure, ...] = ()
+    few: bool = False
+    every: Natural = 0
+
+    def check(self, spec: AnySpec, data: DataConfig) -> None:
+        """Raise `UserError` for a model without text, or cached latents of unknown images."""
+        check_text_to_image(spec, self)
+        if image_source(data) is None:
+            raise UserError(
+                f"evaluator {self.name!r} needs captions but data.source is cached latents: set "
+                "data.source.of to the original data, or leave the evaluator out."
+            )
+
+    def evaluate(self, context: EvalContext) -> Report:
+        """Generate images, and compare their features with those of the reference."""
+        self.check(context.spec, context.data)
+        network, images = self.network.load(), DataImages(context.data, self.samples)
+        if self.reference is None:
+            theirs = set_statistics(network, images, context.parts)
+        else:
+            theirs = reference_statistics(network, self.reference, context.parts)
+        prompts = images.captions()
+        if len(prompts) < 2:
+            raise UserError(
+                f"evaluator {self.name!r} found {len(prompts)} usable records with a caption: "
+                "expected at least 2; repair the data, or leave the evaluator out."
+            )
+        parts = generated_features(context, network, prompts)
+        ours = collect(parts, network.provenance, "generated images", len(prompts))
+        report = measure(network, ours, theirs, self.measures, few=self.few)
+        texts = {"prompts": digest(prompts)}
+        about = {name: {**known, **texts} for name, known in report.provenance.items()}
+        return report._replace(provenance=about)

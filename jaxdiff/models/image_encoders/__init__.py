@@ -1,0 +1,1 @@
+"""Image encoders whose features metrics compare."""
