@@ -22,6 +22,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.training.abstract import abstract_batch, flops_per_image
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.loop import train
 from jaxdiff.training.prepare_shards import Sharing, with_cache, write_records
@@ -194,3 +195,23 @@ def test_data_and_models_that_do_not_fit_are_refused(root):
     source = dataclasses.replace(config.data.source, reference=None)
     with pytest.raises(UserError, match=r"no record has a reference image: .*data\.source\.ref"):
         batches_of(root, config, dataclasses.replace(uncached(config), source=source), 1)
+
+
+def test_plans_count_references(root):
+    config = config_of(root, "pairs", references=1)
+    online = dataclasses.replace(config, data=uncached(config))
+    batch, *_ = batches_of(root, config, online.data, 1)
+    kinds = lambda batch: {  # noqa: E731
+        key: jax.tree.map(lambda x: (x.shape, x.dtype), value)
+        for key, value in batch.items()
+        if key in ON_DEVICE
+    }
+    assert kinds(abstract_batch(online)) == kinds(batch)
+    alone = config_of(root, "pairs", references=0)
+    model = config.task.model
+    size = dict(zip(("height", "width"), model.latent_shape(*SQUARE), strict=False))
+    more, less = (
+        model.denoiser.flops(**size, text_length=32, reference_tokens=tokens) for tokens in (64, 0)
+    )
+    found = flops_per_image(config) - flops_per_image(alone)
+    assert found == pytest.approx(3 * (more - less))
