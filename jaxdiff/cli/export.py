@@ -20,7 +20,7 @@ from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
-from jaxdiff.pretrained.load import load_bundle, model_folder
+from jaxdiff.pretrained.load import base_folder, load_bundle, model_folder
 from jaxdiff.pretrained.lora import write_lora
 from jaxdiff.pretrained.model_card import (
     EVALUATION,
@@ -45,13 +45,15 @@ class ExportOptions:
     """Write a trained model as one small folder that `jaxdiff.load` and `--model` read."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model; with --base, the file of a FLUX or Z-Image transformer."""
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     format: str = "jaxdiff"
     """jaxdiff; diffusers: a folder for DiffusionPipeline.from_pretrained, with adapters and added
     tokens merged into the weights; lora: the adapters alone, for
     load_lora_weights; embedding: the added token alone, for load_textual_inversion."""
+    base: str | None = None
+    """Folder or hub id of the model that such a file was made from, for all other parts."""
     dtype: str | None = None
     """Type of the weights: bfloat16, float16 or float32. By default bfloat16, and with --format
     diffusers the type that they have."""
@@ -81,7 +83,7 @@ def export_model(options: ExportOptions) -> None:
     if options.format == "embedding":
         _export_embedding(options)
         return
-    bundle = load_bundle(options.run)
+    bundle = load_bundle(options.run, base=options.base)
     config = find_recipe_of(options.run)
     with output_folder(options.out):
         _export(options, bundle, config)
@@ -97,17 +99,19 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
         bundle = bundle._replace(params=cast(bundle.params))
     if options.format == "diffusers":
         merged = merge(detach(bundle), adapters_of(bundle))
-        write_diffusers(epath.Path(options.out), merged, original=_original(options.run, config))
+        write_diffusers(epath.Path(options.out), merged, original=_original(options, config))
         write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
     else:
         _export_lora(options, bundle)
         write_card(options.out, bundle_card(bundle, options.out, "lora", recipe))
 
 
-def _original(model: str, config: Config | None) -> epath.Path | None:
+def _original(options: ExportOptions, config: Config | None) -> epath.Path | None:
     """Return the folder of diffusers that a model's text encoders come from, if there is one."""
     pretrained = getattr(config and config.task, "pretrained", None)
-    source = getattr(pretrained, "text_encoders", None) if config else model
+    if options.base is not None:
+        return base_folder(options.run, options.base)
+    source = getattr(pretrained, "text_encoders", None) if config else options.run
     if source is None:
         return None
     folder = model_folder(source)

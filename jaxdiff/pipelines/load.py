@@ -31,6 +31,7 @@ TEXT = "text_encoders"
 def load(
     model: epath.PathLike = DEFAULT_MODEL,
     *,
+    base: epath.PathLike | None = None,
     dtype: ComputeType | None = None,
     quantize: QuantizedType | None = None,
     devices: Sequence[Any] | None = None,
@@ -44,6 +45,10 @@ def load(
     Args:
       model: folder of a run, of an exported model or of a pipeline of diffusers; a single file of
         Stable Diffusion; `shipped:NAME`; or the id OWNER/NAME of a model of the Hugging Face hub.
+        With `base`, a single file with a transformer of FLUX or Z-Image.
+      base: folder of diffusers, or hub id, of the model that such a file was made from: its text
+        encoders, tokenizers, autoencoder, scheduler and defaults. The weights of its transformer
+        are neither read nor downloaded.
       dtype: to compute in; by default the type of the weights, but float32 on a CPU.
       quantize: store the kernels of linear layers and convolutions in 8 bits; images change.
       devices: to sample on; by default all of this process.
@@ -60,14 +65,14 @@ def load(
     """
     programs = None if compiled is None else CompiledFolder(compiled)
     dtype, place = compute_type(dtype), to_device
-    spec = read_spec(model, types)
+    spec = read_spec(model, types, base)
     if isinstance(spec, TextToImage):
         devices_mesh = local_mesh(devices, mesh)
         size = 1 if quantize else 4 if dtype == "float32" else 2
         check_memory(spec, devices_mesh, size, offload_text=offload_text)
         place = _placement(spec, devices_mesh, dtype, offload_text=offload_text)
     # Quantised on the host: a device holds the 8 bits alone.
-    bundle = load_bundle(model, place=np.asarray if quantize else place, types=types)
+    bundle = load_bundle(model, base=base, place=np.asarray if quantize else place, types=types)
     pipe = Pipeline(
         bundle,
         dtype=dtype,

@@ -192,7 +192,7 @@ class Pipeline:
 
         Args:
           model: folder or hub id of an autoencoder: diffusers' AutoencoderKL or AutoencoderTiny, or
-            an exported one.
+            an exported one; or the file of FLUX.1's, Z-Image's or FLUX.2's.
 
         Raises:
           UserError: it cannot be read, or its latents have another shape.

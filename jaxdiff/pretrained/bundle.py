@@ -159,15 +159,22 @@ def read_exported_tokenizers(folder: epath.PathLike, spec: AnySpec) -> dict[str,
     return {"text": Tokenizer.load(str(root / "text"))} if isinstance(spec, ClipConfig) else {}
 
 
-def write_weights(path: epath.Path, params: PyTree, dtype: str = "float32") -> None:
-    """Write a tree as one safetensors file, as `path.to.leaf`, with floats rounded to `dtype`."""
+def write_weights(path: epath.Path, params: PyTree, dtype: str | None = "float32") -> None:
+    """Write a tree as one safetensors file, as `path.to.leaf`.
+
+    Args:
+      path: of the file.
+      params: the tree.
+      dtype: that floats are rounded to; None keeps their types.
+    """
     arrays = {key: np.asarray(jax.device_get(leaf)) for key, leaf in _flatten(params).items()}
-    stored = {key: x if x.dtype == np.int32 else x.astype(dtype) for key, x in arrays.items()}
-    write_whole(path, save({key: np.asarray(x, order="C") for key, x in stored.items()}))
+    if dtype is not None:
+        arrays = {k: x if x.dtype == np.int32 else x.astype(dtype) for k, x in arrays.items()}
+    write_whole(path, save({key: np.asarray(x, order="C") for key, x in arrays.items()}))
 
 
-def read_weights(path: epath.Path) -> dict[str, Any]:
-    """Read the tree of `write_weights`, with floats in float32.
+def read_weights(path: epath.Path, *, widen: bool = True) -> dict[str, Any]:
+    """Read the tree of `write_weights`, with floats in float32, or in their types unless `widen`.
 
     Raises:
       UserError: there is no such file, or it cannot be read.
@@ -190,7 +197,7 @@ def read_weights(path: epath.Path) -> dict[str, Any]:
                 "the model again."
             )
         value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
-        tree[names] = value.astype(np.float32)
+        tree[names] = value.astype(np.float32) if widen else value
     return nnx.traversals.unflatten_mapping(tree)
 
 
@@ -276,11 +283,12 @@ def part_of(bundle: Bundle, path: tuple[str, ...], folder: str) -> Any:
     return node
 
 
-def weights_fingerprint(params: PyTree) -> str:
-    """SHA-256, in hex, over names and bytes of a model's weights."""
+def weights_fingerprint(params: PyTree, *, widen: bool = False) -> str:
+    """SHA-256, in hex, over names and bytes of a model's weights, or of them in float32."""
     digest = hashlib.sha256()
     for key, leaf in sorted(_flatten(params).items()):
         digest.update(key.encode())
         for array in jax.tree.leaves(jax.device_get(leaf)):
+            array = np.asarray(array, np.float32) if widen and array.dtype != np.int32 else array
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

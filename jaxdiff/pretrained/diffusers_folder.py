@@ -1,5 +1,6 @@
 """Folders of diffusers' pipelines: `model_index.json` names the class, and so the family."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from jaxdiff.pretrained.text_encoder_folder import (
     published_text_encoder,
     read_text_encoder,
 )
+from jaxdiff.pretrained.transformer_file import open_transformer_file
 
 DIFFUSION_MODEL = "diffusion_pytorch_model"
 
@@ -46,34 +48,50 @@ def is_diffusers_folder(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / INDEX).exists()
 
 
-def read_diffusers_spec(folder: epath.PathLike) -> TextToImage:
+def read_diffusers_spec(
+    folder: epath.PathLike, transformer: epath.Path | None = None
+) -> TextToImage:
     """Read the specification of a model.
+
+    Args:
+      folder: with `model_index.json`.
+      transformer: a file with the network's weights, which names the model instead of the folder.
 
     Raises:
       UserError: a config is missing, or has unsupported values.
     """
     root, index, family = _open(folder)
-    return family.read_spec(root, index)
+    return _read_spec(root, index, family, transformer)
 
 
-def read_diffusers(folder: epath.PathLike, *, place: Place = to_device) -> Bundle:
+def read_diffusers(
+    folder: epath.PathLike, transformer: epath.Path | None = None, *, place: Place = to_device
+) -> Bundle:
     """Read a model, with tensors in their stored type.
 
     Args:
       folder: with `model_index.json`.
+      transformer: a file with the network's weights, instead of those in the folder.
       place: called with each parameter in our layout, such as to move it to a device.
 
     Raises:
       UserError: a part is missing or damaged, or of an unsupported kind.
     """
     root, index, family = _open(folder)
-    spec = family.read_spec(root, index)
+    spec = _read_spec(root, index, family, transformer)
     tokenizers = _read_tokenizers(root, spec)
     assert spec.autoencoder is not None  # of all families
-    tensors = open_weights(root / family.network, DIFFUSION_MODEL)
-    params = {
-        "denoiser": family.from_torch(tensors, spec.denoiser, place=part_place(place, "denoiser"))
-    }
+    options: dict[str, Any] = {"place": part_place(place, "denoiser")}
+    if transformer is None:
+        tensors = open_weights(root / family.network, DIFFUSION_MODEL)
+    else:
+        tensors = open_transformer_file(transformer, spec.denoiser, folder)
+        options |= {
+            "what": str(transformer),
+            "advice": f"expected a transformer of the size of that in {folder}; name the base that "
+            "it was made from",
+        }
+    params = {"denoiser": family.from_torch(tensors, spec.denoiser, **options)}
     params["text_encoders"] = {
         name: read_text_encoder(
             root / ENCODERS[name], encoder, place=part_place(place, "text_encoders", name)
@@ -84,6 +102,16 @@ def read_diffusers(folder: epath.PathLike, *, place: Place = to_device) -> Bundl
         root / "vae", spec.autoencoder, place=part_place(place, "autoencoder")
     )
     return Bundle(spec, params, tokenizers)
+
+
+def _read_spec(
+    root: epath.Path,
+    index: Mapping[str, Any],
+    family: PipelineFamily,
+    transformer: epath.Path | None,
+) -> TextToImage:
+    spec = family.read_spec(root, index)
+    return spec if transformer is None else dataclasses.replace(spec, name=transformer.stem)
 
 
 def read_diffusers_tokenizers(folder: epath.PathLike) -> Mapping[str, TextTokenizer]:

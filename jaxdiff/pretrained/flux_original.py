@@ -162,6 +162,25 @@ def flux_config_of(found: TransformerShapes) -> FluxConfig:
     )
 
 
+def open_flux_file(
+    file: epath.PathLike, config: FluxConfig | None = None
+) -> tuple[FluxConfig, Renamed]:
+    """Open the tensors of a published FLUX transformer in one file, under diffusers' names.
+
+    Args:
+      file: safetensors.
+      config: of the network; None finds it by the shapes of the tensors.
+
+    Raises:
+      UserError: the file is damaged, or holds another network.
+    """
+    tensors = open_transformer(file, "FLUX", FLUX_MARKS)
+    config = config or flux_config_of(TransformerShapes(file, "FLUX", tensors.shapes))
+    if _ORIGINAL in tensors:
+        tensors = Renamed(tensors, original_flux_rename(config))
+    return config, tensors
+
+
 def read_flux_file(
     file: epath.PathLike, *, place: Place = to_device
 ) -> tuple[FluxConfig, dict[str, Any]]:
@@ -174,10 +193,7 @@ def read_flux_file(
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    tensors = open_transformer(file, "FLUX", FLUX_MARKS)
-    config = flux_config_of(TransformerShapes(file, "FLUX", tensors.shapes))
-    if _ORIGINAL in tensors:
-        tensors = Renamed(tensors, original_flux_rename(config))
+    config, tensors = open_flux_file(file)
     options = {"what": str(file), "advice": "use a whole, unpruned FLUX transformer"}
     return config, flux_from_torch(tensors, config, place=place, **options)
 

@@ -35,11 +35,15 @@ def is_hub_id(model: str) -> bool:
     return _ID.fullmatch(model) is not None and not is_file and not epath.Path(model).exists()
 
 
-def download(model: str) -> epath.Path:
+def download(model: str, without: str | None = None) -> epath.Path:
     """Download a model into the user's cache, unless it is there, and return its folder.
 
     Downloads safetensors in one precision, configs and tokenizers. Without a connection it returns
     the cached copy.
+
+    Args:
+      model: its id.
+      without: the folder of a part whose weights are not needed.
 
     Raises:
       UserError: there is no such model, it has no safetensors, or it cannot be downloaded.
@@ -55,7 +59,7 @@ def download(model: str) -> epath.Path:
             cached = True
         except (CachedRepoTreeNotFoundError, OSError):
             raise _download_error(model, error) from error
-    files = wanted(names)
+    files = wanted(names, without)
     if not any(map(_is_weights, files)):
         raise UserError(
             f"{model} has no weights that jaxdiff reads: expected safetensors, since pickle files "
@@ -97,10 +101,11 @@ def _download_error(model: str, error: Exception) -> UserError:
     )
 
 
-def wanted(files: list[str]) -> list[str]:
+def wanted(files: list[str], without: str | None = None) -> list[str]:
     """Return the files to download: of each network's weights the first of `VARIANTS`.
 
-    A repository without `model_index.json` is a single network: an autoencoder or a CLIP.
+    A repository without `model_index.json` is a single network: an autoencoder or a CLIP. Of the
+    part `without` it is the config alone.
     """
     is_pipeline = "model_index.json" in files
     small, folders = (_SMALL, _PARTS) if is_pipeline else (_TOKENIZER, ("",))
@@ -108,7 +113,7 @@ def wanted(files: list[str]) -> list[str]:
     weights = {
         file: folder
         for file, (folder, name) in split.items()
-        if folder in folders and _is_weights(name)
+        if folder in folders and folder != without and _is_weights(name)
     }
     first: dict[str, int] = {}
     for file, folder in weights.items():

@@ -81,9 +81,33 @@ def model_folder(model: epath.PathLike) -> epath.Path:
     return SHIPPED / name
 
 
+def base_folder(model: epath.PathLike, base: epath.PathLike) -> epath.Path:
+    """Return the folder of the base of a transformer file; the hub's weights of it are not fetched.
+
+    Raises:
+      UserError: the model is no such file, or there is no such base.
+    """
+    for path in (model, base):
+        check_address(str(path))
+    if not is_transformer_file(model):
+        raise UserError(
+            "A base goes with a .safetensors file that holds a transformer of FLUX or Z-Image, "
+            f"which {model} is not: leave the base out."
+        )
+    hub = is_hub_id(str(base))
+    root = download(str(base), without="transformer") if hub else epath.Path(base)
+    if not diffusers_folder.is_diffusers_folder(root):
+        raise UserError(
+            f"{base} is no base: expected a folder of diffusers, with model_index.json, or a hub "
+            "id OWNER/NAME of one; check the path."
+        )
+    return root
+
+
 def load_bundle(
     folder: epath.PathLike,
     *,
+    base: epath.PathLike | None = None,
     place: Place = to_device,
     types: Sequence[type] = (),
 ) -> Bundle:
@@ -94,13 +118,17 @@ def load_bundle(
         undamaged checkpoint), of a pipeline or an autoencoder of diffusers, or of a CLIP of
         transformers; one safetensors file in Stable Diffusion's original layout, or of FLUX's
         autoencoder alone;
-        `shipped:NAME`; or a model of the hub.
+        `shipped:NAME`; or a model of the hub. With a base, a file with a transformer.
+      base: folder of diffusers or hub id whose other parts complete such a file.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses, such as a network of yours, that the specification may name.
 
     Raises:
       UserError: there is no model, it is damaged, or its weights do not fit its specification.
     """
+    if base is not None:
+        file, root = epath.Path(folder), base_folder(folder, base)
+        return diffusers_folder.read_diffusers(root, file, place=place)
     root = model_folder(folder)
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers(root, place=place)
@@ -118,12 +146,17 @@ def load_bundle(
     return read(root, data, place, types)
 
 
-def read_spec(folder: epath.PathLike, types: Sequence[type] = ()) -> AnySpec:
+def read_spec(
+    folder: epath.PathLike, types: Sequence[type] = (), base: epath.PathLike | None = None
+) -> AnySpec:
     """Read a model's specification, as for `load_bundle`, without its weights.
 
     Raises:
       UserError: there is no model, or its description cannot be read.
     """
+    if base is not None:
+        file, root = epath.Path(folder), base_folder(folder, base)
+        return diffusers_folder.read_diffusers_spec(root, file)
     root = model_folder(folder)
     if diffusers_folder.is_diffusers_folder(root):
         return diffusers_folder.read_diffusers_spec(root)
@@ -158,8 +191,15 @@ def read_tokenizers(
     return read_exported_tokenizers(root, spec)
 
 
-def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> dict[Key, PyTree]:
-    """Read parts of trained models, on the host, in the expected types.
+def read_parts(
+    wanted: Mapping[Key, PartSource], types: Sequence[type] = (), *, widen: bool = True
+) -> dict[Key, PyTree]:
+    """Read parts of trained models, on the host.
+
+    Args:
+      wanted: their sources.
+      types: dataclasses that a specification may name beside those of this package.
+      widen: return arrays in the expected types, as of weights to train, not in the stored ones.
 
     Raises:
       UserError: a model has no such part, or one of another size.
@@ -177,9 +217,11 @@ def read_parts(wanted: Mapping[Key, PartSource], types: Sequence[type] = ()) -> 
     for key, source in wanted.items():
         params = read(source)
         check_fit(params, source.abstract, source.folder)
-        # Weights may be stored in half precision; training keeps float32.
+        # Scalars, which no compute type rounds, always have the expected type.
         parts[key] = jax.tree.map(
-            lambda x, like: np.asarray(x, like.dtype), params, source.abstract
+            lambda x, like: np.asarray(x, None if x.ndim and not widen else like.dtype),
+            params,
+            source.abstract,
         )
     return parts
 

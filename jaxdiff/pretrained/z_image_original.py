@@ -94,6 +94,25 @@ def z_image_to_original(
     return to_original_names(tensors, z_image_modules(config))
 
 
+def open_z_image_file(
+    file: epath.PathLike, config: ZImageConfig | None = None
+) -> tuple[ZImageConfig, Renamed]:
+    """Open the tensors of a published Z-Image transformer in one file, under diffusers' names.
+
+    Args:
+      file: safetensors.
+      config: of the network; None finds it by the shapes of the tensors.
+
+    Raises:
+      UserError: the file is damaged, or holds another network.
+    """
+    tensors = open_transformer(file, "Z-Image", Z_IMAGE_MARKS)
+    config = config or z_image_config_of(TransformerShapes(file, "Z-Image", tensors.shapes))
+    if _ORIGINAL in tensors:
+        tensors = Renamed(tensors, original_z_image_rename(config))
+    return config, tensors
+
+
 def read_z_image_file(
     file: epath.PathLike, *, place: Place = to_device
 ) -> tuple[ZImageConfig, dict[str, Any]]:
@@ -106,10 +125,7 @@ def read_z_image_file(
     Raises:
       UserError: the file is damaged, or holds another network.
     """
-    tensors = open_transformer(file, "Z-Image", Z_IMAGE_MARKS)
-    config = z_image_config_of(TransformerShapes(file, "Z-Image", tensors.shapes))
-    if _ORIGINAL in tensors:
-        tensors = Renamed(tensors, original_z_image_rename(config))
+    config, tensors = open_z_image_file(file)
     options = {"what": str(file), "advice": "use a whole, unpruned Z-Image transformer"}
     return config, z_image_from_torch(tensors, config, place=place, **options)
 

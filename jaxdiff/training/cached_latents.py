@@ -96,7 +96,8 @@ def check_encoders(
 def encoder_fingerprint(task: DiffusionTask, params: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hex, of the weights of an autoencoder's encoder."""
     assert task.model.autoencoder is not None
-    return weights_fingerprint(task.model.autoencoder.fingerprinted(params["autoencoder"]))
+    encoder = task.model.autoencoder.fingerprinted(params["autoencoder"])
+    return weights_fingerprint(encoder, widen=True)
 
 
 def text_fingerprint(
@@ -104,6 +105,6 @@ def text_fingerprint(
 ) -> str:
     """Return the SHA-256, in hex, of everything that text features depend on."""
     conditioner = task.model.conditioner
-    weights = weights_fingerprint(params["text_encoders"])
+    weights = weights_fingerprint(params["text_encoders"], widen=True)
     made_by = [conditioner.fingerprint(tokenizers), weights, conditioner.packed_size]
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()

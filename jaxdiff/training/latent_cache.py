@@ -137,6 +137,7 @@ def make_cache(config: Config, options: LatentOptions) -> Cache:
             if path == AUTOENCODER or (options.text and path[0] == "text_encoders")
         },
         types_in(config),
+        widen=False,
     )
     # In the compute type of a step, so that training equals that without a cache.
     params = cast(parts, config.train.compute)

@@ -8,10 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.objectives import Denoising, LossInputs
-from jaxdiff.diffusion.row_keys import RowKeys
-from jaxdiff.diffusion.schedules import RectifiedFlow
-from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.conditioning import Conditioning
 from jaxdiff.models.denoisers.flux import FLUX1 as FLUX1_CONFIG
 from jaxdiff.models.denoisers.flux import FluxConfig
@@ -25,6 +21,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from tests.parity.torch_models import randomized, relative, tensors_of
+from tests.parity.training_loss import assert_training_loss
 
 pytestmark = pytest.mark.parity
 
@@ -170,8 +167,6 @@ def test_predictions_and_gradients_are_diffusers(name, size, references):
     x, t, cond = inputs(config, *size, references)
     expected = theirs(name, x, t, cond, ((2, 3), (4, 2))[:references])
     assert relative(predict(config)(params, x, t, cond), expected.detach().numpy()) < 1e-5
-    if name == "klein 4B":
-        return
     target = random(*x.shape, seed=4)
     model = torch_flux(name)
     model.zero_grad()
@@ -179,15 +174,16 @@ def test_predictions_and_gradients_are_diffusers(name, size, references):
     wanted = {key: p.grad.numpy() for key, p in model.named_parameters()}
     found = predict(config, gradients=True)(params, x, t, cond, target)
     found = flux_keys.flux_to_torch(jax.device_get(found), config)
+    model.zero_grad()
     assert found.keys() == wanted.keys()
-    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in wanted.values()))
-    for key, gradient in wanted.items():
-        assert np.linalg.norm(gradient) > 0, key
-        assert np.linalg.norm(found[key] - gradient) < 1e-4 * max(
-            np.linalg.norm(gradient), 1e-3 * norm
-        ), key
-    both = (np.concatenate([part[key].ravel() for key in wanted]) for part in (found, wanted))
-    assert relative(*both) < 1e-4
+    # One by one, for those of the full width take gigabytes.
+    norms = {key: np.linalg.norm(gradient) for key, gradient in wanted.items()}
+    errors = {key: np.linalg.norm(found[key] - gradient) for key, gradient in wanted.items()}
+    norm, error = (np.linalg.norm([*x.values()]) for x in (norms, errors))
+    assert min(norms.values()) > 0
+    for key in wanted:
+        assert errors[key] < 1e-4 * max(norms[key], 1e-3 * norm), key
+    assert error < 1e-4 * norm
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "klein 4B"])
@@ -235,30 +231,11 @@ def test_files_of_the_original_code_are_read_as_diffusers_reads_them(name):
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 klein"])
 def test_the_training_loss_is_diffusers(name):
-    """Of its training scripts: mean((prediction - (noise - latents))^2) at the same times."""
     config, params = ours(name)
     latents, _, cond = inputs(config, *SIZES[0], 0)
-    seen = []
-
-    def model(x_t, t, cond, next_t=None):
-        seen.append((np.asarray(x_t), np.asarray(t)))
-        return predict(config)(params, x_t, t, cond)
-
-    outputs = Denoising(times=LogitNormal()).loss(
-        LossInputs(
-            model=model,
-            prediction="velocity",
-            schedule=RectifiedFlow(),
-            x0=jnp.asarray(latents),
-            cond=cond,
-            keys=RowKeys.whole(jax.random.key(0), 2),
-        )
+    assert_training_loss(
+        functools.partial(predict(config), params),
+        lambda x_t, t, cond: theirs(name, x_t, t, cond, ()),
+        latents,
+        cond,
     )
-    ((x_t, t),) = seen
-    sigma = t[:, None, None, None]
-    noise = (x_t - (1 - sigma) * latents) / sigma
-    assert abs(noise.std() - 1) < 0.1
-    with torch.no_grad():
-        predicted = theirs(name, x_t, t, cond, ()).numpy()
-    expected = ((predicted - (noise - latents)) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(outputs.loss, expected, rtol=1e-5)

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from tests.parity.torch_models import randomized, relative, tensors_of
+from tests.parity.training_loss import assert_training_loss
 
 pytestmark = pytest.mark.parity
 
@@ -122,6 +123,13 @@ def test_gradients():
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert relative(found[name], value) <= 1e-4, name
+
+
+def test_the_training_loss_is_diffusers():
+    model = torch_z_image()
+    config, params = read(model)
+    latents, _, cond = inputs(config, 8, 12)
+    assert_training_loss(ours(config, params), functools.partial(theirs, model), latents, cond)
 
 
 def test_tensors_and_config_there_and_back(tmp_path):

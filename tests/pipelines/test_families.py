@@ -1,5 +1,8 @@
 """Tiny models of FLUX.1, FLUX.2 klein and Z-Image, loaded from a folder as published ones are."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +10,14 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.generate.options import SampleFlags, from_flags, open_pipeline
+from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pretrained.diffusers_folder import write_diffusers
+from jaxdiff.pretrained.flux_original import write_flux_file
+from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.pretrained.z_image_original import write_z_image_file
 from tests.pretrained.families import random_bundle
 
 PEA, BANANA = "a red pea", "a green banana"
@@ -65,6 +73,46 @@ def test_the_command_line_samples_the_same(model, tmp_path):
     file = tmp_path / "0000-a-red-pea.png"
     expected = jaxdiff.load(folder)(PEA, seeds=1, num_steps=2, **SIZE)
     np.testing.assert_array_equal(np.asarray(Image.open(file)), expected[0])
+
+
+def test_a_transformer_file_with_its_base_gives_the_same_image(model, tmp_path):
+    """The base lacks the transformer's weights; both are exported alike, byte for byte."""
+    name, folder, pipe = model
+    write = write_z_image_file if name == "Z-Image" else write_flux_file
+    bundle = load_bundle(folder, place=np.asarray)
+    file, base = tmp_path / "mine.safetensors", tmp_path / "base"
+    write(file, bundle.params["denoiser"], bundle.spec.denoiser, "model.diffusion_model.")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copytree(folder, base)
+    (base / weights).unlink()
+    mine = jaxdiff.load(file, base=base, devices=pipe.devices)
+    assert mine.spec == dataclasses.replace(pipe.spec, name="mine")
+    options = {"seeds": 1, "num_steps": 2, **SIZE}
+    np.testing.assert_array_equal(mine(PEA, **options), pipe(PEA, **options))
+    for out, source in (("mine", [str(file), "--base", str(base)]), ("whole", [str(folder)])):
+        export = ["export", *source[:1], str(tmp_path / out), *source[1:], "--format", "diffusers"]
+        assert cli.main(export) == 0
+    files = {
+        out: {
+            str(path.relative_to(tmp_path / out)): path.read_bytes()
+            for path in (tmp_path / out).rglob("*")
+            if path.is_file() and path.name != "README.md"
+        }
+        for out in ("mine", "whole")
+    }
+    assert weights in files["mine"]
+    assert files["mine"] == files["whole"]
+
+
+def test_the_command_line_takes_a_transformer_file_and_an_autoencoder(model, tmp_path):
+    name, folder, _ = model
+    write = write_z_image_file if name == "Z-Image" else write_flux_file
+    bundle = load_bundle(folder, place=np.asarray)
+    write(tmp_path / "mine.safetensors", bundle.params["denoiser"], bundle.spec.denoiser)
+    flags = ["--model", str(tmp_path / "mine.safetensors"), "--base", str(folder)]
+    flags += ["--autoencoder", str(folder / "vae")]
+    pipe = open_pipeline(from_flags(parse_flags(SampleFlags, [PEA, *flags], prog="sample")))
+    assert pipe.fingerprint == jaxdiff.load(folder).fingerprint
 
 
 def test_weights_of_words_are_t5s_alone(model):

@@ -13,6 +13,8 @@ import pytest
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.distributed.sharding import state_shardings
 from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.flux import FluxConfig
+from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.planning.plan import make_plan
 from jaxdiff.planning.topology import find_topology
 from jaxdiff.training.abstract import abstract_batch, abstract_frozen, abstract_state
@@ -33,6 +35,8 @@ FINE_TUNING = {
     name: load_recipe(Path(__file__).parents[2] / "configs" / f"{name}.py")
     for name in ("flux2_klein_4b", "flux2_klein_4b_lora", "z_image", "z_image_lora", "flux1_lora")
 }
+# Recipes whose images have enough tokens, or positions, for splash attention.
+SPLASH = {"dit_3b_512", "sd15_scratch_512", "sdxl_1024", *FINE_TUNING}
 # What is sold as v5e-256, v6e-256 and v5p-128, which counts two cores for each chip; eight GPUs.
 SLICES = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:4x4x4": 64, "h100:8": 8}
 CHIPS = {**SLICES, "v5e:8x8": 64, "v6e:8x8": 64}
@@ -64,6 +68,16 @@ def test_its_mesh_lies_on_the_slice(topology):
 def small(config):
     """A recipe of the same, but small, parts; 1024 tokens or positions stay as many."""
     task, train = config.task, dataclasses.replace(config.train, batch_size=16, accumulate=1)
+    config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    if isinstance(task.model.denoiser, FluxConfig | ZImageConfig):
+        depth = (
+            {"depth": 2}
+            if isinstance(task.model.denoiser, ZImageConfig)
+            else {"double_depth": 2, "single_depth": 2}
+        )
+        denoiser = dataclasses.replace(task.model.denoiser, heads=2, **depth)
+        model = dataclasses.replace(task.model, denoiser=denoiser)
+        return dataclasses.replace(config, task=dataclasses.replace(task, model=model))
     text = {"vocab_size": 600, "width": 32, "heads": 2, "depth": 1}
     conditioner = task.model.conditioner
     encoders = {
@@ -83,24 +97,24 @@ def small(config):
         width = conditioner.text_width
         denoiser = dataclasses.replace(denoiser, cross_attention_dim=width, **shape)
     model = dataclasses.replace(task.model, denoiser=denoiser, conditioner=conditioner)
-    task = dataclasses.replace(task, model=model)
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    return dataclasses.replace(config, task=task, train=train, mesh=mesh)
+    return dataclasses.replace(config, task=dataclasses.replace(task, model=model))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_its_step_is_lowered_for_eight_devices(name):
-    """Up to the compiler: shapes, shardings and cached latents fit together."""
-    config = small(RECIPES[name])
+@pytest.mark.parametrize("name", [*RECIPES, *FINE_TUNING])
+def test_its_step_is_lowered_for_eight_tpus(name):
+    """Up to the compiler: shapes, shardings, cached latents and the kernel of attention."""
+    config = small(RECIPES.get(name) or FINE_TUNING[name])
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     state, frozen = abstract_state(config), abstract_frozen(config)
     axes = config.task.param_axes()
     shardings = [state_shardings(tree, mesh, axes) for tree in (state, frozen)]
     step = compile_step(config, mesh, *shardings)
-    lowered = step.lower(state, frozen, abstract_batch(config))
+    traced = step.trace(state, frozen, abstract_batch(config))
+    lowered = traced.lower(lowering_platforms=("tpu",))
     after, metrics = lowered.out_info
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == ()
+    assert ("tpu_custom_call" in lowered.as_text()) == (name in SPLASH)
 
 
 @pytest.mark.nightly

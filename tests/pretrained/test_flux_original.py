@@ -127,9 +127,9 @@ def test_a_file_gives_the_denoiser_of_a_model_but_no_whole_model(tmp_path, rando
     abstract = abstract_params(bind_build(config))
     found = read_parts({0: PartSource(file, ("denoiser",), abstract)})[0]
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.float32, params))
-    with pytest.raises(UserError, match="without the tokenizers of a whole model: expected the"):
+    with pytest.raises(UserError, match="without the text encoders and tokenizers"):
         load_bundle(file)
-    with pytest.raises(UserError, match="without the tokenizers of a whole model: expected the"):
+    with pytest.raises(UserError, match="without the text encoders and tokenizers"):
         read_parts({0: PartSource(file, ("autoencoder",), abstract)})
     wider = abstract_params(bind_build(dataclasses.replace(config, channels=4)))
     with pytest.raises(UserError, match="patch"):

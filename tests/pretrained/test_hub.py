@@ -88,6 +88,8 @@ def test_a_folder_of_a_transformer_with_a_chat_template():
     ]
     others = ["flux-2-klein-4b.safetensors", "assets/teaser.jpg"]
     assert hub.wanted([*others, *files]) == files
+    rest = [file for file in files if file != "transformer/diffusion_pytorch_model.safetensors"]
+    assert hub.wanted([*others, *files], without="transformer") == rest
 
 
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):

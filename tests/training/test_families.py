@@ -13,10 +13,13 @@ from etils import epath
 from jaxdiff.data.loader import ON_DEVICE, make_dataset
 from jaxdiff.diffusion.objectives import LossOutputs, Objective
 from jaxdiff.diffusion.row_keys import RowKeys
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.models.lora import factors
-from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.pretrained.diffusers_folder import write_diffusers
+from jaxdiff.pretrained.load import load_bundle, read_spec
+from jaxdiff.pretrained.run_folder import FROZEN
 from jaxdiff.training.initial_weights import abstract_frozen_params, load_parts
 from jaxdiff.training.loop import train
 from jaxdiff.training.prepare_shards import with_cache
@@ -45,9 +48,8 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("name", "whole"), [*((name, False) for name in FAMILIES), ("klein base", True)]
-)
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_of_a_batch_falls(name, whole, models, tmp_path):
     config = config_of(models, name, whole=whole, steps=STEPS)
     result = train(config, tmp_path, log=lambda _: None)
@@ -120,21 +122,61 @@ def test_guidance_is_for_networks_that_read_it(models):
         dataclasses.replace(task, guidance=-1.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "adapters"])
-def test_killed_and_resumed_equals_straight_bit_for_bit(whole, models, tmp_path, launch):
-    config = config_of(models, "klein base", whole=whole, steps=STEPS)
-    straight = train(config, tmp_path / "straight", log=lambda _: None)
+def test_frozen_weights_keep_the_type_of_their_source(models, tmp_path):
+    """A run from bfloat16 equals that from the same numbers in float32, in half of the file."""
+    bundle = load_bundle(models / "FLUX.1 dev", place=np.asarray)
+    folder, prints, sizes = tmp_path / "model", [], []
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bundle.params)
+    for name, dtype in (("half", jnp.bfloat16), ("single", np.float32)):
+        params = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), rounded)
+        write_diffusers(folder, bundle._replace(params=params))
+        config = recipe(read_spec(folder), folder, models / "photos", whole=False, steps=2)
+        prints.append(train(config, tmp_path / name, log=lambda _: None).summary["fingerprint"])
+        sizes.append((tmp_path / name / FROZEN).stat().st_size)
+    assert prints[0] == prints[1]
+    assert 1.8 < sizes[1] / sizes[0] < 2
+
+
+RUNS = [
+    pytest.param(
+        (name, whole),
+        marks=pytest.mark.slow if name == "klein base" else pytest.mark.nightly,
+        id=f"{name} {'whole' if whole else 'adapters'}",
+    )
+    for name in FAMILIES
+    for whole in (True, False)
+]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def straight(request, models, tmp_path_factory):
+    """The recipe of a run on eight devices along three axes, its folder and its result."""
+    name, whole = request.param
+    config = config_of(models, name, whole=whole, steps=STEPS)
+    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    folder = tmp_path_factory.mktemp("straight")
+    return config, folder, train(config, folder, log=lambda _: None)
+
+
+def figures(folder):
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    return [[record[name] for name in names] for record in records(folder)]
+
+
+def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, launch):
+    config, folder, expected = straight
     evaluated = dataclasses.replace(config, evaluators=(SampleGrid(prompts=("a",), every=1),))
-    folder = tmp_path / "killed"
-    killed = launch(folder, evaluated, code="tests/training/killed.py", devices=8)
+    killed = launch(tmp_path, evaluated, code="tests/training/killed.py", devices=8)
     assert killed.wait() == [-signal.SIGKILL], killed.said()
     logged = []
     result = train(config, killed.out, log=logged.append)
     assert f"Resuming at step 4 of {STEPS}." in logged
-    assert result.summary["fingerprint"] == straight.summary["fingerprint"]
-    figures = ("step", "loss", "grad_norm", "learning_rate")
-    found, expected = (
-        [[r[f] for f in figures] for r in records(x)] for x in (killed.out, tmp_path / "straight")
-    )
-    assert found == expected
+    assert result.summary["fingerprint"] == expected.summary["fingerprint"]
+    assert figures(killed.out) == figures(folder)
+
+
+def test_one_device_trains_the_same(straight, tmp_path, launch):
+    config, folder, _ = straight
+    alone = launch(tmp_path, dataclasses.replace(config, mesh=MeshConfig()))
+    assert alone.wait() == [0], alone.said()
+    np.testing.assert_allclose(figures(alone.out), figures(folder), rtol=1e-3)

@@ -109,6 +109,23 @@ class SampleOptions:
             metavar="MODEL",
         ),
     ] = DEFAULT_MODEL
+    base: Annotated[
+        str | None,
+        Doc(
+            "Where --model is the file of a FLUX or Z-Image transformer: folder or hub id of the "
+            "model that it was made from, for all other parts.",
+            MODEL,
+            metavar="MODEL",
+        ),
+    ] = None
+    autoencoder: Annotated[
+        str | None,
+        Doc(
+            "Autoencoder instead of the model's own: a folder, a hub id, or a file of FLUX's.",
+            MODEL,
+            metavar="MODEL",
+        ),
+    ] = None
     lora: Annotated[
         tuple[str, ...],
         Doc("LoRA files, each as FILE or FILE:SCALE.", MODEL, common=True, metavar="FILE"),
@@ -273,6 +290,8 @@ def from_flags(
 _ANY_IMAGE = {*FILES, "again", "hosts", "model", "out", "clip_model", "guide_model", "dtype"}
 _ANY_IMAGE |= {"refiner_model"}
 _ANY_IMAGE |= {
+    "autoencoder",
+    "base",
     "compiled",
     "lora",
     "mesh",
@@ -340,11 +359,14 @@ def open_pipeline(
         compiled = None if options.compiled is None else CompiledFolder(options.compiled)
         pipe = load(
             options.model,
+            base=options.base,
             dtype=dtype,
             quantize=None if files else quantize,
             mesh=options.mesh,
             offload_text=options.offload_text,
         )
+        if options.autoencoder is not None:
+            pipe = pipe.with_autoencoder(options.autoencoder)
         for file, scale in files:
             pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
         if files and quantize:  # once, after merging

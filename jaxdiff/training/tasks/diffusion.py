@@ -238,7 +238,7 @@ class DiffusionTask(Task):
                     f"The tokenizer has {tokenizer.vocab_size - inversion.vectors} tokens and the "
                     f"text encoder {len(table)}: new tokens need equal numbers."
                 )
-            added[name] = table[inversion.first_ids(tokenizer)]
+            added[name] = np.asarray(table[inversion.first_ids(tokenizer)], np.float32)
         return {"added_tokens": added}
 
     def model_params(self, params: PyTree, frozen: PyTree) -> dict[str, Any]:
