@@ -161,9 +161,10 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
 def _evaluators(config: Config, options: EvaluateOptions) -> tuple[Evaluator, ...]:
     """Return the evaluators that report figures, with the number of samples asked for.
 
-    With a reference or a feature network it is the distance of their features alone.
+    With options of features it is the distance of features alone.
     """
-    if options.reference is not None or options.features != ClipFeatures.model:
+    others = (options.reference, options.resize, options.measures, options.few)
+    if options.features != ClipFeatures.model or any(others):
         distance = FeatureDistance(
             network=features_of(options.features, options.resize),
             reference=options.reference,

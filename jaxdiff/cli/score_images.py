@@ -1,9 +1,11 @@
 """`jaxdiff evaluate` without a model: images of any generator, references, comparison, and test."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from etils import epath
 
+from jaxdiff.config.fields import flag
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 FIGURES, PARTS = "evaluation.json", "evaluation_parts"
 
+_OF_MODELS = ("recipe", "samples", "batch_size", "guidance_scale")
+_OF_IMAGES = ("images", "reference", "features", "resize", "measures", "few", "out")
+
 
 def compare_command(files: list[str]) -> None:
     """Run `jaxdiff evaluate compare A.json B.json`."""
@@ -43,12 +48,20 @@ def has_model(options: "EvaluateOptions") -> bool:
     Raises:
       UserError: they exclude each other, or ask for nothing.
     """
+    if options.run is not None:
+        for name in ("images", "self_test"):
+            if getattr(options, name):
+                raise UserError(
+                    f"{flag(name)} and a model exclude each other: leave one of them out."
+                )
+        return True
+    unused = _OF_MODELS + (_OF_IMAGES if options.self_test else ())
+    for field in dataclasses.fields(options):
+        if field.name in unused and getattr(options, field.name) != field.default:
+            what = "with --self-test" if options.self_test else "without a model"
+            raise UserError(f"{flag(field.name)} has no effect {what}: leave it out.")
     if options.self_test:
         return False
-    if options.run is not None:
-        if options.images is not None:
-            raise UserError("--images and a model exclude each other: leave one of them out.")
-        return True
     if options.images is not None:
         if options.reference is None:
             raise UserError("--images needs --reference: give the images to compare with.")

@@ -18,7 +18,7 @@ from jaxdiff.evaluation.evaluator import (
     Evaluator,
     Report,
     check_text_to_image,
-    digest,
+    digest_of_texts,
     image_source,
 )
 from jaxdiff.pipelines.auxiliary_models import clip_embeddings, clip_scores
@@ -84,7 +84,7 @@ class ClipScore(Evaluator):
         about = {
             "clip_model": self.clip_model,
             "images": len(images),
-            "prompts": digest(captions),
+            "prompts": digest_of_texts(captions),
         }
         return Report(
             scalars=scalars,

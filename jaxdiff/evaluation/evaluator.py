@@ -144,7 +144,7 @@ class Evaluator(abc.ABC):
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
 
 
-def digest(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Sequence[str]) -> str:
     """Return SHA-256, in hex, of texts in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 

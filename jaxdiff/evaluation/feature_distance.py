@@ -17,7 +17,7 @@ from jaxdiff.evaluation.evaluator import (
     Evaluator,
     Report,
     check_text_to_image,
-    digest,
+    digest_of_texts,
     image_source,
 )
 from jaxdiff.evaluation.extraction import generated_features, image_features
@@ -229,10 +229,7 @@ class FeatureDistance(Evaluator):
         """Generate images, and compare their features with those of the reference."""
         self.check(context.spec, context.data)
         network, images = self.network.load(), DataImages(context.data, self.samples)
-        if self.reference is None:
-            theirs = set_statistics(network, images, context.parts)
-        else:
-            theirs = reference_statistics(network, self.reference, context.parts)
+        theirs = self._reference(network, images, context.parts)
         prompts = images.captions()
         if len(prompts) < 2:
             raise UserError(
@@ -242,6 +239,24 @@ class FeatureDistance(Evaluator):
         parts = generated_features(context, network, prompts)
         ours = collect(parts, network.provenance, "generated images", len(prompts))
         report = measure(network, ours, theirs, self.measures, few=self.few)
-        texts = {"prompts": digest(prompts)}
+        texts = {"prompts": digest_of_texts(prompts)}
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
+
+    def _reference(
+        self, network: FeatureNetwork, images: DataImages, folder: epath.Path | None
+    ) -> Statistics:
+        """Return the statistics of the reference, computed once for all evaluations of a run."""
+        key = str(network.provenance), self.reference or images.fingerprint
+        if key not in _references:
+            if len(_references) >= _MOST_REFERENCES:
+                del _references[next(iter(_references))]
+            if self.reference is None:
+                _references[key] = set_statistics(network, images, folder)
+            else:
+                _references[key] = reference_statistics(network, self.reference, folder)
+        return _references[key]
+
+
+_MOST_REFERENCES = 4
+_references: dict[tuple[str, str], Statistics] = {}  # the latest, by network and images

@@ -259,7 +259,7 @@ def clip_network(spec: ClipConfig, params: PyTree, model: str) -> FeatureNetwork
         usual=("mmd",) if is_cmmd else ("frechet", "kernel", "mmd", "precision_recall"),
         width=config.projection_dim or config.width,
         provenance={
-            "network": f"CLIP image encoder {name}",
+            "network": f"CLIP image encoder, width {config.width}, depth {config.depth}",
             "weights": weights_fingerprint(params),
             "resizing": f"bicubic as Pillow to {config.image_size}, centre crop",
         },

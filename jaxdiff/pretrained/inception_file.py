@@ -20,12 +20,6 @@ _LEAVES = {
     "variance": "bn.running_var",
 }
 _CLASSES = 1008  # of its classifier, which torchvision's network of the same name lacks
-_MARK = "Mixed_7c.branch_pool.conv.weight"
-
-
-def is_inception_file(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether tensors are those of an Inception-v3."""
-    return _MARK in tensors
 
 
 def inception_from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from etils import epath
 
 from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
+from jaxdiff.datasets.icons.names import STYLES
+from jaxdiff.datasets.icons.source import Iconify
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
@@ -28,10 +30,11 @@ _LIBRARY = "library_name: jaxdiff"
 
 
 class DataCard(NamedTuple):
-    """Description and SPDX license of a data set that comes with jaxdiff."""
+    """Description and SPDX license of a data set that comes with jaxdiff, and whom it credits."""
 
     about: str
     license: str
+    credits: str = ""
 
 
 DATA_CARDS = {
@@ -39,6 +42,13 @@ DATA_CARDS = {
         "scenes of fruit and vegetables that jaxdiff renders, with captions", "Apache-2.0"
     ),
     OpenMoji.__name__: DataCard("drawings of OpenMoji, with captions", "CC-BY-SA-4.0"),
+    Iconify.__name__: DataCard(
+        "drawings of icon sets, with captions",
+        "Apache-2.0",
+        "The drawings are those of Fluent Emoji (Microsoft, MIT), Noto Emoji (Google, Apache-2.0) "
+        "and Twemoji (Twitter, Inc. and other contributors, CC BY 4.0), rendered and adapted; the "
+        "names are emojibase's (Miles Johnson, MIT).",
+    ),
 }
 
 _USE = {
@@ -263,9 +273,16 @@ def _source(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     return source
 
 
+def _card(source: Mapping[str, Any]) -> DataCard | None:
+    """Return the card of a data set that comes with jaxdiff; None for icon sets of any license."""
+    if not set(source.get("sets", ())) <= set(STYLES):
+        return None
+    return DATA_CARDS.get(source["type"])
+
+
 def _data(recipe: Mapping[str, Any]) -> str:
     source = _source(recipe)
-    known = DATA_CARDS.get(source["type"])
+    known = _card(source)
     if known is not None:
         return f"{known.about} (`{source['type']}`)"
     return f"`{source['type']}`" + (f" at `{source['path']}`" if "path" in source else "")
@@ -282,10 +299,11 @@ def _license(recipe: Mapping[str, Any] | None) -> tuple[str | None, str]:
     """Return the SPDX name of the weights' license, if known, and the section's text."""
     if recipe is None:
         return None, "Not stated here: the license of the model that these weights come from."
-    known = DATA_CARDS.get(_source(recipe)["type"])
+    known = _card(_source(recipe))
     others = [base for base in _bases(recipe) if not base.startswith("shipped:")]
     if known is not None and not others:
-        return known.license, f"Data and weights: {known.license}."
+        credits = f" {known.credits}" if known.credits else ""
+        return known.license, f"Data and weights: {known.license}.{credits}"
     data = f"{known.license} (data)" if known else "the license of the training data"
     bases = "".join(f", and that of `{base}`" for base in others)
     return None, f"The weights are subject to {data}{bases}."

@@ -15,7 +15,7 @@ from jaxdiff.cli import main as cli
 from jaxdiff.config.serialization import accept_types, to_json
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation import clip_score
+from jaxdiff.evaluation import clip_score, self_test
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.feature_distance import FeatureDistance
@@ -288,6 +288,9 @@ def test_images_of_any_generator_are_scored_against_a_reference_and_compared(
         (("--reference", "a"), "--reference alone writes statistics and needs --out"),
         (("--reference", "a", "--out", "b"), "ends in .safetensors"),
         (("compare", "a"), "takes two files"),
+        (("runs/a", "--self-test"), "--self-test and a model exclude each other"),
+        (("--self-test", "--few"), "--few has no effect with --self-test"),
+        (("--reference", "a", "--samples", "9"), "--samples has no effect without a model"),
         (("--images", "a", "--reference", "b", "--resize", "pytorch"), "--resize has no effect on"),
         (("--images", "a", "--reference", "none"), "none"),
     ],
@@ -310,3 +313,24 @@ def test_a_reference_makes_an_evaluator_of_its_features(model, calls, tmp_path):
     expected = FeatureDistance(reference="real", samples=7, measures=("mmd", "kernel"))
     assert evaluators == (expected,)
     assert context.parts == epath.Path(folder) / "evaluation_parts"
+
+
+def test_the_self_test_compares_with_stored_values(monkeypatch, capsys):
+    found = dict(self_test.STORED)
+    monkeypatch.setattr(self_test, "_values", lambda: found)
+    assert cli.main(["evaluate", "--self-test"]) == 0
+    assert capsys.readouterr().out.count("equal") == len(found)
+    found["inception, mean"] *= 1.01
+    assert cli.main(["evaluate", "--self-test"]) == 2
+    end = capsys.readouterr()
+    assert end.out.count("differs") == 1
+    assert "differ from the stored values: inception, mean; do not compare" in end.err
+
+
+@pytest.mark.optimized
+def test_the_shipped_clip_has_the_stored_values(monkeypatch):
+    monkeypatch.setattr(self_test, "inception_network", lambda *_: lambda _: np.ones((3, 8)))
+    found = self_test._values()
+    for name, stored in self_test.STORED.items():
+        if name.endswith("shipped_produce_clip"):
+            assert found[name] == pytest.approx(stored, rel=1e-4)

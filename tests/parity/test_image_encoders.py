@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from PIL import Image
 
 from jaxdiff.evaluation import distances
 from jaxdiff.evaluation.distances import moments_of
+from jaxdiff.evaluation.features import clip_network
 from jaxdiff.evaluation.resizing import pytorch_bilinear, tensorflow_bilinear
 from jaxdiff.evaluation.self_test import (
     STORED,
@@ -19,6 +21,14 @@ from jaxdiff.evaluation.self_test import (
 from jaxdiff.models.image_encoders.dinov2 import cubic_weights
 from jaxdiff.models.image_encoders.inception import InceptionV3
 from jaxdiff.models.layers import abstract_params, bind_build, bind_init, bind_params
+from jaxdiff.models.text_encoders.clip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ClipConfig,
+    ClipTextConfig,
+    ClipVisionConfig,
+)
+from jaxdiff.pretrained import clip_keys
 from jaxdiff.pretrained.dinov2_folder import read_dinov2_folder
 from jaxdiff.pretrained.inception_file import inception_from_torch
 from jaxdiff.pretrained.key_mapping import flatten_params
@@ -148,3 +158,34 @@ def test_positions_are_interpolated_as_in_the_authors_code():
     weights = cubic_weights(37, 16, 0.1)
     ours = np.einsum("ir,jc,brcd->bijd", weights, weights, grid.transpose(0, 2, 3, 1))
     np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_cmmd_of_fixed_images_with_the_same_weights(tmp_path):
+    """The images prepared as in the reference implementation: cut out, resized, normalised."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPVisionConfig(
+        image_size=42, patch_size=14, intermediate_size=64, projection_dim=24, **sizes
+    )
+    torch.manual_seed(0)
+    model = randomized(transformers.CLIPVisionModelWithProjection(config), 0.2)
+    vision = ClipVisionConfig(
+        image_size=42, patch_size=14, width=32, depth=2, heads=4, mlp_ratio=2, projection_dim=24
+    )
+    spec = ClipConfig(text=ClipTextConfig(projection_dim=24), vision=vision)
+    network = clip_network(spec, clip_keys.clip_from_torch(tensors_of(model), vision), "tiny")
+    rng = np.random.default_rng(0)
+    sets = rng.integers(0, 256, (20, 50, 64, 3), np.uint8), fixed_images(24)
+    ours = [network(list(images)) for images in sets]
+    theirs = []
+    for images in sets:
+        top, left = ((side - min(images.shape[1:3])) // 2 for side in images.shape[1:3])
+        side = min(images.shape[1:3])
+        crops = [Image.fromarray(x[top : top + side, left : left + side]) for x in images]
+        x = np.stack([np.asarray(crop.resize((42, 42), Image.BICUBIC)) for crop in crops]) / 255
+        x = ((x - np.array(CLIP_MEAN)) / np.array(CLIP_STD)).astype(np.float32)
+        with torch.no_grad():
+            theirs.append(torch.nn.functional.normalize(model(nchw(x)).image_embeds.double()))
+    x, y = theirs
+    means = [torch.exp(-(torch.cdist(a, b) ** 2) / 200).mean() for a, b in ((x, x), (y, y), (x, y))]
+    expected = 1000 * float(means[0] + means[1] - 2 * means[2])
+    assert distances.gaussian_mmd(*ours) == pytest.approx(expected, rel=1e-4)

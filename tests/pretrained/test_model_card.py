@@ -73,7 +73,12 @@ def test_the_license_names_the_data_and_the_models_that_weights_come_from(recipe
     assert "Apache-2.0" in license_of()
     assert "Apache-2.0" in license_of(base="shipped:produce")
     assert "CC-BY-SA-4.0" in license_of(cached)
-    assert "license of the training data" in license_of(photos)
+    icons = license_of({"type": "Iconify", "sets": ["noto", "twemoji"]})
+    assert "Apache-2.0" in icons
+    assert "Twemoji (Twitter, Inc. and other contributors, CC BY 4.0)" in icons
+    others = license_of({"type": "Iconify", "sets": ["noto", "lucide"]})
+    for unknown in (license_of(photos), others):
+        assert "license of the training data" in unknown
     assert "and that of `owner/name`" in license_of(photos, "owner/name")
 
 

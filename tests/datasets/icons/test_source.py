@@ -1,0 +1,165 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from jaxdiff.datasets.icons import source as icons
+from jaxdiff.datasets.icons.names import STYLES, held_out_style
+from jaxdiff.datasets.icons.sets import IconSet
+from jaxdiff.datasets.icons.source import Iconify, over
+from jaxdiff.errors import UserError
+from tests.datasets.icons.tiny import THINGS, write_sets
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def everything(places):
+    source = Iconify(split="all", size=SIZE, **places)
+    source.check()
+    return source
+
+
+def find(source, icon_set, name):
+    found = {(icon.set, icon.name): index for index, icon in enumerate(source.icons)}
+    return found[icon_set, name]
+
+
+def test_a_record_is_a_drawing_over_white_with_captions(everything):
+    record = everything[find(everything, "noto", "cat")]
+    image = record["image"]
+    assert (image.shape, image.dtype) == ((SIZE, SIZE, 3), np.uint8)
+    assert (image[0, 0] == 255).all()
+    assert tuple(image[8, 16]) == (0xDD, 0x33, 0x33)
+    assert record["name"] == "noto/cat"
+    assert record["captions"] == [
+        *("cat", "a cat", "a drawing of a cat", "a kitten"),
+        *("a cartoon drawing of a cat", "a cartoon drawing of a kitten"),
+    ]
+
+
+def test_alpha_is_that_of_the_drawing(everything):
+    index = find(everything, "fluent-emoji", "dog")
+    rgba = everything.rgba(index)
+    assert rgba.shape == (SIZE, SIZE, 4)
+    assert (rgba[0, 0, 3], rgba[16, 16, 3]) == (0, 255)
+    blue = over(rgba, (0, 0, 255))
+    assert tuple(blue[0, 0]) == (0, 0, 255)
+    np.testing.assert_array_equal(blue[16, 16], rgba[16, 16, :3])
+
+
+def test_skin_tones_are_named_as_in_speech(everything):
+    record = everything[find(everything, "twemoji", "woman-judge-dark")]
+    assert "a woman judge with dark skin" in record["captions"]
+    assert "a simple drawing of a woman judge with dark skin" in record["captions"]
+
+
+def test_the_splits_partition_the_icons(everything, places):
+    train, held_out = (Iconify(split=s, size=SIZE, **places) for s in ("train", "held_out"))
+    names = [{(icon.set, icon.name) for icon in one.icons} for one in (train, held_out)]
+    assert names[0].isdisjoint(names[1])
+    assert len(names[0]) + len(names[1]) == len(everything) == 4 * (len(THINGS) + 1)
+    expected = {(held_out_style(name), name) for name in THINGS if held_out_style(name)}
+    assert names[1] == expected
+    assert expected
+
+
+def test_things_have_three_sets_and_no_people(places, tmp_path):
+    things = Iconify(subset="things", split="all", size=SIZE, **places)
+    assert {icon.emoji.thing for icon in things.icons} == set(THINGS)
+    folder = write_sets(tmp_path)
+    for icon_set in ("noto", "twemoji"):
+        path = folder / "@iconify-json" / icon_set / "icons.json"
+        data = json.loads(path.read_text())
+        del data["icons"]["owl"]
+        path.write_text(json.dumps(data))
+    fewer = Iconify(
+        subset="things", split="all", size=SIZE, folder=str(folder), cache=str(tmp_path / "cache")
+    )
+    assert {icon.emoji.thing for icon in fewer.icons} == set(THINGS) - {"owl"}
+    assert len(fewer.icons) == 4 * (len(THINGS) - 1)
+
+
+def test_other_sets_are_named_by_their_icons(folder, tmp_path, places):
+    place = folder / "@iconify-json" / "lines"
+    place.mkdir(exist_ok=True)
+    (place / "package.json").write_text("{}")
+    icons = {
+        "arrow-up": {"body": '<path fill="currentColor" d="M0 0h12v6H0z"/>', "height": 6},
+        "flag": {"body": "<path/>"},
+    }
+    turned = {"arrow-right": {"parent": "arrow-up", "rotate": 1}, "up": {"parent": "arrow-up"}}
+    data = {"prefix": "lines", "icons": icons, "aliases": turned, "width": 12, "height": 12}
+    (place / "icons.json").write_text(json.dumps(data))
+    source = Iconify(sets=("lines",), split="all", size=12, folder=str(folder), cache=str(tmp_path))
+    assert [icon.name for icon in source.icons] == ["arrow-up", "flag", "arrow-right"]
+    assert source[0]["captions"] == ["arrow up", "an arrow up", "a drawing of an arrow up"]
+    up, right = (source.rgba(index)[..., 3] == 255 for index in (0, 2))
+    assert up[3:9].all()
+    assert up.sum() == 72
+    np.testing.assert_array_equal(right, up.T)
+
+
+def test_aliases_flip():
+    icons = {"a": {"body": "<path/>", "left": 2}}
+    one = IconSet("x", {"icons": icons, "aliases": {"b": {"parent": "a", "hFlip": True}}}, {})
+    assert 'transform="translate(10.0 8.0) scale(-1 1)' in one.icon("b").svg()
+    assert list(one.names()) == ["a", "b"]
+    with pytest.raises(UserError, match="no drawing for 'c'"):
+        one.icon("c")
+
+
+def test_pickling_keeps_only_the_fields(everything):
+    everything[0]
+    data = pickle.dumps(everything)
+    assert len(data) < 1000
+    np.testing.assert_array_equal(pickle.loads(data)[5]["image"], everything[5]["image"])
+
+
+def test_icons_are_rendered_once_and_again_for_other_packages(everything, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    folder = write_sets(tmp_path / "sets")
+    fields = {"split": "all", "size": SIZE, "folder": str(folder), "cache": str(cache)}
+    first = Iconify(**fields)[0]["image"]
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(icons, "_render_all", lambda *_: pytest.fail("rendered again"))
+    np.testing.assert_array_equal(Iconify(**fields)[0]["image"], first)
+    monkeypatch.undo()
+    path = folder / "@iconify-json" / "noto" / "icons.json"
+    path.write_text(path.read_text().replace("#d33", "#00f"))
+    Iconify(**fields).check()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_failed_renderings_leave_no_files_and_are_user_errors(places, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(icons, "rasterise", fail)
+    source = Iconify(size=8, folder=places["folder"], cache=str(tmp_path))
+    with pytest.raises(UserError, match=r"no space left.*data\.source\.cache"):
+        source.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_renderer_is_a_user_error(places, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[icons\]'"):
+        Iconify(**places).check()
+
+
+def test_impossible_names_of_sets_are_refused():
+    for sets in ((), ("../noto",), ("a b",)):
+        with pytest.raises(UserError, match="names of Iconify's icon sets"):
+            Iconify(sets=sets)
+
+
+def test_missing_sets_are_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"no npm package .* data\.source\.download"):
+        Iconify(folder=str(tmp_path), cache=str(tmp_path)).check()
+
+
+def test_every_set_has_a_word_for_its_style():
+    assert len(set(STYLES.values())) == len(STYLES) == 4
