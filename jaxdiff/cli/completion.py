@@ -8,6 +8,7 @@ import tyro
 
 from jaxdiff.cli.bench import BenchOptions
 from jaxdiff.cli.compile import CompileOptions
+from jaxdiff.cli.ema import EmaOptions
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.explore import ExploreOptions
 from jaxdiff.cli.export import ExportOptions
@@ -54,6 +55,7 @@ def completion_script(shell: str) -> str:
         "train": (TrainOptions, TrainOptions(config=config)),
         "sample": (SampleFlags, None),
         "evaluate": (EvaluateOptions, None),
+        "ema": (EmaOptions, None),
         "export": (ExportOptions, None),
         "prepare": (PrepareOptions, PrepareOptions(config=config)),
         "explore": (ExploreOptions, None),

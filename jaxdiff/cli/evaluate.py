@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import tyro
 from etils import epath
 
+from jaxdiff.cli.evaluate_sweep import parse_sweep, run_sweep
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.cli.score_images import FIGURES, PARTS, compare_command, has_model, score_images
 from jaxdiff.config.checked import checked
@@ -16,7 +18,7 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation, with_samples
 from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.features import ClipFeatures, Measure, features_of
@@ -26,10 +28,11 @@ from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line, write_text
 from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import AnySpec
+from jaxdiff.pretrained.bundle import AnySpec, Bundle
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
+from jaxdiff.training.held_out import bundle_metrics
 from jaxdiff.training.recipe import Config, load_recipe
 from jaxdiff.training.run import on_host0, run_evaluators
 from jaxdiff.training.workdir import read_config
@@ -80,6 +83,12 @@ class EvaluateOptions:
     clip_model: str = ClipGuidance.model
     """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
     `shipped:NAME` or OWNER/NAME."""
+    sweep: tuple[str, ...] = ()
+    """Settings of sampling to compare, all combinations: guidance_scale=1:4:0.25 num_steps=8,12,20
+    solver=ddim,heun. Writes a table, `evaluation_sweep.json` and a plot of quality over cost; the
+    same command resumes."""
+    scalar: str | None = None
+    """Figure that --sweep shows, such as clip_score/score; the first one by default."""
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 
@@ -129,6 +138,7 @@ def _held(options: EvaluateOptions) -> Iterator[None]:
 
 def _evaluate(options: EvaluateOptions, config: Config) -> None:
     assert options.run is not None
+    points = parse_sweep(options.sweep)
     evaluators = _evaluators(config, options)
     spec, params, tokenizers = load_bundle(options.run)
     for evaluator in evaluators:
@@ -137,9 +147,14 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     is_saved = options.out is not None or not options.run.startswith("shipped:")
     folder = epath.Path(options.out or options.run)
     parts = folder / PARTS if is_saved else None
-    context = EvalContext(0, spec, params, tokenizers, config.data, generation, parts=parts)
-    report = run_evaluators(evaluators, context, None, on_host0(write_text))
+    bundle = Bundle(spec, params, tokenizers)
+    loss = functools.partial(bundle_metrics, config, bundle, batch_size=options.batch_size)
+    context = EvalContext(0, *bundle, config.data, generation, loss=loss, parts=parts)
     settings = _settings(options, spec)
+    if options.sweep:
+        run_sweep(points, evaluators, context, settings, folder=folder, scalar=options.scalar)
+        return
+    report = run_evaluators(evaluators, context, None, on_host0(write_text))
     if not is_host0():
         return
     write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -179,11 +194,7 @@ def _evaluators(config: Config, options: EvaluateOptions) -> tuple[Evaluator, ..
             f"{config.name} has no evaluators with figures: name a recipe that has some in "
             "--recipe, such as one with evaluators=(ClipScore(),)."
         )
-    changes: dict[str, Any] = {"samples": options.samples}
-    return tuple(
-        dataclasses.replace(e, **changes) if hasattr(e, "samples") else e  # type: ignore[type-var]
-        for e in found
-    )
+    return tuple(with_samples(e, options.samples) for e in found)
 
 
 def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
@@ -210,6 +221,12 @@ def _generation(options: EvaluateOptions) -> Generation:
 
 
 def _check(options: EvaluateOptions) -> None:
+    if options.sweep and options.out is None and str(options.run).startswith("shipped:"):
+        raise UserError(
+            "--sweep writes files: expected --out for a model that is shipped; name it."
+        )
+    if options.scalar is not None and not options.sweep:
+        raise UserError("--scalar has no effect alone: give --sweep as well.")
     if options.clip_scale and options.best_of > 1:
         raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
     with_clip = options.clip_scale != 0 or options.best_of > 1

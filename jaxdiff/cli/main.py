@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "Train a recipe; the same command resumes an interrupted run.",
     "sample": "Generate images from prompts, on the command line or in a file.",
     "evaluate": "Score a trained model.",
+    "ema": "Average a run's weights with a width chosen after training.",
     "export": "Write a trained model as one folder, for jaxdiff or diffusers.",
     "prepare": "Convert images with captions, or their latents, to shards.",
     "explore": "Map a data set in the spaces of CLIP and an autoencoder.",
@@ -38,10 +39,10 @@ COMMANDS = {
 }
 """What each command does. `NAME_command` of the module `jaxdiff.cli.NAME` runs it."""
 
-WRITE_FILES = {"train", "sample", "evaluate", "export", "prepare", "explore"}
+WRITE_FILES = {"train", "sample", "evaluate", "ema", "export", "prepare", "explore"}
 """Commands whose work is files, which lost output leaves whole."""
 
-CACHED = {"train", "sample", "evaluate", "prepare", "explore"}
+CACHED = {"train", "sample", "evaluate", "ema", "prepare", "explore"}
 """Commands that keep their compiled programs; others measure compilation, or compile nothing."""
 
 

@@ -6,29 +6,28 @@ resume on other machines.
 """
 
 import bisect
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from typing import Any, TypedDict, cast
 
 import jax
 import numpy as np
-import rich.progress
 from absl import flags
 from etils import epy
 from jaxtyping import Int, Int32
 
 from jaxdiff.config.checked import checked
-from jaxdiff.config.fields import Count, Fraction, Natural
+from jaxdiff.config.fields import BelowOne, Count, Fraction, Natural
 from jaxdiff.data.bad_records import RecordError, too_many
 from jaxdiff.data.buckets import BucketPlan
+from jaxdiff.data.held_out import Indices, read_all, split_records
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, stored_sizes
 from jaxdiff.data.workers import end_with_parent, ignore_signals
 from jaxdiff.errors import UserError
-from jaxdiff.io.terminal import console
 
 with epy.lazy_imports():  # with Orbax; not for a recipe that is only read
     import grain
@@ -56,6 +55,8 @@ class DataConfig:
       prefetch: batches that each worker reads ahead, and batches that wait on the devices.
       shuffle: whether to shuffle each epoch.
       max_bad_fraction: fraction of unreadable records beyond which the run stops.
+      held_out: share of the records that is not trained on, which the evaluator `HeldOutLoss` uses;
+        chosen by a hash of each (`split_records`).
       cache: with `cache.views` a run first encodes all records into its folder, as
         `jaxdiff prepare --latents.views` does.
     """
@@ -67,6 +68,7 @@ class DataConfig:
     prefetch: Count = 2
     shuffle: bool = True
     max_bad_fraction: Fraction = 0.01
+    held_out: BelowOne = 0.0
     cache: LatentOptions = field(default_factory=LatentOptions)
 
     @property
@@ -185,21 +187,76 @@ def make_dataset(
     data.source.check()
     if isinstance(data.source, CachedLatents):
         data.source.check_transforms(data.transforms)
-    if batch_size > len(data.source):
+    records = None if data.held_out == 0 else split_records(data.source, data.held_out)[0]
+    count = len(data.source) if records is None else len(records)
+    if batch_size > count:
         raise UserError(
-            f"A batch of {batch_size} records is more than the {len(data.source)} that the data "
-            "hold: lower train.batch_size, or add data."
+            f"A batch of {batch_size} records is more than the {count} that the data hold for "
+            "training: lower train.batch_size, or add data."
         )
     one_shape = data.transforms.buckets is None and not data.transforms.references
     order = _in_order if one_shape else _in_buckets
     own = tuple(range(batch_size) if rows is None else rows)
-    read = _ReadRows(order(data, batch_size, seed), batch_size, own)
+    read = _ReadRows(order(data, batch_size, seed, records), batch_size, own)
+    dataset = _batches(data, read, tokenize, range(first, sys.maxsize))
+    return _in_workers(dataset, data) if data.workers else dataset
+
+
+def make_evaluation_dataset(
+    data: DataConfig,
+    tokenize: Tokenize | None,
+    records: Sequence[int],
+    *,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+) -> "grain.IterDataset":
+    """Make a data set of batches of some records, once and in order, as `make_dataset` does.
+
+    Images are cropped at the center and not flipped, captions are not dropped: a batch depends on
+    its records alone. The last records, fewer than a batch, are left out.
+    """
+    transforms = dataclasses.replace(
+        data.transforms, buckets=None, crop="center", flip=False, caption_dropout=0.0
+    )
+    read_one = _Read(dataclasses.replace(data, transforms=transforms))
+    order = _ByPlace(read_one, tuple(map(int, records)), batch_size)
+    own = tuple(range(batch_size) if rows is None else rows)
+    read = _ReadRows(order, batch_size, own)
+    return _batches(data, read, tokenize, range(len(records) // batch_size))
+
+
+def _batches(
+    data: DataConfig, read: "_ReadRows", tokenize: Tokenize | None, numbers: range
+) -> "grain.IterDataset":
+    """Return the batches of these numbers, read in the calling process."""
     collate = _Collate(tokenize, "latents" if isinstance(data.source, CachedLatents) else "image")
-    batches = grain.MapDataset.range(first, sys.maxsize).map(read).map(collate)
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(read).map(collate)
     threads = 0 if data.threads == 1 else data.threads  # 0 reads in the calling thread
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    dataset = batches.to_iter_dataset(options)
-    return _in_workers(dataset, data) if data.workers else dataset
+    return batches.to_iter_dataset(options)
+
+
+@dataclass(frozen=True)
+class _ByPlace:
+    """Some records, in order; captions and views depend on the record's place alone."""
+
+    read: _Read
+    records: tuple[int, ...]
+    batch_size: int
+
+    def __call__(self, batch: int, row: int) -> _Example | RecordError:
+        place = batch * self.batch_size + row
+        return self.read(self.records[place], np.random.default_rng(place))
+
+
+@dataclass(frozen=True)
+class _Nth:
+    """Some records, by their place among these."""
+
+    records: Indices
+
+    def __call__(self, place: int) -> int:
+        return int(self.records[place])
 
 
 _Order = Callable[[int, int], _Example | RecordError]
@@ -217,11 +274,15 @@ class _OneShape:
         return cast(_Example | RecordError, self.examples[batch * self.batch_size + row])
 
 
-def _in_order(data: DataConfig, batch_size: int, seed: int) -> _Order:
-    positions = grain.MapDataset.range(len(data.source)).seed(seed)
+def _in_order(data: DataConfig, batch_size: int, seed: int, records: Indices | None) -> _Order:
+    count = len(data.source) if records is None else len(records)
+    positions = grain.MapDataset.range(count).seed(seed)
     if data.shuffle:
         positions = positions.shuffle()
-    return _OneShape(positions.repeat().random_map(_Read(data)), batch_size)
+    positions = positions.repeat()
+    if records is not None:
+        positions = positions.map(_Nth(records))
+    return _OneShape(positions.random_map(_Read(data)), batch_size)
 
 
 @dataclass(frozen=True)
@@ -230,16 +291,18 @@ class _ShapeByBatch:
 
     data: DataConfig
     plan: BucketPlan
+    records: Indices
     seed: int
 
     def __call__(self, batch: int, row: int) -> _Example | RecordError:
-        shapes, epoch, records = self.plan.batch(batch)
-        index = int(records[row])
+        shapes, epoch, places = self.plan.batch(batch)
+        index = int(self.records[places[row]])
         return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shapes)
 
 
-def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
-    sizes, most = _sizes(data), data.transforms.references
+def _in_buckets(data: DataConfig, batch_size: int, seed: int, records: Indices | None) -> _Order:
+    records = np.arange(len(data.source)) if records is None else records
+    sizes, most = _sizes(data)[records], data.transforms.references
     if most and not sizes[:, 1:].any():
         raise UserError(
             f"data.transforms.references is {most} but no record has a reference image: expected "
@@ -253,7 +316,7 @@ def _in_buckets(data: DataConfig, batch_size: int, seed: int) -> _Order:
         shuffle=data.shuffle,
         fixed=isinstance(data.source, CachedLatents),
     )
-    return _ShapeByBatch(data, plan, seed)
+    return _ShapeByBatch(data, plan, records, seed)
 
 
 def _sizes(data: DataConfig) -> Int[np.ndarray, "n images 2"]:
@@ -261,7 +324,7 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n images 2"]:
 
     Unreadable images, which fail later, are square.
     """
-    source, count, most = data.source, len(data.source), data.transforms.references
+    source, most = data.source, data.transforms.references
     if isinstance(source, CachedLatents):
         return source.sizes(most)
 
@@ -271,17 +334,10 @@ def _sizes(data: DataConfig) -> Int[np.ndarray, "n images 2"]:
         except RecordError:
             return [(1, 1)]
 
-    sizes = np.zeros((count, 1 + most, 2), int)
-    with ThreadPool(max(data.threads, 8)) as pool:  # bound by storage, not by the CPU
-        found = rich.progress.track(
-            pool.imap(size, range(count), chunksize=64),
-            description="Reading the sizes of the images",
-            total=count,
-            transient=True,
-            console=console(stderr=True),
-        )
-        for row, images in zip(sizes, found, strict=True):
-            row[: len(images)] = images[: len(row)]
+    found = read_all(source, size, "Reading the sizes of the images", max(data.threads, 8))
+    sizes = np.zeros((len(found), 1 + most, 2), int)
+    for row, images in zip(sizes, found, strict=True):
+        row[: len(images)] = images[: len(row)]
     return sizes
 
 

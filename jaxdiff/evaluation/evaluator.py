@@ -8,9 +8,9 @@ import abc
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,9 @@ from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import best_of_n
 from jaxdiff.pretrained.bundle import AnySpec, Bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+Goal = Literal["min", "max"]
+"""Which value of a scalar is best."""
 
 
 class Report(NamedTuple):
@@ -78,6 +81,8 @@ class EvalContext:
       data: of the recipe.
       generation: how images are generated.
       mesh: of devices that share the model, as they train it; None samples on those of this host.
+      loss: `loss(samples)` computes the metrics of the recipe's task, means over as many held-out
+        records; None where there is no such task.
       parts: folder for results in progress, which a later evaluation reads; None keeps none.
     """
 
@@ -88,6 +93,7 @@ class EvalContext:
     data: DataConfig
     generation: Generation = Generation()
     mesh: Mesh | None = None
+    loss: Callable[[int], Mapping[str, np.ndarray]] | None = None
     parts: epath.Path | None = None
 
     @functools.cached_property
@@ -127,6 +133,8 @@ class Evaluator(abc.ABC):
     Attributes:
       name: of its figures in metrics.
       has_figures: whether it reports scalars; `jaxdiff evaluate` leaves out those of images alone.
+      generates: whether its figures depend on how images are sampled, which a sweep varies.
+      goal: which values of its scalars are best.
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
     """
 
@@ -134,14 +142,28 @@ class Evaluator(abc.ABC):
 
     name: ClassVar[str] = "evaluator"
     has_figures: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
+    goal: ClassVar[Goal] = "max"
     every: int = 0
 
     @abc.abstractmethod
     def evaluate(self, context: EvalContext) -> Report:
         """Evaluate a model."""
 
+    def goal_of(self, scalar: str) -> Goal:
+        """Return which value of one of its scalars is best; by default `goal` for all."""
+        return self.goal
+
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def with_samples(evaluator: Evaluator, samples: int | None) -> Evaluator:
+    """Return an evaluator with another number of samples, if it counts any; None leaves its own."""
+    if samples is None or not hasattr(evaluator, "samples"):
+        return evaluator
+    changes: dict[str, Any] = {"samples": samples}
+    return dataclasses.replace(evaluator, **changes)  # type: ignore[type-var]
 
 
 def digest_of_texts(texts: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.evaluation.feature_distance import FeatureDistance
+from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
@@ -14,5 +15,6 @@ AnyEvaluator = (
     | OpenMojiAccuracy
     | ClipScore
     | FeatureDistance
+    | HeldOutLoss
     | Evaluator
 )

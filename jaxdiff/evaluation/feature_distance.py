@@ -15,6 +15,7 @@ from jaxdiff.evaluation.distances import root_factor
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Goal,
     Report,
     check_text_to_image,
     digest_of_texts,
@@ -209,12 +210,17 @@ class FeatureDistance(Evaluator):
     """
 
     name: ClassVar[str] = "features"
+    goal: ClassVar[Goal] = "min"
     network: AnyFeatures | Features = field(default_factory=ClipFeatures)
     reference: str | None = None
     samples: Annotated[int, Range(2)] = 5000
     measures: tuple[Measure, ...] = ()
     few: bool = False
     every: Natural = 0
+
+    def goal_of(self, scalar: str) -> Goal:
+        """Return "max" for precision and recall, "min" for distances."""
+        return "max" if scalar.startswith(("precision", "recall")) else self.goal
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, or cached latents of unknown images."""

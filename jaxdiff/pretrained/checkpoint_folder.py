@@ -66,11 +66,11 @@ def latest_valid_step(folder: epath.Path, report: Report, part: str | None = Non
     found = none
     if jax.process_index() == 0:
         for step in reversed(steps(folder)):
-            damage = _damage(folder / str(step), part)
-            if damage is None:
+            problem = damage(folder / str(step), part)
+            if problem is None:
                 found = step
                 break
-            report(f"The checkpoint {folder / str(step)} is damaged and not used: {damage}.")
+            report(f"The checkpoint {folder / str(step)} is damaged and not used: {problem}.")
             found = all_damaged
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == all_damaged:
@@ -101,11 +101,19 @@ def load_params(
             f"There is no checkpoint in {root}: expected the folder of a trained run; check the "
             "path."
         )
+    return load_part(root / str(step), which), step
+
+
+def load_part(path: epath.Path, part: str) -> dict[str, Any]:
+    """Load one part of a checkpoint, a nested dict, unchecked, onto this process's first device."""
     from orbax.checkpoint import v1 as ocp  # takes longer than everything else
 
-    abstract = _saved_params(root / str(step), which)
-    loaded = ocp.load_checkpointables(root / str(step), placed({which: abstract}))
-    return loaded[which], step
+    return ocp.load_checkpointables(path, placed({part: _saved_params(path, part)}))[part]
+
+
+def parts_of(path: epath.Path) -> list[str]:
+    """Return the names of a checkpoint's parts that hold arrays."""
+    return sorted({name.split("/")[0] for name in read_json(path / ARRAYS)})
 
 
 def placed(parts: PyTree) -> PyTree:
@@ -181,7 +189,7 @@ def clean(folder: epath.Path) -> None:
                 path.rmtree()
 
 
-def _damage(path: epath.Path, part: str | None = None) -> str | None:
+def damage(path: epath.Path, part: str | None = None) -> str | None:
     """Describe the first damaged file of a checkpoint, or of one of its parts; None if intact."""
 
     def needed(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 config.json           the recipe as JSON; task.model is the specification
 tokenizers/NAME/      tokenizer.json, one per text encoder
-frozen.safetensors    weights that are not trained, each at its path in the tree of parameters
+frozen.safetensors    weights that are not trained, each at its path in the tree of parameters;
+                      for the best model of a run, in a folder of it, those of the run
 checkpoints/          the trained ones
 """
 
@@ -68,6 +69,7 @@ def read_run(
     data: Mapping[str, Any],
     place: Place,
     types: Sequence[type] = (),
+    trained: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Read the model of a run, with adapters scaled as in training.
 
@@ -76,15 +78,17 @@ def read_run(
       data: its recipe.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses that are accepted beside those of this package.
+      trained: the trained parameters; None reads the moving average of the newest checkpoint.
 
     Raises:
       UserError: there is no undamaged checkpoint, or it belongs to another model.
     """
     root, spec = epath.Path(folder), read_run_spec(folder, data, types)
-    params, _ = load_params(root / CHECKPOINTS)
+    params = load_params(root / CHECKPOINTS)[0] if trained is None else trained
     if isinstance(spec, TextToImage):
         parts = {path[0] for path, _ in spec.parts}
-        frozen = read_weights(root / FROZEN) if (root / FROZEN).exists() else {}
+        files = [folder / FROZEN for folder in (root, root.parent) if (folder / FROZEN).exists()]
+        frozen = read_weights(files[0]) if files else {}
         own = {name: part for name, part in frozen.items() if name in parts}
         params = merge_params(own, _scaled(params, data))
     check_params(params, spec, str(folder))

@@ -8,8 +8,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 
 import jax
 from etils import epath
@@ -17,12 +18,13 @@ from jaxtyping import PyTree
 
 from jaxdiff.distributed.distributed_init import is_host_lost
 from jaxdiff.errors import UserError
-from jaxdiff.io.text import read_json
+from jaxdiff.io.text import read_json, read_text
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.training.state import TrainState
 
 # Fields that Orbax stores together as "training"; params and ema can be read without them.
 TRAINING = ("step", "key", "opt_state", "task_state", "nonfinite")
+AVERAGES = "averages"  # the part of averages for post-hoc EMA, where a run tracks some
 # Devices that hold the same array write a slice of it each. Each slice compiles a program per shape
 # and device, which would delay the first save for small arrays.
 _MIN_SLICE = 2**22  # bytes
@@ -30,7 +32,7 @@ DISK_FULL = re.compile("No space left|Disk quota exceeded")
 
 
 class Checkpoints:
-    """Save and restore the checkpoints of one run, and keep the newest `keep`.
+    """Save and restore the checkpoints of one run, and keep the newest `keep`; None keeps all.
 
     Every process of a multi-host run creates one and makes the same calls. `folder` may be local or
     `gs://`, and is created on demand. `report` receives one sentence for each damaged checkpoint
@@ -44,10 +46,10 @@ class Checkpoints:
         self,
         folder: epath.PathLike,
         *,
-        keep: int = 3,
+        keep: int | None = 3,
         report: checkpoint_folder.Report | None = None,
     ):
-        if keep < 1:
+        if keep is not None and keep < 1:
             raise UserError(f"{keep} checkpoints cannot be kept: expected at least 1.")
         self._folder = checkpoint_folder.absolute(folder)
         self._keep = keep
@@ -58,20 +60,29 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_orbax_traceback)
         _ignore_closed_loop()
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, notes: Mapping[str, str] = MappingProxyType({})) -> None:
         """Start to save `state`, after the previous save has finished; raise the error of that.
 
         Returns once all arrays are on the host, so that `state` may be donated. Does nothing if the
-        step was the last one saved or restored.
+        step was the last one saved or restored. `notes` are further files of text, by name.
         """
+        self.save_parts(int(state.step), _parts(state), notes)
+
+    def save_parts(
+        self,
+        step: int,
+        parts: dict[str, PyTree],
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Start to save trees of arrays by their name, as `save` does a state."""
         self.wait()
         from orbax.checkpoint import v1 as ocp
 
-        step = int(state.step)
         if step == self._newest:
             return
-        parts = _parts(state)
-        files = {checkpoint_folder.ARRAYS: json.dumps(checkpoint_folder.describe(parts), indent=0)}
+        files = {
+            checkpoint_folder.ARRAYS: json.dumps(checkpoint_folder.describe(parts), indent=0)
+        } | dict(notes)
         try:
             if jax.process_index() == 0:
                 checkpoint_folder.clean(self._folder)
@@ -96,9 +107,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, unverified and ascending."""
+        return checkpoint_folder.steps(self._folder)
+
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, unverified; None if there is none."""
-        return max(checkpoint_folder.steps(self._folder), default=None)
+        return max(self.steps(), default=None)
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """Restore the newest undamaged checkpoint; return None if the folder has no checkpoint.
@@ -120,7 +135,15 @@ class Checkpoints:
         _check_fit(path, parts)
         loaded = ocp.load_checkpointables(path, checkpoint_folder.placed(parts))
         self._newest = step
-        return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
+        averages = loaded.get(AVERAGES, {})
+        return TrainState(
+            params=loaded["params"], ema=loaded["ema"], averages=averages, **loaded["training"]
+        )
+
+    def note(self, name: str) -> str | None:
+        """Return a note of the checkpoint that was restored; None if there is none."""
+        path = self._folder / str(self._newest) / name
+        return read_text(path) if self._newest is not None and path.exists() else None
 
     def close(self) -> None:
         """Wait as `wait` does, and end the writing thread."""
@@ -151,15 +174,15 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._fail(step, error)
         self._newest = step
-        if jax.process_index() == 0:
-            self._remove_old(step)
+        if jax.process_index() == 0 and self._keep is not None:
+            self._remove_old(step, self._keep)
 
-    def _remove_old(self, step: int) -> None:
+    def _remove_old(self, step: int, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints up to `step`."""
         # Newer steps are damaged: the run has resumed before them.
-        steps = [old for old in checkpoint_folder.steps(self._folder) if old <= step]
+        steps = [old for old in self.steps() if old <= step]
         try:
-            for old in steps[: -self._keep]:
+            for old in steps[:-keep]:
                 checkpoint_folder.remove_checkpoint(self._folder / str(old))
         except OSError as error:  # no reason to end a run
             self._report(f"The checkpoint of step {old} could not be removed: {error}.")
@@ -186,7 +209,8 @@ class Checkpoints:
 def _parts(state: TrainState) -> dict[str, PyTree]:
     """Split a state into the parts that Orbax stores separately."""
     training = {name: getattr(state, name) for name in TRAINING}
-    return {"params": state.params, "ema": state.ema, "training": training}
+    parts = {"params": state.params, "ema": state.ema, "training": training}
+    return parts | ({AVERAGES: state.averages} if state.averages else {})
 
 
 def _check_fit(path: epath.Path, parts: dict[str, PyTree]) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int, PyTree
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import BelowOne
+from jaxdiff.training.post_hoc_ema import PostHocEma
 
 
 @checked
@@ -20,9 +21,14 @@ class Ema:
 
     Each leaf depends on the corresponding parameter alone: under jit the EMA is sharded like the
     parameters.
+
+    Attributes:
+      decay: of the average that is sampled and exported.
+      post_hoc: further averages, from which `jaxdiff ema` makes one of any width after training.
     """
 
     decay: BelowOne = 0.9999
+    post_hoc: PostHocEma | None = None
 
     def init(self, params: PyTree) -> PyTree:
         """Initialise the EMA: a float32 copy, which survives the donation of the parameters."""

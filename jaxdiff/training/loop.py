@@ -4,8 +4,8 @@ import functools
 import logging
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.workers import signals_blocked
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.distributed.multihost import AnyHost, from_host, is_host0, sum_over_hosts
+from jaxdiff.distributed.multihost import from_host, is_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import as_options
 from jaxdiff.errors import UserError
@@ -36,11 +36,14 @@ from jaxdiff.training.abstract import (
     host_parts,
     state_initializer,
 )
+from jaxdiff.training.best import NOTES, BestModel
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.goodput import Goodput
 from jaxdiff.training.initial_weights import load_frozen, load_parts
 from jaxdiff.training.metrics import MetricsWriter, Progress, Throughput
+from jaxdiff.training.post_hoc_ema import Snapshots
+from jaxdiff.training.preemption import Preemption, stop_on_signal
 from jaxdiff.training.prepare_shards import with_cache
 from jaxdiff.training.profiler import StepTrace
 from jaxdiff.training.recipe import Config
@@ -110,42 +113,88 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.train.keep, report=log)
         )
+        snapshots = stack.enter_context(Snapshots(out, config.ema.post_hoc, log))
         state, shardings = _start(config, mesh, checkpoints, host, tokenizers, log)
         del host
         first = int(state.step)
+        snapshots.resume(first, state.averages)
         rows = host_rows(batch_sharding(mesh), config.train.batch_size)
         batches = _batches(config, tokenizers, mesh, rows, first)
         stack.callback(batches.close)
-        stop = stack.enter_context(_stop_on_signal(mesh, log))
+        stop = stack.enter_context(stop_on_signal(mesh, log))
         run = _Run(config, out, first, len(rows), account, log)
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         stack.enter_context(run.trace)
+        best = whole.enter_context(_best_model(config, out, tokenizers, checkpoints, evaluate, log))
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
 
         def after(number: int, state: TrainState) -> None:
-            if number % config.train.checkpoint_every == 0:
-                checkpoints.save(state)
+            saves = number % config.train.checkpoint_every == 0
+            if saves and config.best is None:  # else with what the evaluation decides
+                _save(state, checkpoints, snapshots, best)
+            snapshots.after(number, state.averages)
             due = _due(config, number)
             if due and evaluate is not None:
                 with run.throughput.timed("pause"):
-                    run.writer.write_report(
-                        number, evaluate(state, frozen | unread, tokenizers, due)
-                    )
+                    report = evaluate(state, frozen | unread, tokenizers, due)
+                    run.writer.write_report(number, report)
+                    best.after(number, report.scalars, state.ema)
+            if saves and config.best is not None:
+                _save(state, checkpoints, snapshots, best)
 
-        state = _take_steps(run, stop, lambda s, b: step(s, frozen, b), state, batches, after)
+        stops = lambda: stop.should_stop or best.should_stop  # noqa: E731
+        state = _take_steps(
+            run, stop, stops, lambda s, b: step(s, frozen, b), state, batches, after
+        )
         number = int(state.step)
+        finished = number == config.train.steps or best.should_stop
         if number > first:
-            checkpoints.save(state)
+            if finished:
+                snapshots.save(number, state.averages)
+            _save(state, checkpoints, snapshots, best)
         checkpoints.wait()
         stack.close()
         summary = {"step": number, "fingerprint": fingerprint(state), **run.totals()}
-        finished = number == config.train.steps
         stopped_by = None if finished else stop.signal
         result = Result(summary, state, frozen | unread, tokenizers, finished, stopped_by)
-        if finished and finish is not None:
-            run.writer.write_report(number, finish(result))
+        if finished:
+            summary |= best.summary
+            report = finish(result) if finish is not None else Report()
+            run.writer.write_report(number, report)
+            best.after(number, report.scalars, state.ema)
+            best.wait()
+            summary |= best.summary if report.scalars else {}
     return result
+
+
+def _best_model(
+    config: Config,
+    out: epath.Path,
+    tokenizers: Tokenizers,
+    checkpoints: Checkpoints,
+    evaluate: Evaluate | None,
+    log: Callable[[str], None],
+) -> BestModel:
+    """Return what follows the best step, from the checkpoint that was restored."""
+    return BestModel(
+        out,
+        config=to_json(config),
+        tokenizers=tokenizers,
+        settings=config.best if evaluate is not None else None,
+        evaluators=config.evaluators,
+        notes=checkpoints.note(NOTES),
+        report=log,
+    )
+
+
+def _save(
+    state: TrainState, checkpoints: Checkpoints, snapshots: Snapshots, best: BestModel
+) -> None:
+    """Save a checkpoint; a run that resumes there has all that was written before it."""
+    snapshots.wait()
+    best.wait()
+    checkpoints.save(state, best.notes)
 
 
 def _open_data(
@@ -181,18 +230,19 @@ def _place_frozen(
 
 def _take_steps(
     run: "_Run",
-    stop: "_Preemption",
+    stop: Preemption,
+    stops: Callable[[], bool],
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
     batches: "grain.DatasetIterator",
     after: Callable[[int, TrainState], None],
 ) -> TrainState:
-    """Take steps up to the last one, or to the one after which to stop; return the state.
+    """Take steps up to the last one, or to the one after which `stops()`; return the state.
 
     `after` is called with the number of each step, once it is dispatched, and the state.
     """
     number, compiled, pending = int(state.step), set(), None
-    while number < run.train.steps and not stop.should_stop:
+    while number < run.train.steps and not stops():
         with run.throughput.timed("pause"):
             run.trace.before(number + 1, state)
         batch, skipped = run.take(batches)
@@ -297,61 +347,6 @@ def _batches(
         iterator = iter(batches)
         iterator.start_prefetch()
     return iterator
-
-
-class _Preemption:
-    """Agreement of all hosts on the step after which to stop.
-
-    A signal reaches hosts at different moments, or a single host, but all must take the same steps.
-    They vote with every step and read the result once the next step is dispatched.
-    """
-
-    def __init__(self, mesh: Mesh, log: Callable[[str], None]):
-        self.requested = False
-        self.signal = signal.SIGTERM  # what another host got
-        self._log = log
-        self._ballot = AnyHost(mesh) if jax.process_count() > 1 else None
-        self._votes: list[jax.Array] = []
-        self._agreed = False
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether to stop now: equal on all hosts at the same step."""
-        return self._agreed if self._ballot else self.requested
-
-    def vote(self) -> None:
-        """Vote, after a step was dispatched."""
-        if self._ballot:
-            self._votes.append(self._ballot(self.requested))
-
-    def poll(self) -> None:
-        """Read the result of the oldest vote."""
-        if self._votes:
-            self._agreed = bool(self._votes.pop(0))
-            if self._agreed and not self.requested:
-                self._log("Another host was asked to stop: saving, then stopping.")
-
-
-@contextmanager
-def _stop_on_signal(mesh: Mesh, log: Callable[[str], None]) -> Iterator[_Preemption]:
-    """Turn the first SIGTERM or SIGINT into a stop request; a second one has its usual effect."""
-    stop, before = _Preemption(mesh, log), {}
-
-    def request(number, _frame):
-        stop.requested, stop.signal = True, signal.Signals(number)
-        name = signal.Signals(number).name
-        log(f"{name}: saving, then stopping; send it again to stop at once.")
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # under nohup
-            continue
-        before[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Run:

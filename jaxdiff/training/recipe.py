@@ -14,6 +14,7 @@ from jaxdiff.config.plugins import failure_of
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.datasets.icons.source import Iconify
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
@@ -23,6 +24,7 @@ from jaxdiff.distributed.xla_flags import CompilerConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluators import AnyEvaluator
 from jaxdiff.models.layers import ComputeType, Remat
+from jaxdiff.training.best import BestCheckpoint
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
@@ -130,6 +132,7 @@ class Config:
       mesh: of the devices.
       compiler: XLA's flags.
       evaluators: metrics and images, at intervals and at the end.
+      best: by which scalar of an evaluator the best step is kept, and when training stops early.
       slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
 
     Raises:
@@ -146,6 +149,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     evaluators: tuple[AnyEvaluator, ...] = ()
+    best: BestCheckpoint | None = None
     slices: tuple[PlannedTopology, ...] = ()
 
     def __post_init__(self):
@@ -183,7 +187,7 @@ def with_remat(config: Config, remat: Remat) -> Config:
     return replace(config, task=replace(config.task, model=replace(model, denoiser=denoiser)))
 
 
-DATASETS = (Produce, OpenMoji, Iconify)
+DATASETS = (Produce, OpenMoji, Iconify, EmojiScenes)
 """Sources that ship with jaxdiff, beside those of `jaxdiff.data`."""
 
 

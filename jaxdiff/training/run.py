@@ -1,5 +1,6 @@
 """A run: train a recipe, and evaluate it at intervals and at the end."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxdiff.io.files import file_errors_as_user_errors, write_whole
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import format_json, parse_json, read_json
+from jaxdiff.training.best import BEST
+from jaxdiff.training.held_out import held_out_metrics
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -41,6 +44,8 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
     evaluators = config.evaluators if config.train.evaluate else ()
     for evaluator in evaluators:
         evaluator.check(config.task.model, config.data)
+    if config.best is not None:
+        config.best.check(evaluators)
 
     def evaluate(
         state: TrainState,
@@ -76,7 +81,13 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
             finish=finish,
             log=log,
         )
+        if result.finished:
+            _write_summary(folder, result)
     end = f"Finished at step {result.summary['step']}: {folder}"
+    if "ended" in result.summary:
+        end += f" ({result.summary['ended']})"
+    if best := result.summary.get("best"):
+        end += f"; best step {best['step']}, {best['scalar']} {best['value']:.6g}: {folder / BEST}"
     if not result.finished:
         end = f"Stopped at step {result.summary['step']}; the same command resumes there."
     log(end)
@@ -87,11 +98,12 @@ def eval_context(
     config: Config, state: TrainState, frozen: PyTree, tokenizers: Mapping[str, TextTokenizer]
 ) -> EvalContext:
     """Return the context of evaluators: the model with its moving average."""
-    task, params = config.task, state.ema
+    task, params, mesh = config.task, state.ema, make_mesh(config.mesh)
+    loss = functools.partial(held_out_metrics, config, state.ema, frozen, tokenizers, mesh)
     if isinstance(task, DiffusionTask):
         params = task.model_params(params, frozen)
     return EvalContext(
-        int(state.step), task.model, params, tokenizers, config.data, mesh=make_mesh(config.mesh)
+        int(state.step), task.model, params, tokenizers, config.data, mesh=mesh, loss=loss
     )
 
 

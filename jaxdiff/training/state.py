@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from jaxdiff.distributed.multihost import to_host
 
 # Fields that the fingerprint covers, in order.
-FINGERPRINTED = ("step", "params", "ema", "opt_state")
+FINGERPRINTED = ("step", "params", "ema", "averages", "opt_state")
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +25,7 @@ class TrainState:
       key: of the run; step n uses `fold_in(key, n)`.
       params: float32 masters.
       ema: their exponential moving average, of the same structure.
+      averages: those for post-hoc EMA, by name; {} where the recipe has none.
       opt_state: of the optimizer.
       task_state: state of the task, such as the noise curriculum.
       nonfinite: skipped updates: consecutive ones until now, and all.
@@ -34,6 +35,7 @@ class TrainState:
     key: Key[Array, ""] | Any
     params: PyTree
     ema: PyTree
+    averages: PyTree = dataclasses.field(default_factory=dict)
     opt_state: PyTree
     task_state: PyTree
     nonfinite: PyTree
@@ -44,7 +46,7 @@ class TrainState:
 
 
 def fingerprint(state: TrainState) -> str:
-    """Return the SHA-256, in hex, over the bytes of step, params, EMA and optimizer state.
+    """Return the SHA-256, in hex, over the bytes of step, params, averages and optimizer state.
 
     Leaves enter in the order of their tree, with path, type and shape: equal fingerprints mean
     bit-equal states. Sharded arrays are gathered on every host, so all hosts must call it.

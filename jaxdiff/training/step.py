@@ -41,6 +41,7 @@ def init_state(
         key=jax.random.key(seed, impl="threefry2x32"),
         params=params,
         ema=ema.init(params),
+        averages=ema.post_hoc.init(params) if ema.post_hoc else {},
         opt_state=optimizer.init(params),
         task_state=task.init_state(),
         nonfinite=no_skips(),
@@ -101,6 +102,11 @@ def make_train_step(
         finite &= jnp.isfinite(optax.tree.norm(params))
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        if ema.post_hoc:  # a skipped update is a step of unchanged parameters
+            with jax.named_scope("ema"):
+                changed["averages"] = ema.post_hoc.update(
+                    state.averages, changed["params"], state.step
+                )
         nonfinite = {
             "in_a_row": jnp.where(finite, 0, state.nonfinite["in_a_row"] + 1),
             "total": state.nonfinite["total"] + ~finite,

@@ -28,8 +28,10 @@ from jaxdiff.pretrained.bundle import (
 )
 from jaxdiff.pretrained.load import model_folder, read_tokenizers
 from jaxdiff.pretrained.run_folder import FROZEN, is_recipe, read_run_spec
+from jaxdiff.training.best import BEST
 from jaxdiff.training.goodput import STARTS
 from jaxdiff.training.metrics import RECORDS, TENSORBOARD, WANDB_ID
+from jaxdiff.training.post_hoc_ema import SNAPSHOTS
 from jaxdiff.training.profiler import TRACE
 from jaxdiff.training.recipe import Config, config_from_json, differences
 from jaxdiff.training.tasks.diffusion import DiffusionTask
@@ -41,6 +43,7 @@ _FREE = (
     "name",
     "mesh",
     "evaluators",
+    "best",
     "task.model.name",
     "task.model.sampler",
     "data.workers",
@@ -59,6 +62,8 @@ _FREE = (
 # which starts again with the same recipe.
 _RUN_FILES = (
     CHECKPOINTS,
+    SNAPSHOTS,
+    BEST,
     FROZEN,
     CACHE,
     "samples",
@@ -69,6 +74,7 @@ _RUN_FILES = (
     STARTS,
     "summary.json",
     "evaluation.json",
+    "ema_search.json",
     TOKENIZERS,
     CONFIG,
 )

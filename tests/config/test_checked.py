@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.cli.bench import BenchOptions
+from jaxdiff.cli.ema import EmaOptions
 from jaxdiff.cli.evaluate import EvaluateOptions
 from jaxdiff.cli.explore import ExploreOptions
 from jaxdiff.cli.export import ExportOptions
@@ -24,6 +25,7 @@ from jaxdiff.training.recipe import DATASETS
 
 ROOTS = (
     BenchOptions,
+    EmaOptions,
     EvaluateOptions,
     ExploreOptions,
     ExportOptions,

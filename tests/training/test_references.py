@@ -18,11 +18,13 @@ from jaxdiff.data.sources.array_record import ArrayRecord
 from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.diffusion.row_keys import RowKeys
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.abstract import abstract_batch, flops_per_image
+from jaxdiff.training.held_out import held_out_metrics
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.loop import train
 from jaxdiff.training.prepare_shards import Sharing, with_cache, write_records
@@ -215,3 +217,15 @@ def test_plans_count_references(root):
     )
     found = flops_per_image(config) - flops_per_image(alone)
     assert found == pytest.approx(3 * (more - less))
+
+
+def test_held_out_records_have_one_number_of_references(root):
+    """Those with one reference, the most frequent: a batch has one number of them."""
+    config = config_of(root, "mixed")
+    config = dataclasses.replace(config, data=dataclasses.replace(uncached(config), held_out=0.9))
+    parts = config.task.frozen_parts(), config.task.initial_parts()
+    frozen, params = (jax.tree.map(jnp.asarray, load_parts(one)) for one in parts)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    tokenizers = load_bundle(root / NAME).tokenizers
+    metrics = held_out_metrics(config, params, frozen, tokenizers, mesh, 4 * BATCH)
+    assert np.isfinite(metrics["loss"])

@@ -47,7 +47,9 @@ class Source(Protocol):
     """Random access to records; constructing one opens no files.
 
     A source that finds records it cannot use while it indexes its files states them in a property
-    `left_out` (`jaxdiff.data.bad_records.LeftOut`); others need none.
+    `left_out` (`jaxdiff.data.bad_records.LeftOut`); others need none. One that distinguishes its
+    records without reading them has a method `identity(index)`, a text that stays the same when
+    records are added or change places (`identity_of`).
     """
 
     def __len__(self) -> int:
@@ -65,6 +67,20 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise `UserError` if the data are missing or empty."""
         ...
+
+
+def identity_of(source: Any, index: int) -> bytes:
+    """Return what distinguishes a record in any order of the data: its identity, or its pixels.
+
+    Raises:
+      RecordError: the record must be read for it, and cannot be.
+    """
+    stated = getattr(source, "identity", None)
+    if stated is not None:
+        return stated(index).encode(errors="surrogateescape")
+    record = source[index]
+    data = record["moments"] if "moments" in record else record["image"]
+    return data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
 
 
 class PickledFields:

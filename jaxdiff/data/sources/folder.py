@@ -91,6 +91,10 @@ class ImageFolder:
             raise error.of(name) from error
         return {"image": image, "captions": captions, "name": name, "references": references}
 
+    def identity(self, index: int) -> str:
+        """Return the path of the image in the folder."""
+        return self._index.entries[index].file
+
     def check(self) -> None:
         """Raise `UserError` if the folder is missing, empty or without captions.
 

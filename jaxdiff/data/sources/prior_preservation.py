@@ -8,7 +8,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Range
 from jaxdiff.data.bad_records import LeftOut, left_out_of
 from jaxdiff.data.sources.array_record import ArrayRecord
-from jaxdiff.data.sources.base import Record, Source
+from jaxdiff.data.sources.base import Record, Source, identity_of
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.data.sources.tfds import TFDS
@@ -42,11 +42,20 @@ class PriorPreservation:
         return math.ceil(max(len(self.own) / (1 - s), len(self.prior) / s) - 1e-9)
 
     def __getitem__(self, index: int, /) -> Record:
+        source, place = self._place(index)
+        return source[place]
+
+    def identity(self, index: int) -> str:
+        """Return the identity of the image in its source, in hexadecimal."""
+        return identity_of(*self._place(index)).hex()
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        """Return the source of a record, and its index there."""
         s = self.prior_fraction
         before, after = math.floor(index * s), math.floor((index + 1) * s)
         if after > before:
-            return self.prior[before % len(self.prior)]
-        return self.own[(index - before) % len(self.own)]
+            return self.prior, before % len(self.prior)
+        return self.own, (index - before) % len(self.own)
 
     def check(self) -> None:
         """Raise `UserError` if data are missing."""

@@ -107,6 +107,11 @@ class WebDataset:
             raise error.of(name) from error
         return {"image": image, "captions": captions, "name": name, "references": references}
 
+    def identity(self, index: int) -> str:
+        """Return the path of the image in its archive, after the name of that."""
+        sample = self._index.samples[index]
+        return f"{self._files.files[sample.tar].name}/{sample.image.name}"
+
     def check(self) -> None:
         """Raise `UserError` if the tar files are missing, damaged, or without captioned images."""
         if not self._index.samples:

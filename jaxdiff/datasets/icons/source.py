@@ -115,6 +115,11 @@ class Iconify(PickledFields):
             "name": f"{icon.set}/{icon.name}",
         }
 
+    def identity(self, index: int) -> str:
+        """Return the set and the name of the icon."""
+        icon = self.icons[index]
+        return f"{icon.set}/{icon.name}"
+
     def rgba(self, index: int) -> UInt8[np.ndarray, "h w 4"]:
         """Return the pixels of record `index`, with straight alpha."""
         return self._file[1].get_slice("images")[self.icons[index].row]
@@ -165,7 +170,7 @@ class Iconify(PickledFields):
         parts += [Path(str(module.__file__)).read_text() for module in (naming, formats)]
         for package in (packages.NAMES, *map(packages.package_of, self.sets)):
             place = self._place(package)
-            parts.append(packages.digest(place, "icons.json", "chars.json", "en/data.json"))
+            parts.append(packages.content_digest(place, "icons.json", "chars.json", "en/data.json"))
         return packages.text_digest(parts)
 
     def _select(self) -> Iterator[tuple[_Row, str]]:

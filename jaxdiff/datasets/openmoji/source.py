@@ -70,6 +70,10 @@ class OpenMoji(PickledFields):
         emoji = self.emojis[index]
         return {"image": self.image(index), "captions": emoji.captions, "name": emoji.name}
 
+    def identity(self, index: int) -> str:
+        """Return the name of the emoji."""
+        return self.emojis[index].name
+
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """Return the pixels of record `index`."""
         return np.array(self._images[self.emojis[index].row])

@@ -90,6 +90,10 @@ class Produce:
             "name": f"produce/{self.split}/{index}",
         }
 
+    def identity(self, index: int) -> str:
+        """Return what the scene is a function of."""
+        return f"{self.seed}/{self.split}/{index}"
+
     def scene(self, index: int) -> Scene:
         """Return the scene of record `index`."""
         return self._scene(index)[0]

@@ -1,0 +1,145 @@
+"""The best checkpoint and early stopping: what is kept, when training ends, and resumption."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxdiff.config.serialization import accept_types
+from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.evaluation.selection import Selection
+from jaxdiff.pretrained import checkpoint_folder
+from jaxdiff.pretrained.checkpoint_folder import load_params
+from jaxdiff.pretrained.load import load_bundle
+from jaxdiff.training.best import BestCheckpoint
+from jaxdiff.training.run import run_recipe
+
+SCORES = {1: 3.0, 2: 2.0, 3: 5.0, 4: 2.5, 5: float("nan"), 6: 9.0}
+SEEN = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Evaluator):
+    """Reports `SCORES` of the step."""
+
+    name: ClassVar[str] = "scripted"
+    goal: ClassVar = "min"
+    every: int = 1
+
+    def evaluate(self, context):
+        SEEN.append(context.step)
+        return Report(scalars={"score": SCORES[context.step]})
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _own_types():
+    SEEN.clear()
+    with accept_types([Scripted]):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe):
+    """`recipe(patience=3)`: six steps with an evaluation after each."""
+
+    def make(**best):
+        config = dataclasses.replace(tiny_recipe(steps=6), evaluators=(Scripted(),))
+        return dataclasses.replace(config, best=BestCheckpoint(scalar="scripted/score", **best))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """A run that ends early: step 2 is best, and the next three are not."""
+    folder, said = tmp_path_factory.mktemp("run"), []
+    with accept_types([Scripted]):
+        result = run_recipe(recipe(patience=3), str(folder), log=said.append)
+    return folder, result, said
+
+
+def test_training_ends_where_patience_does_and_says_why(run):
+    folder, result, said = run
+    assert result.finished
+    assert summary(folder)["step"] == 5
+    assert summary(folder)["ended"] == "3 evaluations in a row without a better scripted/score"
+    assert summary(folder)["best"] == {"scalar": "scripted/score", "step": 2, "value": 2.0}
+    assert "best step 2, scripted/score 2" in said[-1]
+
+
+def test_the_best_model_is_one_that_loads(run):
+    folder, result, _ = run
+    best = epath.Path(folder) / "best"
+    assert checkpoint_folder.steps(best / "checkpoints") == [2]
+    average, step = load_params(best / "checkpoints")
+    assert step == 2
+    params = load_bundle(str(best)).params
+    jax.tree.map(np.testing.assert_array_equal, params["denoiser"], average["denoiser"])
+    last = jax.tree.leaves(result.state.ema["denoiser"])[0]
+    assert not np.array_equal(jax.tree.leaves(params["denoiser"])[0], last)
+
+
+def test_a_finished_run_is_left_as_it_is(run, recipe):
+    folder, _, _ = run
+    before = summary(folder)
+    run_recipe(recipe(patience=3), str(folder), log=lambda _: None)
+    assert SEEN == []
+    assert summary(folder) == before
+
+
+def test_a_resumed_run_ends_as_one_that_went_on(run, recipe, tmp_path):
+    """It resumes at step 4, where patience was two thirds used, without the metrics file."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "5")
+    for name in ("summary.json", "metrics.jsonl"):
+        (folder / name).unlink()
+    run_recipe(recipe(patience=3), str(folder), log=lambda _: None)
+    assert SEEN == [5, 5]  # at its interval, and at the end
+    for key in ("best", "ended", "step", "fingerprint"):
+        assert summary(folder)[key] == summary(run[0])[key]
+
+
+def test_without_patience_a_run_takes_all_steps_and_more_patience_resumes_it(run, recipe, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    run_recipe(recipe(goal="max"), str(folder), log=lambda _: None)
+    assert summary(folder)["ended"] == "all steps were taken"
+    assert summary(folder)["best"]["step"] == 6
+
+
+def test_a_value_is_better_in_the_direction_of_its_evaluator_by_the_least_change():
+    selection, evaluator = Selection(scalar="scripted/score"), Scripted()
+    assert selection.is_better(1.0, None, evaluator)
+    assert selection.is_better(1.0, 2.0, evaluator)
+    assert not selection.is_better(1.0, 2.0, evaluator, by=1.0)
+    assert not selection.is_better(float("nan"), None, evaluator)
+    assert not Selection(scalar="scripted/score", goal="max").is_better(1.0, 2.0, evaluator)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"best": BestCheckpoint(scalar="fid/fid")},
+            "no evaluator of the recipe reports 'fid/fid'",
+        ),
+        ({"evaluators": (Scripted(every=0),)}, "its evaluator runs at the end alone"),
+    ],
+)
+def test_a_scalar_that_training_does_not_report_is_refused_first(changes, says, recipe, tmp_path):
+    config = dataclasses.replace(recipe(), **changes)
+    with pytest.raises(UserError, match=says):
+        run_recipe(config, str(tmp_path), log=lambda _: None)
+    assert not (tmp_path / "checkpoints").exists()
