@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from jaxdiff.config.fields import flag
-from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.extraction import remove_parts
@@ -21,6 +21,7 @@ from jaxdiff.evaluation.provenance import compare_figures, figures_json
 from jaxdiff.evaluation.self_test import self_test
 from jaxdiff.evaluation.statistics import Statistics, read_npz, write_statistics
 from jaxdiff.io.files import make_folder, write_whole
+from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line, write_text
 from jaxdiff.io.text import format_json
 from jaxdiff.training.recipe import load_recipe
@@ -84,18 +85,20 @@ def score_images(options: "EvaluateOptions") -> None:
     """
     if options.self_test:
         self_test(on_host0(write_line))
-    elif options.images is not None:
-        _score(options)
-    else:
+    elif options.images is None:
         _write_reference(options)
+    elif options.out is None:
+        _score(options, None)
+    else:
+        with held_on_host0(output_folder(options.out)):
+            _score(options, epath.Path(options.out))
 
 
-def _score(options: "EvaluateOptions") -> None:
-    """Score a folder of images."""
+def _score(options: "EvaluateOptions", folder: epath.Path | None) -> None:
+    """Score a set of images, and save the figures in a folder, if there is one."""
     assert options.images is not None
     assert options.reference is not None
     network = features_of(options.features, options.resize).load()
-    folder = None if options.out is None else make_folder(options.out)
     parts = None if folder is None else folder / PARTS
     theirs = _reference(network, options.reference, parts)
     ours = set_statistics(network, _images(options.images), parts)
@@ -104,10 +107,10 @@ def _score(options: "EvaluateOptions") -> None:
         return
     write_text(report.text)
     if folder is not None:
-        save_figures(folder, report, options.images)
+        _save_figures(folder, report, options.images)
 
 
-def save_figures(folder: epath.Path, report: Report, images: str) -> None:
+def _save_figures(folder: epath.Path, report: Report, images: str) -> None:
     """Write `evaluation.json` of images, and remove the features in progress."""
     content = figures_json(report, {"images": images})
     write_whole(folder / FIGURES, (format_json(content, indent=2) + "\n").encode())
@@ -137,7 +140,7 @@ def _write_reference(options: "EvaluateOptions") -> None:
 
 def _reference(network: FeatureNetwork, name: str, parts: epath.Path | None) -> Statistics:
     """Return the statistics of a file, a folder, or the data of a recipe."""
-    if epath.Path(name).exists():
+    if epath.Path(name).exists() and not name.endswith(".py"):
         return reference_statistics(network, name, parts)
     return set_statistics(network, DataImages(load_recipe(name).data), parts)
 

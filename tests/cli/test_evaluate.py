@@ -276,6 +276,27 @@ def test_images_of_any_generator_are_scored_against_a_reference_and_compared(
     assert "not comparable (images is 12 in the first and 8 in the second)" in message
 
 
+def test_a_recipe_is_a_reference(one_device, recipe, tmp_path, capsys):
+    made = squares(tmp_path / "made", 8)
+    words = ("--images", made, "--reference", recipe, "--few", "--measures", "mmd")
+    assert cli.main(["evaluate", *words]) == 0
+    figure, about = capsys.readouterr().out.splitlines()
+    assert figure.startswith("mmd_shipped_produce_clip ")
+    assert about == f"{made}: 8; reference Produce: 4"
+
+
+def test_images_in_an_archive_are_scored(one_device, tmp_path, capsys, refused):
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), np.uint8)
+    np.savez(tmp_path / "made.npz", arr_0=images)
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(128), sigma=np.eye(128))
+    made, moments = str(tmp_path / "made.npz"), str(tmp_path / "moments.npz")
+    assert cli.main(["evaluate", "--images", made, "--reference", made, "--measures", "mmd"]) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(0, abs=1e-9)
+    assert "holds statistics" in refused("evaluate", "--images", moments, "--reference", made)
+    out = ("--out", str(tmp_path / "again.safetensors"))
+    assert "holds mean and covariance alone" in refused("evaluate", "--reference", moments, *out)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
