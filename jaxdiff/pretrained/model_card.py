@@ -14,6 +14,7 @@ from etils import epath
 
 from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.datasets.icons.names import STYLES
 from jaxdiff.datasets.icons.source import Iconify
 from jaxdiff.datasets.openmoji.source import OpenMoji
@@ -37,17 +38,19 @@ class DataCard(NamedTuple):
     credits: str = ""
 
 
+_ICONS = (
+    "The drawings are those of Fluent Emoji (Microsoft, MIT), Noto Emoji (Google, Apache-2.0) and "
+    "Twemoji (Twitter, Inc. and other contributors, CC BY 4.0), rendered and adapted; the names "
+    "are emojibase's (Miles Johnson, MIT)."
+)
 DATA_CARDS = {
     Produce.__name__: DataCard(
         "scenes of fruit and vegetables that jaxdiff renders, with captions", "Apache-2.0"
     ),
     OpenMoji.__name__: DataCard("drawings of OpenMoji, with captions", "CC-BY-SA-4.0"),
-    Iconify.__name__: DataCard(
-        "drawings of icon sets, with captions",
-        "Apache-2.0",
-        "The drawings are those of Fluent Emoji (Microsoft, MIT), Noto Emoji (Google, Apache-2.0) "
-        "and Twemoji (Twitter, Inc. and other contributors, CC BY 4.0), rendered and adapted; the "
-        "names are emojibase's (Miles Johnson, MIT).",
+    Iconify.__name__: DataCard("drawings of icon sets, with captions", "Apache-2.0", _ICONS),
+    EmojiScenes.__name__: DataCard(
+        "scenes composed of drawings of icon sets, with captions", "Apache-2.0", _ICONS
     ),
 }
 

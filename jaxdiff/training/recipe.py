@@ -14,6 +14,7 @@ from jaxdiff.config.plugins import failure_of
 from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.config.serialization import flatten, from_json, to_json
 from jaxdiff.data.loader import DataConfig
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.datasets.icons.source import Iconify
 from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.datasets.produce.source import Produce
@@ -172,7 +173,7 @@ def with_remat(config: Config, remat: Remat) -> Config:
     return replace(config, task=replace(config.task, model=replace(model, denoiser=denoiser)))
 
 
-DATASETS = (Produce, OpenMoji, Iconify)
+DATASETS = (Produce, OpenMoji, Iconify, EmojiScenes)
 """Sources that ship with jaxdiff, beside those of `jaxdiff.data`."""
 
 

@@ -72,6 +72,7 @@ _NOUN_TAGS = re.compile(
     """,
     re.VERBOSE,
 )
+_NO_NAMES = re.compile(r"(?!ring).*ing|tada|party|date|android|iphone|.* (side|front|squared)")
 _MOST_CARRIERS = 2  # emoji that may share a tag that names them, such as a cat and its face
 _STYLE_PERIOD = 2  # of things, of which one has a held-out style
 _PAIR_PERIOD = 8
@@ -162,6 +163,7 @@ def _names(entry: dict, shortcodes: list[str], nouns: set[str], taken: set[str])
     own = _plain(entry["label"])
     codes = [code.replace("_", " ") for code in shortcodes]
     names = [own, *(name for name in codes if name not in taken and name != f"{own} face")]
+    names = [own, *(name for name in names[1:] if not _NO_NAMES.fullmatch(name))]
     names += [tag for tag in entry.get("tags", ()) if tag in nouns and tag not in taken]
     names = [name for name in dict.fromkeys(names) if _NOUN.fullmatch(name)]
     return () if any(map(_NO_THINGS.fullmatch, (own, *names))) else tuple(names)

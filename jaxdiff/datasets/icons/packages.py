@@ -151,7 +151,7 @@ def _json(place: Path, name: str, required: bool) -> Any:
     return None
 
 
-def digest(place: Path, *names: str) -> str:
+def content_digest(place: Path, *names: str) -> str:
     """Return a digest of an archive, or of these files of a folder."""
     hashed = hashlib.sha256()
     for path in [place] if place.is_file() else [place / name for name in names]:

@@ -170,7 +170,7 @@ class Iconify(PickledFields):
         parts += [Path(str(module.__file__)).read_text() for module in (naming, formats)]
         for package in (packages.NAMES, *map(packages.package_of, self.sets)):
             place = self._place(package)
-            parts.append(packages.digest(place, "icons.json", "chars.json", "en/data.json"))
+            parts.append(packages.content_digest(place, "icons.json", "chars.json", "en/data.json"))
         return packages.text_digest(parts)
 
     def _select(self) -> Iterator[tuple[_Row, str]]:

@@ -1,0 +1,92 @@
+"""Text to images of everyday things in four drawing styles, at 128 pixels.
+
+Hardware: one GPU.
+Cost: not been measured.
+
+    pip install -e '.[icons]'
+    python train.py configs/icons_autoencoder.py --data.source.download True
+    python train.py configs/icons_clip.py
+    jaxdiff export runs/icons_autoencoder models/icons_autoencoder
+    jaxdiff export runs/icons_clip models/icons_clip
+    python train.py configs/icons.py
+
+The recipe has not been trained yet. It has 700 things, flat, shaded, cartoon and simple, alone, in
+groups and in relations, without one style of every second thing and without one pair in eight.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.data.sources.cached_latents import LatentOptions
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
+from jaxdiff.diffusion.objectives import Denoising
+from jaxdiff.diffusion.time_grids import TimeGrid
+from jaxdiff.diffusion.time_sampling import LogitNormal
+from jaxdiff.evaluation.samples import SampleGrid
+from jaxdiff.models.conditioning import ClipConditioner, ClipTextEncoder
+from jaxdiff.training.ema import Ema
+from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
+from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
+
+PROMPTS = (
+    "a cat",
+    "a flat drawing of a snowman on blue",
+    "a shaded drawing of a crystal ball",
+    "a cartoon drawing of a pizza",
+    "a simple drawing of a rocket on the left",
+    "three strawberries on yellow",
+    "a flat drawing of a cat to the left of a rocket on blue",
+    "a shaded drawing of a teddy bear below an umbrella",
+)
+
+
+def get_config() -> Config:
+    """Return `configs/produce.py`, larger, on scenes of icons."""
+    folder, replace = Path(__file__).parent, dataclasses.replace
+    base = load_recipe(folder / "produce.py")
+    clip = load_recipe(folder / "icons_clip.py")
+    autoencoder = load_recipe(folder / "icons_autoencoder.py").task
+    assert isinstance(base.task, DiffusionTask)
+    assert isinstance(clip.task, ClipTask)
+    assert isinstance(autoencoder, AutoencoderTask)
+    model, text = base.task.model, clip.task.model.text
+    return replace(
+        base,
+        name="icons",
+        task=replace(
+            base.task,
+            model=replace(
+                model,
+                name="icons",
+                denoiser=replace(
+                    model.denoiser,
+                    width=256,
+                    depth=8,
+                    text_width=text.width,
+                    pooled_width=text.width,
+                ),
+                conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
+                autoencoder=autoencoder.model,
+                image_size=128,
+                sampler=replace(model.sampler, grid=TimeGrid(shift=4.0), num_steps=24),
+            ),
+            pretrained=Pretrained(
+                text_encoders="models/icons_clip", autoencoder="models/icons_autoencoder"
+            ),
+            objective=Denoising(times=LogitNormal(mean=0.7, std=1.3)),
+        ),
+        data=replace(
+            base.data,
+            source=EmojiScenes(length=400_000),
+            transforms=Transforms(size=128),
+            cache=LatentOptions(views=1, text=True),
+        ),
+        tokenizer=clip.tokenizer,
+        optimizer=replace(base.optimizer, learning_rate=1e-3),
+        ema=Ema(decay=0.9995),
+        train=replace(base.train, steps=200_000, batch_size=64, checkpoint_every=5000),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=10_000),),
+    )

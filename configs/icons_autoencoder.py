@@ -1,0 +1,35 @@
+"""An autoencoder of drawings of everyday things: 128x128 pixels to 16x16 latents of 8 channels.
+
+Hardware: one GPU; a CPU takes a day.
+Cost: not been measured.
+
+    pip install -e '.[icons]'
+    python train.py configs/icons_autoencoder.py --data.source.download True
+
+The recipe has not been trained yet. As in `produce_autoencoder`, the first and last convolutions
+work on patches of 4 pixels. For `icons`, set its `shift_factor` and `scaling_factor` as
+`AutoencoderTask` explains.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxdiff.data.transforms import Transforms
+from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
+from jaxdiff.training.recipe import Config, load_recipe
+
+
+def get_config() -> Config:
+    """Return `configs/produce_autoencoder.py` on scenes of 128 pixels, trained for longer."""
+    base, replace = (
+        load_recipe(Path(__file__).with_name("produce_autoencoder.py")),
+        dataclasses.replace,
+    )
+    transforms = Transforms(size=128, flip=True, caption_dropout=0.0)
+    return replace(
+        base,
+        name="icons_autoencoder",
+        data=replace(base.data, source=EmojiScenes(length=10_000_000), transforms=transforms),
+        optimizer=replace(base.optimizer, learning_rate=3e-3),
+        train=replace(base.train, steps=20_000, checkpoint_every=1000),
+    )

@@ -1,0 +1,222 @@
+"""Scenes of one to three drawings: their contents, their layout, and what is held out.
+
+Training has no drawing of a thing in its held-out style, and no two things that are a held-out pair
+(`jaxdiff.datasets.icons.names`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+
+from jaxdiff.datasets.icons.names import held_out_pair, held_out_style
+from jaxdiff.errors import UserError
+
+T = TypeVar("T")
+
+ItemSize = Literal["small", "medium", "large"]
+Placement = Literal["left", "right", "top", "bottom", "centre"]
+Side = Literal["left of", "right of", "above", "below"]
+Share = Literal["train", "held_out"]
+
+SIDES: dict[ItemSize, float] = {"small": 0.36, "medium": 0.56, "large": 0.82}
+"""The longer side of a single drawing, as a fraction of the image's."""
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "centre": (0, 0),
+}
+"""Of the first drawing from the second, or of the drawing from the centre; y points down."""
+_PAIR_SIDES, _ROW_SIDE, _TWO_SIDE = (0.38, 0.46), 0.29, 0.42
+_SAME_STYLE = 0.75  # of pairs and trios
+_MARGIN = 0.02
+_TRIES = 1000  # a held-out pair takes eight on average
+
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "red": (225, 70, 65),
+    "orange": (250, 160, 70),
+    "yellow": (250, 222, 105),
+    "green": (120, 195, 115),
+    "blue": (95, 155, 235),
+    "purple": (165, 120, 215),
+    "pink": (248, 180, 205),
+    "brown": (160, 115, 80),
+    "grey": (160, 165, 170),
+    "black": (35, 35, 38),
+}
+"""Red, green and blue of the backgrounds, before each is varied a little."""
+_WHITE_FRACTION = 0.3
+_VARIATION = 12
+
+
+class SceneItem(NamedTuple):
+    """One drawing of a scene: the thing, and the icon set that draws it."""
+
+    thing: str
+    style: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IconScene:
+    """The contents of a scene, and where its drawings are.
+
+    Attributes:
+      items: one thing, alone or `count` times; two in a `relation`, that of the first to the
+        second; or three, from left to right or from top to bottom.
+      boxes: centre and longer side of each drawing, as fractions of the image's side.
+      background: a key of `BACKGROUNDS`.
+      colour: its red, green and blue here.
+      size: of a single thing.
+      position: of a single thing.
+      relation: of two things, or of the first to the second of three.
+      count: of the drawings of a single thing.
+    """
+
+    items: tuple[SceneItem, ...]
+    boxes: tuple[tuple[float, float, float], ...]
+    background: str
+    colour: tuple[int, int, int]
+    size: ItemSize | None = None
+    position: Placement | None = None
+    relation: Side | None = None
+    count: int = 1
+
+
+class Catalogue(NamedTuple):
+    """The things that scenes may have, each with the styles that draw it."""
+
+    things: tuple[str, ...]
+    styles: Mapping[str, tuple[str, ...]]
+
+    def of_share(self, share: Share) -> "Catalogue":
+        """Return the drawings that training has, or those that it does not have."""
+        kept = {
+            thing: tuple(
+                style
+                for style in styles
+                if (held_out_style(thing) == style) == (share == "held_out")
+            )
+            for thing, styles in self.styles.items()
+        }
+        return Catalogue(tuple(thing for thing in self.things if kept[thing]), kept)
+
+
+def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
+    """Sample one thing at a random size and position; large ones are in the centre."""
+    item = _item(rng, drawings, _pick(rng, drawings.things))
+    size = _pick(rng, get_args(ItemSize))
+    position = "centre" if size == "large" else _pick(rng, get_args(Placement))
+    side = SIDES[size] * rng.uniform(0.93, 1.07)
+    reach = (1 - side) / 2 - _MARGIN
+    centre = [0.5 + step * reach * rng.uniform(0.75, 1.0) for step in DIRECTIONS[position]]
+    centre = [
+        x + rng.uniform(-0.04, 0.04) * (step == 0)
+        for x, step in zip(centre, DIRECTIONS[position], strict=True)
+    ]
+    return _scene(rng, (item,), [(*centre, side)], size=size, position=position)
+
+
+def sample_equal(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
+    """Sample two or three equal drawings, in a row or a column."""
+    count = int(rng.integers(2, 4))
+    item = _item(rng, drawings, _pick(rng, drawings.things))
+    boxes = _row(rng, count, bool(rng.integers(2)))
+    return _scene(rng, (item,), boxes, count=count)
+
+
+def sample_two(rng: np.random.Generator, drawings: Catalogue, share: Share = "train") -> IconScene:
+    """Sample two things in a relation, a pair of the share, in styles of `drawings`."""
+    things = _different(rng, drawings, 2, share)
+    relation = _pick(rng, get_args(Side))
+    across, down = DIRECTIONS[relation]
+    boxes = []
+    for sign in (1, -1):
+        side = rng.uniform(*_PAIR_SIDES)
+        x, y = (
+            0.5 + sign * step * 0.25 if step else rng.uniform(side / 2 + 0.1, 0.9 - side / 2)
+            for step in (across, down)
+        )
+        boxes.append((x, y, side))
+    return _scene(rng, _styled(rng, drawings, things), boxes, relation=relation)
+
+
+def sample_three(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
+    """Sample three things, no two of which are a held-out pair, in a row or a column."""
+    things = _different(rng, drawings, 3, "train")
+    down = bool(rng.integers(2))
+    relation = "above" if down else "left of"
+    items = _styled(rng, drawings, things)
+    return _scene(rng, items, _row(rng, 3, down), relation=relation)
+
+
+def _scene(rng: np.random.Generator, items: tuple[SceneItem, ...], boxes, **further) -> IconScene:
+    places = tuple((float(x), float(y), float(side)) for x, y, side in boxes)
+    name, colour = sample_background(rng)
+    return IconScene(items=items, boxes=places, background=name, colour=colour, **further)
+
+
+def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
+    """Sample the name of a background, and its red, green and blue."""
+    names = list(BACKGROUNDS)
+    name = names[0] if rng.random() < _WHITE_FRACTION else _pick(rng, names[1:])
+    vary = rng.integers(-_VARIATION, _VARIATION + 1, 3) * (name != names[0])
+    red, green, blue = np.clip(np.asarray(BACKGROUNDS[name]) + vary, 0, 255).tolist()
+    return name, (red, green, blue)
+
+
+def _row(rng: np.random.Generator, count: int, down: bool) -> list[tuple[float, float, float]]:
+    """Return boxes from left to right, or from top to bottom, that do not overlap."""
+    side = (_TWO_SIDE if count == 2 else _ROW_SIDE) * rng.uniform(0.93, 1.04)
+    boxes = []
+    for index in range(count):
+        along = (index + 0.5) / count
+        aside = 0.5 + rng.uniform(-0.1, 0.1)
+        boxes.append((aside, along, side) if down else (along, aside, side))
+    return boxes
+
+
+def _different(
+    rng: np.random.Generator, drawings: Catalogue, count: int, share: Share
+) -> tuple[str, ...]:
+    """Sample different things, all pairs of the share.
+
+    Raises:
+      UserError: no such things are found.
+    """
+    for _ in range(_TRIES):
+        things = tuple(_pick(rng, drawings.things) for _ in range(count))
+        pairs = list(combinations(things, 2))
+        if all(a != b and held_out_pair(a, b) == (share == "held_out") for a, b in pairs):
+            return things
+    raise UserError(
+        f"The icon sets have only {len(drawings.things)} things, too few for scenes of several: "
+        "set data.source.sets to sets of more emoji."
+    )
+
+
+def _item(rng: np.random.Generator, drawings: Catalogue, thing: str) -> SceneItem:
+    return SceneItem(thing, _pick(rng, drawings.styles[thing]))
+
+
+def _styled(
+    rng: np.random.Generator, drawings: Catalogue, things: tuple[str, ...]
+) -> tuple[SceneItem, ...]:
+    """Return the things in mostly the same style, if all have one in common."""
+    shared = set.intersection(*(set(drawings.styles[thing]) for thing in things))
+    if shared and rng.random() < _SAME_STYLE:
+        style = _pick(rng, sorted(shared))
+        return tuple(SceneItem(thing, style) for thing in things)
+    return tuple(_item(rng, drawings, thing) for thing in things)
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
