@@ -33,14 +33,14 @@ class Denoiser(NamedTuple):
     Attributes:
       make: returns diffusers' network, given the number of heads of a transformer.
       read: returns jaxdiff's config and parameters, given the network.
-      call: calls the network on x_t and conditioning, as jaxdiff has them; returns as jaxdiff does.
+      call: calls the network on tensors of x_t and conditioning in jaxdiff's layout; returns that.
       tokens: of a prompt.
       cell: pixels along a side of one latent.
     """
 
     make: Callable[[int], Any]
     read: Callable[[Any], tuple[Any, Any]]
-    call: Callable[[Any, np.ndarray, Conditioning], Any]
+    call: Callable[[Any, torch.Tensor, Any], torch.Tensor]
     tokens: int
     cell: int = 8
 
@@ -81,9 +81,11 @@ def contenders(kind: Denoiser, *, batch: int, size: int, heads: int) -> Contende
     t = jnp.full(batch, (_TIMESTEP + 1) / 1000 if is_unet else TIME)
     inputs = jax.tree.map(jnp.asarray, (x, t, cond))
 
+    there = jax.tree.map(lambda array: torch.from_numpy(np.array(array)), (x, cond))
+
     def theirs(network: Any) -> np.ndarray:
         with torch.no_grad():
-            return kind.call(network, x, cond).numpy()
+            return kind.call(network, *there).numpy()
 
     return Contenders(lambda: np.asarray(predict(params, *inputs)), theirs, network)
 
@@ -92,11 +94,11 @@ def _tensors(network: Any) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in network.state_dict().items()}
 
 
-def _nchw(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+def _nchw(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
-def _times(x: np.ndarray) -> torch.Tensor:
+def _times(x: torch.Tensor) -> torch.Tensor:
     return torch.full((len(x),), TIME)
 
 
@@ -109,9 +111,8 @@ def _read_unet(network: Any) -> tuple[Any, Any]:
     return SD1, unet_keys.unet_from_torch(_tensors(network), SD1, place=to_device)
 
 
-def _call_unet(network: Any, x: np.ndarray, cond: Conditioning) -> Any:
-    words = torch.from_numpy(np.asarray(cond.tokens))
-    return network(_nchw(x), torch.tensor(_TIMESTEP), words).sample.permute(0, 2, 3, 1)
+def _call_unet(network: Any, x: torch.Tensor, cond: Any) -> torch.Tensor:
+    return network(_nchw(x), torch.tensor(_TIMESTEP), cond.tokens).sample.permute(0, 2, 3, 1)
 
 
 def _flux1(heads: int) -> Any:
@@ -143,31 +144,29 @@ def _ids(*axes: int) -> torch.Tensor:
     return torch.cartesian_prod(*(torch.arange(float(length)) for length in axes))
 
 
-def _call_flux1(network: Any, x: np.ndarray, cond: Conditioning) -> Any:
+def _call_flux1(network: Any, x: torch.Tensor, cond: Any) -> torch.Tensor:
     b, h, w, c = x.shape
-    packed = torch.from_numpy(x).reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
-    tokens = torch.from_numpy(np.asarray(cond.tokens))
+    packed = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
     out = network(
         packed.reshape(b, h * w // 4, 4 * c),
-        encoder_hidden_states=tokens,
-        pooled_projections=torch.from_numpy(np.asarray(cond.pooled)),
+        encoder_hidden_states=cond.tokens,
+        pooled_projections=cond.pooled,
         timestep=_times(x),
         img_ids=_ids(1, h // 2, w // 2),
-        txt_ids=torch.zeros(tokens.shape[1], 3),
+        txt_ids=torch.zeros(cond.tokens.shape[1], 3),
     ).sample
     out = out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 1, 4, 2, 5, 3)
     return out.reshape(b, h, w, c)
 
 
-def _call_flux2(network: Any, x: np.ndarray, cond: Conditioning) -> Any:
+def _call_flux2(network: Any, x: torch.Tensor, cond: Any) -> torch.Tensor:
     b, h, w, c = x.shape
-    tokens = torch.from_numpy(np.asarray(cond.tokens))
     return network(
-        torch.from_numpy(x).reshape(b, h * w, c),
-        encoder_hidden_states=tokens,
+        x.reshape(b, h * w, c),
+        encoder_hidden_states=cond.tokens,
         timestep=_times(x),
         img_ids=_ids(1, h, w, 1).expand(b, -1, -1),
-        txt_ids=_ids(1, 1, 1, tokens.shape[1]).expand(b, -1, -1),
+        txt_ids=_ids(1, 1, 1, cond.tokens.shape[1]).expand(b, -1, -1),
     ).sample.reshape(b, h, w, c)
 
 
@@ -182,9 +181,9 @@ def _read_z_image(network: Any) -> tuple[Any, Any]:
     return config, z_image_keys.z_image_from_torch(_tensors(network), config, place=to_device)
 
 
-def _call_z_image(network: Any, x: np.ndarray, cond: Conditioning) -> Any:
+def _call_z_image(network: Any, x: torch.Tensor, cond: Any) -> torch.Tensor:
     images = list(_nchw(x)[:, :, None])
-    prompts = list(torch.from_numpy(np.asarray(cond.tokens)))
+    prompts = list(cond.tokens)
     out = network(images, 1 - _times(x), prompts).sample
     return -torch.stack(list(out))[:, :, 0].permute(0, 2, 3, 1)
 

@@ -11,7 +11,8 @@ float32 masters, which take 62 GB with EMA and AdamW's moments, sharded over `--
 The run first encodes images and captions into its folder: a caption takes 8 MB, for 512 tokens of
 three hidden states of Qwen3. Each batch has one of nine shapes around 1024 x 1024. Times are
 logit-normal (Esser et al. 2024, section 3.1); of ten captions one is empty, for classifier-free
-guidance. Speed and quality have not been measured yet.
+guidance. Images for editing name reference images (`--data.source.reference COLUMN` and
+`--data.transforms.references 1`). Speed and quality have not been measured yet.
 
 `jaxdiff plan configs/flux2_klein_4b.py --quick` compiles the step for each of them:
 

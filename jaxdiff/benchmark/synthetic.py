@@ -64,7 +64,7 @@ def random_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
         if leaf.dtype == bool:  # masks [b, n] hide no token, and no prompt [b] is absent
             return np.full(leaf.shape, leaf.ndim > 1)
         if np.issubdtype(leaf.dtype, np.integer):
-            below = 256 if name == "image" else config.tokenizer.vocab_size
+            below = 256 if leaf.dtype == np.uint8 else config.tokenizer.vocab_size
             return rng.integers(0, below, leaf.shape, leaf.dtype)
         return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
 

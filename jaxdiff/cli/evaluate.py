@@ -153,6 +153,8 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     settings = _settings(options, spec)
     if options.sweep:
         run_sweep(points, evaluators, context, settings, folder=folder, scalar=options.scalar)
+        if is_host0():
+            remove_parts(folder / PARTS)
         return
     report = run_evaluators(evaluators, context, None, on_host0(write_text))
     if not is_host0():

@@ -21,6 +21,8 @@ _NAMED = 5  # bad records that an error names
 UNREADABLE = "unreadable"
 NO_CAPTION = "without a caption"
 NO_IMAGE = "without an image"
+NO_REFERENCE = "without a reference image"
+MANY_REFERENCES = "with too many reference images"
 NOT_TEXT = "with a caption that is no text"
 TOO_LARGE = "too large"
 UNSUPPORTED = "of an unsupported format"
@@ -61,6 +63,10 @@ class RecordError(Exception):
     def of(self, name: str) -> "RecordError":
         """Return the same error of the record `name`."""
         return RecordError(self._reason, self._kind, name)
+
+    def within(self, part: str) -> "RecordError":
+        """Return the same error in a part of the record."""
+        return RecordError(f"{part}: {self._reason}", self._kind, self._name)
 
     @property
     def reject(self) -> Reject:

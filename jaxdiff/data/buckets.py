@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: batches of one image shape each (Podell et al. 2023, section 2.3).
 
 Shapes have about the same area, and each image is cropped to the one of the nearest aspect ratio.
+Reference images are too: a batch has one shape of each, and one number of them.
 Assignment and batches depend only on image sizes and the seed: every host computes the same plan.
 """
 
@@ -10,7 +11,7 @@ from functools import lru_cache
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Range
@@ -50,15 +51,22 @@ def nearest_shape(
     sizes: Int[np.ndarray, "n 2"], shapes: Sequence[tuple[int, int]]
 ) -> Int[np.ndarray, " n"]:
     """Return the index of the (height, width) shape nearest in log aspect ratio, per image size."""
-    ratios = np.log(sizes[:, 1]) - np.log(sizes[:, 0])
-    wanted = np.log([height / width for height, width in shapes])
+    ratios, wanted = _log_ratios(sizes, shapes)
     return np.abs(ratios[:, None] - wanted).argmin(1)
 
 
-class BucketBatch(NamedTuple):
-    """The shape and the records of one batch."""
+def _log_ratios(
+    sizes: Int[np.ndarray, "*n 2"], shapes: Sequence[tuple[int, int]]
+) -> tuple[Float[np.ndarray, "*n"], Float[np.ndarray, " s"]]:
+    """Return log(height / width) of images and of shapes."""
+    ratios = np.log(sizes[..., 1]) - np.log(sizes[..., 0])
+    return ratios, np.log([height / width for height, width in shapes])
 
-    shape: tuple[int, int]
+
+class BucketBatch(NamedTuple):
+    """The records of one batch, and the shapes of their image and of each reference."""
+
+    shapes: tuple[tuple[int, int], ...]
     epoch: int
     records: Int[np.ndarray, " b"]
 
@@ -68,10 +76,11 @@ class BucketPlan:
 
     Each epoch contains every record once, in its own order; a shape's last batch is completed with
     that shape's first records of the epoch. Shapes with fewer images than a batch are dropped, and
-    their images go to the nearest remaining shape.
+    their images go to the nearest remaining shape. With references, "shape" stands for those of
+    the image and of each reference; records with equally many share them.
 
     Args:
-      sizes: width and height of every image.
+      sizes: width and height of every image and its references; 0 where it has fewer.
       shapes: height and width of the buckets, the square first.
       batch_size: records per batch on all hosts together, at most the number of records.
       seed: seed of the order.
@@ -81,7 +90,7 @@ class BucketPlan:
 
     def __init__(
         self,
-        sizes: Int[np.ndarray, "n 2"],
+        sizes: Int[np.ndarray, "n images 2"],
         shapes: Sequence[tuple[int, int]],
         *,
         batch_size: int,
@@ -89,18 +98,14 @@ class BucketPlan:
         shuffle: bool,
         fixed: bool = False,
     ):
-        shapes = list(shapes)
-        bucket = nearest_shape(sizes, shapes)
-        # One at a time, the smallest first: its images may fill another bucket.
-        while len(shapes) > 1 and not fixed:
-            counts = np.bincount(bucket, minlength=len(shapes))
-            smallest = int(counts.argmin())
-            if counts[smallest] >= batch_size:
-                break
-            del shapes[smallest]
-            bucket = nearest_shape(sizes, shapes)
-        self._shapes = shapes
-        self._members = [np.flatnonzero(bucket == b) for b in range(len(shapes))]
+        self._shapes: list[tuple[tuple[int, int], ...]] = []
+        self._members: list[Int[np.ndarray, " m"]] = []
+        images = (sizes[..., 0] > 0).sum(1)
+        for count in np.unique(images):
+            records = np.flatnonzero(images == count)
+            chosen, bucket = _assign(sizes[records, :count], shapes, 1 if fixed else batch_size)
+            self._shapes += [tuple(shapes[i] for i in places) for places in chosen.tolist()]
+            self._members += [records[bucket == b] for b in range(len(chosen))]
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -122,6 +127,31 @@ class BucketPlan:
             batches += [(bucket, rows) for rows in filled.reshape(-1, self._batch_size)]
         places = rng.permutation(len(batches)) if self._shuffle else range(len(batches))
         return [batches[place] for place in places]
+
+
+def _assign(
+    sizes: Int[np.ndarray, "n images 2"], shapes: Sequence[tuple[int, int]], least: int
+) -> tuple[Int[np.ndarray, "buckets images"], Int[np.ndarray, " n"]]:
+    """Return buckets of at least `least` records, as indices of shapes, and that of each record."""
+    n, count, _ = sizes.shape
+    nearest = nearest_shape(sizes.reshape(-1, 2), shapes).reshape(n, count)
+    codes = np.ravel_multi_index(tuple(nearest.T), (len(shapes),) * count)
+    codes, bucket = np.unique(codes, return_inverse=True)
+    chosen = np.stack(np.unravel_index(codes, (len(shapes),) * count), axis=1)
+    ratios, wanted = _log_ratios(sizes, shapes)
+    wanted = wanted[chosen]
+    left = np.ones(len(chosen), bool)
+    # One at a time, the smallest first: its images may fill another bucket.
+    while left.sum() > 1:
+        numbers = np.where(left, np.bincount(bucket, minlength=len(chosen)), n + 1)
+        smallest = int(numbers.argmin())
+        if numbers[smallest] >= least:
+            break
+        left[smallest] = False
+        moved = np.flatnonzero(bucket == smallest)
+        distance = np.abs(ratios[moved, None] - wanted[left]).sum(-1)
+        bucket[moved] = np.flatnonzero(left)[distance.argmin(1)]
+    return chosen[left], (np.cumsum(left) - 1)[bucket]
 
 
 @lru_cache(maxsize=2)  # prefetching crosses from one epoch into the next

@@ -25,7 +25,7 @@ from jaxdiff.data.buckets import BucketPlan
 from jaxdiff.data.held_out import Indices, read_all, split_records
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
-from jaxdiff.data.transforms import Transforms, stored_size
+from jaxdiff.data.transforms import Transforms, stored_sizes
 from jaxdiff.data.workers import end_with_parent, ignore_signals
 from jaxdiff.errors import UserError
 
@@ -35,7 +35,7 @@ with epy.lazy_imports():  # with Orbax; not for a recipe that is only read
 # Grain's error for a process that is killed or crashes.
 WORKER_DIED = r"Worker process was terminated unexpectedly with exit code (-?\d+)"
 # Keys of a batch that go to the devices; the others stay on the host.
-ON_DEVICE = ("image", "latents", "text", "text_features", "size_crop")
+ON_DEVICE = ("image", "latents", "references", "text", "text_features", "size_crop")
 
 Tokenize = Callable[[list[str]], Any]
 """A picklable function from captions to a tree of arrays [b, ...]."""
@@ -91,6 +91,7 @@ class _Example(TypedDict):
     caption: str
     text: np.ndarray | None  # cached features of the caption
     size_crop: Int32[np.ndarray, " 6"]
+    references: Sequence[np.ndarray]  # of the type of x, each of its own height and width
     bad: list[str]
 
 
@@ -101,19 +102,29 @@ class _Read:
     data: DataConfig
 
     def __call__(
-        self, index: int, rng: np.random.Generator, shape: tuple[int, int] | None = None
+        self,
+        index: int,
+        rng: np.random.Generator,
+        shapes: Sequence[tuple[int, int]] | None = None,
     ) -> _Example | RecordError:
         source, transforms, text = self.data.source, self.data.transforms, None
         try:
             if isinstance(source, CachedLatents):
                 record = source[index]
-                x, caption, size_crop = transforms.of_latents(record, rng)
+                x, caption, size_crop, references = transforms.of_latents(record, rng)
                 text = source.text(record, caption)
             else:
-                x, caption, size_crop = transforms(source[index], rng, shape)
+                x, caption, size_crop, references = transforms(source[index], rng, shapes)
         except RecordError as error:
             return error
-        return {"x": x, "caption": caption, "text": text, "size_crop": size_crop, "bad": []}
+        return {
+            "x": x,
+            "caption": caption,
+            "text": text,
+            "size_crop": size_crop,
+            "references": references,
+            "bad": [],
+        }
 
 
 @dataclass(frozen=True)
@@ -127,9 +138,12 @@ class _Collate:
         bad = [name for record in records for name in record["bad"]]
         text = self.tokenize and self.tokenize([record["caption"] for record in records])
         features = [record["text"] for record in records if record["text"] is not None]
+        references = zip(*(record["references"] for record in records), strict=True)
+        stacked = tuple(np.stack(images) for images in references)
         return {
             **({} if text is None else {"text": text}),
             **({"text_features": np.stack(features)} if features else {}),
+            **({"references": stacked} if stacked else {}),
             self.name: np.stack([record["x"] for record in records]),
             "size_crop": np.stack([record["size_crop"] for record in records]),
             "skipped": len(bad),
@@ -152,10 +166,11 @@ def make_dataset(
     [b, 6], the number of unusable records, `skipped`, and their errors, `bad`. Another record of
     the batch replaces an unusable one. `CachedLatents` give `latents` [b, h, w, 2 c] in place of
     `image`, in their stored type: means of z, then logarithms of its variance; and `text_features`
-    [b, m], captions encoded by `Conditioner.pack`, if cached.
+    [b, m], captions encoded by `Conditioner.pack`, if cached. `references`, of records that have
+    some, is a tuple of arrays like `image` or `latents`, each of its own height and width.
 
     With `Buckets`, h and w differ between batches, some records repeat (`BucketPlan`), and the
-    sizes of all images are read first.
+    sizes of all images are read first; with references, their number differs too.
 
     Args:
       data: records, transforms and settings.
@@ -179,7 +194,8 @@ def make_dataset(
             f"A batch of {batch_size} records is more than the {count} that the data hold for "
             "training: lower train.batch_size, or add data."
         )
-    order = _in_order if data.transforms.buckets is None else _in_buckets
+    one_shape = data.transforms.buckets is None and not data.transforms.references
+    order = _in_order if one_shape else _in_buckets
     own = tuple(range(batch_size) if rows is None else rows)
     read = _ReadRows(order(data, batch_size, seed, records), batch_size, own)
     dataset = _batches(data, read, tokenize, range(first, sys.maxsize))
@@ -271,7 +287,7 @@ def _in_order(data: DataConfig, batch_size: int, seed: int, records: Indices | N
 
 @dataclass(frozen=True)
 class _ShapeByBatch:
-    """Images of one of several shapes in each batch."""
+    """Images of one of several shapes, and references of such, in each batch."""
 
     data: DataConfig
     plan: BucketPlan
@@ -279,15 +295,21 @@ class _ShapeByBatch:
     seed: int
 
     def __call__(self, batch: int, row: int) -> _Example | RecordError:
-        shape, epoch, places = self.plan.batch(batch)
+        shapes, epoch, places = self.plan.batch(batch)
         index = int(self.records[places[row]])
-        return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shape)
+        return _Read(self.data)(index, np.random.default_rng((self.seed, epoch, index)), shapes)
 
 
 def _in_buckets(data: DataConfig, batch_size: int, seed: int, records: Indices | None) -> _Order:
     records = np.arange(len(data.source)) if records is None else records
+    sizes, most = _sizes(data)[records], data.transforms.references
+    if most and not sizes[:, 1:].any():
+        raise UserError(
+            f"data.transforms.references is {most} but no record has a reference image: expected "
+            "some; name their column in data.source.reference, or set it to 0."
+        )
     plan = BucketPlan(
-        _sizes(data)[records],
+        sizes,
         data.transforms.shapes,
         batch_size=batch_size,
         seed=seed,
@@ -297,19 +319,26 @@ def _in_buckets(data: DataConfig, batch_size: int, seed: int, records: Indices |
     return _ShapeByBatch(data, plan, records, seed)
 
 
-def _sizes(data: DataConfig) -> Int[np.ndarray, "n 2"]:
-    """Return width and height of every image; unreadable ones, which fail later, are square."""
-    source = data.source
+def _sizes(data: DataConfig) -> Int[np.ndarray, "n images 2"]:
+    """Return width and height of every image and its references, as many as are read.
+
+    Unreadable images, which fail later, are square.
+    """
+    source, most = data.source, data.transforms.references
     if isinstance(source, CachedLatents):
-        return source.sizes()
+        return source.sizes(most)
 
-    def size(index: int) -> tuple[int, int]:
+    def size(index: int) -> list[tuple[int, int]]:
         try:
-            return stored_size(source[index]["image"])
+            return stored_sizes(source[index])
         except RecordError:
-            return 1, 1
+            return [(1, 1)]
 
-    return np.array(read_all(source, size, "Reading the sizes of the images", max(data.threads, 8)))
+    found = read_all(source, size, "Reading the sizes of the images", max(data.threads, 8))
+    sizes = np.zeros((len(found), 1 + most, 2), int)
+    for row, images in zip(sizes, found, strict=True):
+        row[: len(images)] = images[: len(row)]
+    return sizes
 
 
 @dataclass(frozen=True)

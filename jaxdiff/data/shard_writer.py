@@ -24,9 +24,9 @@ from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.buckets import nearest_shape
 from jaxdiff.data.shards import Shard, shard_from_json
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import Record, images_of
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
-from jaxdiff.data.transforms import Transforms, View, stored_size
+from jaxdiff.data.transforms import Transforms, View, stored_sizes
 from jaxdiff.data.workers import end_with_parent, ignore_signals, signals_blocked
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -71,31 +71,34 @@ class RecordReader:
     transforms: Transforms
 
     def image(self, index: int) -> Record | RecordError:
-        """Return a record, or the reason why it is unusable."""
+        """Return a record, with all its references, or the reason why it is unusable."""
         try:
             record = self.source[index]
-            self.transforms(record, np.random.default_rng(0))
+            count = len(images_of(record)) - 1
+            transforms = dataclasses.replace(self.transforms, references=count)
+            transforms(record, np.random.default_rng(0))
         except RecordError as error:
             return error
         return record
 
     def views(self, index: int, count: int) -> "Crops | RecordError":
-        """Return `count` crops of a record in its nearest shape, or why it is unusable."""
+        """Return `count` crops of a record in the nearest shapes, or why it is unusable."""
         shapes = self.transforms.shapes
         try:
-            record, shape = self.source[index], 0
+            record = self.source[index]
+            nearest = [0] * len(images_of(record))
             if len(shapes) > 1:
-                shape = int(nearest_shape(np.array([stored_size(record["image"])]), shapes)[0])
-            views = self.transforms.views(record, count, shapes[shape])
+                nearest = nearest_shape(np.array(stored_sizes(record)), shapes).tolist()
+            views = self.transforms.views(record, count, [shapes[i] for i in nearest])
         except RecordError as error:
             return error
-        return Crops(shape, views, record["captions"], record["name"])
+        return Crops(nearest, views, record["captions"], record["name"])
 
 
 class Crops(NamedTuple):
-    """The crops of one image that an autoencoder encodes."""
+    """The crops of one image and its references that an autoencoder encodes."""
 
-    shape: int  # index into the list of shapes
+    shapes: list[int]  # indices of the shapes of image and references
     views: list[View]
     captions: list[str]
     name: str
@@ -150,20 +153,25 @@ def write_shard(
     shard_range: ShardRange,
     records: Iterable[bytes],
     rejects: Sequence[Reject],
-    shapes: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] = (),
 ) -> Shard:
-    """Write a shard and its entry; consuming `records` may extend `rejects` and `shapes`."""
+    """Write a shard and its entry; consuming `records` may extend `rejects` and `shapes`.
+
+    `shapes` are those of `Crops` for each record.
+    """
     path = folder / shard_range.file
     count = write_encoded(str(path), records)
     with path.open("rb") as file:
         digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+    references = [places for _, *places in shapes]
     shard = Shard(
         file=shard_range.file,
         records=count,
         bytes=path.stat().length,
         sha256=digest,
         rejects=tuple(rejects),
-        shapes=tuple(shapes),
+        shapes=[image for image, *_ in shapes] if any(image for image, *_ in shapes) else (),
+        references=references if any(references) else (),
     )
     entry = format_json(dataclasses.asdict(shard))
     write_whole(folder / _PROGRESS / f"{shard.file}.json", entry.encode())

@@ -10,10 +10,11 @@ The manifest is JSON: `found`, `records` and `rejected`, the numbers of records 
 left out; `reasons`, the number left out by kind of reason; `provenance`, source and settings;
 `latents`, the latent space, null for images; `left_out`, what the source did not count as records;
 `shards`, a list of `file`, `records`, `bytes`, `sha256`, `rejects` (name, reason and kind of each
-record left out), and `shapes` (per record, where they differ).
+record left out), and `shapes` and `references` (per record, where they differ).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,7 @@ class Shard:
       sha256: hex digest of the file.
       rejects: the records left out.
       shapes: index into the list of shapes, per record; () where there is one shape.
+      references: indices of the shapes of reference images, per record; () where there are none.
     """
 
     file: str
@@ -51,6 +53,7 @@ class Shard:
     sha256: str
     rejects: Sequence[Reject] = ()
     shapes: Sequence[int] = ()
+    references: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,7 @@ def shard_from_json(data: dict[str, Any]) -> Shard:
     Raises `KeyError`, `TypeError` or `ValueError` for other data.
     """
     shard = Shard(**data | {"rejects": _rejects(data), "shapes": tuple(data["shapes"])})
-    counts = shard.records, shard.bytes, *shard.shapes
+    counts = shard.records, shard.bytes, *shard.shapes, *itertools.chain(*shard.references)
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"the counts of {shard.file} are no natural numbers")
     if PurePosixPath(shard.file).name != shard.file:

@@ -4,6 +4,7 @@ Neither the parts nor the features depend on the number of hosts or devices. Wit
 part is saved, and read by a later run of the same images, network and settings.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -51,7 +52,8 @@ class _PartCache:
             return _on_all_hosts(np.zeros(shape, np.float32) if stored is None else stored)
         part = compute()
         if self.folder is not None and is_host0():
-            write_tensors(self._path(index), {"features": part}, key=self.key)
+            with contextlib.suppress(UserError):  # a full disk costs the resumption only
+                write_tensors(self._path(index), {"features": part}, key=self.key)
         return part
 
     def _path(self, index: int) -> epath.Path:

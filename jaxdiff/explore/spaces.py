@@ -73,7 +73,7 @@ def read_records(config: Config, samples: int, seed: int) -> Records:
         for done, index in enumerate(chosen, 1):
             try:
                 record = source[index]
-                image, caption, _ = transforms(record, np.random.default_rng((seed, index)))
+                image, caption, *_ = transforms(record, np.random.default_rng((seed, index)))
             except RecordError as error:
                 write_line(f"Skipped {error}", stderr=True)
             else:

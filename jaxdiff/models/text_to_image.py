@@ -262,13 +262,17 @@ class TextToImage:
         return autoencoder.decode(autoencoder.from_latents(latents), vae_mode)
 
     def latents_from_moments(
-        self, params: Params, moments: Float[Array, "b i j m"], keys: RowKeys
+        self, params: Params, moments: Float[Array, "b i j m"], keys: RowKeys | None = None
     ) -> Latents:
-        """Sample latents from cached moments of z: means, then any logarithms of variances."""
+        """Sample latents from cached moments of z: means, then any logarithms of variances.
+
+        Without keys, return the mode.
+        """
         assert self.autoencoder is not None
         z = moments.astype(jnp.float32)
         if self.autoencoder.moment_channels > self.autoencoder.latent_channels:
-            z = Gaussian(*jnp.split(z, 2, axis=-1)).sample(keys)
+            gaussian = Gaussian(*jnp.split(z, 2, axis=-1))
+            z = gaussian.mode() if keys is None else gaussian.sample(keys)
         return self._autoencoder(params, NO_WRAP).to_latents(z)
 
     def _autoencoder(self, params: Params, wrap: Wrap) -> Any:

@@ -61,8 +61,12 @@ def abstract_frozen(config: Config) -> PyTree:
 
 
 def abstract_batch(config: Config) -> dict[str, Any]:
-    """Return shapes and types of a batch; with buckets, of the square shape."""
+    """Return shapes and types of a batch; with buckets, of the square shape.
+
+    It has as many references as a record may have.
+    """
     count, size, task = config.train.batch_size, config.data.transforms.size, config.task
+    references = config.data.transforms.references
     batch: dict[str, Any] = {"size_crop": jax.ShapeDtypeStruct((count, 6), jnp.int32)}
     text = task.abstract_text(count)
     if text is not None:
@@ -70,19 +74,28 @@ def abstract_batch(config: Config) -> dict[str, Any]:
     if config.data.gives_latents and isinstance(task, DiffusionTask):
         assert task.model.autoencoder is not None
         height, width, _ = task.model.latent_shape(size, size)
-        latents = (count, height, width, task.model.autoencoder.moment_channels)
+        moments = (count, height, width, task.model.autoencoder.moment_channels)
+        latents = jax.ShapeDtypeStruct(moments, jnp.float16)
         if config.data.gives_text:
             packed = task.model.conditioner.packed_size
             batch["text_features"] = jax.ShapeDtypeStruct((count, packed), jnp.float16)
-        return {"latents": jax.ShapeDtypeStruct(latents, jnp.float16), **batch}
-    return {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), **batch}
+        images = {"latents": latents}
+    else:
+        images = {"image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)}
+    if references:
+        batch["references"] = (*images.values(),) * references
+    return {**images, **batch}
 
 
 def flops_per_image(config: Config) -> float:
-    """Return the FLOPs of one image in a training step, without those of cached features."""
-    data = config.data
+    """Return the FLOPs of one image in a training step, without those of cached features.
+
+    It has as many references as a record may have.
+    """
+    data, count = config.data, config.data.transforms.references
+    options: dict[str, Any] = {"references": count} if count else {}
     return config.task.flops_per_image(
-        data.transforms.size, latents=data.gives_latents, text=data.gives_text
+        data.transforms.size, latents=data.gives_latents, text=data.gives_text, **options
     )
 
 

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.config.serialization import types_in
+from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.held_out import split_records
 from jaxdiff.data.loader import DataConfig, device_batches, host_rows, make_evaluation_dataset
+from jaxdiff.data.sources.base import images_of
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
@@ -128,12 +130,27 @@ def _jitted(task: Task, compute: ComputeType, mesh: Mesh, count: int) -> Callabl
 
 
 def _of_one_shape(data: DataConfig, records: np.ndarray) -> np.ndarray:
-    """Return the records of the most frequent shape; only cached latents have several."""
-    if not isinstance(data.source, CachedLatents) or not len(records):
+    """Return the records of the most frequent shape, and number of references.
+
+    Only cached latents have several shapes.
+    """
+    source, references = data.source, data.transforms.references
+    if not len(records) or not (references or isinstance(source, CachedLatents)):
         return records
-    shapes = data.source.sizes()[records]
+    if isinstance(source, CachedLatents):
+        shapes = source.sizes(references)[records]
+    else:
+        shapes = np.array([_count_images(source, int(index)) for index in records])
     kinds, places, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
     return records[places.reshape(-1) == counts.argmax()] if len(kinds) > 1 else records
+
+
+def _count_images(source: Any, index: int) -> int:
+    """Return the number of images of a record, with references; 0 for an unusable one."""
+    try:
+        return len(images_of(source[index]))
+    except RecordError:
+        return 0
 
 
 def _means(totals: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:

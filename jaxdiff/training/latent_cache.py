@@ -18,6 +18,7 @@ from jaxdiff.data.shard_writer import Crops, RecordReader, ShardRange, Workers, 
 from jaxdiff.data.shards import EMPTY, LatentSpace, Shard
 from jaxdiff.data.sources.cached_latents import LatentOptions, encode_latents
 from jaxdiff.data.text_tokenizer import TextTokenizer
+from jaxdiff.data.transforms import View
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
 from jaxdiff.io.files import write_whole
@@ -199,32 +200,32 @@ class _ShardEncoder:
     """Encodes the records of a shard in batches of one shape, and restores their order."""
 
     def __init__(self, cache: Cache):
-        self._encoder, self._single = cache.encoder, len(cache.space.shapes) == 1
-        self._text = cache.text
+        self._encoder, self._text = cache.encoder, cache.text
         self.rejects: list[Reject] = []
-        self.shapes: list[int] = []
+        self.shapes: list[list[int]] = []
         self._crops: list[Crops] = []
-        self._moments: list[list[np.ndarray]] = []
-        self._waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
-        self._in_flight: deque[tuple[list[int], jax.Array]] = deque()
+        # Of each record: of its image and each reference, the moments of all views.
+        self._moments: list[list[list[np.ndarray]]] = []
+        self._waiting: dict[int, list[tuple[list[np.ndarray], np.ndarray]]] = {}
+        self._in_flight: deque[tuple[Sequence[list[np.ndarray]], jax.Array]] = deque()
 
     def add(self, crops: Crops | RecordError) -> None:
         """Add the next record of the source."""
         if isinstance(crops, RecordError):
             self.rejects.append(crops.reject)
             return
-        place = len(self._crops)
+        moments: list[list[np.ndarray]] = [[] for _ in crops.shapes]
         for view in crops.views:
-            waiting = self._waiting.setdefault(crops.shape, [])
-            waiting.append((place, view.image))
-            if len(waiting) == self._encoder.batch_size:
-                self._send(crops.shape)
-        self._crops.append(
-            crops._replace(views=[v._replace(image=_NO_PIXELS) for v in crops.views])
-        )
-        self._moments.append([])
-        if not self._single:
-            self.shapes.append(crops.shape)
+            images = (view.image, *view.references)
+            for shape, found, image in zip(crops.shapes, moments, images, strict=True):
+                waiting = self._waiting.setdefault(shape, [])
+                waiting.append((found, image))
+                if len(waiting) == self._encoder.batch_size:
+                    self._send(shape)
+        empty = [View(_NO_PIXELS, view.size_crop) for view in crops.views]
+        self._crops.append(crops._replace(views=empty))
+        self._moments.append(moments)
+        self.shapes.append(crops.shapes)
 
     def finish(self) -> Iterator[bytes]:
         """Yield all records, encoded."""
@@ -232,14 +233,16 @@ class _ShardEncoder:
             self._send(shape)
         while self._in_flight:
             self._take()
-        for crops, moments, text in zip(self._crops, self._moments, self._texts(), strict=True):
+        for crops, found, text in zip(self._crops, self._moments, self._texts(), strict=True):
+            moments, *references = (np.stack(views) for views in found)
             yield encode_latents(
                 {
-                    "moments": np.stack(moments),
+                    "moments": moments,
                     "text": text,
                     "size_crop": np.stack([view.size_crop for view in crops.views]),
                     "captions": crops.captions,
                     "name": crops.name,
+                    "references": references,
                 }
             )
 
@@ -258,15 +261,15 @@ class _ShardEncoder:
         waiting = self._waiting.pop(shape, [])
         if not waiting:
             return
-        places, images = zip(*waiting, strict=True)
-        self._in_flight.append((list(places), self._encoder(images)))
+        found, images = zip(*waiting, strict=True)
+        self._in_flight.append((found, self._encoder(images)))
         if len(self._in_flight) > _IN_FLIGHT:
             self._take()
 
     def _take(self) -> None:
-        places, moments = self._in_flight.popleft()
-        for place, one in zip(places, np.asarray(moments), strict=False):  # the rest is padding
-            self._moments[place].append(one)
+        found, moments = self._in_flight.popleft()
+        for views, one in zip(found, np.asarray(moments), strict=False):  # the rest is padding
+            views.append(one)
 
 
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)  # replaces pixels that are on the devices

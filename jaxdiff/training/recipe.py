@@ -134,6 +134,9 @@ class Config:
       evaluators: metrics and images, at intervals and at the end.
       best: by which scalar of an evaluator the best step is kept, and when training stops early.
       slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
+
+    Raises:
+      UserError: the data have more reference images than the model reads.
     """
 
     name: str
@@ -148,6 +151,17 @@ class Config:
     evaluators: tuple[AnyEvaluator, ...] = ()
     best: BestCheckpoint | None = None
     slices: tuple[PlannedTopology, ...] = ()
+
+    def __post_init__(self):
+        wanted, most = self.data.transforms.references, 0
+        if isinstance(self.task, DiffusionTask):
+            most = self.task.model.denoiser.max_references
+        if wanted > most:
+            raise UserError(
+                f"data.transforms.references is {wanted} but the model reads {most or 'no'} "
+                f"reference images: expected at most {most}; lower it, or train a model that reads "
+                "them, such as FLUX.2 klein (up to 4)."
+            )
 
 
 def on_topology(config: Config, name: str) -> Config:

@@ -312,6 +312,7 @@ def test_images_in_an_archive_are_scored(one_device, tmp_path, capsys, refused):
         (("runs/a", "--self-test"), "--self-test and a model exclude each other"),
         (("--self-test", "--few"), "--few has no effect with --self-test"),
         (("--reference", "a", "--samples", "9"), "--samples has no effect without a model"),
+        (("--images", "a", "--sweep", "num_steps=2"), "--sweep has no effect without a model"),
         (("--images", "a", "--reference", "b", "--resize", "pytorch"), "--resize has no effect on"),
         (("--images", "a", "--reference", "none"), "none"),
     ],

@@ -139,7 +139,7 @@ def test_a_user_error_is_one_line(refused, started, words, message, monkeypatch,
         (("train", "--train.compute", "float8"), "bfloat16"),
         (("train", "--out"), "--out"),
         (("export", "runs/x"), "Folder to write"),
-        (("evaluate",), "Folder of a run"),
+        (("evaluate",), "needs a model"),
     ],
 )
 def test_an_invalid_value_is_one_line(refused, started, words, message):

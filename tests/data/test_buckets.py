@@ -8,7 +8,8 @@ SHAPES = Buckets(step=8).shapes(32)
 
 
 def _plan(sizes, *, batch_size=4, seed=0, shuffle=True):
-    return BucketPlan(np.array(sizes), SHAPES, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    sizes = np.array(sizes).reshape(len(sizes), -1, 2)
+    return BucketPlan(sizes, SHAPES, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
 def _sizes(*counts):
@@ -58,7 +59,7 @@ def test_an_epoch_has_every_record_once_except_for_completed_batches():
             assert len(batch.records) == 4
             assert len(set(batch.records.tolist())) == 4
             ratios = sizes[batch.records, 1] / sizes[batch.records, 0]
-            height, width = batch.shape
+            ((height, width),) = batch.shapes
             assert np.all((ratios > 1) == (height > width))
             assert np.all((ratios < 1) == (height < width))
             seen += batch.records.tolist()
@@ -90,5 +91,23 @@ def test_epochs_differ_and_a_seed_fixes_them():
 def test_shapes_without_a_full_batch_are_dropped(counts, shapes):
     plan = _plan(_sizes(*counts))
     batches = [plan.batch(k) for k in range(plan.batches)]
-    assert {batch.shape for batch in batches} == shapes
+    assert {batch.shapes for batch in batches} == {(shape,) for shape in shapes}
     assert {int(i) for batch in batches for i in batch.records} == set(range(sum(counts)))
+
+
+def test_references_have_buckets_of_their_own_number_and_shapes():
+    """Of three images, two with a reference alike, one with two; too few wide ones join others."""
+    square, wide, tall, none = (30, 30), (40, 24), (20, 36), (0, 0)
+    sizes = [[square, wide, none]] * 5 + [[square, tall, none]] * 4 + [[wide, wide, none]] * 3
+    sizes += [[square, none, none]] * 4 + [[tall, wide, square]] * 2
+    plan = _plan(np.array(sizes).reshape(len(sizes), -1))
+    batches = [plan.batch(k) for k in range(plan.batches)]
+    assert {batch.shapes for batch in batches} == {
+        ((32, 32), (24, 40)),
+        ((32, 32), (40, 24)),
+        ((32, 32),),
+        ((40, 24), (24, 40), (32, 32)),
+    }
+    assert {int(i) for batch in batches for i in batch.records} == set(range(len(sizes)))
+    for batch in batches:
+        assert {np.count_nonzero(sizes[i]) // 2 for i in batch.records} == {len(batch.shapes)}

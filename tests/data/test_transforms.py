@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import UNREADABLE, RecordError
 from jaxdiff.data.buckets import Buckets
-from jaxdiff.data.transforms import Transforms, stored_size
+from jaxdiff.data.transforms import Transforms, stored_size, stored_sizes
 from jaxdiff.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_size_crop_states_what_was_cut_off(flip):
     transforms = Transforms(size=10, crop="random", flip=flip)
     rng, lefts = np.random.default_rng(0), set()
     for _ in range(100):
-        image, _, size_crop = transforms(_record(_encode(_ramp(10, 15))), rng)
+        image, _, size_crop, _ = transforms(_record(_encode(_ramp(10, 15))), rng)
         np.testing.assert_array_equal(size_crop[[0, 1, 2, 4, 5]], [10, 15, 0, 10, 10])
         mirrored = image[0, 0, 0] > image[0, -1, 0]
         assert size_crop[3] == (14 - image[0, 0, 0] if mirrored else image[0, 0, 0])
@@ -188,7 +188,7 @@ def test_invalid_settings_are_refused():
 @pytest.mark.parametrize(("stored", "shape"), [((30, 60), (8, 16)), ((60, 30), (16, 8))])
 def test_a_shape_of_equal_aspect_ratio_crops_nothing(stored, shape):
     transforms = Transforms(size=16, buckets=Buckets(step=8))
-    made = transforms(_record(_encode(_ramp(*stored))), np.random.default_rng(0), shape)
+    made = transforms(_record(_encode(_ramp(*stored))), np.random.default_rng(0), [shape])
     assert made.image.shape == (*shape, 3)
     np.testing.assert_array_equal(made.size_crop, [*stored, 0, 0, *shape])
     whole = Image.fromarray(_ramp(*stored)).resize(shape[::-1], Image.Resampling.BICUBIC)
@@ -198,10 +198,10 @@ def test_a_shape_of_equal_aspect_ratio_crops_nothing(stored, shape):
 def test_a_shape_unlike_the_image_s_takes_its_largest_crop():
     transforms = Transforms(size=16, buckets=Buckets(step=8))
     wide, tall = _encode(_ramp(16, 64)), _encode(_ramp(64, 16))
-    made = transforms(_record(wide), np.random.default_rng(0), (16, 32))
+    made = transforms(_record(wide), np.random.default_rng(0), [(16, 32)])
     np.testing.assert_array_equal(made.size_crop, [16, 64, 0, 16, 16, 32])
     np.testing.assert_array_equal(made.image, _ramp(16, 64)[:, 16:48])
-    made = transforms(_record(tall), np.random.default_rng(0), (16, 16))
+    made = transforms(_record(tall), np.random.default_rng(0), [(16, 16)])
     np.testing.assert_array_equal(made.image, _ramp(64, 16)[24:40])
 
 
@@ -219,3 +219,33 @@ def test_sizes_are_read_without_decoding():
 def test_buckets_that_do_not_fit_the_size_are_refused():
     with pytest.raises(UserError, match=r"divisor of data\.transforms\.size, 20"):
         Transforms(size=20, buckets=Buckets(step=8))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_references_are_cropped_and_mirrored_as_their_image(seed):
+    pixels = _ramp(20, 60)
+    record = {**_record(pixels), "references": [pixels, _encode(_ramp(60, 20))]}
+    transforms = Transforms(size=20, crop="random", flip=True, references=2)
+    shapes = [(20, 20), (20, 20), (40, 20)]
+    made = transforms(record, np.random.default_rng(seed), shapes)
+    np.testing.assert_array_equal(made.image, made.references[0])
+    assert made.references[1].shape == (40, 20, 3)
+    assert (made.image[0, 0, 0] > made.image[0, -1, 0]) == (
+        made.references[1][0, 0, 0] > made.references[1][0, -1, 0]
+    )
+    for view in transforms.views(record, 4, shapes):
+        np.testing.assert_array_equal(view.image, view.references[0])
+
+
+def test_references_that_are_unusable_or_too_many_make_bad_records():
+    rng = np.random.default_rng(0)
+    record = {**_record(_ramp(8, 8)), "references": [_encode(_ramp(8, 8)), b"damaged"]}
+    with pytest.raises(RecordError, match=r"pea.png: it has 2 reference images, more than the 1"):
+        Transforms(size=8, references=1)(record, rng)
+    two = Transforms(size=8, references=2)
+    for read in (lambda: two(record, rng), lambda: stored_sizes(record)):
+        with pytest.raises(RecordError, match=r"pea.png: reference image 2: the image") as caught:
+            read()
+        assert caught.value.reject.kind == UNREADABLE
+    with pytest.raises(RecordError, match="changed since"):
+        two(record, rng, [(8, 8), (8, 8)])

@@ -307,10 +307,16 @@ def small(recipe, name):
     return config, jax.device_get(dataclasses.replace(state, params=params))
 
 
+def with_references(config):
+    transforms = dataclasses.replace(config.data.transforms, references=2)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, transforms=transforms))
+
+
 @functools.cache
 def after_two_steps(recipe, name, mesh_config, accumulate=1):
     """State and metrics, as they lie on the mesh; None is a single device."""
-    config, state = small(recipe, name)
+    config, state = small(recipe, name.removesuffix(" references"))
+    config = with_references(config) if name.endswith(" references") else config
     train = dataclasses.replace(config.train, accumulate=accumulate)
     config = dataclasses.replace(config, train=train)
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[: 8 if mesh_config else 1])
@@ -333,6 +339,7 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
     [
         *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
         *((name, MeshConfig(data=2, fsdp=4), 1) for name in ("dit", "flux1", "flux2")),
+        *(("flux2 references", mesh, 1) for mesh in (TENSOR, CONTEXT)),
         ("dit", MeshConfig(data=1, fsdp=8), 1),
         ("dit", None, 2),
         pytest.param("dit", None, 4, marks=pytest.mark.nightly),

@@ -129,6 +129,13 @@ def test_a_stopped_extraction_resumes(network, monkeypatch, tmp_path):
     assert not folder.exists()
 
 
+def test_features_that_cannot_be_saved_are_computed(network, tmp_path):
+    pixels = ImageArray(images(3), "squares")
+    (tmp_path / "file").write_text("no folder")
+    found = list(image_features(network, pixels, epath.Path(tmp_path) / "file"))
+    np.testing.assert_array_equal(found, list(image_features(network, pixels)))
+
+
 def test_statistics_are_the_same_from_a_file_a_folder_and_an_archive(network, tmp_path):
     pixels = images(12)
     expected = set_statistics(network, ImageArray(pixels, "squares"))

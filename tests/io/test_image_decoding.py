@@ -27,7 +27,7 @@ UNREAD = ("TIFF LAB", "TIFF I", "TIFF F")
 
 def as_training_reads(data, shape=(16, 16)):
     record = {"image": data, "captions": ["a pea"], "name": "pea"}
-    return Transforms(size=16)(record, np.random.default_rng(0), shape).image
+    return Transforms(size=16)(record, np.random.default_rng(0), [shape]).image
 
 
 def test_training_and_sampling_see_the_same_pixels_of_every_file(image_files):
@@ -171,7 +171,7 @@ def test_orientation_is_that_of_exif_in_every_format(kind, orientation):
     assert np.abs(picture.astype(int) - turned).max() < 12
     assert stored_size(data) == picture.shape[1::-1]
     record = {"image": data, "captions": ["a"], "name": "a"}
-    example = Transforms(size=16)(record, np.random.default_rng(0), picture.shape[:2])
+    example = Transforms(size=16)(record, np.random.default_rng(0), [picture.shape[:2]])
     assert tuple(example.size_crop[:2]) == picture.shape[:2]
     np.testing.assert_array_equal(example.image, picture)
     assert read_mask("a", data).shape == picture.shape[:2]

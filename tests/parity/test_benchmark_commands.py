@@ -6,7 +6,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+pytest.importorskip("diffusers")
+
 from benchmarks import command, torch_data
+from benchmarks.torch_denoisers import DENOISERS, contenders
+from tests.parity.torch_models import relative
 
 pytestmark = pytest.mark.parity
 
@@ -32,3 +36,9 @@ def test_a_user_error_is_one_sentence(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Z-Image"])
+def test_denoisers_are_timed_on_the_same_weights_and_inputs(name):
+    made = contenders(DENOISERS[name], batch=2, size=32, heads=1)
+    assert relative(made.jaxdiff(), made.diffusers(made.network)) < 1e-5

@@ -1,8 +1,10 @@
 """Recipes of tiny models of FLUX.1, FLUX.2 and Z-Image, on images of two shapes."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -10,15 +12,21 @@ from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import LatentOptions
 from jaxdiff.data.sources.folder import ImageFolder
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.objectives import Denoising
 from jaxdiff.diffusion.time_sampling import LogitNormal
 from jaxdiff.models.lora import LoraConfig, LoraPattern
+from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
+from jaxdiff.models.text_encoders.t5 import T5TextEncoder
 from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.pretrained.key_mapping import flatten_params
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import Config, TokenizerConfig, TrainConfig
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained, Trainable
+from tests.data.language_tokenizers import write_qwen_tokenizer, write_t5_tokenizer
+from tests.pretrained.families import SPECS
 
 SIZE, BATCH = 32, 8
 CAPTIONS = ("a red pea", "two green bananas", "the quick brown fox", "a small red pea, ripe")
@@ -33,6 +41,39 @@ def lora(spec: TextToImage) -> LoraConfig:
     mlp = tuple(name for name in MLP if name in names)
     patterns = (LoraPattern(targets=mlp, rank=3, alpha=6.0),)
     return LoraConfig(rank=2, alpha=4.0, targets=(*ATTENTION, *mlp), patterns=patterns)
+
+
+def short(spec: TextToImage) -> TextToImage:
+    """Let the text encoder read 32 tokens at most."""
+    replace, conditioner = dataclasses.replace, spec.conditioner
+    name = "text_2" if hasattr(conditioner, "text_2") else "text"
+    encoder = replace(getattr(conditioner, name), max_length=32)
+    return replace(spec, conditioner=replace(conditioner, **{name: encoder}))
+
+
+def write_models(root: Path, names: Iterable[str]) -> None:
+    """Write folders of short models with random weights, by their names in `SPECS`."""
+    folders = {
+        Qwen3TextEncoder: write_qwen_tokenizer(root / "qwen"),
+        T5TextEncoder: write_t5_tokenizer(root / "t5"),
+    }
+    clip = Tokenizer.train(["a red pea", "a green banana"] * 9, vocab_size=540)
+
+    def tokenizer(encoder):
+        folder = folders.get(type(encoder))
+        return clip if folder is None else encoder.load_tokenizer(str(folder))
+
+    rng = np.random.default_rng(0)
+    for name in names:
+        spec = short(SPECS[name])
+        params = jax.tree.map(
+            lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), spec.abstract_params()
+        )
+        norm = params["autoencoder"].get("bn")
+        if norm is not None:
+            norm["running_var"] = 0.5 + np.abs(norm["running_var"])
+        tokenizers = {n: tokenizer(e) for n, e in spec.conditioner.encoders.items()}
+        write_bundle(root / name, Bundle(spec, params, tokenizers), "float32")
 
 
 def write_photos(folder: Path) -> Path:

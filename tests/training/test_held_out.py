@@ -14,11 +14,13 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext
 from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.text_encoders.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.held_out import bundle_metrics, held_out_metrics
 from jaxdiff.training.run import run_recipe
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask
+from jaxdiff.training.tasks.clip import ClipTask
 
 LEVELS = [f"held_out/loss_by_level/{i}" for i in range(10)]
 
@@ -78,6 +80,19 @@ def test_an_autoencoder_has_its_own_loss(tiny_recipe):
         EvalContext(0, model, params, {}, data, loss=lambda samples: found)
     )
     assert report.scalars["loss"] == pytest.approx(float(found["loss"]))
+
+
+def test_a_clip_has_its_contrastive_loss(tiny_recipe, tiny_bundle):
+    config = tiny_recipe(batch_size=4)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "projection_dim": 8}
+    text = ClipTextConfig(vocab_size=600, length=16, **sizes)
+    model = ClipConfig(text=text, vision=ClipVisionConfig(image_size=32, patch_size=16, **sizes))
+    data = dataclasses.replace(config.data, held_out=0.1)
+    config = dataclasses.replace(config, task=ClipTask(model=model), data=data)
+    params = config.task.init_params(nnx.Rngs(0))
+    found = bundle_metrics(config, Bundle(model, params, tiny_bundle.tokenizers), 8)
+    assert 0.5 < float(found["loss"]) < 4  # about log 4, chance in a batch of 4
+    assert 0 <= float(found["accuracy_image_to_text"]) <= 1
 
 
 def test_a_share_of_no_batch_is_a_mistake(recipe, run):

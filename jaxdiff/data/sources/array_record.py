@@ -4,14 +4,17 @@ One record is, in this order,
 
     4 bytes         `JDR1`, the format's signature
     4 bytes         n, the length of the header, an unsigned little-endian integer
-    n bytes         the header: JSON in UTF-8, {"name": "...", "captions": ["...", ...]}
-    the rest        the image: an encoded file (PNG, JPEG, WebP ...), byte for byte
+    n bytes         the header: JSON in UTF-8, {"name": "...", "captions": ["...", ...]}, and
+                    "references", the sizes of reference images in bytes, if there are any
+    the rest        the image: an encoded file (PNG, JPEG, WebP ...), byte for byte; then the
+                    reference images
 
 Every record is its own group (`group_size:1`), so that reading one decodes only that one. Image
 files are already compressed, so records are not (`uncompressed`); ArrayRecord adds checksums.
 """
 
 import io
+import itertools
 import json
 import struct
 import tempfile
@@ -31,7 +34,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import UNLISTED, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, Inventory, data_files, list_files
 from jaxdiff.data.shards import EMPTY, MANIFEST, ShardManifest, check_shards, read_manifest
-from jaxdiff.data.sources.base import Record
+from jaxdiff.data.sources.base import Record, images_of
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local, partial_path
 from jaxdiff.io.text import parse_json
@@ -170,21 +173,34 @@ def _is_array_record(name: str) -> bool:
 
 def encode_record(record: Record) -> bytes:
     """Encode a record; pixels, uint8 [h, w, 3], become PNG."""
-    image = record["image"]
-    if isinstance(image, np.ndarray):
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, "PNG")
-        image = png.getvalue()
-    return pack(IMAGES, {"name": record["name"], "captions": record["captions"]}, image)
+    files = [_png(x) if isinstance(x, np.ndarray) else x for x in images_of(record)]
+    header: dict[str, Any] = {"name": record["name"], "captions": record["captions"]}
+    if len(files) > 1:
+        header["references"] = [len(file) for file in files[1:]]
+    return pack(IMAGES, header, b"".join(files))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue()
 
 
 def decode_record(data: bytes) -> Record:
-    """Decode a record; its image stays an encoded file.
+    """Decode a record; its images stay encoded files.
 
     Raises `ValueError`, `KeyError` or `TypeError` for bytes in another encoding.
     """
-    header, image = unpack(IMAGES, data)
-    return {"image": image, "captions": header["captions"], "name": header["name"]}
+    header, payload = unpack(IMAGES, data)
+    sizes = header.get("references", [])
+    ends = list(itertools.accumulate(sizes, initial=len(payload) - sum(sizes)))
+    if not 0 <= ends[0] <= len(payload) or any(size < 0 for size in sizes):
+        raise ValueError(f"{len(payload)} bytes are not those of its images")
+    image, captions = payload[: ends[0]], header["captions"]
+    record: Record = {"image": image, "captions": captions, "name": header["name"]}
+    if sizes:
+        record["references"] = [payload[a:b] for a, b in itertools.pairwise(ends)]
+    return record
 
 
 def pack(magic: bytes, header: dict[str, Any], payload: bytes) -> bytes:

@@ -1,18 +1,28 @@
 """The interface of a data set: random access to records."""
 
 import dataclasses
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
 
 class Record(TypedDict):
-    """One captioned image: uint8 pixels [h, w, 3] or an encoded file, its captions, its name."""
+    """One captioned image: uint8 pixels [h, w, 3] or an encoded file, its captions, its name.
+
+    `references`, if there are any, are the images that the captions describe how to edit.
+    """
 
     image: np.ndarray | bytes
     captions: list[str]
     name: str
+    references: NotRequired[Sequence[np.ndarray | bytes]]
+
+
+def images_of(record: Record) -> list[np.ndarray | bytes]:
+    """Return the image of a record and its references."""
+    return [record["image"], *record.get("references", [])]
 
 
 class LatentRecord(TypedDict):
@@ -20,7 +30,8 @@ class LatentRecord(TypedDict):
 
     `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance, or means alone,
     [v, h, w, c]; `size_crop` is as in `jaxdiff.data.transforms.Example`; `text`, if cached, float
-    [k, m], are the features of k captions from `Conditioner.pack`.
+    [k, m], are the features of k captions from `Conditioner.pack`; `references`, if there are any,
+    are the moments of reference images, in v views too.
     """
 
     moments: np.ndarray
@@ -28,6 +39,7 @@ class LatentRecord(TypedDict):
     size_crop: Int32[np.ndarray, "v 6"]
     captions: list[str]
     name: str
+    references: NotRequired[Sequence[np.ndarray]]
 
 
 @runtime_checkable

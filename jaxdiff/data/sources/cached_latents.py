@@ -4,9 +4,11 @@ A record of the ArrayRecord shards consists of
 
     4 bytes         `JDL1`
     4 bytes         n, the length of the header, an unsigned little-endian integer
-    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text"}
+    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text"},
+                    and "references" if there are any
     the rest        little-endian float16 or float32: moments of `shape` [v, h, w, 2 c], then text
-                    features of shape `text` [k, m] for k captions, if it is not null
+                    features of shape `text` [k, m] for k captions, if it is not null, then moments
+                    of each reference, of the shapes in `references`
 
 The v views are crops of one image, every second one mirrored if `flip` is set. The first c channels
 are the mean of z, the others the logarithm of its variance, from which each epoch samples z.
@@ -139,12 +141,21 @@ class CachedLatents:
             )
         return manifest.latents
 
-    def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """Return width and height, in pixels, of the crop of each image."""
-        shapes = np.array(self.space.shapes)
+    def sizes(self, references: int) -> Int[np.ndarray, "n images 2"]:
+        """Return width and height, in pixels, of the crop of each image and of its references.
+
+        The latter are the first `references` of each; sizes are 0 where there are fewer.
+        """
+        shapes = np.array([*self.space.shapes, (0, 0)])
         assert self._manifest is not None  # as in `space`
-        places = [p for s in self._manifest.shards for p in s.shapes or [0] * s.records]
-        return shapes[places, ::-1]
+        places, start = np.full((self._manifest.records, 1 + references), -1), 0
+        for shard in self._manifest.shards:
+            rows = places[start : start + shard.records]
+            rows[:, 0] = shard.shapes or 0
+            for row, found in zip(rows, shard.references, strict=False):
+                row[1 : 1 + len(found)] = found[:references]
+            start += shard.records
+        return shapes[places][..., ::-1]
 
     @cached_property
     def _empty(self) -> np.ndarray:
@@ -170,7 +181,7 @@ class CachedLatents:
 
 def encode_latents(record: LatentRecord) -> bytes:
     """Encode a record as the module's docstring specifies."""
-    moments, text = record["moments"], record["text"]
+    moments, text, references = record["moments"], record["text"], record.get("references", [])
     header: dict[str, Any] = {
         "name": record["name"],
         "captions": record["captions"],
@@ -178,9 +189,11 @@ def encode_latents(record: LatentRecord) -> bytes:
         "shape": list(moments.shape),
         "size_crop": record["size_crop"].tolist(),
         "text": None if text is None else list(text.shape),
+        **({"references": [list(x.shape) for x in references]} if references else {}),
     }
     little = moments.dtype.newbyteorder("<")
-    parts = [np.ascontiguousarray(x, little).tobytes() for x in (moments, text) if x is not None]
+    arrays = [x for x in (moments, text, *references) if x is not None]
+    parts = [np.ascontiguousarray(x, little).tobytes() for x in arrays]
     return pack(LATENTS, header, b"".join(parts))
 
 
@@ -193,12 +206,16 @@ def decode_latents(data: bytes) -> LatentRecord:
     if header["dtype"] not in ("float16", "float32"):
         raise ValueError(f"latents of type {header['dtype']}, not float16 or float32")
     dtype = np.dtype(header["dtype"]).newbyteorder("<")
-    values, shape, text = np.frombuffer(payload, dtype), header["shape"], header["text"]
-    count = len(values) - (math.prod(text) if text else 0)
+    shapes = [header["shape"], header["text"] or [0], *header.get("references", [])]
+    values, ends = np.frombuffer(payload, dtype), np.cumsum([math.prod(s) for s in shapes])
+    if len(values) != ends[-1]:
+        raise ValueError(f"{len(values)} numbers, not {ends[-1]}")
+    arrays = [x.reshape(s) for x, s in zip(np.split(values, ends[:-1]), shapes, strict=True)]
     return {
-        "moments": values[:count].reshape(shape),
-        "text": values[count:].reshape(text) if text else None,
+        "moments": arrays[0],
+        "text": arrays[1] if header["text"] else None,
         "size_crop": np.array(header["size_crop"], np.int32),
         "captions": header["captions"],
         "name": header["name"],
+        "references": arrays[2:],
     }

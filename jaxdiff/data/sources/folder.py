@@ -2,7 +2,7 @@
 
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.data.bad_records import (
     NO_CAPTION,
     NO_IMAGE,
+    NO_REFERENCE,
     UNLISTED,
     LeftOut,
     RecordError,
@@ -37,10 +38,11 @@ from jaxdiff.io.terminal import printable
 
 
 class _Entry(NamedTuple):
-    """One image, with its captions or the name of the text file in which they are."""
+    """One image, its captions or the name of their text file, and its reference images."""
 
     file: str
     captions: list[str] | str
+    references: Sequence[str] = ()
 
 
 class _Index(NamedTuple):
@@ -55,12 +57,14 @@ class ImageFolder:
 
     A `metadata.jsonl`, `.csv` or `.parquet` describes the images in its folder and below: each line
     names one (`file_name`, relative to the metadata's folder) and has its caption or list of
-    captions under the key `caption`. An image in a folder without metadata has a `.txt` file of the
-    same name with one caption per non-empty line. With a `prompt`, that is the caption of every
-    image, and neither is read.
+    captions under the key `caption`. If `reference` is set, the path of a reference image or a list
+    of paths is under that key. An image in a folder without metadata has a `.txt` file of the same
+    name with one caption per non-empty line. With a `prompt`, that is the caption of every image,
+    and neither is read.
 
-    Images without a caption, captions without an image, images that the metadata of their folder do
-    not name, and images of unsupported formats are left out (`left_out`). Hidden files are ignored.
+    Images without a caption or with a missing reference, captions without an image, images that the
+    metadata of their folder do not name, and images of unsupported formats are left out
+    (`left_out`). Hidden files are ignored.
 
     An unreadable image or caption raises `RecordError`, an unusable folder `UserError`.
     """
@@ -68,6 +72,7 @@ class ImageFolder:
     path: str
     caption: str = "text"
     prompt: str | None = None
+    reference: str | None = None
 
     def __len__(self) -> int:
         return len(self._index.entries)
@@ -77,14 +82,14 @@ class ImageFolder:
         root = epath.Path(self.path)
         name, captions = printable(str(root / entry.file)), entry.captions
         try:
-            image = _read(root / entry.file)
+            image, *references = (_read(root / file) for file in (entry.file, *entry.references))
             if isinstance(captions, str):
                 text = _read(root / captions, LARGEST_CAPTIONS + 1)
                 file = printable(posixpath.basename(captions))
                 captions = captions_in(text, f"its file of captions {file}")
         except RecordError as error:
             raise error.of(name) from error
-        return {"image": image, "captions": captions, "name": name}
+        return {"image": image, "captions": captions, "name": name, "references": references}
 
     def identity(self, index: int) -> str:
         """Return the path of the image in the folder."""
@@ -119,11 +124,14 @@ class ImageFolder:
         else:
             folders = _metadata_files(listing.files)
             listed = [line for file in folders.values() for line in self._lines(root, file)]
-            inventory.claim(*folders.values())
+            inventory.claim(*folders.values(), *(file for x in listed for file in x.references))
+            if self.reference is not None:
+                names = dict.fromkeys(key for line in listed for key in line.values)
+                check_column(self.reference, names, key="reference", where=self.path)
             entries = self._listed(root, listed, set(listing.files), inventory)
             free = [file for file in listing.files if not _governed(file, folders)]
             entries += self._with_text_files(free, inventory)
-            named = {line.file_name for line in listed}
+            named = {name for line in listed for name in (line.file_name, *line.references)}
             for file in images:
                 if _governed(file, folders) and file not in named:
                     inventory.reject(file, "no metadata of its folder name it", UNLISTED)
@@ -147,7 +155,7 @@ class ImageFolder:
 
     def _lines(self, root: epath.Path, file: str) -> list[Line]:
         """Return the lines of a metadata file, with names relative to the whole folder."""
-        lines = read_metadata(root / file, self.caption)
+        lines = read_metadata(root / file, self.caption, self.reference)
         if not lines:
             return []
         names = dict.fromkeys(key for line in lines for key in line.values)
@@ -159,7 +167,13 @@ class ImageFolder:
                 "add some, or set data.source.caption to another key."
             )
         folder = posixpath.dirname(file)
-        return [line._replace(file_name=posixpath.join(folder, line.file_name)) for line in lines]
+        return [
+            line._replace(
+                file_name=posixpath.join(folder, line.file_name),
+                references=[posixpath.join(folder, name) for name in line.references],
+            )
+            for line in lines
+        ]
 
     def _listed(
         self, root: epath.Path, lines: list[Line], files: set[str], inventory: Inventory
@@ -171,14 +185,26 @@ class ImageFolder:
             file = line.file_name
             if is_unsupported_image(file) and file in files:
                 continue  # rejected with the files that are left
-            if file in files or is_regular(root / file):  # a hidden file, if it is named
-                entries.append(_Entry(file, texts_of(line.values.get(self.caption))))
+            # A hidden file is read if it is named.
+            missing = [
+                name
+                for name in (file, *line.references)
+                if name not in files and not is_regular(root / name)
+            ]
+            if not missing:
+                captions = texts_of(line.values.get(self.caption))
+                entries.append(_Entry(file, captions, line.references))
                 inventory.claim(file)
                 continue
             alike = alike or {_folded(name): name for name in files}
-            near = alike.get(_folded(file))
+            near = alike.get(_folded(missing[0]))
             hint = f"; {near} does" if near else ""
-            inventory.reject(file, f"{line.where} names it but it does not exist{hint}", NO_IMAGE)
+            if missing[0] == file:
+                why, kind = f"{line.where} names it but it does not exist{hint}", NO_IMAGE
+            else:
+                why = f"its reference image {printable(missing[0])} does not exist{hint}"
+                kind = NO_REFERENCE
+            inventory.reject(file, why, kind)
         return entries
 
     def _with_text_files(self, files: list[str], inventory: Inventory) -> list[_Entry]:

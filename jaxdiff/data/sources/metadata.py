@@ -21,15 +21,21 @@ def is_metadata(file: str) -> bool:
 
 
 class Line(NamedTuple):
-    """One line of a metadata file: the image's path in the file's folder, and all values."""
+    """One line of a metadata file: paths of images in the file's folder, and all values."""
 
     where: str
     file_name: str
+    references: list[str]
     values: dict[str, Any]
 
 
-def read_metadata(file: epath.Path, caption: str) -> list[Line]:
-    """Read the lines of a metadata file; `caption` is the key of captions, for messages.
+def read_metadata(file: epath.Path, caption: str, reference: str | None) -> list[Line]:
+    """Read the lines of a metadata file.
+
+    Args:
+      file: its path.
+      caption: the key of captions, for messages.
+      reference: the key of paths of reference images; None reads none.
 
     Raises:
       UserError: the file or one of its lines is malformed, or names a file outside the folder.
@@ -43,8 +49,22 @@ def read_metadata(file: epath.Path, caption: str) -> list[Line]:
                 f'{where} does not name an image: expected {{"file_name": "...", "{caption}": '
                 '"..."}; correct that line.'
             )
-        lines.append(Line(where, _inside(row["file_name"], where), row))
+        named = _references(row, reference, where) if reference is not None else []
+        references = [_inside(name, where, str(reference)) for name in named]
+        lines.append(Line(where, _inside(row["file_name"], where, "file_name"), references, row))
     return lines
+
+
+def _references(row: dict[str, Any], key: str, where: str) -> list[str]:
+    """Return the paths of reference images: a list, or a string with "|" between them."""
+    value = row.get(key) or []
+    names = value.split("|") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{where} has {value!r} under {key!r}: expected the path of a reference image, or a "
+            "list of paths; correct that line."
+        )
+    return names
 
 
 def _text(file: epath.Path) -> str:
@@ -92,14 +112,14 @@ def _check_unique(names: list[str], file: epath.Path) -> None:
         raise UserError(f"{file} has several columns {twice[0]!r}: expected one of each name.")
 
 
-def _inside(file_name: str, where: str) -> str:
-    """Normalise `file_name`; raise `UserError` if it is outside the folder."""
+def _inside(file_name: str, where: str, key: str) -> str:
+    """Normalise a path under `key`; raise `UserError` if it is outside the folder."""
     path = PurePosixPath(file_name)
     # Windows drives and UNC names count as absolute on every platform.
     absolute = path.is_absolute() or PureWindowsPath(file_name).anchor or "://" in file_name
     if absolute or ".." in path.parts or ".." in PureWindowsPath(file_name).parts:
         raise UserError(
             f"{where} names {file_name!r}, which is outside the folder: "
-            "file_name must be relative to the folder and stay inside it."
+            f"{key} must be relative to the folder and stay inside it."
         )
     return str(path)

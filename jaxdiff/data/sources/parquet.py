@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from etils import epath
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural
-from jaxdiff.data.bad_records import NO_IMAGE, NOT_TEXT, LeftOut, RecordError
+from jaxdiff.data.bad_records import NO_IMAGE, NO_REFERENCE, NOT_TEXT, LeftOut, RecordError
 from jaxdiff.data.files import DataFiles, data_files
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.data.sources.captions import texts_of
@@ -27,7 +28,8 @@ class Parquet(PickledFields):
     """The rows of the Parquet file, glob or folder `path` (local or `gs://`).
 
     Column `image` is a struct of `bytes` (an encoded file) and `path`, or plain bytes; column
-    `caption` is a string or a list of strings, in any of Arrow's encodings of these.
+    `caption` is a string or a list of strings, in any of Arrow's encodings of these; column
+    `reference`, if set, is like `image`, or a list of such, or null.
 
     Rows are read in whole row groups, the unit that Parquet decodes. Each process caches up to
     `cache_mb` megabytes of them. Shuffled reading is fast if a host's part of the data fits;
@@ -38,6 +40,7 @@ class Parquet(PickledFields):
     image: str = "image"
     caption: str = "text"
     cache_mb: Natural = 512
+    reference: str | None = None
 
     def __len__(self) -> int:
         return self._row_groups.starts[-1]
@@ -47,17 +50,18 @@ class Parquet(PickledFields):
         name = self._row_groups.name(group, row)
         try:
             table = self._row_groups.read(group)
-            image, caption = (table.column(c)[row].as_py() for c in (self.image, self.caption))
+            image, caption, *values = (table.column(c)[row].as_py() for c in self._columns)
         except UnicodeDecodeError as error:
             raise RecordError(f"its caption is not UTF-8 ({error})", NOT_TEXT, name) from error
         except (OSError, pa.ArrowException) as error:
             raise RecordError(str(error), name=name) from error
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if data is None:
-            path = image.get("path") if isinstance(image, dict) else None
-            where = f", only the path {printable(str(path))}" if path else ""
-            raise RecordError(f"its image has no bytes{where}", NO_IMAGE, name)
-        return {"image": data, "captions": texts_of(caption), "name": name}
+        data = _bytes(image, "its image", NO_IMAGE, name)
+        named = values[0] if values and isinstance(values[0], list) else values
+        references = [
+            _bytes(x, "its reference image", NO_REFERENCE, name) for x in named if x is not None
+        ]
+        captions = texts_of(caption)
+        return {"image": data, "captions": captions, "name": name, "references": references}
 
     def check(self) -> None:
         """Raise `UserError` for missing files, missing columns, or no rows."""
@@ -78,10 +82,15 @@ class Parquet(PickledFields):
         opened = [(file, _metadata(file)) for file in self._files.files]
         for file, metadata in opened:
             self._check_schema(file, metadata.schema.to_arrow_schema())
-        return _RowGroups(opened, [self.image, self.caption], self.cache_mb * 1_000_000)
+        return _RowGroups(opened, self._columns, self.cache_mb * 1_000_000)
+
+    @property
+    def _columns(self) -> list[str]:
+        reference = [] if self.reference is None else [self.reference]
+        return [self.image, self.caption, *reference]
 
     def _check_schema(self, file: epath.Path, schema: pa.Schema) -> None:
-        for key, name in (("image", self.image), ("caption", self.caption)):
+        for key, name in zip(("image", "caption", "reference"), self._columns, strict=False):
             check_column(name, schema.names, key=key, where=str(file))
             if schema.names.count(name) > 1:
                 raise UserError(
@@ -89,19 +98,36 @@ class Parquet(PickledFields):
                     f"the others, or set data.source.{key} to another column."
                 )
         image, caption = schema.field(self.image).type, schema.field(self.caption).type
-        if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-            image = image.field("bytes").type
-        if not any(test(_values(image)) for test in _BYTES):
-            raise UserError(
-                f"Column {self.image!r} of {file} has type {image}: "
-                "data.source.image must name a column of encoded images."
-            )
+        self._check_images(file, "image", self.image, image)
+        if self.reference is not None:
+            reference = schema.field(self.reference).type
+            single = reference.value_type if any(t(reference) for t in _LISTS) else reference
+            self._check_images(file, "reference", self.reference, single)
         text = _values(caption.value_type if any(t(caption) for t in _LISTS) else caption)
         if not any(test(text) for test in _TEXTS):
             raise UserError(
                 f"Column {self.caption!r} of {file} has type {caption}: "
                 "data.source.caption must name a column of text."
             )
+
+    def _check_images(self, file: epath.Path, key: str, name: str, column: pa.DataType) -> None:
+        if pa.types.is_struct(column) and column.get_field_index("bytes") >= 0:
+            column = column.field("bytes").type
+        if not any(test(_values(column)) for test in _BYTES):
+            raise UserError(
+                f"Column {name!r} of {file} has type {column}: "
+                f"data.source.{key} must name a column of encoded images."
+            )
+
+
+def _bytes(image: Any, what: str, kind: str, name: str) -> bytes:
+    """Return an encoded image of a row: the bytes, or those of a struct."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if data is None:
+        path = image.get("path") if isinstance(image, dict) else None
+        where = f", only the path {printable(str(path))}" if path else ""
+        raise RecordError(f"{what} has no bytes{where}", kind, name)
+    return data
 
 
 # Arrow's encodings of bytes, of text (all null among them) and of lists.

@@ -16,6 +16,7 @@ from jaxdiff.data.bad_records import (
     NO_CAPTION,
     NO_FILE,
     NO_IMAGE,
+    NO_REFERENCE,
     REPEATED,
     UNREADABLE,
     LeftOut,
@@ -55,6 +56,7 @@ class _Sample(NamedTuple):
     tar: int
     image: _Member
     text: _Member
+    references: list[_Member]
 
 
 class _Index(NamedTuple):
@@ -71,7 +73,8 @@ class WebDataset:
     and a `.txt` file with one caption per non-empty line, or a `.json` file with a caption or a
     list of captions under the key `caption`. An image whose name has more dots, `a.v2.png`, is a
     sample of its own if its caption has the same name, `a.v2.txt`; otherwise it is a further file
-    of the sample `a`, such as a mask.
+    of the sample `a`, such as a mask. With `reference="control"`, `a.control.png`, or
+    `a.control.0.png` and so on, are the reference images of `a`.
 
     What else is in the archives is left out (`left_out`): images without a caption and captions
     without an image, by name; further files of a sample and hidden ones, by number. Links are
@@ -81,6 +84,7 @@ class WebDataset:
 
     path: str
     caption: str = "caption"
+    reference: str | None = None
 
     def __len__(self) -> int:
         return len(self._index.samples)
@@ -91,17 +95,17 @@ class WebDataset:
         name = printable(f"{tar}/{sample.image.name}")
         try:
             with tar.open("rb") as file:
-                file.seek(sample.image.start)
-                image = file.read(sample.image.size)
-                file.seek(sample.text.start)
-                text = file.read(sample.text.size)
+                image, text, *references = (
+                    _read(file, member)
+                    for member in (sample.image, sample.text, *sample.references)
+                )
             key = self.caption if sample.text.name.lower().endswith(".json") else None
             captions = captions_in(text, printable(sample.text.name), key)
         except OSError as error:
             raise RecordError(f"{tar} cannot be read ({reason(error)})", name=name) from error
         except RecordError as error:
             raise error.of(name) from error
-        return {"image": image, "captions": captions, "name": name}
+        return {"image": image, "captions": captions, "name": name, "references": references}
 
     def identity(self, index: int) -> str:
         """Return the path of the image in its archive, after the name of that."""
@@ -131,14 +135,19 @@ class WebDataset:
     def _index(self) -> _Index:
         samples, left_out = [], self._files.left_out
         for number, tar in enumerate(self._files.files):
-            found = _index_tar(number, tar)
+            found = _index_tar(number, tar, self.reference)
             samples += found.samples
             left_out += found.left_out
         return _Index(samples, left_out)
 
 
-def _index_tar(number: int, tar: epath.Path) -> _Index:
-    """Return the samples of a tar file, in the order of their keys' first members."""
+def _read(file: IO[bytes], member: _Member) -> bytes:
+    file.seek(member.start)
+    return file.read(member.size)
+
+
+def _members(tar: epath.Path) -> tuple[dict[str, _Member], list[Reject]]:
+    """Return the files of an archive by name, and what is wrong with it."""
     members: dict[str, _Member] = {}
     problems: list[Reject] = []
 
@@ -164,11 +173,21 @@ def _index_tar(number: int, tar: epath.Path) -> _Index:
         ) from error
     if not members:
         reject("", "the archive is empty", NO_FILE)
+    return members, problems
+
+
+def _index_tar(number: int, tar: epath.Path, reference: str | None) -> _Index:
+    """Return the samples of a tar file, in the order of their keys' first members."""
+    members, problems = _members(tar)
     inventory = Inventory(Listing(list(members), LeftOut(rejects=problems)), tar)
     groups: dict[str, dict[str, dict[str, str]]] = {}
+    references: dict[str, list[str]] = {}
     files = {name: _followed(member, members) for name, member in members.items()}
     for name, member in files.items():
         key, middle, suffix = _split(name)
+        if is_image(name) and middle.split(".")[1:2] == [reference]:
+            references.setdefault(key, []).append(name)
+            continue
         same = groups.setdefault(key, {}).setdefault(middle, {})
         if member.problem and is_image(name):
             inventory.reject(name, member.problem, NO_FILE)
@@ -177,7 +196,21 @@ def _index_tar(number: int, tar: epath.Path) -> _Index:
         elif not member.problem:
             same.setdefault(suffix, name)
     pairs = [pair for group in groups.values() for pair in _pairs(group, inventory)]
-    samples = [_Sample(number, files[image], files[text]) for image, text in pairs]
+    for key, names in references.items():
+        inventory.claim(*names)
+        if key not in groups:
+            inventory.reject(names[0], "its sample has no image", NO_IMAGE)
+    samples = []
+    for image, text in pairs:
+        key, middle, _ = _split(image)
+        names = [] if middle else references.get(key, [])
+        found = [files[name] for name in sorted(names, key=lambda name: (len(name), name))]
+        broken = [member for member in found if member.problem]
+        if broken:
+            why = f"its reference image {printable(broken[0].name)}: {broken[0].problem}"
+            inventory.reject(image, why, NO_REFERENCE)
+        else:
+            samples.append(_Sample(number, files[image], files[text], found))
     return _Index(samples, inventory.left_out())
 
 

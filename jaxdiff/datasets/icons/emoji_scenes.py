@@ -104,6 +104,10 @@ class EmojiScenes(PickledFields):
             "name": f"emoji_scenes/{self.split}/{index}",
         }
 
+    def identity(self, index: int) -> str:
+        """Return what the scene is a function of."""
+        return f"{self.seed}/{self.split}/{index}"
+
     def scene(self, index: int) -> IconScene:
         """Return the scene of record `index`."""
         return self._scene(index)[0]

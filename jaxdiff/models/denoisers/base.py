@@ -49,7 +49,10 @@ class Denoiser(abc.ABC):
 
     @abc.abstractmethod
     def flops(self, *, height: int, width: int, text_length: int) -> float:
-        """FLOPs of one evaluation for one image of height x width positions of x_t."""
+        """FLOPs of one evaluation for one image of height x width positions of x_t.
+
+        Where `max_references` is above 0, the argument `reference_tokens` is their number.
+        """
 
     @property
     def size_multiple(self) -> int:

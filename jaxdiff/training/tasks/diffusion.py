@@ -329,26 +329,39 @@ class DiffusionTask(Task):
             cond = self.model.conditioner.unpack(batch["text_features"], params, inputs)
         else:
             cond = self.model.encode_text(params, inputs)
-        return self._with_numbers(cond, batch)
+        return self._attach(cond, params, batch)
 
     def _uncond(self, params: PyTree, frozen: PyTree, batch: Batch) -> Conditioning:
         """Return the conditioning of absent prompts for the images of a batch."""
         cond, count = self.model.encode_text(params, frozen["absent_text"]), len(batch["size_crop"])
         repeat = lambda x: jnp.broadcast_to(x, (count, *x.shape[1:]))  # noqa: E731
-        return self._with_numbers(jax.tree.map(repeat, cond), batch)
+        return self._attach(jax.tree.map(repeat, cond), params, batch)
 
-    def _with_numbers(self, cond: Conditioning, batch: Batch) -> Conditioning:
-        """Add sizes and crops, and the guidance scale for networks that read one."""
-        size_crop = batch["size_crop"].astype(jnp.float32)
-        embedded = self.model.denoiser.guidance_embedding
-        guidance = jnp.full(len(size_crop), self.guidance) if embedded else None
-        return cond._replace(size_crop=size_crop, guidance=guidance)
+    def _attach(self, cond: Conditioning, params: PyTree, batch: Batch) -> Conditioning:
+        """Add sizes and crops, the guidance scale for networks that read one, and references.
+
+        As in sampling, references are encoded to the mode, and stay where the prompt is absent.
+        """
+        size_crop, denoiser = batch["size_crop"].astype(jnp.float32), self.model.denoiser
+        guidance = jnp.full(len(size_crop), self.guidance) if denoiser.guidance_embedding else None
+        cond = cond._replace(size_crop=size_crop, guidance=guidance)
+        if "references" not in batch:
+            return cond
+        latents = [split_tokens(self._latents(params, x)) for x in batch["references"]]
+        tokens, positions = denoiser.reference_tokens(latents)
+        return cond._replace(reference=tokens, reference_positions=positions)
 
     def x0(self, params: PyTree, batch: Batch, keys: RowKeys) -> Float[Array, "b i j c"]:
         """Encode a batch of images, or read its cached latents; `keys` sample z in both."""
-        if "latents" in batch:
-            return self.model.latents_from_moments(params, batch["latents"], keys)
-        return self.model.encode(params, from_uint8(batch["image"]), keys)
+        return self._latents(params, batch["latents" if "latents" in batch else "image"], keys)
+
+    def _latents(
+        self, params: PyTree, x: Array, keys: RowKeys | None = None
+    ) -> Float[Array, "b i j c"]:
+        """Return latents of images, uint8, or of cached moments; without keys, the mode."""
+        if x.dtype == jnp.uint8:
+            return self.model.encode(params, from_uint8(x), keys)
+        return self.model.latents_from_moments(params, x, keys)
 
     def constants(self, tokenizers: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the inputs of an absent prompt, if the objective uses them."""
@@ -370,20 +383,31 @@ class DiffusionTask(Task):
         added = inversion.vectors if inversion else 0
         self.model.conditioner.check_tokenizers(tokenizers, added)
 
-    def denoiser_flops(self, size: int) -> float:
-        """Return the FLOPs of one denoiser evaluation for one image of side `size`, in pixels."""
-        height, width, _ = self.model.latent_shape(size, size)
-        length = self.model.conditioner.text_length
-        return self.model.denoiser.flops(height=height, width=width, text_length=length)
+    def denoiser_flops(self, size: int, references: int = 0) -> float:
+        """Return the FLOPs of one denoiser evaluation for one image of side `size`, in pixels.
 
-    def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
-        """Return the FLOPs of one image in a training step; frozen parts get no gradient."""
-        trainable, denoiser = self.trainable, self.denoiser_flops(size)
+        There are `references` of the same size.
+        """
+        height, width, _ = self.model.latent_shape(size, size)
+        length, denoiser = self.model.conditioner.text_length, self.model.denoiser
+        tokens = references * denoiser.num_tokens(height=height, width=width)
+        further: dict[str, Any] = {"reference_tokens": tokens} if tokens else {}
+        return denoiser.flops(height=height, width=width, text_length=length, **further)
+
+    def flops_per_image(
+        self, size: int, *, latents: bool = False, text: bool = False, references: int = 0
+    ) -> float:
+        """Return the FLOPs of one image in a training step; frozen parts get no gradient.
+
+        It has `references` of its size.
+        """
+        trainable, denoiser = self.trainable, self.denoiser_flops(size, references)
         # Adapters and new tokens need the gradients of layers' inputs, not those of their kernels.
         total = 3 * denoiser if trainable.includes(DENOISER) else 2 * denoiser
         if not text:
             passes = 3 if trainable.text_encoders and trainable.text_lora is None else 2
             total += self.model.conditioner.flops() * (passes if trainable.trains_text else 1)
         if self.model.autoencoder is not None and not latents:
-            total += self.model.autoencoder.encode_flops(height=size, width=size)
+            encoded = self.model.autoencoder.encode_flops(height=size, width=size)
+            total += (1 + references) * encoded
         return total

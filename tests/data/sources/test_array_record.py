@@ -8,9 +8,11 @@ from PIL import Image
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.array_record import (
+    IMAGES,
     ArrayRecord,
     decode_record,
     encode_record,
+    pack,
     write_array_record,
 )
 from jaxdiff.errors import UserError
@@ -100,3 +102,16 @@ def test_missing_and_empty_are_refused(tmp_path):
     write_array_record(str(tmp_path / "x.array_record"), [])
     with pytest.raises(UserError, match="are empty"):
         ArrayRecord(path=str(tmp_path)).check()
+
+
+def test_references_follow_their_image(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    record = {"image": b"image", "captions": ["x"], "name": "n", "references": [b"one", pixels]}
+    found = decode_record(encode_record(record))
+    assert found["image"] == b"image"
+    assert found["references"][0] == b"one"
+    np.testing.assert_array_equal(Image.open(io.BytesIO(found["references"][1])), pixels)
+    for sizes in ([-1], [9, -9], [10]):
+        header = {"name": "n", "captions": ["x"], "references": sizes}
+        with pytest.raises(ValueError, match="not those of its images"):
+            decode_record(pack(IMAGES, header, b"123456789"))

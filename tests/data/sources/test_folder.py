@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.bad_records import NO_CAPTION, NO_IMAGE, UNLISTED, RecordError
+from jaxdiff.data.bad_records import (
+    NO_CAPTION,
+    NO_IMAGE,
+    NO_REFERENCE,
+    UNLISTED,
+    RecordError,
+    account_of,
+)
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.errors import UserError
 
@@ -154,3 +161,49 @@ def test_a_mark_before_a_caption_and_upper_case_metadata_are_read(tmp_path):
     _image(tmp_path / "a.png")
     (tmp_path / "Metadata.JSONL").write_text('{"file_name": "a.png", "text": ["\\ufeffa pea"]}\n')
     assert ImageFolder(path=str(tmp_path))[0]["captions"] == ["a pea"]
+
+
+def test_references_are_read_and_missing_ones_reject_their_record(tmp_path):
+    for i, name in enumerate(("a.png", "b.png", "c.png", "d.png", "from/a.png", "from/b.png")):
+        _image(tmp_path / name, i)
+    _metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "x", "control": "from/a.png"},
+        {"file_name": "b.png", "text": "y", "control": ["from/b.png", "a.png"]},
+        {"file_name": "c.png", "text": "z", "control": ["from/a.png", "from/gone.png"]},
+        {"file_name": "d.png", "text": "alone"},
+    )
+    source = ImageFolder(path=str(tmp_path), reference="control")
+    source.check()
+    found = [list(source[i]["references"]) for i in range(len(source))]
+    expected = [["from/a.png"], ["from/b.png", "a.png"], []]
+    assert found == [[(tmp_path / name).read_bytes() for name in names] for names in expected]
+    (reject,) = source.left_out.rejects
+    assert (reject.name, reject.kind) == (f"{tmp_path}/c.png", NO_REFERENCE)
+    assert reject.reason == "its reference image from/gone.png does not exist"
+    account = account_of(source)
+    assert (account.found, account.used) == (4, 3)
+    (tmp_path / "from" / "a.png").unlink()
+    with pytest.raises(RecordError, match=r"a.png cannot be read"):
+        source[0]
+
+
+def test_a_csv_file_names_references(tmp_path):
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "b.png", 1)
+    _image(tmp_path / "c.png", 2)
+    rows = "file_name,text,reference\na.png,x,b.png\nb.png,y,a.png|c.png\nc.png,z,\n"
+    (tmp_path / "metadata.csv").write_text(rows)
+    source = ImageFolder(path=str(tmp_path), reference="reference")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert [source[i]["references"] for i in range(3)] == [[b], [a, c], []]
+
+
+@pytest.mark.parametrize("name", ["../b.png", "/etc/b.png", ["a.png", "https://x/b.png"], 3])
+def test_references_outside_the_folder_or_without_a_path_are_refused(tmp_path, name):
+    _image(tmp_path / "a.png")
+    _metadata(tmp_path, {"file_name": "a.png", "text": "x", "reference": name})
+    with pytest.raises(UserError, match=r"reference must be relative|path of a reference image"):
+        ImageFolder(path=str(tmp_path), reference="reference").check()
+    with pytest.raises(UserError, match=r"no column 'refrence': did you mean 'reference'"):
+        ImageFolder(path=str(tmp_path), reference="refrence").check()

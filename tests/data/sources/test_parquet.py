@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_REFERENCE, RecordError
 from jaxdiff.data.sources.parquet import Parquet
 from jaxdiff.errors import UserError
 
@@ -114,3 +114,20 @@ def test_columns_of_the_wrong_type_are_refused(tmp_path):
         Parquet(path=str(tmp_path), image="text").check()
     with pytest.raises(UserError, match="column of text"):
         Parquet(path=str(tmp_path), caption="image").check()
+
+
+def test_references_are_an_image_a_list_of_them_or_nothing(tmp_path):
+    image = [{"bytes": b"image", "path": None}] * 4
+    lists = [[{"bytes": b"a"}, {"bytes": b"b"}], None, [], [{"bytes": None}]]
+    table = {"image": image, "text": ["x"] * 4, "many": lists, "one": [b"a", None, b"b", b"c"]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    source = Parquet(path=str(tmp_path), reference="one")
+    assert [source[i]["references"] for i in range(3)] == [[b"a"], [], [b"b"]]
+    source = Parquet(path=str(tmp_path), reference="many")
+    assert [source[i]["references"] for i in range(3)] == [[b"a", b"b"], [], []]
+    with pytest.raises(RecordError, match="its reference image has no bytes") as caught:
+        source[3]
+    assert caught.value.reject.kind == NO_REFERENCE
+    for reference, message in (("text", "encoded images"), ("mny", "did you mean 'many'")):
+        with pytest.raises(UserError, match=message):
+            Parquet(path=str(tmp_path), reference=reference).check()

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from jaxdiff.data.bad_records import RecordError
+from jaxdiff.data.bad_records import NO_IMAGE, NO_REFERENCE, RecordError
 from jaxdiff.data.sources.webdataset import WebDataset
 from jaxdiff.errors import UserError
 
@@ -29,6 +29,7 @@ def test_samples_are_read_in_place_across_tars(tmp_path):
         "image": b"first",
         "captions": ["größe", "", "x"],
         "name": f"{tmp_path}/0.tar/01.PNG",
+        "references": [],
     }
     assert source[1]["captions"] == ["one", "two"]
 
@@ -80,3 +81,24 @@ def test_damaged_and_compressed_tars_are_refused(tmp_path):
         WebDataset(path=str(tmp_path)).check()
     with pytest.raises(UserError, match="does not exist"):
         WebDataset(path=str(tmp_path / "none")).check()
+
+
+def test_further_images_are_references_if_they_are_named(tmp_path):
+    names = ("a.control.10.png", "a.control.2.png", "a.png", "a.txt", "a.mask.png")
+    names += ("b.png", "b.txt", "c.control.png")
+    files = [(name, name.encode()) for name in names]
+    _tar(tmp_path / "0.tar", files)
+    with tarfile.open(tmp_path / "0.tar", "a") as archive:
+        link = tarfile.TarInfo("d.control.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "gone.png"
+        archive.addfile(link)
+        for name in ("d.png", "d.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    source = WebDataset(path=str(tmp_path), reference="control")
+    assert [source[i]["references"] for i in range(len(source))] == [
+        [b"a.control.2.png", b"a.control.10.png"],
+        [],
+    ]
+    rejects = {reject.name.split("/")[-1]: reject.kind for reject in source.left_out.rejects}
+    assert rejects == {"c.control.png": NO_IMAGE, "d.png": NO_REFERENCE}
+    assert source.left_out.others == {".png": 1}
