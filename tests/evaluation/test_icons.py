@@ -62,7 +62,7 @@ def test_true_scenes_are_right_in_all_sets(context):
 
 def test_other_sizes_and_data_are_refused(context):
     spec = dataclasses.replace(context.spec, image_size=32)
-    with pytest.raises(UserError, match="expected data.source to be EmojiScenes"):
+    with pytest.raises(UserError, match=r"expected data\.source to be EmojiScenes"):
         IconAccuracy().check(spec, context.data)
     with pytest.raises(UserError, match=r"IconAccuracy\.samples is 1"):
         IconAccuracy(samples=1)
