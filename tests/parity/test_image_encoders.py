@@ -1,6 +1,10 @@
 """Inception-v3 and DINOv2 with the same weights as PyTorch, and distances of the same features."""
 
 import dataclasses
+import importlib
+import sys
+from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import jax
 import numpy as np
@@ -45,12 +49,23 @@ def nchw(images):
 
 
 @pytest.fixture(scope="module")
-def inception():
-    """torch-fidelity's network, which would download its weights, with those of the self-test."""
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    kind = fidelity.FeatureExtractorInceptionV3
+def torch_fidelity():
+    """Imported without torchvision, which does not load beside a build of PyTorch for CPUs."""
+    if find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity: pip install --no-deps torch-fidelity==0.4.0")
+    names = "torchvision", "torchvision.datasets", "torchvision.transforms.functional"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity.torch, "load", lambda *_, **__: None)
+        for name in names:
+            patch.setitem(sys.modules, name, MagicMock())
+        return importlib.import_module("torch_fidelity")
+
+
+@pytest.fixture(scope="module")
+def inception(torch_fidelity):
+    """torch-fidelity's network, which would download its weights, with those of the self-test."""
+    kind = torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: None)
         patch.setattr(kind, "load_state_dict", lambda *_: None)
         model = kind("inception", ["2048"], feature_extractor_weights_path="none")
     leaves = {
@@ -83,8 +98,8 @@ def test_inception_and_the_stored_values_of_the_self_test(inception):
 
 
 @pytest.mark.parametrize("size", [(40, 56), (299, 299), (640, 512)])
-def test_bilinear_resizing(size):
-    fidelity = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+def test_bilinear_resizing(torch_fidelity, size):
+    fidelity = torch_fidelity.interpolate_compat_tensorflow
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     x = nchw(image[None]).float()
     tensorflow = fidelity.interpolate_bilinear_2d_like_tensorflow1x(
@@ -98,13 +113,12 @@ def test_bilinear_resizing(size):
         np.testing.assert_allclose(ours(image, 299), theirs, atol=2e-3)
 
 
-def test_distances_of_features():
-    metrics = pytest.importorskip("torch_fidelity")
+def test_distances_of_features(torch_fidelity):
     rng = np.random.default_rng(0)
     ours = rng.normal(size=(1200, 64)).astype(np.float32)
     theirs = (1.1 * rng.normal(size=(1100, 64)) + 0.1).astype(np.float32)
     x, y = map(torch.from_numpy, (ours, theirs))
-    fid, kid, prc = metrics.metric_fid, metrics.metric_kid, metrics.metric_prc
+    fid, kid, prc = (getattr(torch_fidelity, f"metric_{x}") for x in ("fid", "kid", "prc"))
     expected = fid.fid_statistics_to_metric(
         *(fid.fid_features_to_statistics(z.double()) for z in (x, y)), verbose=False
     )
