@@ -337,7 +337,13 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
 @pytest.mark.parametrize(
     ("name", "mesh", "accumulate"),
     [
-        *((name, mesh, 1) for name in DENOISERS for mesh in (TENSOR, CONTEXT)),
+        *((name, CONTEXT, 1) for name in DENOISERS),
+        *((name, TENSOR, 1) for name in ("dit", "flux2")),
+        *(
+            pytest.param(name, TENSOR, 1, marks=pytest.mark.nightly)
+            for name in DENOISERS
+            if name not in ("dit", "flux2")
+        ),
         *((name, MeshConfig(data=2, fsdp=4), 1) for name in ("dit", "flux1", "flux2")),
         *(("flux2 references", mesh, 1) for mesh in (TENSOR, CONTEXT)),
         ("dit", MeshConfig(data=1, fsdp=8), 1),

@@ -49,7 +49,13 @@ def records(folder):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "klein base" else pytest.mark.nightly)
+        for name in FAMILIES
+    ],
+)
 def test_the_loss_of_a_batch_falls(name, whole, models, tmp_path):
     config = config_of(models, name, whole=whole, steps=STEPS)
     result = train(config, tmp_path, log=lambda _: None)

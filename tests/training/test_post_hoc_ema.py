@@ -155,6 +155,7 @@ def test_a_run_of_another_start_ends_with_the_same_averages(straight, recipe, tm
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.nightly
 def test_a_sharded_run_has_the_averages_of_one_device(straight, recipe, tmp_path):
     mesh = MeshConfig(data=4, fsdp=2)
     config = dataclasses.replace(recipe, mesh=mesh)

@@ -169,6 +169,7 @@ def test_a_model_learns_to_follow_the_reference(root):
     assert float(right) < 0.6 * float(loss(params, {**batch, "references": (swapped,)}, key))
 
 
+@pytest.mark.nightly
 def test_stopped_and_resumed_equals_straight_bit_for_bit(root, tmp_path):
     config = config_of(root, "mixed", steps=6)
     straight = train(config, tmp_path / "straight", log=lambda _: None)

@@ -5,7 +5,6 @@ Apache-2.0) and Twemoji (Twitter and jdecked, CC BY 4.0); names are emojibase's 
 MIT). They are packages of the npm registry and not part of jaxdiff.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from jaxdiff.datasets.rendered import (
     write_cached,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.io.image_decoding import open_image
 from jaxdiff.io.user_cache import user_cache
 
 Subset = Literal["all", "things"]
@@ -253,7 +253,8 @@ def _render_all(file: BinaryIO, icons: list[tuple[_Row, str]], size: int, render
 def rasterise(svg: str, size: int, renderer: Any) -> UInt8[np.ndarray, "s s 4"]:
     """Return an SVG document in the middle of a square, with straight alpha."""
     data = renderer.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    with open_image(bytes(data)) as opened:
+        image = opened.convert("RGBA")
     if image.size != (size, size):
         square = Image.new("RGBA", (size, size))
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
