@@ -58,8 +58,9 @@ class SavedFigures:
         self._path, self._settings = path, _as_read(settings)
         read = read_json(path) if is_host0() and path.exists() else {}
         earlier = parse_json(broadcast_text(format_json(read)), path)
-        same = earlier.get("settings") == self._settings
-        self._points: list[dict[str, Any]] = list(earlier["points"]) if same else []
+        self._points: list[dict[str, Any]] = []
+        if isinstance(earlier, dict) and earlier.get("settings") == self._settings:
+            self._points = _points_of(earlier, path)
 
     def measure(
         self, point: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
@@ -74,6 +75,19 @@ class SavedFigures:
         if is_host0():
             write_whole(self._path, f"{text}\n".encode())
         return self._points[-1]["figures"]
+
+
+def _points_of(earlier: dict[str, Any], path: epath.Path) -> list[dict[str, Any]]:
+    points = earlier.get("points")
+    if not isinstance(points, list) or not all(
+        isinstance(point, dict)
+        and isinstance(point.get("point"), dict)
+        and isinstance(point.get("figures"), dict)
+        and all(type(figure) in (int, float) for figure in point["figures"].values())
+        for point in points
+    ):
+        raise UserError(f"{path} is damaged: expected points with figures; remove it.")
+    return points
 
 
 def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,14 @@ def compare_figures(ours: epath.PathLike, theirs: epath.PathLike) -> str:
 
 def _read(path: epath.PathLike) -> dict[str, Any]:
     data = read_json(epath.Path(path), "a file that jaxdiff evaluate wrote")
-    known = data.get("provenance", {}).get("figures") if isinstance(data, dict) else None
-    if not isinstance(known, dict) or set(known) != set(data.get("figures", {})):
+    try:
+        figures, known = data["figures"], data["provenance"]["figures"]
+        usable = set(known) == set(figures)
+        usable &= all(isinstance(about, dict) for about in known.values())
+        usable &= all(type(figure) in (int, float) for figure in figures.values())
+    except (AttributeError, KeyError, TypeError):
+        usable = False
+    if not usable:
         raise UserError(
             f"{path} does not state what its figures depend on: expected an evaluation.json of "
             "this version; evaluate again."

@@ -6,9 +6,12 @@ too, without pickles.
 
 import hashlib
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -108,17 +111,35 @@ def read_statistics(path: epath.PathLike) -> Statistics:
     """
     tensors = TensorFiles([epath.Path(path)])
     about = parse_json(tensors.metadata.get("statistics", "null"), epath.Path(path))
-    if about is None or not {"mean", "covariance", "features"} <= set(tensors):
+    if not _is_provenance(about) or not {"mean", "covariance", "features"} <= set(tensors):
         raise UserError(
             f"{path} holds no statistics of images: expected a file that jaxdiff evaluate "
             "--reference wrote; write it again."
         )
+    moments = _moments(path, np.array(tensors["mean"]), np.array(tensors["covariance"]))
+    features = np.array(tensors["features"])
+    if features.shape[1:] != moments.mean.shape or not np.isfinite(features).all():
+        raise UserError(
+            f"{path}: features are {features.shape} for a mean of {moments.mean.shape}, or not "
+            "finite: expected a vector for each image; write it again."
+        )
     return Statistics(
         count=about["count"],
-        moments=Moments(np.array(tensors["mean"]), np.array(tensors["covariance"])),
-        features=np.array(tensors["features"]),
+        moments=moments,
+        features=features,
         network=about["network"],
         data=about["data"],
+    )
+
+
+def _is_provenance(about: Any) -> bool:
+    return (
+        isinstance(about, dict)
+        and type(about.get("count")) is int
+        and about["count"] > 1
+        and isinstance(about.get("data"), str)
+        and isinstance(about.get("network"), dict)
+        and all(isinstance(value, str) for value in about["network"].values())
     )
 
 
@@ -133,10 +154,22 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
       UserError: it cannot be read, holds pickles, or has neither.
     """
     try:
-        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            names = [name for name in ("mu", "sigma", "arr_0") if name in archive.files]
-            arrays = {name: archive[name] for name in names}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            arrays = {
+                name: _read_array(archive, f"{name}.npy")
+                for name in ("mu", "sigma", "arr_0")
+                if name in names
+            }
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(
             f"{path} is not a readable .npz file ({error}): expected mu and sigma, or images as "
             "arr_0, and no pickles."
@@ -160,13 +193,40 @@ def moments_of_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Mo
     """
     if "mu" not in arrays or "sigma" not in arrays:
         return None
-    mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-    if covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+    return _moments(path, arrays["mu"], arrays["sigma"])
+
+
+def _moments(path: epath.PathLike, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    numbers = all(x.dtype.kind in "fiu" for x in (mean, covariance))
+    shapes = mean.ndim == 1 and covariance.shape == (mean.size, mean.size) != (0, 0)
+    if not numbers or not shapes or not all(np.isfinite(x).all() for x in (mean, covariance)):
         raise UserError(
-            f"{path}: sigma is {covariance.shape} for mu of {mean.shape}, or not finite: expected "
-            "a square matrix of finite numbers; give another copy."
+            f"{path}: the covariance is {covariance.dtype} {covariance.shape} for a mean of "
+            f"{mean.dtype} {mean.shape}, or not finite: expected a square matrix of finite "
+            "numbers; give another copy."
         )
-    return Moments(mean, (covariance + covariance.T) / 2)
+    covariance = covariance.astype(np.float64)
+    return Moments(mean.astype(np.float64), (covariance + covariance.T) / 2)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read an .npy member, which may not claim more numbers than it has bytes for.
+
+    Raises `ValueError` and others for damaged ones, and for pickles.
+    """
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in read:
+            raise ValueError(f"{name} has version {version}")
+        shape, _, dtype = read[version](member)
+        if math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
+            raise ValueError(f"{name} is shorter than its shape {shape}")
+    with archive.open(name) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _are_images(x: np.ndarray) -> bool:

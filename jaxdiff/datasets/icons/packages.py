@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ VERSIONS = {
     NAMES: "17.0.0",
 }
 _MINUTES = 10  # for one package
+_LARGEST = 2**28  # bytes of a file in a package; those of published sets have up to 2**25
 
 
 def package_of(icon_set: str) -> str:
@@ -107,12 +111,26 @@ def read_member(place: Path, name: str) -> bytes | None:
         with tarfile.open(place) as archive:
             for member in archive:
                 if member.isfile() and member.name == f"package/{name}":
+                    if member.size > _LARGEST:
+                        raise ValueError(f"{name} is too large")
                     file = archive.extractfile(member)
                     return None if file is None else file.read()
         return None
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"{place} cannot be read as an npm package ({error}): remove it and fetch it again."
+        ) from error
+
+
+@contextmanager
+def damage_as_user_error(folder: object) -> Iterator[None]:
+    """Raise `UserError` where a package has other JSON values than its format has."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"A package in {folder} is damaged ({type(error).__name__}: {error}): expected the "
+            "format of Iconify or emojibase; remove it and fetch it again."
         ) from error
 
 

@@ -6,6 +6,7 @@ MIT). They are packages of the npm registry and not part of jaxdiff.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
+from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import PickledFields, Record
 from jaxdiff.datasets.emoji_names import captions, plain_words, with_article
 from jaxdiff.datasets.icons import names as naming
@@ -62,6 +64,9 @@ class Icon(NamedTuple):
         """Whether training excludes this thing in this style."""
         thing = self.emoji and self.emoji.thing
         return thing is not None and held_out_style(thing) == self.set
+
+
+_FILE = re.compile(r"""href\s*=\s*["'](?!#)""")
 
 
 class _Row(NamedTuple):
@@ -131,7 +136,7 @@ class Iconify(PickledFields):
     @cached_property
     def icons(self) -> list[Icon]:
         """The icons of this split, in the order of the records."""
-        emoji = {one.code: one for one in naming.read_emoji(self._place(packages.NAMES))}
+        emoji = {one.code: one for one in self._emoji()}
         icons = [
             Icon(row, entry.set, entry.name, emoji.get(entry.code or ""))
             for row, entry in enumerate(self._file[0])
@@ -150,10 +155,16 @@ class Iconify(PickledFields):
         path = folder / f"icons-{self._digest()[:16]}-{self.size}.safetensors"
         with cache_errors(folder, "Iconify"):
             if not path.exists():
-                icons = list(self._select())
+                with packages.damage_as_user_error(self.folder or "the user's cache"):
+                    icons = list(self._select())
                 write_cached(path, lambda file: _render_all(file, icons, self.size, renderer))
             opened = safetensors.safe_open(path, "np").__enter__()
         return [_Row(*row) for row in json.loads(opened.metadata()["icons"])], opened
+
+    def _emoji(self) -> list[NamedEmoji]:
+        place = self._place(packages.NAMES)
+        with packages.damage_as_user_error(place):
+            return naming.read_emoji(place)
 
     def _place(self, package: str) -> Path:
         folder = self.folder or user_cache("icons")
@@ -175,7 +186,7 @@ class Iconify(PickledFields):
 
     def _select(self) -> Iterator[tuple[_Row, str]]:
         """Yield the icons of the subset, as rows and SVG."""
-        emoji = naming.read_emoji(self._place(packages.NAMES))
+        emoji = self._emoji()
         read = [read_set(name, self._place(packages.package_of(name))) for name in self.sets]
         rows = [_Row(one.name, *row) for one in read for row in _codes(one, emoji)]
         if self.subset == "things":
@@ -251,10 +262,24 @@ def _render_all(file: BinaryIO, icons: list[tuple[_Row, str]], size: int, render
 
 
 def rasterise(svg: str, size: int, renderer: Any) -> UInt8[np.ndarray, "s s 4"]:
-    """Return an SVG document in the middle of a square, with straight alpha."""
-    data = renderer.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    with open_image(bytes(data)) as opened:
-        image = opened.convert("RGBA")
+    """Return an SVG document in the middle of a square, with straight alpha.
+
+    Raises:
+      UserError: it is damaged, or shows a file, which the renderer would read from anywhere.
+    """
+    try:
+        if _FILE.search(svg):
+            raise ValueError("it refers to a file")
+        data = renderer.svg_to_bytes(
+            svg_string=svg, width=size, height=size, skip_system_fonts=True
+        )
+        with open_image(bytes(data)) as opened:
+            image = opened.convert("RGBA")
+    except (ValueError, RecordError) as error:
+        raise UserError(
+            f"The icon {svg[:80]!r} cannot be rendered ({error}): expected SVG elements; remove "
+            "its package and fetch it again."
+        ) from error
     if image.size != (size, size):
         square = Image.new("RGBA", (size, size))
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))

@@ -4,11 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxdiff.datasets.icons import source as icons
 from jaxdiff.datasets.icons.names import STYLES, held_out_style
-from jaxdiff.datasets.icons.sets import IconSet
-from jaxdiff.datasets.icons.source import Iconify, over
+from jaxdiff.datasets.icons.sets import IconData, IconSet
+from jaxdiff.datasets.icons.source import Iconify, over, rasterise
 from jaxdiff.errors import UserError
 from tests.datasets.icons.tiny import THINGS, write_sets
 
@@ -163,3 +164,23 @@ def test_missing_sets_are_a_user_error(tmp_path):
 
 def test_every_set_has_a_word_for_its_style():
     assert len(set(STYLES.values())) == len(STYLES) == 4
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["{}", "./{}", "file://{}", "&#47;{}", "data:image/png;base64,AAAA"],
+)
+@pytest.mark.parametrize("name", ["href", "xlink:href", "href\n "])
+def test_a_drawing_cannot_show_a_file(tmp_path, name, reference):
+    renderer = pytest.importorskip("resvg_py")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    value = reference.format(tmp_path / "red.png")
+    body = f'<image {name}="{value}" width="8" height="8"/>'
+    with pytest.raises(UserError, match="refers to a file"):
+        rasterise(IconData(body, (0, 0, 8, 8)).svg(), 8, renderer)
+
+
+def test_a_drawing_may_refer_to_its_own_parts():
+    renderer = pytest.importorskip("resvg_py")
+    body = '<defs><rect id="a" width="8" height="8"/></defs><use href="#a"/><use xlink:href="#a"/>'
+    assert rasterise(IconData(body, (0, 0, 8, 8)).svg(), 8, renderer)[..., 3].min() == 255
