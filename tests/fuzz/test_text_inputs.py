@@ -56,13 +56,16 @@ def test_captions_and_metadata_of_a_folder(count, folder):
     corpus = [
         b'{"file_name": "a.png", "text": "a pea"}\n{"file_name": "b.png", "text": ["x", "y"]}\n',
         b"a pea\na pod\n",
+        b'{"file_name": "a.png", "text": "x", "reference": ["b.png", "a.png"]}\n',
     ]
     with guarded(folder):
         for i, data in enumerate(mutations(corpus, count)):
             for name in ("metadata.jsonl", "a.txt"):
                 (folder / name).unlink(missing_ok=True)
             (folder / ("metadata.jsonl" if i % 2 else "a.txt")).write_bytes(data)
-            survives(lambda: _read_all(ImageFolder(path=str(folder))), data)
+            reference = "reference" if i % 4 == 1 else None
+            source = ImageFolder(path=str(folder), reference=reference)
+            survives(lambda source=source: _read_all(source), data)
 
 
 @counts(300, 100_000)
