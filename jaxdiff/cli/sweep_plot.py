@@ -51,7 +51,7 @@ def render_sweep(
       quality: name of the vertical axis.
     """
     canvas = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     front = pareto_front(points, goal)
     shown = [point for point in points if not np.isnan(point.quality)]
     x_ticks = _ticks([point.cost for point in shown])
@@ -65,16 +65,16 @@ def render_sweep(
     _axes(canvas, x_ticks, y_ticks, title=title, cost=cost, quality=quality)
     corners = [place(points[i]) for i in front]
     if len(corners) > 1:
-        draw.line(corners, FRONT, 3)
+        pen.line(corners, FRONT, 3)
     for point in shown:
         x, y = place(point)
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), FAINT, INK)
-    _label_front(draw, [points[i].label for i in front], corners, [place(p) for p in shown])
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), FAINT, INK)
+    _label_front(pen, [points[i].label for i in front], corners, [place(p) for p in shown])
     return np.asarray(canvas)
 
 
 def _label_front(
-    draw: ImageDraw.ImageDraw,
+    pen: ImageDraw.ImageDraw,
     labels: Sequence[str],
     corners: Sequence[tuple[float, float]],
     dots: Sequence[tuple[float, float]],
@@ -83,8 +83,8 @@ def _label_front(
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
     font = _font(15)
     for (x, y), label in zip(corners, labels, strict=True):
-        draw.ellipse((x - 7, y - 7, x + 7, y + 7), FRONT, INK)
-        width, height = draw.textlength(label, font), 18
+        pen.ellipse((x - 7, y - 7, x + 7, y + 7), FRONT, INK)
+        width, height = pen.textlength(label, font), 18
         places = [
             (x + 12, y + 4),
             (x + 12, y - 22),
@@ -97,7 +97,7 @@ def _label_front(
                 box[0] >= LEFT and box[2] <= WIDTH - 4 and TOP <= box[1] <= HEIGHT - BOTTOM - height
             )
             if inside and not any(_overlap(box, other) for other in taken):
-                draw.text((left, top), label, INK, font)
+                pen.text((left, top), label, INK, font)
                 taken.append(box)
                 break
 
@@ -115,19 +115,19 @@ def _axes(
     cost: str,
     quality: str,
 ) -> None:
-    draw, small = ImageDraw.Draw(canvas), _font(15)
+    pen, small = ImageDraw.Draw(canvas), _font(15)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     for tick in x_ticks:
         x = LEFT + (tick - x_ticks[0]) / np.ptp(x_ticks) * (right - LEFT)
-        draw.line((x, TOP, x, bottom), FAINT)
-        draw.text((x, bottom + 8), f"{tick:.4g}", INK, small, anchor="mt")
+        pen.line((x, TOP, x, bottom), FAINT)
+        pen.text((x, bottom + 8), f"{tick:.4g}", INK, small, anchor="mt")
     for tick in y_ticks:
         y = TOP + (y_ticks[-1] - tick) / np.ptp(y_ticks) * (bottom - TOP)
-        draw.line((LEFT, y, right, y), FAINT)
-        draw.text((LEFT - 10, y), f"{tick:.4g}", INK, small, anchor="rm")
-    draw.rectangle((LEFT, TOP, right, bottom), outline=INK)
-    draw.text((LEFT, 20), title, INK, _font(20))
-    draw.text(((LEFT + right) // 2, HEIGHT - 30), cost, INK, _font(17), anchor="mm")
+        pen.line((LEFT, y, right, y), FAINT)
+        pen.text((LEFT - 10, y), f"{tick:.4g}", INK, small, anchor="rm")
+    pen.rectangle((LEFT, TOP, right, bottom), outline=INK)
+    pen.text((LEFT, 20), title, INK, _font(20))
+    pen.text(((LEFT + right) // 2, HEIGHT - 30), cost, INK, _font(17), anchor="mm")
     upright = Image.new("RGB", (bottom - TOP, 26), BACKGROUND)
     text = ImageDraw.Draw(upright)
     text.text(((bottom - TOP) // 2, 13), quality, INK, _font(17), anchor="mm")
