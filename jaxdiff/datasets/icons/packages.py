@@ -123,7 +123,7 @@ def read_member(place: Path, name: str) -> bytes | None:
 
 
 @contextmanager
-def damage_as_user_error(folder: object) -> Iterator[None]:
+def damaged_package_as_user_error(folder: object) -> Iterator[None]:
     """Raise `UserError` where a package has other JSON values than its format has."""
     try:
         yield

@@ -155,7 +155,7 @@ class Iconify(PickledFields):
         path = folder / f"icons-{self._digest()[:16]}-{self.size}.safetensors"
         with cache_errors(folder, "Iconify"):
             if not path.exists():
-                with packages.damage_as_user_error(self.folder or "the user's cache"):
+                with packages.damaged_package_as_user_error(self.folder or "the user's cache"):
                     icons = list(self._select())
                 write_cached(path, lambda file: _render_all(file, icons, self.size, renderer))
             opened = safetensors.safe_open(path, "np").__enter__()
@@ -163,7 +163,7 @@ class Iconify(PickledFields):
 
     def _emoji(self) -> list[NamedEmoji]:
         place = self._place(packages.NAMES)
-        with packages.damage_as_user_error(place):
+        with packages.damaged_package_as_user_error(place):
             return naming.read_emoji(place)
 
     def _place(self, package: str) -> Path:
