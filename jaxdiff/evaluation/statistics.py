@@ -7,6 +7,7 @@ too, without pickles.
 import hashlib
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -167,6 +168,8 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         EOFError,
         KeyError,
         RuntimeError,
+        SyntaxError,
+        tokenize.TokenError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
