@@ -48,7 +48,7 @@ from jaxdiff.io.user_cache import user_cache
 Subset = Literal["all", "things"]
 
 LEAST_STYLES = 3
-"""Icon sets that draw each thing, if the source has as many."""
+"""Icon sets that have each thing, if the source has as many."""
 
 
 class Icon(NamedTuple):
@@ -83,7 +83,7 @@ class Iconify(PickledFields):
     """Drawings of icon sets with captions, as {"image", "captions", "name"}.
 
     Images are uint8 [size, size, 3] over white; `rgba` has the alpha too. The subset "things" has
-    the everyday things that at least three of the sets draw. The split "train" excludes one style
+    the everyday things that at least three of the sets have. The split "train" excludes one style
     of every second thing (`jaxdiff.datasets.icons.names`), "held_out" has only those, "all" has
     both. Packages come from `folder` (default: the folder `icons` of the user's cache). The first
     use renders all icons of the subset into one file in the folder `cache`, at about 180 icons/s
