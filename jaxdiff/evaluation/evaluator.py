@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -32,6 +32,9 @@ from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
 Goal = Literal["min", "max"]
 """Which value of a scalar is best."""
+
+
+T = TypeVar("T")
 
 
 class Report(NamedTuple):
@@ -185,6 +188,30 @@ def check_text_to_image(spec: AnySpec, evaluator: Evaluator) -> TextToImage:
             f"{type(spec).__name__}: leave the evaluator out."
         )
     return spec
+
+
+def check_drawings(
+    spec: AnySpec, data: DataConfig, evaluator: Evaluator, kind: type[T], drawings: str
+) -> T:
+    """Return the source of the data if it is of a kind and of the model's size.
+
+    Args:
+      spec: of the model.
+      data: of the recipe.
+      evaluator: that compares images with the source's drawings.
+      kind: of the source.
+      drawings: what they are, for the message.
+
+    Raises:
+      UserError: the model, the source or its size is another.
+    """
+    size, source = check_text_to_image(spec, evaluator).image_size, image_source(data)
+    if not isinstance(source, kind) or size != getattr(source, "size", None):
+        raise UserError(
+            f"evaluator {evaluator.name!r} compares images with {drawings}: expected data.source "
+            f"to be {kind.__name__}, of the size of the model's images; leave the evaluator out."
+        )
+    return source
 
 
 Columns = Mapping[str, Mapping[str, float]]  # {"score": {attribute: fraction}, "ceiling": ...}

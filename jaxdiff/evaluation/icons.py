@@ -11,13 +11,12 @@ from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.datasets.icons.scene import Share
 from jaxdiff.datasets.icons.score import IconJudge, SceneKind, icon_prompts, icon_scenes
-from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Report,
+    check_drawings,
     check_text_to_image,
-    image_source,
     table,
 )
 from jaxdiff.pretrained.bundle import AnySpec
@@ -52,18 +51,12 @@ class IconAccuracy(Evaluator):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for other data than EmojiScenes, or another size."""
-        size, source = check_text_to_image(spec, self).image_size, image_source(data)
-        if not isinstance(source, EmojiScenes) or size != source.size:
-            raise UserError(
-                f"evaluator {self.name!r} compares images with drawings of things: expected "
-                "data.source to be EmojiScenes, of the size of the model's images; leave the "
-                "evaluator out."
-            )
+        check_drawings(spec, data, self, EmojiScenes, "drawings of things")
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images."""
-        self.check(context.spec, context.data)
-        spec, source = check_text_to_image(context.spec, self), image_source(context.data)
+        spec = check_text_to_image(context.spec, self)
+        source = check_drawings(spec, context.data, self, EmojiScenes, "drawings of things")
         judge = IconJudge(source)
         results = {}
         for (kind, share), name in _NAMES.items():

@@ -8,13 +8,11 @@ from jaxdiff.config.fields import Natural, Range
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.openmoji import score as scoring
 from jaxdiff.datasets.openmoji.source import OpenMoji
-from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Report,
-    check_text_to_image,
-    image_source,
+    check_drawings,
     table,
 )
 from jaxdiff.pretrained.bundle import AnySpec
@@ -39,18 +37,11 @@ class OpenMojiAccuracy(Evaluator):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for other data than OpenMoji, or another size."""
-        size, source = check_text_to_image(spec, self).image_size, image_source(data)
-        if not isinstance(source, OpenMoji) or size != source.size:
-            raise UserError(
-                f"evaluator {self.name!r} compares images with OpenMoji's emoji: expected "
-                "data.source to be OpenMoji, of the size of the model's images; leave the "
-                "evaluator out."
-            )
+        check_drawings(spec, data, self, OpenMoji, "OpenMoji's emoji")
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images."""
-        self.check(context.spec, context.data)
-        source = image_source(context.data)
+        source = check_drawings(context.spec, context.data, self, OpenMoji, "OpenMoji's emoji")
         prompts = scoring.held_out_prompts(self.samples)
         images = context.generate([prompt.text for prompt in prompts])
         emoji = OpenMoji(split="all", size=source.size, cache=source.cache)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, PyTree, UInt8
+from jaxtyping import Array, Float32, Int, PyTree, UInt8
 
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicas import local_mesh, replicate, shard
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
 from jaxdiff.models.quantized import is_quantized
-from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.prompt_weights import plain
@@ -66,13 +66,19 @@ def clip_scores(
     return in_full_batches(score, _BATCH_SIZE, images, ids)
 
 
+def _embed(
+    config: ClipConfig, params: PyTree, images: UInt8[Array, "b h w 3"], ids: Int[Array, "b n"]
+) -> ClipEmbeddings:
+    clip = bind_params(bind_init(Clip, config), params)
+    views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
+    return clip(views, ids)
+
+
 @functools.lru_cache(maxsize=2)
 def _compiled_score(config: ClipConfig):
     @jax.jit
     def score(params, images, ids):
-        clip = bind_params(bind_init(Clip, config), params)
-        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
-        embeddings = clip(views, ids)
+        embeddings = _embed(config, params, images, ids)
         return jnp.sum(embeddings.image * embeddings.text, axis=-1)
 
     return score
@@ -98,9 +104,7 @@ def clip_embeddings(
 def _compiled_embeddings(config: ClipConfig):
     @jax.jit
     def embed(params, images, ids):
-        clip = bind_params(bind_init(Clip, config), params)
-        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
-        embeddings = clip(views, ids)
+        embeddings = _embed(config, params, images, ids)
         return jnp.concatenate([embeddings.image, embeddings.text], axis=1)
 
     return embed

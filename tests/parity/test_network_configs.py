@@ -19,8 +19,8 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from tests.parity.networks.autoencoders import VAE, Flux2VAE, Tiny
-from tests.parity.networks.common import signature
 from tests.parity.networks.denoisers import Flux1, Flux2, UNet, ZImageTransformer
+from tests.parity.networks.keys_and_inputs import signature
 from tests.parity.networks.text_encoders import T5, BothClips, Qwen, Text, TextProjection
 from tests.parity.torch_models import tensors_of
 

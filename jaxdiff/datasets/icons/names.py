@@ -74,7 +74,7 @@ _NOUN_TAGS = re.compile(
 )
 _NO_NAMES = re.compile(r"(?!ring).*ing|tada|party|date|android|iphone|.* (side|front|squared)")
 _MOST_CARRIERS = 2  # emoji that may share a tag that names them, such as a cat and its face
-_STYLE_PERIOD = 2  # of things, of which one has a held-out style
+_STYLE_PERIOD = 2  # one thing in so many has a held-out style
 _PAIR_PERIOD = 8
 
 

@@ -150,7 +150,7 @@ def sample_two(rng: np.random.Generator, drawings: Catalogue, share: Share = "tr
 
 
 def sample_three(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
-    """Sample three things, no two of which are a held-out pair, in a row or a column."""
+    """Sample three things, no two of them a held-out pair, in a row or a column."""
     things = _different(rng, drawings, 3, "train")
     down = bool(rng.integers(2))
     relation = "above" if down else "left of"

@@ -12,7 +12,7 @@ from jaxdiff.models.autoencoders.flux2 import Flux2Autoencoder
 from jaxdiff.models.autoencoders.kl import Autoencoder
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoder
 from jaxdiff.pretrained import autoencoder_keys, tiny_autoencoder_keys
-from tests.parity.networks.common import bound, random, signature, to_torch
+from tests.parity.networks.keys_and_inputs import bound, random, signature, to_torch
 
 
 def both_halves(network, config, z=None):

@@ -15,7 +15,7 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionModel
 from jaxdiff.models.denoisers.z_image import ZImage
 from jaxdiff.models.layers import patchify
 from jaxdiff.pretrained import flux_keys, unet_keys, z_image_keys
-from tests.parity.networks.common import bound, random, signature, to_torch
+from tests.parity.networks.keys_and_inputs import bound, random, signature, to_torch
 
 DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 

@@ -14,7 +14,7 @@ from jaxdiff.models.text_encoders.clip import Clip, ClipText, normalize_for_clip
 from jaxdiff.models.text_encoders.qwen3 import Qwen3TextEncoder
 from jaxdiff.models.text_encoders.t5 import T5Encoder
 from jaxdiff.pretrained import clip_keys, qwen3_keys, t5_keys
-from tests.parity.networks.common import bound, random, signature, to_torch
+from tests.parity.networks.keys_and_inputs import bound, random, signature, to_torch
 
 IDS = np.array([[48, 7, 3, 2, 49, 0, 0, 0], [48, 2, 7, 49, 0, 0, 0, 0]])
 
