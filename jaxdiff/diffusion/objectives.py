@@ -197,6 +197,3 @@ class Denoising(Objective):
             error = from_x0_eps(space, *errors, alpha, sigma)
         weight = self.weighting(schedule.log_snr(t), space)
         return weight * jnp.mean(error**2, axis=(1, 2, 3))
-
-
-AnyObjective = Denoising | Objective

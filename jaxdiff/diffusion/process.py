@@ -31,13 +31,14 @@ Level = Float[Array, " b"] | Float[Array, ""]  # one per image, or one for all
 FLOOR = 1e-4  # least divisor: eps does not determine x0 at alpha = 0, nor x0 eps at sigma = 0
 
 
-def _over_images(level: Level) -> Float[Array, "#b 1 1 1"]:
+def over_images(level: Level) -> Float[Array, "#b 1 1 1"]:
+    """Reshape a level for each image so that it multiplies images."""
     return level.reshape(-1, 1, 1, 1)
 
 
 def add_noise(schedule: Schedule, x0: Images, eps: Images, t: Level) -> Images:
     """Return x_t of eq. 1, for t in [0, 1]."""
-    return _over_images(schedule.alpha(t)) * x0 + _over_images(schedule.sigma(t)) * eps
+    return over_images(schedule.alpha(t)) * x0 + over_images(schedule.sigma(t)) * eps
 
 
 def to_x0_eps(
@@ -55,7 +56,7 @@ def to_x0_eps(
     well posed everywhere. The map is affine in (output, x_t): with x_t = 0 it converts an error in
     the output to errors in x0 and eps.
     """
-    alpha, sigma = _over_images(alpha), _over_images(sigma)
+    alpha, sigma = over_images(alpha), over_images(sigma)
     if prediction == "eps":
         return (x_t - sigma * output) / jnp.maximum(alpha, floor), output
     if prediction == "x0":
@@ -76,6 +77,6 @@ def from_x0_eps(
     if prediction == "x0":
         return x0
     if prediction == "v":
-        alpha, sigma = _over_images(alpha), _over_images(sigma)
+        alpha, sigma = over_images(alpha), over_images(sigma)
         return (alpha * eps - sigma * x0) / jnp.hypot(alpha, sigma)
     return eps - x0

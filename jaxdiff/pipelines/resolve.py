@@ -10,6 +10,7 @@ from etils import epath
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import LARGEST_SEED, fields_of
+from jaxdiff.diffusion.time_grids import ConsistencyGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.io import images as pictures
 from jaxdiff.pipelines.input_images import check_reference_count, reference_size
@@ -34,6 +35,7 @@ from jaxdiff.sampling.sampler import ResolvedSampler, Sampler
 from jaxdiff.sampling.solver import Solver
 from jaxdiff.sampling.solvers import SOLVERS
 from jaxdiff.sampling.solvers_ode import DDIM
+from jaxdiff.sampling.solvers_sde import LCM
 
 REFINER_START = 0.8
 
@@ -329,6 +331,10 @@ def _sampler(
         solver = DDIM()
     elif asked.solver is not None:
         solver = SOLVERS[asked.solver]()
+    grid = None
+    if isinstance(solver, LCM) and isinstance(model.grid, TrainStepGrid):
+        # As LCMScheduler.from_config does for LCM-LoRA: the times that it was distilled on.
+        grid = ConsistencyGrid(num_train_steps=model.grid.num_train_steps)
     guidance = Guidance(
         interval=asked.guidance_interval,
         rescale=asked.guidance_rescale,
@@ -348,6 +354,7 @@ def _sampler(
         cache = FirstBlockCache(threshold=asked.cache_threshold)
     return Sampler(
         solver=solver,
+        grid=grid,
         cache=cache,
         resample_steps=asked.resample_steps,
         vae_mode=asked.vae_mode,  # type: ignore[arg-type]  # checked by its field

@@ -6,6 +6,7 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.config.fields import flag
+from jaxdiff.diffusion.time_grids import ConsistencyGrid, TimeGrid, TrainStepGrid
 from jaxdiff.errors import UserError
 from jaxdiff.io.images import read_picture
 from jaxdiff.pipelines.image_metadata import parameters
@@ -25,6 +26,7 @@ from jaxdiff.sampling.guidance.autoguidance import Autoguidance
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.solvers_ode import DDIM, Heun
+from jaxdiff.sampling.solvers_sde import LCM
 
 FILE = epath.Path("a.png")
 X = GenerationSettings(prompt="x")
@@ -57,6 +59,19 @@ def test_a_row_comes_before_the_command_line_and_that_before_the_model(pipeline)
     assert asked.guidance_scale == pipeline.spec.sampler.resolve().guidance_scale
     assert asked.size == (pipeline.image_size, pipeline.image_size)
     assert resolve_settings(X, pipeline).settings.negative_prompt is None
+
+
+def test_lcm_takes_the_steps_of_its_distillation_on_a_discrete_schedule(pipeline_of):
+    discrete = pipeline_of(grid=TrainStepGrid(offset=1, num_train_steps=500))
+    resolved = resolve_settings(settings(solver="lcm", num_steps=4), discrete)
+    assert resolved.sampler.solver == LCM()
+    assert resolved.sampler.grid == ConsistencyGrid(num_train_steps=500)
+    assert resolve_settings(resolved.settings, discrete) == resolved
+    assert resolve_settings(X, discrete).sampler.grid == TrainStepGrid(
+        offset=1, num_train_steps=500
+    )
+    continuous = pipeline_of(grid=TimeGrid(shift=2.0))
+    assert resolve_settings(settings(solver="lcm"), continuous).sampler.grid == TimeGrid(shift=2.0)
 
 
 def test_what_is_resolved_resolves_to_itself(pipeline, tmp_path):

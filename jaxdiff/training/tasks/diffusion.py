@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, NotNegative, Text
 from jaxdiff.diffusion.curriculum import NoiseCurriculum
+from jaxdiff.diffusion.distillation import ConsistencyDistillation
 from jaxdiff.diffusion.losses import loss_by_level
-from jaxdiff.diffusion.objectives import AnyObjective, Denoising, LossInputs, Predictor
+from jaxdiff.diffusion.objectives import Denoising, LossInputs, Objective, Predictor
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.sharding import split_tokens
 from jaxdiff.errors import UserError
@@ -22,6 +23,8 @@ from jaxdiff.models.conditioning import Conditioner, Conditioning, TextInputs
 from jaxdiff.models.lora import LoraConfig, init_adapters, scale_adapters
 from jaxdiff.models.text_to_image import Part, TextToImage, from_uint8, merge_params
 from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
+
+AnyObjective = Denoising | ConsistencyDistillation | Objective
 
 DENOISER, AUTOENCODER = ("denoiser",), ("autoencoder",)
 
