@@ -86,7 +86,7 @@ def recipe(tmp_path_factory):
             workers=0,
         ),
         tokenizer=replace(config.tokenizer, vocab_size=540, length=16),
-        train=replace(config.train, steps=STEPS, batch_size=4, log_every=1, compute="float32"),
+        train=replace(config.train, steps=STEPS, batch_size=8, log_every=1, compute="float32"),
     )
 
 
