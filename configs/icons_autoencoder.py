@@ -31,7 +31,7 @@ def get_config() -> Config:
     return replace(
         base,
         name="icons_autoencoder",
-        task=replace(base.task, pretrained="shipped:produce_autoencoder"),
+        task=replace(base.task, pretrained="shipped:produce"),
         data=replace(base.data, source=EmojiScenes(length=10_000_000), transforms=transforms),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
         train=replace(base.train, steps=3500, batch_size=16, checkpoint_every=250),
