@@ -34,5 +34,5 @@ def get_config() -> Config:
         task=replace(base.task, pretrained="shipped:produce"),
         data=replace(base.data, source=EmojiScenes(length=10_000_000), transforms=transforms),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
-        train=replace(base.train, steps=3500, batch_size=16, checkpoint_every=250),
+        train=replace(base.train, steps=2600, batch_size=16, checkpoint_every=250),
     )
