@@ -91,8 +91,8 @@ def get_config() -> Config:
             cache=LatentOptions(views=1, text=True),
         ),
         tokenizer=clip.tokenizer,
-        optimizer=replace(base.optimizer, learning_rate=1e-3),
-        ema=Ema(decay=0.9995),
-        train=replace(base.train, steps=200_000, batch_size=64, checkpoint_every=5000),
-        evaluators=(SampleGrid(prompts=PROMPTS, every=10_000), IconAccuracy(samples=500)),
+        optimizer=replace(base.optimizer, learning_rate=1.5e-3),
+        ema=Ema(decay=0.999),
+        train=replace(base.train, steps=17_000, batch_size=64, checkpoint_every=1000),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=2000), IconAccuracy(samples=500)),
     )
