@@ -71,7 +71,7 @@ def _one_edit(word: str, other: str) -> bool:
 
 def _inflections(word: str) -> Iterator[str]:
     """Yield the plurals, singulars and stems that a word may have: doggy, dog; sock, socks."""
-    yield from (f"{word}s", f"{word}es")
+    yield from (f"{word}s", f"{word}e", f"{word}es")
     for ending in _ENDINGS:
         stem = word.removesuffix(ending)
         if stem == word or len(stem) < _STEM:
