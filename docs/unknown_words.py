@@ -1,4 +1,4 @@
-"""Print the known words nearest to unknown ones, as a warning names them and in a CLIP's text space.
+"""Print the known words nearest to unknown ones: those of a warning, and in a CLIP's text space.
 
 python docs/unknown_words.py shipped:produce_clip strawbery appel cat
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.data.nearest_words import listed, nearest_words
+from jaxdiff.data.nearest_words import nearest_words, with_nearest
 from jaxdiff.datasets.emoji_names import with_article
 from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.models.layers import bind_init, bind_params
@@ -32,7 +32,7 @@ def main(model: str, words: list[str]) -> None:
     for word, cosine in zip(unknown, cosines, strict=True):
         nearest = nearest_words(word, tokenizer.words, tokenizer.related or {})
         by_clip = [f"{known[i]} {cosine[i]:.2f}" for i in np.argsort(-cosine)[:3]]
-        print(f"{listed({word: nearest})}; by CLIP: {', '.join(by_clip)}")
+        print(f"{with_nearest({word: nearest})}; by CLIP: {', '.join(by_clip)}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def nearest_words(
     return _respelt(word, known)
 
 
-def listed(unknown: Mapping[str, tuple[str, ...]]) -> str:
+def with_nearest(unknown: Mapping[str, tuple[str, ...]]) -> str:
     """Return unknown words and the nearest of each: `'appel' (nearest: apple), 'snow'`."""
     return ", ".join(
         f"{word!r} (nearest: {', '.join(nearest)})" if nearest else repr(word)

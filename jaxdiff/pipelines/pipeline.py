@@ -15,7 +15,7 @@ from jaxtyping import Float32, PyTree
 
 from jaxdiff.config.checked import check_value
 from jaxdiff.config.fields import Count
-from jaxdiff.data.nearest_words import listed, nearest_words
+from jaxdiff.data.nearest_words import nearest_words, with_nearest
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
 from jaxdiff.distributed.mesh import REPLICATED, MeshConfig, num_replicas
 from jaxdiff.distributed.replicas import local_mesh, shard
@@ -358,7 +358,7 @@ class Pipeline:
         unknown = {k: near for prompt in prompts for k, near in self.unknown_words(prompt).items()}
         if unknown:
             warnings.warn(
-                f"No caption in training had {listed(unknown)}: use words of the "
+                f"No caption in training had {with_nearest(unknown)}: use words of the "
                 f"`vocabulary` of {model_name(self.spec)}.",
                 UnknownWordWarning,
                 stacklevel=4,

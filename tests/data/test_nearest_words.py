@@ -1,6 +1,6 @@
 import pytest
 
-from jaxdiff.data.nearest_words import listed, nearest_words
+from jaxdiff.data.nearest_words import nearest_words, with_nearest
 from jaxdiff.data.text_tokenizer import words_of
 
 KNOWN = frozenset(
@@ -91,6 +91,6 @@ def test_words_of_other_scripts_are_whole():
 
 
 def test_a_list_names_each_word_with_the_nearest():
-    assert listed({"appel": ("apple",), "snow": (), "pet": ("cat", "dog")}) == (
+    assert with_nearest({"appel": ("apple",), "snow": (), "pet": ("cat", "dog")}) == (
         "'appel' (nearest: apple), 'snow', 'pet' (nearest: cat, dog)"
     )

@@ -14,7 +14,7 @@ from etils import epath
 from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
-from jaxdiff.data.nearest_words import listed
+from jaxdiff.data.nearest_words import with_nearest
 from jaxdiff.distributed.distributed_init import Hosts
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import FieldError, UserError
@@ -55,7 +55,7 @@ class SampleOptions:
             "Prompt file: .jsonl, .csv, or .txt with a prompt a line. A row may set every option "
             "of an image, spelled with underscores, and the name of its file, and inherits what it "
             "leaves out from the flags. Paths are relative to the folder of the file. Images and "
-            "their settings are listed in OUT/manifest.jsonl, and the same command resumes. "
+            "their settings are with_nearest in OUT/manifest.jsonl, and the same command resumes. "
             "Invalid rows are reported and make the exit status 1.",
             PROMPTS,
             common=True,
@@ -420,7 +420,7 @@ def prompt_warnings(pipe: Pipeline, prompt: str, where: str, said: set[str]) -> 
     if new := {word: nearest for word, nearest in unknown.items() if word not in said}:
         said.update(new)
         warnings.append(
-            f"{where} has words that no training caption contains: {listed(new)}; "
+            f"{where} has words that no training caption contains: {with_nearest(new)}; "
             "`jaxdiff sample --words` lists the known ones."
         )
     return warnings
