@@ -119,6 +119,11 @@ class EmojiScenes(PickledFields):
         texts = (text for scene, rng in scenes for text in self._captions(scene, rng))
         return frozenset(word for text in texts for word in words_of(text))
 
+    @property
+    def related_words(self) -> dict[str, tuple[str, ...]]:
+        """Names of things by words that are in no caption, such as cat and dog by pet."""
+        return {"gray": ("grey",)} | self.drawings.related_words(self.vocabulary)
+
     def check(self) -> None:
         """Render the drawings unless cached; raise `UserError` for wrong fields or packages."""
         fractions = (self.group_fraction, self.pair_fraction, self.trio_fraction)

@@ -34,6 +34,7 @@ from jaxdiff.datasets.icons.names import (
     icon_spelling,
     normal_code,
 )
+from jaxdiff.datasets.icons.related import related_words
 from jaxdiff.datasets.icons.sets import IconSet, read_set
 from jaxdiff.datasets.rendered import (
     cache_errors,
@@ -165,6 +166,14 @@ class Iconify(PickledFields):
         place = self._place(packages.NAMES)
         with packages.damaged_package_as_user_error(place):
             return naming.read_emoji(place)
+
+    def related_words(self, known: frozenset[str]) -> dict[str, tuple[str, ...]]:
+        """Return the names of things by words that are not known; see `related`."""
+        emoji = (icon.emoji for icon in self.icons)
+        things = {one.code: one.thing for one in emoji if one and one.thing}
+        place = self._place(packages.NAMES)
+        with packages.damaged_package_as_user_error(place):
+            return related_words(place, things, known)
 
     def _place(self, package: str) -> Path:
         folder = self.folder or user_cache("icons")

@@ -130,6 +130,7 @@ def test_plurals(name, expected):
 
 def test_the_vocabulary_has_the_words_of_captions(source):
     assert {"cat", "kitten", "flat", "two", "left", "blue"} <= source.vocabulary
+    assert source.related_words == {"gray": ("grey",), "pet": ("cat", "dog")}
 
 
 def test_fractions_above_one_are_refused(source):
