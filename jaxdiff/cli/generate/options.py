@@ -55,7 +55,7 @@ class SampleOptions:
             "Prompt file: .jsonl, .csv, or .txt with a prompt a line. A row may set every option "
             "of an image, spelled with underscores, and the name of its file, and inherits what it "
             "leaves out from the flags. Paths are relative to the folder of the file. Images and "
-            "their settings are with_nearest in OUT/manifest.jsonl, and the same command resumes. "
+            "their settings are listed in OUT/manifest.jsonl, and the same command resumes. "
             "Invalid rows are reported and make the exit status 1.",
             PROMPTS,
             common=True,
