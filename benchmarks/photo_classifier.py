@@ -92,7 +92,7 @@ def train_classifier(
     """
     classes, steps = int(labels.max()) + 1, epochs * (len(photos) // BATCH)
     params = init_params(lambda rngs: Classifier(classes, rngs), rngs_from_seed(seed))
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, PEAK, max(1, steps // 10), steps)
+    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, PEAK, steps // 10, steps)
     optimizer = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
 
     def loss_of(params: Params, images: Array, wanted: Array) -> Array:
