@@ -34,7 +34,7 @@ from jaxdiff.errors import UserError
 
 _SIZE_WORDS = {
     "small": ("small", "small", "little", "tiny"),
-    "medium": ("", "", "", "medium-sized"),
+    "medium": ("medium-sized",),
     "large": ("large", "large", "big"),
 }
 _POSITION_WORDS = {
@@ -286,8 +286,9 @@ def _caption(
     if scene.count > 1 and not plural(called[0]):
         called[0] = scene.items[0].thing
     phrases = [with_article(name) for name in called]
-    if scene.size is not None and (word := pick(_SIZE_WORDS[scene.size])) and often(0.6):
-        bare = phrases[0] == called[0]
+    # A thing of unsaid size is nearly always large and in the centre.
+    if scene.size is not None and often(0.3 if scene.size == "large" else 0.9):
+        word, bare = pick(_SIZE_WORDS[scene.size]), phrases[0] == called[0]
         phrases[0] = f"{word} {called[0]}" if bare else f"a {word} {called[0]}"
     if scene.count > 1:
         phrases[0] = f"{_COUNT_WORDS[scene.count]} {plural(called[0])}"
@@ -315,7 +316,7 @@ def _joined(scene: IconScene, phrases: list[str], pick) -> str:
 def _ends(scene: IconScene, often, pick) -> list[str]:
     """Return what a caption says of the position and the background."""
     ends = []
-    if scene.position is not None and often(0.2 if scene.position == "centre" else 0.65):
+    if scene.position is not None and often(0.2 if scene.position == "centre" else 0.9):
         ends.append(pick(_POSITION_WORDS[scene.position]))
     if often(0.25 if scene.background == "white" else 0.75):
         words = with_article(f"{scene.background} background")

@@ -199,7 +199,7 @@ class Iconify(PickledFields):
 def icon_captions(icon: Icon) -> list[str]:
     """Return captions of an icon, in lower case; the last ones name its style, if known."""
     emoji = icon.emoji
-    label = emoji.label if emoji else plain_words(icon.name.replace("-", " "))
+    label = (emoji and (emoji.thing or emoji.label)) or plain_words(icon.name.replace("-", " "))
     texts = captions(label, flag=emoji is not None and emoji.flag)
     further = [with_article(name) for name in emoji.names[1:]] if emoji else []
     texts += further
