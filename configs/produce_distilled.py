@@ -42,6 +42,7 @@ def get_config() -> Config:
                     solver=DDIM(),
                     grid=grid,
                     num_steps=STEPS,
+                    guidance_scale=1.0,
                     guidance=Guidance(distilled=True),
                 ),
             ),
