@@ -45,8 +45,8 @@ class ConsistencyDistillation(Objective):
     arXiv 2310.04378), sampled by `LCM`. With more segments, a path ends where its segment does:
     multistep consistency (Heek et al. 2024, arXiv 2403.06807), sampled by `DDIM` in as many steps
     on the same grid. With `segments` equal to `steps`, the teacher alone makes the target, and the
-    student learns only the times at which it is sampled: the fewest updates for a student of
-    several steps. The student learns the teacher's guidance and needs none of its own.
+    student learns only the times at which it is sampled. The student learns the teacher's guidance
+    and needs none of its own.
 
     Attributes:
       grid: the times t and u, and in finer steps those of the teacher. A student with several
