@@ -73,9 +73,7 @@ def get_config() -> Config:
                     pooled_width=text.width,
                 ),
                 conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
-                autoencoder=replace(
-                    autoencoder.model, shift_factor=0.08, scaling_factor=1 / 2.39
-                ),
+                autoencoder=replace(autoencoder.model, shift_factor=0.08, scaling_factor=1 / 2.39),
                 image_size=128,
                 sampler=replace(model.sampler, grid=TimeGrid(shift=4.0), num_steps=24),
             ),
