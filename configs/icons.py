@@ -84,7 +84,13 @@ def get_config() -> Config:
         ),
         data=replace(
             base.data,
-            source=EmojiScenes(length=100_000),
+            source=EmojiScenes(
+                length=80_000,
+                group_fraction=0.08,
+                pair_fraction=0.25,
+                trio_fraction=0.02,
+                full_fraction=0.6,
+            ),
             transforms=Transforms(size=128),
             cache=LatentOptions(views=1, text=True),
         ),
