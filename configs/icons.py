@@ -66,13 +66,16 @@ def get_config() -> Config:
                 name="icons",
                 denoiser=replace(
                     model.denoiser,
-                    width=256,
+                    patch_size=4,
+                    width=224,
                     depth=8,
                     text_width=text.width,
                     pooled_width=text.width,
                 ),
                 conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
-                autoencoder=autoencoder.model,
+                autoencoder=replace(
+                    autoencoder.model, shift_factor=0.08, scaling_factor=1 / 2.39
+                ),
                 image_size=128,
                 sampler=replace(model.sampler, grid=TimeGrid(shift=4.0), num_steps=24),
             ),
@@ -83,13 +86,13 @@ def get_config() -> Config:
         ),
         data=replace(
             base.data,
-            source=EmojiScenes(length=400_000),
+            source=EmojiScenes(length=100_000),
             transforms=Transforms(size=128),
             cache=LatentOptions(views=1, text=True),
         ),
         tokenizer=clip.tokenizer,
-        optimizer=replace(base.optimizer, learning_rate=1e-3),
-        ema=Ema(decay=0.9995),
-        train=replace(base.train, steps=200_000, batch_size=64, checkpoint_every=5000),
-        evaluators=(SampleGrid(prompts=PROMPTS, every=10_000), IconAccuracy(samples=500)),
+        optimizer=replace(base.optimizer, learning_rate=1.5e-3),
+        ema=Ema(decay=0.999),
+        train=replace(base.train, steps=17_000, batch_size=64, checkpoint_every=1000),
+        evaluators=(SampleGrid(prompts=PROMPTS, every=2000), IconAccuracy(samples=500)),
     )

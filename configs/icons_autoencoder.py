@@ -17,6 +17,7 @@ from pathlib import Path
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
 from jaxdiff.training.recipe import Config, load_recipe
+from jaxdiff.training.tasks.autoencoder import AutoencoderTask
 
 
 def get_config() -> Config:
@@ -25,11 +26,13 @@ def get_config() -> Config:
         load_recipe(Path(__file__).with_name("produce_autoencoder.py")),
         dataclasses.replace,
     )
+    assert isinstance(base.task, AutoencoderTask)
     transforms = Transforms(size=128, flip=True, caption_dropout=0.0)
     return replace(
         base,
         name="icons_autoencoder",
+        task=replace(base.task, pretrained="shipped:produce"),
         data=replace(base.data, source=EmojiScenes(length=10_000_000), transforms=transforms),
-        optimizer=replace(base.optimizer, learning_rate=3e-3),
-        train=replace(base.train, steps=20_000, checkpoint_every=1000),
+        optimizer=replace(base.optimizer, learning_rate=2e-3),
+        train=replace(base.train, steps=2600, batch_size=16, checkpoint_every=250),
     )

@@ -29,8 +29,8 @@ def get_config() -> Config:
         name="icons_clip",
         task=ClipTask(
             model=ClipConfig(
-                text=ClipTextConfig(vocab_size=4096, length=32, depth=2, **shared),
-                vision=ClipVisionConfig(image_size=128, patch_size=16, depth=4, **shared),
+                text=ClipTextConfig(vocab_size=2048, length=28, depth=2, **shared),
+                vision=ClipVisionConfig(image_size=128, patch_size=32, depth=4, **shared),
             ),
         ),
         data=replace(
@@ -39,6 +39,6 @@ def get_config() -> Config:
             # Captions distinguish left from right, and every image needs a caption.
             transforms=Transforms(size=128, flip=False, caption_dropout=0.0),
         ),
-        tokenizer=TokenizerConfig(vocab_size=4096, length=32, records=20_000),
-        train=replace(base.train, steps=10_000),
+        tokenizer=TokenizerConfig(vocab_size=2048, length=28, records=20_000),
+        train=replace(base.train, steps=500, batch_size=256, checkpoint_every=100),
     )

@@ -82,7 +82,7 @@ def get_config() -> Config:
                 sampler=Sampler(grid=TimeGrid(shift=6.0), num_steps=12, guidance_scale=2.5),
             ),
             pretrained=Pretrained(
-                text_encoders="shipped:produce_clip", autoencoder="shipped:produce_autoencoder"
+                text_encoders="shipped:produce_clip", autoencoder="shipped:produce"
             ),
             objective=Denoising(times=LogitNormal(mean=0.9, std=1.3)),
         ),

@@ -14,9 +14,9 @@ each core as one device:
 Reconstructions have a PSNR of 34.9 dB and lose details of a pixel. After reconstruction the
 attribute detector finds every attribute in 99.2 % of the single objects and 92.2 % of the pairs,
 the ceiling of models on these latents (the column "latents" of `jaxdiff evaluate`). The weights
-ship as `shipped:produce_autoencoder`. They are from a run of 2,800 steps with a learning rate
-decayed to 0 (33.2 dB), continued by a run of 7,200. For a diffusion model on the latents of another
-run, set `shift_factor` and `scaling_factor` as `AutoencoderTask` explains.
+ship in `shipped:produce`. They are from a run of 2,800 steps with a learning rate decayed to 0
+(33.2 dB), continued by a run of 7,200. For a diffusion model on the latents of another run, set
+`shift_factor` and `scaling_factor` as `AutoencoderTask` explains.
 """
 
 from jaxdiff.data.loader import DataConfig

@@ -68,7 +68,7 @@ class ExploreOptions:
     shipped:produce_clip."""
     autoencoder: str | None = None
     """Folder of a run or model that is or contains an autoencoder; by default that of the recipe or
-    model given as data, otherwise shipped:produce_autoencoder."""
+    model given as data, otherwise shipped:produce."""
 
 
 def explore_data(options: ExploreOptions) -> None:

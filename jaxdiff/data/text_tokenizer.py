@@ -2,15 +2,21 @@
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+# Letters and digits, with the vowel signs of scripts whose letters carry them; or one emoji.
+_WORD = re.compile(
+    r"(?:\w|[\u0300-\u036f\u0900-\u0dff\u0e00-\u109f])+"
+    r"|[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001f3fa\U0001f400-\U0001faff]"
+)
+
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text, in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Return the words and emoji of a text, in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
 
 
 def first_letter(text: str, start: int, end: int) -> int:
@@ -43,6 +49,11 @@ class TextTokenizer(abc.ABC):
     @property
     def words(self) -> frozenset[str] | None:
         """The words that the model was trained on, in lower case; None where that is unknown."""
+        return None
+
+    @property
+    def related(self) -> Mapping[str, tuple[str, ...]] | None:
+        """Names in captions by words that are in none, such as cat and dog by pet."""
         return None
 
     @property

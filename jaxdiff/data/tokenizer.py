@@ -24,9 +24,11 @@ from jaxdiff.data.tokenizer_folders import (
     VOCABULARY,
     StoredTokenizer,
     read_folder,
+    read_related,
     read_words,
     saved_form,
     transformers_files,
+    write_related,
 )
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
@@ -52,6 +54,7 @@ class Tokenizer(TextTokenizer):
       added_spellings: ids of an added word of several tokens, by the first of them.
       words: words of the training captions, in lower case; None if unknown or more than 10,000.
         They do not affect ids.
+      related: names in captions by words that are in none, such as cat and dog by pet.
     """
 
     backend: tokenizers.Tokenizer
@@ -62,6 +65,7 @@ class Tokenizer(TextTokenizer):
     suffix: tuple[int, ...] = ()
     added_spellings: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     words: frozenset[str] | None = None
+    related: Mapping[str, tuple[str, ...]] | None = None
 
     def __call__(self, texts: list[str]) -> Int32[np.ndarray, "b n"]:
         """Return the ids [len(texts), length], each in [0, vocab_size)."""
@@ -135,12 +139,14 @@ class Tokenizer(TextTokenizer):
         spellings = {**self.added_spellings, **({ids[0]: ids} if count > 1 else {})}
         stored = StoredTokenizer(backend, self.length, self.pad_id, self.pad_left, spellings)
         words = self.words and self.words | set(words_of(word))
-        return replace(_assemble(stored), words=words)
+        return replace(_assemble(stored), words=words, related=self.related)
 
-    def with_words(self, more: Iterable[str] | None) -> "Tokenizer":
-        """Return a copy with more known words; None makes the words unknown."""
+    def with_words(
+        self, more: Iterable[str] | None, related: Mapping[str, tuple[str, ...]] | None = None
+    ) -> "Tokenizer":
+        """Return a copy with more known and related words; None makes the words unknown."""
         known = None if self.words is None or more is None else self.words | frozenset(more)
-        return replace(self, words=known)
+        return replace(self, words=known, related={**(self.related or {}), **(related or {})})
 
     def with_pad(self, pad_id: int) -> "Tokenizer":
         """Return a copy that pads with another id."""
@@ -168,11 +174,13 @@ class Tokenizer(TextTokenizer):
         return hashlib.sha256(saved_form(self._stored())).hexdigest()
 
     def save(self, folder: str) -> None:
-        """Write `tokenizer.json`, and `vocabulary.txt` if the words are known, to `folder`."""
+        """Write `tokenizer.json` to `folder`, and the known and related words if there are any."""
         write_whole(epath.Path(folder) / SAVED, saved_form(self._stored()))
         if self.words is not None:
             lines = "".join(f"{word}\n" for word in sorted(self.words))
             write_whole(epath.Path(folder) / VOCABULARY, lines.encode())
+        if self.related:
+            write_related(folder, self.related)
 
     def export(self, folder: str, *, pad_id: int | None = None) -> None:
         """Write the files that `transformers.AutoTokenizer` reads to `folder`.
@@ -197,7 +205,8 @@ class Tokenizer(TextTokenizer):
           UserError: the folder has no tokenizer, a damaged one, or one without padding; or the
             length is missing or too small.
         """
-        return replace(_assemble(read_folder(folder, length)), words=read_words(folder))
+        stored = _assemble(read_folder(folder, length))
+        return replace(stored, words=read_words(folder), related=read_related(folder))
 
     @classmethod
     def train(

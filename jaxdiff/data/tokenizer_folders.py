@@ -2,6 +2,7 @@
 
     tokenizer.json         jaxdiff's own tokenizer
     vocabulary.txt         words of the training captions, one per line, if known
+    related_words.txt      names in captions by words that are in none: "pet: cat, dog"
     tokenizer_config.json  and more files: any tokenizer that `transformers.AutoTokenizer` reads
     vocab.json merges.txt  alone: a CLIP tokenizer
 
@@ -21,12 +22,13 @@ from etils import epath
 
 from jaxdiff.data.clip_bpe import END, START
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import read_bytes
+from jaxdiff.io.files import read_bytes, write_whole
 from jaxdiff.io.imports import without_torch
 from jaxdiff.io.text import LARGEST_TEXT, parse_json, read_json, read_text
 
 SAVED = "tokenizer.json"
 VOCABULARY = "vocabulary.txt"
+RELATED = "related_words.txt"
 CLIP_LENGTH = 77
 MOST_IDS = 2**20  # of a tokenizer; the largest published vocabularies have a quarter of that
 CONFIG = "tokenizer_config.json"
@@ -101,6 +103,20 @@ def read_words(folder: str) -> frozenset[str] | None:
     """Read the words of a folder; None if it has no list."""
     path = epath.Path(folder) / VOCABULARY
     return frozenset(read_text(path).split()) if path.exists() else None
+
+
+def read_related(folder: str) -> dict[str, tuple[str, ...]]:
+    """Read the related words of a folder; {} if it has none. Other lines are ignored."""
+    path = epath.Path(folder) / RELATED
+    lines = read_text(path).splitlines() if path.exists() else []
+    parts = (line.partition(": ") for line in lines)
+    return {word: tuple(names.split(", ")) for word, _, names in parts if names}
+
+
+def write_related(folder: str, related: Mapping[str, tuple[str, ...]]) -> None:
+    """Write the related words to a folder."""
+    lines = (f"{word}: {', '.join(names)}\n" for word, names in sorted(related.items()))
+    write_whole(epath.Path(folder) / RELATED, "".join(lines).encode())
 
 
 def saved_form(stored: StoredTokenizer) -> bytes:

@@ -57,7 +57,7 @@ _NO_ARTICLE = re.compile(
     | multiply | divide | copyright | registered | trade\ mark | information | breast-feeding
     | wireless | locked | unlocked | milk | corn | champagne | tea | coffee | golf | poop
     | toilet\ paper | rice | curry | ginger | lavender | pasta | ramen | tempura | soccer | hockey
-    | toast | pudding | billiards | stew
+    | toast | pudding | billiards | stew | canned\ food | cheese | sweet\ corn
     """,
     re.VERBOSE,
 )

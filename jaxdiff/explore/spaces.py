@@ -145,7 +145,7 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
     Args:
       config: of a recipe; its pretrained autoencoder, if any, is the default of `model`.
       model: a run, an exported model or `shipped:NAME` that is an autoencoder or has one; by
-        default `shipped:produce_autoencoder`.
+        default `shipped:produce`.
 
     Raises:
       UserError: there is no such model, or it has no autoencoder.
@@ -153,12 +153,12 @@ def read_autoencoder(config: Config, model: str | None) -> Callable[[np.ndarray]
     task = config.task
     if model is None and isinstance(task, DiffusionTask) and task.pretrained.autoencoder:
         model = task.pretrained.autoencoder
-    bundle = load_bundle(model or "shipped:produce_autoencoder")
+    bundle = load_bundle(model or "shipped:produce")
     autoencoder = _autoencoder_of(bundle.spec)
     if autoencoder is None:
         raise UserError(
             f"{model} is a {type(bundle.spec).__name__} without autoencoder: expected a model with "
-            "one; give its folder, or shipped:produce_autoencoder, as --autoencoder."
+            "one; give its folder, or shipped:produce, as --autoencoder."
         )
     params = bundle.params
     if isinstance(bundle.spec, TextToImage):

@@ -19,7 +19,7 @@ from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.batching import Callback
 from jaxdiff.pipelines.input_images import InitImage, Number, References, check_masks
 from jaxdiff.pipelines.program import SampleInputs
-from jaxdiff.pipelines.prompt_weights import tokenize
+from jaxdiff.pipelines.prompt_weights import parse_prompt, tokenize
 from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.sampler import ResolvedSampler, Sampler, Steps
 
@@ -146,6 +146,12 @@ def prompt_list(prompts: Any) -> list[Prompt]:
         if not isinstance(prompt, Mix):
             check_prompt("A prompt", prompt)
     return found
+
+
+def plain_texts(prompt: Prompt) -> list[str]:
+    """Return the texts of a prompt, or of both of a `Mix`, without weights."""
+    texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
+    return [part.text for text in texts for part in parse_prompt(text)]
 
 
 def negative_list(negatives: Any, n: int) -> list[str | None]:

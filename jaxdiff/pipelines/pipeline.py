@@ -15,6 +15,7 @@ from jaxtyping import Float32, PyTree
 
 from jaxdiff.config.checked import check_value
 from jaxdiff.config.fields import Count
+from jaxdiff.data.nearest_words import nearest_words, with_nearest
 from jaxdiff.data.text_tokenizer import TextTokenizer, words_of
 from jaxdiff.distributed.mesh import REPLICATED, MeshConfig, num_replicas
 from jaxdiff.distributed.replicas import local_mesh, shard
@@ -51,6 +52,7 @@ from jaxdiff.pipelines.inputs import (
     float_array,
     image_size,
     one_each,
+    plain_texts,
     prompt_list,
     sample_inputs,
     seed_array,
@@ -66,7 +68,7 @@ from jaxdiff.pipelines.program import (
     compiled_decoder,
     compiled_sampler,
 )
-from jaxdiff.pipelines.prompt_weights import parse_prompt, plain
+from jaxdiff.pipelines.prompt_weights import plain
 from jaxdiff.pipelines.text_encoding import encode_prompts
 from jaxdiff.pipelines.windows import windows_of
 from jaxdiff.pretrained.bundle import Bundle, model_name, weights_fingerprint
@@ -353,10 +355,10 @@ class Pipeline:
         return SampleCall(program_spec, params, inputs, batches, batch_size)
 
     def _warn_of_unknown_words(self, prompts: Sequence[Prompt]) -> None:
-        unknown = dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt))
+        unknown = {k: near for prompt in prompts for k, near in self.unknown_words(prompt).items()}
         if unknown:
             warnings.warn(
-                f"No caption in training had {', '.join(map(repr, unknown))}: use words of the "
+                f"No caption in training had {with_nearest(unknown)}: use words of the "
                 f"`vocabulary` of {model_name(self.spec)}.",
                 UnknownWordWarning,
                 stacklevel=4,
@@ -438,13 +440,8 @@ class Pipeline:
 
     def truncated(self, prompt: Prompt) -> bool:
         """Whether a prompt is longer than the text encoder's length, and is cut off."""
-        texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
-        return any(
-            tokenizer.truncated(part.text)
-            for tokenizer in self.tokenizers.values()
-            for text in texts
-            for part in parse_prompt(text)
-        )
+        texts = plain_texts(prompt)
+        return any(one.truncated(text) for one in self.tokenizers.values() for text in texts)
 
     @property
     def vocabulary(self) -> frozenset[str] | None:
@@ -454,16 +451,18 @@ class Pipeline:
             return None
         return frozenset().union(*(words or () for words in known))
 
-    def unknown_words(self, prompt: Prompt) -> list[str]:
-        """Return the words of a prompt that are not in `vocabulary`; [] if that is unknown."""
+    def unknown_words(self, prompt: Prompt) -> dict[str, tuple[str, ...]]:
+        """Return the words of a prompt that are not in `vocabulary`, with the nearest that are.
+
+        It is empty if the vocabulary is unknown; a word to which none is near has ().
+        """
         known = self.vocabulary
         if known is None:
-            return []
-        texts = [prompt.a, prompt.b] if isinstance(prompt, Mix) else [prompt]
-        words = [
-            word for text in texts for part in parse_prompt(text) for word in words_of(part.text)
-        ]
-        return [word for word in dict.fromkeys(words) if word not in known]
+            return {}
+        words = dict.fromkeys(word for text in plain_texts(prompt) for word in words_of(text))
+        unknown = [word for word in words if word not in known]
+        related = {k: v for one in self.tokenizers.values() for k, v in (one.related or {}).items()}
+        return {word: nearest_words(word, known, related) for word in unknown}
 
     def size_of(self, ratio: str) -> tuple[int, int]:
         """Return the width and height of an aspect ratio such as "16:9" at the training area.

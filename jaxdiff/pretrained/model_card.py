@@ -294,6 +294,8 @@ def _data(recipe: Mapping[str, Any]) -> str:
 def _bases(recipe: Mapping[str, Any]) -> list[str]:
     """Return the pretrained models of this one's parts, without repetition."""
     pretrained = recipe["task"].get("pretrained") or {}
+    if isinstance(pretrained, str):  # of a task with one part
+        return [pretrained]
     values = [value for key, value in pretrained.items() if key != "type" and value]
     return list(dict.fromkeys(values))
 

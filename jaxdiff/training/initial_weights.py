@@ -36,10 +36,7 @@ def load_parts(
       UserError: a folder holds no such part, or one of another size.
     """
     sources = {
-        # A teacher is the denoiser of its own model.
-        path: PartSource(
-            part.folder, path[1:] if path[0] == "teacher" else path, abstract_params(part.build)
-        )
+        path: PartSource(part.folder, part.source or path, abstract_params(part.build))
         for path, part in parts.items()
         if part.folder is not None
     }
@@ -47,7 +44,7 @@ def load_parts(
     for path, part in parts.items():
         if part.folder is None:
             loaded[path] = jax.device_get(nnx.to_pure_dict(nnx.split(part.build())[1]))
-    return tree_of(loaded)
+    return loaded[()] if () in loaded else tree_of(loaded)
 
 
 def load_frozen(config: Config, out: epath.Path) -> PyTree:

@@ -261,8 +261,9 @@ def _tokenizers(
             task.pretrained.text_encoders, types_in(config)
         )
         stated = getattr(config.data.source, "vocabulary", None)
+        related = getattr(config.data.source, "related_words", None)
         tokenizers = {
-            name: tok.with_words(stated) if isinstance(tok, Tokenizer) else tok
+            name: tok.with_words(stated, related) if isinstance(tok, Tokenizer) else tok
             for name, tok in tokenizers.items()
         }
         new = task.trainable.inversion

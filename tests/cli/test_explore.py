@@ -121,7 +121,7 @@ def test_numbers_out_of_range_are_refused(words, refused):
 
 
 def test_models_of_the_wrong_kind_are_refused(refused):
-    message = refused("configs/produce.py", "--clip", "shipped:produce_autoencoder")
+    message = refused("configs/produce.py", "--clip", "shipped:produce")
     assert "expected a CLIP" in message
     message = refused("configs/produce.py", "--autoencoder", "shipped:produce_clip")
     assert "shipped:produce_clip is a ClipConfig without autoencoder" in message

@@ -529,6 +529,20 @@ def test_the_words_of_its_captions_are_kept(tmp_path):
     assert loaded.with_words(None).words is None
 
 
+def test_related_words_are_kept(tmp_path):
+    trained = Tokenizer.train(["a red pea", "two peas"], vocab_size=530, length=16)
+    assert trained.related is None
+    related = {"fruit": ("pea", "red pea"), "crimson": ("red",)}
+    trained.with_words(["lime"], related).save(str(tmp_path))
+    loaded = Tokenizer.load(str(tmp_path))
+    assert loaded.related == related
+    assert loaded.with_words([]).related == loaded.with_word("<dog>", 2).related == related
+    assert loaded.with_words([], {"crimson": ("pea",)}).related == related | {"crimson": ("pea",)}
+    assert loaded.fingerprint == trained.fingerprint  # they change no id
+    (tmp_path / "related_words.txt").write_text("\n: \npet\n")
+    assert Tokenizer.load(str(tmp_path)).related == {}
+
+
 def test_too_many_words_are_no_vocabulary(monkeypatch):
     monkeypatch.setattr("jaxdiff.data.tokenizer.MOST_WORDS", 3)
     assert Tokenizer.train(["one two three"], vocab_size=530).words == {"one", "two", "three"}

@@ -69,7 +69,7 @@ def test_images_and_texts_are_unit_vectors_of_one_space(images):
         np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", [None, "shipped:produce_autoencoder", "shipped:produce"])
+@pytest.mark.parametrize("model", [None, "shipped:produce"])
 def test_latents_are_those_of_the_autoencoder(config, recipes, images, model):
     recipe = recipes["produce"] if model is None else config
     encode = read_autoencoder(dataclasses.replace(recipe, data=config.data), model)

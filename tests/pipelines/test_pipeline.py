@@ -388,9 +388,25 @@ def test_the_default_batch_size_depends_on_the_images():
 
 
 def test_words_that_it_never_saw_are_said_once(pipeline):
-    assert pipeline.unknown_words('"a (snow:1.2) pea":1 "red dog":-0.5') == ["snow", "dog"]
+    unknown = pipeline.unknown_words('"a (snow:1.2) pea":1 "red dog":-0.5')
+    assert unknown == {"snow": (), "dog": ()}
     with pytest.warns(UnknownWordWarning, match="No caption in training had 'snow', 'dog': use"):
         pipeline(["a snow pea", "a red dog"], num_steps=1)
+
+
+def test_the_words_nearest_to_an_unknown_one_are_named(pipeline):
+    bundle = pipeline.bundle
+    tokenizers = {
+        name: one.with_words([], {"fruit": ("a red pea", "tomato")})
+        for name, one in bundle.tokenizers.items()
+    }
+    related = pipeline.with_bundle(bundle._replace(tokenizers=tokenizers))
+    mix = Mix(a="a fruit", b="a tomatto", fraction=0.5)
+    nearest = {"fruit": ("a red pea", "tomato"), "tomatto": ("tomato",)}
+    assert related.unknown_words(mix) == nearest
+    said = r"'fruit' \(nearest: a red pea, tomato\), 'tomatto' \(nearest: tomato\): use"
+    with pytest.warns(UnknownWordWarning, match=said):
+        related(mix, num_steps=1)
 
 
 def test_models_without_a_vocabulary_say_nothing(pipeline, recwarn):
@@ -398,7 +414,7 @@ def test_models_without_a_vocabulary_say_nothing(pipeline, recwarn):
     tokenizers = {name: one.with_words(None) for name, one in bundle.tokenizers.items()}
     silent = pipeline.with_bundle(bundle._replace(tokenizers=tokenizers))
     assert silent.vocabulary is None
-    assert silent.unknown_words("a snow globe") == []
+    assert silent.unknown_words("a snow globe") == {}
     silent("a snow globe", num_steps=1)
     assert not [w for w in recwarn if w.category is UnknownWordWarning]
 

@@ -80,6 +80,9 @@ def test_the_license_names_the_data_and_the_models_that_weights_come_from(recipe
     for unknown in (license_of(photos), others):
         assert "license of the training data" in unknown
     assert "and that of `owner/name`" in license_of(photos, "owner/name")
+    recipe["task"]["pretrained"] = "owner/autoencoder"  # as a task with one part has it
+    inputs = CardInputs(name="x", folder="x", kind="autoencoder", recipe=recipe)
+    assert "that of `owner/autoencoder`" in section(model_card(inputs), "License")
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "lora", "embedding"])

@@ -190,6 +190,7 @@ def _plan(
       UserError: an image that the command line names cannot be read.
     """
     jobs: dict[str, Job] = {}
+    said: set[str] = set()
     shared, opened = options.settings, functools.cache(open_input)
     for name in FILES:
         for path in input_paths(shared, name):
@@ -212,7 +213,7 @@ def _plan(
         jobs |= {job.file: job for job in new}
         where = f"{source}, line {row.line}: the prompt"
         if is_host0() and not options.quiet:
-            for warning in prompt_warnings(pipe, row.settings.prompt, where):
+            for warning in prompt_warnings(pipe, row.settings.prompt, where, said):
                 write_line(warning, stderr=True)
     return list(jobs.values())
 
@@ -302,8 +303,12 @@ class _Run(NamedTuple):
         except UserError as error:
             self.errors.add_own(BadRow(job.line, str(error)))
             return False
-        chosen = {"chosen_seed": settings.seed} if job.settings.settings.best_of else {}
-        self.manifest.add(job.record, data, seconds, **chosen)
+        more: dict[str, Any] = {}
+        if job.settings.settings.best_of:
+            more["chosen_seed"] = settings.seed
+        if unknown := self.pipe.unknown_words(job.settings.prompt):
+            more["unknown_words"] = unknown
+        self.manifest.add(job.record, data, seconds, **more)
         return True
 
     def _try(

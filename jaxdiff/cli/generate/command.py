@@ -115,8 +115,9 @@ def generate_prompts(options: SampleOptions) -> None:
 def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
     start = time.perf_counter()
     pipe = open_pipeline(options)
+    said: set[str] = set()
     for prompt in () if options.quiet else options.prompt:
-        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt[:200]!r}"):
+        for warning in prompt_warnings(pipe, prompt, f"The prompt {prompt[:200]!r}", said):
             write_line(warning, stderr=True)
     settings = [
         copy

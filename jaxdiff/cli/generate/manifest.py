@@ -1,8 +1,9 @@
 """`manifest.jsonl`: the existing images of a prompt file, with their settings.
 
 A line is a JSON object for one image: its `record`, which contains its `file`, then the `sha256` of
-that file, the `seconds` that it took and, for the best of several images, the `chosen_seed`. Lines
-are appended after their files are written; a file without a complete line is generated again.
+that file, the `seconds` that it took, for the best of several images the `chosen_seed`, and the
+`unknown_words` of its prompt, if any, each with the nearest known ones. Lines are appended after
+their files are written; a file without a complete line is generated again.
 
 Each of several processes appends to its own `manifest.N.jsonl`. The first process merges them into
 `manifest.jsonl` at the end, or when the command is started again.
@@ -23,7 +24,7 @@ MANIFEST = "manifest.jsonl"
 
 Record = dict[str, Any]
 
-_RESULTS = ("sha256", "seconds", "chosen_seed")
+_RESULTS = ("sha256", "seconds", "chosen_seed", "unknown_words")
 _PART = re.compile(r"manifest\.[0-9]+\.jsonl")
 
 

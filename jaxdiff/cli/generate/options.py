@@ -14,6 +14,7 @@ from etils import epath
 from jaxdiff.cli.progress import show_progress
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Doc, Field, Range, fields_of, flag
+from jaxdiff.data.nearest_words import with_nearest
 from jaxdiff.distributed.distributed_init import Hosts
 from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import FieldError, UserError
@@ -400,18 +401,26 @@ def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> 
     return Preview(every=options.preview, show=show, decoder=decoder or None)
 
 
-def prompt_warnings(pipe: Pipeline, prompt: str, where: str) -> list[str]:
-    """Return warnings about a truncated prompt and unknown words; `where` names the prompt."""
+def prompt_warnings(pipe: Pipeline, prompt: str, where: str, said: set[str]) -> list[str]:
+    """Return warnings about a truncated prompt and unknown words.
+
+    Args:
+      pipe: the model.
+      prompt: the prompt.
+      where: names it.
+      said: unknown words that need no further warning; those of this prompt are added.
+    """
     warnings = []
     if pipe.truncated(prompt):
         length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
         warnings.append(
             f"{where} is longer than the {length} tokens of the text encoder: its end is cut off."
         )
-    if unknown := pipe.unknown_words(prompt):
-        words = ", ".join(map(repr, unknown))
+    unknown = pipe.unknown_words(prompt)
+    if new := {word: nearest for word, nearest in unknown.items() if word not in said}:
+        said.update(new)
         warnings.append(
-            f"{where} has words that no training caption contains: {words}; "
+            f"{where} has words that no training caption contains: {with_nearest(new)}; "
             "`jaxdiff sample --words` lists the known ones."
         )
     return warnings

@@ -34,7 +34,7 @@ from jaxdiff.errors import UserError
 
 _SIZE_WORDS = {
     "small": ("small", "small", "little", "tiny"),
-    "medium": ("", "", "", "medium-sized"),
+    "medium": ("medium-sized",),
     "large": ("large", "large", "big"),
 }
 _POSITION_WORDS = {
@@ -118,6 +118,11 @@ class EmojiScenes(PickledFields):
         scenes = map(self._scene, range(min(self.length, _VOCABULARY_RECORDS)))
         texts = (text for scene, rng in scenes for text in self._captions(scene, rng))
         return frozenset(word for text in texts for word in words_of(text))
+
+    @property
+    def related_words(self) -> dict[str, tuple[str, ...]]:
+        """Names of things by words that are in no caption, such as cat and dog by pet."""
+        return {"gray": ("grey",)} | self.drawings.related_words(self.vocabulary)
 
     def check(self) -> None:
         """Render the drawings unless cached; raise `UserError` for wrong fields or packages."""
@@ -286,8 +291,9 @@ def _caption(
     if scene.count > 1 and not plural(called[0]):
         called[0] = scene.items[0].thing
     phrases = [with_article(name) for name in called]
-    if scene.size is not None and (word := pick(_SIZE_WORDS[scene.size])) and often(0.6):
-        bare = phrases[0] == called[0]
+    # A thing of unsaid size is nearly always large and in the centre.
+    if scene.size is not None and often(0.3 if scene.size == "large" else 0.9):
+        word, bare = pick(_SIZE_WORDS[scene.size]), phrases[0] == called[0]
         phrases[0] = f"{word} {called[0]}" if bare else f"a {word} {called[0]}"
     if scene.count > 1:
         phrases[0] = f"{_COUNT_WORDS[scene.count]} {plural(called[0])}"
@@ -315,7 +321,7 @@ def _joined(scene: IconScene, phrases: list[str], pick) -> str:
 def _ends(scene: IconScene, often, pick) -> list[str]:
     """Return what a caption says of the position and the background."""
     ends = []
-    if scene.position is not None and often(0.2 if scene.position == "centre" else 0.65):
+    if scene.position is not None and often(0.2 if scene.position == "centre" else 0.9):
         ends.append(pick(_POSITION_WORDS[scene.position]))
     if often(0.25 if scene.background == "white" else 0.75):
         words = with_article(f"{scene.background} background")

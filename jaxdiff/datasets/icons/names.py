@@ -37,22 +37,56 @@ _FACES = re.compile("face-|cat-face|heart")
 # Scenes that fill a square, activities, signs and drawings of several things.
 _NO_THINGS = re.compile(
     r"""
-    airplane\ arrival | airplane\ departure | badminton | beers | briefs | broken\ chain
-    | building\ construction | bullettrain\ side | bus\ stop | calling | camping | card\ index
-    | chains | chart\ decreasing | chart\ increasing | cityscape | clinking\ glasses | cloudy
-    | club\ suit | construction | cooking | derelict\ house | desert | desert\ island
-    | diamond\ suit | diya\ lamp | fireworks | fish\ cake | flags | fog | foggy | funeral\ urn
-    | hamsa | heart\ decoration | heart\ suit | high\ voltage | hook | hot\ springs | icecream
-    | identification\ card | inbox\ tray | incoming\ envelope | izakaya\ lantern | kaaba | label
-    | leaves | light\ rail | lightning | links | locked | love\ hotel | love\ letter | mag
-    | mag\ right | mailbox\ closed | mans\ shoe | mate | milky\ way | moon\ ceremony | motorway
-    | mount\ fuji | mountain\ railway | mountain\ snow | national\ park | nazar\ amulet | new\ moon
-    | night\ sky | outbox\ tray | partly\ sunny | performing\ arts | pick | pine\ decoration
-    | placard | pouring\ liquid | railway\ track | rainy | reminder\ ribbon | rotating\ light
-    | round\ pushpin | running\ shirt | seat | shooting\ star | snowy | spade\ suit | sparkler
-    | spiral\ calendar | spiral\ notepad | station | stormy | sunny | sunrise | sunset
-    | suspension\ railway | tanabata\ tree | tennis | timer\ clock | unlocked | water\ wave
-    | wedding | wind\ face | womans\ clothes | womans\ hat | wood | xray
+    adhesive\ bandage | admission\ tickets | aerial\ tramway | airplane\ arrival
+    | airplane\ departure | alembic | alien\ monster | amphora | anguished\ face
+    | articulated\ lorry | auto\ rickshaw | badminton | ballot\ box | barber\ pole | beans | beers
+    | bellhop\ bell | bento\ box | beverage\ box | billed\ cap | billiards | bison | black\ nib
+    | blossom | blowfish | blue\ book | boar | bookmark\ tabs | briefs | broken\ chain
+    | brown\ heart | bubbles | building\ construction | bullettrain\ side | bus\ stop | calling
+    | camping | card\ index | chains | champagne | chart\ decreasing | chart\ increasing | chipmunk
+    | city\ dusk | cityscape | clamp | clapper\ board | classical\ building | clinking\ glasses
+    | clipboard | closed\ book | closed\ umbrella | cloudy | club\ suit | clutch\ bag
+    | computer\ disk | confounded\ face | confused\ face | construction | convenience\ store
+    | cooking | cricket\ game | crutch | crying\ cat | curling\ stone | curry\ rice | custard
+    | delivery\ truck | department\ store | derelict\ house | desert | desert\ island
+    | diamond\ suit | disappointed\ face | disguised\ face | diya\ lamp | dna | droplet | dvd
+    | elevator | email | empty\ nest | expressionless\ face | face\ exhaling | face\ vomiting
+    | fax\ machine | field\ hockey | file\ cabinet | file\ folder | film\ frames | firecracker
+    | fireworks | fish\ cake | flags | flat\ shoe | flatbread | flushed\ face | flying\ disc | fog
+    | foggy | fondue | fountain\ pen | fried\ shrimp | funeral\ urn | goal\ net | golf | green\ book
+    | green\ salad | grey\ heart | growing\ heart | guide\ dog | hair\ pick | hamsa | hatched\ chick
+    | heart\ decoration | heart\ exclamation | heart\ suit | high\ voltage | hindu\ temple | hook
+    | hot\ springs | houses | hushed\ face | ice\ hockey | icecream | identification\ card
+    | inbox\ tray | incoming\ envelope | izakaya\ lantern | japanese\ castle | japanese\ dolls
+    | joker | kaaba | kissing\ cat | knot | lab\ coat | label | lacrosse | leafy\ green | leaves
+    | ledger | light\ rail | lightning | link | linked\ paperclips | links | locked | long\ drum
+    | lotion\ bottle | love\ hotel | love\ letter | low\ battery | lying\ face | mag | mag\ right
+    | mahjong | mailbox\ closed | mans\ shoe | mantelpiece\ clock | manual\ wheelchair | mate
+    | melting\ face | mending\ heart | metro | military\ helmet | military\ medal | milky\ way
+    | minibus | mirror\ ball | moai | monorail | moon\ cake | moon\ ceremony | motor\ boat
+    | motorized\ wheelchair | motorway | mount\ fuji | mountain\ cableway | mountain\ railway
+    | mountain\ snow | mouse\ trap | national\ park | nauseated\ face | nazar\ amulet
+    | nesting\ dolls | new\ moon | night\ sky | oden | oil\ drum | oncoming\ automobile
+    | oncoming\ bus | oncoming\ taxi | optical\ disk | orange\ book | orange\ heart | outbox\ tray
+    | oyster | pager | partly\ sunny | passenger\ ship | paw\ prints | pea\ pod | performing\ arts
+    | persevering\ face | petri\ dish | pick | pig\ nose | pinata | pine\ decoration | ping\ pong
+    | pink\ heart | placard | playground\ slide | poodle | post\ office | postbox | poultry\ leg
+    | pouring\ liquid | pouting\ cat | prayer\ beads | purse | pushpin | railway\ car
+    | railway\ track | rainy | red\ envelope | relieved\ face | reminder\ ribbon | revolving\ hearts
+    | rice\ cracker | ring\ buoy | rosette | rotating\ light | round\ pushpin | rugby\ football
+    | running\ shirt | running\ shoe | safety\ pin | safety\ vest | sake | salt | sari
+    | satellite\ antenna | seat | service\ dog | sewing\ needle | shaking\ face | shinto\ shrine
+    | shooting\ star | shopping\ bags | sleepy\ face | slot\ machine | small\ airplane
+    | smirking\ face | sneezing\ face | snowy | softball | spade\ suit | sparkler | spiral\ calendar
+    | spiral\ notepad | spiral\ shell | spouting\ whale | stadium | station | stew | stormy
+    | straight\ ruler | stuffed\ flatbread | sunny | sunrise | sunset | suspension\ railway
+    | synagogue | takeout\ box | tamale | tanabata\ tree | telephone\ receiver | tennis
+    | thong\ sandal | thread | timer\ clock | tired\ face | toilet\ paper | tokyo\ tower | trackball
+    | tram | tram\ car | triangular\ ruler | trolleybus | tropical\ drink | tumbler\ glass
+    | unamused\ face | unlocked | videocassette | wastebasket | water\ buffalo | water\ wave
+    | weary\ cat | weary\ face | wedding | white\ cane | white\ flower | white\ heart
+    | wilted\ flower | wind\ chime | wind\ face | wing | womans\ clothes | womans\ hat | wood
+    | woozy\ face | worried\ face | xray
     """,
     re.VERBOSE,
 )
@@ -72,6 +106,29 @@ _NOUN_TAGS = re.compile(
     """,
     re.VERBOSE,
 )
+# What people call a thing, where Unicode's label or the shortcode is odd.
+_SPOKEN = {
+    "automobile": "car",
+    "baby chick": "chick",
+    "baguette bread": "baguette",
+    "balance scale": "scales",
+    "carpentry saw": "saw",
+    "cheese wedge": "cheese",
+    "cooked rice": "rice",
+    "desktop computer": "computer",
+    "ewe": "sheep",
+    "game die": "die",
+    "headstone": "tombstone",
+    "hot beverage": "coffee",
+    "hourglass done": "hourglass",
+    "lady beetle": "ladybug",
+    "mobile phone": "phone",
+    "office building": "office",
+    "sauropod": "dinosaur",
+    "steaming bowl": "ramen",
+    "video game": "game controller",
+    "wrapped gift": "gift",
+}
 _NO_NAMES = re.compile(r"(?!ring).*ing|tada|party|date|android|iphone|.* (side|front|squared)")
 _MOST_CARRIERS = 2  # emoji that may share a tag that names them, such as a cat and its face
 _STYLE_PERIOD = 2  # one thing in so many has a held-out style
@@ -160,13 +217,13 @@ def _codes_of_faces(entry: dict, shortcodes: list[str]) -> list[str]:
 
 def _names(entry: dict, shortcodes: list[str], nouns: set[str], taken: set[str]) -> tuple[str, ...]:
     """Return the names of a thing that no other emoji has, its own label first; () for others."""
-    own = _plain(entry["label"])
+    own = _SPOKEN.get(label := _plain(entry["label"]), label)
     codes = [code.replace("_", " ") for code in shortcodes]
     names = [own, *(name for name in codes if name not in taken and name != f"{own} face")]
-    names = [own, *(name for name in names[1:] if not _NO_NAMES.fullmatch(name))]
+    names = [own, *(name for name in names[1:] if name != label and not _NO_NAMES.fullmatch(name))]
     names += [tag for tag in entry.get("tags", ()) if tag in nouns and tag not in taken]
     names = [name for name in dict.fromkeys(names) if _NOUN.fullmatch(name)]
-    return () if any(map(_NO_THINGS.fullmatch, (own, *names))) else tuple(names)
+    return () if any(map(_NO_THINGS.fullmatch, (label, own, *names))) else tuple(names)
 
 
 def _plain(label: str) -> str:

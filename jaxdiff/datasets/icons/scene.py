@@ -21,8 +21,14 @@ Placement = Literal["left", "right", "top", "bottom", "centre"]
 Side = Literal["left of", "right of", "above", "below"]
 Share = Literal["train", "held_out"]
 
-SIDES: dict[ItemSize, float] = {"small": 0.36, "medium": 0.56, "large": 0.82}
+SIDES: dict[ItemSize, float] = {"small": 0.375, "medium": 0.5, "large": 0.875}
 """The longer side of a single drawing, as a fraction of the image's."""
+GRID = 1 / 16
+"""Corners of drawings are multiples of this fraction of the image's side.
+
+At 128 pixels these are 8, the pixels per latent, so that an autoencoder gives a drawing of one size
+about the same latents at all places.
+"""
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -35,7 +41,8 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "centre": (0, 0),
 }
 """Of the first drawing from the second, or of the drawing from the centre; y points down."""
-_PAIR_SIDES, _ROW_SIDE, _TWO_SIDE = (0.38, 0.46), 0.29, 0.42
+_SIZE_FRACTIONS = (0.2, 0.2, 0.6)  # of small, medium and large
+_PAIR_SIDE, _ROW_SIDE = 0.40625, 0.25
 _SAME_STYLE = 0.75  # of pairs and trios
 _MARGIN = 0.02
 _TRIES = 1000  # a held-out pair takes eight on average
@@ -113,13 +120,13 @@ class Catalogue(NamedTuple):
 def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
     """Sample one thing at a random size and position; large ones are in the centre."""
     item = _item(rng, drawings, _pick(rng, drawings.things))
-    size = _pick(rng, get_args(ItemSize))
+    size = get_args(ItemSize)[int(rng.choice(3, p=_SIZE_FRACTIONS))]
     position = "centre" if size == "large" else _pick(rng, get_args(Placement))
-    side = SIDES[size] * rng.uniform(0.93, 1.07)
+    side = SIDES[size]
     reach = (1 - side) / 2 - _MARGIN
     centre = [0.5 + step * reach * rng.uniform(0.75, 1.0) for step in DIRECTIONS[position]]
     centre = [
-        x + rng.uniform(-0.04, 0.04) * (step == 0)
+        x + rng.uniform(-0.04, 0.04) * (step == 0 and size != "large")
         for x, step in zip(centre, DIRECTIONS[position], strict=True)
     ]
     return _scene(rng, (item,), [(*centre, side)], size=size, position=position)
@@ -140,12 +147,12 @@ def sample_two(rng: np.random.Generator, drawings: Catalogue, share: Share = "tr
     across, down = DIRECTIONS[relation]
     boxes = []
     for sign in (1, -1):
-        side = rng.uniform(*_PAIR_SIDES)
+        reach = (1 - _PAIR_SIDE) / 2 - _MARGIN
         x, y = (
-            0.5 + sign * step * 0.25 if step else rng.uniform(side / 2 + 0.1, 0.9 - side / 2)
+            0.5 + (sign * step * 0.25 if step else reach * rng.uniform(-0.7, 0.7))
             for step in (across, down)
         )
-        boxes.append((x, y, side))
+        boxes.append((x, y, _PAIR_SIDE))
     return _scene(rng, _styled(rng, drawings, things), boxes, relation=relation)
 
 
@@ -159,9 +166,14 @@ def sample_three(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
 
 
 def _scene(rng: np.random.Generator, items: tuple[SceneItem, ...], boxes, **further) -> IconScene:
-    places = tuple((float(x), float(y), float(side)) for x, y, side in boxes)
+    places = tuple((_on_grid(x, side), _on_grid(y, side), side) for x, y, side in boxes)
     name, colour = sample_background(rng)
     return IconScene(items=items, boxes=places, background=name, colour=colour, **further)
+
+
+def _on_grid(centre: float, side: float) -> float:
+    """Return the nearest centre of a drawing whose corner is on the grid."""
+    return round((centre - side / 2) / GRID) * GRID + side / 2
 
 
 def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
@@ -175,7 +187,7 @@ def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, in
 
 def _row(rng: np.random.Generator, count: int, down: bool) -> list[tuple[float, float, float]]:
     """Return boxes from left to right, or from top to bottom, that do not overlap."""
-    side = (_TWO_SIDE if count == 2 else _ROW_SIDE) * rng.uniform(0.93, 1.04)
+    side = _PAIR_SIDE if count == 2 else _ROW_SIDE
     boxes = []
     for index in range(count):
         along = (index + 0.5) / count

@@ -34,6 +34,7 @@ from jaxdiff.datasets.icons.names import (
     icon_spelling,
     normal_code,
 )
+from jaxdiff.datasets.icons.related import related_words
 from jaxdiff.datasets.icons.sets import IconSet, read_set
 from jaxdiff.datasets.rendered import (
     cache_errors,
@@ -166,6 +167,14 @@ class Iconify(PickledFields):
         with packages.damaged_package_as_user_error(place):
             return naming.read_emoji(place)
 
+    def related_words(self, known: frozenset[str]) -> dict[str, tuple[str, ...]]:
+        """Return the names of things by words that are not known; see `related`."""
+        emoji = (icon.emoji for icon in self.icons)
+        things = {one.code: one.thing for one in emoji if one and one.thing}
+        place = self._place(packages.NAMES)
+        with packages.damaged_package_as_user_error(place):
+            return related_words(place, things, known)
+
     def _place(self, package: str) -> Path:
         folder = self.folder or user_cache("icons")
         if folder is None:
@@ -199,7 +208,7 @@ class Iconify(PickledFields):
 def icon_captions(icon: Icon) -> list[str]:
     """Return captions of an icon, in lower case; the last ones name its style, if known."""
     emoji = icon.emoji
-    label = emoji.label if emoji else plain_words(icon.name.replace("-", " "))
+    label = (emoji and (emoji.thing or emoji.label)) or plain_words(icon.name.replace("-", " "))
     texts = captions(label, flag=emoji is not None and emoji.flag)
     further = [with_article(name) for name in emoji.names[1:]] if emoji else []
     texts += further

@@ -54,6 +54,24 @@ RELATION_WORDS = {
 }
 PREFIXES = ("a picture of", "a drawing of", "an image of")
 COUNT_WORDS = {2: "two", 3: "three"}
+# Words that people may type which no caption has.
+_RELATED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("fruit", "fruits"), ("banana", "lemon", "orange", "pear")),
+    **dict.fromkeys(("vegetable", "vegetables", "veggie"), ("carrot", "pea", "pepper", "tomato")),
+    **dict.fromkeys(("eggplant", "eggplants"), ("aubergine",)),
+    **dict.fromkeys(("capsicum", "paprika", "chili"), ("pepper",)),
+    **dict.fromkeys(("berry", "berries"), ("strawberry",)),
+    **dict.fromkeys(("citrus", "lime", "limes"), ("lemon", "orange")),
+    **dict.fromkeys(("huge", "giant", "enormous"), ("large", "big")),
+    **dict.fromkeys(("mini", "miniature"), ("small", "tiny")),
+    **dict.fromkeys(("violet", "lilac", "magenta"), ("purple",)),
+    **dict.fromkeys(("crimson", "scarlet"), ("red",)),
+    **dict.fromkeys(("gold", "golden"), ("yellow",)),
+    **dict.fromkeys(("beside", "next"), ("to the left of", "to the right of")),
+    **dict.fromkeys(("beneath", "underneath"), ("below", "under")),
+    **dict.fromkeys(("photo", "painting"), ("a picture of", "a drawing of")),
+    **dict.fromkeys(("leaf", "stalk"), ("stem",)),
+}
 # After a tenth of them, no caption has a new word.
 VOCABULARY_RECORDS = 5_000
 
@@ -107,6 +125,11 @@ class Produce:
             for text in self._captions(*self._scene(index))
         )
         return frozenset(word for text in captions for word in words_of(text))
+
+    @property
+    def related_words(self) -> dict[str, tuple[str, ...]]:
+        """Names in captions by words that are in none."""
+        return _RELATED
 
     def check(self) -> None:
         """Raise `UserError` if the fractions sum to more than 1."""

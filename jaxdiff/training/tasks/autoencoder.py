@@ -79,12 +79,14 @@ class AutoencoderTask(Task):
       kl_weight: weight of the divergence.
       l2_fraction: fraction of squared error in the reconstruction; 0 is absolute error alone.
       perceptual: perceptual distance of image and reconstruction.
+      pretrained: folder of an autoencoder of the same size that training starts from.
     """
 
     model: AutoencoderConfig
     kl_weight: NotNegative = 1e-6
     l2_fraction: Fraction = 0.0
     perceptual: Perceptual | None = None
+    pretrained: str | None = None
 
     def __post_init__(self):
         if self.model.image_channels != 3:
@@ -110,6 +112,13 @@ class AutoencoderTask(Task):
             return {}
         build = bind_init(ClipVision, self.perceptual.model)
         return {("vision",): PretrainedPart(self.perceptual.pretrained, build)}
+
+    def initial_parts(self) -> dict[Path, PretrainedPart]:
+        """Return the autoencoder if it starts from a trained one's weights."""
+        if self.pretrained is None:
+            return {}
+        build = bind_init(type(self.model).build, self.model)
+        return {(): PretrainedPart(self.pretrained, build, source=("autoencoder",))}
 
     def loss(
         self,

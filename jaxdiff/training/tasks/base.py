@@ -26,6 +26,7 @@ class PretrainedPart(NamedTuple):
 
     folder: str | None  # a run, an exported or published model; None initialises it
     build: Callable[[], nnx.Module]
+    source: Path | None = None  # where the trained model has it, if elsewhere
 
 
 class Task(abc.ABC):
@@ -75,7 +76,10 @@ class Task(abc.ABC):
         return {}
 
     def initial_parts(self) -> dict[Path, PretrainedPart]:
-        """Return the trained parts that start from another model's weights, by their path."""
+        """Return the trained parts that start from another model's weights, by their path.
+
+        The path () stands for all that is trained.
+        """
         return {}
 
     def init_from_frozen(self, frozen: PyTree, tokenizers: Mapping[str, Any]) -> dict[str, Any]:

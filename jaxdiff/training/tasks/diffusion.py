@@ -159,8 +159,8 @@ class DiffusionTask(Task):
     def _folder(self, path: Path) -> str | None:
         return getattr(self.pretrained, path[0])
 
-    def _part(self, part: Part) -> PretrainedPart:
-        return PretrainedPart(self._folder(part.path), part.build)
+    def _part(self, part: Part, source: Path | None = None) -> PretrainedPart:
+        return PretrainedPart(self._folder(part.path), part.build, source)
 
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
         """Initialise the parameters that are trained."""
@@ -209,7 +209,7 @@ class DiffusionTask(Task):
             if not self.trainable.includes(part.path)
         }
         if self.objective.uses_teacher:
-            parts["teacher", "denoiser"] = self._part(self.model.parts[0])
+            parts["teacher", "denoiser"] = self._part(self.model.parts[0], source=("denoiser",))
         return parts
 
     def initial_parts(self) -> dict[Path, PretrainedPart]:

@@ -475,3 +475,24 @@ def test_a_user_error_has_exit_status_2(
     monkeypatch.chdir(tmp_path)
     assert sample(*words) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_unknown_words_are_said_once_and_listed_with_each_image(sample, prompts, tmp_path, capsys):
+    rows = prompts({"prompt": "a tomatto"}, {"prompt": "a snow tomatto"}, {"prompt": "red snow"})
+    run = ("--prompts", rows, "--num-steps", 1)
+    assert sample(*run) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "no training caption" in line]
+    assert [line.partition(": the prompt has words that no training ")[2] for line in said] == [
+        "caption contains: 'tomatto' (nearest: tomato); `jaxdiff sample --words` lists the known "
+        "ones.",
+        "caption contains: 'snow'; `jaxdiff sample --words` lists the known ones.",
+    ]
+    assert ["line 1" in said[0], "line 2" in said[1]] == [True, True]
+    lines = manifest(tmp_path / "out")
+    assert [line["unknown_words"] for line in lines] == [
+        {"tomatto": ["tomato"]},
+        {"snow": [], "tomatto": ["tomato"]},
+        {"snow": []},
+    ]
+    assert sample(*run) == 0
+    assert manifest(tmp_path / "out") == lines  # none was generated again

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes, plural, prompt_of
 from jaxdiff.datasets.icons.names import held_out_pair, held_out_style
-from jaxdiff.datasets.icons.scene import DIRECTIONS, IconScene, SceneItem
+from jaxdiff.datasets.icons.scene import DIRECTIONS, GRID, IconScene, SceneItem
 from jaxdiff.errors import UserError
 from tests.datasets.icons.tiny import THINGS
 
@@ -72,6 +72,8 @@ def test_boxes_are_in_the_image_and_pairs_where_the_relation_says(scenes):
         for x, y, side in scene.boxes:
             assert side / 2 - 0.01 <= x <= 1.01 - side / 2
             assert side / 2 - 0.01 <= y <= 1.01 - side / 2
+            assert (x - side / 2) % GRID == 0
+            assert (y - side / 2) % GRID == 0
         if scene.relation is not None:
             apart = np.subtract(scene.boxes[0][:2], scene.boxes[1][:2])
             assert apart @ DIRECTIONS[scene.relation] > 0.25
@@ -128,6 +130,7 @@ def test_plurals(name, expected):
 
 def test_the_vocabulary_has_the_words_of_captions(source):
     assert {"cat", "kitten", "flat", "two", "left", "blue"} <= source.vocabulary
+    assert source.related_words == {"gray": ("grey",), "pet": ("cat", "dog")}
 
 
 def test_fractions_above_one_are_refused(source):

@@ -69,4 +69,5 @@ def test_the_sets_draw_250_things_in_three_styles(tmp_path):
     assert all(len(found) >= 3 for found in styles.values())
     assert {"cat", "rocket", "snowman", "crystal ball", "pizza", "house"} <= set(styles)
     captions = [text for index in range(len(source)) for text in source[index]["captions"]]
-    assert {"a kitten", "a car", "a flat drawing of a cat"} <= set(captions)
+    assert {"a kitten", "a car", "a flat drawing of a cat", "an hourglass"} <= set(captions)
+    assert not {"an automobile", "an hourglass done", "a canned food"} & set(captions)

@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 def autoencoder(places, runs):
     config, replace = tiny("icons_autoencoder", places), dataclasses.replace
     model = replace(config.task.model, block_out_channels=(8, 16))
-    task = replace(config.task, model=model)
+    task = replace(config.task, model=model, pretrained=None)
     return train(replace(config, task=task), runs / "autoencoder"), model
 
 

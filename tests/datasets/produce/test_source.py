@@ -7,6 +7,7 @@ import pytest
 
 from jaxdiff.data.sources.base import Source
 from jaxdiff.data.text_tokenizer import words_of
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.datasets.produce.scene import (
     COLOURS,
     KINDS,
@@ -19,6 +20,7 @@ from jaxdiff.datasets.produce.scene import (
 )
 from jaxdiff.datasets.produce.source import RIPE, SIZE_WORDS, Produce, caption, full_caption
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.load import SHIPPED
 
 
 def test_a_record_depends_on_seed_split_and_index_alone():
@@ -171,3 +173,10 @@ def test_the_vocabulary_has_the_words_of_all_captions():
     assert words <= source.vocabulary
     assert {"pea", "medium", "sized", "strawberries"} <= source.vocabulary
     assert "globe" not in source.vocabulary
+    related = source.related_words
+    assert not source.vocabulary & set(related)
+    assert source.vocabulary >= {
+        w for names in related.values() for n in names for w in words_of(n)
+    }
+    shipped = Tokenizer.load(str(SHIPPED / "produce" / "tokenizers" / "text"))
+    assert (shipped.words, shipped.related) == (source.vocabulary, related)

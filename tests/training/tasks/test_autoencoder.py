@@ -14,7 +14,9 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig, Gaussian
 from jaxdiff.models.layers import bind_params
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
+from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.training.ema import Ema
+from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks import autoencoder as module
@@ -220,3 +222,15 @@ def test_eight_devices_train_as_one_does():
 def test_settings_that_cannot_be_trained_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_training_starts_from_a_trained_autoencoder(tmp_path):
+    trained = AutoencoderTask(model=CONFIG)
+    params = jax.jit(lambda: trained.init_params(nnx.Rngs(7)))()
+    write_bundle(tmp_path, Bundle(CONFIG, params, {}), dtype="float32")
+    task = AutoencoderTask(model=CONFIG, pretrained=str(tmp_path))
+    state = init_state(task, OPTIMIZER, Ema(), 0, load_parts(task.initial_parts()))
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    wider = dataclasses.replace(task, model=dataclasses.replace(CONFIG, latent_channels=3))
+    with pytest.raises(UserError, match="shape"):
+        load_parts(wider.initial_parts())
