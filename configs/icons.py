@@ -73,9 +73,7 @@ def get_config() -> Config:
                     pooled_width=text.width,
                 ),
                 conditioner=ClipConditioner(text=ClipTextEncoder(model=text, hidden_layer=0)),
-                autoencoder=replace(
-                    autoencoder.model, shift_factor=0.08, scaling_factor=1 / 2.39
-                ),
+                autoencoder=replace(autoencoder.model, shift_factor=0.08, scaling_factor=1 / 2.39),
                 image_size=128,
                 sampler=replace(model.sampler, grid=TimeGrid(shift=4.0), num_steps=24),
             ),
@@ -86,7 +84,13 @@ def get_config() -> Config:
         ),
         data=replace(
             base.data,
-            source=EmojiScenes(length=100_000),
+            source=EmojiScenes(
+                length=80_000,
+                group_fraction=0.08,
+                pair_fraction=0.25,
+                trio_fraction=0.02,
+                full_fraction=0.6,
+            ),
             transforms=Transforms(size=128),
             cache=LatentOptions(views=1, text=True),
         ),

@@ -17,6 +17,7 @@ BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)(?::((?:[A-Z]*\([^)]*\))*))?\})?")
+_PARENTHESIS = re.compile(r"[()]")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _CALLED = re.compile(
     r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation"
@@ -147,10 +148,10 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
+    for found in _PARENTHESIS.finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
         if depth == 0:
-            return i
+            return found.start()
     return len(text) - 1
 
 

@@ -157,8 +157,6 @@ def _mean_gradient(
             result, task_state = part_gradient(part, task_state)
             return (jax.tree.map(jnp.add, total, result), task_state), None
 
-        if accumulate == 1:
-            return part_gradient(rows, first_state)
         parts = jax.tree.map(split, rows)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes, _ = jax.eval_shape(part_gradient, first, first_state)

@@ -69,7 +69,7 @@ class EmojiScenes(PickledFields):
     """Composed scenes, as {"image": uint8 [size, size, 3], "captions", "name"}.
 
     The training split mixes single things, two or three equal drawings (`group_fraction`), two
-    things in a relation (`pair_fraction`) and three in a row (`trio_fraction`), on plain
+    things in a relation (`pair_fraction`) and three together (`trio_fraction`), on plain
     backgrounds, without held-out combinations. The held-out split has single things in held-out
     styles and, as `pair_fraction`, held-out pairs. Captions omit attributes at random, except for
     a `full_fraction` that names all. A record is a function of (seed, split, index) and of the
@@ -311,8 +311,7 @@ def _caption(
 def _joined(scene: IconScene, phrases: list[str], pick) -> str:
     """Return the phrases of the things in their relation."""
     if len(phrases) == 3:
-        order = "top to bottom" if scene.relation == "above" else "left to right"
-        return f"{phrases[0]}, {phrases[1]} and {phrases[2]} from {order}"
+        return f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
     if scene.relation is not None:
         return f"{phrases[0]} {pick(_RELATION_WORDS[scene.relation])} {phrases[1]}"
     return phrases[0]

@@ -37,56 +37,76 @@ _FACES = re.compile("face-|cat-face|heart")
 # Scenes that fill a square, activities, signs and drawings of several things.
 _NO_THINGS = re.compile(
     r"""
-    adhesive\ bandage | admission\ tickets | aerial\ tramway | airplane\ arrival
+    abacus | adhesive\ bandage | admission\ tickets | aerial\ tramway | airplane\ arrival
     | airplane\ departure | alembic | alien\ monster | amphora | anguished\ face
-    | articulated\ lorry | auto\ rickshaw | badminton | ballot\ box | barber\ pole | beans | beers
-    | bellhop\ bell | bento\ box | beverage\ box | billed\ cap | billiards | bison | black\ nib
-    | blossom | blowfish | blue\ book | boar | bookmark\ tabs | briefs | broken\ chain
-    | brown\ heart | bubbles | building\ construction | bullettrain\ side | bus\ stop | calling
-    | camping | card\ index | chains | champagne | chart\ decreasing | chart\ increasing | chipmunk
+    | articulated\ lorry | astonished\ face | auto\ rickshaw | badger | badminton | balance\ scale
+    | ballet\ shoes | ballot\ box | bank | bar\ chart | barber\ pole | beach | beach\ umbrella
+    | beans | beating\ heart | beers | bellhop\ bell | bento\ box | beverage\ box | bikini
+    | billed\ cap | billiards | bison | black\ bird | black\ cat | black\ heart | black\ nib
+    | blossom | blowfish | blue\ book | blue\ car | boar | bookmark\ tabs | boomerang | boot
+    | bowling | brick | briefs | broken\ chain | brown\ heart | bubbles | bug
+    | building\ construction | bullet\ train | bullettrain\ side | bus\ stop | calling | camping
+    | canned\ food | card\ index | carousel\ horse | cat\ face | chains | champagne
+    | chart\ decreasing | chart\ increasing | chess\ pawn | chestnut | chipmunk | cigarette
     | city\ dusk | cityscape | clamp | clapper\ board | classical\ building | clinking\ glasses
-    | clipboard | closed\ book | closed\ umbrella | cloudy | club\ suit | clutch\ bag
-    | computer\ disk | confounded\ face | confused\ face | construction | convenience\ store
-    | cooking | cricket\ game | crutch | crying\ cat | curling\ stone | curry\ rice | custard
-    | delivery\ truck | department\ store | derelict\ house | desert | desert\ island
-    | diamond\ suit | disappointed\ face | disguised\ face | diya\ lamp | dna | droplet | dvd
-    | elevator | email | empty\ nest | expressionless\ face | face\ exhaling | face\ vomiting
-    | fax\ machine | field\ hockey | file\ cabinet | file\ folder | film\ frames | firecracker
-    | fireworks | fish\ cake | flags | flat\ shoe | flatbread | flushed\ face | flying\ disc | fog
-    | foggy | fondue | fountain\ pen | fried\ shrimp | funeral\ urn | goal\ net | golf | green\ book
-    | green\ salad | grey\ heart | growing\ heart | guide\ dog | hair\ pick | hamsa | hatched\ chick
-    | heart\ decoration | heart\ exclamation | heart\ suit | high\ voltage | hindu\ temple | hook
-    | hot\ springs | houses | hushed\ face | ice\ hockey | icecream | identification\ card
-    | inbox\ tray | incoming\ envelope | izakaya\ lantern | japanese\ castle | japanese\ dolls
-    | joker | kaaba | kissing\ cat | knot | lab\ coat | label | lacrosse | leafy\ green | leaves
-    | ledger | light\ rail | lightning | link | linked\ paperclips | links | locked | long\ drum
-    | lotion\ bottle | love\ hotel | love\ letter | low\ battery | lying\ face | mag | mag\ right
-    | mahjong | mailbox\ closed | mans\ shoe | mantelpiece\ clock | manual\ wheelchair | mate
-    | melting\ face | mending\ heart | metro | military\ helmet | military\ medal | milky\ way
-    | minibus | mirror\ ball | moai | monorail | moon\ cake | moon\ ceremony | motor\ boat
+    | clipboard | closed\ book | closed\ umbrella | cloudy | club\ suit | clutch\ bag | cockroach
+    | coffin | computer\ disk | confetti\ ball | confounded\ face | confused\ face | construction
+    | convenience\ store | cooked\ rice | cooking | coral | cow\ face | cricket | cricket\ game
+    | crossed\ swords | crutch | crying\ cat | curling\ stone | curry\ rice | custard | cyclone
+    | dagger | dango | delivery\ truck | department\ store | derelict\ house | desert
+    | desert\ island | diamond\ suit | disappointed\ face | disguised\ face | diving\ mask
+    | diya\ lamp | dna | dodo | dog\ face | dragon\ face | drooling\ face | droplet | dvd
+    | electric\ plug | elevator | email | empty\ nest | enraged\ face | exploding\ head
+    | expressionless\ face | face\ exhaling | face\ vomiting | factory | falafel | fallen\ leaf
+    | fax\ machine | fearful\ face | feather | ferry | field\ hockey | file\ cabinet | file\ folder
+    | film\ frames | film\ projector | fire\ extinguisher | firecracker | fireworks | fish\ cake
+    | fishing\ pole | flags | flat\ shoe | flatbread | floppy\ disk | flushed\ face | flying\ disc
+    | fog | foggy | folding\ fan | fondue | fortune\ cookie | fountain | fountain\ pen
+    | framed\ picture | fried\ shrimp | frowning\ face | fuel\ pump | funeral\ urn | ginger\ root
+    | goal\ net | goblin | golf | green\ book | green\ salad | grey\ heart | grimacing\ face
+    | grinning\ cat | growing\ heart | guide\ dog | hair\ pick | hamsa | hatched\ chick | headstone
+    | heart\ decoration | heart\ exclamation | heart\ suit | herb | high\ voltage | hiking\ boot
+    | hindu\ temple | hook | horse\ face | hot\ springs | hotel | houses | hushed\ face | hut
+    | hyacinth | ice | ice\ hockey | icecream | identification\ card | inbox\ tray
+    | incoming\ envelope | izakaya\ lantern | japanese\ castle | japanese\ dolls | jar | joker
+    | joystick | kaaba | kick\ scooter | kimono | kissing\ cat | kissing\ face | knot | lab\ coat
+    | label | lacrosse | leafy\ green | leaves | ledger | light\ rail | lightning | link
+    | linked\ paperclips | links | lipstick | locked | locomotive | long\ drum | lotion\ bottle
+    | lotus | love\ hotel | love\ letter | low\ battery | lying\ face | mag | mag\ right | mahjong
+    | mailbox\ closed | mammoth | mans\ shoe | mantelpiece\ clock | manual\ wheelchair | maracas
+    | mate | melon | melting\ face | memo | mending\ heart | metro | microbe | military\ helmet
+    | military\ medal | milky\ way | minibus | mirror\ ball | moai | monkey\ face | monorail
+    | moon\ cake | moon\ ceremony | moose | mosque | mosquito | motor\ boat | motor\ scooter
     | motorized\ wheelchair | motorway | mount\ fuji | mountain\ cableway | mountain\ railway
-    | mountain\ snow | mouse\ trap | national\ park | nauseated\ face | nazar\ amulet
-    | nesting\ dolls | new\ moon | night\ sky | oden | oil\ drum | oncoming\ automobile
-    | oncoming\ bus | oncoming\ taxi | optical\ disk | orange\ book | orange\ heart | outbox\ tray
-    | oyster | pager | partly\ sunny | passenger\ ship | paw\ prints | pea\ pod | performing\ arts
-    | persevering\ face | petri\ dish | pick | pig\ nose | pinata | pine\ decoration | ping\ pong
-    | pink\ heart | placard | playground\ slide | poodle | post\ office | postbox | poultry\ leg
-    | pouring\ liquid | pouting\ cat | prayer\ beads | purse | pushpin | railway\ car
-    | railway\ track | rainy | red\ envelope | relieved\ face | reminder\ ribbon | revolving\ hearts
-    | rice\ cracker | ring\ buoy | rosette | rotating\ light | round\ pushpin | rugby\ football
-    | running\ shirt | running\ shoe | safety\ pin | safety\ vest | sake | salt | sari
-    | satellite\ antenna | seat | service\ dog | sewing\ needle | shaking\ face | shinto\ shrine
-    | shooting\ star | shopping\ bags | sleepy\ face | slot\ machine | small\ airplane
-    | smirking\ face | sneezing\ face | snowy | softball | spade\ suit | sparkler | spiral\ calendar
-    | spiral\ notepad | spiral\ shell | spouting\ whale | stadium | station | stew | stormy
-    | straight\ ruler | stuffed\ flatbread | sunny | sunrise | sunset | suspension\ railway
-    | synagogue | takeout\ box | tamale | tanabata\ tree | telephone\ receiver | tennis
-    | thong\ sandal | thread | timer\ clock | tired\ face | toilet\ paper | tokyo\ tower | trackball
-    | tram | tram\ car | triangular\ ruler | trolleybus | tropical\ drink | tumbler\ glass
-    | unamused\ face | unlocked | videocassette | wastebasket | water\ buffalo | water\ wave
-    | weary\ cat | weary\ face | wedding | white\ cane | white\ flower | white\ heart
-    | wilted\ flower | wind\ chime | wind\ face | wing | womans\ clothes | womans\ hat | wood
-    | woozy\ face | worried\ face | xray
+    | mountain\ snow | mouse\ face | mouse\ trap | movie\ camera | national\ park | nauseated\ face
+    | nazar\ amulet | nesting\ dolls | neutral\ face | new\ moon | newspaper | night\ sky | notebook
+    | oden | office\ building | ogre | oil\ drum | old\ key | olive | oncoming\ automobile
+    | oncoming\ bus | oncoming\ taxi | optical\ disk | orange\ book | orange\ heart | orangutan
+    | outbox\ tray | ox | oyster | package | pager | parachute | partly\ sunny | passenger\ ship
+    | paw\ prints | pea\ pod | pensive\ face | performing\ arts | persevering\ face | petri\ dish
+    | phoenix | pick | pickup\ truck | pig\ face | pig\ nose | pinata | pine\ decoration
+    | ping\ pong | pink\ heart | placard | playground\ slide | pleading\ face | plunger | poodle
+    | post\ office | postbox | poultry\ leg | pouring\ liquid | pouting\ cat | prayer\ beads
+    | printer | purple\ heart | purse | pushpin | rabbit\ face | railway\ car | railway\ track
+    | rainy | ram | razor | red\ envelope | relieved\ face | reminder\ ribbon | revolving\ hearts
+    | rice\ ball | rice\ cracker | ring | ring\ buoy | roller\ coaster | rosette | rotating\ light
+    | round\ pushpin | rugby\ football | running\ shirt | running\ shoe | safety\ pin | safety\ vest
+    | sake | salt | sandal | sari | satellite | satellite\ antenna | scroll | seat | seedling
+    | service\ dog | sewing\ needle | shaking\ face | shamrock | shaved\ ice | shinto\ shrine
+    | shooting\ star | shopping\ bags | shorts | skis | skunk | sled | sleepy\ face | slot\ machine
+    | small\ airplane | smirking\ face | sneezing\ face | snowy | soap | softball | spade\ suit
+    | sparkler | sparkling\ heart | speedboat | spiral\ calendar | spiral\ notepad | spiral\ shell
+    | sponge | sports\ medal | spouting\ whale | squid | stadium | station | stethoscope | stew
+    | stop\ sign | stopwatch | stormy | straight\ ruler | stuffed\ flatbread | sunny | sunrise
+    | sunset | suspension\ railway | sweet\ potato | synagogue | syringe | takeout\ box | tamale
+    | tanabata\ tree | telephone\ receiver | tennis | test\ tube | thermometer | thong\ sandal
+    | thread | ticket | tiger\ face | timer\ clock | tired\ face | toilet\ paper | tokyo\ tower
+    | toolbox | trackball | tram | tram\ car | triangular\ ruler | trolleybus | tropical\ drink
+    | tumbler\ glass | two\ hearts | unamused\ face | unlocked | videocassette | wastebasket
+    | water\ buffalo | water\ pistol | water\ wave | weary\ cat | weary\ face | wedding | wheel
+    | white\ cane | white\ flower | white\ heart | wilted\ flower | wind\ chime | wind\ face | wing
+    | womans\ clothes | womans\ hat | wood | woozy\ face | worm | worried\ face | xray
+    | yawning\ face | yellow\ heart | yo\ yo | zany\ face
     """,
     re.VERBOSE,
 )
@@ -111,25 +131,25 @@ _SPOKEN = {
     "automobile": "car",
     "baby chick": "chick",
     "baguette bread": "baguette",
-    "balance scale": "scales",
     "carpentry saw": "saw",
     "cheese wedge": "cheese",
-    "cooked rice": "rice",
+    "deciduous tree": "tree",
     "desktop computer": "computer",
     "ewe": "sheep",
     "game die": "die",
-    "headstone": "tombstone",
     "hot beverage": "coffee",
     "hourglass done": "hourglass",
     "lady beetle": "ladybug",
     "mobile phone": "phone",
-    "office building": "office",
     "sauropod": "dinosaur",
     "steaming bowl": "ramen",
     "video game": "game controller",
     "wrapped gift": "gift",
 }
-_NO_NAMES = re.compile(r"(?!ring).*ing|tada|party|date|android|iphone|.* (side|front|squared)")
+_NO_NAMES = re.compile(
+    r"(?!ring).*ing|tada|party|date|android|iphone|.* (side|front|squared)|red car|art|birthday"
+    r"|denim|european castle|noodle|direct hit|dart|school satchel|boba drink|tophat|mortar board"
+)
 _MOST_CARRIERS = 2  # emoji that may share a tag that names them, such as a cat and its face
 _STYLE_PERIOD = 2  # one thing in so many has a held-out style
 _PAIR_PERIOD = 8
@@ -221,7 +241,11 @@ def _names(entry: dict, shortcodes: list[str], nouns: set[str], taken: set[str])
     codes = [code.replace("_", " ") for code in shortcodes]
     names = [own, *(name for name in codes if name not in taken and name != f"{own} face")]
     names = [own, *(name for name in names[1:] if name != label and not _NO_NAMES.fullmatch(name))]
-    names += [tag for tag in entry.get("tags", ()) if tag in nouns and tag not in taken]
+    names += [
+        tag
+        for tag in entry.get("tags", ())
+        if tag in nouns and tag not in taken and not _NO_NAMES.fullmatch(tag)
+    ]
     names = [name for name in dict.fromkeys(names) if _NOUN.fullmatch(name)]
     return () if any(map(_NO_THINGS.fullmatch, (label, own, *names))) else tuple(names)
 

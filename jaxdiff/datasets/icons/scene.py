@@ -21,13 +21,13 @@ Placement = Literal["left", "right", "top", "bottom", "centre"]
 Side = Literal["left of", "right of", "above", "below"]
 Share = Literal["train", "held_out"]
 
-SIDES: dict[ItemSize, float] = {"small": 0.375, "medium": 0.5, "large": 0.875}
-"""The longer side of a single drawing, as a fraction of the image's."""
-GRID = 1 / 16
-"""Corners of drawings are multiples of this fraction of the image's side.
+SIDES: dict[ItemSize, float] = {"small": 0.3125, "medium": 0.4375, "large": 0.875}
+"""The longer side of a drawing, as a fraction of the image's; of several, each is medium."""
+GRID = 0.25
+"""Centres of drawings are multiples of this fraction of the image's side.
 
-At 128 pixels these are 8, the pixels per latent, so that an autoencoder gives a drawing of one size
-about the same latents at all places.
+At 128 pixels these are 32, the pixels of a token of the recipe `icons`, which thus sees a drawing
+of one size cut in the same way at all places.
 """
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
@@ -41,10 +41,9 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "centre": (0, 0),
 }
 """Of the first drawing from the second, or of the drawing from the centre; y points down."""
+_TRIANGLE = ((0.25, 0.25), (0.75, 0.25), (0.5, 0.75))  # centres of three drawings
 _SIZE_FRACTIONS = (0.2, 0.2, 0.6)  # of small, medium and large
-_PAIR_SIDE, _ROW_SIDE = 0.40625, 0.25
 _SAME_STYLE = 0.75  # of pairs and trios
-_MARGIN = 0.02
 _TRIES = 1000  # a held-out pair takes eight on average
 
 BACKGROUNDS = {
@@ -78,13 +77,13 @@ class IconScene:
 
     Attributes:
       items: one thing, alone or `count` times; two in a `relation`, that of the first to the
-        second; or three, from left to right or from top to bottom.
+        second; or three, in a triangle.
       boxes: centre and longer side of each drawing, as fractions of the image's side.
       background: a key of `BACKGROUNDS`.
       colour: its red, green and blue here.
       size: of a single thing.
       position: of a single thing.
-      relation: of two things, or of the first to the second of three.
+      relation: of two things.
       count: of the drawings of a single thing.
     """
 
@@ -122,21 +121,16 @@ def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
     item = _item(rng, drawings, _pick(rng, drawings.things))
     size = get_args(ItemSize)[int(rng.choice(3, p=_SIZE_FRACTIONS))]
     position = "centre" if size == "large" else _pick(rng, get_args(Placement))
-    side = SIDES[size]
-    reach = (1 - side) / 2 - _MARGIN
-    centre = [0.5 + step * reach * rng.uniform(0.75, 1.0) for step in DIRECTIONS[position]]
-    centre = [
-        x + rng.uniform(-0.04, 0.04) * (step == 0 and size != "large")
-        for x, step in zip(centre, DIRECTIONS[position], strict=True)
-    ]
-    return _scene(rng, (item,), [(*centre, side)], size=size, position=position)
+    across, down = DIRECTIONS[position]
+    boxes = [(0.5 + GRID * across, 0.5 + GRID * down, SIDES[size])]
+    return _scene(rng, (item,), boxes, size=size, position=position)
 
 
 def sample_equal(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
-    """Sample two or three equal drawings, in a row or a column."""
+    """Sample two equal drawings, in a row or a column, or three in a triangle."""
     count = int(rng.integers(2, 4))
     item = _item(rng, drawings, _pick(rng, drawings.things))
-    boxes = _row(rng, count, bool(rng.integers(2)))
+    boxes = _triangle(rng) if count == 3 else _apart(_pick(rng, get_args(Side)), (0, 0))
     return _scene(rng, (item,), boxes, count=count)
 
 
@@ -144,36 +138,46 @@ def sample_two(rng: np.random.Generator, drawings: Catalogue, share: Share = "tr
     """Sample two things in a relation, a pair of the share, in styles of `drawings`."""
     things = _different(rng, drawings, 2, share)
     relation = _pick(rng, get_args(Side))
-    across, down = DIRECTIONS[relation]
-    boxes = []
-    for sign in (1, -1):
-        reach = (1 - _PAIR_SIDE) / 2 - _MARGIN
-        x, y = (
-            0.5 + (sign * step * 0.25 if step else reach * rng.uniform(-0.7, 0.7))
-            for step in (across, down)
-        )
-        boxes.append((x, y, _PAIR_SIDE))
+    first, second = (int(step) for step in rng.integers(-1, 2, 2))
+    boxes = _apart(relation, (first, second))
     return _scene(rng, _styled(rng, drawings, things), boxes, relation=relation)
 
 
 def sample_three(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
-    """Sample three things, no two of them a held-out pair, in a row or a column."""
+    """Sample three things, no two of them a held-out pair, in a triangle."""
     things = _different(rng, drawings, 3, "train")
-    down = bool(rng.integers(2))
-    relation = "above" if down else "left of"
-    items = _styled(rng, drawings, things)
-    return _scene(rng, items, _row(rng, 3, down), relation=relation)
+    return _scene(rng, _styled(rng, drawings, things), _triangle(rng))
 
 
-def _scene(rng: np.random.Generator, items: tuple[SceneItem, ...], boxes, **further) -> IconScene:
-    places = tuple((_on_grid(x, side), _on_grid(y, side), side) for x, y, side in boxes)
+Box = tuple[float, float, float]
+
+
+def _scene(
+    rng: np.random.Generator, items: tuple[SceneItem, ...], boxes: list[Box], **further
+) -> IconScene:
     name, colour = sample_background(rng)
-    return IconScene(items=items, boxes=places, background=name, colour=colour, **further)
+    return IconScene(items=items, boxes=tuple(boxes), background=name, colour=colour, **further)
 
 
-def _on_grid(centre: float, side: float) -> float:
-    """Return the nearest centre of a drawing whose corner is on the grid."""
-    return round((centre - side / 2) / GRID) * GRID + side / 2
+def _apart(relation: Side, asides: tuple[int, int]) -> list[Box]:
+    """Return the boxes of two drawings in a relation, each moved aside by so many grid steps."""
+    across, down = DIRECTIONS[relation]
+    return [
+        (
+            0.5 + GRID * (sign * across or aside),
+            0.5 + GRID * (sign * down or aside),
+            SIDES["medium"],
+        )
+        for sign, aside in zip((1, -1), asides, strict=True)
+    ]
+
+
+def _triangle(rng: np.random.Generator) -> list[Box]:
+    """Return the boxes of three drawings, from the top to the bottom, two of them in a row."""
+    places = (
+        _TRIANGLE if rng.integers(2) else [(x, 1 - y) for x, y in (*_TRIANGLE[2:], *_TRIANGLE[:2])]
+    )
+    return [(x, y, SIDES["medium"]) for x, y in places]
 
 
 def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
@@ -183,17 +187,6 @@ def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, in
     vary = rng.integers(-_VARIATION, _VARIATION + 1, 3) * (name != names[0])
     red, green, blue = np.clip(np.asarray(BACKGROUNDS[name]) + vary, 0, 255).tolist()
     return name, (red, green, blue)
-
-
-def _row(rng: np.random.Generator, count: int, down: bool) -> list[tuple[float, float, float]]:
-    """Return boxes from left to right, or from top to bottom, that do not overlap."""
-    side = _PAIR_SIDE if count == 2 else _ROW_SIDE
-    boxes = []
-    for index in range(count):
-        along = (index + 0.5) / count
-        aside = 0.5 + rng.uniform(-0.1, 0.1)
-        boxes.append((aside, along, side) if down else (along, aside, side))
-    return boxes
 
 
 def _different(

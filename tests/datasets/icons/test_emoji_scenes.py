@@ -72,8 +72,8 @@ def test_boxes_are_in_the_image_and_pairs_where_the_relation_says(scenes):
         for x, y, side in scene.boxes:
             assert side / 2 - 0.01 <= x <= 1.01 - side / 2
             assert side / 2 - 0.01 <= y <= 1.01 - side / 2
-            assert (x - side / 2) % GRID == 0
-            assert (y - side / 2) % GRID == 0
+            assert x % GRID == 0
+            assert y % GRID == 0
         if scene.relation is not None:
             apart = np.subtract(scene.boxes[0][:2], scene.boxes[1][:2])
             assert apart @ DIRECTIONS[scene.relation] > 0.25
