@@ -1,12 +1,15 @@
 """The shipped produce model, distilled to 4 evaluations without guidance.
 
-Hardware: one CPU core.
-Cost: not measured yet.
+Hardware: two CPU cores.
+Cost: 7 minutes, after 1 minute for the cache of latents.
 
     python train.py configs/produce_distilled.py
 
-Each of the 4 steps of the student equals 3 guided DDIM steps of the teacher. Quality has not been
-measured yet.
+Each of the 4 steps of the student equals 3 guided DDIM steps of the teacher. 96,000 images take 6
+minutes and 40 seconds on two cores of an AMD EPYC (Zen 4), each as one device (2026-11-30). Every
+attribute is right for 93.6 % of 500 single objects in held-out combinations (the teacher: 95.4 %)
+and for 80.4 % of 500 prompts with two objects (84.4 %), in a sixth of the teacher's time at 24
+steps.
 """
 
 import dataclasses
@@ -53,9 +56,9 @@ def get_config() -> Config:
         ),
         data=load_recipe(folder / "produce.py").data,
         optimizer=AdamW(
-            learning_rate=7e-4,
+            learning_rate=1e-3,
             schedule=WarmupStableDecay(warmup_steps=50, decay_fraction=0.3, decay="linear"),
         ),
-        ema=Ema(decay=0.98),
-        train=replace(base.train, steps=900, checkpoint_every=300),
+        ema=Ema(decay=0.99),
+        train=replace(base.train, steps=1500, batch_size=64, checkpoint_every=500),
     )
