@@ -33,7 +33,7 @@ from jaxdiff.training.workdir import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyDistillation(Objective):
+class StepDistillation(Objective):
     """Estimate at t what the average estimates at an earlier time, one step of the teacher away."""
 
     uses_teacher = True
@@ -185,7 +185,7 @@ class SmoothThreshold:
 
 
 SMALLER_TYPES = (Linear, EarlyGrid, EarlyTimes, InverseWeighting, SmoothThreshold)
-TYPES = (ConsistencyDistillation, Gradients, Brightness, Midpoint, SmoothedGuidance)
+TYPES = (StepDistillation, Gradients, Brightness, Midpoint, SmoothedGuidance)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def recipe(tiny_recipe, tiny_bundle, tmp_path_factory) -> Config:
     task = dataclasses.replace(
         config.task,
         model=dataclasses.replace(config.task.model, sampler=sampler),
-        objective=ConsistencyDistillation(),
+        objective=StepDistillation(),
         pretrained=Pretrained(denoiser=str(teacher), text_encoders=str(teacher)),
         curriculum=None,
     )
