@@ -111,7 +111,7 @@ def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
         (("train", "--out", "x", "configs/produce.py"), "unexpected argument 'configs/produce.py'"),
         (("train", "configs/prodce.py"), "did you mean configs/produce.py?"),
         (("train", "prodce"), "did you mean produce?"),
-        (("train", "qqqq"), "expected a Python file or one of dit_3b_512, "),
+        (("train", "qqqq"), "expected a Python file or one of cifar10, "),
         (("train", "--quiet", "--verbose"), "exclude each other"),
         (("train", "--train.steps", "0"), "train.steps is 0"),
         (("train", "--resume", "--fresh"), "exclude each other"),
