@@ -8,9 +8,9 @@ Cost: 25 minutes.
 
 It starts from the autoencoder of `shipped:produce`, whose first and last convolutions work on
 patches of 4 pixels. 41,600 images raise the PSNR from 17.7 to 31.5 dB, at 28 images/s on two cores
-of an AMD EPYC (Zen 4), each as one device (2026-11-29): large drawings are crisp, and small ones
-lose details of a pixel. For a diffusion model on the latents of another run, set `shift_factor` and
-`scaling_factor` as `AutoencoderTask` explains.
+of an AMD EPYC (Zen 4), each as one device (2026-11-29, on scenes of more things than today's):
+large drawings are crisp, and small ones lose details of a pixel. For a diffusion model on the
+latents of another run, set `shift_factor` and `scaling_factor` as `AutoencoderTask` explains.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """The known words nearest to a word that no caption in training has.
 
-The embeddings of such a word are untrained, so a text encoder cannot tell what it is near to. What
-can: its inflections, names that the data source relates to it, and the spelling of known words.
+The embeddings of such a word are untrained, so its neighbours in a text encoder's space are
+arbitrary. These are not: its inflections, names that the data source relates to it, and known words
+of similar spelling.
 """
 
 import difflib

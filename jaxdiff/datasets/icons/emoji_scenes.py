@@ -112,7 +112,7 @@ class EmojiScenes(PickledFields):
         """Return the scene of record `index`."""
         return self._scene(index)[0]
 
-    @property
+    @cached_property
     def vocabulary(self) -> frozenset[str]:
         """The words of the captions, in lower case."""
         scenes = map(self._scene, range(min(self.length, _VOCABULARY_RECORDS)))

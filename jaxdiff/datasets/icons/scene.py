@@ -20,6 +20,8 @@ ItemSize = Literal["small", "medium", "large"]
 Placement = Literal["left", "right", "top", "bottom", "centre"]
 Side = Literal["left of", "right of", "above", "below"]
 Share = Literal["train", "held_out"]
+Box = tuple[float, float, float]
+"""Centre and longer side of a drawing, as fractions of the image's side."""
 
 SIDES: dict[ItemSize, float] = {"small": 0.3125, "medium": 0.4375, "large": 0.875}
 """The longer side of a drawing, as a fraction of the image's; of several, each is medium."""
@@ -41,7 +43,6 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "centre": (0, 0),
 }
 """Of the first drawing from the second, or of the drawing from the centre; y points down."""
-_TRIANGLE = ((0.25, 0.25), (0.75, 0.25), (0.5, 0.75))  # centres of three drawings
 _SIZE_FRACTIONS = (0.2, 0.2, 0.6)  # of small, medium and large
 _SAME_STYLE = 0.75  # of pairs and trios
 _TRIES = 1000  # a held-out pair takes eight on average
@@ -78,7 +79,7 @@ class IconScene:
     Attributes:
       items: one thing, alone or `count` times; two in a `relation`, that of the first to the
         second; or three, in a triangle.
-      boxes: centre and longer side of each drawing, as fractions of the image's side.
+      boxes: of the drawings.
       background: a key of `BACKGROUNDS`.
       colour: its red, green and blue here.
       size: of a single thing.
@@ -88,7 +89,7 @@ class IconScene:
     """
 
     items: tuple[SceneItem, ...]
-    boxes: tuple[tuple[float, float, float], ...]
+    boxes: tuple[Box, ...]
     background: str
     colour: tuple[int, int, int]
     size: ItemSize | None = None
@@ -121,8 +122,7 @@ def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
     item = _item(rng, drawings, _pick(rng, drawings.things))
     size = get_args(ItemSize)[int(rng.choice(3, p=_SIZE_FRACTIONS))]
     position = "centre" if size == "large" else _pick(rng, get_args(Placement))
-    across, down = DIRECTIONS[position]
-    boxes = [(0.5 + GRID * across, 0.5 + GRID * down, SIDES[size])]
+    boxes = [_box(*DIRECTIONS[position], size)]
     return _scene(rng, (item,), boxes, size=size, position=position)
 
 
@@ -149,9 +149,6 @@ def sample_three(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
     return _scene(rng, _styled(rng, drawings, things), _triangle(rng))
 
 
-Box = tuple[float, float, float]
-
-
 def _scene(
     rng: np.random.Generator, items: tuple[SceneItem, ...], boxes: list[Box], **further
 ) -> IconScene:
@@ -161,23 +158,21 @@ def _scene(
 
 def _apart(relation: Side, asides: tuple[int, int]) -> list[Box]:
     """Return the boxes of two drawings in a relation, each moved aside by so many grid steps."""
-    across, down = DIRECTIONS[relation]
-    return [
-        (
-            0.5 + GRID * (sign * across or aside),
-            0.5 + GRID * (sign * down or aside),
-            SIDES["medium"],
-        )
-        for sign, aside in zip((1, -1), asides, strict=True)
-    ]
+    across, down = DIRECTIONS[relation]  # one of them is 0: along that axis a drawing may move
+    steps = zip((1, -1), asides, strict=True)
+    return [_box(sign * across or aside, sign * down or aside, "medium") for sign, aside in steps]
 
 
 def _triangle(rng: np.random.Generator) -> list[Box]:
     """Return the boxes of three drawings, from the top to the bottom, two of them in a row."""
-    places = (
-        _TRIANGLE if rng.integers(2) else [(x, 1 - y) for x, y in (*_TRIANGLE[2:], *_TRIANGLE[:2])]
-    )
-    return [(x, y, SIDES["medium"]) for x, y in places]
+    tip = 1 if rng.integers(2) else -1
+    places = sorted([(tip, 0), (-tip, -1), (-tip, 1)])  # rows, then columns
+    return [_box(across, down, "medium") for down, across in places]
+
+
+def _box(across: int, down: int, size: ItemSize) -> Box:
+    """Return a box so many grid steps from the centre."""
+    return 0.5 + GRID * across, 0.5 + GRID * down, SIDES[size]
 
 
 def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
