@@ -408,3 +408,12 @@ def test_uncachable_recipes_are_refused_before_an_earlier_run_is_removed(
     text = LatentOptions(views=1, text=True)
     assert "trained text encoders that stay frozen" in refused(config, text)
     assert "views is 0" in refused(conditioned["produce"], LatentOptions(text=True))
+
+
+def test_words_of_the_captions_are_those_of_the_source_of_the_images(tmp_path):
+    source = Produce(length=4)
+    known = CachedLatents(path=str(tmp_path), of=source)
+    assert known.vocabulary == source.vocabulary
+    assert known.related_words == source.related_words
+    unknown = CachedLatents(path=str(tmp_path))
+    assert (unknown.vocabulary, unknown.related_words) == (None, {})

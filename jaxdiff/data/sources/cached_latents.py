@@ -115,6 +115,16 @@ class CachedLatents:
                 )
 
     @property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The words of the captions; None where the source of the images does not state them."""
+        return getattr(self.of, "vocabulary", None)
+
+    @property
+    def related_words(self) -> dict[str, tuple[str, ...]]:
+        """Names in captions by words that are in none; {} where the source states none."""
+        return getattr(self.of, "related_words", {})
+
+    @property
     def provenance(self) -> Any:
         """The source of the images, as JSON."""
         return self._manifest and self._manifest.provenance["source"]
