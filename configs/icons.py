@@ -16,7 +16,7 @@ Autoencoder and text encoder are those of `shipped:icons`, from `configs/icons_a
 The denoiser of `shipped:icons` is a preview. It saw 823,000 images in three runs, each from the
 moving average of the last: 8,054 steps at a learning rate of 2e-3; 1,000 steps, the last 300 of
 them with a decay to 0; and 3,800 steps at 1.2e-3, 60 % of them with a decay and a moving average of
-0.998. These took 104 minutes on two cores of an Intel Xeon, at 150 images/s with a device on each
+0.998. These took 97 minutes on two cores of an Intel Xeon, at 150 images/s with a device on each
 and 93 on one (2026-11-30), after 4 minutes for the cache of latents:
 
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false
