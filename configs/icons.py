@@ -1,14 +1,15 @@
 """Text to images of everyday things in three drawing styles, at 128 pixels.
 
 Hardware: two CPU cores.
-Cost: 95 minutes.
+Cost: planned: 95 minutes, after 4 for the cache of latents.
 
     pip install -e '.[icons]'
     python train.py configs/icons.py --data.source.download True
 
-Things are drawn flat, shaded and as cartoons, alone, in groups and in relations, without one style
-of some things and without one pair in eight; `IconAccuracy` scores these. A token is a square of 32
-pixels, as the scenes' grid has: 16 tokens learn four times as many images in the same time as 64.
+Scenes have flat, shaded and cartoon drawings, alone, in groups and in relations; one style of some
+things and one pair in eight are held out, and `IconAccuracy` scores these. A token is a square of
+32 pixels, as the scenes' grid has: 16 tokens learn four times as many images in the same time as 64
+do.
 
 Autoencoder and text encoder are those of `shipped:icons`, from `configs/icons_autoencoder.py` and
 `configs/icons_clip.py`.
