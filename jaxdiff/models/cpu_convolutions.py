@@ -3,22 +3,15 @@
 The columns of the product are the 3 x 3 windows of the map (Chellapilla et al. 2006, section 3.2).
 XLA's CPU backend takes longer for a convolution of a small map, because its work per kernel element
 is small. On other platforms the convolution is `jax.lax`'s, and so are its gradients.
-
-<conv(x, k), z> is linear in x, k and z. Its gradients with respect to the three are the primitives
-of this module, and each is a transpose of the other two. As primitives they are opaque to
-differentiation and to rematerialisation policies, so the CPU's way leaves no residuals in the
-programs of other platforms.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
+
+from jaxdiff.models.cpu_primitives import Bilinear, bilinear
 
 # The product wins where all of this holds (docs/results.md, "Speed against PyTorch").
 _MAX_POSITIONS = 16 * 16
@@ -42,26 +35,6 @@ def applies(x: Maps, kernel: Kernel) -> bool:
         and min(kernel.shape[2:]) >= _MIN_CHANNELS
         and x.dtype == kernel.dtype == jnp.float32
     )
-
-
-def _primitive(name: str, default: Callable[..., Array], cpu: Callable[..., Array]) -> Primitive:
-    """Return a primitive that is lowered as `cpu` for CPUs and as `default` for others."""
-    primitive = Primitive(name)
-
-    def shape_of(*operands: Any) -> Any:
-        out = jax.eval_shape(default, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
-        return ShapedArray(out.shape, out.dtype)
-
-    primitive.def_impl(lambda *operands: jax.jit(primitive.bind)(*operands))
-    primitive.def_abstract_eval(shape_of)
-    batching.primitive_batchers[primitive] = lambda operands, axes: (
-        jax.vmap(default, axes)(*operands),
-        0,
-    )
-    for function, platform in ((default, None), (cpu, "cpu")):
-        rule = mlir.lower_fun(function, multiple_results=False)
-        mlir.register_lowering(primitive, rule, platform=platform)
-    return primitive
 
 
 def _conv(x: Maps, kernel: Kernel) -> OutputMaps:
@@ -96,27 +69,13 @@ def _to_kernel(function: Callable[..., Array]) -> Callable[..., Array]:
     return transpose
 
 
-_output = _primitive("small_conv", _conv, _product)
-_input = _primitive("small_conv_input", _to_input(_conv), _to_input(_product))
-_kernel = _primitive("small_conv_kernel", _to_kernel(_conv), _to_kernel(_product))
-# The rules get the cotangent of the result, then the operands; one of these is unknown.
-ad.defbilinear(
-    _output,
-    lambda z, x, kernel: _input.bind(z, kernel),
-    lambda z, x, kernel: _kernel.bind(x, z),
-)
-ad.defbilinear(
-    _input,
-    lambda x, z, kernel: _output.bind(x, kernel),
-    lambda x, z, kernel: _kernel.bind(x, z),
-)
-ad.defbilinear(
-    _kernel,
-    lambda kernel, x, z: _input.bind(z, kernel),
-    lambda kernel, x, z: _output.bind(x, kernel),
-)
+def _with_gradients(function: Callable[..., Array]) -> Bilinear:
+    return Bilinear(function, _to_input(function), _to_kernel(function))
+
+
+_convolve, _ = bilinear("small_conv", _with_gradients(_conv), _with_gradients(_product))
 
 
 def convolve(x: Maps, kernel: Kernel) -> OutputMaps:
     """Convolve maps with a kernel for which `applies` is true; sizes stay."""
-    return _output.bind(x, kernel)
+    return _convolve(x, kernel)

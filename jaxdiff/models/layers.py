@@ -22,6 +22,7 @@ from jaxdiff.distributed.sharding import (
     traced_mesh,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.models.products import dot_general, product_primitive
 from jaxdiff.models.quantized import QuantizedKernel, is_quantized
 
 Remat = Literal["none", "dots", "full"]
@@ -83,10 +84,14 @@ def checkpoint(
     """Rematerialize a function; `prevent_cse=False` saves a barrier in the body of a scan."""
     if remat == "none":
         return function
-    saves_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(
-        function, policy=saves_dots if remat == "dots" else None, prevent_cse=prevent_cse
+        function, policy=_saves_dots if remat == "dots" else None, prevent_cse=prevent_cse
     )
+
+
+def _saves_dots(primitive: Any, *args: Any, **params: Any) -> Any:
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    return saved or primitive is product_primitive
 
 
 def scan_blocks(
@@ -148,6 +153,7 @@ class Dense(nnx.Linear):
         self, in_features: int, out_features: int, *, axes: Axes | None = None, **options: Any
     ):
         metadata = {} if axes is None else {"axes": axes}
+        options.setdefault("dot_general", dot_general)
         super().__init__(in_features, out_features, kernel_metadata=metadata, **options)
 
     def __call__(self, inputs: Float[Array, "... d"], out_sharding: None = None) -> Array:
