@@ -64,7 +64,7 @@ def test_velocity_is_the_derivative_of_a_rectified_flow(pair):
         lambda t: add_noise(RectifiedFlow(), x0, eps, t), (t,), (jnp.ones_like(t),)
     )
     velocity = from_x0_eps("velocity", x0, eps, 1 - t, t)
-    np.testing.assert_allclose(velocity, derivative, atol=1e-6)
+    np.testing.assert_allclose(velocity, derivative, rtol=1e-6, atol=1e-6)
 
 
 def test_v_is_the_derivative_by_the_angle_where_variance_is_preserved(pair):

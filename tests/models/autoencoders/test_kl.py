@@ -96,7 +96,7 @@ def test_downsampling_pads_the_far_sides_alone():
     first_tap = jnp.zeros((3, 3, 8, 8)).at[0, 0].set(jnp.eye(8))
     nnx.update(conv, {"kernel": first_tap, "bias": jnp.zeros(8)})
     x = jax.random.normal(jax.random.key(1), (1, 4, 4, 8))
-    np.testing.assert_allclose(conv(x), x[:, ::2, ::2], atol=1e-6)
+    np.testing.assert_allclose(conv(x), x[:, ::2, ::2], rtol=1e-6, atol=1e-6)
 
 
 def test_sides_that_do_not_divide_are_refused():
@@ -146,8 +146,8 @@ def test_latents_are_shifted_then_scaled_and_back():
     sizes = config(scaling_factor=0.5, shift_factor=3.0)
     model = nnx.eval_shape(lambda: Autoencoder(sizes, rngs=any_rngs()))
     z = gaussian().mean
-    np.testing.assert_allclose(model.to_latents(z), (z - 3) / 2, atol=1e-6)
-    np.testing.assert_allclose(model.from_latents(model.to_latents(z)), z, atol=1e-6)
+    np.testing.assert_allclose(model.to_latents(z), (z - 3) / 2, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(model.from_latents(model.to_latents(z)), z, rtol=1e-6, atol=1e-6)
 
 
 def test_remat_changes_no_gradient_and_stores_less():

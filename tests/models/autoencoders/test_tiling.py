@@ -23,12 +23,12 @@ def halve(x):
 def test_tiles_of_what_sees_one_position_alone_fit_seamlessly(tile, size):
     x = X[:, : size[0], : size[1]]
     found = jax.jit(lambda x: tile_by_tile(enlarge, x, tile, 2 * tile))(x)
-    np.testing.assert_allclose(found, enlarge(x), atol=1e-6)
+    np.testing.assert_allclose(found, enlarge(x), rtol=1e-6, atol=1e-6)
 
 
 def test_the_output_may_be_smaller():
     found = tile_by_tile(halve, X[:, :10, :20], 8, 4)
-    np.testing.assert_allclose(found, halve(X[:, :10, :20]), atol=1e-6)
+    np.testing.assert_allclose(found, halve(X[:, :10, :20]), rtol=1e-6, atol=1e-6)
 
 
 def test_two_tiles_meet_in_a_ramp():
@@ -50,7 +50,7 @@ def test_one_image_at_a_time_is_the_whole_batch():
         assert x.shape[0] == 1
         return jnp.cumsum(x, axis=1)
 
-    np.testing.assert_allclose(one_by_one(network, X), jnp.cumsum(X, axis=1), atol=1e-6)
+    np.testing.assert_allclose(one_by_one(network, X), jnp.cumsum(X, axis=1), rtol=1e-6, atol=1e-6)
 
 
 def test_what_fits_one_tile_is_not_cut():
@@ -58,5 +58,7 @@ def test_what_fits_one_tile_is_not_cut():
         return x - x.mean(axis=(1, 2), keepdims=True)
 
     for by in ("full", "slicing", "tiling"):
-        np.testing.assert_allclose(apply_vae_mode(network, X, by, 22, 22), network(X), atol=1e-6)
+        np.testing.assert_allclose(
+            apply_vae_mode(network, X, by, 22, 22), network(X), rtol=1e-6, atol=1e-6
+        )
     assert np.abs(apply_vae_mode(network, X, "tiling", 16, 16) - network(X)).max() > 0.01

@@ -23,7 +23,7 @@ def test_eta_is_what_counts_of_the_part_along_the_conditional_estimate(eta):
     found = APG(eta=eta).project(DIFFERENCE, COND)
     np.testing.assert_allclose(along(found, COND), eta * along(DIFFERENCE, COND), atol=1e-6)
     across = DIFFERENCE - along(DIFFERENCE, COND) * COND
-    np.testing.assert_allclose(found - along(found, COND) * COND, across, atol=1e-6)
+    np.testing.assert_allclose(found - along(found, COND) * COND, across, rtol=1e-6, atol=1e-6)
 
 
 def test_of_nothing_nothing_is_along():
