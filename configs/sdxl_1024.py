@@ -11,7 +11,7 @@ Batch 2048, remat "full", 2.57 billion parameters. `jaxdiff plan configs/sdxl_10
 compiles the step for each of these topologies:
 
     slice      mesh               micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16                8    2.52 GiB         14.38
+    v5e:16x16  data=16 fsdp=16                4    2.53 GiB         14.38
     v6e:16x16  data=16 fsdp=16                4    2.52 GiB          3.09
     v5p:4x4x4  data=4 fsdp=16                 4    2.52 GiB         24.69
     h100:8     data=1 fsdp=8                 32    5.01 GiB         91.65
@@ -49,7 +49,7 @@ def get_config() -> Config:
         ema=Ema(decay=0.9999),
         train=replace(base.train, steps=600_000, batch_size=2048, checkpoint_every=2000),
         slices=(
-            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=8),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), accumulate=4),
             PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), accumulate=4),
             PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=32),
