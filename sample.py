@@ -1,4 +1,4 @@
-"""Generate images from prompts: `python sample.py "a small green pea" [--out DIR] ...`."""
+"""Generate images from prompts: `python sample.py "a cat" [--out DIR] ...`."""
 
 import sys
 

@@ -41,7 +41,7 @@ def row(images: np.ndarray) -> np.ndarray:
 
 def main():
     """Generate and write the picture."""
-    pipe = jaxdiff.load("shipped:icons")
+    pipe = jaxdiff.load()
     rows = []
     for style, things in THINGS:
         prompts = [f"a {style} drawing of {with_article(thing)}" for thing in things]

@@ -101,7 +101,7 @@ def main(images: int = 64, steps: int = 24) -> None:
       images: number of images.
       steps: of the exact images.
     """
-    pipe, source = jaxdiff.load(), Produce(size=64, length=images)
+    pipe, source = jaxdiff.load("shipped:produce"), Produce(size=64, length=images)
     prompts = [full_caption(source.scene(i)) for i in range(images)]
     times = evaluation_times(pipe.spec.sampler.resolve(), pipe.spec.schedule, num_steps=steps)
     exact = pipe(prompts, num_steps=steps).astype(float)

@@ -34,7 +34,7 @@ REFERENCE_STEPS = 1000
 
 def main():
     """Measure, print and plot."""
-    pipe = jaxdiff.load()
+    pipe = jaxdiff.load("shipped:produce")
     grid = LogSnrGrid(schedule=pipe.spec.schedule)
 
     def generate(solver: str, num_steps: int, scale: float) -> np.ndarray:

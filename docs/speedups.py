@@ -33,7 +33,6 @@ from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.layers import Dense, abstract_module, abstract_params
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.auxiliary_models import clip_scores
-from jaxdiff.pipelines.load import DEFAULT_MODEL
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pretrained.bundle import Bundle
@@ -51,7 +50,7 @@ EXACT = "exact"
 class SpeedupOptions:
     """Time a model's options, and compare their images with the exact ones."""
 
-    model: str = DEFAULT_MODEL
+    model: str = "shipped:produce"
     """A model, or sd15 for the shapes of Stable Diffusion 1.5 with random weights."""
     images: Count = 16
     """Number of images."""

@@ -1,4 +1,4 @@
-"""Text-to-image diffusion in JAX: `jaxdiff.load()("a small green pea")` generates an image.
+"""Text-to-image diffusion in JAX: `jaxdiff.load()("a cat")` generates an image.
 
 The public names are imported on first use, so that `import jaxdiff` and the command line start
 without JAX. `jaxdiff.training.recipe` defines recipes, and `jaxdiff.training` trains them.

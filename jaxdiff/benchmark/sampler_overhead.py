@@ -22,7 +22,7 @@ from jaxdiff.config.fields import Count
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.conditioning import full_size_crop
 from jaxdiff.pipelines.batching import default_batch_size
-from jaxdiff.pipelines.load import DEFAULT_MODEL, load
+from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.pipeline import Pipeline
 
 
@@ -31,7 +31,7 @@ from jaxdiff.pipelines.pipeline import Pipeline
 class OverheadOptions:
     """Time a sampling step and a bare call of the network."""
 
-    model: str = DEFAULT_MODEL
+    model: str = "shipped:produce"
     """A run, an exported model or shipped:NAME, as for `sample.py --model`."""
     sizes: tuple[Count, ...] = (64, 128, 256)
     """Sides of the images."""

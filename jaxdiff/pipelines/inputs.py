@@ -177,7 +177,7 @@ def _as_list(name: str, values: Any) -> list[Any]:
 def check_prompt(name: str, value: Any) -> None:
     """Raise `UserError` unless a prompt is text of UTF-8, neither with a NUL nor too long."""
     if not isinstance(value, str):
-        raise UserError(f"{name} is {value!r}: expected a text, such as 'a small green pea'.")
+        raise UserError(f"{name} is {value!r}: expected a text, such as 'a cat'.")
     Text(empty=True).check(name, value, str)
 
 

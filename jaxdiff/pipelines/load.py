@@ -23,7 +23,7 @@ from jaxdiff.pretrained.load import load_bundle, read_spec
 from jaxdiff.pretrained.placement import Place, Placement
 from jaxdiff.pretrained.safetensors_io import to_device
 
-DEFAULT_MODEL = "shipped:produce"
+DEFAULT_MODEL = "shipped:icons"
 
 TEXT = "text_encoders"
 

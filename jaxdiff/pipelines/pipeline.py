@@ -237,8 +237,8 @@ class Pipeline:
 
         Args:
           prompts: one prompt or n; text beyond the encoder's length is cut off (`truncated`).
-            Words may have a weight, `a (red:1.3) pea`, a prompt may be composed of several,
-            `"a pea":1 "red":-0.5`, and `Mix` interpolates two.
+            Words may have a weight, `a (flat:1.3) drawing`, a prompt may be composed of several,
+            `"a cat":1 "flat":-0.5`, and `Mix` interpolates two.
           negative_prompt: guides away from a text, one for all or one each. None is absent, which
             some model families treat differently from "".
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.

@@ -213,7 +213,7 @@ def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(folder, tiny_folder
 
 
 def test_an_autoencoder_of_other_latents_is_refused(folder):
-    with pytest.raises(UserError, match="no autoencoder for the latents of produce"):
+    with pytest.raises(UserError, match="no autoencoder for the latents of icons"):
         jaxdiff.load().with_autoencoder(folder / "vae")
 
 
