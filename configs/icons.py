@@ -14,12 +14,13 @@ do.
 Autoencoder and text encoder are those of `shipped:icons`, from `configs/icons_autoencoder.py` and
 `configs/icons_clip.py`.
 
-The denoiser of `shipped:icons` saw 1.69 million images in four runs, each from the moving average of
-the last: 8,054 steps at a learning rate of 2e-3; 1,000 steps, the last 300 of them with a decay to 0;
-3,800 steps at 1.2e-3, 60 % of them with a decay and a moving average of 0.998; and 13,500 steps at
-1.2e-3, the last 30 % of them with a decay. The first three took 97 minutes on two cores of an Intel
-Xeon, at 150 images/s with a device on each; the last 92 beside other work, with products in bfloat16,
-at 167 images/s on one core and up to 226 on two (2026-11-30). With a cache of latents of 4 minutes:
+The denoiser of `shipped:icons` saw 1.69 million images in four runs, each from the moving average
+of the last: 8,054 steps at a learning rate of 2e-3; 1,000 steps, the last 300 of them with a
+decay to 0; 3,800 steps at 1.2e-3, 60 % of them with a decay and a moving average of 0.998; and
+13,500 steps at 1.2e-3, the last 30 % of them with a decay. The first three took 97 minutes on two
+cores of an Intel Xeon, at 150 images/s with a device on each, after 4 minutes for the cache of
+latents; the last took 92 beside other work, with products in bfloat16, at 167 images/s on one
+core and up to 226 on two (2026-11-30):
 
     JAX_DEFAULT_MATMUL_PRECISION=bfloat16 LD_PRELOAD=libtcmalloc_minimal.so.4
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false
