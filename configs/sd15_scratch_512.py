@@ -7,14 +7,14 @@ Cost: planned: 1.4, 0.31, 2.4 or 9.1 days at 40 % utilisation; not trained yet.
     jaxdiff prepare configs/sd15_scratch_512.py latents_512 --latents.views 1
     python train.py configs/sd15_scratch_512.py --topology v5e:16x16
 
-Batch 2048, remat "full", 860 million parameters. `jaxdiff plan configs/sd15_scratch_512.py`
-compiles the step for each of these topologies:
+Batch 2048, 860 million parameters. `--topology` chooses the settings of one of these, for which
+`jaxdiff plan configs/sd15_scratch_512.py` compiles the step; without it, remat is "full":
 
-    slice      mesh               micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16                1    0.83 GiB          1.42
-    v6e:16x16  data=32 fsdp=8                 1    1.66 GiB          0.31
-    v5p:4x4x4  data=8 fsdp=8                  1    1.66 GiB          2.44
-    h100:8     data=1 fsdp=8                  8    1.66 GiB          9.07
+    topology   mesh             remat  micro-batches  state/chip  days at 40 %
+    v5e:16x16  data=16 fsdp=16  dots               1    0.83 GiB          1.42
+    v6e:16x16  data=32 fsdp=8   full               1    1.66 GiB          0.31
+    v5p:4x4x4  data=8 fsdp=8    full               1    1.66 GiB          2.44
+    h100:8     data=1 fsdp=8    full               8    1.66 GiB          9.07
 
 State is weights, EMA, moments and frozen parts per chip; days assume 40 % of the chips' peak
 FLOP/s. The recipe has not been trained yet.
@@ -49,7 +49,7 @@ def get_config() -> Config:
         ema=Ema(decay=0.9999),
         train=replace(base.train, steps=500_000, batch_size=2048, checkpoint_every=2000),
         slices=(
-            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), remat="dots"),
             PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
             PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8)),
             PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8), accumulate=8),
