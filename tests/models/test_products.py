@@ -31,6 +31,20 @@ def test_value_and_gradients_are_products_of_rounded_factors(kernel):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", [(1, 1, 1), (1, 5, 300), (64, 1, 7), (257, 16, 1)], ids=str)
+def test_sides_of_one(sides):
+    n, d, e = sides
+
+    @jax.jit
+    def run(x, kernel, z):
+        out, gradients = jax.vjp(rounded_product, x, kernel)
+        return out, gradients(z)
+
+    out, (dx, dkernel) = run(jnp.ones((n, d)), jnp.ones((d, e)), jnp.ones((n, e)))
+    for found, expected in ((out, d), (dx, e), (dkernel, n)):
+        np.testing.assert_array_equal(found, np.full(found.shape, expected))
+
+
 def test_tangents_batches_and_second_derivatives():
     x, k = rounded(X, WIDE)
     tangent = jax.jvp(rounded_product, (X, WIDE), (X, WIDE))[1]
