@@ -34,21 +34,16 @@ PAIRS = (
 ENDS = (("a snowman", "a crystal ball"), ("a shaded drawing of a cat", "a shaded drawing of a fox"))
 
 
-def row(images: np.ndarray) -> np.ndarray:
-    """Place images [n, h, w, 3] side by side."""
-    return np.concatenate(list(images), axis=1)
-
-
 def main():
     """Generate and write the picture."""
     pipe = jaxdiff.load()
     rows = []
     for style, things in THINGS:
         prompts = [f"a {style} drawing of {with_article(thing)}" for thing in things]
-        rows.append(row(pipe(prompts, seeds=range(COLUMNS))))
-    rows.append(row(pipe(PAIRS, seeds=range(COLUMNS))))
-    rows += [row(edit.interpolate(pipe, ends, COLUMNS, seeds=(3, 3))) for ends in ENDS]
-    save_png(Path(__file__).with_name("samples.png"), np.concatenate(rows))
+        rows.append(np.hstack(pipe(prompts, seeds=range(COLUMNS))))
+    rows.append(np.hstack(pipe(PAIRS, seeds=range(COLUMNS))))
+    rows += [np.hstack(edit.interpolate(pipe, ends, COLUMNS, seeds=(3, 3))) for ends in ENDS]
+    save_png(Path(__file__).with_name("samples.png"), np.vstack(rows))
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ def _with_gradients(function: Callable[..., Array]) -> Bilinear:
     return Bilinear(function, _to_input(function), _to_kernel(function))
 
 
-_convolve, _ = bilinear("small_conv", _with_gradients(_conv), _with_gradients(_product))
+_primitive = bilinear("small_conv", _with_gradients(_conv), _with_gradients(_product))
 
 
 def convolve(x: Maps, kernel: Kernel) -> OutputMaps:
     """Convolve maps with a kernel for which `applies` is true; sizes stay."""
-    return _convolve(x, kernel)
+    return _primitive.bind(x, kernel)

@@ -64,7 +64,7 @@ def test_layers_round_only_when_asked():
     exact = np.asarray(X, np.float64) @ np.asarray(layer.kernel[...], np.float64)
     x, k = rounded(X, layer.kernel[...])
 
-    def run():  # traced anew in each setting
+    def run():  # a new function, so that each setting is traced
         return jax.jit(lambda x: layer(x))(X)
 
     np.testing.assert_allclose(run(), exact, rtol=1e-5, atol=1e-5)
