@@ -18,7 +18,8 @@ from jaxdiff.io.terminal import write_line
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pipelines.batching import default_batch_size
 from jaxdiff.pipelines.compile import compile_sampler
-from jaxdiff.pipelines.compiled import EXECUTABLES, CompiledProgram
+from jaxdiff.pipelines.compiled import EXECUTABLES
+from jaxdiff.pipelines.exported import CompiledProgram
 from jaxdiff.pipelines.load import DEFAULT_MODEL
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import resolve_settings

@@ -6,11 +6,13 @@ nor a model.
 
 import contextlib
 import difflib
+import gc
 import importlib
 import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,7 +163,7 @@ def _dispatch(arguments: list[str]) -> None:
         write_line(f"jaxdiff {__version__}")
     elif name in COMMANDS:
         _check_remote_paths(rest)
-        command = getattr(importlib.import_module(f"jaxdiff.cli.{name}"), f"{name}_command")
+        command = getattr(_import(f"jaxdiff.cli.{name}"), f"{name}_command")
         if name in CACHED:
             use_compilation_cache()
         with accept_types(import_plugins(plugins)):
@@ -170,6 +172,18 @@ def _dispatch(arguments: list[str]) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}."
         raise UserError(f"There is no command {name!r}: {hint}")
+
+
+def _import(module: str) -> types.ModuleType:
+    """Import a module; what it makes stays, and is not searched for garbage (0.3 s)."""
+    if module in sys.modules:
+        return sys.modules[module]
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _split_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -39,6 +39,11 @@ def accept_types(types: Sequence[type]) -> Iterator[None]:
         _accepted[:] = before
 
 
+def accepted_types() -> tuple[type, ...]:
+    """Return the dataclasses of the contexts of `accept_types`."""
+    return tuple(_accepted)
+
+
 def from_json(
     annotation: Any, data: Any, path: str = "config", *, types: Sequence[type] = ()
 ) -> Any:

@@ -56,7 +56,7 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
     folder = cache_folder(environment)
     if folder is None or jax.config.values["jax_compilation_cache_dir"] not in (None, str(folder)):
         return
-    _install(_Cache(folder), shared=bool(environment.get(VARIABLE)))
+    _install(FolderCache(folder), shared=bool(environment.get(VARIABLE)))
 
 
 def keep_executables(folder: epath.Path, *, attached: bool) -> None:
@@ -64,7 +64,7 @@ def keep_executables(folder: epath.Path, *, attached: bool) -> None:
 
     `attached` is false where they are for other devices, beside which the host does not matter.
     """
-    _install(_Cache(folder / (_host() if attached else ANY_HOST)), shared=True)
+    _install(FolderCache(folder / (_host() if attached else ANY_HOST)), shared=True)
 
 
 def read_executables(folder: epath.Path) -> None:
@@ -84,12 +84,12 @@ def read_executables(folder: epath.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _install(cache: "_Cache", *, shared: bool) -> None:
+def _install(cache: "FolderCache", *, shared: bool) -> None:
     """Make a cache that of JAX; of several processes only if they share it."""
     import jax
     from jax._src import compilation_cache
 
-    def open_cache(path: str) -> tuple[_Cache, str] | None:
+    def open_cache(path: str) -> tuple[FolderCache, str] | None:
         return None if jax.distributed.is_initialized() and not shared else (cache, path)
 
     compilation_cache.get_file_cache = open_cache  # type: ignore[assignment]
@@ -112,7 +112,7 @@ def _host() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class _Cache:
+class FolderCache:
     """JAX's `CacheInterface` on a folder; without effect where that cannot be read or written."""
 
     def __init__(self, folder: epath.Path):
@@ -120,6 +120,7 @@ class _Cache:
         self._free: int | None = None  # bytes up to the bound; None before they are counted
 
     def get(self, key: str) -> bytes | None:
+        """Return an entry; None if there is none."""
         file = self._path / key
         try:
             data = file.read_bytes()
@@ -131,6 +132,7 @@ class _Cache:
         return data
 
     def put(self, key: str, value: bytes) -> None:
+        """Write an entry, and remove old ones beyond the bound."""
         with contextlib.suppress(OSError, UserError):
             if is_local(self._path):
                 os.makedirs(self._path, mode=0o700, exist_ok=True)
@@ -145,7 +147,7 @@ class _ReadAlso:
     """Folders that are only read, before a cache, if there is one."""
 
     def __init__(self, folders: Sequence[epath.Path], cache: Any):
-        self._path, self._folders, self._cache = folders[0], list(map(_Cache, folders)), cache
+        self._path, self._folders, self._cache = folders[0], list(map(FolderCache, folders)), cache
 
     def get(self, key: str) -> bytes | None:
         readers = [*self._folders, *([self._cache] if self._cache else [])]

@@ -45,15 +45,15 @@ def local_mesh(devices: Sequence[Any] | None = None, config: MeshConfig = REPLIC
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copy a tree to every device of the mesh."""
-    return _place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+    return to_devices(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def shard(params: PyTree, mesh: Mesh, axes: ParamAxes) -> PyTree:
     """Place parameters with these axes: whole on the replicas' devices, or split over them."""
-    return _place(params, state_shardings(params, mesh, axes))
+    return to_devices(params, state_shardings(params, mesh, axes))
 
 
-def _place(tree: PyTree, shardings: PyTree) -> PyTree:
+def to_devices(tree: PyTree, shardings: PyTree) -> PyTree:
     """Move arrays; those of a mesh over hosts stay on the devices, unless one host wants them."""
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:

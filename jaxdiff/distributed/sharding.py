@@ -103,13 +103,20 @@ def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes
     `opt_state.1.mu.denoiser.patch.kernel` has those of `denoiser.patch.kernel`. All axes of other
     leaves are unnamed.
     """
+    return jax.tree_util.tree_map_with_path(leaf_sharding(mesh, axes), abstract)
+
+
+def leaf_sharding(
+    mesh: Mesh | AbstractMesh, axes: ParamAxes
+) -> Callable[[tuple[Any, ...], Any], NamedSharding]:
+    """Return the map of `state_shardings` from the path of one leaf and the leaf."""
     named = _flat(axes)
 
-    def place(path, leaf):
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         spec = partition_spec(_find(named, path, len(leaf.shape)), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    return place
 
 
 def bytes_per_device(

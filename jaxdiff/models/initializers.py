@@ -11,8 +11,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array
+
+_NO_KEY: Any = np.zeros(2, np.uint32)
+
+
+class NoRngs(nnx.Rngs):
+    """Keys for a module of which only the shapes are used: these initializers then return zeros.
+
+    Tracing the random numbers takes half of the time.
+    """
+
+    def __init__(self):
+        """Build them."""
+
+    def params(self) -> Any:
+        """Return the key that stands for none."""
+        return _NO_KEY
+
+    __call__ = params
 
 
 def normal(std: float) -> Initializer:
@@ -27,15 +47,20 @@ def fan_in_normal() -> Initializer:
 
 def _normal(
     std: float,
-    key: Array,
+    key: Array | np.ndarray,
     shape: Sequence[int],
     dtype: Any = jnp.float32,
     out_sharding: None = None,
 ) -> Array:
+    if key is _NO_KEY:
+        return jnp.zeros(shape, dtype)
     return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 def _fan_in_normal(
-    key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: None = None
+    key: Array | np.ndarray,
+    shape: Sequence[int],
+    dtype: Any = jnp.float32,
+    out_sharding: None = None,
 ) -> Array:
     return _normal(math.prod(shape[:-1]) ** -0.5, key, shape, dtype)

@@ -22,6 +22,7 @@ from jaxdiff.distributed.sharding import (
     traced_mesh,
 )
 from jaxdiff.errors import UserError
+from jaxdiff.models.initializers import NoRngs
 from jaxdiff.models.products import dot_general, product_primitive
 from jaxdiff.models.quantized import QuantizedKernel, is_quantized
 
@@ -67,15 +68,18 @@ def pooled_token_sum(
 def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """Build `depth` blocks as one module whose parameters have a leading axis, "layers"."""
 
-    @nnx.split_rngs(splits=depth)
-    @nnx.vmap(in_axes=0, out_axes=0)
     def build(rngs: nnx.Rngs) -> Block:
         block = make(rngs)
         for _, param in nnx.to_flat_state(nnx.state(block)):
             param.set_metadata(axes=("layers", *axes_of(param)))
         return block
 
-    return build(rngs)
+    if not isinstance(rngs, NoRngs):
+        return nnx.split_rngs(splits=depth)(nnx.vmap(build, in_axes=0, out_axes=0))(rngs)
+    block = build(rngs)
+    for _, param in nnx.to_flat_state(nnx.state(block)):
+        param.set_value(jnp.zeros((depth, *param.shape), param.dtype))
+    return block
 
 
 def checkpoint(
@@ -405,7 +409,7 @@ def bind_init(make: Callable[..., nnx.Module], *parts: Hashable) -> Callable[[],
 
     Equal arguments return the same function, so that a module is traced once.
     """
-    return lambda: make(*parts, rngs=any_rngs())
+    return lambda: make(*parts, rngs=NoRngs())
 
 
 def bind_build(config: Any) -> Callable[[], nnx.Module]:

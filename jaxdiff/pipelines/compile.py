@@ -13,23 +13,14 @@ from jaxtyping import PyTree
 
 from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.distributed.sharding import state_shardings
-from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json
-from jaxdiff.pipelines.compiled import (
-    MANIFEST,
-    CompiledProgram,
-    describe_program,
-    exporter,
-    load_program,
-    read_programs,
-)
+from jaxdiff.pipelines.compiled import MANIFEST, load_program, read_programs
+from jaxdiff.pipelines.exported import CompiledProgram, describe_program, export_program
 from jaxdiff.pipelines.inputs import SampleRequest
 from jaxdiff.pipelines.pipeline import Pipeline
-from jaxdiff.pipelines.program import SamplerSpec, compiled_sampler
+from jaxdiff.pipelines.program import SamplerSpec
 from jaxdiff.sampling.sampler import Sampler
-
-_CUDNN = "__cudnn$fmhaSoftmax"  # the kernel of `models.attention` on GPUs
 
 
 def compile_sampler(
@@ -83,28 +74,8 @@ def _scaled(tree: PyTree, factor: int) -> PyTree:
 
 def _store(folder: epath.Path, name: str, spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     """Write the program and its entry in the manifest."""
-    program = compiled_sampler(spec)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    state = program.eval_shape(*abstract, None)[1]
-    leaves, tree = jax.tree.flatten((*abstract, state))
-
-    def sample(*leaves):
-        images, state = program(*jax.tree.unflatten(tree, leaves))
-        return images, *jax.tree.leaves(state)
-
+    data = export_program(spec, arguments)
     described = dataclasses.replace(describe_program(spec, arguments), model=name)
-    platform = "cuda" if described.platform == "gpu" else described.platform
-    export = exporter()
-    # The key names the versions, and so calls need no stability over these.
-    allowed = [export.DisabledSafetyCheck.custom_call(_CUDNN)]
-    try:
-        exported = export.export(jax.jit(sample), platforms=[platform], disabled_checks=allowed)
-        data = bytes(exported(*leaves).serialize())
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"{name} cannot be stored as a program ({str(error).splitlines()[0]}): leave out the "
-            "options that need it."
-        ) from error
     write_whole(folder / f"{described.key}.stablehlo", data)
     there = read_programs(folder) if (folder / MANIFEST).exists() else []
     programs = [*(p for p in there if p.key != described.key), described]
@@ -121,4 +92,4 @@ def _compile(folder: epath.Path, key: str, shardings: Sequence[NamedSharding]) -
         x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for x, sharding in itertools.zip_longest(loaded.shapes, shardings)
     ]
-    loaded.call.lower(*placed).compile()
+    loaded.jitted.lower(*placed).compile()

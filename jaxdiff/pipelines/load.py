@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxdiff.distributed.chips import GIB, Device, find_chip
 from jaxdiff.distributed.mesh import REPLICATED, MeshConfig, abstract_mesh
-from jaxdiff.distributed.replicas import local_mesh, shard
-from jaxdiff.distributed.sharding import bytes_per_device
+from jaxdiff.distributed.replicas import local_mesh, to_devices
+from jaxdiff.distributed.sharding import bytes_per_device, leaf_sharding
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.models.quantized import QuantizedType
@@ -82,21 +81,21 @@ def load(
         offload_text=offload_text,
         types=types,
     )
-    return pipe.with_compiled(programs)
+    return pipe.with_programs(programs)
 
 
 def _placement(
     spec: TextToImage, mesh: Mesh, dtype: ComputeType | None, *, offload_text: bool
 ) -> Place:
     """Return where `Pipeline` has each parameter, in the type that it computes in."""
-    axes = spec.param_axes()
+    sharding = leaf_sharding(mesh, spec.param_axes())
 
     def put(path: tuple[Any, ...], value: np.ndarray | jax.Array) -> Any:
         if offload_text and path[0] == TEXT:
             return np.asarray(value if dtype is None else cast(value, dtype))
         # JAX would compile a transposition for every shape that is not in C order.
         value = value if isinstance(value, jax.Array) else np.asarray(value, order="C")
-        placed = jax.tree.leaves(shard(traverse_util.unflatten_dict({path: value}), mesh, axes))[0]
+        placed = to_devices(value, sharding(path, value))
         # Wait, for the next parameter is read while this one is in memory in two types.
         return placed if dtype is None else jax.block_until_ready(cast(placed, dtype))
 

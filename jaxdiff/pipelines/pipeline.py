@@ -37,7 +37,7 @@ from jaxdiff.pipelines.batching import (
     sample_batches,
     warn_of_broken,
 )
-from jaxdiff.pipelines.compiled import CompiledFolder
+from jaxdiff.pipelines.exported import Programs, StoredSampler
 from jaxdiff.pipelines.input_images import InitImage, References, check_images, check_references
 from jaxdiff.pipelines.inputs import (
     Integer,
@@ -110,7 +110,7 @@ class Pipeline:
     mesh: MeshConfig
     offload_text: bool
     types: tuple[type, ...]
-    _compiled: CompiledFolder | None
+    _programs: Programs | None
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Pipeline:
         spec.conditioner.check_tokenizers(bundle.tokenizers, added)
         dtype = compute_type(dtype)
         self.spec, self.tokenizers, self.dtype = spec, bundle.tokenizers, dtype
-        self.quantize, self.types, self._compiled = quantize, tuple(types), None
+        self.quantize, self.types, self._programs = quantize, tuple(types), None
         self.mesh, self._mesh, self.offload_text = mesh, local_mesh(devices, mesh), offload_text
         params = bundle.params if dtype is None else cast(bundle.params, dtype)
         axes = spec.param_axes()
@@ -175,17 +175,17 @@ class Pipeline:
         """Return a pipeline of another model with this one's types, devices and programs."""
         names = ("dtype", "quantize", "mesh", "offload_text", "types")
         kinds = {name: getattr(self, name) for name in names}
-        return Pipeline(bundle, devices=self.devices, **kinds).with_compiled(self._compiled)
+        return Pipeline(bundle, devices=self.devices, **kinds).with_programs(self._programs)
 
-    def with_compiled(self, compiled: CompiledFolder | None) -> "Pipeline":
-        """Return this pipeline with the programs of a `CompiledFolder`, or without."""
+    def with_programs(self, programs: Programs | None) -> "Pipeline":
+        """Return this pipeline with stored programs, or without."""
         pipe = copy.copy(self)
-        pipe._compiled = compiled
+        pipe._programs = programs
         return pipe
 
     def batch_size(self, width: int, height: int) -> int:
         """Return how many images of a size each replica samples at a time by default."""
-        stored, size = self._compiled, (width, height)
+        stored, size = self._programs, (width, height)
         known = None if stored is None else stored.batch_size(*size, self._mesh)
         return known or default_batch_size(*size)
 
@@ -305,7 +305,8 @@ class Pipeline:
         """Return images [n, 1, ...] or snapshots [n, k, ...]."""
         self._warn_of_unknown_words(prompt_list(request.prompts))
         call = self.prepare(request, num_snapshots)
-        program = (self._compiled.sampler if self._compiled else compiled_sampler)(call.spec)
+        stored = self._programs
+        program = StoredSampler(call.spec, stored) if stored else compiled_sampler(call.spec)
         sampled = sample_batches(program, call, self._watch(request.callback, call.size))
         warn_of_broken(sampled)
         if request.output == "uint8":

@@ -4,12 +4,6 @@ import re
 
 import huggingface_hub
 from etils import epath
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.safetensors_io import VARIANTS
@@ -48,16 +42,18 @@ def download(model: str, without: str | None = None) -> epath.Path:
     Raises:
       UserError: there is no such model, it has no safetensors, or it cannot be downloaded.
     """
+    from huggingface_hub import errors  # with an HTTP client
+
     client, cached = huggingface_hub.HfApi(), False
     try:
         names = [file.rfilename for file in client.model_info(model).siblings or []]
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise _download_error(model, error) from error
     except Exception as error:  # no connection: its class depends on the hub's HTTP client
         try:
             names = [file.path for file in huggingface_hub.get_cached_repo_tree(model)]
             cached = True
-        except (CachedRepoTreeNotFoundError, OSError):
+        except (errors.CachedRepoTreeNotFoundError, OSError):
             raise _download_error(model, error) from error
     files = wanted(names, without)
     if not any(map(_is_weights, files)):
@@ -89,7 +85,9 @@ def _fetch(model: str, files: list[str], cached: bool) -> epath.Path:
 
 
 def _download_error(model: str, error: Exception) -> UserError:
-    if isinstance(error, GatedRepoError):
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
         return UserError(
             f"{model} is open only to those who accept its licence: accept it on the model's page "
             "of the hub, then run `hf auth login` with a token of that account."

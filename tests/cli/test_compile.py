@@ -3,11 +3,9 @@
 import pytest
 
 from jaxdiff.cli import main as cli
-from jaxdiff.pipelines import compiled
+from jaxdiff.pipelines import exported
 from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pretrained.bundle import write_bundle
-
-pytest.importorskip("flatbuffers")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def test_the_command_writes_what_sample_reads(
     def refuse(spec):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(compiled, "compiled_sampler", refuse)
+    monkeypatch.setattr(exported, "compiled_sampler", refuse)
     command = ["sample", "a pea", "--model", model, "--size", "32x40", "--out", out]
     assert cli.main([*command, "--compiled", folder]) == 0
     assert "no program" not in capsys.readouterr().err

@@ -1,8 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
+from jaxdiff.models.denoisers.dit import DiTConfig
+from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
+from jaxdiff.models.initializers import NoRngs
 from jaxdiff.models.layers import (
     abstract_params,
     any_rngs,
@@ -42,6 +47,19 @@ def test_random_numbers_equal_those_of_flaxs_own_generator():
     read = ours.default.count[...]
     ours.params()
     assert (int(read), int(ours.default.count[...])) == (9, 10)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DiTConfig(), UNet2DConditionConfig(block_out_channels=(32,) * 4), AutoencoderConfig()],
+)
+def test_a_module_without_random_numbers_has_the_shapes_and_axes_of_one_with_them(config):
+    def described(make_rngs):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=make_rngs())))
+        leaves = nnx.to_flat_state(state)
+        return graphdef, [(path, p.shape, p.dtype, p.get_metadata()) for path, p in leaves]
+
+    assert described(NoRngs) == described(any_rngs)
 
 
 def test_equal_configs_are_traced_once_and_modules_share_nothing():

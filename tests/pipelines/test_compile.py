@@ -9,14 +9,13 @@ import pytest
 from jaxdiff.distributed.compilation_cache import keep_executables
 from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.errors import UserError
-from jaxdiff.pipelines import compiled
+from jaxdiff.pipelines import exported
 from jaxdiff.pipelines.compile import compile_sampler
 from jaxdiff.pipelines.compiled import EXECUTABLES, MANIFEST, CompiledFolder
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.sampling.sampler import Sampler
 from jaxdiff.sampling.solvers_ode import Euler, Heun
 
-pytest.importorskip("flatbuffers")
 pytestmark = pytest.mark.optimized  # compares bits of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -39,13 +38,13 @@ def untraced(monkeypatch):
     def refuse(spec):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(compiled, "compiled_sampler", refuse)
+    monkeypatch.setattr(exported, "compiled_sampler", refuse)
 
 
 def test_a_stored_program_gives_the_same_bits_without_tracing(
     folder, pipeline, untraced, jax_cache
 ):
-    stored = pipeline.with_compiled(CompiledFolder(folder))
+    stored = pipeline.with_programs(CompiledFolder(folder))
     assert (stored.batch_size(32, 32), stored.batch_size(64, 32)) == (3, 4)
     arguments = {"seeds": [5, 6, 7, 8], "num_steps": [3, 3, 2, 4], "output": "float"}
     prompts = [PEA, TOMATO, PEA, TOMATO]
@@ -60,7 +59,7 @@ def test_a_stored_program_gives_the_same_bits_without_tracing(
 
 def test_a_program_for_other_devices_is_found_there(folder, tiny_bundle, untraced, jax_cache):
     pair = Pipeline(tiny_bundle, devices=jax.devices()[2:4])
-    stored = pair.with_compiled(CompiledFolder(folder))
+    stored = pair.with_programs(CompiledFolder(folder))
     asked = {"seeds": [1, 2, 3], "sampler": Sampler(solver=Heun()), "output": "float"}
     assert stored.batch_size(32, 32) == 2
     expected = pair([PEA] * 3, **asked, batch_size=2)
@@ -68,7 +67,7 @@ def test_a_program_for_other_devices_is_found_there(folder, tiny_bundle, untrace
 
 
 def test_a_program_that_is_not_there_is_compiled_and_named(folder, pipeline, jax_cache):
-    stored = pipeline.with_compiled(CompiledFolder(folder))
+    stored = pipeline.with_programs(CompiledFolder(folder))
     with pytest.warns(UserWarning, match=r"no program for 32x32, batches of 3 .* compiling"):
         image = stored([PEA], sampler=Sampler(solver=Euler()))
     expected = pipeline([PEA], sampler=Sampler(solver=Euler()), batch_size=3)
@@ -83,7 +82,7 @@ def test_executables_are_found_again(tmp_path, pipeline, jax_cache):
     jax.clear_caches()
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
-    pipeline.with_compiled(CompiledFolder(tmp_path))([PEA])
+    pipeline.with_programs(CompiledFolder(tmp_path))([PEA])
     assert events.count("/jax/compilation_cache/cache_hits") >= 1
     assert list((tmp_path / EXECUTABLES).glob("*/jit_call-*")) == [file]
 
@@ -98,7 +97,7 @@ def test_a_folder_that_holds_no_programs_or_damaged_ones_is_refused(
         with pytest.raises(UserError, match="not that of compiled programs"):
             CompiledFolder(tmp_path)
     (tmp_path / MANIFEST).write_bytes((folder / MANIFEST).read_bytes())
-    stored = pipeline.with_compiled(CompiledFolder(tmp_path))
+    stored = pipeline.with_programs(CompiledFolder(tmp_path))
     with pytest.raises(UserError, match="cannot be read"):
         stored([PEA])
     for program in CompiledFolder(folder).programs:

@@ -28,6 +28,7 @@ from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.inputs import check_prompt
 from jaxdiff.pipelines.load import DEFAULT_MODEL, load
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.program_cache import program_cache
 from jaxdiff.pipelines.rerank import DEFAULT_CLIP
 from jaxdiff.pipelines.resolve import FILES, CommandDefaults
 from jaxdiff.pipelines.settings import EDITING, GUIDANCE, PROMPTS, SAMPLING, GenerationSettings
@@ -357,7 +358,8 @@ def open_pipeline(
     files = list(map(file_and_scale, options.lora))
     with show_progress(f"Loading {options.model}", quiet=options.quiet):
         dtype, quantize = options.dtype or dtype, options.quantize or quantize
-        compiled = None if options.compiled is None else CompiledFolder(options.compiled)
+        stored = None if options.compiled is None else CompiledFolder(options.compiled)
+        programs = stored or program_cache()
         pipe = load(
             options.model,
             base=options.base,
@@ -380,7 +382,7 @@ def open_pipeline(
             )
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
-    return pipe.with_compiled(compiled)
+    return pipe.with_programs(programs)
 
 
 def make_preview(options: SampleOptions, pipe: Pipeline, folder: epath.Path) -> Preview | None:
