@@ -17,6 +17,7 @@ from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
+from jaxdiff.pretrained.adapted_folder import base_of
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
@@ -35,7 +36,7 @@ from jaxdiff.pretrained.run_folder import read_word
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.workdir import find_recipe_of
 
-FORMATS = ("jaxdiff", "diffusers", "lora", "embedding")
+FORMATS = ("jaxdiff", "adapters", "diffusers", "lora", "embedding")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -49,7 +50,8 @@ class ExportOptions:
     out: Annotated[str, tyro.conf.Positional]
     """Folder to write."""
     format: str = "jaxdiff"
-    """jaxdiff; diffusers: a folder for DiffusionPipeline.from_pretrained, with adapters and added
+    """jaxdiff; adapters: the adapters alone, for jaxdiff, with the name of the model that the run
+    started from; diffusers: a folder for DiffusionPipeline.from_pretrained, with adapters and added
     tokens merged into the weights; lora: the adapters alone, for
     load_lora_weights; embedding: the added token alone, for load_textual_inversion."""
     base: str | None = None
@@ -65,9 +67,7 @@ def export_command(arguments: list[str]) -> None:
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {options.dtype}: expected bfloat16, float16 or float32.")
     if options.format not in FORMATS:
-        raise UserError(
-            f"--format {options.format}: expected jaxdiff, diffusers, lora or embedding."
-        )
+        raise UserError(f"--format {options.format}: expected {', '.join(FORMATS)}.")
     check_text(options.out, "The output folder")
     check_destination(options.out)
     export_model(options)
@@ -91,7 +91,7 @@ def export_model(options: ExportOptions) -> None:
 
 def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
     recipe = None if config is None else to_json(config)
-    if options.format == "jaxdiff":
+    if options.format in ("jaxdiff", "adapters"):
         _export_bundle(options, bundle, recipe)
         return
     if options.dtype:
@@ -119,8 +119,13 @@ def _original(options: ExportOptions, config: Config | None) -> epath.Path | Non
 
 
 def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:
-    folder = epath.Path(options.out)
-    write_bundle(folder, bundle, options.dtype or "bfloat16", recipe=recipe)
+    folder, dtype = epath.Path(options.out), options.dtype or "bfloat16"
+    if options.format == "adapters":
+        _check_adapters(options, bundle)
+        alone = bundle._replace(params={"adapters": bundle.params["adapters"]}, tokenizers={})
+        write_bundle(folder, alone, dtype, recipe, base=base_of(recipe, options.run))
+    else:
+        write_bundle(folder, bundle, dtype, recipe)
     figures = model_folder(options.run) / EVALUATION
     if figures.exists() and figures != folder / EVALUATION:
         write_whole(folder / EVALUATION, figures.read_bytes())
@@ -144,10 +149,13 @@ def _export_embedding(options: ExportOptions) -> None:
 
 
 def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
-    adapters = adapters_of(bundle)
-    if not adapters:
+    _check_adapters(options, bundle)
+    write_lora(options.out, adapters_of(bundle), bundle.spec)
+
+
+def _check_adapters(options: ExportOptions, bundle: Bundle) -> None:
+    if not adapters_of(bundle):
         raise UserError(
             f"{options.run} has no adapters: expected a run of a recipe with task.trainable.lora, "
             "such as configs/sd15_lora.py."
         )
-    write_lora(options.out, adapters, bundle.spec)

@@ -251,6 +251,8 @@ def merge_adapters(
             flat[path] = jax.device_put(new, getattr(old, "sharding", None))
             continue
         kernel = flat[*path, "kernel"]
-        change = Factors(*(jnp.asarray(x, jnp.float32) for x in pair)).product
+        # On the host, as JAX would compile each shape.
+        product = np.matmul if isinstance(kernel, np.ndarray) else jnp.matmul
+        change = product(*(x.astype(np.float32) for x in pair))
         flat[*path, "kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
     return traverse_util.unflatten_dict(flat)

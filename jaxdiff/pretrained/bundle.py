@@ -4,6 +4,7 @@ config.json            the specification
 model.safetensors      weights, each at its path in the tree of parameters
 tokenizers/NAME/       tokenizer.json, one per text encoder
 recipe.json            how it was trained; for the record, never needed to load it
+base.json              the model that the weights are adapters of (`adapted_folder`)
 """
 
 import hashlib
@@ -32,10 +33,11 @@ from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import AnyAutoencoder, TextToImage
 from jaxdiff.pretrained.placement import Place, place_tree
 
-CONFIG, MODEL, RECIPE, TOKENIZERS, CHECKPOINTS = (
+CONFIG, MODEL, RECIPE, BASE, TOKENIZERS, CHECKPOINTS = (
     "config.json",
     "model.safetensors",
     "recipe.json",
+    "base.json",
     "tokenizers",
     "checkpoints",
 )
@@ -91,6 +93,7 @@ def write_bundle(
     bundle: Bundle,
     dtype: str = "bfloat16",
     recipe: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a model's folder; the specification comes last and marks it as complete.
 
@@ -99,6 +102,7 @@ def write_bundle(
       bundle: the model.
       dtype: that weights are rounded to.
       recipe: how it was trained, as JSON.
+      base: the model whose weights and tokenizers the folder lacks; the bundle has the adapters.
 
     Raises:
       UserError: the folder is that of a run.
@@ -109,12 +113,14 @@ def write_bundle(
             f"{folder} is the folder of a run: expected another one; an exported model would hide "
             "its checkpoints."
         )
-    for name in (CONFIG, RECIPE):
+    for name in (CONFIG, RECIPE, BASE):
         (root / name).unlink(missing_ok=True)
     write_weights(root / MODEL, bundle.params, dtype)
     write_tokenizers(root, bundle.tokenizers)
     if recipe is not None:
         write_json(root / RECIPE, recipe)
+    if base is not None:
+        write_json(root / BASE, {"model": base})
     write_json(root / CONFIG, to_json(bundle.spec))
 
 

@@ -4,6 +4,7 @@ A model is a folder, a file, `shipped:NAME` for one that comes with jaxdiff, or 
 there is no such folder, for one of the Hugging Face hub.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.files import check_address
 from jaxdiff.io.text import read_json
 from jaxdiff.pretrained import (
+    adapted_folder,
     autoencoder_file,
     autoencoder_folder,
     clip_folder,
@@ -142,6 +144,9 @@ def load_bundle(
         return clip_folder.read_clip_folder(root, place=place)
     if autoencoder_folder.is_autoencoder_config(data):
         return Bundle(*autoencoder_folder.read_autoencoder_folder(root, place=place), {})
+    if adapted_folder.is_adapted_folder(root):
+        load_base = functools.partial(load_bundle, place=np.asarray, types=types)
+        return adapted_folder.read_adapted_folder(root, data, place, types, load_base)
     read = read_run if is_recipe(data) else read_exported
     return read(root, data, place, types)
 
@@ -188,6 +193,8 @@ def read_tokenizers(
         return single_file.read_original_tokenizers(root)
     if clip_folder.is_clip_config(_config(root, folder)):
         return clip_folder.read_clip_tokenizers(root)
+    if adapted_folder.is_adapted_folder(root):
+        return read_tokenizers(adapted_folder.base_name(root), types)
     return read_exported_tokenizers(root, spec)
 
 

@@ -24,7 +24,7 @@ from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import parse_json, read_json, read_text
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import CHECKPOINTS, CONFIG, MODEL, RECIPE, Bundle
+from jaxdiff.pretrained.bundle import BASE, CHECKPOINTS, CONFIG, MODEL, RECIPE, Bundle
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 _LIBRARY = "library_name: jaxdiff"
@@ -91,11 +91,13 @@ from jaxdiff.pipelines.textual_inversion import apply_embedding
 pipe = apply_embedding(jaxdiff.load("BASE_MODEL"), "{folder}")
 # diffusers: pipe.load_textual_inversion("{folder}")""",
 }
+_USE["adapters"] = _USE["text-to-image"]
 _ABOUT = {
     "text-to-image": "A text-to-image diffusion model",
     "clip": "A CLIP: a text and an image encoder with a joint embedding",
     "autoencoder": "An autoencoder between images and latents",
     "diffusers": "A text-to-image diffusion model in diffusers' layout",
+    "adapters": "A text-to-image diffusion model, as low-rank adapters (LoRA) of another model",
     "lora": "Low-rank adapters (LoRA) for a text-to-image model",
     "embedding": "An added token (textual inversion) for a text-to-image model",
 }
@@ -108,8 +110,8 @@ class CardInputs:
     Attributes:
       name: of the model.
       folder: as the example names it.
-      kind: a key of `_ABOUT`: "text-to-image", "clip", "autoencoder", "diffusers", "lora" or
-        "embedding".
+      kind: a key of `_ABOUT`: "text-to-image", "clip", "autoencoder", "adapters",
+        "diffusers", "lora" or "embedding".
       spec: JSON of the specification; None for an added token.
       parameters: number of parameters; None omits it.
       recipe: JSON of the recipe, if known.
@@ -166,7 +168,7 @@ def folder_card(folder: epath.PathLike, *, name: str | None = None, shown_as: st
         CardInputs(
             name=name or spec.get("name") or (recipe or {}).get("name") or root.name,
             folder=shown_as or str(folder),
-            kind=kinds.get(spec["type"], "autoencoder"),
+            kind="adapters" if (root / BASE).exists() else kinds.get(spec["type"], "autoencoder"),
             spec=spec,
             parameters=_stored_parameters(root / MODEL),
             recipe=recipe,

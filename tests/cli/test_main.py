@@ -120,7 +120,8 @@ def test_the_help_of_train_lists_keys_of_the_recipe_and_its_own_flags(capsys):
         (("evaluate", "nowhere"), "nowhere holds no recipe"),
         (("export", "nowhere", "out"), "nowhere holds no model"),
         (("export", "a", "b", "--dtype", "int8"), "expected bfloat16, float16 or float32"),
-        (("export", "a", "b", "--format", "ckpt"), "diffusers, lora or embedding"),
+        (("export", "a", "b", "--format", "ckpt"), "diffusers, lora, embedding"),
+        (("export", "shipped:produce", "b", "--format", "adapters"), "has no adapters"),
         (("export", "shipped:produce", "b", "--format", "diffusers"), "is no model of diffusers"),
     ],
 )

@@ -11,11 +11,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxdiff
+from jaxdiff.cli import export
 from jaxdiff.cli.export import ExportOptions, export_model
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.unet_sd import UNet2DConditionConfig
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.lora import apply_lora
+from jaxdiff.pretrained import load
 from jaxdiff.pretrained.bundle import Bundle, abstract_of, write_bundle
 from jaxdiff.pretrained.lora import FILE
 from jaxdiff.training.loop import train
@@ -128,3 +131,21 @@ def test_the_export_is_a_file_of_diffusers_that_samples_in_four_steps(recipe, ru
     base = jaxdiff.load(recipe.task.pretrained.denoiser)
     adapted = apply_lora(base, tmp_path / "lcm")("a red pea", seeds=3, output="float")
     np.testing.assert_allclose(adapted, expected, rtol=0, atol=1e-4)
+
+
+def test_the_adapters_alone_sample_like_the_run(recipe, run, tmp_path, monkeypatch):
+    _, folder = run
+    options = ExportOptions(
+        run=str(folder), out=str(tmp_path / "lcm"), format="adapters", dtype="float32"
+    )
+    with pytest.raises(UserError, match="expected one that others can name"):
+        export_model(options)
+    models = Path(recipe.task.pretrained.denoiser).parent
+    monkeypatch.setattr(load, "SHIPPED", load.SHIPPED.__class__(models))
+    monkeypatch.setattr(export, "base_of", lambda *_: "shipped:model")
+    export_model(options)
+    assert (
+        "as low-rank adapters (LoRA) of another model" in (tmp_path / "lcm/README.md").read_text()
+    )
+    images = [jaxdiff.load(m)("a red pea", seeds=3, output="float") for m in (folder, options.out)]
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-4)

@@ -1,0 +1,100 @@
+"""A model as the adapters (LoRA) of another one, in a folder of a few megabytes.
+
+config.json            the specification
+base.json              the other model: `shipped:NAME`, or OWNER/NAME of the Hugging Face hub
+model.safetensors      the adapters, in training's scale
+recipe.json            how they were trained; for the record
+
+Reading merges them into the other model's weights: it samples as fast as that.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from jaxdiff.errors import UserError
+from jaxdiff.io.text import read_json
+from jaxdiff.models.text_to_image import TextToImage
+from jaxdiff.pretrained.bundle import (
+    BASE,
+    MODEL,
+    Bundle,
+    check_params,
+    read_weights,
+    spec_from_json,
+)
+from jaxdiff.pretrained.merging import merge_additions
+from jaxdiff.pretrained.placement import Place, place_tree
+
+# Names that mean the same elsewhere, unlike those of folders.
+_ANYWHERE = re.compile(r"shipped:[\w-]+|\w[\w.-]*/\w[\w.-]*")
+
+
+def is_adapted_folder(root: epath.Path) -> bool:
+    """Whether a model's folder holds the adapters of another model."""
+    return (root / BASE).exists()
+
+
+def base_of(recipe: Mapping[str, Any] | None, model: str) -> str:
+    """Return the one model that a run's recipe starts from.
+
+    Raises:
+      UserError: it is of several models, or of one in a local folder.
+    """
+    pretrained = ((recipe or {}).get("task") or {}).get("pretrained") or {}
+    found = {str(value) for key, value in pretrained.items() if key != "type" and value}
+    if len(found) != 1 or not _ANYWHERE.fullmatch(*found):
+        names = ", ".join(sorted(found)) or "no model"
+        raise UserError(
+            f"{model} starts from {names}: expected one that others can name, shipped:NAME or "
+            "OWNER/NAME; export it with --format jaxdiff, which writes all weights."
+        )
+    return found.pop()
+
+
+def base_name(root: epath.Path) -> str:
+    """Return the name of the model that a folder's adapters adapt.
+
+    Raises:
+      UserError: it names none.
+    """
+    data = read_json(root / BASE)
+    name = data.get("model") if isinstance(data, Mapping) else None
+    if not isinstance(name, str) or not _ANYWHERE.fullmatch(name):
+        raise UserError(
+            f"{root / BASE} names no model: expected shipped:NAME or OWNER/NAME; export it again."
+        )
+    return name
+
+
+def read_adapted_folder(
+    root: epath.Path,
+    data: Any,
+    place: Place,
+    types: Sequence[type],
+    load: Callable[[str], Bundle],
+) -> Bundle:
+    """Read a model's folder that `write_bundle` wrote with a base.
+
+    Args:
+      root: the folder.
+      data: its `config.json`.
+      place: called with each parameter, such as to move it to a device.
+      types: dataclasses that are accepted beside those of this package.
+      load: reads the other model, on the host.
+
+    Raises:
+      UserError: the folder is damaged, or its adapters do not fit the other model.
+    """
+    spec, name = spec_from_json(data, types), base_name(root)
+    if name == f"shipped:{root.name}":
+        raise UserError(f"{root} adapts itself: expected another model in {BASE}; export it again.")
+    base = load(name)
+    if not isinstance(spec, TextToImage) or not isinstance(base.spec, TextToImage):
+        raise UserError(f"{root} adapts no text-to-image model: export it again.")
+    params = {**base.params, **read_weights(root / MODEL)}
+    check_params(params, spec, str(root))
+    merged = merge_additions(Bundle(spec, params, base.tokenizers))
+    return merged._replace(params=place_tree(place, merged.params))
