@@ -44,14 +44,14 @@ def base_of(recipe: Mapping[str, Any] | None, model: str) -> str:
       UserError: it is of several models, or of one in a local folder.
     """
     pretrained = ((recipe or {}).get("task") or {}).get("pretrained") or {}
-    found = {str(value) for key, value in pretrained.items() if key != "type" and value}
-    if len(found) != 1 or not _ANYWHERE.fullmatch(*found):
-        names = ", ".join(sorted(found)) or "no model"
+    found = sorted({str(value) for key, value in pretrained.items() if key != "type" and value})
+    if len(found) != 1 or not _ANYWHERE.fullmatch(found[0]):
+        names = ", ".join(found) or "no model"
         raise UserError(
             f"{model} starts from {names}: expected one that others can name, shipped:NAME or "
             "OWNER/NAME; export it with --format jaxdiff, which writes all weights."
         )
-    return found.pop()
+    return found[0]
 
 
 def base_name(root: epath.Path) -> str:

@@ -16,6 +16,7 @@ from etils import epath
 from jaxdiff.config.serialization import from_json
 from jaxdiff.errors import UserError
 from jaxdiff.io.text import read_json
+from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.lora import LoraConfig, scale_adapters
 from jaxdiff.models.text_to_image import TextToImage, merge_params
 from jaxdiff.pretrained.bundle import (
@@ -24,6 +25,7 @@ from jaxdiff.pretrained.bundle import (
     RECIPE,
     AnySpec,
     Bundle,
+    abstract_of,
     check_params,
     read_exported_tokenizers,
     read_weights,
@@ -85,8 +87,8 @@ def read_run(
     """
     root, spec = epath.Path(folder), read_run_spec(folder, data, types)
     params = load_params(root / CHECKPOINTS)[0] if trained is None else trained
-    if isinstance(spec, TextToImage):
-        parts = {path[0] for path, _ in spec.parts}
+    if isinstance(spec, TextToImage | AutoencoderConfig):
+        parts = set(abstract_of(spec))
         files = [folder / FROZEN for folder in (root, root.parent) if (folder / FROZEN).exists()]
         frozen = read_weights(files[0]) if files else {}
         own = {name: part for name, part in frozen.items() if name in parts}

@@ -13,11 +13,12 @@ from jaxdiff.config.fields import Fraction, NotNegative, Positive
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
-from jaxdiff.models.layers import bind_init, bind_params, init_params, param_axes
+from jaxdiff.models.layers import abstract_params, bind_init, bind_params, init_params, param_axes
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.training.tasks.base import Batch, Metrics, Path, PretrainedPart, Task
 
+ENCODING = ("encoder", "quant_conv")  # the parts that decide on the latents
 LEAST_MSE = 1e-10  # keeps the PSNR of a perfect image finite: 106 dB
 
 
@@ -74,12 +75,18 @@ class AutoencoderTask(Task):
 
         shift_factor = z_mean,  scaling_factor = 1 / z_std.
 
+    With `latent_noise` tau, the decoder reads z + n / scaling_factor with n ~ N(0, s^2), and
+    s ~ |N(0, tau^2)| for each image: it learns to correct the errors of a denoiser (Zheng et al.
+    2025, arXiv 2510.11690, "noise-augmented decoding").
+
     Attributes:
       model: the autoencoder.
       kl_weight: weight of the divergence.
       l2_fraction: fraction of squared error in the reconstruction; 0 is absolute error alone.
       perceptual: perceptual distance of image and reconstruction.
       pretrained: folder of an autoencoder of the same size that training starts from.
+      latent_noise: tau, in standard deviations of the denoiser's latents.
+      decoder_only: keep the latents, and with them all denoisers; train the decoder alone.
     """
 
     model: AutoencoderConfig
@@ -87,8 +94,15 @@ class AutoencoderTask(Task):
     l2_fraction: Fraction = 0.0
     perceptual: Perceptual | None = None
     pretrained: str | None = None
+    latent_noise: NotNegative = 0.0
+    decoder_only: bool = False
 
     def __post_init__(self):
+        if self.decoder_only and self.pretrained is None:
+            raise UserError(
+                "task.decoder_only is True without task.pretrained: expected the autoencoder whose "
+                "latents the decoder is for; give its folder."
+            )
         if self.model.image_channels != 3:
             raise UserError(
                 f"The autoencoder takes images of {self.model.image_channels} channels but those "
@@ -96,8 +110,13 @@ class AutoencoderTask(Task):
             )
 
     def init_params(self, rngs: nnx.Rngs) -> dict[str, Any]:
-        """Initialise the autoencoder."""
-        return init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
+        """Initialise the autoencoder, or its decoder."""
+        params = init_params(lambda rngs: self.model.build(rngs=rngs), rngs)
+        return {name: part for name, part in params.items() if name not in self._frozen}
+
+    @property
+    def _frozen(self) -> tuple[str, ...]:
+        return ENCODING if self.decoder_only else ()
 
     def param_axes(self) -> dict[str, Any]:
         """Return the axes of the autoencoder's parameters, and of the vision encoder's."""
@@ -107,18 +126,28 @@ class AutoencoderTask(Task):
         return axes
 
     def frozen_parts(self) -> dict[Path, PretrainedPart]:
-        """Return the vision encoder of the perceptual term, if there is one."""
-        if self.perceptual is None:
-            return {}
-        build = bind_init(ClipVision, self.perceptual.model)
-        return {("vision",): PretrainedPart(self.perceptual.pretrained, build)}
+        """Return the encoder unless it is trained, and the perceptual term's vision encoder."""
+        parts = {path: part for path, part in self._parts().items() if path[0] in self._frozen}
+        if self.perceptual is not None:
+            build = bind_init(ClipVision, self.perceptual.model)
+            parts["vision",] = PretrainedPart(self.perceptual.pretrained, build)
+        return parts
 
     def initial_parts(self) -> dict[Path, PretrainedPart]:
         """Return the autoencoder if it starts from a trained one's weights."""
         if self.pretrained is None:
             return {}
+        return {path: part for path, part in self._parts().items() if path[0] not in self._frozen}
+
+    def _parts(self) -> dict[Path, PretrainedPart]:
+        """Return the parts of the trained autoencoder."""
         build = bind_init(type(self.model).build, self.model)
-        return {(): PretrainedPart(self.pretrained, build, source=("autoencoder",))}
+        return {
+            (name,): PretrainedPart(
+                self.pretrained, bind_init(_part, self.model, name), source=("autoencoder", name)
+            )
+            for name in abstract_params(build)
+        }
 
     def loss(
         self,
@@ -130,11 +159,17 @@ class AutoencoderTask(Task):
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:
         """Return the loss and its terms, unweighted, the PSNR in dB, and the moments of z."""
-        model = bind_params(bind_init(type(self.model).build, self.model), params)
+        encoding = {name: frozen[name] for name in self._frozen if name in frozen}
+        model = bind_params(bind_init(type(self.model).build, self.model), {**params, **encoding})
         images = from_uint8(batch["image"])
         gaussian = model.encode(images)
-        z = gaussian.sample(keys)
-        decoded = model.decode(z)
+        if self.latent_noise:
+            keys, noise_keys = keys.split()
+            z = gaussian.sample(keys)
+            decoded = model.decode(self._noisy(z, noise_keys))
+        else:
+            z = gaussian.sample(keys)
+            decoded = model.decode(z)
         error = decoded - images
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
         reconstruction = (1 - self.l2_fraction) * l1 + self.l2_fraction * l2
@@ -153,6 +188,13 @@ class AutoencoderTask(Task):
             loss += self.perceptual.weight * metrics["perceptual"]
         return loss, {"loss": loss, **metrics}, task_state
 
+    def _noisy(self, z: Float[Array, "b h w c"], keys: RowKeys) -> Float[Array, "b h w c"]:
+        """Add noise of a random standard deviation to each image's latents."""
+        deviation_keys, noise_keys = keys.split()
+        deviation = self.latent_noise / self.model.scaling_factor
+        sigma = deviation * jnp.abs(deviation_keys.normal(1, 1, 1))
+        return z + sigma * noise_keys.normal(*z.shape[1:])
+
     def flops_per_image(self, size: int, *, latents: bool = False, text: bool = False) -> float:
         """Return the FLOPs of encoder, decoder and perceptual term, forward and backward."""
         sides = {"height": size, "width": size}
@@ -160,6 +202,10 @@ class AutoencoderTask(Task):
         # Forward for the image, forward and backward for the reconstruction.
         perceptual = 3 * self.perceptual.model.flops() if self.perceptual else 0.0
         return 3 * total + perceptual
+
+
+def _part(config: AutoencoderConfig, name: str, *, rngs: nnx.Rngs) -> nnx.Module:
+    return getattr(config.build(rngs=rngs), name)
 
 
 def psnr(decoded: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, ""]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.data.transforms import Transforms
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
@@ -15,12 +16,16 @@ from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig, Gauss
 from jaxdiff.models.layers import bind_params
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
+from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.initial_weights import load_parts
+from jaxdiff.training.loop import train
 from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks import autoencoder as module
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask, Perceptual, psnr
+from tests.test_recipes import ROOT
 
 OPTIMIZER = AdamW(learning_rate=3e-3).build(100)
 CONFIG = AutoencoderConfig(
@@ -215,6 +220,8 @@ def test_eight_devices_train_as_one_does():
     [
         (lambda: AutoencoderTask(model=CONFIG, kl_weight=-1.0), "kl_weight is -1.0"),
         (lambda: AutoencoderTask(model=CONFIG, l2_fraction=2.0), "l2_fraction is 2.0"),
+        (lambda: AutoencoderTask(model=CONFIG, latent_noise=-0.1), "latent_noise is -0.1"),
+        (lambda: AutoencoderTask(model=CONFIG, decoder_only=True), "without task.pretrained"),
         (lambda: Perceptual(model=VISION, pretrained="x", weight=0.0), "weight is 0.0"),
         (lambda: AutoencoderTask(model=AutoencoderConfig(image_channels=1)), "1 channels"),
     ],
@@ -234,3 +241,40 @@ def test_training_starts_from_a_trained_autoencoder(tmp_path):
     wider = dataclasses.replace(task, model=dataclasses.replace(CONFIG, latent_channels=3))
     with pytest.raises(UserError, match="shape"):
         load_parts(wider.initial_parts())
+
+
+def test_noise_of_latents_has_a_half_normal_deviation_for_each_image():
+    """Equal in a batch and in its parts: it depends on the row."""
+    task = AutoencoderTask(model=dataclasses.replace(CONFIG, scaling_factor=0.5), latent_noise=0.3)
+    keys = RowKeys.whole(jax.random.key(0), 2000)
+    noise = np.asarray(task._noisy(jnp.zeros((2000, 8, 8, 4)), keys))
+    deviations = noise.reshape(2000, -1).std(1)
+    assert np.mean(deviations) == pytest.approx(0.6 * np.sqrt(2 / np.pi), rel=0.05)
+    assert np.mean(deviations**2) == pytest.approx(0.6**2, rel=0.08)
+    part = dataclasses.replace(keys, rows=keys.rows[500:600])
+    np.testing.assert_array_equal(task._noisy(jnp.zeros((100, 8, 8, 4)), part), noise[500:600])
+
+
+def test_a_decoder_is_trained_alone_and_read_with_its_encoder(tmp_path):
+    config = load_recipe(ROOT / "configs" / "produce_autoencoder.py")
+    params = jax.jit(lambda: AutoencoderTask(model=CONFIG).init_params(nnx.Rngs(7)))()
+    write_bundle(tmp_path / "whole", Bundle(CONFIG, params, {}), dtype="float32")
+    task = AutoencoderTask(
+        model=CONFIG, pretrained=str(tmp_path / "whole"), decoder_only=True, latent_noise=0.3
+    )
+    assert {path[0] for path in task.frozen_parts()} == {"encoder", "quant_conv"}
+    assert {path[0] for path in task.initial_parts()} == {"decoder", "post_quant_conv"}
+    config = dataclasses.replace(
+        config,
+        task=task,
+        data=dataclasses.replace(config.data, transforms=Transforms(size=16, caption_dropout=0.0)),
+        train=dataclasses.replace(config.train, steps=2, batch_size=8, checkpoint_every=2),
+        ema=Ema(decay=0.5),
+        evaluators=(),
+    )
+    train(config, tmp_path / "run", log=lambda _: None)
+    read = load_bundle(tmp_path / "run").params
+    assert jax.tree.structure(read) == jax.tree.structure(params)
+    equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), read, params)
+    assert all(jax.tree.leaves([equal["encoder"], equal["quant_conv"]]))
+    assert not any(jax.tree.leaves([equal["decoder"], equal["post_quant_conv"]]))
