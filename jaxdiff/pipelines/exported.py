@@ -210,4 +210,5 @@ def _if_needed(initialize: Callable[[], None]) -> Callable[[], None]:
     return lambda: initialize() if _needs_lapack.get() else None
 
 
-linalg.initialize_lapack = _if_needed(linalg.initialize_lapack)
+if hasattr(linalg, "initialize_lapack"):  # JAX 0.10.2 to 0.12.0
+    linalg.initialize_lapack = _if_needed(linalg.initialize_lapack)
