@@ -11,8 +11,8 @@ things and one pair in eight are held out, and `IconAccuracy` scores these. A to
 32 pixels, as the scenes' grid has: 16 tokens learn four times as many images in the same time as 64
 do.
 
-Autoencoder and text encoder are those of `shipped:icons`, from `configs/icons_autoencoder.py` and
-`configs/icons_clip.py`.
+Autoencoder and text encoder are those of `shipped:icons`, from `configs/icons_autoencoder.py`,
+`configs/icons_decoder.py` and `configs/icons_clip.py`.
 
 The denoiser of `shipped:icons` saw 1.69 million images in four runs, each from the moving average
 of the last: 8,054 steps at a learning rate of 2e-3; 1,000 steps, the last 300 of them with a

@@ -10,9 +10,9 @@ Cost: 40 minutes, after 4 for the cache of latents.
 The student is the teacher with adapters of rank 16 at all layers, which take 2 MB. Each of its 4
 steps equals 3 guided DDIM steps of the teacher. On one core of an Intel Xeon, with products in
 bfloat16 (`JAX_DEFAULT_MATMUL_PRECISION=bfloat16`), it saw 40 to 50 images/s beside another run
-(2026-11-30). It ships as `shipped:icons_distilled`: its joint scores sum to 0.96 of those of the
-teacher at 24 steps, in 0.19 of the time. With all weights trained instead of adapters, the scores
-of pairs were lower.
+(2026-11-30). It ships as `shipped:icons_distilled`: its joint scores, of which pairs are better and
+held-out styles worse, sum to those of the teacher at 24 steps, in 0.19 of the time. With all
+weights trained instead of adapters, the scores of pairs were lower.
 """
 
 import dataclasses

@@ -23,7 +23,6 @@ from jaxdiff.training.held_out import held_out_metrics
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
-from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 SUMMARY = "summary.json"
 Log = Callable[[str], None]
@@ -98,10 +97,9 @@ def eval_context(
     config: Config, state: TrainState, frozen: PyTree, tokenizers: Mapping[str, TextTokenizer]
 ) -> EvalContext:
     """Return the context of evaluators: the model with its moving average."""
-    task, params, mesh = config.task, state.ema, make_mesh(config.mesh)
+    task, mesh = config.task, make_mesh(config.mesh)
+    params = task.model_params(state.ema, frozen)
     loss = functools.partial(held_out_metrics, config, state.ema, frozen, tokenizers, mesh)
-    if isinstance(task, DiffusionTask):
-        params = task.model_params(params, frozen)
     return EvalContext(
         int(state.step), task.model, params, tokenizers, config.data, mesh=mesh, loss=loss
     )

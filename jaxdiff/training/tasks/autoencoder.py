@@ -139,6 +139,10 @@ class AutoencoderTask(Task):
             return {}
         return {path: part for path, part in self._parts().items() if path[0] not in self._frozen}
 
+    def model_params(self, params: PyTree, frozen: PyTree) -> dict[str, Any]:
+        """Return encoder and decoder."""
+        return {**params, **{name: frozen[name] for name in self._frozen}}
+
     def _parts(self) -> dict[Path, PretrainedPart]:
         """Return the parts of the trained autoencoder."""
         build = bind_init(type(self.model).build, self.model)
@@ -159,8 +163,8 @@ class AutoencoderTask(Task):
         ema: PyTree,
     ) -> tuple[Float[Array, ""], Metrics, tuple[()]]:
         """Return the loss and its terms, unweighted, the PSNR in dB, and the moments of z."""
-        encoding = {name: frozen[name] for name in self._frozen if name in frozen}
-        model = bind_params(bind_init(type(self.model).build, self.model), {**params, **encoding})
+        build = bind_init(type(self.model).build, self.model)
+        model = bind_params(build, self.model_params(params, frozen))
         images = from_uint8(batch["image"])
         gaussian = model.encode(images)
         if self.latent_noise:

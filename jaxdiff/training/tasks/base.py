@@ -82,6 +82,10 @@ class Task(abc.ABC):
         """
         return {}
 
+    def model_params(self, params: PyTree, frozen: PyTree) -> dict[str, Any]:
+        """Return the parameters of `model`, of trained and frozen ones."""
+        return dict(params)
+
     def init_from_frozen(self, frozen: PyTree, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
         """Return trained parameters whose initial values depend on frozen ones, on the host."""
         return {}

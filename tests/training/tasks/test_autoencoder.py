@@ -12,6 +12,7 @@ from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.samples import Reconstructions
 from jaxdiff.models.autoencoders.kl import Autoencoder, AutoencoderConfig, Gaussian
 from jaxdiff.models.layers import bind_params
 from jaxdiff.models.text_encoders.clip import ClipVision, ClipVisionConfig
@@ -19,9 +20,9 @@ from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.training.ema import Ema
 from jaxdiff.training.initial_weights import load_parts
-from jaxdiff.training.loop import train
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.recipe import load_recipe
+from jaxdiff.training.run import run_recipe
 from jaxdiff.training.step import init_state, make_train_step
 from jaxdiff.training.tasks import autoencoder as module
 from jaxdiff.training.tasks.autoencoder import AutoencoderTask, Perceptual, psnr
@@ -270,9 +271,10 @@ def test_a_decoder_is_trained_alone_and_read_with_its_encoder(tmp_path):
         data=dataclasses.replace(config.data, transforms=Transforms(size=16, caption_dropout=0.0)),
         train=dataclasses.replace(config.train, steps=2, batch_size=8, checkpoint_every=2),
         ema=Ema(decay=0.5),
-        evaluators=(),
+        evaluators=(Reconstructions(count=4),),
     )
-    train(config, tmp_path / "run", log=lambda _: None)
+    run_recipe(config, str(tmp_path / "run"), log=lambda _: None)
+    assert (tmp_path / "run" / "samples" / "step_000002.png").exists()
     read = load_bundle(tmp_path / "run").params
     assert jax.tree.structure(read) == jax.tree.structure(params)
     equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), read, params)
