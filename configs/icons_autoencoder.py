@@ -10,9 +10,10 @@ It starts from the autoencoder of `shipped:produce`, whose first and last convol
 patches of 4 pixels. 20,000 images raise the PSNR from 17.7 to 31.0 dB, at 18 images/s on two cores
 of an Intel Xeon, each as one device, with tcmalloc (2026-11-30); 41,600 images of scenes of more
 things raised it to 31.5 dB (2026-11-29). Large drawings are crisp, and small ones lose details of a
-pixel. The encoder ships in `shipped:icons`, with the decoder of `configs/icons_decoder.py`; the run was planned with 2,600 steps, which were lowered
-before the learning rate's decay. For a diffusion model on the latents of another run, set
-`shift_factor` and `scaling_factor` as `AutoencoderTask` explains.
+pixel. The encoder ships in `shipped:icons`, with the decoder of `configs/icons_decoder.py`; the run
+was planned with 2,600 steps, which were lowered before the learning rate's decay. For a diffusion
+model on the latents of another run, set `shift_factor` and `scaling_factor` as `AutoencoderTask`
+explains.
 """
 
 import dataclasses
