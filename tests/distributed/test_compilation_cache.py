@@ -85,7 +85,7 @@ def test_another_cache_of_jax_stays(monkeypatch):
 def test_the_least_recently_used_programs_leave_a_full_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "LARGEST", 30)
     host, another = tmp_path / ("0" * 16), tmp_path / ("a" * 16)
-    cache = compilation_cache._Cache(epath.Path(host))
+    cache = compilation_cache.FolderCache(epath.Path(host))
     names = [f"jit_{name}-{'0' * 64}" for name in "abcde"]
     old = another / names[0]
     another.mkdir()
@@ -109,7 +109,7 @@ def test_files_that_are_no_programs_are_never_removed(tmp_path, monkeypatch):
         file.parent.mkdir()
         file.write_bytes(bytes(20))
         os.utime(file, (0, 0))
-    cache = compilation_cache._Cache(epath.Path(tmp_path / ("0" * 16)))
+    cache = compilation_cache.FolderCache(epath.Path(tmp_path / ("0" * 16)))
     for name in "ab":
         cache.put(f"jit_{name}-{'0' * 64}", bytes(9))
     assert all(file.stat().st_size == 20 for file in users)
@@ -121,6 +121,6 @@ def test_a_full_disk_does_no_harm(tmp_path, monkeypatch):
         raise UserError(f"{path} cannot be written (No space left on device)")
 
     monkeypatch.setattr(compilation_cache, "write_whole", refuse)
-    cache = compilation_cache._Cache(epath.Path(tmp_path))
+    cache = compilation_cache.FolderCache(epath.Path(tmp_path))
     cache.put("a", b"x")
     assert cache.get("a") is None
