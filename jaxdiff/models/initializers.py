@@ -20,7 +20,7 @@ _NO_KEY: Any = np.zeros(2, np.uint32)
 
 
 class NoRngs(nnx.Rngs):
-    """Keys for a module of which only the shapes are used: these initializers then return zeros.
+    """Keys for a module whose values are not used: these initializers return zeros for them.
 
     Tracing the random numbers takes half of the time.
     """

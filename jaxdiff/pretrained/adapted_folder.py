@@ -54,17 +54,22 @@ def base_of(recipe: Mapping[str, Any] | None, model: str) -> str:
     return found[0]
 
 
-def base_name(root: epath.Path) -> str:
-    """Return the name of the model that a folder's adapters adapt.
+def base_name(root: epath.Path, find: Callable[[str], epath.Path]) -> str:
+    """Return the name of the model that a folder's adapters adapt, whose folder `find` returns.
 
     Raises:
-      UserError: it names none.
+      UserError: it names none, or a model of adapters.
     """
     data = read_json(root / BASE)
     name = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(name, str) or not _ANYWHERE.fullmatch(name):
         raise UserError(
             f"{root / BASE} names no model: expected shipped:NAME or OWNER/NAME; export it again."
+        )
+    if is_adapted_folder(find(name)):
+        raise UserError(
+            f"{root} adapts itself, or other adapters: expected a model with all weights in "
+            f"{BASE}; export it again."
         )
     return name
 
@@ -74,7 +79,7 @@ def read_adapted_folder(
     data: Any,
     place: Place,
     types: Sequence[type],
-    load: Callable[[str], Bundle],
+    load: Callable[[], Bundle],
 ) -> Bundle:
     """Read a model's folder that `write_bundle` wrote with a base.
 
@@ -83,15 +88,12 @@ def read_adapted_folder(
       data: its `config.json`.
       place: called with each parameter, such as to move it to a device.
       types: dataclasses that are accepted beside those of this package.
-      load: reads the other model, on the host.
+      load: reads the other model, `base_name`, on the host.
 
     Raises:
       UserError: the folder is damaged, or its adapters do not fit the other model.
     """
-    spec, name = spec_from_json(data, types), base_name(root)
-    if name == f"shipped:{root.name}":
-        raise UserError(f"{root} adapts itself: expected another model in {BASE}; export it again.")
-    base = load(name)
+    spec, base = spec_from_json(data, types), load()
     if not isinstance(spec, TextToImage) or not isinstance(base.spec, TextToImage):
         raise UserError(f"{root} adapts no text-to-image model: export it again.")
     params = {**base.params, **read_weights(root / MODEL)}

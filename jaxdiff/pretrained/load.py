@@ -145,7 +145,8 @@ def load_bundle(
     if autoencoder_folder.is_autoencoder_config(data):
         return Bundle(*autoencoder_folder.read_autoencoder_folder(root, place=place), {})
     if adapted_folder.is_adapted_folder(root):
-        load_base = functools.partial(load_bundle, place=np.asarray, types=types)
+        base_model = adapted_folder.base_name(root, model_folder)
+        load_base = functools.partial(load_bundle, base_model, place=np.asarray, types=types)
         return adapted_folder.read_adapted_folder(root, data, place, types, load_base)
     read = read_run if is_recipe(data) else read_exported
     return read(root, data, place, types)
@@ -194,7 +195,7 @@ def read_tokenizers(
     if clip_folder.is_clip_config(_config(root, folder)):
         return clip_folder.read_clip_tokenizers(root)
     if adapted_folder.is_adapted_folder(root):
-        return read_tokenizers(adapted_folder.base_name(root), types)
+        return read_tokenizers(adapted_folder.base_name(root, model_folder), types)
     return read_exported_tokenizers(root, spec)
 
 

@@ -167,13 +167,9 @@ class AutoencoderTask(Task):
         model = bind_params(build, self.model_params(params, frozen))
         images = from_uint8(batch["image"])
         gaussian = model.encode(images)
-        if self.latent_noise:
-            keys, noise_keys = keys.split()
-            z = gaussian.sample(keys)
-            decoded = model.decode(self._noisy(z, noise_keys))
-        else:
-            z = gaussian.sample(keys)
-            decoded = model.decode(z)
+        z_keys, noise_keys = keys.split() if self.latent_noise else (keys, None)
+        z = gaussian.sample(z_keys)
+        decoded = model.decode(z if noise_keys is None else self._noisy(z, noise_keys))
         error = decoded - images
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
         reconstruction = (1 - self.l2_fraction) * l1 + self.l2_fraction * l2
