@@ -448,6 +448,7 @@ def pipe(run, recipe, family) -> Pipeline:
     return jaxdiff.load(run, types=[*types, family.PatchAutoencoder])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_state_of_an_uninterrupted_one(run, folder, recipe):
     result = run_recipe(dataclasses.replace(recipe, evaluators=()), str(folder / "whole"))
     killed = json.loads((run / "summary.json").read_text())

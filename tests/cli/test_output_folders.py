@@ -131,6 +131,7 @@ def test_a_signal_ends_a_command_with_one_line(number, monkeypatch, capsys):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+@pytest.mark.slow
 def test_images_that_are_finished_stay_after_ctrl_c(model_folder, tmp_path):
     prompts, out = tmp_path / "p.txt", tmp_path / "out"
     prompts.write_text("a red pea\n" * 3000)

@@ -68,6 +68,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
     return made
 
 
+@pytest.mark.slow
 def test_2000_images_have_equal_statistics_on_1_and_8_devices(network):
     pixels = ImageArray(images(2000), "squares")
     one, eight = (set_statistics(x, pixels) for x in (network, tiny_network(jax.devices())))

@@ -60,6 +60,7 @@ def test_previews_change_no_bits_and_steps_do_not_recompile(pipeline, compilatio
     assert not compilations
 
 
+@pytest.mark.slow
 def test_a_unet_is_cached(tiny_bundle):
     denoiser = UNetConfig(
         channels=3, patch_size=4, widths=(16, 32), blocks=1, attention=(False, True), heads=2,

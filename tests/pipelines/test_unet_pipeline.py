@@ -63,6 +63,7 @@ def make(tiny_bundle):
     return make
 
 
+@pytest.mark.slow
 def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make):
     inpainting = dataclasses.replace(SPEC, denoiser=dataclasses.replace(UNET, in_channels=9))
     pipe = make(inpainting)

@@ -162,6 +162,7 @@ def test_adapters_and_words_become_part_of_the_weights(bundle, tmp_path):
         assert {WORDS, WORDS + 1} <= set(ids[0])
 
 
+@pytest.mark.slow
 def test_the_prompt_matters_to_both_kinds(folder, bundle, tmp_path):
     write_diffusers(tmp_path, bundle(XL))
     for path in (folder, tmp_path):

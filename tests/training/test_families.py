@@ -48,6 +48,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole"])
 @pytest.mark.parametrize(
     "name",
@@ -128,6 +129,7 @@ def test_guidance_is_for_networks_that_read_it(models):
         dataclasses.replace(task, guidance=-1.0)
 
 
+@pytest.mark.slow
 def test_frozen_weights_keep_the_type_of_their_source(models, tmp_path):
     """A run from bfloat16 equals that from the same numbers in float32, in half of the file."""
     bundle = load_bundle(models / "FLUX.1 dev", place=np.asarray)
@@ -146,7 +148,7 @@ def test_frozen_weights_keep_the_type_of_their_source(models, tmp_path):
 RUNS = [
     pytest.param(
         (name, whole),
-        marks=pytest.mark.slow if name == "klein base" else pytest.mark.nightly,
+        marks=pytest.mark.nightly if whole or name != "klein base" else pytest.mark.slow,
         id=f"{name} {'whole' if whole else 'adapters'}",
     )
     for name in FAMILIES

@@ -14,6 +14,8 @@ from jaxdiff.models.denoisers.flux import FluxConfig
 from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 from jaxdiff.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 QWEN = Qwen3TextEncoder(
     model=Qwen3Config(
         vocab_size=600, width=16, depth=3, heads=2, kv_heads=1, head_dim=8, mlp_width=16

@@ -368,6 +368,7 @@ def test_impossible_settings_are_refused(config, cached, folder):
         write_records(recipe, recipe.data, str(folder / "none"), Sharing())
 
 
+@pytest.mark.slow
 def test_a_run_caches_its_own_latents_and_goes_on_from_them(config, cached, folder):
     def run(recipe, steps):
         train = TrainConfig(steps=steps, batch_size=BATCH, checkpoint_every=1)

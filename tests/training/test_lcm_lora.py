@@ -26,6 +26,8 @@ from jaxdiff.training.recipe import load_recipe
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained
 from tests.test_recipes import ROOT
 
+pytestmark = pytest.mark.slow
+
 WIDTH, SIDE, STEPS = 8, 16, 4
 
 

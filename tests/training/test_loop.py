@@ -124,6 +124,7 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(straight, tmp_path, tiny
     assert_same_end(result, killed.out, straight)
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_and_resumed_equals_straight_bit_for_bit(
     straight, tmp_path, tiny_recipe
 ):
@@ -211,6 +212,7 @@ def test_many_updates_in_a_row_that_are_not_finite_end_the_run(faked, tmp_path, 
     assert faked[-2:] == [("step", 6), ("read", 5)]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_and_fresh_starts_again(faked, tmp_path, tiny_recipe):
     train(tiny_recipe(steps=2), tmp_path, log=quiet)
     faked.clear()

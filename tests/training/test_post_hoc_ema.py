@@ -133,6 +133,7 @@ def straight(recipe, tmp_path_factory):
     return folder, train(recipe, folder, log=lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_run_writes_snapshots_at_intervals_and_at_its_end(straight):
     folder, result = straight
     assert checkpoint_folder.steps(epath.Path(folder) / SNAPSHOTS) == [3, 6, 8]
@@ -142,6 +143,7 @@ def test_a_run_writes_snapshots_at_intervals_and_at_its_end(straight):
     jax.tree.map(np.testing.assert_array_equal, found, result.state.averages["width_0.1"])
 
 
+@pytest.mark.slow
 def test_a_run_of_another_start_ends_with_the_same_averages(straight, recipe, tmp_path):
     """It resumes at step 6, whose snapshot was lost, and gives the same bits."""
     folder = tmp_path / "run"

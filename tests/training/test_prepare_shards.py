@@ -57,6 +57,7 @@ def test_missing_shards_are_written_again_with_the_same_bytes(tmp_path, monkeypa
     assert _files(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_resumes_and_writes_the_same_bytes(recipe_of, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     recipe = recipe_of("Produce(size=32, length=600)")

@@ -32,6 +32,8 @@ from jaxdiff.training.tasks.diffusion import Pretrained
 from tests.pretrained.families import SPECS
 from tests.training.families import recipe, short, write_models
 
+pytestmark = pytest.mark.slow
+
 NAME, BATCH = "klein base", 8
 SQUARE, WIDE = (32, 32), (24, 40)
 

@@ -24,6 +24,8 @@ from jaxdiff.training.loop import train
 from jaxdiff.training.tasks.diffusion import Pretrained
 from jaxdiff.training.workdir import read_config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

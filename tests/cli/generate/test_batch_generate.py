@@ -352,6 +352,7 @@ def test_processes_share_the_rows_and_leave_one_manifest(sample, prompts, tmp_pa
     assert contents(tmp_path / "out") == alone
 
 
+@pytest.mark.slow
 def test_200_rows_of_mixed_settings_compile_nothing(sample, prompts, compilations):
     rng = np.random.default_rng(0)
     steps = np.rint([*np.geomspace(1, 12, 199), 100]).astype(int)

@@ -170,6 +170,7 @@ def test_the_vision_encoder_of_a_clip_is_frozen_where_it_is_used():
     assert (path, part.folder) == (("vision",), "runs/clip")
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_every_weighted_term():
     history, _ = on_one_device()
     first, last = history[0], history[-1]
@@ -202,6 +203,7 @@ def test_the_perceptual_term_trains_encoder_and_decoder_and_not_the_vision_encod
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[part])) > 0
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does():
     mesh = make_mesh(MeshConfig(data=8))
     step, state = train_step()
@@ -256,6 +258,7 @@ def test_noise_of_latents_has_a_half_normal_deviation_for_each_image():
     np.testing.assert_array_equal(task._noisy(jnp.zeros((100, 8, 8, 4)), part), noise[500:600])
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_alone_and_read_with_its_encoder(tmp_path):
     config = load_recipe(ROOT / "configs" / "produce_autoencoder.py")
     params = jax.jit(lambda: AutoencoderTask(model=CONFIG).init_params(nnx.Rngs(7)))()
