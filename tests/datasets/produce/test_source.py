@@ -167,16 +167,15 @@ def test_the_fractions_may_exclude_single_objects():
 
 def test_the_vocabulary_has_the_words_of_all_captions():
     source = Produce(size=32, length=3000)
+    vocabulary = source.vocabulary
     words = {
         word for i in range(0, 3000, 40) for c in source[i]["captions"] for word in words_of(c)
     }
-    assert words <= source.vocabulary
-    assert {"pea", "medium", "sized", "strawberries"} <= source.vocabulary
-    assert "globe" not in source.vocabulary
+    assert words <= vocabulary
+    assert {"pea", "medium", "sized", "strawberries"} <= vocabulary
+    assert "globe" not in vocabulary
     related = source.related_words
-    assert not source.vocabulary & set(related)
-    assert source.vocabulary >= {
-        w for names in related.values() for n in names for w in words_of(n)
-    }
+    assert not vocabulary & set(related)
+    assert vocabulary >= {w for names in related.values() for n in names for w in words_of(n)}
     shipped = Tokenizer.load(str(SHIPPED / "produce" / "tokenizers" / "text"))
-    assert (shipped.words, shipped.related) == (source.vocabulary, related)
+    assert (shipped.words, shipped.related) == (vocabulary, related)
