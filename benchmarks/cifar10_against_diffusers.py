@@ -5,23 +5,29 @@
 
 jaxdiff trains `configs/cifar10.py`, and diffusers a UNet2DModel as its example for unconditional
 images does (`torch_unconditional`), each for `--minutes`, one after the other, with all cores. Both
-save the EMA every few minutes. The score of a snapshot is the Frechet distance of `--samples`
-images from the photographs of the training, in the features of a small classifier of the same
-photographs (`photo_classifier`), and is no FID. A tenth of the photographs is left out of all
-training: the distance of as many of these as there are samples is the floor.
+end with the clock: diffusers' learning rate falls with it, and jaxdiff's stays as it is for 0.7 of
+the minutes, whose steps say how many the decay has. Both save the EMA every few minutes. The score
+of a snapshot is the Frechet distance of `--samples` images from the photographs of the training, in
+the features of a small classifier of the same photographs (`photo_classifier`), and is no FID. A
+tenth of the photographs is left out of all training: the distance of as many of these as there are
+samples is the floor.
 
 Each stage skips what it finds in `--out` and resumes what is unfinished: run the same command again
-after an interruption. Two cores take 2 hours to train, and by arithmetic about an hour to sample
-each snapshot of diffusers.
+after an interruption. `--stages jaxdiff` and `--stages diffusers` may run at the same time, each
+with half of the cores (`taskset`) for twice the minutes, so that both have the same machine. Two
+cores take 2 hours to train, and by arithmetic about an hour to sample each snapshot of diffusers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -65,7 +71,9 @@ replace = dataclasses.replace
 HELD_OUT = 10  # one of so many photographs
 PART = 256  # images that are sampled, and stored, at a time
 SHOWN = 64  # images of a grid
-MARGIN = 0.95  # of the minutes, by which jaxdiff's steps are counted: it never trains for longer
+STOPPED = "The training was stopped: the same command resumes it."
+MARGIN = 0.95  # of the minutes, so that jaxdiff's decay does not end after them
+OPEN_END = 10_000_000  # steps of a run whose decay has not begun
 
 
 @checked
@@ -154,7 +162,7 @@ def say(line: str) -> None:
 
 
 def recipe_of(options: Options) -> Config:
-    """Return jaxdiff's recipe, with as many steps as fit into the minutes on this machine."""
+    """Return jaxdiff's recipe without an end, with snapshots at intervals on this machine."""
     config = load_recipe(find_recipe("cifar10"))
     path = str(Path(options.out) / "train.parquet")
     source = Parquet(path=path, caption="caption")
@@ -164,22 +172,58 @@ def recipe_of(options: Options) -> Config:
         train=replace(config.train, keep=1000, evaluate=False),
     )
     timed = time_training(config, warmup=3, repeats=12, real=True, peak_tflops=None)
-    count = max(1, int(MARGIN * options.minutes * 60 / median(timed.seconds)))
-    every = max(1, round(count * min(1.0, options.every / options.minutes)))
+    every = max(1, round(options.every * 60 / median(timed.seconds)))
     log_every = min(config.train.log_every, every)
-    train = replace(config.train, steps=count, checkpoint_every=every, log_every=log_every)
+    train = replace(config.train, steps=OPEN_END, checkpoint_every=every, log_every=log_every)
     return replace(config, train=train)
 
 
 def train_jaxdiff(options: Options) -> None:
-    """Train the recipe, or resume it; the number of steps is that of its start."""
+    """Train the recipe, or resume it; the clock ends its constant part, and the decay follows.
+
+    Raises:
+      UserError: a signal stopped the training.
+    """
     prepare(options)
-    folder = epath.Path(options.folder / "jaxdiff")
-    if (folder / SUMMARY).exists():
+    run = options.folder / "jaxdiff"
+    if (run / SUMMARY).exists():
         return
-    started = (folder / CONFIG).exists()
-    config = config_from_json(read_json(folder / CONFIG)) if started else recipe_of(options)
-    run_recipe(config, str(folder), log=say)
+    started = (run / CONFIG).exists()
+    config = (
+        config_from_json(read_json(epath.Path(run / CONFIG))) if started else recipe_of(options)
+    )
+    constant = 1 - config.optimizer.schedule.decay_fraction
+    due = MARGIN * constant * options.minutes
+    if config.train.steps == OPEN_END:
+        if jaxdiff_minutes(run)[1][-1] < due:
+            with stopped_after(run, due):
+                run_recipe(config, str(run), log=say)
+        if jaxdiff_minutes(run)[1][-1] < due:
+            raise UserError(STOPPED)
+        taken = max(steps(epath.Path(run / CHECKPOINTS).resolve()))
+        config = replace(config, train=replace(config.train, steps=round(taken / constant)))
+    if not run_recipe(config, str(run), log=say).finished:
+        raise UserError(STOPPED)
+
+
+@contextlib.contextmanager
+def stopped_after(run: Path, minutes: float) -> Iterator[None]:
+    """Stop this process's training, as a signal does, once a run has trained for these minutes."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            if jaxdiff_minutes(run)[1][-1] >= minutes:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def train_diffusers(options: Options) -> None:
@@ -193,16 +237,23 @@ def train_diffusers(options: Options) -> None:
         torch_unconditional.train(training, folder, photos[: train_count(len(photos))], say)
 
 
-def jaxdiff_snapshots(run: Path) -> dict[int, float]:
-    """Return the minutes of training of each checkpoint, by its step, without compilation."""
+def jaxdiff_minutes(run: Path) -> tuple[list[int], list[float]]:
+    """Return steps and the minutes of training until each, without compilation."""
     at, minutes = [0], [0.0]
-    for line in read_text(run / RECORDS).splitlines():
-        record = parse_json(line, run / RECORDS)
-        if "step_s" in record:
-            minutes.append(minutes[-1] + (record["step"] - at[-1]) * record["step_s"] / 60)
-            at.append(record["step"])
+    if (run / RECORDS).exists():
+        whole_lines = read_text(run / RECORDS).rpartition("\n")[0]
+        for line in whole_lines.splitlines():
+            record = parse_json(line, run / RECORDS)
+            if "step_s" in record:
+                minutes.append(minutes[-1] + (record["step"] - at[-1]) * record["step_s"] / 60)
+                at.append(record["step"])
+    return at, minutes
+
+
+def jaxdiff_snapshots(run: Path) -> dict[int, float]:
+    """Return the minutes of training of each checkpoint, by its step."""
     saved = steps(epath.Path(run / CHECKPOINTS).resolve())
-    return {step: float(np.interp(step, at, minutes)) for step in saved}
+    return {step: float(np.interp(step, *jaxdiff_minutes(run))) for step in saved}
 
 
 def jaxdiff_sampler(run: Path, step: int) -> Callable[[range], Photos]:
