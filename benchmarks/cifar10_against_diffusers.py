@@ -18,7 +18,6 @@ with half of the cores (`taskset`) for twice the minutes, so that both have the 
 cores take 2 hours to train, and by arithmetic about an hour to sample each snapshot of diffusers.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -27,7 +26,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -185,45 +184,48 @@ def train_jaxdiff(options: Options) -> None:
       UserError: a signal stopped the training.
     """
     prepare(options)
-    run = options.folder / "jaxdiff"
+    run = epath.Path(options.folder / "jaxdiff")
     if (run / SUMMARY).exists():
         return
     started = (run / CONFIG).exists()
-    config = (
-        config_from_json(read_json(epath.Path(run / CONFIG))) if started else recipe_of(options)
-    )
+    config = config_from_json(read_json(run / CONFIG)) if started else recipe_of(options)
     constant = 1 - config.optimizer.schedule.decay_fraction
-    due = MARGIN * constant * options.minutes
     if config.train.steps == OPEN_END:
-        if jaxdiff_minutes(run)[1][-1] < due:
-            with stopped_after(run, due):
-                run_recipe(config, str(run), log=say)
-        if jaxdiff_minutes(run)[1][-1] < due:
-            raise UserError(STOPPED)
-        taken = max(steps(epath.Path(run / CHECKPOINTS).resolve()))
+        train_until(run, config, MARGIN * constant * options.minutes)
+        taken = max(steps((run / CHECKPOINTS).resolve()))
         config = replace(config, train=replace(config.train, steps=round(taken / constant)))
     if not run_recipe(config, str(run), log=say).finished:
         raise UserError(STOPPED)
 
 
-@contextlib.contextmanager
-def stopped_after(run: Path, minutes: float) -> Iterator[None]:
-    """Stop this process's training, as a signal does, once a run has trained for these minutes."""
-    done = threading.Event()
+def train_until(run: epath.Path, config: Config, minutes: float) -> None:
+    """Train until a run has trained for these minutes in all; a signal of our own then stops it.
+
+    Raises:
+      UserError: another signal stopped the training.
+    """
+
+    def trained() -> float:
+        return jaxdiff_minutes(run)[1][-1]
 
     def watch() -> None:
         while not done.wait(0.5):
-            if jaxdiff_minutes(run)[1][-1] >= minutes:
+            if trained() >= minutes:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
+    if trained() >= minutes:
+        return
+    done = threading.Event()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        run_recipe(config, str(run), log=say)
     finally:
         done.set()
         watcher.join()
+    if trained() < minutes:
+        raise UserError(STOPPED)
 
 
 def train_diffusers(options: Options) -> None:
@@ -237,7 +239,7 @@ def train_diffusers(options: Options) -> None:
         torch_unconditional.train(training, folder, photos[: train_count(len(photos))], say)
 
 
-def jaxdiff_minutes(run: Path) -> tuple[list[int], list[float]]:
+def jaxdiff_minutes(run: epath.Path) -> tuple[list[int], list[float]]:
     """Return steps and the minutes of training until each, without compilation."""
     at, minutes = [0], [0.0]
     if (run / RECORDS).exists():
@@ -250,15 +252,15 @@ def jaxdiff_minutes(run: Path) -> tuple[list[int], list[float]]:
     return at, minutes
 
 
-def jaxdiff_snapshots(run: Path) -> dict[int, float]:
+def jaxdiff_snapshots(run: epath.Path) -> dict[int, float]:
     """Return the minutes of training of each checkpoint, by its step."""
-    saved = steps(epath.Path(run / CHECKPOINTS).resolve())
+    saved = steps((run / CHECKPOINTS).resolve())
     return {step: float(np.interp(step, *jaxdiff_minutes(run))) for step in saved}
 
 
-def jaxdiff_sampler(run: Path, step: int) -> Callable[[range], Photos]:
+def jaxdiff_sampler(run: epath.Path, step: int) -> Callable[[range], Photos]:
     """Return a function from seeds to images of a checkpoint's EMA, with the recipe's sampler."""
-    root = epath.Path(run).resolve()
+    root = run.resolve()
     average = jax.device_get(load_part(root / CHECKPOINTS / str(step), "ema"))
     pipe = Pipeline(read_run(root, read_json(root / CONFIG), to_device, trained=average))
     return lambda seeds: pipe([""] * len(seeds), seeds=seeds)
@@ -321,7 +323,7 @@ def score(options: Options) -> None:
 
 def _sides(options: Options, size: int):
     """Yield the name, the snapshots and the sampler of a snapshot for each trained model."""
-    run = options.folder / "jaxdiff"
+    run = epath.Path(options.folder / "jaxdiff")
     yield (
         "jaxdiff",
         jaxdiff_snapshots(run),

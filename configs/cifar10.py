@@ -7,7 +7,7 @@ Cost: planned: 60 minutes; not measured yet.
 
 The file has columns `image` and `caption`, whose texts are dropped. The U-Net has 5.4 million
 parameters. The recipe has not been trained yet; `benchmarks/cifar10_against_diffusers.py` compares
-it with diffusers' example, and counts the steps of an hour.
+it with diffusers' example for equal minutes.
 """
 
 from jaxdiff.data.loader import DataConfig

@@ -22,7 +22,9 @@ QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 JAXLIB = importlib.metadata.version("jaxlib")
 PLAIN_KERNELS = QUICK and JAXLIB.startswith("0.10.")
 # Eight simulated devices, for the tests of sharding; the others use the first.
-FLAGS = {"xla_force_host_platform_device_count": 8} | ({MAKES_KERNELS: 0} if PLAIN_KERNELS else {})
+FLAGS = {"xla_force_host_platform_device_count": 8}
+if PLAIN_KERNELS:
+    FLAGS[MAKES_KERNELS] = 0
 # A worker's share of the cores is one, where code made in 32 parts takes a quarter longer. XLA ends
 # the process at a flag that it does not know.
 if JAXLIB.startswith(("0.10.", "0.11.", "0.12.")):

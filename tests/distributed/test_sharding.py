@@ -337,8 +337,7 @@ def after_two_steps(recipe, name, mesh_config, accumulate=1):
 @pytest.mark.parametrize(
     ("name", "mesh", "accumulate"),
     [
-        *((name, CONTEXT, 1) for name in DENOISERS if name != "unet_sd"),
-        pytest.param("unet_sd", CONTEXT, 1, marks=pytest.mark.nightly),
+        *((name, CONTEXT, 1) for name in DENOISERS),
         *((name, TENSOR, 1) for name in ("dit", "flux2")),
         *(
             pytest.param(name, TENSOR, 1, marks=pytest.mark.nightly)

@@ -69,7 +69,6 @@ def run(recipe, tmp_path_factory):
     return folder, result, said
 
 
-@pytest.mark.slow
 def test_training_ends_where_patience_does_and_says_why(run):
     folder, result, said = run
     assert result.finished

@@ -41,7 +41,6 @@ def run(recipe, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_logs_the_loss_by_noise_level(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reports = [line for line in lines if "held_out/loss" in line]

@@ -141,7 +141,6 @@ def straight(recipe, tmp_path_factory):
     return folder, train(recipe, folder, log=lambda _: None)
 
 
-@pytest.mark.slow
 def test_a_run_writes_snapshots_at_intervals_and_at_its_end(straight):
     folder, result = straight
     assert checkpoint_folder.steps(epath.Path(folder) / SNAPSHOTS) == [3, 6, 8]

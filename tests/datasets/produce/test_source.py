@@ -169,7 +169,7 @@ def test_the_vocabulary_has_the_words_of_all_captions():
     source = Produce(size=32, length=3000)
     vocabulary = source.vocabulary
     words = {
-        word for i in range(0, 3000, 40) for c in source[i]["captions"] for word in words_of(c)
+        word for i in range(0, 3000, 10) for c in source[i]["captions"] for word in words_of(c)
     }
     assert words <= vocabulary
     assert {"pea", "medium", "sized", "strawberries"} <= vocabulary

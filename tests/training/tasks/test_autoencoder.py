@@ -170,7 +170,6 @@ def test_the_vision_encoder_of_a_clip_is_frozen_where_it_is_used():
     assert (path, part.folder) == (("vision",), "runs/clip")
 
 
-@pytest.mark.slow
 def test_a_few_steps_lower_every_weighted_term():
     history, _ = on_one_device()
     first, last = history[0], history[-1]
