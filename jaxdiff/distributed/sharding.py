@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from jaxdiff.distributed.mesh import BATCH, REPLICAS, num_replicas
@@ -23,6 +25,9 @@ Axes = tuple[str | None, ...]
 
 ParamAxes = Mapping[str, Any]
 """The `Axes` of parameters, a nested dict of the structure of the parameters."""
+
+OfRows = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+"""A function (constants, rows) of a part of a batch."""
 
 AXIS_RULES: Mapping[str | None, tuple[str, ...]] = {
     # `tensor` splits the outputs of the layer before heads or hidden units and the inputs of the
@@ -100,8 +105,8 @@ def state_shardings(abstract: PyTree, mesh: Mesh | AbstractMesh, axes: ParamAxes
     """Return a sharding for each leaf of an abstract train state or a tree of parameters.
 
     A leaf has the axes of the parameter whose path ends its own, if both have the same rank:
-    `opt_state.1.mu.denoiser.patch.kernel` has those of `denoiser.patch.kernel`. All axes of other
-    leaves are unnamed.
+    `opt_state.1.mu.denoiser.patch.kernel` has those of `denoiser.patch.kernel`, as have the values
+    and the scale of a quantised kernel. All axes of other leaves are unnamed.
     """
     return jax.tree_util.tree_map_with_path(leaf_sharding(mesh, axes), abstract)
 
@@ -142,6 +147,8 @@ def _flat(axes: ParamAxes) -> dict[_Path, Axes]:
 def _find(named: Mapping[_Path, Axes], path: tuple[Any, ...], rank: int) -> Axes:
     """Return the axes of the parameter whose path ends the path of a leaf."""
     keys = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    if keys[-2:-1] == ("kernel",):  # a `QuantizedKernel`, whose scale has axes of length 1
+        keys = keys[:-1]
     for start in range(len(keys)):
         axes = named.get(keys[start:])
         if axes is not None and len(axes) == rank:
@@ -186,7 +193,8 @@ def traced_mesh() -> AbstractMesh | None:
 def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
     """Return the axes that split the batches of the traced program.
 
-    Inside `mean_over_replicas` the batch is that of a replica.
+    Inside `mean_over_replicas` the batch is that of a replica, inside `mean_over_slices` that of a
+    slice.
     """
     return tuple(a for a in BATCH[0] if a in mesh.axis_names and a not in mesh.manual_axes)
 
@@ -254,9 +262,7 @@ def whole_on_each_cpu() -> bool:
     return num_replicas(mesh) == mesh.size
 
 
-def mean_over_replicas(
-    function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
-) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+def mean_over_replicas(function: OfRows) -> OfRows:
     """Return `function(constants, rows)` whose first result is averaged over parts of the rows.
 
     Each replica of the model computes it of its rows; the other axes of the mesh split these as
@@ -271,14 +277,74 @@ def mean_over_replicas(
         value, rest = function(constants, rows)
         return jax.lax.pmean(value, REPLICAS), rest
 
+    axes = mesh.axis_names if whole_on_each_cpu() else REPLICAS
+    return _of_rows(of_replica, mesh, REPLICAS, set(axes))
+
+
+def mean_over_slices(function: OfRows, axes: ParamAxes, dtype: DTypeLike) -> OfRows:
+    """Return `function(constants, rows)` whose first result is averaged over slices.
+
+    That is a pair of gradients, with the axes of their parameters, which slices exchange in a type,
+    and of other means. Each slice computes both of its rows, as in `mean_over_replicas`.
+    """
+    mesh = traced_mesh()
+    if mesh is None:
+        return function
+
+    def of_slice(constants: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+        (gradients, metrics), rest = function(constants, rows)
+        if mesh.shape["slices"] > 1:
+            gradients = _mean_gradients(gradients, mesh, axes, dtype)
+            metrics = jax.lax.pmean(metrics, "slices")
+        return (gradients, metrics), rest
+
+    # Also with one slice: XLA then plans DiT-XL/2 with 0.6 of the traffic of the memory.
+    return _of_rows(of_slice, mesh, "slices", {"slices"})
+
+
+def _of_rows(
+    function: OfRows, mesh: AbstractMesh, rows: str | tuple[str, ...], manual: set[str]
+) -> OfRows:
     return jax.shard_map(
-        of_replica,
+        function,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(REPLICAS)),
+        in_specs=(PartitionSpec(), PartitionSpec(rows)),
         out_specs=PartitionSpec(),
-        axis_names=set(mesh.axis_names if whole_on_each_cpu() else REPLICAS),
+        axis_names=manual,
         check_vma=False,
     )
+
+
+def _mean_gradients(
+    gradients: PyTree, mesh: AbstractMesh, axes: ParamAxes, dtype: DTypeLike
+) -> PyTree:
+    """Average gradients over slices, each device of `data` a part that the others gather from it.
+
+    The network between slices is slower than the links within one. Parts are whole rows in tiles of
+    eight, as a chip stores them: other parts would have another layout than the optimizer's state,
+    and copy that.
+    """
+    data = mesh.shape["data"]
+
+    def mean(leaf: Array) -> Array:
+        sent = leaf.astype(dtype)
+        if leaf.ndim < 2 or data == 1:
+            return jax.lax.pmean(sent, "slices").astype(leaf.dtype)
+        rows = sent.reshape(-1, leaf.shape[-1])
+        count = 8 * math.ceil(len(rows) / (8 * data))
+        padded = jnp.pad(rows, ((0, count * data - len(rows)), (0, 0)))
+        own = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index("data") * count, count)
+        whole = jax.lax.all_gather(jax.lax.pmean(own, "slices"), "data", tiled=True)
+        return whole[: len(rows)].reshape(leaf.shape).astype(leaf.dtype)
+
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(gradients, mesh, axes))
+    return jax.shard_map(
+        lambda tree: jax.tree.map(mean, tree),
+        in_specs=(specs,),
+        out_specs=specs,
+        axis_names=set(mesh.axis_names) - {"slices"},
+        check_vma=False,
+    )(gradients)
 
 
 def gather_kernel(kernel: Array) -> Array:

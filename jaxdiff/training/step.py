@@ -1,5 +1,6 @@
 """The training step: a pure function of (state, frozen, batch); the caller shards it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -10,8 +11,10 @@ from jaxtyping import Array, PyTree, Shaped
 
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.sharding import (
+    OfRows,
     Reduction,
     mean_over_replicas,
+    mean_over_slices,
     shard_gradients,
     whole_on_each_cpu,
 )
@@ -78,10 +81,12 @@ def make_train_step(
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         keys = RowKeys.whole(key, len(jax.tree.leaves(batch)[0]))
+        # In float32. On CPUs also for one part: XLA would reduce the gradients of each block on its
+        # own, and the devices wait for each other each time.
         once = accumulate > 1 or reduce == "float32" or whole_on_each_cpu()
-        at_the_end = task.by_row and once
+        averaged = functools.partial(_averaged, task=task, once=once, compute=compute)
         grads, (metrics, task_state) = _mean_gradient(
-            gradient, accumulate, at_the_end, state, frozen, batch, keys
+            gradient, accumulate, averaged, state, frozen, batch, keys
         )
         grad_norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
@@ -118,10 +123,22 @@ def make_train_step(
     return train_step
 
 
+def _averaged(function: OfRows, *, task: Task, once: bool, compute: ComputeType) -> OfRows:
+    """Average what replicas of the model, or else slices, compute of their rows.
+
+    Within a replica or a slice XLA reduces gradients for each micro-batch, in the compute type.
+    """
+    if not task.by_row:
+        return function
+    if once:
+        return mean_over_replicas(function)
+    return mean_over_slices(function, task.param_axes(), compute)
+
+
 def _mean_gradient(
     gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
     accumulate: int,
-    at_the_end: bool,
+    averaged: Callable[[OfRows], OfRows],
     state: TrainState,
     frozen: PyTree,
     batch: Batch,
@@ -129,9 +146,7 @@ def _mean_gradient(
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
     """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
-    Gradients are reduced over replicas of the model for each part, in the compute type, or once
-    `at_the_end`, in float32. On CPUs the latter holds for one part too: XLA would reduce the
-    gradients of each block on its own, and the devices wait for each other each time.
+    `averaged` is `_averaged` of this step.
     """
 
     def split(x: Array) -> Shaped[Array, "k b ..."]:
@@ -164,7 +179,6 @@ def _mean_gradient(
         (total, task_state), _ = jax.lax.scan(body, (zeros, first_state), parts)
         return jax.tree.map(lambda x: x / accumulate, total), task_state
 
-    mean = mean_over_replicas(mean_over_parts) if at_the_end else mean_over_parts
     constants = (state.params, frozen, keys.key, state.task_state, state.ema)
-    (grads, metrics), task_state = mean(constants, (dict(batch), keys.rows))
+    (grads, metrics), task_state = averaged(mean_over_parts)(constants, (dict(batch), keys.rows))
     return grads, (metrics, task_state)

@@ -1,6 +1,7 @@
 """One training step, on a task whose loss is deterministic."""
 
 import functools
+import math
 import re
 
 import jax
@@ -180,7 +181,24 @@ def test_devices_and_micro_batches_do_not_change_the_step(mesh, options):
 @pytest.mark.parametrize(("reduce", "types"), [("compute", set()), ("float32", {"f32"})])
 def test_replicas_sum_gradients_once_in_float32_if_the_recipe_says_so(reduce, types):
     """Otherwise the compiler sums results of products, in their type."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    found = summed(MeshConfig(data=2, fsdp=4), reduce)
+    assert {kind for _, kind in found} == types
+    assert not found or len(found) >= len(jax.tree.leaves(initial().params))
+
+
+def test_slices_sum_gradients_once_each_device_a_part_in_the_compute_type():
+    """Half of the rows of a kernel, in eights, with two replicas in a slice; biases are whole."""
+    found = [size for size, kind in summed(MeshConfig(slices=2, data=2, fsdp=2)) if kind == "bf16"]
+    up = initial().params["blocks"]["up"]
+    layers, width, hidden = up["kernel"].shape
+    rows = math.ceil(layers * width / 16) * 8
+    assert rows * hidden // 2 in found  # `fsdp` splits the hidden units
+    assert len(found) == len(jax.tree.leaves(initial().params))
+
+
+def summed(mesh_config, reduce="compute"):
+    """Return size and type of each sum of the program that is not the compiler's."""
+    mesh = make_mesh(mesh_config)
     step_on_mesh = make_train_step(Regression(), OPTIMIZER, EMA, compute="bfloat16", reduce=reduce)
 
     def step(*inputs):
@@ -189,9 +207,9 @@ def test_replicas_sum_gradients_once_in_float32_if_the_recipe_says_so(reduce, ty
 
     placed = replicated(mesh), replicated(mesh), batch_sharding(mesh)
     program = jax.jit(step, in_shardings=placed).lower(initial(), {}, make_batch()).as_text()
-    found = re.findall(r"stablehlo\.all_reduce.*?: \(tensor<(?:\d+x)*(\w+)>", program, re.DOTALL)
-    assert set(found) == types
-    assert not found or len(found) >= len(jax.tree.leaves(initial().params))
+    arrays = r"stablehlo\.all_reduce.*?: \(tensor<((?:\d+x)*)(\w+)>"
+    found = re.findall(arrays, program, re.DOTALL)
+    return [(math.prod(map(int, shape.split("x")[:-1])), kind) for shape, kind in found]
 
 
 @pytest.mark.parametrize("mesh", [MESHES[0], MeshConfig(slices=2, data=4)])
