@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from typing import Annotated
 
 import jax
@@ -125,7 +126,7 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes: dict[str, int] = {"data": 1}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in AXES or not re.fullmatch("-?[0-9]+", size):
             raise UserError(
                 f"--mesh {text}: {part.strip()!r} is not an axis and its size: expected some of "
                 f"{', '.join(AXES)}, such as data=16,fsdp=16."

@@ -32,7 +32,17 @@ if TYPE_CHECKING:
 
 FIGURES, PARTS = "evaluation.json", "evaluation_parts"
 
-_OF_MODELS = ("recipe", "samples", "batch_size", "guidance_scale", "sweep", "scalar")
+_OF_MODELS = (
+    "recipe",
+    "samples",
+    "batch_size",
+    "guidance_scale",
+    "best_of",
+    "clip_scale",
+    "clip_model",
+    "sweep",
+    "scalar",
+)
 _OF_IMAGES = ("images", "reference", "features", "resize", "measures", "few", "out")
 
 

@@ -17,6 +17,8 @@ from jaxdiff.io.image_decoding import LARGEST_FILE, ImageError, on_white, open_i
 GAP = 2  # pixels between tiles
 GAP_COLOUR = 224
 INK_COLOUR = 32
+LARGEST_GRID = 400  # images; more are too small to see on any screen
+ENLARGED_SIDE = 256  # of images that a grid shows enlarged
 FAINT = 16  # opacity, of 255, below which colours of a mask are not compared
 SAME_LEVEL = 8  # of 255; lossy formats change levels by so much
 

@@ -15,7 +15,7 @@ from jaxdiff.distributed.replicas import local_mesh, replicate, shard
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
 from jaxdiff.models.quantized import is_quantized
-from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipEmbeddings
+from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.prompt_weights import plain
@@ -60,28 +60,8 @@ def clip_scores(
     Raises:
       UserError: as `load_clip`.
     """
-    clip = load_clip(model, local_mesh())
-    ids = clip.tokenizer([plain(prompt) for prompt in prompts])
-    score = functools.partial(_compiled_score(clip.config), clip.params)
-    return in_full_batches(score, _BATCH_SIZE, images, ids)
-
-
-def _embed(
-    config: ClipConfig, params: PyTree, images: UInt8[Array, "b h w 3"], ids: Int[Array, "b n"]
-) -> ClipEmbeddings:
-    clip = bind_params(bind_init(Clip, config), params)
-    views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
-    return clip(views, ids)
-
-
-@functools.lru_cache(maxsize=2)
-def _compiled_score(config: ClipConfig):
-    @jax.jit
-    def score(params, images, ids):
-        embeddings = _embed(config, params, images, ids)
-        return jnp.sum(embeddings.image * embeddings.text, axis=-1)
-
-    return score
+    image, text = clip_embeddings(model, images, prompts)
+    return np.sum(image * text, axis=1)
 
 
 def clip_embeddings(
@@ -103,8 +83,12 @@ def clip_embeddings(
 @functools.lru_cache(maxsize=2)
 def _compiled_embeddings(config: ClipConfig):
     @jax.jit
-    def embed(params, images, ids):
-        embeddings = _embed(config, params, images, ids)
+    def embed(params: PyTree, images: UInt8[Array, "b h w 3"], ids: Int[Array, "b n"]):
+        clip = bind_params(bind_init(Clip, config), params)
+        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
+        # TPUs and GPUs would round, so that scores would depend on the device.
+        with jax.default_matmul_precision("highest"):
+            embeddings = clip(views, ids)
         return jnp.concatenate([embeddings.image, embeddings.text], axis=1)
 
     return embed

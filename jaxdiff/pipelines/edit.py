@@ -1,13 +1,14 @@
 """Edit images with a pipeline: invert, vary, interpolate, upscale, extend."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from jaxdiff.config.checked import check_value
+from jaxdiff.config.fields import Count, Range, Seed
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.input_images import AnyImages, InitImage, Number, check_images
 from jaxdiff.pipelines.inputs import (
@@ -72,7 +73,7 @@ def variations(
     amount: Number | Sequence[Number] = 0.3,
     *,
     prompts: Prompt | Sequence[Prompt] = "",
-    seeds: Sequence[Integer] = (0, 1, 2, 3),
+    seeds: Integer | Iterable[Integer] = (0, 1, 2, 3),
     guidance_scale: Number | Sequence[Number] = 1.0,
     **arguments: Any,
 ) -> np.ndarray:
@@ -94,9 +95,10 @@ def variations(
     Raises:
       UserError: as `invert` and `pipe` raise.
     """
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     images, prompts, n = check_images(image), prompt_list(prompts), len(seeds)
     height, width = images.shape[1:3]
-    own = invert(pipe, images, prompts, **arguments)
+    own = invert(pipe, images, prompts, **_without(arguments, "output"))
     noises = pipe.noise(seeds, size=(width, height))
     # In float64, as Python's numbers would leave `slerp` in float32.
     amounts = np.asarray([check_value("amount", x, float) for x in one_each("amount", amount, n)])
@@ -119,7 +121,7 @@ def interpolate(
     seeds: tuple[Integer, Integer] = (0, 0),
     images: AnyImages | None = None,
     **arguments: Any,
-) -> UInt8[np.ndarray, "k h w 3"]:
+) -> np.ndarray:
     """Sample images between two prompts and two noises, both ends included.
 
     Args:
@@ -135,14 +137,15 @@ def interpolate(
       Images [frames, h, w, 3].
 
     Raises:
-      UserError: fewer than 2 frames, or as `pipe` raises.
+      UserError: fewer than 2 frames, not two seeds, or as `pipe` raises.
     """
-    if frames < 2:
-        raise UserError(f"frames is {frames}: expected at least 2, for both ends.")
+    frames = check_value("frames", frames, Annotated[int, Range(2)])
+    seeds = check_value("seeds", seeds, tuple[Seed, Seed])
     if images is None:
         one, other = pipe.noise(seeds, size=arguments.get("size"))
     else:
-        one, other = invert(pipe, check_images(images, 2), list(prompts), **arguments)
+        of_inversion = _without(arguments, "output", "guidance_scale")
+        one, other = invert(pipe, check_images(images, 2), list(prompts), **of_inversion)
         sampler = arguments.pop("sampler", None) or Sampler()
         arguments["sampler"] = sampler.inherit(Sampler(solver=DDIM()))
         arguments = {"guidance_scale": 1.0} | arguments
@@ -183,8 +186,7 @@ def upscale(
     Raises:
       UserError: factor is less than 1, or as `pipe` raises.
     """
-    if factor < 1:
-        raise UserError(f"factor is {factor}: expected 1 or more, such as 2.")
+    factor = check_value("factor", factor, Count)
     prompts = prompt_list(prompts)
     enlarged = enlarge(check_images(images, len(prompts)), factor)
     sampler = arguments.pop("sampler", None) or Sampler()
@@ -230,11 +232,14 @@ def extend(
       An `InitImage` for `pipe(prompts, init=extend(image, right=16))`.
 
     Raises:
-      UserError: the crop is empty, or an image of another shape or type.
+      UserError: the crop is empty, a number is no integer, or an image of another shape or type.
     """
     (pixels,) = check_images(image, 1)
     height, width = pixels.shape[:2]
-    cut = pixels[max(-top, 0) : height + min(bottom, 0), max(-left, 0) : width + min(right, 0)]
+    added = {"left": left, "top": top, "right": right, "bottom": bottom}
+    left, top, right, bottom = (check_value(name, x, int) for name, x in added.items())
+    below, beside = max(height + min(bottom, 0), 0), max(width + min(right, 0), 0)
+    cut = pixels[max(-top, 0) : below, max(-left, 0) : beside]
     if cut.size == 0:
         raise UserError(
             f"left={left}, top={top}, right={right}, bottom={bottom} crop all of an image of "
@@ -243,6 +248,10 @@ def extend(
     more = ((max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0)))
     mask = np.pad(np.zeros(cut.shape[:2], np.float32), more, constant_values=1)
     return InitImage(image=np.pad(cut, (*more, (0, 0)), mode="edge"), mask=mask)
+
+
+def _without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in names}
 
 
 def _with_solver(sampler: Sampler | None, solver: Solver) -> Sampler:

@@ -1,23 +1,36 @@
 """Model FLOPs of sampling: the solver's evaluations with guidance, the prompts, and decoding."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxdiff.diffusion.schedules import Schedule
 from jaxdiff.distributed.chips import find_chip
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pipelines.inputs import first_step
+from jaxdiff.pipelines.inputs import first_step, guidance_scales
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.resolve import ResolvedSettings
 from jaxdiff.pipelines.settings import Varies
 from jaxdiff.sampling.loop import InitLatents, sample
 from jaxdiff.sampling.sampler import ResolvedSampler
 from jaxdiff.sampling.solver import State, StatefulDenoiser
+
+_NOT_COUNTED = (
+    "best_of",
+    "upscale",
+    "variation",
+    "clip_scale",
+    "guide_scale",
+    "reference",
+    "refiner_start",
+)
+"""Settings by which further models or images take part."""
 
 
 def sampling_flops(
@@ -31,12 +44,12 @@ def sampling_flops(
     """Return the FLOPs of generating one image.
 
     At times in the guidance interval an evaluation takes the network twice, for the prompt and for
-    the negative prompt, unless the model is distilled. Composed prompts and auxiliary models do not
-    count. Evaluations that a cache of features saves do.
+    the negative prompt, unless the model is distilled or the guidance scale is 1. Composed prompts
+    and auxiliary models do not count. Evaluations that a cache of features saves do.
 
     Args:
       model: the specification.
-      sampler: its solver, time grid, guidance and `resample_steps` count.
+      sampler: its solver, time grid, guidance, guidance scale and `resample_steps` count.
       size: width and height in pixels.
       num_steps: of the time grid.
       first: the first step taken, above 0 where an image is the start.
@@ -51,8 +64,10 @@ def sampling_flops(
         num_tokens=model.denoiser.num_tokens(height=rows, width=columns),
         first=first,
     )
-    low, high = sampler.guidance.active_interval
-    guided = sampler.guidance.is_classifier_free(model.denoiser.guidance_embedding)
+    scales, _ = guidance_scales(np.float32([sampler.guidance_scale]), model, sampler.guidance)
+    guidance = sampler.guidance.at_scales(scales)
+    low, high = guidance.active_interval
+    guided = guidance.is_classifier_free(model.denoiser.guidance_embedding)
     calls = sum(1 + (guided and low <= t <= high) for t in times[sampler.guidance.zero_steps :])
     total = calls * network + (1 + guided) * model.conditioner.flops()
     if model.autoencoder is not None:
@@ -60,7 +75,7 @@ def sampling_flops(
     return total
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def evaluation_times(
     sampler: ResolvedSampler,
     schedule: Schedule,
@@ -70,6 +85,18 @@ def evaluation_times(
     first: int = 0,
 ) -> tuple[float, ...]:
     """Return the time of each evaluation of the denoiser, by sampling a single number."""
+    run, times = _probe(sampler, schedule, num_tokens)
+    times.clear()
+    run(jnp.int32(num_steps), jnp.int32(first)).block_until_ready()
+    jax.effects_barrier()
+    return tuple(times)
+
+
+@functools.lru_cache(maxsize=16)
+def _probe(
+    sampler: ResolvedSampler, schedule: Schedule, num_tokens: int
+) -> tuple[Callable[[Array, Array], Array], list[float]]:
+    """Return a compiled loop (num_steps, first) on a single number, and the times it appends."""
     times: list[float] = []
 
     def denoise(x: Array, t: Array, state: State) -> tuple[Array, State]:
@@ -91,9 +118,7 @@ def evaluation_times(
             num_tokens=num_tokens,
         ).images
 
-    jax.jit(run)(jnp.int32(num_steps), jnp.int32(first)).block_until_ready()
-    jax.effects_barrier()
-    return tuple(times)
+    return jax.jit(run), times
 
 
 class SamplingSpeed:
@@ -122,10 +147,11 @@ class SamplingSpeed:
     def _flops_of(self, one: ResolvedSettings) -> float:
         """Return the FLOPs of an image; NaN where further models or images take part."""
         asked = one.settings
-        further = ("best_of", "upscale", "clip_scale", "guide_scale", "reference", "refiner_start")
-        if any(getattr(asked, name) for name in further):
+        if any(getattr(asked, name) for name in _NOT_COUNTED):
             return math.nan
+        assert asked.guidance_scale is not None
         sampler = one.sampler.inherit(self._pipe.spec.sampler).resolve()
+        sampler = dataclasses.replace(sampler, guidance_scale=asked.guidance_scale)
         num_steps = asked.num_steps or sampler.num_steps
         first = 0 if asked.strength is None else first_step(asked.strength, num_steps)
         return sampling_flops(self._pipe.spec, sampler, one.size, num_steps=num_steps, first=first)

@@ -164,7 +164,9 @@ def _call(
     if first.settings.mix_prompt is not None:
         arguments["latents"] = pipe.noise(
             arguments["seeds"],
-            variation_seeds=[s.settings.mix_seed or 0 for s in settings],
+            variation_seeds=[
+                s.seed if s.settings.mix_seed is None else s.settings.mix_seed for s in settings
+            ],
             variation_strength=[s.settings.mix or 0.0 for s in settings],
             size=first.size,
         )

@@ -235,7 +235,9 @@ class ImageMetadata:
                 raise UserError(
                     f"{self.path} was made with another {what}: give that as --{name}-model."
                 )
-        if parse_json(format_json(recorded(resolved)), self.path) != self.settings:
+        # The inputs were compared by their digests: the files may have other names by now.
+        inputs = {name: self.settings[name] for name in FILES if name in self.settings}
+        if parse_json(format_json(recorded(resolved)), self.path) | inputs != self.settings:
             raise _changed(self.path)
         if not self._has_sampler(found["sampler"], pipe.types):
             raise UserError(

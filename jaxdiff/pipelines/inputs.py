@@ -247,8 +247,7 @@ def steps_taken(
     """Return the index of each image's first step, and of the step after its last.
 
     Raises:
-      UserError: a strength outside [0, 1], or neither one nor one each; or an interval without
-        steps.
+      UserError: a strength outside [0, 1], or neither one nor one each; or no step is left.
     """
     n = len(num_steps)
     known = {k: sampler.steps_taken(k, num_tokens) for k in set(num_steps)}
@@ -258,7 +257,13 @@ def steps_taken(
     strengths = one_each("strength", default if init.strength is None else init.strength, n)
     float_array("strength", strengths, n)  # raises for what is no number
     pairs = zip(strengths, num_steps, strict=True)
-    return [(first_step(float(s), k), known[k][1]) for s, k in pairs]
+    taken = [(first_step(float(s), k), known[k][1]) for s, k in pairs]
+    if any(first >= last for first, last in taken):
+        raise UserError(
+            "strength starts after the end of denoising_interval, which leaves no step: expected a "
+            "larger strength, or a later end."
+        )
+    return taken
 
 
 def image_size(
@@ -341,7 +346,7 @@ def sample_inputs(
         fractions = [prompt.fraction if isinstance(prompt, Mix) else 0.0 for prompt in prompts]
         mix_fraction = np.asarray(fractions, np.float32)
     scale = sampler.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    scales, embedded = _guidance_scales(
+    scales, embedded = guidance_scales(
         float_array("guidance_scale", scale, n), spec, sampler.guidance
     )
     seeds = range(n) if request.seeds is None else request.seeds
@@ -362,7 +367,7 @@ def sample_inputs(
     )
 
 
-def _guidance_scales(
+def guidance_scales(
     scales: Float32[np.ndarray, " n"], spec: TextToImage, guidance: Guidance
 ) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"] | None]:
     """Return the scales of eq. 1 of `sampling/guidance/cfg.py`, and those that the network reads.

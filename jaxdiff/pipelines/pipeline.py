@@ -22,6 +22,7 @@ from jaxdiff.distributed.replicas import local_mesh, shard
 from jaxdiff.distributed.sharding import check_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.models.quantized import QuantizedType
 from jaxdiff.models.text_to_image import TextToImage
@@ -244,7 +245,8 @@ class Pipeline:
           seeds: one for all or one each, from 0 to 2**32 - 1; 0 to n - 1 by default.
           num_steps: of the solver, one for all or one each.
           guidance_scale: of classifier-free guidance, one for all or one each; 1 is unguided, and
-            so is less for Stable Diffusion and XL. Networks with a guidance embedding read it.
+            so is less for Stable Diffusion and XL. If all are unguided, another program evaluates
+            the prompts alone, at half the cost. Networks with a guidance embedding read it.
           size: width and height; by default those of `latents` or `init`, or the training images'.
           latents: initial noise [n, i, j, c] of unit variance, instead of that of the seeds.
           init: images to start from, with a mask and a strength, or reference images.
@@ -307,7 +309,7 @@ class Pipeline:
         call = self.prepare(request, num_snapshots)
         stored = self._programs
         program = StoredSampler(call.spec, stored) if stored else compiled_sampler(call.spec)
-        sampled = sample_batches(program, call, self._watch(request.callback, call.size))
+        sampled = sample_batches(program, call, self._watch(request.callback, call))
         warn_of_broken(sampled)
         if request.output == "uint8":
             return np.rint(np.nan_to_num(sampled, posinf=1, neginf=0) * 255).astype(np.uint8)
@@ -338,9 +340,10 @@ class Pipeline:
         )
         if self.offload_text:
             inputs = encode_prompts(spec, self.params, self._mesh, inputs, batch_size)
+        guidance = sampler.guidance.at_scales(inputs.guidance_scale)
         program_spec = SamplerSpec(
             model=spec,
-            sampler=sampler,
+            sampler=dataclasses.replace(sampler, guidance=guidance),
             shape=shape,
             mesh=self._mesh,
             is_latent=request.output == "latents",
@@ -365,14 +368,15 @@ class Pipeline:
                 stacklevel=4,
             )
 
-    def _watch(self, callback: Callback | None, batch_size: int) -> Watch | None:
+    def _watch(self, callback: Callback | None, call: SampleCall) -> Watch | None:
         if callback is None:
             return None
         preview = as_preview(callback)
         decoder: Pipeline = preview.decoder or self
 
         def show(step: int, x0: np.ndarray, indices: Sequence[int]) -> None:
-            preview.show(step, decoder.decode(x0, batch_size), indices)
+            images = decoder.decode(x0, call.size, call.spec.sampler.vae_mode)
+            preview.show(step, images, indices)
 
         return Watch(preview.every, show)
 
@@ -486,9 +490,11 @@ class Pipeline:
         autoencode = functools.partial(compiled_autoencoder(self.spec, self._mesh), self.params)
         return in_full_batches(autoencode, size, images)
 
-    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+    def decode(
+        self, latents: np.ndarray, batch_size: int | None = None, vae_mode: VaeMode = "full"
+    ) -> np.ndarray:
         """Decode latents [n, i, j, c] of unit variance, or pixels, to images uint8 [n, h, w, 3]."""
         height, width = (side * self.spec.downsampling for side in latents.shape[1:3])
         size = (batch_size or default_batch_size(width, height)) * num_replicas(self._mesh)
-        decode = functools.partial(compiled_decoder(self.spec, self._mesh), self.params)
+        decode = functools.partial(compiled_decoder(self.spec, self._mesh, vae_mode), self.params)
         return in_full_batches(decode, size, latents)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from jaxdiff.distributed.replicas import per_replica
 from jaxdiff.errors import UserError
+from jaxdiff.models.autoencoders.tiling import VaeMode
 from jaxdiff.models.conditioning import (
     AESTHETIC_SCORE,
     NEGATIVE_AESTHETIC_SCORE,
@@ -148,7 +149,6 @@ class SamplerSpec:
             guidance=guidance,
             overlap=None,
             denoising_interval=(float(self.sampler.denoising_interval[0] > 0), 1.0),
-            vae_mode="full" if self.is_latent else self.sampler.vae_mode,
         )
         object.__setattr__(self, "sampler", sampler)
         object.__setattr__(self, "model", _anonymous(self.model))
@@ -243,14 +243,14 @@ def _denoiser(
     # The size condition is that of the network's input.
     height, width = (side * model.downsampling for side in spec.network_shape)
     wrap = NO_WRAP if windows else spec.sampler.wrap
-    cache = spec.sampler.cache
-    guide = None
+    vae_mode, cache, guide = spec.sampler.vae_mode, spec.sampler.cache, None
     if spec.guide is not None:
         assert inputs.guide_scale is not None
-        conditioned = _conditioned(spec.guide, params["guide"], inputs, (height, width), wrap)
+        own = params["guide"]
+        conditioned = _conditioned(spec.guide, own, inputs, (height, width), wrap, vae_mode)
         guide = GuideModel(conditioned, inputs.guide_scale[0])
     denoiser = guided_denoiser(
-        _conditioned(model, params, inputs, (height, width), wrap, cache),
+        _conditioned(model, params, inputs, (height, width), wrap, vae_mode, cache),
         guidance,
         inputs.guidance_scale,
         threshold=spec.sampler.threshold,
@@ -278,6 +278,7 @@ def _conditioned(
     inputs: SampleInputs,
     size: tuple[int, int],
     wrap: Wrap,
+    vae_mode: VaeMode,
     cache: AnyCache | None = None,
 ) -> ConditionedModel:
     """Return a model's network with the conditioning of all prompts.
@@ -285,10 +286,10 @@ def _conditioned(
     Raises:
       UserError: the network has no features to cache.
     """
-    reference, positions = _references(model, params, inputs)
+    reference, positions = _references(model, params, inputs, vae_mode)
     shared = Conditioning(
         guidance=inputs.guidance,
-        concat=_inpainting_channels(model, params, inputs),
+        concat=_inpainting_channels(model, params, inputs, wrap, vae_mode),
         reference=reference,
         reference_positions=positions,
     )
@@ -341,7 +342,11 @@ def _conditioned(
 
 
 def _inpainting_channels(
-    model: TextToImage, params: Mapping[str, Any], inputs: SampleInputs
+    model: TextToImage,
+    params: Mapping[str, Any],
+    inputs: SampleInputs,
+    wrap: Wrap,
+    vae_mode: VaeMode,
 ) -> Float[Array, "b i j k"] | None:
     """Return mask and masked latents for inpainting networks; None for others."""
     if not model.is_inpainting:
@@ -350,16 +355,19 @@ def _inpainting_channels(
     assert inputs.mask is not None
     around = from_uint8(inputs.image) * (inputs.mask < 0.5)[..., None]
     mask = latent_mask(inputs.mask, model.downsampling)
-    return jnp.concatenate([mask, model.encode(params, around)], axis=-1)
+    latents = model.encode(params, around, vae_mode=vae_mode, wrap=wrap)
+    return jnp.concatenate([mask, latents], axis=-1)
 
 
 def _references(
-    model: TextToImage, params: Mapping[str, Any], inputs: SampleInputs
+    model: TextToImage, params: Mapping[str, Any], inputs: SampleInputs, vae_mode: VaeMode
 ) -> tuple[Float[Array, "b m r"] | None, Int[Array, "b m axes"] | None]:
     """Return the tokens and positions of the reference images, if there are some."""
     if inputs.references is None or not model.denoiser.max_references:
         return None, None
-    latents = [model.encode(params, from_uint8(images)) for images in inputs.references]
+    latents = [
+        model.encode(params, from_uint8(images), vae_mode=vae_mode) for images in inputs.references
+    ]
     return model.denoiser.reference_tokens(latents)
 
 
@@ -475,9 +483,13 @@ def compiled_autoencoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
 
 
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
-def compiled_decoder(model: TextToImage, mesh: Mesh) -> ImageProgram:
+def compiled_decoder(model: TextToImage, mesh: Mesh, vae_mode: VaeMode) -> ImageProgram:
     """Return the jitted map from latents to uint8 images."""
-    return per_replica(lambda params, x0: _to_levels(model.decode(params, x0)), mesh)
+
+    def decode(params, latents):
+        return _to_levels(model.decode(params, latents, vae_mode=vae_mode))
+
+    return per_replica(decode, mesh)
 
 
 def _to_levels(images: jax.Array) -> jax.Array:

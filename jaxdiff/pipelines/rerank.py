@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, UInt8, UInt32
 
-from jaxdiff.errors import UserError
+from jaxdiff.config.checked import check_value
+from jaxdiff.config.fields import Count
 from jaxdiff.pipelines.auxiliary_models import clip_scores
 from jaxdiff.pipelines.inputs import Integer, Mix, Prompt, one_each, prompt_list, seed_array
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -80,8 +81,7 @@ def best_of_n(
     Raises:
       UserError: n is less than 1, or as `pipe` raises.
     """
-    if n < 1:
-        raise UserError(f"n is {n}: expected a number of images per prompt, 1 or more.")
+    n = check_value("n", n, Count)
     prompts = prompt_list(prompts)
     count = len(prompts)
     first = one_each("seeds", range(0, count * n, n) if seeds is None else seeds, count)

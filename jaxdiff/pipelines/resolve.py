@@ -169,9 +169,14 @@ class ResolvedSettings:
         return self.size[0] * factor, self.size[1] * factor
 
     def group(self, level: Varies) -> tuple[object, ...]:
-        """Return `GenerationSettings.group`, with the sizes of the reference images."""
+        """Return `GenerationSettings.group`, with what else decides the program.
+
+        That is the sizes of the reference images, and whether the guidance scale is 1.
+        """
+        scale = self.settings.guidance_scale
+        guided = scale is not None and (scale > 1) - (scale < 1)
         sizes = (file.size for file in self.files.get("reference", ()))
-        return *self.settings.group(level), *sizes
+        return *self.settings.group(level), guided, *sizes
 
     def replace(self, **changes: object) -> "ResolvedSettings":
         """Replace settings that do not affect the sampler."""
@@ -294,7 +299,6 @@ def _with_defaults(
         strength=(1.0 if asked.mask else IMAGE_STRENGTH)
         if asked.init_image and not varies
         else None,
-        mix_seed=(asked.seed or 0) if asked.mix_prompt else None,
     )
     return dataclasses.replace(asked.inherit(defaults), size=size)
 

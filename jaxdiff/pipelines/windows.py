@@ -31,8 +31,8 @@ def windows_of(
         raise UserError(
             f"{model.name} is for inpainting, which does not support windows: omit overlap."
         )
-    width, height = size if overlap is None else (model.image_size, model.image_size)
-    if not any(wrap) and size[0] <= width and size[1] <= height:
+    width, height = (x if overlap is None else min(x, model.image_size) for x in size)
+    if not any(wrap) and (width, height) == size:
         return None
     if sampler.guidance.has_state or sampler.cache is not None:
         what = "A cache of features" if sampler.cache else "Guidance with a state"

@@ -181,9 +181,12 @@ def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_pa
     for i in range(3):
         save_png(photos / f"{i}.png", np.full((40, 32, 3), 50 * i, np.uint8))
         (photos / f"{i}.txt").write_text(f"a pea {i}")
-    monkeypatch.setattr(
-        clip_score, "clip_scores", lambda _model, images, texts: np.full(len(texts), 0.25)
-    )
+
+    def embeddings(_model, images, texts):
+        assert len(images) == len(texts)
+        return tuple(np.tile(np.float32(x), (len(texts), 1)) for x in ([1, 0], [0.25, 0.968]))
+
+    monkeypatch.setattr(clip_score, "clip_embeddings", embeddings)
     folder = model(ClipScore(), source=ImageFolder(path=str(photos)))
     assert cli.main(["evaluate", str(folder), "--samples", "3"]) == 0
     figures = saved(folder)["figures"]
@@ -313,6 +316,8 @@ def test_images_in_an_archive_are_scored(one_device, tmp_path, capsys, refused):
         (("--self-test", "--few"), "--few has no effect with --self-test"),
         (("--reference", "a", "--samples", "9"), "--samples has no effect without a model"),
         (("--images", "a", "--sweep", "num_steps=2"), "--sweep has no effect without a model"),
+        (("--images", "a", "--best-of", "4"), "--best-of has no effect without a model"),
+        (("--images", "a", "--clip-scale", "2"), "--clip-scale has no effect without a model"),
         (("--images", "a", "--reference", "b", "--resize", "pytorch"), "--resize has no effect on"),
         (("--images", "a", "--reference", "none"), "none"),
     ],

@@ -19,7 +19,7 @@ def test_a_mesh_is_parsed_from_its_axes():
     assert parse_mesh("fsdp=-1, context=2") == MeshConfig(data=1, fsdp=-1, context=2)
 
 
-@pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two"])
+@pytest.mark.parametrize("text", ["16x16", "pipeline=2", "data=", "data=two", "data=--5", "data=²"])
 def test_an_invalid_mesh_is_refused(text):
     with pytest.raises(
         UserError, match=r"is not an axis and its size: expected some of slices, data"

@@ -77,6 +77,30 @@ def test_interpolation_between_two_images_begins_and_ends_at_both(pipeline, imag
     assert (frames[1] != frames[0]).any()
 
 
+def test_the_output_of_edits_is_that_of_their_images(pipeline, images):
+    floats = edit.variations(pipeline, images[0], seeds=4, num_steps=1, output="float")
+    assert (floats.shape, floats.dtype) == ((1, 32, 32, 3), np.float32)
+    settings = {"num_steps": 1, "output": "float", "guidance_scale": 3.0}
+    frames = edit.interpolate(pipeline, (PEA, TOMATO), 2, images=images, **settings)
+    noise = edit.invert(pipeline, images, [PEA, TOMATO], num_steps=1)
+    ends = pipeline([PEA, TOMATO], latents=noise, sampler=Sampler(solver=DDIM()), **settings)
+    np.testing.assert_allclose(frames, ends, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frames", "seeds", "message"),
+    [
+        (1, (0, 0), "frames is 1: expected a whole number, at least 2"),
+        (2.5, (0, 0), "frames is 2.5: expected a whole number"),
+        (2, 3, "seeds is 3: expected"),
+        (2, (0, 1, 2), "seeds is .*: expected"),
+    ],
+)
+def test_frames_and_seeds_of_an_interpolation_are_checked(pipeline, frames, seeds, message):
+    with pytest.raises(UserError, match=message):
+        edit.interpolate.__wrapped__(pipeline, (PEA, TOMATO), frames, seeds=seeds)
+
+
 def test_upscaled_images_are_larger(pipeline, images):
     large = edit.upscale(pipeline, images, [PEA, TOMATO], strength=0.1, num_steps=8)
     assert large.shape == (2, 64, 64, 3)
@@ -85,6 +109,9 @@ def test_upscaled_images_are_larger(pipeline, images):
     np.testing.assert_array_equal(same, plain)
     with pytest.raises(UserError, match="factor is 0"):
         edit.upscale(pipeline, images, [PEA, TOMATO], factor=0)
+    for factor in (1.5, "2"):
+        with pytest.raises(UserError, match=r"factor is .*: expected a whole number"):
+            edit.upscale.__wrapped__(pipeline, images, [PEA, TOMATO], factor=factor)
     with pytest.raises(UserError, match=r"overlap is 1.0"):
         edit.upscale(pipeline, images, [PEA, TOMATO], overlap=1.0)
 
@@ -185,7 +212,7 @@ def test_between_two_prompts_and_seeds_both_ends_are_their_own_images(pipeline, 
     compilations.clear()
     edit.interpolate(pipeline, (TOMATO, PEA), 7, num_steps=2)
     assert not compilations
-    with pytest.raises(UserError, match="expected at least 2"):
+    with pytest.raises(UserError, match="expected a whole number, at least 2"):
         edit.interpolate(pipeline, (PEA, TOMATO), 1)
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from jaxdiff.diffusion.schedules import RectifiedFlow
 from jaxdiff.distributed.chips import CHIPS
+from jaxdiff.io.images import save_png
 from jaxdiff.models.autoencoders.tiny import TinyAutoencoderConfig
 from jaxdiff.pipelines import flops
 from jaxdiff.pipelines.flops import SamplingSpeed, evaluation_times, sampling_flops
@@ -46,6 +48,23 @@ def test_guided_steps_evaluate_the_network_twice(counted):
     assert counted() == pytest.approx(20)
     assert counted(guidance=Guidance(interval=(0.0, 0.55))) == pytest.approx(10 + 5)
     assert counted(solver=SOLVERS["heun"]()) == pytest.approx(38)
+
+
+def test_unguided_steps_evaluate_it_once(tiny_spec):
+    network = tiny_spec.denoiser.flops(height=32, width=32, text_length=16)
+    unguided = Sampler(guidance_scale=1.0).resolve()
+    total = sampling_flops(tiny_spec, unguided, (32, 32), num_steps=10)
+    assert total == pytest.approx(10 * network + tiny_spec.conditioner.flops())
+
+
+def test_other_steps_compile_nothing(compilations):
+    sampler = Sampler(num_steps=7).resolve()
+    evaluation_times(sampler, RectifiedFlow(), num_steps=7)
+    compilations.clear()
+    times = evaluation_times(sampler, RectifiedFlow(), num_steps=9, first=3)
+    assert len(times) == 6
+    assert times[0] == pytest.approx(6 / 9)
+    assert not compilations
 
 
 def test_only_steps_that_are_taken_count(counted):
@@ -98,6 +117,19 @@ def test_the_utilisation_is_that_of_the_chip(speed, pipeline):
     assert float(found[1]) == pytest.approx(100 * expected, abs=0.06)
 
 
-def test_what_is_not_counted_has_no_utilisation(speed):
+def test_what_is_not_counted_has_no_utilisation(speed, tmp_path):
     chip = dataclasses.replace(CHIPS[0], flops=1e10)
     assert "MFU" not in speed(chip, best_of=2)
+    image = tmp_path / "image.png"
+    save_png(image, np.zeros((32, 32, 3), np.uint8))
+    assert "MFU" in speed(chip, init_image=image)
+    assert "MFU" not in speed(chip, init_image=image, variation=0.5)
+
+
+def test_the_utilisation_is_that_of_the_scale(speed):
+    chip = dataclasses.replace(CHIPS[0], flops=1e10)
+    once, twice = (
+        float(speed(chip, guidance_scale=scale).rpartition(" ")[2].rstrip("%"))
+        for scale in (1.0, 2.0)
+    )
+    assert once == pytest.approx(twice / 2, rel=0.01)

@@ -157,8 +157,15 @@ def test_panning_crops_the_other_side():
     assert canvas.shape == IMAGE.shape
     np.testing.assert_array_equal(canvas[:, :4], IMAGE[:, 2:])
     np.testing.assert_array_equal(mask[0], [0, 0, 0, 0, 1, 1])
-    with pytest.raises(UserError, match="crop all of an image of 6x4"):
-        extend(IMAGE, left=-6)
+
+
+@pytest.mark.parametrize("side", ["left", "top", "right", "bottom"])
+def test_an_image_is_not_cropped_to_nothing(side):
+    for more in (-6, -7, -10):  # of 4 rows and 6 columns
+        with pytest.raises(UserError, match="crop all of an image of 6x4"):
+            extend(IMAGE, **{side: more})
+    with pytest.raises(UserError, match=f"{side} is 1.5: expected a whole number"):
+        extend.__wrapped__(IMAGE, **{side: 1.5})
 
 
 def test_between_two_noises_there_is_noise_of_the_same_size():

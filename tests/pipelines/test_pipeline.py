@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,23 @@ from jaxdiff.pipelines.inputs import (
 )
 from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.sampling.guidance.guidance import Guidance
 from jaxdiff.sampling.loop import noise_from_seeds
 from jaxdiff.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.optimized  # compares bits of what users compile
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
+
+
+@dataclasses.dataclass(frozen=True)
+class Halfway:
+    """A rule by which the negative prompt has an effect at any scale."""
+
+    def init_state(self, x):
+        return ()
+
+    def combine(self, estimates, guidance_scale, state):
+        return (estimates.cond + estimates.uncond) / 2, state
 
 
 def test_images_are_uint8_or_float_from_0_to_1(pipeline):
@@ -72,6 +86,23 @@ def test_settings_of_the_others_do_not_matter(pipeline):
         negative_prompt=["", "red"],
     )
     np.testing.assert_array_equal(images[1], alone)
+
+
+def test_unguided_images_are_sampled_without_the_negative_prompt(pipeline):
+    """A call with a scale of 1 alone evaluates the prompt alone; the result is the same."""
+
+    def guided(**arguments):
+        call = pipeline.prepare(SampleRequest.of(prompts=[PEA, PEA], **arguments))
+        return call.spec.sampler.guidance.is_classifier_free()
+
+    assert guided(guidance_scale=[1, 2])
+    assert not guided(guidance_scale=[1, 1])
+    rule = Guidance(rule=Halfway())
+    assert guided(guidance_scale=1, guidance=rule)
+    both = pipeline([PEA, TOMATO], seeds=[7, 8], guidance_scale=[1, 3], output="float")
+    (alone,) = pipeline(PEA, seeds=7, guidance_scale=1, negative_prompt=TOMATO, output="float")
+    np.testing.assert_allclose(alone, both[0], atol=1e-4)
+    assert np.abs(alone - pipeline(PEA, seeds=7, guidance_scale=1, guidance=rule)).max() > 0.01
 
 
 def test_another_batch_size_changes_no_more_than_rounding(pipeline):
@@ -335,6 +366,29 @@ def test_more_steps_than_the_grid_has_are_refused(pipeline, grid, steps, most):
     times = np.asarray(grid(jnp.arange(most + 1), most, 64))
     assert (np.diff(times) < 0).all()
     assert pipeline([PEA], num_steps=2, sampler=Sampler(grid=grid)).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7])
+def test_a_strength_that_leaves_no_step_of_the_interval_is_refused(pipeline, strength):
+    init = InitImage(image=np.zeros((32, 32, 3), np.uint8), strength=strength)
+    first = Sampler(denoising_interval=(0, 0.3))
+    with pytest.raises(UserError, match="strength starts after the end of denoising_interval"):
+        pipeline(PEA, init=init, num_steps=10, sampler=first, output="latents")
+    more = dataclasses.replace(init, strength=0.8)
+    latents = pipeline(PEA, init=more, num_steps=10, sampler=first, output="latents")
+    assert np.abs(latents).max() > 0.1
+
+
+def test_the_windows_of_an_image_are_no_larger_than_it(pipeline):
+    """The size condition and the time shift are those of what the network reads."""
+
+    def shape(width, height):
+        request = SampleRequest.of(prompts=PEA, size=(width, height), sampler=Sampler(overlap=0.5))
+        return pipeline.prepare(request).spec.network_shape
+
+    assert shape(64, 16) == (16, 32)
+    assert shape(64, 64) == (32, 32)
+    assert shape(32, 16) == (16, 32)
 
 
 def test_a_strength_below_one_step_takes_one(pipeline):

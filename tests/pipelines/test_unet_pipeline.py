@@ -64,7 +64,7 @@ def make(tiny_bundle):
 
 
 @pytest.mark.slow
-def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make):
+def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make, encodings):
     inpainting = dataclasses.replace(SPEC, denoiser=dataclasses.replace(UNET, in_channels=9))
     pipe = make(inpainting)
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
@@ -76,6 +76,8 @@ def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make):
     other[:, :8] = 255 - other[:, :8]
     (two,) = pipe(PEA, init=InitImage(image=other, mask=mask))
     assert (one[:, 8:] != two[:, 8:]).any()  # what is kept shapes what is new
+    pipe(PEA, init=InitImage(image=image, mask=mask), sampler=Sampler(vae_mode="slicing"))
+    assert set(encodings) == {"full", "slicing"}
     composed = pipe('"a pea":1 "red":-0.5', init=InitImage(image=image, mask=mask))
     assert composed.shape == (1, 16, 16, 3)
     for init in (None, InitImage(image=image)):
@@ -132,7 +134,7 @@ def test_stable_diffusion_is_unguided_at_1_and_below(make, recwarn):
     for scale in (0, 0.5, -1, 0.999):
         np.testing.assert_array_equal(pipe(PEA, guidance_scale=scale, **arguments), unguided)
     (mixed,) = pipe([PEA, PEA], guidance_scale=[0, 3], **arguments)[:1]
-    np.testing.assert_array_equal(mixed, unguided[0])
+    np.testing.assert_allclose(mixed, unguided[0], atol=1e-5)  # of another program
     assert (pipe(PEA, guidance_scale=1.5, **arguments) != unguided).any()
     assert (pipe(TOMATO, guidance_scale=0, **arguments) != unguided).any()
     assert not recwarn.list

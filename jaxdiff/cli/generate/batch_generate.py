@@ -44,8 +44,6 @@ from jaxdiff.pipelines.resolve import (
 from jaxdiff.pipelines.settings import Varies
 from jaxdiff.training.metrics import Progress
 
-LARGEST_GRID = 400  # images; more are too small to see on any screen
-
 
 class Job(NamedTuple):
     """One image to generate."""
@@ -168,7 +166,7 @@ def _save_grids(folder: epath.Path, jobs: Sequence[Job]) -> None:
         if (folder / job.file).exists():  # an image may have failed
             sizes.setdefault(job.settings.final_size, []).append(job)
     for (width, height), some in sizes.items():
-        shown = some[:LARGEST_GRID]
+        shown = some[: pictures.LARGEST_GRID]
         images = np.stack([pictures.read_picture(folder / job.file) for job in shown])
         captions = [job.settings.prompt for job in shown] if width >= 48 else None
         which = f"-{width}x{height}" if len(sizes) > 1 else ""

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import jax
@@ -132,8 +132,7 @@ def _generate_prompts(options: SampleOptions, folder: epath.Path) -> None:
     if options.interpolate:
         _save_interpolation(folder, images)
     else:
-        captions = [one.prompt for one in settings] if images.shape[2] >= 48 else None
-        _save_png(folder / "grid.png", pictures.grid(images, captions=captions, scale=2))
+        _save_grid(folder, images, [one.prompt for one in settings])
     if options.strip:
         with show_progress("Sampling the strip", quiet=options.quiet):
             estimates = snapshots(pipe, settings, options.strip)
@@ -167,7 +166,7 @@ def _generate(
                 start = time.perf_counter()
                 made.append(generate(pipe, settings[i : i + size], preview=preview))
                 if speed is not None:
-                    speed.add(made[-1].settings, time.perf_counter() - start)
+                    speed.add(settings[i : i + size], time.perf_counter() - start)
                 for image, used in zip(*made[-1], strict=True):
                     _save(folder, files[written:], image, file_text(used, pipe))
                     written += 1
@@ -208,6 +207,14 @@ def _save_png(path: epath.Path, picture: pictures.Picture) -> None:
     write_line(path)
 
 
+def _save_grid(folder: epath.Path, images: np.ndarray, prompts: Sequence[str]) -> None:
+    """Write the first images with their prompts, small ones enlarged."""
+    shown, side = images[: pictures.LARGEST_GRID], max(images.shape[1:3])
+    captions = prompts[: len(shown)] if images.shape[2] >= 48 else None
+    scale = 2 if side <= pictures.ENLARGED_SIDE else 1
+    _save_png(folder / "grid.png", pictures.grid(shown, captions=captions, scale=scale))
+
+
 def _save_interpolation(folder: epath.Path, images: np.ndarray) -> None:
     """Write the images as a strip, and as an animation that plays forward and backward."""
     _save_png(folder / "interpolation.png", pictures.grid(images, columns=len(images)))
@@ -237,7 +244,7 @@ def _generate_again(
     metadata: ImageMetadata, file: epath.Path, options: SampleOptions, folder: epath.Path
 ) -> np.ndarray:
     details = metadata.details
-    pipe = open_pipeline(options, dtype=details["dtype"], quantize=details.get("quantize"))
+    pipe = open_pipeline(options, dtype=details.get("dtype"), quantize=details.get("quantize"))
     settings = metadata.resolve(pipe, options.settings, options.command_defaults)
     kind = "webp" if file.suffix.lower() == ".webp" else "png"
     (image,), _ = _generate(pipe, [settings], options, folder, [f"{file.stem}-again.{kind}"])

@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff.config.checked import checked
@@ -103,6 +104,15 @@ class Guidance:
           embeds: whether it reads the guidance scale.
         """
         return self.true_cfg_scale is not None or not (self.distilled or embeds)
+
+    def at_scales(self, scales: Float[np.ndarray, " b"]) -> "Guidance":
+        """Return these options for the scales of a batch.
+
+        Where all are 1, the negative prompt has no effect and is not evaluated, but for a `rule`.
+        """
+        if self.rule is not None or (scales != 1).any():
+            return self
+        return dataclasses.replace(self, distilled=True, true_cfg_scale=None)
 
     def inherit(self, other: "Guidance") -> "Guidance":
         """Return these options, with another's in the place of those that are None."""

@@ -80,6 +80,8 @@ def test_an_image_of_an_image_is_reproduced_from_that_one(sample, tmp_path, caps
     file = tmp_path / "out" / "0000-a-small-red-pea.png"
     assert "Denoising strength: 0.5" in read_image_text(file)["parameters"]
     assert sample("--again", file, "--init-image", tmp_path / "a.png") == 0
+    renamed = (tmp_path / "a.png").rename(tmp_path / "c.png")
+    assert sample("--again", file, "--init-image", renamed) == 0
     for words in ((), ("--init-image", tmp_path / "b.png")):
         assert sample("--again", file, *words) == 2
         assert "was made from a.png" in capsys.readouterr().err
@@ -114,6 +116,17 @@ def test_a_mixture_of_two_prompts_is_reproduced(sample, tmp_path):
         2,
     ]
     assert sample("--again", file) == 0
+
+
+def test_the_noise_of_each_copy_of_a_mixture_is_its_own(sample, tmp_path):
+    """The second prompt's noise is that of the image's seed by default, also of the second one."""
+    words = (PEA, "--num-steps", 2, "--mix-prompt", "a green tomato")
+    assert sample(*words, "--seed", 5, "--num-images", 2) == 0
+    second = pixels(tmp_path / "out" / "0001-a-small-red-pea.png")
+    assert sample(*words, "--seed", 6) == 0
+    first = tmp_path / "out" / "0000-a-small-red-pea.png"
+    np.testing.assert_array_equal(pixels(first), second)
+    assert sample("--again", first) == 0
 
 
 @pytest.fixture(scope="module")

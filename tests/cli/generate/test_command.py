@@ -10,6 +10,7 @@ from etils import epath
 from PIL import Image
 
 from jaxdiff.cli import main as cli
+from jaxdiff.cli.generate import command
 from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
 from jaxdiff.cli.parsing import _flags
 from jaxdiff.errors import UserError
@@ -58,6 +59,14 @@ def test_it_writes_a_png_for_each_prompt_and_a_grid(sample, model, tmp_path, cap
         np.testing.assert_array_equal(np.asarray(Image.open(out / name)), image)
     printed = capsys.readouterr().out
     assert all(str(out / name) in printed for name in names)
+
+
+def test_the_grid_of_many_or_large_images_is_not_huge(tmp_path):
+    small, large = np.zeros((500, 8, 8, 3), np.uint8), np.zeros((2, 64, 512, 3), np.uint8)
+    command._save_grid(epath.Path(tmp_path), small, [PEA] * 500)
+    assert Image.open(tmp_path / "grid.png").size == (20 * (2 * 8 + 2) + 2,) * 2
+    command._save_grid(epath.Path(tmp_path), large, [PEA] * 2)
+    assert Image.open(tmp_path / "grid.png").size[0] == 2 * (512 + 2) + 2
 
 
 def test_the_text_chunks_state_the_settings_of_an_image(sample, model, tmp_path):
