@@ -9,6 +9,7 @@ import tyro
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Range, Seed
+from jaxdiff.config.recipe_files import names_recipe
 from jaxdiff.errors import UserError
 from jaxdiff.explore.axes import (
     ATTRIBUTES,
@@ -79,7 +80,7 @@ def explore_data(options: ExploreOptions) -> None:
         installed.
     """
     check_tsne()
-    is_recipe = options.data.endswith(".py")
+    is_recipe = names_recipe(options.data)
     config = load_recipe(options.data) if is_recipe else read_config(options.data)
     specs = list(dict.fromkeys([options.x, options.y, *options.axes]))
     texts = {spec: _split(spec) for spec in specs if spec not in {*ATTRIBUTES, *LEARNED}}

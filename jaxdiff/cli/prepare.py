@@ -9,6 +9,7 @@ from etils import epath
 from jaxdiff.cli.parsing import NO_PREFIX, parse_flags
 from jaxdiff.cli.recipe_flags import parse_recipe_flags
 from jaxdiff.config.checked import checked
+from jaxdiff.config.recipe_files import names_recipe
 from jaxdiff.data.files import (
     is_image,
     is_packed_tar,
@@ -64,7 +65,7 @@ class PreparePathOptions(Sharing):
 def prepare_command(arguments: list[str]) -> None:
     """Run `jaxdiff prepare RECIPE_OR_SOURCE OUT [--shards N] [--latents.views N] ...`."""
     prog = "jaxdiff prepare"
-    if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".py"):
+    if arguments and not arguments[0].startswith("-") and not names_recipe(arguments[0]):
         data = DataConfig(source=source_at(arguments[0]), transforms=Transforms(size=256))
         plain = PreparePathOptions(data=data)
         path = parse_flags(PreparePathOptions, arguments[1:], default=plain, prog=prog)
@@ -110,8 +111,8 @@ def source_at(path: str) -> AnySource:
         names = [path]
     else:
         raise UserError(
-            f"{path} does not exist: expected a recipe, with a name ending in .py, or images with "
-            "captions."
+            f"{path} does not exist: expected a recipe, by its name or its Python file, or images "
+            "with captions."
         )
     if any(name.lower().endswith(".tar") for name in names):
         return WebDataset(path=path)

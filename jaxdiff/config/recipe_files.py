@@ -23,6 +23,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.py") if not path.stem.startswith("_"))
 
 
+def names_recipe(word: str) -> bool:
+    """Whether a word is a recipe: a Python file, or a shipped recipe's name that no path has."""
+    return word.endswith(".py") or (word in recipe_names() and not Path(word).exists())
+
+
 def find_recipe(recipe: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe: a path, or a shipped recipe's name such as `produce`.
 

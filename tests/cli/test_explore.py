@@ -8,6 +8,7 @@ from PIL import Image
 from jaxdiff.cli import explore as command
 from jaxdiff.cli import main as cli
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.errors import UserError
 from jaxdiff.explore.spaces import read_clip
 
 RECIPE = """
@@ -86,6 +87,14 @@ def test_a_folder_of_images_becomes_figures_and_a_page(folder, tmp_path, capsys)
             *command.LEARNED,
         }
         assert all(len(axis["values"]) == 23 for axis in space["axes"])
+
+
+def test_a_recipe_may_be_given_by_its_name(refused, monkeypatch):
+    def stop(config, *_):
+        raise UserError(f"{config.name} was read.")
+
+    monkeypatch.setattr(command, "read_records", stop)
+    assert "produce was read." in refused("produce")
 
 
 def test_a_missing_scikit_learn_is_reported_before_the_work(refused, monkeypatch):

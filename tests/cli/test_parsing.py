@@ -44,6 +44,7 @@ def test_the_answer_exists_and_the_question_does_not(prog, known):
         (("train", "--max_train_steps", "3"), "--train.steps"),
         (("train", "--learning-rate", "1"), "--optimizer.learning-rate"),
         (("train", "--output_dir", "x"), "--out"),
+        (("train", "--dcn_data_parallelism", "2"), "--mesh.slices"),
     ],
 )
 def test_a_flag_of_another_project_is_answered_with_ours(refused, words, message):

@@ -37,6 +37,17 @@ def test_prepare_takes_keys_of_the_recipe(recipe, tmp_path):
     assert len(ArrayRecord(path=str(tmp_path / "out"))) == 2
 
 
+def test_a_word_is_the_name_of_a_recipe_unless_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "produce", "scenes", "--data.source.length", "2"]) == 0
+    assert len(ArrayRecord(path="scenes")) == 2
+    (tmp_path / "produce").mkdir()
+    (tmp_path / "produce" / "a.png").write_bytes(_png())
+    (tmp_path / "produce" / "a.txt").write_text("an image")
+    assert cli.main(["prepare", "produce", "photos"]) == 0
+    assert ArrayRecord(path="photos")[0]["captions"] == ["an image"]
+
+
 def test_prepare_refuses_invalid_options(recipe, tmp_path, refused):
     assert "data.source.length is 0" in refused(
         "prepare", recipe, str(tmp_path / "o"), "--data.source.length=0"
