@@ -1,7 +1,6 @@
 """Hold out a share of the records by a hash of each, whatever their order and their number."""
 
 import functools
-import hashlib
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -11,7 +10,7 @@ import rich.progress
 from jaxtyping import Int
 
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.sources.base import identity_of
+from jaxdiff.data.sources.base import digest_of
 from jaxdiff.io.terminal import console
 
 Indices = Int[np.ndarray, " _"]
@@ -20,10 +19,11 @@ Indices = Int[np.ndarray, " _"]
 def split_records(source: Any, held_out: float) -> tuple[Indices, Indices]:
     """Return the indices of the records to train on, ascending, and of those held out.
 
-    A record is held out if a hash of its identity (`identity_of`), a number in [0, 1), is less than
-    `held_out`. Equal records are on the same side, a larger share contains a smaller one, and new
-    records move none. Those held out are in the order of their hashes: a part from the start is
-    stable too. Records that cannot be read are left to training, which reports them.
+    A record is held out if the digest of its identity (`digest_of`), as a number in [0, 1), is less
+    than `held_out`. Equal records are on the same side, a larger share contains a smaller one, and
+    new records move none. Cached latents are on the side of their images. Those held out are in the
+    order of their digests: a part from the start is stable too. Records that cannot be read are
+    left to training, which reports them.
     """
     try:
         values = _cached_hashes(source)
@@ -54,10 +54,9 @@ def _hashes(source: Any) -> np.ndarray:
 
     def number(index: int) -> float:
         try:
-            digest = hashlib.blake2b(identity_of(source, index), digest_size=6).digest()
+            return int(digest_of(source, index), 16) / 2**48
         except RecordError:
             return 1.0
-        return int.from_bytes(digest, "big") / 2**48
 
     return np.array(read_all(source, number, "Choosing the held-out records"))
 

@@ -47,8 +47,8 @@ class DataConfig:
     """Training data and the input pipeline.
 
     Attributes:
-      source: of the records.
-      transforms: of images and captions.
+      source: source of the records.
+      transforms: transforms of images and captions.
       workers: processes per host that read batches; 0 reads in the main process.
       threads: batches read concurrently in every process: one is fastest for small images, which
         are bound by Python's lock, several for photographs and remote storage.

@@ -24,7 +24,7 @@ from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.buckets import nearest_shape
 from jaxdiff.data.shards import Shard, shard_from_json
 from jaxdiff.data.sources.array_record import encode_record, write_encoded
-from jaxdiff.data.sources.base import Record, images_of
+from jaxdiff.data.sources.base import Record, digest_of, images_of
 from jaxdiff.data.sources.prior_preservation import AnySource, PriorPreservation
 from jaxdiff.data.transforms import Transforms, View, stored_sizes
 from jaxdiff.data.workers import end_with_parent, ignore_signals, signals_blocked
@@ -90,9 +90,10 @@ class RecordReader:
             if len(shapes) > 1:
                 nearest = nearest_shape(np.array(stored_sizes(record)), shapes).tolist()
             views = self.transforms.views(record, count, [shapes[i] for i in nearest])
+            digest = digest_of(self.source, index, record)
         except RecordError as error:
             return error
-        return Crops(nearest, views, record["captions"], record["name"])
+        return Crops(nearest, views, record["captions"], record["name"], digest)
 
 
 class Crops(NamedTuple):
@@ -102,6 +103,7 @@ class Crops(NamedTuple):
     views: list[View]
     captions: list[str]
     name: str
+    digest: str
 
 
 class ShardProgress:

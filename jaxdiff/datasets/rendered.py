@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
 from jaxdiff.io.user_cache import user_cache
@@ -45,14 +47,21 @@ def image_cache(given: str | None, dataset: str) -> Path:
 
 
 @contextlib.contextmanager
-def cache_errors(folder: Path, dataset: str) -> Iterator[None]:
-    """Raise a system's refusal of the cache within the context as `UserError`."""
+def cache_errors(path: Path, dataset: str) -> Iterator[None]:
+    """Raise errors of writing or reading a file of the cache within the context as `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"The {dataset} cache in {folder} cannot be used ({error}): free some space and "
+            f"The {dataset} cache in {path.parent} cannot be used ({error}): free some space and "
             "check its permissions, or set data.source.cache to another folder."
+        ) from error
+    except (EOFError, ValueError, SafetensorError) as error:
+        if not path.exists():  # of rendering
+            raise
+        raise UserError(
+            f"The {dataset} cache {path} is damaged ({error}): remove it, and the same command "
+            "renders it again."
         ) from error
 
 

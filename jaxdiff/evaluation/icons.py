@@ -9,8 +9,10 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural, Range
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes
+from jaxdiff.datasets.icons.names import STYLES
 from jaxdiff.datasets.icons.scene import Share
 from jaxdiff.datasets.icons.score import IconJudge, SceneKind, icon_prompts, icon_scenes
+from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
@@ -50,8 +52,13 @@ class IconAccuracy(Evaluator):
     every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
-        """Raise `UserError` for other data than EmojiScenes, or another size."""
-        check_drawings(spec, data, self, EmojiScenes, "drawings of things")
+        """Raise `UserError` for other data than EmojiScenes, another size, or no held-out style."""
+        source = check_drawings(spec, data, self, EmojiScenes, "drawings of things")
+        if STYLES.keys().isdisjoint(source.sets):
+            raise UserError(
+                f"evaluator {self.name!r} scores held-out styles but data.source.sets has none: "
+                f"expected one of {', '.join(STYLES)}; add it, or leave the evaluator out."
+            )
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images."""

@@ -60,7 +60,8 @@ def lock_folder(folder: epath.PathLike, *, share: str | None = None) -> Iterator
         else:
             stack.enter_context(_flock(path / LOCK, folder, exclusive=share is None))
             if share is not None:
-                stack.enter_context(_flock(path / f"{LOCK}-{share}", folder, exclusive=True))
+                own = path / f"{LOCK}-{share}"
+                stack.enter_context(_flock(own, folder, exclusive=True, alone=False))
         yield
 
 
@@ -98,7 +99,10 @@ def _refusal(folder: epath.PathLike, holder: bytes) -> UserError:
 
 
 @contextlib.contextmanager
-def _flock(path: epath.Path, folder: epath.PathLike, *, exclusive: bool) -> Iterator[None]:
+def _flock(
+    path: epath.Path, folder: epath.PathLike, *, exclusive: bool, alone: bool = True
+) -> Iterator[None]:
+    """Hold a lock file; `alone`: nobody else writes to its folder, which may be cleaned up."""
     import fcntl  # not on Windows, where folders are not locked
 
     kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
@@ -123,7 +127,7 @@ def _flock(path: epath.Path, folder: epath.PathLike, *, exclusive: bool) -> Iter
                 break
         os.close(file)
     try:
-        if exclusive and os.fstat(file).st_size:  # its holder was killed
+        if exclusive and alone and os.fstat(file).st_size:  # its holder was killed
             remove_partial(path.parent)
         with contextlib.suppress(OSError):  # a full disk is for the work to find
             os.truncate(file, 0)

@@ -15,7 +15,7 @@ from jaxdiff.distributed.multihost import broadcast_text, run_on_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator
 from jaxdiff.evaluation.selection import Selection
-from jaxdiff.io.text import format_json, parse_json
+from jaxdiff.io.text import format_json, parse_json, read_json
 from jaxdiff.pretrained.bundle import CHECKPOINTS, CONFIG, write_json, write_tokenizers
 from jaxdiff.training.checkpoint import Checkpoints
 
@@ -23,7 +23,7 @@ BEST = "best"
 """Folder of the best model in that of its run: a run as well, with the frozen parts of that one."""
 
 NOTES = "best.json"
-"""File of a checkpoint with `BestSoFar` at its step."""
+"""File with `BestSoFar`: of a checkpoint, at its step, and beside the best model, at the end."""
 
 
 @checked
@@ -63,12 +63,14 @@ class BestSoFar:
       step: the best one; 0 for none yet.
       value: of the scalar there.
       waited: evaluations since then.
+      at: step of the last evaluation.
     """
 
     scalar: str
     step: int = 0
     value: float | None = None
     waited: int = 0
+    at: int = 0
 
 
 class BestModel:
@@ -83,6 +85,7 @@ class BestModel:
       settings: what is followed.
       evaluators: of the recipe.
       notes: of the checkpoint that the run resumes from; None for a new run.
+      restored: step of that checkpoint; 0 for a new run.
       report: called with one sentence for each problem that does not end the run.
     """
 
@@ -95,6 +98,7 @@ class BestModel:
         settings: BestCheckpoint | None,
         evaluators: tuple[Evaluator, ...],
         notes: str | None,
+        restored: int,
         report: Callable[[str], None],
     ):
         self._settings = settings
@@ -105,6 +109,9 @@ class BestModel:
         self._store = Checkpoints(self._folder / CHECKPOINTS, keep=1, report=report)
         self._now = BestSoFar(scalar=settings.scalar)
         earlier = parse_json(notes, NOTES) if notes else {}
+        if (path := self._folder / NOTES).exists():  # after the evaluation of an earlier end
+            last = read_json(path)
+            earlier = last if last.get("at") == restored else earlier
         if earlier.get("scalar") == settings.scalar:
             self._now = BestSoFar(**earlier)
 
@@ -142,15 +149,17 @@ class BestModel:
         settings = self._settings
         if settings is None or not any(k.startswith(f"{self._evaluator.name}/") for k in scalars):
             return
+        if step == self._now.at:  # training ended early: evaluated at its interval, and at the end
+            return
         # Hosts may differ in the last bits of a figure, but not in what they decide.
         found = broadcast_text(format_json(settings.value(dict(scalars))))
         value, now = parse_json(found, settings.scalar), self._now
         if value is None or not settings.is_better(
             value, now.value, self._evaluator, settings.min_change
         ):
-            self._now = dataclasses.replace(now, waited=now.waited + 1)
+            self._now = dataclasses.replace(now, waited=now.waited + 1, at=step)
             return
-        self._now = BestSoFar(scalar=settings.scalar, step=step, value=value)
+        self._now = BestSoFar(scalar=settings.scalar, step=step, value=value, at=step)
         run_on_host0(self._write_recipe)
         self._store.save_parts(step, {"ema": average})
 
@@ -168,6 +177,16 @@ class BestModel:
         """
         if self._settings is not None:
             self._store.wait()
+
+    def finish(self) -> None:
+        """Wait as `wait` does, and write the notes, which include the evaluation at the end."""
+        self.wait()
+        if self._settings is not None:
+            run_on_host0(self._write_notes)
+
+    def _write_notes(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / NOTES, dataclasses.asdict(self._now))
 
     def __enter__(self) -> "BestModel":
         return self

@@ -43,11 +43,8 @@ def check_cache(config: Config) -> None:
 
 def check_cachable(task: Any, options: LatentOptions) -> DiffusionTask:
     """Return the task, if latents can be cached for it; else raise `UserError`."""
-    if options.views < 1 or options.batch_size < 1:
-        raise UserError(
-            f"latents.views is {options.views} and latents.batch_size {options.batch_size}: "
-            "expected positive numbers."
-        )
+    if options.views < 1:
+        raise UserError(f"latents.views is {options.views}: expected a positive number.")
     if not isinstance(task, DiffusionTask) or task.model.autoencoder is None:
         raise UserError(
             "This recipe has no autoencoder whose latents can be cached: expected a diffusion task "

@@ -23,7 +23,7 @@ class Ema:
     parameters.
 
     Attributes:
-      decay: of the average that is sampled and exported.
+      decay: decay of the average that is sampled and exported.
       post_hoc: further averages, from which `jaxdiff ema` makes one of any width after training.
     """
 

@@ -15,7 +15,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.held_out import split_records
 from jaxdiff.data.loader import DataConfig, device_batches, host_rows, make_evaluation_dataset
 from jaxdiff.data.sources.base import images_of
-from jaxdiff.data.sources.cached_latents import CachedLatents
+from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
@@ -25,7 +25,7 @@ from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.training.abstract import host_parts
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.recipe import Config
-from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Task
+from jaxdiff.training.tasks.base import Batch, Task, means
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
 _LARGEST_BATCH = 64  # of a model that is not in training, whose device is unknown
@@ -55,18 +55,21 @@ def held_out_metrics(
     Raises:
       UserError: fewer records are held out than a batch.
     """
+    # The records of a recipe that caches latents are read from their images here.
+    data = dataclasses.replace(config.data, cache=LatentOptions())
+    config = dataclasses.replace(config, data=data)
     task, train = _all_levels(config.task), config.train
     batch_size = batch_size or train.batch_size // train.accumulate
-    records = _of_one_shape(config.data, split_records(config.data.source, config.data.held_out)[1])
+    records = _of_one_shape(data, split_records(data.source, data.held_out)[1])
     if len(records) < batch_size:
         raise UserError(
-            f"data.held_out {config.data.held_out:g} holds out {len(records)} records: expected "
+            f"data.held_out {data.held_out:g} holds out {len(records)} records: expected "
             f"at least a batch, {batch_size}; raise it, or lower the batch size."
         )
     batches = max(1, min(samples, len(records)) // batch_size)
     sharding = batch_sharding(mesh)
     dataset = make_evaluation_dataset(
-        config.data,
+        data,
         task.tokenize(tokenizers),
         [int(index) for index in records[: batches * batch_size]],
         batch_size=batch_size,
@@ -81,7 +84,7 @@ def held_out_metrics(
         rows = number * batch_size + np.arange(batch_size)
         found = jax.device_get(metrics(params, frozen, inputs, key, rows.astype(np.int32)))
         totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in found.items()}
-    return _means(totals, batches)
+    return means(totals, batches)
 
 
 def bundle_metrics(
@@ -151,16 +154,3 @@ def _count_images(source: Any, index: int) -> int:
         return len(images_of(source[index]))
     except RecordError:
         return 0
-
-
-def _means(totals: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
-    """Return means: over the counts of sums, and over batches of others."""
-    means = {}
-    for name, total in totals.items():
-        if name.endswith(SUM):
-            count = totals[name.removesuffix(SUM) + COUNT]
-            empty = np.full_like(total, np.nan)
-            means[name.removesuffix(SUM)] = np.divide(total, count, out=empty, where=count > 0)
-        elif not name.endswith(COUNT):
-            means[name] = np.asarray(total / batches)
-    return means

@@ -242,6 +242,7 @@ class _ShardEncoder:
                     "size_crop": np.stack([view.size_crop for view in crops.views]),
                     "captions": crops.captions,
                     "name": crops.name,
+                    "digest": crops.digest,
                     "references": references,
                 }
             )

@@ -21,7 +21,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.workers import signals_blocked
 from jaxdiff.distributed.chips import peak_flops
 from jaxdiff.distributed.mesh import batch_sharding, check_batch, make_mesh
-from jaxdiff.distributed.multihost import from_host, is_host0, sum_over_hosts
+from jaxdiff.distributed.multihost import from_host, is_host0, run_on_host0, sum_over_hosts
 from jaxdiff.distributed.sharding import replicated, state_shardings
 from jaxdiff.distributed.xla_flags import as_options
 from jaxdiff.errors import UserError
@@ -49,8 +49,8 @@ from jaxdiff.training.profiler import StepTrace
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState, fingerprint
 from jaxdiff.training.step import TrainStep, make_train_step
-from jaxdiff.training.tasks.base import COUNT, SUM, Batch, Metrics
-from jaxdiff.training.workdir import CACHE, open_run
+from jaxdiff.training.tasks.base import Batch, Metrics, means
+from jaxdiff.training.workdir import CACHE, SUMMARY, open_run
 
 with epy.lazy_imports():
     import grain
@@ -126,7 +126,9 @@ def train(
         whole.enter_context(run.writer)
         stack.enter_context(run.progress)
         stack.enter_context(run.trace)
-        best = whole.enter_context(_best_model(config, out, tokenizers, checkpoints, evaluate, log))
+        best = whole.enter_context(
+            _best_model(config, out, tokenizers, checkpoints, first, evaluate, log)
+        )
         step = compile_step(config, mesh, shardings, jax.tree.map(lambda x: x.sharding, frozen))
 
         def after(number: int, state: TrainState) -> None:
@@ -143,6 +145,8 @@ def train(
             if saves and config.best is not None:
                 _save(state, checkpoints, snapshots, best)
 
+        if first < config.train.steps and not best.should_stop:  # a finished run is extended
+            run_on_host0(lambda: (out / SUMMARY).unlink(missing_ok=True))
         stops = lambda: stop.should_stop or best.should_stop  # noqa: E731
         state = _take_steps(
             run, stop, stops, lambda s, b: step(s, frozen, b), state, batches, after
@@ -163,7 +167,7 @@ def train(
             report = finish(result) if finish is not None else Report()
             run.writer.write_report(number, report)
             best.after(number, report.scalars, state.ema)
-            best.wait()
+            best.finish()
             summary |= best.summary if report.scalars else {}
     return result
 
@@ -173,10 +177,11 @@ def _best_model(
     out: epath.Path,
     tokenizers: Tokenizers,
     checkpoints: Checkpoints,
+    first: int,
     evaluate: Evaluate | None,
     log: Callable[[str], None],
 ) -> BestModel:
-    """Return what follows the best step, from the checkpoint that was restored."""
+    """Return what follows the best step, from the checkpoint of step `first`."""
     return BestModel(
         out,
         config=to_json(config),
@@ -184,6 +189,7 @@ def _best_model(
         settings=config.best if evaluate is not None else None,
         evaluators=config.evaluators,
         notes=checkpoints.note(NOTES),
+        restored=first,
         report=log,
     )
 
@@ -452,20 +458,14 @@ class _Run:
     def _line(self, step: int, last: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return means over the window's updates, sums over counts, and total counts."""
         window = dict(self.window)
-        steps = window.pop("steps", 0.0)
+        steps = float(window.pop("steps", 0.0))
         line: dict[str, Any] = {
             "skipped_records": sum_over_hosts(int(window.pop("skipped_records"))),
             "left_out_records": len(self.account.left_out.rejects),
         }
         line["skipped_updates"] = int(last["nonfinite"])
         window.pop("nonfinite", None)
-        for name, value in window.items():
-            if name.endswith(SUM):
-                count = window[name.removesuffix(SUM) + COUNT]
-                mean = np.divide(value, count, out=np.full_like(value, np.nan), where=count > 0)
-                line[name.removesuffix(SUM)] = mean.tolist()
-            elif not name.endswith(COUNT):
-                line[name] = (value / steps).tolist()
+        line |= {name: mean.tolist() for name, mean in means(window, steps).items()}
         # The optimizer does not count skipped updates.
         line["learning_rate"] = float(self.learning_rate(step - 1 - line["skipped_updates"]))
         self.rates.append(self.throughput.rates())

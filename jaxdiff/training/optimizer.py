@@ -103,14 +103,14 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) and clipping.
 
     Attributes:
-      learning_rate: peak value; the schedule's factor multiplies it.
+      learning_rate: peak learning rate, which the schedule's factor multiplies.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
       weight_decay: each update subtracts `learning rate x weight_decay` times each kernel.
       clip_norm: gradients with a larger global norm are scaled down to it (Pascanu et al. 2013,
         algorithm 1); None disables clipping.
-      schedule: of the learning rate.
+      schedule: schedule of the learning rate.
     """
 
     learning_rate: Positive = 1e-4

@@ -42,8 +42,8 @@ class TokenizerConfig:
 
     Attributes:
       path: a Hugging Face tokenizer folder; None trains a CLIP tokenizer on the captions.
-      vocab_size: upper bound for a trained one.
-      length: tokens of a prompt, start and end included; longer prompts are truncated.
+      vocab_size: upper bound of the vocabulary of a trained tokenizer.
+      length: number of tokens of a prompt, start and end included; longer prompts are truncated.
       records: number of records whose captions train it.
     """
 
@@ -59,14 +59,14 @@ class TrainConfig:
     """Length, batch, precision and intervals of a run.
 
     Attributes:
-      steps: of the run.
-      batch_size: images of one step, over all devices and micro-batches.
-      accumulate: sequential micro-batches of a step's batch.
+      steps: number of training steps.
+      batch_size: number of images of a step, over all devices and micro-batches.
+      accumulate: number of sequential micro-batches of a step's batch.
       compute: type of activations and products; parameters stay float32.
       reduce: type in which replicas of the model (`mesh.data`, `mesh.slices`) sum gradients: that
         of `compute`, during the backward pass, or float32, after it. Gradients of micro-batches
         are summed in float32.
-      seed: of initialisation, data order and noise.
+      seed: seed of initialisation, data order and noise.
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints; the last step always has one.
       keep: number of newest checkpoints that are kept.
@@ -103,7 +103,7 @@ class PlannedTopology:
 
     Attributes:
       topology: name of the hardware, as in `--topology` of `jaxdiff plan` and `jaxdiff train`.
-      mesh: of its devices.
+      mesh: mesh of its devices.
       accumulate: micro-batches per step; more than 1 where a whole batch does not fit.
       batch_size: images per step; None leaves the recipe's.
       remat: what the denoiser keeps for the backward pass; None leaves the recipe's.
@@ -122,17 +122,17 @@ class Config:
     """A recipe: the model and its task, data, optimizer, mesh, and what is logged.
 
     Attributes:
-      name: of the run; its folder is `runs/NAME` by default.
-      task: the model, its loss, and its parameters that are trained.
-      data: records and transforms.
-      tokenizer: of text encoders that are not pretrained.
-      optimizer: with its learning-rate schedule.
+      name: name of the run, whose folder is `runs/NAME` by default.
+      task: the model, its loss, and the parameters that are trained.
+      data: training records and their transforms.
+      tokenizer: tokenizer of text encoders that are not pretrained.
+      optimizer: the optimizer, with its learning-rate schedule.
       ema: the moving average of the parameters, which is sampled and exported.
       train: length, batch, precision and intervals.
-      mesh: of the devices.
-      compiler: XLA's flags.
+      mesh: mesh of the devices.
+      compiler: flags of XLA.
       evaluators: metrics and images, at intervals and at the end.
-      best: by which scalar of an evaluator the best step is kept, and when training stops early.
+      best: the evaluator's scalar whose best step is kept, and when training stops early.
       slices: settings for topologies, which `--topology` of `jaxdiff plan` and `train` chooses.
 
     Raises:

@@ -23,8 +23,8 @@ from jaxdiff.training.held_out import held_out_metrics
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
+from jaxdiff.training.workdir import SUMMARY
 
-SUMMARY = "summary.json"
 Log = Callable[[str], None]
 
 

@@ -37,6 +37,7 @@ from jaxdiff.training.recipe import Config, config_from_json, differences
 from jaxdiff.training.tasks.diffusion import DiffusionTask
 
 CACHE = "latents"
+SUMMARY = "summary.json"
 
 # Keys that do not change what a run computes.
 _FREE = (
@@ -44,11 +45,13 @@ _FREE = (
     "mesh",
     "evaluators",
     "best",
+    "slices",
     "task.model.name",
     "task.model.sampler",
     "data.workers",
     "data.threads",
     "data.prefetch",
+    "data.max_bad_fraction",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -72,7 +75,7 @@ _RUN_FILES = (
     WANDB_ID,
     RECORDS,
     STARTS,
-    "summary.json",
+    SUMMARY,
     "evaluation.json",
     "ema_search.json",
     TOKENIZERS,
@@ -141,10 +144,10 @@ def _prepare(config: Config, out: epath.Path, fresh: bool, log: Callable[[str], 
     if (out / MODEL).exists():
         raise UserError(f"{out} holds an exported model rather than a run: choose another --out.")
     _check_ownership(out, fresh)
-    # Another recipe may replace a run that ended before its first checkpoint.
+    # A recipe that computes something else may replace a run without a checkpoint.
     begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
     there = _read_own(out, config) if (out / CONFIG).exists() and not fresh else None
-    if fresh or (there is not None and not begun and differences(config, there)):
+    if fresh or (there is not None and not begun and _changes(config, there, 0)):
         _remove_run(out)
     elif there is not None:
         _check_same(config, there, out)
@@ -214,19 +217,23 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
             f"{config.train.steps}: give {taken} or more, choose another --out, or start again "
             "with --fresh, which removes that run."
         )
+    if changes := _changes(config, there, taken):
+        raise UserError(
+            f"{out} holds a run of another recipe: {'; '.join(changes[:5])}"
+            f"{' ...' if len(changes) > 5 else ''}. Choose another --out, or start again with "
+            "--fresh, which removes that run."
+        )
+
+
+def _changes(config: Config, there: Config, taken: int) -> list[str]:
+    """Return the differences that change what a run computes, of which it has `taken` steps."""
     # A run of another length has the same states as long as its learning rates are equal.
     free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE
-    differing = [
+    return [
         line
         for line in differences(config, there)
         if not any(line.split(" ")[0] == key or line.startswith(key + ".") for key in free)
     ]
-    if differing:
-        raise UserError(
-            f"{out} holds a run of another recipe: {'; '.join(differing[:5])}"
-            f"{' ...' if len(differing) > 5 else ''}. Choose another --out, or start again with "
-            "--fresh, which removes that run."
-        )
 
 
 def _same_learning_rates(config: Config, there: Config, taken: int) -> bool:

@@ -10,10 +10,14 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.held_out import split_records
 from jaxdiff.data.loader import DataConfig, make_dataset, make_evaluation_dataset
+from jaxdiff.data.shard_writer import RecordReader
+from jaxdiff.data.sources.array_record import write_encoded
+from jaxdiff.data.sources.cached_latents import CachedLatents, encode_latents
 from jaxdiff.data.sources.folder import ImageFolder
 from jaxdiff.data.sources.prior_preservation import PriorPreservation
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
+from jaxdiff.errors import UserError
 from jaxdiff.io.images import save_png
 
 SHARE = 0.25
@@ -79,6 +83,38 @@ def test_the_identity_of_files_is_their_path_in_the_folder(tmp_path):
     both = PriorPreservation(own=Colours((1, 2)), prior=source)
     assert {both.identity(i) for i in range(len(both))} >= {b"0.png".hex()}
     assert Produce(length=3).identity(1) != Produce(length=3, seed=1).identity(1)
+
+
+def cached_latents(folder, digests) -> CachedLatents:
+    """Latents of zeros, with these digests of their images."""
+    record = {
+        "moments": np.zeros((1, 1, 1, 2), np.float16),
+        "text": None,
+        "size_crop": np.zeros((1, 6), np.int32),
+        "captions": ["a colour"],
+        "name": "n",
+    }
+    records = (encode_latents({**record, "digest": digest}) for digest in digests)
+    write_encoded(str(folder / "a.array_record"), records)
+    return CachedLatents(path=str(folder))
+
+
+@pytest.mark.parametrize(
+    "source", [Colours(tuple(range(60))), Produce(length=60, size=32)], ids=["pixels", "identity"]
+)
+def test_latents_are_held_out_with_their_images(source, tmp_path):
+    reader = RecordReader(source=source, transforms=Transforms(size=32))
+    crops = [reader.views(i, 1) for i in range(60)]
+    latents = cached_latents(tmp_path, [one.digest for one in crops])
+    found, expected = split_records(latents, SHARE), split_records(source, SHARE)
+    assert len(expected[1]) > 5
+    for side in (0, 1):
+        np.testing.assert_array_equal(found[side], expected[side])
+
+
+def test_latents_of_an_earlier_version_cannot_be_held_out(tmp_path):
+    with pytest.raises(UserError, match=r"without the digests .* set data\.held_out to 0"):
+        split_records(cached_latents(tmp_path, [None, None]), SHARE)
 
 
 @pytest.mark.parametrize("buckets", [None, Buckets(step=16)])

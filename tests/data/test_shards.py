@@ -129,22 +129,29 @@ def test_latents_round_trip_exactly(dtype, text):
         "size_crop": np.arange(12, dtype=np.int32).reshape(2, 6),
         "captions": ["größe", "b"],
         "name": "n",
+        "digest": "0123456789ab",
     }
     record["moments"][0, 0, 0, 0] = -np.inf  # an autoencoder without any variance
     back = decode_latents(encode_latents(record))
     assert back["moments"].dtype == dtype
     for key in ("moments", "text", "size_crop"):
         np.testing.assert_array_equal(back[key], record[key])
-    assert (back["captions"], back["name"]) == (["größe", "b"], "n")
+    for key in ("captions", "name", "digest"):
+        assert back[key] == record[key]
 
 
-def test_latents_of_an_unknown_type_are_refused():
+@pytest.mark.parametrize(
+    ("dtype", "digest", "message"),
+    [(np.float64, None, "latents of type float64"), (np.float32, "x", "the digest 'x' is not six")],
+)
+def test_latents_of_an_unknown_type_or_digest_are_refused(dtype, digest, message):
     record = {
-        "moments": np.zeros((1, 1, 1, 2)),
+        "moments": np.zeros((1, 1, 1, 2), dtype),
         "text": None,
         "size_crop": np.zeros((1, 6), np.int32),
         "captions": [],
         "name": "n",
+        "digest": digest,
     }
-    with pytest.raises(ValueError, match="latents of type float64"):
+    with pytest.raises(ValueError, match=message):
         decode_latents(encode_latents(record))

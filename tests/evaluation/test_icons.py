@@ -64,5 +64,8 @@ def test_other_sizes_and_data_are_refused(context):
     spec = dataclasses.replace(context.spec, image_size=32)
     with pytest.raises(UserError, match=r"expected data\.source to be EmojiScenes"):
         IconAccuracy().check(spec, context.data)
+    lines = dataclasses.replace(context.data.source, sets=("lines",))
+    with pytest.raises(UserError, match=r"scores held-out styles but data\.source\.sets has none"):
+        IconAccuracy().check(context.spec, dataclasses.replace(context.data, source=lines))
     with pytest.raises(UserError, match=r"IconAccuracy\.samples is 1"):
         IconAccuracy(samples=1)

@@ -198,6 +198,17 @@ def test_the_files_of_a_killed_holder_are_removed(tmp_path):
     assert (tmp_path / ".partial-of-a-user").exists()
 
 
+def test_a_restarted_sharer_leaves_the_files_of_the_others(tmp_path):
+    partial = partial_path(epath.Path(tmp_path) / "a.png")
+    with lock_folder(tmp_path, share="host0"):
+        partial.write_bytes(b"half")
+        (tmp_path / f"{LOCK}-host1").write_bytes(b"{}")  # of a killed holder
+        with lock_folder(tmp_path, share="host1"):
+            assert partial.exists()
+    with lock_folder(tmp_path):
+        assert not partial.exists()
+
+
 class Bucket(BaseHTTPRequestHandler):
     """The part of Google Cloud Storage's JSON API that leases need, with preconditions."""
 

@@ -53,8 +53,8 @@ def _own_types():
 def recipe(tiny_recipe):
     """`recipe(patience=3)`: six steps with an evaluation after each."""
 
-    def make(**best):
-        config = dataclasses.replace(tiny_recipe(steps=6), evaluators=(Scripted(),))
+    def make(steps=6, **best):
+        config = dataclasses.replace(tiny_recipe(steps=steps), evaluators=(Scripted(),))
         return dataclasses.replace(config, best=BestCheckpoint(scalar="scripted/score", **best))
 
     return make
@@ -109,6 +109,27 @@ def test_a_resumed_run_ends_as_one_that_went_on(run, recipe, tmp_path):
     assert SEEN == [5, 5]  # at its interval, and at the end
     for key in ("best", "ended", "step", "fingerprint"):
         assert summary(folder)[key] == summary(run[0])[key]
+
+
+def test_an_extended_run_ends_as_one_that_went_on(run, recipe, tmp_path):
+    """The best step is the last one of the first part, which is evaluated at its end."""
+    folder = tmp_path / "run"
+    run_recipe(recipe(steps=2, patience=3), str(folder), log=lambda _: None)
+    assert summary(folder)["best"]["step"] == 2
+    run_recipe(recipe(patience=3), str(folder), log=lambda _: None)
+    assert SEEN == [1, 2, 3, 4, 5, 5]
+    assert checkpoint_folder.steps(epath.Path(folder) / "best" / "checkpoints") == [2]
+    for key in ("best", "ended", "step", "fingerprint"):
+        assert summary(folder)[key] == summary(run[0])[key]
+
+
+def test_the_second_evaluation_of_a_step_does_not_use_up_patience(run, recipe, tmp_path):
+    """The run ended early, so that its last step was evaluated at its interval and at the end."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    run_recipe(recipe(patience=4), str(folder), log=lambda _: None)
+    assert SEEN == [6]
+    assert summary(folder)["step"] == 6
 
 
 def test_without_patience_a_run_takes_all_steps_and_more_patience_resumes_it(run, recipe, tmp_path):

@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from jaxdiff.data.buckets import Buckets
+from jaxdiff.data.held_out import split_records
 from jaxdiff.data.loader import ON_DEVICE, DataConfig, make_dataset
 from jaxdiff.data.shards import EMPTY
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
@@ -19,6 +20,7 @@ from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.diffusion.row_keys import RowKeys
+from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.conditioning import ClipTextEncoder, StableDiffusionXLConditioner
@@ -27,7 +29,7 @@ from jaxdiff.models.layers import abstract_params, bind_init, bind_params
 from jaxdiff.models.text_encoders.clip import ClipTextConfig
 from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
-from jaxdiff.training import loop
+from jaxdiff.training import held_out, loop
 from jaxdiff.training.abstract import (
     abstract_batch,
     abstract_frozen,
@@ -366,6 +368,33 @@ def test_impossible_settings_are_refused(config, cached, folder):
     recipe = dataclasses.replace(cached, data=dataclasses.replace(cached.data, source=nameless))
     with pytest.raises(UserError, match=r"data\.source\.of does not say of what"):
         write_records(recipe, recipe.data, str(folder / "none"), Sharing())
+
+
+def test_latents_are_held_out_with_their_images(config, cached):
+    images, latents = (split_records(c.data.source, 0.5) for c in (config, cached))
+    assert 0 < len(images[1]) < LENGTH
+    for side in (0, 1):
+        np.testing.assert_array_equal(latents[side], images[side])
+
+
+def test_held_out_images_are_encoded_though_the_recipe_caches_text(
+    conditioned, tokenizer, monkeypatch
+):
+    seen = []
+
+    def metrics(params, frozen, batch, key, rows):
+        seen.append((frozen.keys(), batch.keys()))
+        return {"loss": np.ones(())}
+
+    monkeypatch.setattr(held_out, "_jitted", lambda *_: metrics)
+    config, replace = conditioned["SDXL"], dataclasses.replace  # its steps read no text encoders
+    data = replace(config.data, held_out=0.5, cache=LatentOptions(views=1, text=True))
+    config, mesh = replace(config, data=data), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    frozen, tokenizers = {"text_encoders": {}}, _tokenizers(config.task, tokenizer)
+    held_out.held_out_metrics(config, {}, frozen, tokenizers, mesh, 4, batch_size=4)
+    ((parts, columns),) = seen
+    assert parts == {"text_encoders"}
+    assert columns == {"image", "text", "size_crop"}
 
 
 @pytest.mark.slow

@@ -212,6 +212,22 @@ def test_an_evaluator_of_ones_own_runs_at_its_intervals_and_at_the_end(tmp_path,
     assert not np.array_equal(leaves[0], leaves[1])
 
 
+def test_a_run_that_is_extended_has_no_summary_until_it_ends(tmp_path, tiny_recipe, monkeypatch):
+    config = dataclasses.replace(tiny_recipe(steps=2), evaluators=(Counting(every=1),))
+    run_recipe(config, str(tmp_path), log=quiet)
+    there = {}
+
+    def evaluate(_, context):
+        there[context.step] = (tmp_path / "summary.json").exists()
+        return Report()
+
+    monkeypatch.setattr(Counting, "evaluate", evaluate)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
+    run_recipe(longer, str(tmp_path), log=quiet)
+    assert there == {3: False, 4: True}  # written before the evaluation at the end
+    assert summary(tmp_path)["step"] == 4
+
+
 @pytest.mark.parametrize("name", ["closed", "full", "none"])
 def test_output_that_cannot_be_written_does_not_end_a_run(
     recipe, tmp_path, monkeypatch, capsys, name

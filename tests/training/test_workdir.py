@@ -8,11 +8,13 @@ from etils import epath
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.distributed.mesh import MeshConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.training.optimizer import AdamW, ConstantLR, CosineLR, WarmupStableDecay
-from jaxdiff.training.workdir import _captions, open_run, read_config
+from jaxdiff.training.recipe import PlannedTopology
+from jaxdiff.training.workdir import CACHE, _captions, open_run, read_config
 
 
 @pytest.fixture
@@ -102,14 +104,17 @@ def test_settings_that_do_not_change_the_result_may_change(open_in, tmp_path, ti
     open_in(tiny_recipe())
     taken(tmp_path, 4)
     changed = tiny_recipe(log_every=3, checkpoint_every=5, keep=1)
-    data = dataclasses.replace(changed.data, workers=2, threads=3, prefetch=4)
+    reading = {"workers": 2, "threads": 3, "prefetch": 4, "max_bad_fraction": 0.5}
+    data = dataclasses.replace(changed.data, **reading)
     model = changed.task.model
     sampler = dataclasses.replace(model.sampler, num_steps=7)
     task = dataclasses.replace(
         changed.task, model=dataclasses.replace(model, name="other", sampler=sampler)
     )
     evaluators = (SampleGrid(prompts=("a pea",)),)
-    open_in(dataclasses.replace(changed, name="other", evaluators=evaluators, data=data, task=task))
+    slices = (PlannedTopology(topology="v5e:2x2", mesh=MeshConfig()),)
+    changed = dataclasses.replace(changed, name="other", data=data, task=task, slices=slices)
+    open_in(dataclasses.replace(changed, evaluators=evaluators))
     assert read_config(tmp_path).train.log_every == 3
 
 
@@ -180,6 +185,19 @@ def test_a_run_without_a_step_may_be_replaced_by_another_recipe(open_in, tmp_pat
     other = tiny_recipe(batch_size=4)
     open_in(other)
     assert read_config(tmp_path) == other
+
+
+def test_a_run_without_a_step_keeps_its_latents_if_it_computes_the_same(
+    open_in, tmp_path, tiny_recipe
+):
+    open_in(tiny_recipe(steps=100))
+    latents = tmp_path / CACHE / "manifest.json"
+    latents.parent.mkdir()
+    latents.touch()
+    open_in(tiny_recipe(steps=200, log_every=3, checkpoint_every=7))
+    assert latents.exists()
+    open_in(tiny_recipe(seed=1))
+    assert not latents.exists()
 
 
 def test_an_unusable_folder_for_a_run_is_refused(open_in, tmp_path, tiny_recipe):

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -46,10 +46,47 @@ _START = len(IMAGES) + _LENGTH.size
 # Exceptions of reading and decoding a damaged or foreign record.
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 
+R = TypeVar("R")
+
+
+class RecordFiles(Generic[R]):
+    """Random access to the records of the ArrayRecord files at `path`, which `_decode` decodes."""
+
+    path: str
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int, /) -> R:
+        try:
+            return self._decode(self._reader[index])
+        except UNREADABLE as error:
+            raise RecordError(str(error), name=f"{self.path} record {index}") from error
+
+    def _decode(self, data: bytes) -> R:
+        raise NotImplementedError
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The files in the folder that are no shards of it."""
+        return self._files.left_out
+
+    @cached_property
+    def _reader(self) -> ArrayRecordDataSource:
+        return open_records(self.path, self._files.files, self._manifest)
+
+    @cached_property
+    def _manifest(self) -> ShardManifest | None:
+        return read_manifest(epath.Path(self.path))
+
+    @cached_property
+    def _files(self) -> DataFiles:
+        return record_files(self.path, self._manifest)
+
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class ArrayRecord:
+class ArrayRecord(RecordFiles[Record]):
     """Records written by `jaxdiff prepare`, from the file, glob or folder `path`.
 
     A folder with a manifest consists of its shards, and all must exist. Any other folder consists
@@ -58,14 +95,8 @@ class ArrayRecord:
 
     path: str
 
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int, /) -> Record:
-        try:
-            return decode_record(self._reader[index])
-        except UNREADABLE as error:
-            raise RecordError(str(error), name=f"{self.path} record {index}") from error
+    def _decode(self, data: bytes) -> Record:
+        return decode_record(data)
 
     def check(self) -> None:
         """Raise `UserError` for missing, empty or foreign files."""
@@ -84,23 +115,6 @@ class ArrayRecord:
                 f"The ArrayRecord files at {self.path} contain no captioned images ({error}): "
                 "expected files written by jaxdiff; read a TensorFlow data set with TFDS."
             ) from error
-
-    @property
-    def left_out(self) -> LeftOut:
-        """The files in the folder that are no shards of it."""
-        return self._files.left_out
-
-    @cached_property
-    def _reader(self) -> ArrayRecordDataSource:
-        return open_records(self.path, self._files.files, self._manifest)
-
-    @cached_property
-    def _manifest(self) -> ShardManifest | None:
-        return read_manifest(epath.Path(self.path))
-
-    @cached_property
-    def _files(self) -> DataFiles:
-        return record_files(self.path, self._manifest)
 
 
 class _Instruction(NamedTuple):

@@ -1,6 +1,7 @@
 """The interface of a data set: random access to records."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -30,8 +31,9 @@ class LatentRecord(TypedDict):
 
     `moments`, float [v, h, w, 2 c], are means of z and logarithms of its variance, or means alone,
     [v, h, w, c]; `size_crop` is as in `jaxdiff.data.transforms.Example`; `text`, if cached, float
-    [k, m], are the features of k captions from `Conditioner.pack`; `references`, if there are any,
-    are the moments of reference images, in v views too.
+    [k, m], are the features of k captions from `Conditioner.pack`; `digest` is that of the image
+    (`digest_of`), in hex, None where an earlier version wrote the record; `references`, if there
+    are any, are the moments of reference images, in v views too.
     """
 
     moments: np.ndarray
@@ -39,6 +41,7 @@ class LatentRecord(TypedDict):
     size_crop: Int32[np.ndarray, "v 6"]
     captions: list[str]
     name: str
+    digest: str | None
     references: NotRequired[Sequence[np.ndarray]]
 
 
@@ -69,8 +72,10 @@ class Source(Protocol):
         ...
 
 
-def identity_of(source: Any, index: int) -> bytes:
+def identity_of(source: Any, index: int, record: Record | None = None) -> bytes:
     """Return what distinguishes a record in any order of the data: its identity, or its pixels.
+
+    `record` is the record, if it is read already.
 
     Raises:
       RecordError: the record must be read for it, and cannot be.
@@ -78,9 +83,22 @@ def identity_of(source: Any, index: int) -> bytes:
     stated = getattr(source, "identity", None)
     if stated is not None:
         return stated(index).encode(errors="surrogateescape")
-    record = source[index]
-    data = record["moments"] if "moments" in record else record["image"]
+    data = (source[index] if record is None else record)["image"]
     return data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
+
+
+def digest_of(source: Any, index: int, record: Record | None = None) -> str:
+    """Return a digest of the identity of a record, six bytes in hex, by which it may be held out.
+
+    Cached latents have the digest of their image.
+
+    Raises:
+      RecordError: as `identity_of`.
+    """
+    stored = getattr(source, "image_digest", None)
+    if stored is not None:
+        return stored(index)
+    return hashlib.blake2b(identity_of(source, index, record), digest_size=6).hexdigest()
 
 
 class PickledFields:

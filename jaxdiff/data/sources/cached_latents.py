@@ -4,8 +4,8 @@ A record of the ArrayRecord shards consists of
 
     4 bytes         `JDL1`
     4 bytes         n, the length of the header, an unsigned little-endian integer
-    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text"},
-                    and "references" if there are any
+    n bytes         the header, JSON: {"name", "captions", "dtype", "shape", "size_crop", "text",
+                    "digest"}, and "references" if there are any
     the rest        little-endian float16 or float32: moments of `shape` [v, h, w, 2 c], then text
                     features of shape `text` [k, m] for k captions, if it is not null, then moments
                     of each reference, of the shapes in `references`
@@ -16,27 +16,23 @@ are the mean of z, the others the logarithm of its variance, from which each epo
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
-from jaxdiff.data.bad_records import LeftOut, RecordError
-from jaxdiff.data.files import DataFiles
 from jaxdiff.data.shards import EMPTY, LatentSpace, ShardManifest
 from jaxdiff.data.sources.array_record import (
     LATENTS,
-    UNREADABLE,
+    RecordFiles,
     checked_manifest,
-    open_records,
     pack,
-    record_files,
     unpack,
 )
 from jaxdiff.data.sources.base import LatentRecord
@@ -63,11 +59,11 @@ class LatentOptions:
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class CachedLatents:
+class CachedLatents(RecordFiles[LatentRecord]):
     """The folder `path` (local or `gs://`) that `jaxdiff prepare ... --latents.views N` wrote.
 
     Attributes:
-      path: of the folder.
+      path: path of the folder.
       of: source of the images. With it, `jaxdiff prepare` writes the folder from this recipe, and
         evaluators find synthetic data sets.
     """
@@ -75,14 +71,8 @@ class CachedLatents:
     path: str
     of: AnySource | PriorPreservation | None = None
 
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int, /) -> LatentRecord:
-        try:
-            return decode_latents(self._reader[index])
-        except UNREADABLE as error:
-            raise RecordError(str(error), name=f"{self.path} record {index}") from error
+    def _decode(self, data: bytes) -> LatentRecord:
+        return decode_latents(data)
 
     def check(self) -> None:
         """Raise `UserError` for a folder that is missing, incomplete, or without latents."""
@@ -93,7 +83,6 @@ class CachedLatents:
             )
         if self.has_text and not (epath.Path(self.path) / EMPTY).exists():
             raise UserError(f"{self.path} lacks {EMPTY}: run its `jaxdiff prepare` command again.")
-        _ = self.space
         if len(self) == 0:
             raise UserError(f"The cache of latents in {self.path} is empty: expected records.")
 
@@ -151,6 +140,22 @@ class CachedLatents:
             )
         return manifest.latents
 
+    def image_digest(self, index: int) -> str:
+        """Return the digest of a record's image, as `digest_of` does.
+
+        Raises:
+          UserError: an earlier version of jaxdiff wrote the record, without a digest.
+          RecordError: the record cannot be read.
+        """
+        digest = self[index]["digest"]
+        if digest is None:
+            raise UserError(
+                f"The latents in {self.path} are without the digests of their images, by which "
+                "data.held_out selects: expected latents of this version of jaxdiff; prepare them "
+                "again in another folder, start the run with --fresh, or set data.held_out to 0."
+            )
+        return digest
+
     def sizes(self, references: int) -> Int[np.ndarray, "n images 2"]:
         """Return width and height, in pixels, of the crop of each image and of its references.
 
@@ -175,19 +180,6 @@ class CachedLatents:
     def _manifest(self) -> ShardManifest | None:
         return checked_manifest(self.path)
 
-    @cached_property
-    def _reader(self) -> ArrayRecordDataSource:
-        return open_records(self.path, self._files.files, self._manifest)
-
-    @property
-    def left_out(self) -> LeftOut:
-        """The files in the folder that are no shards of it."""
-        return self._files.left_out
-
-    @cached_property
-    def _files(self) -> DataFiles:
-        return record_files(self.path, self._manifest)
-
 
 def encode_latents(record: LatentRecord) -> bytes:
     """Encode a record as the module's docstring specifies."""
@@ -199,6 +191,7 @@ def encode_latents(record: LatentRecord) -> bytes:
         "shape": list(moments.shape),
         "size_crop": record["size_crop"].tolist(),
         "text": None if text is None else list(text.shape),
+        "digest": record["digest"],
         **({"references": [list(x.shape) for x in references]} if references else {}),
     }
     little = moments.dtype.newbyteorder("<")
@@ -221,11 +214,15 @@ def decode_latents(data: bytes) -> LatentRecord:
     if len(values) != ends[-1]:
         raise ValueError(f"{len(values)} numbers, not {ends[-1]}")
     arrays = [x.reshape(s) for x, s in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+    digest = header.get("digest")  # earlier versions wrote none
+    if digest is not None and not re.fullmatch("[0-9a-f]{12}", digest):
+        raise ValueError(f"the digest {digest!r} is not six bytes in hex")
     return {
         "moments": arrays[0],
         "text": arrays[1] if header["text"] else None,
         "size_crop": np.array(header["size_crop"], np.int32),
         "captions": header["captions"],
         "name": header["name"],
+        "digest": digest,
         "references": arrays[2:],
     }

@@ -17,6 +17,8 @@ from jaxdiff.data.sources.webdataset import WebDataset
 AnySource = ImageFolder | Parquet | WebDataset | ArrayRecord | TFDS | Source
 """The sources of this package, and any other; data sets that come with jaxdiff are others."""
 
+_ROUNDING = 1e-9  # more than the error of a product, less than what matters
+
 
 @checked
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class PriorPreservation:
 
     def __len__(self) -> int:
         s = self.prior_fraction
-        return math.ceil(max(len(self.own) / (1 - s), len(self.prior) / s) - 1e-9)
+        return math.ceil(max(len(self.own) / (1 - s), len(self.prior) / s) - _ROUNDING)
 
     def __getitem__(self, index: int, /) -> Record:
         source, place = self._place(index)
@@ -52,7 +54,7 @@ class PriorPreservation:
     def _place(self, index: int) -> tuple[Source, int]:
         """Return the source of a record, and its index there."""
         s = self.prior_fraction
-        before, after = math.floor(index * s), math.floor((index + 1) * s)
+        before, after = (math.floor(i * s + _ROUNDING) for i in (index, index + 1))
         if after > before:
             return self.prior, before % len(self.prior)
         return self.own, (index - before) % len(self.own)

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Annotated
 
 import numpy as np
@@ -126,14 +127,16 @@ class EmojiScenes(PickledFields):
 
     def check(self) -> None:
         """Render the drawings unless cached; raise `UserError` for wrong fields or packages."""
-        fractions = (self.group_fraction, self.pair_fraction, self.trio_fraction)
+        fractions = (self.pair_fraction, self.trio_fraction, self.group_fraction)
         if sum(fractions) > 1:
             raise UserError(
-                f"data.source.group_fraction, pair_fraction and trio_fraction are {fractions}: "
+                f"data.source.pair_fraction, trio_fraction and group_fraction are {fractions}: "
                 "expected fractions that sum to at most 1."
             )
         self.drawings.check()
-        self.sample(np.random.default_rng(0), 0.0)
+        for form in (0.0, *accumulate(fractions)):  # where each kind of scene begins
+            if form < 1:
+                self.sample(np.random.default_rng(0), form)
 
     @cached_property
     def drawings(self) -> Iconify:

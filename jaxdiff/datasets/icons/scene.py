@@ -4,17 +4,16 @@ Training has no drawing of a thing in its held-out style, and no two things that
 (`jaxdiff.datasets.icons.names`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from jaxdiff.datasets.icons.names import held_out_pair, held_out_style
+from jaxdiff.datasets.icons.names import STYLES, held_out_pair, held_out_style
+from jaxdiff.datasets.scenes import DIRECTIONS, pick
 from jaxdiff.errors import UserError
-
-T = TypeVar("T")
 
 ItemSize = Literal["small", "medium", "large"]
 Placement = Literal["left", "right", "top", "bottom", "centre"]
@@ -31,18 +30,6 @@ GRID = 0.25
 At 128 pixels these are 32, the pixels of a token of the recipe `icons`, which thus sees a drawing
 of one size cut in the same way at all places.
 """
-DIRECTIONS: dict[str, tuple[int, int]] = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-    "left": (-1, 0),
-    "right": (1, 0),
-    "top": (0, -1),
-    "bottom": (0, 1),
-    "centre": (0, 0),
-}
-"""Of the first drawing from the second, or of the drawing from the centre; y points down."""
 _SIZE_FRACTIONS = (0.2, 0.2, 0.6)  # of small, medium and large
 _SAME_STYLE = 0.75  # of pairs and trios
 _TRIES = 1000  # a held-out pair takes eight on average
@@ -118,10 +105,14 @@ class Catalogue(NamedTuple):
 
 
 def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
-    """Sample one thing at a random size and position; large ones are in the centre."""
-    item = _item(rng, drawings, _pick(rng, drawings.things))
+    """Sample one thing at a random size and position; large ones are in the centre.
+
+    Raises:
+      UserError: there is no drawing.
+    """
+    item = _item(rng, drawings, _thing(rng, drawings))
     size = get_args(ItemSize)[int(rng.choice(3, p=_SIZE_FRACTIONS))]
-    position = "centre" if size == "large" else _pick(rng, get_args(Placement))
+    position = "centre" if size == "large" else pick(rng, get_args(Placement))
     boxes = [_box(*DIRECTIONS[position], size)]
     return _scene(rng, (item,), boxes, size=size, position=position)
 
@@ -129,15 +120,15 @@ def sample_one(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
 def sample_equal(rng: np.random.Generator, drawings: Catalogue) -> IconScene:
     """Sample two equal drawings, in a row or a column, or three in a triangle."""
     count = int(rng.integers(2, 4))
-    item = _item(rng, drawings, _pick(rng, drawings.things))
-    boxes = _triangle(rng) if count == 3 else _apart(_pick(rng, get_args(Side)), (0, 0))
+    item = _item(rng, drawings, _thing(rng, drawings))
+    boxes = _triangle(rng) if count == 3 else _apart(pick(rng, get_args(Side)), (0, 0))
     return _scene(rng, (item,), boxes, count=count)
 
 
 def sample_two(rng: np.random.Generator, drawings: Catalogue, share: Share = "train") -> IconScene:
     """Sample two things in a relation, a pair of the share, in styles of `drawings`."""
     things = _different(rng, drawings, 2, share)
-    relation = _pick(rng, get_args(Side))
+    relation = pick(rng, get_args(Side))
     first, second = (int(step) for step in rng.integers(-1, 2, 2))
     boxes = _apart(relation, (first, second))
     return _scene(rng, _styled(rng, drawings, things), boxes, relation=relation)
@@ -178,7 +169,7 @@ def _box(across: int, down: int, size: ItemSize) -> Box:
 def sample_background(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
     """Sample the name of a background, and its red, green and blue."""
     names = list(BACKGROUNDS)
-    name = names[0] if rng.random() < _WHITE_FRACTION else _pick(rng, names[1:])
+    name = names[0] if rng.random() < _WHITE_FRACTION else pick(rng, names[1:])
     vary = rng.integers(-_VARIATION, _VARIATION + 1, 3) * (name != names[0])
     red, green, blue = np.clip(np.asarray(BACKGROUNDS[name]) + vary, 0, 255).tolist()
     return name, (red, green, blue)
@@ -193,7 +184,7 @@ def _different(
       UserError: no such things are found.
     """
     for _ in range(_TRIES):
-        things = tuple(_pick(rng, drawings.things) for _ in range(count))
+        things = tuple(_thing(rng, drawings) for _ in range(count))
         pairs = list(combinations(things, 2))
         if all(a != b and held_out_pair(a, b) == (share == "held_out") for a, b in pairs):
             return things
@@ -203,8 +194,22 @@ def _different(
     )
 
 
+def _thing(rng: np.random.Generator, drawings: Catalogue) -> str:
+    """Sample a thing.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not drawings.things:
+        raise UserError(
+            "The icon sets in data.source.sets have no drawings for scenes of this split: expected "
+            f"sets of everyday things, with held-out styles one of {', '.join(STYLES)}; add one."
+        )
+    return pick(rng, drawings.things)
+
+
 def _item(rng: np.random.Generator, drawings: Catalogue, thing: str) -> SceneItem:
-    return SceneItem(thing, _pick(rng, drawings.styles[thing]))
+    return SceneItem(thing, pick(rng, drawings.styles[thing]))
 
 
 def _styled(
@@ -213,10 +218,6 @@ def _styled(
     """Return the things in mostly the same style, if all have one in common."""
     shared = set.intersection(*(set(drawings.styles[thing]) for thing in things))
     if shared and rng.random() < _SAME_STYLE:
-        style = _pick(rng, sorted(shared))
+        style = pick(rng, sorted(shared))
         return tuple(SceneItem(thing, style) for thing in things)
     return tuple(_item(rng, drawings, thing) for thing in things)
-
-
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]

@@ -154,7 +154,7 @@ class Iconify(PickledFields):
         renderer = optional_package("resvg_py", "Iconify", "icons")
         folder = image_cache(self.cache, "Iconify")
         path = folder / f"icons-{self._digest()[:16]}-{self.size}.safetensors"
-        with cache_errors(folder, "Iconify"):
+        with cache_errors(path, "Iconify"):
             if not path.exists():
                 with packages.damaged_package_as_user_error(self.folder or "the user's cache"):
                     icons = list(self._select())

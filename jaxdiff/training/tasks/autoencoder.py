@@ -33,7 +33,7 @@ class Perceptual:
     Attributes:
       model: the vision encoder.
       pretrained: folder of the CLIP that holds it.
-      weight: of the distance in the loss.
+      weight: weight of the distance in the loss.
     """
 
     model: ClipVisionConfig

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -19,6 +20,22 @@ Path = tuple[str, ...]
 
 SUM, COUNT = "_sum", "_count"
 """A metric x_sum is logged as x: its total since the last line over that of x_count."""
+
+
+def means(totals: Mapping[str, Any], steps: float) -> dict[str, np.ndarray]:
+    """Return the means of metrics, given their totals over so many steps or batches.
+
+    The mean of x_sum is that over x_count, and NaN where the count is 0.
+    """
+    found = {}
+    for name, total in totals.items():
+        if name.endswith(SUM):
+            count = totals[name.removesuffix(SUM) + COUNT]
+            empty = np.full_like(total, np.nan)
+            found[name.removesuffix(SUM)] = np.divide(total, count, out=empty, where=count > 0)
+        elif not name.endswith(COUNT):
+            found[name] = np.asarray(total / steps)
+    return found
 
 
 class PretrainedPart(NamedTuple):

@@ -109,8 +109,8 @@ class DiffusionTask(Task):
 
     Attributes:
       model: the specification.
-      pretrained: sources of its initial weights.
-      trainable: its parameters that are trained.
+      pretrained: sources of the model's initial weights.
+      trainable: parameters that are trained.
       objective: the loss.
       curriculum: low noise levels first; None samples all levels from the start.
       guidance: the guidance scale of all images, for networks that read one, such as FLUX.1-dev; at

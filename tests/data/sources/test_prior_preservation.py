@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -31,6 +32,19 @@ def test_an_epoch_has_all_images_in_the_given_fractions(own, prior, fraction):
     for kind in counts:
         repeats = [count for record, count in times.items() if record[0] == kind]
         assert max(repeats) - min(repeats) <= 1
+
+
+def test_an_epoch_has_all_images_for_any_fraction_and_numbers():
+    counts = (1, 9, 27, 63)
+    for fraction in (*(i / 10 for i in range(1, 10)), 1 / 3):
+        for own, prior in itertools.product(counts, counts):
+            source = PriorPreservation(
+                own=Produce(length=own),
+                prior=Produce(length=prior, split="held_out"),
+                prior_fraction=fraction,
+            )
+            places = {source._place(i) for i in range(len(source))}
+            assert len(places) == own + prior, (own, prior, fraction)
 
 
 def test_sources_alternate():

@@ -7,9 +7,11 @@ import pytest
 
 from jaxdiff.datasets.icons.emoji_scenes import EmojiScenes, plural, prompt_of
 from jaxdiff.datasets.icons.names import held_out_pair, held_out_style
-from jaxdiff.datasets.icons.scene import DIRECTIONS, GRID, IconScene, SceneItem
+from jaxdiff.datasets.icons.packages import package_of
+from jaxdiff.datasets.icons.scene import GRID, IconScene, SceneItem
+from jaxdiff.datasets.scenes import DIRECTIONS
 from jaxdiff.errors import UserError
-from tests.datasets.icons.tiny import THINGS
+from tests.datasets.icons.tiny import THINGS, write_names, write_package
 
 COUNT = 300
 CAT = SceneItem("cat", "fluent-emoji-flat")
@@ -131,6 +133,28 @@ def test_plurals(name, expected):
 def test_the_vocabulary_has_the_words_of_captions(source):
     assert {"cat", "kitten", "flat", "two", "left", "blue"} <= source.vocabulary
     assert source.related_words == {"gray": ("grey",), "pet": ("cat", "dog")}
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        (THINGS, {"split": "held_out"}),
+        (THINGS, {"split": "held_out", "pair_fraction": 0.0}),
+        (["arrow"], {}),
+        (["arrow"], {"pair_fraction": 0.0, "trio_fraction": 0.0}),
+    ],
+)
+def test_sets_without_drawings_for_a_split_are_refused_at_the_start(names, fields, tmp_path):
+    """Only the default sets have held-out styles."""
+    icons = {name: {"body": '<circle cx="8" cy="8" r="7"/>'} for name in names}
+    write_package(tmp_path, package_of("lines"), {"icons.json": {"icons": icons}})
+    write_names(tmp_path)
+    places = {"folder": str(tmp_path), "cache": str(tmp_path / "cache")}
+    scenes = EmojiScenes(sets=("lines",), size=32, **places)
+    if names is THINGS:
+        scenes.check()
+    with pytest.raises(UserError, match=r"data\.source\.sets have no drawings .* noto"):
+        dataclasses.replace(scenes, **fields).check()
 
 
 def test_fractions_above_one_are_refused(source):
