@@ -51,7 +51,7 @@ def time_sampling(
     model = _model_of(config)
     sampler = model.sampler.resolve()
     steps = sampler.num_steps
-    size = config.data.transforms.size
+    size = model.image_size
     count = batch_size or default_batch_size(size, size)
     pipeline = Pipeline(synthetic.random_bundle(config), devices=jax.local_devices()[:1])
     prompts = ["a small green pea"] * count

@@ -4,8 +4,9 @@
 
 The time of a step is a pipeline's time for many steps minus that for few, divided by the difference
 in steps, which cancels the text encoder and the decoder. The bare call is the network alone,
-compiled by itself, on the same number of conditional and unconditional images. The two are timed in
-turns, so that other load on the machine slows both, and the fastest of each counts.
+compiled by itself, on the same number of images: with classifier-free guidance conditional and
+unconditional ones. The two are timed in turns, so that other load on the machine slows both, and
+the fastest of each counts.
 """
 
 import dataclasses
@@ -20,10 +21,13 @@ from jaxdiff.benchmark.timing import time_in_turns
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.io.terminal import write_line
-from jaxdiff.models.conditioning import full_size_crop
+from jaxdiff.models.conditioning import AESTHETIC_SCORE, full_size_crop
 from jaxdiff.pipelines.batching import default_batch_size
+from jaxdiff.pipelines.inputs import SampleRequest
 from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.pipeline import Pipeline
+
+_PROMPT = "a small green pea"
 
 
 @checked
@@ -70,7 +74,7 @@ def sampler_overhead(
         jax.block_until_ready(call())
 
     def sampled(num_steps: int) -> Callable[[], object]:
-        prompts = ["a small green pea"] * batch
+        prompts = [_PROMPT] * batch
         return lambda: pipeline(prompts, size=(size, size), num_steps=num_steps)
 
     contenders = {"bare": bare, "few": sampled(few), "many": sampled(many)}
@@ -82,19 +86,31 @@ def sampler_overhead(
 
 
 def bare_network(pipeline: Pipeline, size: int, batch: int) -> Callable[[], jax.Array]:
-    """Return a call of the network on `batch` conditional and `batch` unconditional images."""
-    spec, n = pipeline.spec, 2 * batch
+    """Return a call of the network on what a sampling step evaluates it on.
+
+    These are `batch` conditional images and, with classifier-free guidance, as many unconditional
+    ones.
+    """
+    request = SampleRequest.of(prompts=[_PROMPT] * batch, size=(size, size), batch_size=batch)
+    call, spec = pipeline.prepare(request), pipeline.spec
+    embeds, scales = spec.denoiser.guidance_embedding, call.inputs.guidance
+    rows = 1 + call.spec.sampler.guidance.is_classifier_free(embeds)
+    n = rows * batch
 
     @jax.jit
     def encode_text(params, inputs):
         cond = spec.encode_text(params, inputs)
-        return cond._replace(size_crop=full_size_crop(size, size, n))
+        return cond._replace(
+            size_crop=full_size_crop(size, size, n),
+            aesthetic_score=jnp.full(n, AESTHETIC_SCORE),
+            guidance=None if scales is None else jnp.resize(scales, (n,)),
+        )
 
     predict = jax.jit(spec.predict)
     x = jnp.asarray(
         np.random.default_rng(0).normal(size=(n, *spec.latent_shape(size, size))), jnp.float32
     )
-    prompts = ["a small green pea", None] * batch
+    prompts = [_PROMPT, None][:rows] * batch
     cond = encode_text(pipeline.params, spec.conditioner.tokenize(pipeline.tokenizers, prompts))
     return lambda: predict(pipeline.params, x, jnp.full(n, 0.5), cond)
 

@@ -43,7 +43,7 @@ def time_training(
       trace: folder of a trace of three more steps.
 
     Raises:
-      UserError: mesh, batch or data do not fit, or the peak is not positive.
+      UserError: mesh, batch or data do not fit.
     """
     flops = flops_per_image(config) * config.train.batch_size
     peak, note = peak_of_device(peak_tflops)
@@ -112,11 +112,7 @@ def _timed(
 
 
 def peak_of_device(given: float | None) -> tuple[float | None, str]:
-    """Return the peak TFLOP/s of one device, None if unknown, and a note on its source.
-
-    Raises:
-      UserError: the given peak is not positive.
-    """
+    """Return the peak TFLOP/s of one device, None if unknown, and a note on its source."""
     if given is not None:
         return given, f"Utilisation is relative to --peak-tflops {given:g}."
     kind = jax.devices()[0].device_kind

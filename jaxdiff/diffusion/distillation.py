@@ -51,10 +51,10 @@ class ConsistencyDistillation(Objective):
     Attributes:
       grid: the times t and u, and in finer steps those of the teacher. A student with several
         segments is sampled on the same grid, which is a `TimeGrid` as a rule.
-      steps: of the grid; u is the next time after t.
+      steps: number of steps of the grid; u is the next time after t.
       segments: parts of equal numbers of steps.
       teacher_steps: DDIM steps of the teacher from t to u.
-      guidance_scale: of the teacher; 1 distils the conditional model.
+      guidance_scale: guidance scale of the teacher; 1 distils the conditional model.
       huber: c of the pseudo-Huber loss sqrt(error^2 + c^2) - c of Luo et al. (0.001), for each
         element; None is the squared error.
 

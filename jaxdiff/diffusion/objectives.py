@@ -131,7 +131,7 @@ class Denoising(Objective):
     Attributes:
       loss_space: the space of the loss; None is that of the prediction.
       times: distribution of the times.
-      weighting: of the loss, by log_snr.
+      weighting: weight of the loss, by log_snr.
       floor: least sigma and alpha by which an error in x0 or eps is divided when it is converted to
         another space (JiT: 0.05); it bounds the weights at the ends.
       noise_offset: standard deviation of additional noise that is constant over the pixels of a

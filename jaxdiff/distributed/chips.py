@@ -45,7 +45,7 @@ class Chip:
     """Figures of one JAX device.
 
     Attributes:
-      kind: prefix of its `device_kind`.
+      kind: its `device_kind`, or the first words of it.
       flops: peak dense bfloat16 FLOP/s.
       memory: bytes of device memory.
       bandwidth: bytes/s from and to that memory.
@@ -104,7 +104,6 @@ def _gpu(
     )
 
 
-# The first matching prefix counts.
 CHIPS = (
     _tpu(" v2", 22.5, 8.0, 350.0, 124.0, "Jouppi et al. 2020"),
     _tpu(" v3", 61.5, 16.0, 450.0, 164.0, "Jouppi et al. 2020"),
@@ -113,26 +112,34 @@ CHIPS = (
     _tpu(" v5 lite", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
     _tpu(" v5e", 197.0, 16.0, 819.0, 200.0, "cloud.google.com/tpu/docs/v5e"),
     _tpu(" v5", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p", 128, 50.0),
+    _tpu(" v5p", 459.0, 95.0, 2765.0, 600.0, "cloud.google.com/tpu/docs/v5p", 128, 50.0),
     _tpu(" v6", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e", 256, 100.0),
-    _tpu("7", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x", 256),
+    _tpu(" v6e", 918.0, 32.0, 1638.0, 400.0, "cloud.google.com/tpu/docs/v6e", 256, 100.0),
+    _tpu("7x", 1153.5, 96.0, 3690.0, 300.0, "cloud.google.com/tpu/docs/tpu7x", 256),
     _gpu("A100-SXM4-40GB", 312.0, 40.0, 1555.0, 600.0, "A100 data sheet"),
     _gpu("A100-PCIE-40GB", 312.0, 40.0, 1555.0, 64.0, "A100 data sheet"),
-    _gpu("A100-SXM", 312.0, 80.0, 2039.0, 600.0, "A100 data sheet"),
-    _gpu("A100", 312.0, 80.0, 1935.0, 64.0, "A100 data sheet, the 80 GB PCIe card"),
+    _gpu("A100-SXM4-80GB", 312.0, 80.0, 2039.0, 600.0, "A100 data sheet"),
+    _gpu("A100 80GB PCIe", 312.0, 80.0, 1935.0, 64.0, "A100 data sheet"),
+    _gpu("L40", 181.0, 48.0, 864.0, 64.0, "L40 data sheet"),
     _gpu("L40S", 362.0, 48.0, 864.0, 64.0, "L40S data sheet"),
     _gpu("L4", 121.0, 24.0, 300.0, 64.0, "L4 data sheet"),
     _gpu("H100 PCIe", 756.0, 80.0, 2000.0, 128.0, "H100 data sheet, October 2022"),
     _gpu("H100 NVL", 835.0, 94.0, 3900.0, 600.0, "H100 data sheet"),
     _gpu("H100", 989.0, 80.0, 3350.0, 900.0, "H100 data sheet"),
     _gpu("H200", 989.0, 141.0, 4800.0, 900.0, "H200 data sheet"),
+    _gpu("H200 NVL", 835.0, 141.0, 4800.0, 900.0, "H200 data sheet"),
     _gpu("B200", 2250.0, 180.0, 8000.0, 1800.0, "DGX B200 data sheet"),
     _gpu("GB200", 2500.0, 186.0, 8000.0, 1800.0, "GB200 NVL72 data sheet"),
 )
 
 
 def find_chip(kind: str) -> Chip | None:
-    """Return the chip with this `device_kind`; None if it is not in the table."""
-    return next((chip for chip in CHIPS if kind.startswith(chip.kind)), None)
+    """Return the chip with this `device_kind`; None if it is not in the table.
+
+    `Chip.kind` matches in whole words, as an L40 is no L4, and the longest match counts.
+    """
+    found = (chip for chip in CHIPS if f"{kind} ".startswith(f"{chip.kind} "))
+    return max(found, key=lambda chip: len(chip.kind), default=None)
 
 
 def chip_of(device: Device) -> Chip:

@@ -54,7 +54,7 @@ REPLICATED = MeshConfig()
 
 def parse_slices(topology: str) -> tuple[int, str]:
     """Parse `2xv5e:16x16`: the number of slices, and the topology of one of them."""
-    several = re.fullmatch(r"([1-9]\d*)x([a-z]\w*:.*)", topology)
+    several = re.fullmatch(r"([1-9][0-9]{0,4})x([a-z]\w*:.*)", topology)
     return (int(several[1]), several[2]) if several else (1, topology)
 
 

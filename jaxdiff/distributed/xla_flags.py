@@ -56,8 +56,8 @@ class CompilerConfig:
     """Flags of XLA for the training step, each `name=value`.
 
     Attributes:
-      tpu: on TPUs; None selects defaults for the kind of TPU.
-      gpu: on GPUs; None selects defaults.
+      tpu: flags on TPUs; None selects defaults for the kind of TPU.
+      gpu: flags on GPUs; None selects defaults.
 
     Raises:
       UserError: a flag has another form.

@@ -1,6 +1,5 @@
 """CLIP score and retrieval: how well images match their captions, for any data with captions."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -10,7 +9,6 @@ from jaxtyping import Float32, UInt8
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural, Range
-from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
@@ -21,7 +19,8 @@ from jaxdiff.evaluation.evaluator import (
     digest_of_texts,
     image_source,
 )
-from jaxdiff.pipelines.auxiliary_models import clip_embeddings, clip_scores
+from jaxdiff.evaluation.image_sets import DataImages
+from jaxdiff.pipelines.auxiliary_models import clip_embeddings
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
@@ -65,22 +64,20 @@ class ClipScore(Evaluator):
         self.check(context.spec, context.data)
         captions, true = self._records(context.data)
         images = context.generate(captions)
-        shifted = list(np.roll(captions, max(1, len(captions) // 2)))
+        image, text = clip_embeddings(self.clip_model, images, captions)
+        own, _ = clip_embeddings(self.clip_model, true, captions)
+        shifted = np.roll(text, max(1, len(captions) // 2), axis=0)
+        pairs = {"score": (image, text), "data": (own, text), "chance": (image, shifted)}
         scalars = {
-            name: 100 * float(np.mean(clip_scores(self.clip_model, pixels, texts)))
-            for name, pixels, texts in (
-                ("score", images, captions),
-                ("data", true, captions),
-                ("chance", images, shifted),
-            )
+            name: 100 * float(np.mean(np.sum(a * b, axis=1))) for name, (a, b) in pairs.items()
         }
-        text = ", ".join(f"{name} {value:.1f}" for name, value in scalars.items())
+        summary = ", ".join(f"{name} {value:.1f}" for name, value in scalars.items())
         found = {}
-        for end, pixels in (("", images), ("_data", true)):
-            both = retrieval(*clip_embeddings(self.clip_model, pixels, captions), captions)
+        for end, vectors in (("", image), ("_data", own)):
+            both = retrieval(vectors, text, captions)
             found |= {f"retrieval{end}": both[0], f"text_retrieval{end}": both[1]}
         scalars |= found
-        text += "; " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        summary += "; " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
         about = {
             "clip_model": self.clip_model,
             "images": len(images),
@@ -88,33 +85,19 @@ class ClipScore(Evaluator):
         }
         return Report(
             scalars=scalars,
-            text=f"CLIP score ({self.clip_model}): {text}",
+            text=f"CLIP score ({self.clip_model}): {summary}",
             provenance=dict.fromkeys(scalars, about),
         )
 
     def _records(self, data: DataConfig) -> tuple[list[str], UInt8[np.ndarray, "n h w 3"]]:
         """Return captions and images of records spread over the data, unusable ones left out."""
-        source, rng = image_source(data), np.random.default_rng(0)
-        transforms = dataclasses.replace(
-            data.transforms, buckets=None, crop="center", flip=False, caption_dropout=0.0
-        )
-        source.check()
-        count = min(self.samples, len(source))
-        captions, images = [], []
-        for i in range(count):
-            try:
-                example = transforms(source[i * len(source) // count], rng)
-            except RecordError:
-                continue
-            if example.caption:
-                captions.append(example.caption)
-                images.append(example.image)
-        if len(captions) < 2:
+        examples = list(DataImages(data, self.samples).examples())
+        if len(examples) < 2:
             raise UserError(
-                f"evaluator {self.name!r} found {len(captions)} usable records with a caption: "
+                f"evaluator {self.name!r} found {len(examples)} usable records with a caption: "
                 "expected at least 2; repair the data, or leave the evaluator out."
             )
-        return captions, np.stack(images)
+        return [one.caption for one in examples], np.stack([one.image for one in examples])
 
 
 def retrieval(

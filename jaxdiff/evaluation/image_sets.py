@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -129,15 +130,18 @@ class DataImages:
         record = self._source[index * len(self._source) // self._count]
         return self._transforms(record, np.random.default_rng(index))
 
-    def captions(self) -> list[str]:
-        """Return a caption of each usable record that has one."""
-        found = []
+    def examples(self) -> Iterator[Example]:
+        """Yield image and caption of each usable record."""
         for index in range(len(self)):
             try:
-                found.append(self.example(index).caption)
+                example = self.example(index)
             except RecordError:
                 continue
-        return [caption for caption in found if caption]
+            yield example
+
+    def captions(self) -> list[str]:
+        """Return a caption of each usable record."""
+        return [example.caption for example in self.examples()]
 
 
 def _sha256(parts: Any) -> str:

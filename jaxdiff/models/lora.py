@@ -36,8 +36,8 @@ class LoraPattern:
 
     Attributes:
       targets: ends of the paths of these layers, as in `LoraConfig`.
-      rank: of their adapters.
-      alpha: of their adapters; None is `rank`.
+      rank: rank of their adapters.
+      alpha: alpha of their adapters; None is `rank`.
     """
 
     targets: tuple[str, ...]
@@ -51,7 +51,7 @@ class LoraConfig:
     """Rank, scale and target layers of adapters that are to be trained.
 
     Attributes:
-      rank: of every adapter.
+      rank: rank of every adapter.
       alpha: an adapter's output is multiplied by alpha / rank; None is `rank`, for a factor of 1.
       targets: ends of the paths of the adapted layers, in whole names; `*` is any number. By
         default the input and output projections of attention.
@@ -194,14 +194,25 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def _init(kernel: nnx.Param, rank: int, rngs: nnx.Rngs) -> Factors:
-    *window, inputs, outputs = kernel.shape
-    is_convolution = kernel.ndim >= 4
-    ones = [1] * len(window) if is_convolution else window
-    fan_in = math.prod(window) * inputs if is_convolution else inputs
+    down, up = _shapes(kernel.shape, rank)
+    fan_in = math.prod(down[:-1]) if kernel.ndim >= 4 else down[-2]
     bound = 1 / math.sqrt(fan_in)
-    shape = (*window, inputs, rank)
-    down = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return Factors(down, jnp.zeros((*ones, rank, outputs)))
+    return Factors(
+        jax.random.uniform(rngs.params(), down, minval=-bound, maxval=bound), jnp.zeros(up)
+    )
+
+
+def _shapes(kernel: tuple[int, ...], rank: int) -> Factors:
+    """Return the shapes of an adapter of a layer, or of a stack, with a kernel of this shape."""
+    *first, inputs, outputs = kernel
+    ones = [1] * len(first) if len(kernel) >= 4 else first  # of a convolution
+    return Factors((*first, inputs, rank), (*ones, rank, outputs))
+
+
+def fits(pair: Factors, kernel: tuple[int, ...]) -> bool:
+    """Whether an adapter, of any rank, has the shapes of one of a layer with this kernel."""
+    shapes = Factors(pair.down.shape, pair.up.shape)
+    return shapes == _shapes(kernel, (0, *shapes.down)[-1])
 
 
 def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
@@ -214,9 +225,20 @@ def add_adapters(module: nnx.Module, adapters: Mapping[str, Any]) -> None:
 
 
 def factors(adapters: Mapping[str, Any]) -> dict[Path, Factors]:
-    """Return the adapters in a nested dict of parameters, by the paths of their layers."""
+    """Return the adapters in a nested dict of parameters, by the paths of their layers.
+
+    Raises:
+      UserError: one lacks a factor, or a parameter is of no adapter.
+    """
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(adapters))
-    paths = sorted({path[:-2] for path in flat if LORA in path}, key=str)
+    paths = sorted({path[:-2] for path in flat}, key=str)
+    expected = {(*path, LORA, name) for path in paths for name in Factors._fields}
+    for path in sorted(expected ^ flat.keys(), key=str):
+        raise UserError(
+            f"The adapters' parameter {_dotted(path)} is "
+            f"{'missing' if path in expected else 'unknown'}: expected {LORA}.down and {LORA}.up "
+            "of each adapted layer; copy or export the model again."
+        )
     return {path: Factors(flat[*path, LORA, "down"], flat[*path, LORA, "up"]) for path in paths}
 
 

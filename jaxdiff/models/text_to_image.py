@@ -94,12 +94,12 @@ class TextToImage:
     """A text-to-image model without its weights.
 
     Attributes:
-      name: of the model, for messages and file names.
+      name: name of the model, for messages and file names.
       denoiser: the network.
       conditioner: text encoders, which return a `Conditioning`.
       autoencoder: between pixels and latents; None for models on pixels.
       prediction: type of the network's prediction.
-      schedule: of the noise.
+      schedule: schedule of the noise.
       image_size: side of the training images, in pixels.
       sampler: default sampler settings.
 

@@ -187,7 +187,7 @@ def make_plan(config: Config, topology: Topology, *, quick: bool = False) -> Pla
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
     flags = config.compiler.flags(topology.devices[0])
     measured = topology.chip.kind == "cpu"
-    file = None if measured else plan_file(config, topology.name, flags, quick)
+    file = None if measured else plan_file(config, topology, flags, quick)
     kept = read_plan(file)
     if kept is not None:
         return Plan.from_json(kept)

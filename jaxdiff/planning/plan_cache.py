@@ -1,7 +1,8 @@
 """Keep plans, so that a search compiles each of its programs once.
 
 A plan is a small file in `plans` of the user's cache, named by the hash of all that it depends on:
-the recipe, the topology, XLA's flags, the versions of JAX and libtpu, and this package's code.
+the recipe, the topology and its devices, XLA's flags, the versions of JAX and libtpu, and this
+package's code.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json, read_json
 from jaxdiff.io.user_cache import package_digest, user_cache
+from jaxdiff.planning.topology import Topology
 from jaxdiff.training.recipe import Config
 
 MOST = 1000
@@ -23,13 +25,15 @@ MOST = 1000
 
 
 def plan_file(
-    config: Config, topology: str, flags: tuple[str, ...], quick: bool
+    config: Config, topology: Topology, flags: tuple[str, ...], quick: bool
 ) -> epath.Path | None:
     """Return the file of a plan, there or not; None without a cache."""
     folder = user_cache("plans")
     if folder is None:
         return None
-    key = [to_json(config), topology, flags, quick, *_versions(), package_digest()]
+    # `local` names other devices on other machines, which may share the cache.
+    devices = [len(topology.devices), topology.devices[0].device_kind]
+    key = [to_json(config), topology.name, devices, flags, quick, *_versions(), package_digest()]
     return folder / f"{hashlib.sha256(format_json(key).encode()).hexdigest()}.json"
 
 

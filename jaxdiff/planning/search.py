@@ -2,7 +2,8 @@
 
 All combinations are estimated by formulas; those that promise most are compiled. The formulas order
 candidates and exclude only what cannot win: states that are larger than the memory, programs that
-keep more than one that did not fit, and products that alone take longer than the best step so far.
+keep more than one that did not fit, more micro-batches than a program that fits otherwise has, and
+products that alone take longer than the best step so far.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
         for fsdp in dict.fromkeys([*(n for n in powers if rest % n == 0), rest]):
             sizes = {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
             meshes.append(dataclasses.replace(config.mesh, **sizes))
-    parts = sorted({config.train.accumulate, *(n for n in powers if n <= _MOST_PARTS)})
+    parts = sorted({config.train.accumulate, *(2**i for i in range(_MOST_PARTS.bit_length()))})
     for mesh, count in itertools.product(dict.fromkeys(meshes), parts):
         if not config.train.batch_size % (mesh.slices * mesh.data * mesh.fsdp * count):
             train = dataclasses.replace(config.train, accumulate=count)
@@ -206,8 +207,8 @@ class _Made:
         return min(fitting, key=lambda made: _rank(made[0]), default=None)
 
     def make(self, config: Config) -> None:
-        """Compile a recipe unless it cannot fit, or the search has made all its plans."""
-        if len(self.plans) >= self.most or not self._may_fit(config):
+        """Compile a recipe unless it cannot win, or the search has made all its plans."""
+        if len(self.plans) >= self.most or self._is_slower(config) or not self._may_fit(config):
             return
         start = time.perf_counter()
         plan = make_plan(config, self.topology, quick=self.quick)
@@ -218,6 +219,16 @@ class _Made:
         count = len(self.plans)
         left = self.seconds / count * (self.most - count)
         self.log(SearchProgress(plan, count, self.most, left))
+
+    def _is_slower(self, config: Config) -> bool:
+        """Whether a recipe that fits has fewer micro-batches, and is the same otherwise."""
+        return any(
+            plan.fits
+            and made.train.accumulate < config.train.accumulate
+            and (made.mesh, made.train.batch_size) == (config.mesh, config.train.batch_size)
+            and remat_of(made) == remat_of(config)
+            for plan, made in self.plans
+        )
 
     def _may_fit(self, config: Config) -> bool:
         kept = _kept(config)

@@ -29,7 +29,7 @@ _SLICES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 # if all are (cloud.google.com/tpu/docs on each version).
 _WRAPS = {2: 16, 3: 4}
 _GPUS = {
-    "a100": "NVIDIA A100-SXM",
+    "a100": "NVIDIA A100-SXM4-80GB",
     "h100": "NVIDIA H100",
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
@@ -88,9 +88,9 @@ def find_topology(name: str) -> Topology:
             )
         devices = _slices(single, count)
         return Topology(name=name, devices=devices, chip=chip_of(devices[0]))
-    if kind == "cpu" and shape.isdigit() and int(shape):
+    if kind == "cpu" and re.fullmatch("[1-9][0-9]{0,4}", shape):
         return Topology(name=name, devices=_simulated(count * int(shape)), chip=cpu_chip())
-    if kind in _GPUS and count == 1 and shape.isdigit() and int(shape) in _PROXY:
+    if kind in _GPUS and count == 1 and re.fullmatch("[1-9][0-9]?", shape) and int(shape) in _PROXY:
         proxy, chip = f"v5p:{_PROXY[int(shape)]}", find_chip(_GPUS[kind])
         assert chip is not None
         return Topology(name=name, devices=_slices(proxy), chip=chip, proxy_topology=proxy)

@@ -43,7 +43,9 @@ def base_of(recipe: Mapping[str, Any] | None, model: str) -> str:
     Raises:
       UserError: it is of several models, or of one in a local folder.
     """
-    pretrained = ((recipe or {}).get("task") or {}).get("pretrained") or {}
+    task = (recipe or {}).get("task")
+    stated = task.get("pretrained") if isinstance(task, Mapping) else None
+    pretrained = stated if isinstance(stated, Mapping) else {}
     found = sorted({str(value) for key, value in pretrained.items() if key != "type" and value})
     if len(found) != 1 or not _ANYWHERE.fullmatch(found[0]):
         names = ", ".join(found) or "no model"

@@ -8,6 +8,7 @@ base.json              the model that the weights are adapters of (`adapted_fold
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jaxdiff.io.files import read_bytes, write_whole
 from jaxdiff.io.text import format_json
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.layers import abstract_params, bind_init
-from jaxdiff.models.lora import factors
+from jaxdiff.models.lora import factors, fits
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import AnyAutoencoder, TextToImage
 from jaxdiff.pretrained.placement import Place, place_tree
@@ -192,8 +193,7 @@ def read_weights(path: epath.Path, *, widen: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or cut off ({error}): copy it again.") from error
     tree = {}
     for key, tensor in stored:
-        # Modules in lists have numbers.
-        names = tuple(int(name) if name.isdigit() else name for name in key.split("."))
+        names = tuple(map(as_index, key.split(".")))
         if (tensor["dtype"], tensor["shape"]) == ("I32", []):  # a counter
             tree[names] = np.array(np.frombuffer(tensor["data"], np.int32)[0])
             continue
@@ -204,7 +204,20 @@ def read_weights(path: epath.Path, *, widen: bool = True) -> dict[str, Any]:
             )
         value = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
         tree[names] = value.astype(np.float32) if widen else value
+    for names in tree:
+        for end in range(1, len(names)):
+            if names[:end] in tree:
+                within, name = (".".join(map(str, path)) for path in (names[:end], names))
+                raise UserError(
+                    f"{path} holds both {within} and {name}: expected a tensor, or those within "
+                    "it; copy the model again."
+                )
     return nnx.traversals.unflatten_mapping(tree)
+
+
+def as_index(name: str) -> int | str:
+    """Return the name of a module in a list, which is its index, as a number."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else name
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
@@ -222,17 +235,17 @@ def check_params(params: Mapping[str, Any], spec: AnySpec, folder: str) -> None:
     abstract = abstract_of(spec)
     extra = ("adapters", "added_tokens") if isinstance(spec, TextToImage) else ()
     check_fit({key: part for key, part in params.items() if key not in extra}, abstract, folder)
-    wrong = []
+    wrong = [f"{k} is not expected" for k in extra if not isinstance(params.get(k, {}), Mapping)]
+    _raise_if_wrong(wrong, folder)
     for path, pair in factors(params.get("adapters", {}) if extra else {}).items():
         node: Any = abstract
         for name in (*path, "kernel"):
             node = node.get(name, {}) if isinstance(node, Mapping) else {}
-        kernel = getattr(node, "shape", (0, 0))
-        if (pair.down.shape[-2], pair.up.shape[-1]) != tuple(kernel[-2:]):
+        if not hasattr(node, "shape") or not fits(pair, node.shape):
             wrong.append(f"adapters.{'.'.join(map(str, path))} fits no layer")
     for name, rows in (params.get("added_tokens", {}) if extra else {}).items():
         table = abstract["text_encoders"].get(name, {}).get("token_embedding")
-        if table is None or rows.shape[-1] != table.shape[-1]:
+        if table is None or getattr(rows, "shape", ())[1:] != table.shape[1:]:
             wrong.append(f"added_tokens.{name} fits no text encoder")
     _raise_if_wrong(wrong, folder)
 

@@ -32,6 +32,7 @@ from jaxtyping import PyTree
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import is_local
 from jaxdiff.io.text import decode_text, lines_of, parse_json, read_json
+from jaxdiff.pretrained.bundle import as_index
 
 ARRAYS = "arrays.json"
 CHECKSUMS = "SHA256SUMS"
@@ -145,8 +146,7 @@ def _saved_params(path: epath.Path, which: str) -> dict[str, Any]:
         part, *names = name.split("/")
         if part == which:
             dtype, _, shape = array.partition("[")
-            keys = tuple(int(name) if name.isdigit() else name for name in names)
-            tree[keys] = jax.ShapeDtypeStruct(
+            tree[tuple(map(as_index, names))] = jax.ShapeDtypeStruct(
                 parse_json(f"[{shape}", path / ARRAYS), jnp.dtype(dtype)
             )
     return traverse_util.unflatten_dict(tree)

@@ -17,6 +17,7 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVisionConfig,
 )
 from jaxdiff.pretrained.config_check import (
+    MOST_LAYERS,
     OFF,
     Kind,
     Only,
@@ -121,7 +122,7 @@ BASE_KEYS: Schema = {
 }
 _BLOCKS: Schema = {
     **BASE_KEYS,
-    "num_hidden_layers": Used(12, integer(1, 256), "depth"),
+    "num_hidden_layers": Used(12, integer(1, MOST_LAYERS), "depth"),
     "hidden_act": Used("quick_gelu", choice(("quick_gelu", "gelu")), "activation"),
     "layer_norm_eps": Only(1e-5),
 }

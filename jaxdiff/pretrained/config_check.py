@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxdiff.errors import UserError
 
 MOST_LEVELS = 16
+MOST_LAYERS = 256  # of a transformer
 
 
 class Kind(NamedTuple):

@@ -11,6 +11,7 @@ from jaxdiff.models.image_encoders.dinov2 import Dinov2Config
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.clip_keys import BASE_KEYS
 from jaxdiff.pretrained.config_check import (
+    MOST_LAYERS,
     OFF,
     Only,
     Schema,
@@ -55,7 +56,7 @@ KEYS: Schema = {
     "image_size": Used(224, side(1, 2**14), "image_size"),
     "patch_size": Used(14, side(1, 2**14), "patch_size"),
     "hidden_size": Used(768, _WIDTH, "width"),
-    "num_hidden_layers": Used(12, integer(1, 256), "depth"),
+    "num_hidden_layers": Used(12, integer(1, MOST_LAYERS), "depth"),
     "num_attention_heads": Used(12, _WIDTH, "heads"),
     "mlp_ratio": Used(4, integer(1, 64), "mlp_ratio"),
     "hidden_act": Only("gelu"),

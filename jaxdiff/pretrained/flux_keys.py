@@ -15,6 +15,7 @@ from jaxdiff.models.denoisers.flux import FLUX1, FluxConfig
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.config_check import (
     FLAG,
+    MOST_LAYERS,
     Only,
     Schema,
     Used,
@@ -33,7 +34,7 @@ WHAT = "transformer/config.json"
 
 FLUX2 = FluxConfig()
 
-_WIDTH, _LAYERS = integer(1, 2**16), integer(1, 256)
+_WIDTH, _LAYERS = integer(1, 2**16), integer(1, MOST_LAYERS)
 
 _BOTH: Schema = {
     "num_layers": Used(19, _LAYERS, "double_depth"),

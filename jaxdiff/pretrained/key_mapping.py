@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from jaxdiff.errors import UserError
 from jaxdiff.pretrained.placement import Place, part_place
-from jaxdiff.pretrained.safetensors_io import shapes
+from jaxdiff.pretrained.safetensors_io import dtypes, shapes
 
 Path = tuple[str | int, ...]
 
@@ -115,7 +115,8 @@ def from_torch_names(
 ) -> dict[str, Any]:
     """Read our parameters from a checkpoint's tensors, each in its own dtype.
 
-    All names and shapes are checked before the first tensor is read.
+    A stack of layers has the narrowest dtype that holds the numbers of all of them. All names and
+    shapes are checked before the first tensor is read.
 
     Args:
       tensors: of the checkpoint, by name.
@@ -135,6 +136,11 @@ def from_torch_names(
     located = {path: locate(path, value.shape, names) for path, value in flat.items()}
     _check_tensors(shapes(tensors), flat, located, what, advice)
     arrays = _HostArrays({path: value.shape for path, value in flat.items()})
+    types = dtypes(tensors)
+    widest = {
+        path: functools.reduce(jnp.promote_types, {types[name] for name in tensor.names()})
+        for path, tensor in located.items()
+    }
     left = {path: tensor.depth or 1 for path, tensor in located.items()}
     placed: dict[Path, Any] = {}
 
@@ -149,7 +155,7 @@ def from_torch_names(
                 f"{what}: {name} holds {value.dtype}: expected floating-point numbers; use a "
                 "variant that is not quantised."
             )
-        ours = arrays.take(path, value.dtype)
+        ours = arrays.take(path, widest[path])
         if not tensor.from_torch(value, ours if tensor.depth is None else ours[layer, ...]):
             raise UserError(
                 f"{what}: {name} holds NaN or infinite numbers: expected finite weights; use "

@@ -218,7 +218,7 @@ class Adapter:
             wanted = (1, outputs, *ones) if len(given) > 1 and given[0] == 1 else (outputs,)
             magnitude = _float32(self._take("magnitude", *wanted)).reshape(-1, 1, *ones)
             return lambda weight, scale: _unit(weight + scale * delta(), 0) * magnitude
-        given = (*self._tensors["dora_scale"].shape, 1)
+        given = (*self._tensors["dora_scale"].shape, 1, 1)
         axis = 1 if given[0] == 1 and given[1] == self._shape[1] else 0
         if axis and self._layer.parts:  # norms over rows of several layers of ours
             raise self._error("has a dora_scale of its inputs", "one of its outputs")

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.errors import UserError
+from jaxdiff.pretrained.config_check import MOST_LAYERS
 from jaxdiff.pretrained.safetensors_io import Cut, Renamed, Shape, TensorFiles
 
 Rows = tuple[slice, ...]
@@ -114,21 +115,35 @@ class TransformerShapes(NamedTuple):
     def shape(self, rank: int, *names: str) -> Shape:
         """Return the shape of the first of these tensors that is there, with so many axes.
 
+        Tensors without elements do not count.
+
         Raises:
           UserError: there is none.
         """
         for name in names:
-            if len(self.shapes.get(name, ())) == rank:
-                return self.shapes[name]
+            shape = self.shapes.get(name, ())
+            if len(shape) == rank and all(shape):
+                return shape
         raise UserError(
             f"{self.file} lacks {names[0]}: expected the tensors of a {self.what} transformer; "
             "copy it again."
         )
 
     def depth(self, stack: str) -> int:
-        """Return the number of layers of a stack; 1 without any, so that they are missed."""
-        found = (re.match(rf"{stack}\.(\d+)\.", name) for name in self.shapes)
-        return 1 + max((int(layer[1]) for layer in found if layer), default=0)
+        """Return the number of layers of a stack; 1 without any, so that they are missed.
+
+        Raises:
+          UserError: there are more than `MOST_LAYERS`.
+        """
+        found = (re.match(rf"{stack}\.([0-9]+)\.", name) for name in self.shapes)
+        # Longer numbers are cut off, which leaves them too large.
+        depth = 1 + max((int(layer[1][:9]) for layer in found if layer), default=0)
+        if depth > MOST_LAYERS:
+            raise UserError(
+                f"{self.file} numbers {stack} beyond {MOST_LAYERS - 1}: expected at most "
+                f"{MOST_LAYERS} of them; copy it again, or use another model."
+            )
+        return depth
 
 
 def prefix_of(names: Collection[str], marks: Collection[str]) -> str | None:

@@ -15,6 +15,7 @@ from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.models.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 from jaxdiff.pretrained.clip_keys import BASE_KEYS
 from jaxdiff.pretrained.config_check import (
+    MOST_LAYERS,
     OFF,
     Kind,
     Only,
@@ -65,6 +66,8 @@ def _rope(value: Any) -> float | None:
     """Return the theta of `rope_parameters`, the form of transformers 5."""
     if value is None:
         return None
+    if not isinstance(value, Mapping):
+        raise TypeError
     if value.get("rope_type", "default") != "default" or set(value) - {"rope_type", "rope_theta"}:
         raise ValueError
     return _THETA.parse(value["rope_theta"]) if "rope_theta" in value else None
@@ -75,7 +78,7 @@ KEYS: Schema = {
     "vocab_size": Used(151936, integer(1, 2**24), "vocab_size"),
     "hidden_size": Used(4096, _WIDTH, "width"),
     "intermediate_size": Used(22016, _WIDTH, "mlp_width"),
-    "num_hidden_layers": Used(32, integer(1, 256), "depth"),
+    "num_hidden_layers": Used(32, integer(1, MOST_LAYERS), "depth"),
     "num_attention_heads": Used(32, _WIDTH, "heads"),
     "num_key_value_heads": Used(32, optional(_WIDTH), "kv_heads"),
     "head_dim": Used(128, _WIDTH, "head_dim"),
@@ -147,7 +150,7 @@ def _name(name: str, encoder: Qwen3TextEncoder) -> str | None:
     """Return a tensor's name in `NAMES`, or None if the encoder does not read it."""
     name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
     last, depth = encoder.hidden_layers[-1], encoder.model.depth
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
     above = layer is not None and last <= int(layer[1]) < depth
     unread = above or name == "lm_head.weight" or name.endswith(".inv_freq")
     return None if unread or (name == "model.norm.weight" and last < depth) else name

@@ -118,7 +118,9 @@ def read_word(folder: epath.PathLike) -> Word | None:
 
 
 def _trainable(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    return data.get("task", {}).get("trainable") or {}
+    task = data.get("task")
+    trainable = task.get("trainable") if isinstance(task, Mapping) else None
+    return trainable if isinstance(trainable, Mapping) else {}
 
 
 def _scaled(params: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

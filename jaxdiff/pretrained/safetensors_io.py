@@ -73,6 +73,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 )
             self._places |= places
         self.shapes: dict[str, Shape] = {name: at.shape for name, at in self._places.items()}
+        self.dtypes: dict[str, np.dtype] = {name: at.dtype for name, at in self._places.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         file, first, dtype, shape = self._places[name]
@@ -109,6 +110,8 @@ class Renamed(Mapping[str, np.ndarray]):
         self._tensors = tensors
         self._parts: dict[str, tuple[str, Cut | None]] = {}
         self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        types = dtypes(tensors)
         for old, shape in shapes(tensors).items():
             new = rename(old)
             parts = {new: None} if isinstance(new, str) else new or {}
@@ -120,7 +123,9 @@ class Renamed(Mapping[str, np.ndarray]):
                     )
                 self._parts[name] = old, cut
                 whole = np.broadcast_to(np.zeros(()), shape)
-                self.shapes[name] = shape if cut is None else cut(whole).shape
+                # A number, where rows are expected, is refused by its shape.
+                self.shapes[name] = cut(whole).shape if cut and shape else shape
+                self.dtypes[name] = types[old]
 
     def __getitem__(self, name: str) -> np.ndarray:
         old, cut = self._parts[name]
@@ -164,6 +169,13 @@ def shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
     if isinstance(tensors, TensorFiles | Renamed):
         return tensors.shapes
     return {name: np.shape(value) for name, value in tensors.items()}
+
+
+def dtypes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
+    """Return the number type of each tensor, without reading files."""
+    if isinstance(tensors, TensorFiles | Renamed):
+        return tensors.dtypes
+    return {name: value.dtype for name, value in tensors.items()}
 
 
 def open_weights(folder: epath.Path, stem: str) -> TensorFiles:

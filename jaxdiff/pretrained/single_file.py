@@ -242,7 +242,8 @@ def _identify(tensors: TensorFiles) -> _Contents:
         component, inner = component_of(name)
         components.setdefault(component, {})[name] = inner
     unet = components.get(UNET, {})
-    width = next((tensors.shapes[n][-1] for n in unet if n.endswith(".attn2.to_k.weight")), None)
+    keys = (tensors.shapes[n] for n in unet if n.endswith(".attn2.to_k.weight"))
+    width = next((shape[-1] for shape in keys if shape), None)
     variant = next((v for v in VARIANTS if v.network.cross_attention_dim == width), None)
     if variant is None:
         raise UserError(

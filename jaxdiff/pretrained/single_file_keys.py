@@ -246,7 +246,7 @@ def text_rename(config: ClipTextConfig) -> Callable[[str], New]:
             if config.projection_dim is None:
                 return None
             return name if "." in name else {"text_projection.weight": np.transpose}
-        block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(\w+)", name)
+        block = re.fullmatch(r"transformer\.resblocks\.(\d{1,9})\.(.+)\.(\w+)", name)
         if block is None:
             return _OPENCLIP_ENDS.get(name, name)
         layer, module, kind = block.groups()

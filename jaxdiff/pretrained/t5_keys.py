@@ -10,6 +10,7 @@ from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.models.text_encoders.t5 import T5Config, T5Encoder
 from jaxdiff.pretrained.clip_keys import BASE_KEYS
 from jaxdiff.pretrained.config_check import (
+    MOST_LAYERS,
     OFF,
     Only,
     Schema,
@@ -54,7 +55,7 @@ KEYS: Schema = {
     "d_model": Used(512, _WIDTH, "width"),
     "d_kv": Used(64, _WIDTH, "head_dim"),
     "d_ff": Used(2048, _WIDTH, "mlp_width"),
-    "num_layers": Used(6, integer(1, 256), "depth"),
+    "num_layers": Used(6, integer(1, MOST_LAYERS), "depth"),
     "num_heads": Used(8, _WIDTH, "heads"),
     "relative_attention_num_buckets": Used(32, _WIDTH, "buckets"),
     "relative_attention_max_distance": Used(128, integer(1, 2**20), "max_distance"),

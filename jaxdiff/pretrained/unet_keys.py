@@ -184,7 +184,7 @@ def default_size(config: Mapping[str, Any]) -> int:
     diffusers takes a side below 64 in files of its first versions for a mistake.
     """
     side_of = read_keys(WHAT, config, UNET_KEYS)["sample_size"] or 64
-    version = re.match(r"0\.(\d+)\.", str(config.get("_diffusers_version")))
+    version = re.match(r"0\.(\d{1,9})\.", str(config.get("_diffusers_version")))
     return max(side_of, 64) if version and int(version[1]) < 9 else side_of
 
 

@@ -9,6 +9,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.models.denoisers.z_image import PATCH, ZImageConfig
 from jaxdiff.models.layers import abstract_params, bind_build
 from jaxdiff.pretrained.config_check import (
+    MOST_LAYERS,
     Only,
     Schema,
     Unused,
@@ -59,15 +60,15 @@ Z_IMAGE_NAMES = {
     "final": f"all_final_layer.{PATCH}-1.linear",
 }
 
-_COUNT = integer(1, 2**16)
+_COUNT, _LAYERS = integer(1, 2**16), integer(1, MOST_LAYERS)
 
 Z_IMAGE_KEYS: Schema = {
     "all_patch_size": Only([PATCH], (PATCH,)),
     "all_f_patch_size": Only([1], (1,)),
     "in_channels": Used(16, _COUNT, "channels"),
     "dim": Used(3840, _COUNT),
-    "n_layers": Used(30, _COUNT, "depth"),
-    "n_refiner_layers": Used(2, _COUNT, "refiner_depth"),
+    "n_layers": Used(30, _LAYERS, "depth"),
+    "n_refiner_layers": Used(2, _LAYERS, "refiner_depth"),
     "n_heads": Used(30, _COUNT, "heads"),
     "n_kv_heads": Unused("diffusers' network has as many as n_heads"),
     "norm_eps": Used(1e-5, number(0, 1), "eps"),

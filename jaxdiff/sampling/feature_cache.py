@@ -127,7 +127,7 @@ class TaylorSeer:
     Attributes:
       interval: 2 skips every other step; 1 disables a model's default.
       warmup: number of first steps that evaluate all of the network.
-      order: of the series; 0 repeats the features of the last evaluation.
+      order: order of the series; 0 repeats the features of the last evaluation.
     """
 
     interval: Count = 3

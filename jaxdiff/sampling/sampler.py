@@ -30,11 +30,11 @@ class Sampler:
     """Settings of the sampling loop; a field that is None inherits the model's.
 
     Attributes:
-      solver: of the sampling ODE or SDE.
-      grid: the times that it visits.
-      num_steps: of the solver.
-      guidance_scale: of classifier-free guidance; 1 is the conditional model, unguided. Networks
-        with a guidance embedding read it instead.
+      solver: solver of the sampling ODE or SDE.
+      grid: times that the solver visits.
+      num_steps: number of steps of the solver.
+      guidance_scale: scale of classifier-free guidance; 1 is the conditional model, unguided.
+        Networks with a guidance embedding read it instead.
       guidance: all other options of guidance.
       threshold: keeps estimates of x0 in range; for pixels, not for latents.
       init_noise: "unit" starts from noise of variance 1, as diffusers does with Stable Diffusion;
@@ -43,8 +43,8 @@ class Sampler:
         steps harmonise inpainted areas with their surroundings.
       vae_mode: what the autoencoder processes at a time.
       wrap: whether images are tileable, vertically and horizontally.
-      overlap: of MultiDiffusion windows, as a fraction of their sides; None denoises the image as a
-        whole.
+      overlap: overlap of MultiDiffusion windows, as a fraction of their sides; None denoises the
+        image as a whole.
       cache: reuses features of earlier steps, for speed at some distance from the exact image.
       denoising_interval: the part of the way from noise, 0, to the image, 1, that is taken: the
         denoising_start and denoising_end of diffusers. (0, 0.8) returns the noisy latents from

@@ -127,9 +127,9 @@ class Heun(OneStep):
     As in the paper, the step into sigma = 0 is Euler's and evaluates once.
 
     Attributes:
-        variable: of integration. "straight" is tau = sigma / (alpha + sigma) of `Euler`, which
-            stays finite where alpha is 0; "sigma" is sigma / alpha, the paper's and diffusers', in
-            which the step from alpha = 0 is Euler's too.
+        variable: variable of integration. "straight" is tau = sigma / (alpha + sigma) of `Euler`,
+            which stays finite where alpha is 0; "sigma" is sigma / alpha, the paper's and
+            diffusers', in which the step from alpha = 0 is Euler's too.
         churn: noise added before each step (algorithm 2); None solves the ODE.
     """
 

@@ -4,6 +4,7 @@ from statistics import median
 import pytest
 
 from jaxdiff.benchmark.sample import time_sampling
+from jaxdiff.data.transforms import Transforms
 from jaxdiff.errors import UserError
 from jaxdiff.pipelines.flops import sampling_flops
 
@@ -17,6 +18,8 @@ def with_steps(config, num_steps):
 
 def test_sampling_is_timed_beside_its_network(tiny_recipe, tmp_path):
     config = with_steps(tiny_recipe(), 3)
+    other = dataclasses.replace(config.data, transforms=Transforms(size=16))  # than it samples
+    config = dataclasses.replace(config, data=other)
     options = {"warmup": 0, "repeats": 3, "batch_size": 2, "peak_tflops": 0.5}
     found = time_sampling(config, trace=str(tmp_path), **options)
     assert len(found.seconds) == 3

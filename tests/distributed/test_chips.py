@@ -19,6 +19,8 @@ from jaxdiff.errors import UserError
         ("NVIDIA H100 80GB HBM3", 989e12, 80, 3350e9, 450e9),
         ("NVIDIA H100 PCIe", 756e12, 80, 2000e9, 64e9),
         ("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9, 300e9),
+        ("NVIDIA L40", 181e12, 48, 864e9, 32e9),
+        ("NVIDIA H200 NVL", 835e12, 141, 4800e9, 450e9),
     ],
 )
 def test_device_kinds_map_to_their_figures(kind, flops, memory_gib, bandwidth, interconnect):
@@ -27,9 +29,12 @@ def test_device_kinds_map_to_their_figures(kind, flops, memory_gib, bandwidth, i
     assert (chip.bandwidth, chip.interconnect) == (bandwidth, interconnect)
 
 
-def test_no_entry_shadows_a_later_one():
-    for chip in CHIPS:
-        assert find_chip(chip.kind) is chip
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.kind)
+def test_a_kind_is_of_the_longest_entry_of_whole_words(chip):
+    assert find_chip(chip.kind) is chip
+    assert find_chip(f"{chip.kind} 1g") is chip
+    for more in ("0", "S", "x", "-80GB"):
+        assert find_chip(chip.kind + more) is not chip
 
 
 def test_every_figure_has_a_source():
@@ -50,6 +55,9 @@ def test_an_unknown_chip_is_an_error():
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v6e", 918e12),
         ("TPU v4", 275e12),
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),

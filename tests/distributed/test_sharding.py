@@ -34,6 +34,7 @@ from jaxdiff.models.denoisers.z_image import ZImageConfig
 from jaxdiff.models.layers import (
     FROM_MLP,
     TO_MLP,
+    Dense,
     Modulation,
     UnitDense,
     abstract_params,
@@ -46,6 +47,7 @@ from jaxdiff.models.layers import (
 )
 from jaxdiff.models.lora import Factors, LoraConfig, add_adapters
 from jaxdiff.models.lora import tree as tree_of_adapters
+from jaxdiff.models.quantized import quantize_kernel
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from jaxdiff.planning.collectives import exchanges
 from jaxdiff.planning.hlo import read_program
@@ -488,6 +490,41 @@ def test_layers_of_units_with_adapters_and_biases_give_the_same_on_a_mesh():
     placed = jax.device_put(params, state_shardings(params, mesh, param_axes(build)))
     found = jax.jit(on_mesh)(placed, jax.device_put(x, batch_sharding(mesh)))
     np.testing.assert_allclose(found, jax.jit(call)(params, x), rtol=1e-4, atol=1e-3)
+
+
+def test_quantised_kernels_are_split_and_give_the_same_on_a_mesh():
+    rng = np.random.default_rng(0)
+
+    def build():
+        first = Dense(32, 48, axes=TO_MLP, rngs=any_rngs())
+        return nnx.Dict(first=first, second=Dense(48, 32, axes=FROM_MLP, rngs=any_rngs()))
+
+    def call(params, x):
+        module = bind_params(build, params)
+        return module["second"](jax.nn.silu(module["first"](x)))
+
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+
+    def on_mesh(params, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(params, x)
+
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(build)
+    )
+    for layer in params.values():
+        layer["kernel"] = quantize_kernel(layer["kernel"], 2, "int8")
+    shardings = state_shardings(params, mesh, param_axes(build))
+    first, second = (shardings[name]["kernel"] for name in ("first", "second"))
+    assert first.values.spec == first.scale.spec == PartitionSpec(None, "tensor")
+    assert (second.values.spec, second.scale.spec) == (
+        PartitionSpec("tensor", None),
+        PartitionSpec(None, None),
+    )
+    x = rng.normal(size=(8, 32)).astype(np.float32)
+    placed = jax.device_put(params, shardings)
+    found = jax.jit(on_mesh)(placed, jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(found, jax.jit(call)(params, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["flux1", "flux2"])

@@ -38,9 +38,14 @@ def test_all_meshes_policies_and_micro_batches_are_tried(tiny_recipe):
     assert {(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 1, 1, 8)} <= meshes
     assert all(math.prod(mesh) == 8 for mesh in meshes)
     assert {c.task.model.denoiser.remat for c in tried} == {"none", "dots", "full"}
-    assert {c.train.accumulate for c in tried} == {1, 2, 4, 8}
+    assert {c.train.accumulate for c in tried} == {1, 2, 4, 8, 16}
     assert {c.train.batch_size for c in tried} == {16}
     assert all(16 % (c.mesh.data * c.mesh.fsdp * c.train.accumulate) == 0 for c in tried)
+
+
+def test_micro_batches_are_tried_on_few_devices_too(tiny_recipe):
+    tried = list(candidates(tiny_recipe(batch_size=64), 1))
+    assert {c.train.accumulate for c in tried} == {1, 2, 4, 8, 16, 32}
 
 
 def test_the_mesh_of_the_recipe_is_tried(tiny_recipe):
@@ -129,6 +134,16 @@ def test_what_needs_more_than_a_plan_that_did_not_fit_is_not_made(tiny_recipe):
         for place, other in enumerate(shapes)
         for one in shapes[:place]
     )
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_more_micro_batches_than_fit_are_planned(tiny_recipe):
+    plans = search(tiny_recipe(batch_size=16), EIGHT, most=999, log=lambda _: None)
+    fitting = [
+        (plan.remat, plan.batch_size, tuple(plan.mesh.values())) for plan in plans if plan.fits
+    ]
+    assert len(set(fitting)) == len(fitting) > 0
+    assert max(plan.accumulate for plan in plans) > 1
 
 
 @pytest.mark.usefixtures("quick")

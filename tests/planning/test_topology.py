@@ -34,6 +34,10 @@ def test_local_devices_can_be_planned_for():
         ("v5e:axb", "expected 2 sides"),
         ("cpu:4096", "more simulated devices than the 8 .*host_platform_device_count=4096"),
         ("gpu", "no GPU that JAX can use"),
+        ("cpu:²", "no topology"),
+        ("h100:²", "no topology"),
+        pytest.param("cpu:" + "9" * 5000, "no topology", id="many digits"),
+        pytest.param("9" * 5000 + "xv5e:4x4", "no topology", id="many slices"),
     ],
 )
 def test_others_are_refused(name, message):

@@ -104,7 +104,9 @@ def test_the_base_is_the_one_model_that_the_recipe_starts_from():
 
     assert base_of(recipe(denoiser="shipped:a", text_encoders="shipped:a"), "x") == "shipped:a"
     assert base_of(recipe(denoiser="who/what-1.5"), "x") == "who/what-1.5"
-    for given in (recipe(), None, recipe(denoiser="shipped:a", text_encoders="b/c")):
+    unreadable = {"task": "x"}, {"task": {"pretrained": "x"}}
+    several = recipe(denoiser="shipped:a", text_encoders="b/c")
+    for given in (recipe(), None, several, *unreadable):
         with pytest.raises(UserError, match="expected one that others can name"):
             base_of(given, "x")
     with pytest.raises(UserError, match="x starts from /runs/mine: expected"):

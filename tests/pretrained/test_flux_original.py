@@ -98,6 +98,11 @@ def test_damaged_files_are_refused_by_name(tmp_path, random_params):
         ({"double_blocks.0.img_attn.qkv.weight": wide}, "tensors of another shape"),
         ({"final_layer.linear.weight": wide}, "8 input and 16 output channels"),
         ({"double_blocks.0.img_attn.qkv.weight": None}, "holds no FLUX transformer: expected"),
+        ({"double_blocks.2000000000.x": wide}, "numbers double_blocks beyond 255: expected at m"),
+        ({f"single_blocks.{'9' * 5000}.x": wide}, "numbers single_blocks beyond 255: expected"),
+        ({"double_blocks.0.img_attn.norm.query_norm.scale": wide[0, :0]}, "lacks double_blocks"),
+        ({"img_in.weight": wide[:0]}, "lacks img_in.weight"),
+        ({"double_blocks.0.img_attn.qkv.weight": np.zeros((), BFLOAT16)}, "of another sh"),
     ):
         tensors = {key: x for key, x in {**whole, **changes}.items() if x is not None}
         save_file(tensors, file)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from jaxdiff.errors import UserError
@@ -18,6 +19,7 @@ from jaxdiff.models.text_encoders.clip import (
 )
 from jaxdiff.pretrained import autoencoder_keys, clip_keys
 from jaxdiff.pretrained.key_mapping import from_torch_names
+from jaxdiff.pretrained.safetensors_io import Renamed, TensorFiles, write_tensors
 
 TEXT = ClipTextConfig(vocab_size=6, length=4, width=8, depth=2, heads=2, projection_dim=3)
 VISION = ClipVisionConfig(
@@ -163,6 +165,26 @@ def test_the_attention_of_old_autoencoders_is_found():
         old[name] = value
     assert old.keys() != new.keys()
     assert_same(autoencoder_keys.autoencoder_from_torch(old, AUTOENCODER), params)
+
+
+@pytest.mark.parametrize(
+    ("types", "widest"),
+    [
+        ((np.float16, np.float32), np.float32),
+        ((np.float32, np.float16), np.float32),
+        ((jnp.bfloat16, np.float16), np.float32),
+        ((np.float64, np.float32), np.float64),
+        ((jnp.bfloat16, jnp.bfloat16), jnp.bfloat16),
+    ],
+)
+def test_a_stack_holds_the_numbers_of_all_its_layers(types, widest, tmp_path):
+    file, kernel = epath.Path(tmp_path / "a.safetensors"), jnp.zeros((2, 3, 4))
+    layers = [np.full((4, 3), jnp.finfo(dtype).max, dtype) for dtype in types]
+    write_tensors(file, {f"p.{i}.weight": layer for i, layer in enumerate(layers)})
+    tensors = Renamed(TensorFiles([file]), lambda name: name)
+    found = from_torch_names(tensors, {"p": "p.{layer}"}, {"p": {"kernel": kernel}})["p"]["kernel"]
+    assert found.dtype == widest
+    np.testing.assert_array_equal(found, [layer.T.astype(widest) for layer in layers])
 
 
 def test_the_host_holds_few_stacked_parameters_at_a_time():

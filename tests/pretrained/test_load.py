@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 from safetensors import deserialize
 from safetensors.numpy import save
 
@@ -71,6 +72,15 @@ def write_run(folder, spec, ema, *, frozen=None, trainable=None, tokenizers=None
     if frozen is not None:
         write_weights(epath.Path(folder) / FROZEN, frozen)
     write_tokenizers(folder, tokenizers or {})
+
+
+def tree_at(path, node):
+    """A nested dict with a node at a path."""
+    return traverse_util.unflatten_dict({(*path, *k): x for k, x in flat(node).items()})
+
+
+def flat(node):
+    return traverse_util.flatten_dict(node)
 
 
 def assert_same(a, b):
@@ -166,6 +176,9 @@ def test_a_run_that_learnt_a_word_states_it(small_bundle, tmp_path):
     np.testing.assert_array_equal(word.rows["text"], rows)
     np.testing.assert_array_equal(load_bundle(tmp_path).params["added_tokens"]["text"], rows)
     assert read_word(tmp_path / "nowhere") is None
+    for task in ("x", None, {"trainable": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps({"type": "Config", "task": task}))
+        assert read_word(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,25 @@ def test_weights_that_are_no_floats_are_reported(folder):
         load_bundle(folder)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "a.b"), "holds both a and a.b: expected a tensor, or those within it"),
+        (("a.b.0", "a.b.0.c"), "holds both a.b.0 and a.b.0.c"),
+        (("a.²",), "a.² is not expected"),
+        (("a.01",), "a.01 is not expected"),
+        (("a." + "9" * 5000,), "is not expected"),
+    ],
+)
+def test_odd_names_of_weights_are_reported(folder, names, message):
+    path = folder / "model.safetensors"
+    weights = traverse_util.flatten_dict(read_weights(epath.Path(path)), sep=".")
+    more = dict.fromkeys(names, np.zeros(3, np.float32))
+    path.write_bytes(save({**weights, **more}))
+    with pytest.raises(UserError, match=message):
+        load_bundle(folder)
+
+
 def test_a_folder_without_a_model_is_reported(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"holds no model: expected config\.json"):
@@ -285,6 +317,30 @@ def test_adapters_and_words_that_fit_nothing_are_named(small_bundle):
         UserError, match=r"adapters\.denoiser\.blocks\.nose fits.*added_tokens\.text_2 fits"
     ):
         check_params(params, small_bundle.spec, "model")
+
+
+GOOD = Factors(np.zeros((2, 32, 3)), np.zeros((2, 3, 32)))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"lora": {"down": GOOD.down}}, r"attention\.q\.lora\.up is missing: expected lora\.down"),
+        ({"lora": {"up": GOOD.up}}, r"attention\.q\.lora\.down is missing"),
+        ({"lora": GOOD._asdict() | {"alpha": GOOD.up}}, r"attention\.q\.lora\.alpha is unknown"),
+        ({"lora": GOOD.up}, "is (missing|unknown): expected"),
+        ({"lora": {"down": GOOD.down, "up": np.zeros((2, 4, 32))}}, "fits no layer"),
+        ({"lora": {"down": GOOD.down, "up": GOOD.up[:1]}}, "fits no layer"),
+        ({"lora": {"down": GOOD.down[0], "up": GOOD.up[0]}}, "fits no layer"),
+        ({"lora": {"down": np.zeros(()), "up": np.zeros(())}}, "fits no layer"),
+        (None, "adapters is not expected"),
+    ],
+)
+def test_damaged_adapters_are_named(small_bundle, adapters, message):
+    below = np.zeros(3) if adapters is None else {"denoiser": tree_at(QUERY, adapters)}
+    with pytest.raises(UserError, match=message) as error:
+        check_params({**small_bundle.params, "adapters": below}, small_bundle.spec, "model")
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_is_written_half(small_bundle, tmp_path, monkeypatch):

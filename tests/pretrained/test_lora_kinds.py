@@ -224,6 +224,7 @@ def without(role):
         (lora() | {"diff_b": normal(OUT)}, "has diff_b: expected no bias"),
         ({"dora_scale": normal(OUT, 1)}, "a magnitude alone"),
         ({"hada_w1_a": normal(OUT, RANK)}, "half a pair"),
+        (lora() | {"dora_scale": number(1)}, r"dora_scale .* is \(\), expected \(12, 1\)"),
         ({"lokr_w1": normal(5, 2), "lokr_w2": normal(4, 3)}, "divisors of its size"),
         ({"lokr_w1": normal(3, 2), "lokr_w2": normal(4, 4)}, r"is \(4, 4\), expected \(4, 3\)"),
         ({"diff": normal(OUT, IN), "alpha": number(1)}, "alpha without its adapter"),

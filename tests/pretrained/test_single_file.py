@@ -285,6 +285,12 @@ def test_other_files_are_refused_by_name(change, message, tiny, tmp_path):
         read(change(tiny[1]), tmp_path)
 
 
+def test_a_number_in_place_of_a_matrix_is_refused(tmp_path):
+    save_file({f"{P}a.attn2.to_k.weight": np.ones((), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
+        read_original_spec(tmp_path / "a.safetensors")
+
+
 def test_inpainting_models_have_nine_channels(tiny, tmp_path):
     found = read(with_stem(9)(tiny[1]), tmp_path)
     assert found.spec.is_inpainting

@@ -63,6 +63,7 @@ def test_published_configs_are_our_defaults():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "'quantization_config'"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x': expected null or the default type"),
     ],
 )
 def test_what_qwen3_does_not_do_is_refused_by_name(wrong, message):

@@ -76,6 +76,8 @@ def test_damaged_files_are_refused_by_name(tmp_path, random_params):
         ({"layers.0.feed_forward.w1.weight": wide}, "tensors of another shape"),
         ({"noise_refiner.0.attention.q_norm.weight": wide[0]}, "heads of 24 channels of 32"),
         ({"noise_refiner.0.attention.qkv.weight": None}, "holds no Z-Image transformer: expected"),
+        ({"layers.2000000000.x": wide}, "numbers layers beyond 255: expected at most 256"),
+        ({"noise_refiner.0.attention.q_norm.weight": wide[0, :0]}, "lacks noise_refiner.0.attent"),
     ):
         tensors = {key: x for key, x in {**whole, **changes}.items() if x is not None}
         save_file(tensors, file)

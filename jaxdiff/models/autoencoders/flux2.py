@@ -32,12 +32,12 @@ class Flux2AutoencoderConfig(AutoencoderSpec):
     """Size and shape, under diffusers' names; the defaults are those of FLUX.2.
 
     Attributes:
-      image_channels: of the images, in and out.
-      z_channels: of z, a fourth of the latents'.
+      image_channels: channels of the images, in and out.
+      z_channels: channels of z, a fourth of the latents'.
       block_out_channels: one width for each resolution, finest first; each next halves the sides.
       decoder_block_out_channels: the decoder's, if they differ.
       layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
-      norm_num_groups: of the group norms; divides every width.
+      norm_num_groups: number of groups of the group norms; divides every width.
       mid_block_add_attention: self-attention at the coarsest resolution.
       use_quant_conv: a 1x1 convolution after the encoder.
       use_post_quant_conv: a 1x1 convolution before the decoder.

@@ -14,7 +14,7 @@ from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.errors import UserError
 from jaxdiff.models.attention import attend
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
-from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
+from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode, tile_sides
 from jaxdiff.models.convolutions import Conv, GroupNorm, ResidualBlock, conv, fan_in_linear
 from jaxdiff.models.flops import attention_flops, conv_flops, linear_flops, residual_block_flops
 from jaxdiff.models.layers import Remat, patchify, unpatchify
@@ -30,17 +30,17 @@ class AutoencoderConfig(AutoencoderSpec):
     """Size and shape of an autoencoder, under diffusers' names; the defaults are those of SD 1.x.
 
     Attributes:
-      image_channels: of the images, in and out.
-      latent_channels: of the latents.
+      image_channels: channels of the images, in and out.
+      latent_channels: channels of the latents.
       block_out_channels: one width for each resolution, finest first; each next halves the sides.
       layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
       patch_size: side of the square of pixels that becomes one position of the finest resolution;
         1 in Stable Diffusion. Larger patches avoid convolutions at full resolution.
-      norm_num_groups: of the group norms; divides every width.
+      norm_num_groups: number of groups of the group norms; divides every width.
       mid_block_add_attention: self-attention at the coarsest resolution.
       use_quant_conv: a 1x1 convolution after the encoder.
       use_post_quant_conv: a 1x1 convolution before the decoder.
-      scaling_factor: of `latents = (z - shift_factor) * scaling_factor`, which have unit variance.
+      scaling_factor: factor to unit variance: `latents = (z - shift_factor) * scaling_factor`.
       shift_factor: the mean of z.
       sample_size: side of a tile in pixels, for vae_mode "tiling".
       remat: what a residual block keeps for the backward pass.
@@ -315,7 +315,7 @@ class Autoencoder(nnx.Module):
         """
         side = self.config.downsampling
         self._check_sides(images, side)
-        tile, tile_out = self.config.sample_size, self.config.sample_size // side
+        tile_out, tile = tile_sides(self.config.sample_size, side)
         x = images.astype(self.encoder.conv_in.kernel.dtype)
         moments = apply_vae_mode(self._moments, x, vae_mode, tile, tile_out)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -342,8 +342,7 @@ class Autoencoder(nnx.Module):
           z: of the images.
           vae_mode: how much is decoded at a time; "tiling" changes images slightly.
         """
-        tile_out = self.config.sample_size
-        tile = tile_out // self.config.downsampling
+        tile, tile_out = tile_sides(self.config.sample_size, self.config.downsampling)
         z = z.astype(self.decoder.conv_in.kernel.dtype)
         return apply_vae_mode(self._images, z, vae_mode, tile, tile_out).astype(jnp.float32)
 

@@ -13,6 +13,15 @@ OVERLAP = 0.25  # fraction of a tile's side that blends into the next one; as in
 Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 c2"]]
 
 
+def tile_sides(sample_size: int, downsampling: int) -> tuple[int, int]:
+    """Return the sides of a tile in latents and in pixels, of at most `sample_size` pixels.
+
+    A tile has whole latents, at least one.
+    """
+    latents = max(1, sample_size // downsampling)
+    return latents, latents * downsampling
+
+
 def apply_vae_mode(
     network: Network, x: Float[Array, "b h w c"], vae_mode: VaeMode, tile: int, tile_out: int
 ) -> Float[Array, "b h2 w2 c2"]:
@@ -37,13 +46,17 @@ def tile_by_tile(
     A tile has no context beyond its edges, so colours may differ a little between tiles.
 
     Args:
-      network: scales the sides of its input by tile_out / tile.
+      network: scales the sides of its input by tile_out / tile; this or its inverse is an integer.
       x: images or latents.
       tile: side of a tile.
       tile_out: side of the network's output for a tile.
     """
     height, width = x.shape[1:3]
-    stride, blend = int(tile * (1 - OVERLAP)), int(tile_out * OVERLAP)
+    # Tiles begin at whole latents, so that what is kept of each ends where the next one begins.
+    latents = min(tile, tile_out)
+    step = max(1, int(latents * (1 - OVERLAP)))
+    stride, keep = step * tile // latents, step * tile_out // latents
+    blend = tile_out - keep
     tops, lefts = range(0, height, stride), range(0, width, stride)
     pieces = {(i, j): x[:, i : i + tile, j : j + tile] for i in tops for j in lefts}
     done = _by_shape(network, pieces)
@@ -55,7 +68,6 @@ def tile_by_tile(
                 done[i, j] = _blend(done[i - stride, j], done[i, j], blend, axis=1)
             if j:
                 done[i, j] = _blend(done[i, j - stride], done[i, j], blend, axis=2)
-            keep = tile_out - blend
             row.append(done[i, j][:, :keep, :keep])
         rows.append(jnp.concatenate(row, axis=2))
     return jnp.concatenate(rows, axis=1)

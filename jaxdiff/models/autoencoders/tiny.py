@@ -17,7 +17,7 @@ from jaxdiff.config.fields import Count
 from jaxdiff.errors import UserError
 from jaxdiff.models.autoencoders.base import AutoencoderSpec
 from jaxdiff.models.autoencoders.kl import Gaussian
-from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode
+from jaxdiff.models.autoencoders.tiling import VaeMode, apply_vae_mode, tile_sides
 from jaxdiff.models.convolutions import Conv
 from jaxdiff.models.flops import conv_flops
 
@@ -30,11 +30,11 @@ class TinyAutoencoderConfig(AutoencoderSpec):
     """Size and shape; the defaults are those of TAESD.
 
     Attributes:
-      image_channels: of the images, in and out.
-      latent_channels: of the latents.
-      width: of every layer.
+      image_channels: channels of the images, in and out.
+      latent_channels: channels of the latents.
+      width: width of every layer.
       encoder_blocks: residual blocks at each resolution, finest first; each next halves the sides.
-      decoder_blocks: likewise, coarsest first.
+      decoder_blocks: residual blocks at each resolution of the decoder, coarsest first.
       sample_size: side of a tile in pixels, for vae_mode "tiling".
     """
 
@@ -163,10 +163,8 @@ class TinyAutoencoder(nnx.Module):
 
     def encode(self, images: Float[Array, "b h w c"], vae_mode: VaeMode = "full") -> Gaussian:
         """Return latents of images in [-1, 1], as a distribution of variance 0."""
-        tile = self.config.sample_size
-        mean = apply_vae_mode(
-            self.encoder, (images + 1) / 2, vae_mode, tile, tile // self.config.downsampling
-        )
+        tile_out, tile = tile_sides(self.config.sample_size, self.config.downsampling)
+        mean = apply_vae_mode(self.encoder, (images + 1) / 2, vae_mode, tile, tile_out)
         mean = mean.astype(jnp.float32)
         return Gaussian(mean, jnp.full_like(mean, -jnp.inf))
 
@@ -174,9 +172,9 @@ class TinyAutoencoder(nnx.Module):
         self, z: Float[Array, "b h w c"], vae_mode: VaeMode = "full"
     ) -> Float[Array, "b h2 w2 c2"]:
         """Return images of latents, float32, about in [-1, 1]."""
-        tile = self.config.sample_size
+        tile, tile_out = tile_sides(self.config.sample_size, self.config.downsampling)
         x = jnp.tanh(z / BOUND) * BOUND
-        images = apply_vae_mode(self.decoder, x, vae_mode, tile // self.config.downsampling, tile)
+        images = apply_vae_mode(self.decoder, x, vae_mode, tile, tile_out)
         return images.astype(jnp.float32) * 2 - 1
 
     def to_latents(self, z: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:

@@ -47,15 +47,15 @@ class DiTConfig(Denoiser):
     """Size and shape of a DiT.
 
     Attributes:
-      channels: of the input and the output; 3 for pixels, the autoencoder's for latents.
+      channels: channels of the input and the output; 3 for pixels, the autoencoder's for latents.
       patch_size: side of the square that becomes one token.
       bottleneck: width of a low-rank step in the patch embedding (JiT, section 4.2); None for none.
-      width: of a token; a multiple of `heads`.
+      width: width of a token; a multiple of `heads`.
       depth: number of blocks.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_ratio: hidden width of the SwiGLU over `width`; 8/3 costs what a plain MLP of 4 does.
-      text_width: of the text encoder's tokens.
-      pooled_width: of its pooled vector.
+      text_width: width of the text encoder's tokens.
+      pooled_width: width of the text encoder's pooled vector.
       text: "cross" attends to the text in every block; "joint" puts its tokens in the sequence.
       remat: what a block keeps for the backward pass.
     """

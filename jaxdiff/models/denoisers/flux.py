@@ -56,28 +56,28 @@ class FluxConfig(Denoiser):
     """Size and structure of a FLUX transformer; the defaults are those of FLUX.2-klein 4B.
 
     Attributes:
-      channels: of the latents.
+      channels: channels of the latents.
       patch_size: side of the square of latents that becomes one token.
-      heads: of attention.
+      heads: number of attention heads.
       head_width: channels of a head.
       double_depth: number of double blocks.
       single_depth: number of single blocks.
-      text_width: of the text encoder's tokens.
-      pooled_width: of the pooled text that is added to the time embedding; None for none.
+      text_width: width of the text encoder's tokens.
+      pooled_width: width of the pooled text, which is added to the time embedding; None for none.
       mlp: activation of the MLPs.
-      mlp_ratio: their hidden width over the width of a token.
-      bias: whether linear layers have one.
+      mlp_ratio: hidden width of the MLPs over the width of a token.
+      bias: whether linear layers have a bias.
       shared_modulation: one modulation for all double and one for all single blocks, instead of
         one in each block.
       fused: whether queries, keys, values and the MLP of a single block are one layer.
       guidance_embedding: whether the network reads `Conditioning.guidance`.
-      time_width: of the sinusoidal features of the time.
+      time_width: width of the sinusoidal features of the time.
       rope_axes: channels of a head that rotate with each axis: image, row, column, and the place
         in the text if `text_positions`.
       rope_theta: base of the rotation's frequencies.
       text_positions: whether text tokens rotate with their place, on the last axis.
       max_references: most reference images; 0 for networks that read none.
-      eps: of the norms.
+      eps: epsilon of the norms.
       remat: what a block keeps for the backward pass.
     """
 

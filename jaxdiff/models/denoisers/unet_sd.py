@@ -44,22 +44,22 @@ class UNet2DConditionConfig(Denoiser):
     """Size and shape of Stable Diffusion's U-Net; the defaults are those of 1.x.
 
     Attributes:
-      in_channels: of the input; the inpainting variants take 9: latents, mask, masked latents.
-      out_channels: of the output.
+      in_channels: channels of the input; 9 for inpainting: latents, mask, masked latents.
+      out_channels: channels of the output.
       block_out_channels: one width for each level, finest first; each next one halves the sides.
       layers_per_block: residual blocks of a level on the way down; one more on the way up.
       transformer_layers: transformer blocks after each residual block of a level; 0 for none.
-      middle_transformer_layers: the same in the middle, where there is at least one.
-      heads: of attention, for each level; the middle has those of the last. diffusers' configs call
-        it `attention_head_dim`.
+      middle_transformer_layers: transformer blocks in the middle, at least one.
+      heads: number of attention heads of each level; the middle has those of the last. diffusers'
+        configs call it `attention_head_dim`.
       cross_attention_dim: width of the text's tokens.
       use_linear_projection: linear layers in and out of a transformer rather than 1x1 convolutions.
       upcast_attention: queries and keys in float32 whatever the compute type.
-      norm_num_groups: of the group norms; divides every width.
-      added_width: of the pooled vector and the embeddings of size and crop, concatenated (XL: 1280
+      norm_num_groups: number of groups of the group norms; divides every width.
+      added_width: width of pooled vector and embeddings of size and crop, concatenated (XL: 1280
         + 6 x 256, its refiner 1280 + 5 x 256); None for networks without these inputs.
-      time_id_width: of the embedding of each number of size and crop.
-      num_train_steps: of the training schedule; t = 1 is the last.
+      time_id_width: width of the embedding of each number of size and crop.
+      num_train_steps: number of steps of the training schedule; t = 1 is the last.
       remat: what a residual block and a transformer block keep for the backward pass.
     """
 

@@ -42,15 +42,15 @@ class UNetConfig(Denoiser):
     """Size and shape of a U-Net.
 
     Attributes:
-      channels: of the input and the output; 3 for pixels, the autoencoder's for latents.
+      channels: channels of the input and the output; 3 for pixels, the autoencoder's for latents.
       patch_size: side of the square of pixels that becomes one position of the finest level.
       widths: channels of each level, finest first; each next one halves the sides.
       blocks: residual blocks of each level on the way down, and again on the way up.
       attention: whether each level attends to itself and to the text.
-      heads: of attention; divides the width of every level that attends.
-      groups: of the group norms; divides every width.
-      text_width: of the text encoder's tokens.
-      pooled_width: of its pooled vector.
+      heads: number of attention heads; divides the width of every level that attends.
+      groups: number of groups of the group norms; divides every width.
+      text_width: width of the text encoder's tokens.
+      pooled_width: width of the text encoder's pooled vector.
       remat: what a residual block keeps for the backward pass.
     """
 

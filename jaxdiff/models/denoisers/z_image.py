@@ -57,17 +57,17 @@ class ZImageConfig(Denoiser):
     """Size of a Z-Image transformer; the defaults are the published ones.
 
     Attributes:
-      channels: of the latents.
-      heads: of attention.
+      channels: channels of the latents.
+      heads: number of attention heads.
       depth: number of blocks.
       refiner_depth: number of blocks of each refiner.
-      text_width: of the text encoder's tokens.
+      text_width: width of the text encoder's tokens.
       rope_axes: channels of a head that rotate with each axis: caption, row and column. Their sum
         is the width of a head.
       rope_lengths: number of places on each axis.
       rope_theta: base of the rotation's frequencies.
-      time_scale: of the time, 0 at noise and 1 at data, in its sinusoidal features.
-      eps: of the blocks' norms and the caption's; those of queries and keys have 1e-5.
+      time_scale: factor on the time, 0 at noise and 1 at data, in its sinusoidal features.
+      eps: epsilon of the blocks' norms and the caption's; those of queries and keys have 1e-5.
       remat: what a block keeps for the backward pass.
     """
 

@@ -58,11 +58,11 @@ class ClipTextConfig:
     Attributes:
       vocab_size: number of token ids.
       length: the most tokens a prompt has, start and end included.
-      width: of a token; a multiple of `heads`.
+      width: width of a token; a multiple of `heads`.
       depth: number of blocks.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_ratio: hidden width of the MLP over `width`.
-      activation: of the MLP.
+      activation: activation of the MLP.
       projection_dim: width of the joint space that `pooled` is projected to; None: it is not.
       end_id: the first token of this id ends the prompt; None takes the largest id, as OpenAI's
         code does, and transformers where a config has `eos_token_id = 2`.
@@ -96,11 +96,11 @@ class ClipVisionConfig:
     Attributes:
       image_size: side of the square images, in pixels; a multiple of `patch_size`.
       patch_size: side of the square that becomes one token.
-      width: of a token; a multiple of `heads`.
+      width: width of a token; a multiple of `heads`.
       depth: number of blocks.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_ratio: hidden width of the MLP over `width`.
-      activation: of the MLP.
+      activation: activation of the MLP.
       projection_dim: width of the joint space that `pooled` is projected to; None: it is not.
       remat: what a block keeps for the backward pass.
     """

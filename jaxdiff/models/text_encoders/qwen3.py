@@ -43,14 +43,14 @@ class Qwen3Config:
 
     Attributes:
       vocab_size: number of token ids.
-      width: of a token.
+      width: width of a token.
       depth: number of blocks of the published model.
-      heads: of queries; a multiple of `kv_heads`.
-      kv_heads: of keys and values.
+      heads: number of heads of queries; a multiple of `kv_heads`.
+      kv_heads: number of heads of keys and values.
       head_dim: width of a head, an even number.
       mlp_width: hidden width of the MLP.
       rope_theta: wavelength factor of the rotary embeddings.
-      norm_epsilon: of all norms.
+      norm_epsilon: epsilon of all norms.
     """
 
     vocab_size: Count = 151936

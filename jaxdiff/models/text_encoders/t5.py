@@ -42,14 +42,14 @@ class T5Config:
 
     Attributes:
       vocab_size: number of token ids.
-      width: of a token.
+      width: width of a token.
       depth: number of blocks.
-      heads: of attention.
+      heads: number of attention heads.
       head_dim: width of a head.
       mlp_width: hidden width of the MLP.
       buckets: number of relative positions that attention distinguishes, a multiple of 4.
       max_distance: distances from here on, in tokens, are in one bucket.
-      norm_epsilon: of all norms.
+      norm_epsilon: epsilon of all norms.
     """
 
     vocab_size: Count = 32128

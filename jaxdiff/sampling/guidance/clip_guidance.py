@@ -42,7 +42,7 @@ class ClipGuidance:
     Attributes:
       model: folder of a CLIP (of a run, exported, or as transformers writes it), `shipped:NAME`, or
         an OWNER/NAME of the Hugging Face hub.
-      scale: of the gradient; 0 has no effect.
+      scale: factor on the gradient; 0 has no effect.
       interval: times of t, from 0 to 1, at which it acts.
       cutouts: number of random square crops that CLIP encodes instead of the whole image; more
         crops suppress adversarial noise.

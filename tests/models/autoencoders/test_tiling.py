@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models.autoencoders.tiling import apply_vae_mode, one_by_one, tile_by_tile
+from jaxdiff.models.autoencoders.tiling import (
+    apply_vae_mode,
+    one_by_one,
+    tile_by_tile,
+    tile_sides,
+)
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 11, 22, 3)), jnp.float32)
 
@@ -18,7 +23,16 @@ def halve(x):
 
 
 @pytest.mark.parametrize(
-    ("tile", "size"), [(8, (11, 22)), (8, (8, 8)), (16, (11, 22)), (4, (9, 5))]
+    ("tile", "size"),
+    [
+        (8, (11, 22)),
+        (8, (8, 8)),
+        (16, (11, 22)),
+        (4, (9, 5)),
+        (6, (11, 22)),
+        (7, (9, 15)),
+        (1, (3, 5)),
+    ],
 )
 def test_tiles_of_what_sees_one_position_alone_fit_seamlessly(tile, size):
     x = X[:, : size[0], : size[1]]
@@ -26,9 +40,17 @@ def test_tiles_of_what_sees_one_position_alone_fit_seamlessly(tile, size):
     np.testing.assert_allclose(found, enlarge(x), rtol=1e-6, atol=1e-6)
 
 
-def test_the_output_may_be_smaller():
-    found = tile_by_tile(halve, X[:, :10, :20], 8, 4)
+@pytest.mark.parametrize("tile_out", [4, 3, 1])
+def test_the_output_may_be_smaller(tile_out):
+    found = tile_by_tile(halve, X[:, :10, :20], 2 * tile_out, tile_out)
     np.testing.assert_allclose(found, halve(X[:, :10, :20]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "sides"), [(512, (64, 512)), (240, (30, 240)), (250, (31, 248)), (5, (1, 8))]
+)
+def test_a_tile_has_whole_latents(sample_size, sides):
+    assert tile_sides(sample_size, 8) == sides
 
 
 def test_two_tiles_meet_in_a_ramp():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,19 @@ def test_images_become_latents_and_images_again(model):
     assert back.shape == images.shape
     by_tiles = jax.jit(lambda z: model.decode(z, "tiling"))(z.mean)
     assert by_tiles.shape == images.shape
+
+
+@pytest.mark.parametrize("sample_size", [1, 2, 12])
+def test_tiles_of_any_size_give_whole_images(sample_size):
+    config = dataclasses.replace(TINY, sample_size=sample_size)
+    params = abstract_params(bind_init(TinyAutoencoder, config))
+
+    def back(params, images):
+        model = bind_params(bind_init(TinyAutoencoder, config), params)
+        return model.decode(model.encode(images, "tiling").mean, "tiling")
+
+    images = jax.ShapeDtypeStruct((1, 8, 20, 3), jnp.float32)
+    assert jax.eval_shape(back, params, images).shape == images.shape
 
 
 def test_large_latents_are_squeezed(model):
