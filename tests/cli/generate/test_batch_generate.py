@@ -104,16 +104,17 @@ def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, mode
 
 
 def test_rows_of_one_kind_share_a_call(sample, prompts, calls):
-    # Steps split calls but compile nothing; guidance, seeds and negative prompts do neither.
-    steps = [2, 3, 2, 3, 2, 2, 2]
+    # Steps split calls but compile nothing; guidance, seeds and negative prompts do neither, but for
+    # a scale of 1, which is another program.
+    steps = [2, 3, 2, 3, 2, 2, 2, 2]
     rows = [
-        {"prompt": str(i), "seed": i, "guidance_scale": i + 1, "num_steps": n}
+        {"prompt": str(i), "seed": i, "guidance_scale": 8 - i, "num_steps": n}
         for i, n in enumerate(steps)
     ]
     rows[4]["negative_prompt"] = "red"
     rows[3]["solver"] = "euler"
     assert sample("--prompts", prompts(*rows)) == 0
-    assert calls == [["0", "2", "4", "5"], ["6"], ["1"], ["3"]]
+    assert calls == [["0", "2", "4", "5"], ["6"], ["1"], ["3"], ["7"]]
 
 
 def test_it_resumes_and_ends_the_same(sample, prompts, tmp_path, monkeypatch, capsys):
