@@ -64,7 +64,8 @@ def sampling_flops(
         num_tokens=model.denoiser.num_tokens(height=rows, width=columns),
         first=first,
     )
-    scales, _ = guidance_scales(np.float32([sampler.guidance_scale]), model, sampler.guidance)
+    scale = np.array([sampler.guidance_scale], np.float32)
+    scales, _ = guidance_scales(scale, model, sampler.guidance)
     guidance = sampler.guidance.at_scales(scales)
     low, high = guidance.active_interval
     guided = guidance.is_classifier_free(model.denoiser.guidance_embedding)

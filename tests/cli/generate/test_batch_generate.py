@@ -104,8 +104,8 @@ def test_every_row_has_its_settings_and_inherits_the_flags(sample, prompts, mode
 
 
 def test_rows_of_one_kind_share_a_call(sample, prompts, calls):
-    # Steps split calls but compile nothing; guidance, seeds and negative prompts do neither, but for
-    # a scale of 1, which is another program.
+    # Steps split calls but compile nothing; guidance, seeds and negative prompts do neither, except
+    # for a scale of 1, which is another program.
     steps = [2, 3, 2, 3, 2, 2, 2, 2]
     rows = [
         {"prompt": str(i), "seed": i, "guidance_scale": 8 - i, "num_steps": n}
