@@ -1,15 +1,16 @@
 """Photographs of 32 pixels without text: CIFAR-10.
 
 Hardware: two CPU cores.
-Cost: 29 images/s of one core (Intel Xeon, 2026-11-30), by which 20,000 steps take 6 hours.
+Cost: planned: 6 hours of one core.
 
     python train.py configs/cifar10.py --data.source.path cifar10-train.parquet
 
 The file has columns `image` and `caption`, whose texts are dropped. The U-Net has 5.4 million
 parameters. 5,789 steps, the last three tenths with a falling learning rate, took 107 minutes of a
-core. In the features of a small classifier of CIFAR-10 the images have a Frechet distance of 1.00,
-and photographs held out 0.28 (`benchmarks/cifar10_against_diffusers.py`, which compares the recipe
-with diffusers' example for equal minutes). It has not been trained for all 20,000 steps yet.
+core of an Intel Xeon (2026-11-30). In the features of a small classifier of CIFAR-10 the images
+have a Frechet distance of 1.00, and photographs held out 0.28
+(`benchmarks/cifar10_against_diffusers.py`, which compares the recipe with diffusers' example for
+equal minutes). It has not been trained for all 20,000 steps yet.
 """
 
 from jaxdiff.data.loader import DataConfig

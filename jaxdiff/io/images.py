@@ -19,6 +19,7 @@ GAP_COLOUR = 224
 INK_COLOUR = 32
 LARGEST_GRID = 400  # images; more are too small to see on any screen
 ENLARGED_SIDE = 256  # of images that a grid shows enlarged
+NARROWEST_CAPTION = 48  # pixels
 FAINT = 16  # opacity, of 255, below which colours of a mask are not compared
 SAME_LEVEL = 8  # of 255; lossy formats change levels by so much
 
@@ -73,6 +74,12 @@ def grid(
         for j, text in enumerate(lines):
             pen.text((left, top + height + j * line), text, (INK_COLOUR,) * 3, font)
     return np.asarray(canvas)
+
+
+def prompt_grid(images: Images, prompts: Sequence[str], scale: int = 1) -> Picture:
+    """Tile images as `grid` does, with their prompts below unless they are too narrow for text."""
+    captions = prompts if images.shape[2] >= NARROWEST_CAPTION else None
+    return grid(images, captions=captions, scale=scale)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -349,6 +349,12 @@ def sample_inputs(
     scales, embedded = guidance_scales(
         float_array("guidance_scale", scale, n), spec, sampler.guidance
     )
+    if scales.min() < 1 and sampler.guidance.true_cfg_scale is None:
+        warnings.warn(
+            f"guidance_scale is {scales.min():g}: below 1 it steers towards the negative prompt; 1 "
+            "is unguided.",
+            stacklevel=4,
+        )
     seeds = range(n) if request.seeds is None else request.seeds
     mask = request.init_image.mask if request.init_image is not None else None
     return SampleInputs(
@@ -373,7 +379,7 @@ def guidance_scales(
     """Return the scales of eq. 1 of `sampling/guidance/cfg.py`, and those that the network reads.
 
     diffusers' pipelines of Stable Diffusion and XL are unguided at 1 and below, and cards of
-    distilled models ask for 0. Other models follow eq. 1, with a warning below 1.
+    distilled models ask for 0. Other models follow eq. 1.
 
     Raises:
       UserError: a scale that has no effect on this model.
@@ -394,12 +400,6 @@ def guidance_scales(
         )
     if isinstance(spec.denoiser, UNet2DConditionConfig):
         return np.maximum(scales, np.float32(1)), None
-    if scales.min() < 1:
-        warnings.warn(
-            f"guidance_scale is {scales.min():g}: below 1 it steers towards the negative prompt; 1 "
-            "is unguided.",
-            stacklevel=4,
-        )
     return scales, None
 
 

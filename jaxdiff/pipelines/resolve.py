@@ -171,7 +171,8 @@ class ResolvedSettings:
     def group(self, level: Varies) -> tuple[object, ...]:
         """Return `GenerationSettings.group`, with what else decides the program.
 
-        That is the sizes of the reference images, and whether the guidance scale is 1.
+        That is the sizes of the reference images, and whether the guidance scale is 1, or less,
+        which some models take for 1.
         """
         scale = self.settings.guidance_scale
         guided = scale is not None and (scale > 1) - (scale < 1)

@@ -222,13 +222,13 @@ class _Made:
 
     def _is_slower(self, config: Config) -> bool:
         """Whether a recipe that fits has fewer micro-batches, and is the same otherwise."""
-        return any(
-            plan.fits
-            and made.train.accumulate < config.train.accumulate
-            and (made.mesh, made.train.batch_size) == (config.mesh, config.train.batch_size)
-            and remat_of(made) == remat_of(config)
-            for plan, made in self.plans
-        )
+        parts = config.train.accumulate
+        for plan, made in self.plans:
+            train = dataclasses.replace(made.train, accumulate=parts)
+            same = dataclasses.replace(made, train=train) == config
+            if plan.fits and made.train.accumulate < parts and same:
+                return True
+        return False
 
     def _may_fit(self, config: Config) -> bool:
         kept = _kept(config)

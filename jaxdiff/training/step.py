@@ -146,7 +146,8 @@ def _mean_gradient(
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
     """Return mean gradient and metrics over equal parts of the batch, and the last task state.
 
-    `averaged` is `_averaged` of this step.
+    `averaged` makes a function of rows one of the whole batch: each replica of the model, or each
+    slice, calls it with its own rows.
     """
 
     def split(x: Array) -> Shaped[Array, "k b ..."]:

@@ -226,7 +226,7 @@ def _check_same(config: Config, there: Config, out: epath.Path) -> None:
 
 
 def _changes(config: Config, there: Config, taken: int) -> list[str]:
-    """Return the differences that change what a run computes, of which it has `taken` steps."""
+    """Return the differences that change what a run computes after it has taken some steps."""
     # A run of another length has the same states as long as its learning rates are equal.
     free = (*_FREE, "train.steps") if _same_learning_rates(config, there, taken) else _FREE
     return [

@@ -4,15 +4,21 @@ import pytest
 
 
 @pytest.fixture
-def encodings(monkeypatch) -> list[str]:
-    """The `vae_mode` of each call that encodes images, as programs are traced."""
+def vae_modes(monkeypatch) -> dict[str, set[str]]:
+    """The modes of the autoencoder in which images are encoded and decoded, as they are traced."""
     from jaxdiff.models.text_to_image import TextToImage
 
-    modes, encode = [], TextToImage.encode
+    modes: dict[str, set[str]] = {"encode": set(), "decode": set()}
 
-    def recorded(*args, vae_mode="full", **more):
-        modes.append(vae_mode)
-        return encode(*args, vae_mode=vae_mode, **more)
+    def record(name: str) -> None:
+        method = getattr(TextToImage, name)
 
-    monkeypatch.setattr(TextToImage, "encode", recorded)
+        def recorded(*args, vae_mode="full", **more):
+            modes[name].add(vae_mode)
+            return method(*args, vae_mode=vae_mode, **more)
+
+        monkeypatch.setattr(TextToImage, name, recorded)
+
+    for name in modes:
+        record(name)
     return modes

@@ -11,7 +11,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.io.images import to_uint8
 from jaxdiff.models.autoencoders.kl import AutoencoderConfig
 from jaxdiff.models.layers import abstract_params, bind_init, bind_params
-from jaxdiff.models.text_to_image import TextToImage, from_uint8
+from jaxdiff.models.text_to_image import from_uint8
 from jaxdiff.pipelines.input_images import InitImage
 from jaxdiff.pipelines.load import load
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -99,25 +99,18 @@ def test_latents_of_a_call_decode_to_its_images(latent_bundle):
     assert np.abs(difference).max() <= 1
 
 
-def test_latents_start_from_images_by_the_mode_of_the_autoencoder(latent_bundle, encodings):
+def test_latents_start_from_images_by_the_mode_of_the_autoencoder(latent_bundle, vae_modes):
     init = InitImage(image=np.zeros((32, 32, 3), np.uint8), strength=0.5)
     slicing = Sampler(vae_mode="slicing")
     Pipeline(latent_bundle)(PEA, init=init, output="latents", sampler=slicing)
-    assert set(encodings) == {"slicing"}
+    assert vae_modes["encode"] == {"slicing"}
 
 
-def test_previews_are_decoded_by_the_mode_of_the_autoencoder(latent_bundle, monkeypatch):
-    modes, decode = [], TextToImage.decode
-
-    def recorded(*args, vae_mode="full", **more):
-        modes.append(vae_mode)
-        return decode(*args, vae_mode=vae_mode, **more)
-
-    monkeypatch.setattr(TextToImage, "decode", recorded)
+def test_previews_are_decoded_by_the_mode_of_the_autoencoder(latent_bundle, vae_modes):
     pipe, tiling, seen = Pipeline(latent_bundle), Sampler(vae_mode="tiling"), []
     images = pipe(PEA, sampler=tiling, callback=lambda step, shown: seen.append(shown))
     assert np.abs(seen[-1].astype(int) - images).max() <= 1
-    assert set(modes) == {"tiling"}
+    assert vae_modes["decode"] == {"tiling"}
 
 
 def test_another_autoencoder_of_the_same_latents_may_decode_previews(latent_bundle, tmp_path):

@@ -88,10 +88,10 @@ def test_other_references_of_a_size_do_not_recompile(flux, pictures):
     assert sizes[0] == sizes[1] > 0
 
 
-def test_references_are_encoded_by_the_mode_of_the_autoencoder(flux, pictures, encodings):
+def test_references_are_encoded_by_the_mode_of_the_autoencoder(flux, pictures, vae_modes):
     init = References(images=[pictures[0]])
     flux(PROMPTS[0], init=init, size=(32, 32), sampler=Sampler(vae_mode="slicing"))
-    assert set(encodings) == {"slicing"}
+    assert vae_modes["encode"] == {"slicing"}
 
 
 def test_an_image_has_its_own_references(flux, pictures):

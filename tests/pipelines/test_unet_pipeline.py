@@ -64,7 +64,7 @@ def make(tiny_bundle):
 
 
 @pytest.mark.slow
-def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make, encodings):
+def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make, vae_modes):
     inpainting = dataclasses.replace(SPEC, denoiser=dataclasses.replace(UNET, in_channels=9))
     pipe = make(inpainting)
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
@@ -77,7 +77,7 @@ def test_an_inpainting_network_reads_mask_and_image_and_keeps_pixels(make, encod
     (two,) = pipe(PEA, init=InitImage(image=other, mask=mask))
     assert (one[:, 8:] != two[:, 8:]).any()  # what is kept shapes what is new
     pipe(PEA, init=InitImage(image=image, mask=mask), sampler=Sampler(vae_mode="slicing"))
-    assert set(encodings) == {"full", "slicing"}
+    assert vae_modes["encode"] == {"full", "slicing"}
     composed = pipe('"a pea":1 "red":-0.5', init=InitImage(image=image, mask=mask))
     assert composed.shape == (1, 16, 16, 3)
     for init in (None, InitImage(image=image)):

@@ -168,10 +168,10 @@ def _save_grids(folder: epath.Path, jobs: Sequence[Job]) -> None:
     for (width, height), some in sizes.items():
         shown = some[: pictures.LARGEST_GRID]
         images = np.stack([pictures.read_picture(folder / job.file) for job in shown])
-        captions = [job.settings.prompt for job in shown] if width >= 48 else None
+        prompts = [job.settings.prompt for job in shown]
         which = f"-{width}x{height}" if len(sizes) > 1 else ""
         path = folder / f"grid{which}.png"
-        pictures.save_png(path, pictures.grid(images, captions=captions))
+        pictures.save_png(path, pictures.prompt_grid(images, prompts))
         write_line(path)
 
 

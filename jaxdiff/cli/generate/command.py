@@ -210,9 +210,8 @@ def _save_png(path: epath.Path, picture: pictures.Picture) -> None:
 def _save_grid(folder: epath.Path, images: np.ndarray, prompts: Sequence[str]) -> None:
     """Write the first images with their prompts, small ones enlarged."""
     shown, side = images[: pictures.LARGEST_GRID], max(images.shape[1:3])
-    captions = prompts[: len(shown)] if images.shape[2] >= 48 else None
     scale = 2 if side <= pictures.ENLARGED_SIDE else 1
-    _save_png(folder / "grid.png", pictures.grid(shown, captions=captions, scale=scale))
+    _save_png(folder / "grid.png", pictures.prompt_grid(shown, prompts[: len(shown)], scale))
 
 
 def _save_interpolation(folder: epath.Path, images: np.ndarray) -> None:
