@@ -63,6 +63,7 @@ from jaxdiff.pretrained.checkpoint_folder import load_part, steps
 from jaxdiff.pretrained.run_folder import read_run
 from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.training.metrics import RECORDS
+from jaxdiff.training.optimizer import WarmupStableDecay
 from jaxdiff.training.recipe import Config, config_from_json, load_recipe
 from jaxdiff.training.run import SUMMARY, run_recipe
 
@@ -189,7 +190,9 @@ def train_jaxdiff(options: Options) -> None:
         return
     started = (run / CONFIG).exists()
     config = config_from_json(read_json(run / CONFIG)) if started else recipe_of(options)
-    constant = 1 - config.optimizer.schedule.decay_fraction
+    schedule = config.optimizer.schedule
+    assert isinstance(schedule, WarmupStableDecay)
+    constant = 1 - schedule.decay_fraction
     if config.train.steps == OPEN_END:
         train_until(run, config, MARGIN * constant * options.minutes)
         taken = max(steps((run / CHECKPOINTS).resolve()))

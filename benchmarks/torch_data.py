@@ -25,7 +25,7 @@ from jaxdiff.data.shards import LatentSpace, Shard, ShardManifest
 from jaxdiff.data.sources.array_record import ArrayRecord, write_array_record, write_encoded
 from jaxdiff.data.sources.base import Record
 from jaxdiff.data.sources.cached_latents import CachedLatents, encode_latents
-from jaxdiff.data.tokenizer import Tokenizer
+from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.data.transforms import Transforms
 from jaxdiff.training.recipe import Config
 
@@ -94,6 +94,7 @@ def _latents(folder: epath.Path) -> CachedLatents:
                 "size_crop": size_crop,
                 "captions": [CAPTION],
                 "name": str(i),
+                "digest": None,
             }
         )
 
@@ -127,7 +128,7 @@ class _TorchDataset(torch.utils.data.Dataset):
         return torch.from_numpy(self._prepare(record)), record["captions"][0]
 
 
-def _batches(dataset: _TorchDataset, tokenizer: Tokenizer, batch_size: int) -> Iterator[Any]:
+def _batches(dataset: _TorchDataset, tokenizer: TextTokenizer, batch_size: int) -> Iterator[Any]:
     def collate(records: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         images, captions = zip(*records, strict=True)
         return torch.stack(images), torch.from_numpy(tokenizer(list(captions)))
