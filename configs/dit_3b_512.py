@@ -11,8 +11,8 @@ Batch 2048, 3.06 billion parameters. `--topology` chooses the settings of one of
 `jaxdiff plan configs/dit_3b_512.py` compiles the step; without it, remat is "full":
 
     topology   mesh             remat  micro-batches  state/chip  days at 40 %
-    v5e:16x16  data=16 fsdp=16  full               1    2.95 GiB          4.73
-    v6e:16x16  data=16 fsdp=16  full               1    2.95 GiB          1.01
+    v5e:16x16  data=16 fsdp=16  dots               2    2.95 GiB          4.73
+    v6e:16x16  data=16 fsdp=16  dots               2    2.95 GiB          1.01
     v5p:4x4x4  data=4 fsdp=16   dots               2    2.95 GiB          8.11
     h100:8     data=1 fsdp=8    full               8    5.89 GiB         30.13
 
@@ -77,8 +77,12 @@ def get_config() -> Config:
         ),
         train=replace(base.train, steps=300_000),
         slices=(
-            PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
-            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16)),
+            PlannedTopology(
+                topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), remat="dots", accumulate=2
+            ),
+            PlannedTopology(
+                topology="v6e:16x16", mesh=MeshConfig(data=16, fsdp=16), remat="dots", accumulate=2
+            ),
             PlannedTopology(
                 topology="v5p:4x4x4", mesh=MeshConfig(data=4, fsdp=16), remat="dots", accumulate=2
             ),
