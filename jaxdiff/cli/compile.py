@@ -14,6 +14,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, flag
 from jaxdiff.distributed.compilation_cache import keep_executables
 from jaxdiff.distributed.replicas import local_mesh
+from jaxdiff.errors import UserError
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pipelines.batching import default_batch_size
@@ -74,7 +75,7 @@ def compile_model(options: CompileOptions) -> None:
         program = _compile(options)
     write_line(
         f"Wrote the program of {program.model} for {program.width}x{program.height}, batches of "
-        f"{program.batch_size} on {program.devices} {program.platform}, to {options.out}"
+        f"{program.batch_size} on {program.devices} {program.device_kind}, to {options.out}"
     )
 
 
@@ -84,7 +85,13 @@ def _compile(options: CompileOptions) -> CompiledProgram:
     bundle = load_bundle(options.model)
     pipe, mesh, params = Pipeline(bundle, dtype=options.dtype), None, None
     if options.topology is not None:
-        devices = find_topology(options.topology).devices
+        topology = find_topology(options.topology)
+        if topology.proxy_topology:
+            raise UserError(
+                f"--topology {options.topology}: XLA compiles for GPUs only where there is one; "
+                "run jaxdiff compile there, without --topology."
+            )
+        devices = topology.devices
         pipe = Pipeline(bundle, dtype=options.dtype, devices=jax.local_devices()[:1])
         mesh, params = local_mesh(devices), bundle.params
         if options.dtype is not None:

@@ -84,6 +84,13 @@ def read_executables(folder: epath.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def trace_settings() -> list[str]:
+    """Return JAX's settings that change what is traced, such as the precision of products."""
+    from jax._src import config  # not for `jaxdiff --help`
+
+    return [text for text in map(repr, config.trace_context()) if " at 0x" not in text]
+
+
 def _install(cache: "FolderCache", *, shared: bool) -> None:
     """Make a cache that of JAX; of several processes only if they share it."""
     import jax

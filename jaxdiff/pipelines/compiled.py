@@ -42,9 +42,10 @@ class CompiledFolder:
 
     def batch_size(self, width: int, height: int, mesh: Mesh) -> int | None:
         """Return the batch size of the programs for a size on these devices; None without any."""
-        kind = width, height, mesh.devices.flat[0].platform, mesh.size, num_replicas(mesh)
+        kind = mesh.devices.flat[0].device_kind
+        wanted = width, height, kind, mesh.size, num_replicas(mesh)
         for p in self.programs:
-            if (p.width, p.height, p.platform, p.devices, p.replicas) == kind:
+            if (p.width, p.height, p.device_kind, p.devices, p.replicas) == wanted:
                 return p.batch_size
         return None
 
@@ -57,7 +58,7 @@ class CompiledFolder:
             if not there:
                 warnings.warn(
                     f"{self._folder} has no program for {wanted.width}x{wanted.height}, batches of "
-                    f"{wanted.batch_size} on {wanted.devices} {wanted.platform} and these "
+                    f"{wanted.batch_size} on {wanted.devices} {wanted.device_kind} and these "
                     "settings, or is of other versions: compiling.",
                     stacklevel=2,
                 )

@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax
 import jax
-from jax._src import config as jax_config
 from jax._src.lax import linalg
 from jaxtyping import PyTree
 
+from jaxdiff.distributed.compilation_cache import trace_settings
 from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.errors import UserError
 from jaxdiff.io.user_cache import package_digest
@@ -36,7 +36,7 @@ class CompiledProgram:
       width: of the images.
       height: of the images.
       batch_size: images that each replica samples at a time.
-      platform: cpu, gpu or tpu.
+      device_kind: as JAX names it, such as "TPU v5 lite".
       devices: their number.
       replicas: of the model on them.
     """
@@ -46,7 +46,7 @@ class CompiledProgram:
     width: int
     height: int
     batch_size: int
-    platform: str
+    device_kind: str
     devices: int
     replicas: int
 
@@ -61,10 +61,11 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     ]
     # The representation of a model holds all that its hash does.
     models = [repr(spec.model), repr(spec.guide)]
-    platform, sizes = spec.mesh.devices.flat[0].platform, tuple(spec.mesh.shape.values())
+    device, sizes = spec.mesh.devices.flat[0], tuple(spec.mesh.shape.values())
     shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-    made_by = [jax.__version__, flax.__version__, package_digest(), *_trace_settings()]
-    parts = [*made_by, platform, sizes, *static, *models, tree, shapes]
+    made_by = [jax.__version__, flax.__version__, package_digest(), *trace_settings()]
+    # Attention's blocks depend on the kind of TPU.
+    parts = [*made_by, device.platform, device.device_kind, sizes, *static, *models, tree, shapes]
     height, width = (side * spec.model.downsampling for side in spec.shape[:2])
     return CompiledProgram(
         key=hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest(),
@@ -72,16 +73,10 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
         width=width,
         height=height,
         batch_size=len(arguments[1].seeds) // num_replicas(spec.mesh),
-        platform=platform,
+        device_kind=device.device_kind,
         devices=spec.mesh.size,
         replicas=num_replicas(spec.mesh),
     )
-
-
-def _trace_settings() -> list[str]:
-    """Return JAX's settings that change what is traced, such as the precision of products."""
-    settings = map(repr, jax_config.trace_context())
-    return [text for text in settings if " at 0x" not in text]
 
 
 def export_program(spec: SamplerSpec, arguments: PyTree) -> bytes:

@@ -1,18 +1,20 @@
 """Keep plans, so that a search compiles each of its programs once.
 
 A plan is a small file in `plans` of the user's cache, named by the hash of all that it depends on:
-the recipe, the topology and its devices, XLA's flags, the versions of JAX and libtpu, and this
-package's code.
+the recipe, the topology and its devices, flags of XLA and libtpu, JAX's settings, the versions of
+JAX and libtpu, and this package's code. A plan that depends on other code (`--plugin`) is not kept.
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 from typing import Any
 
 from etils import epath
 
-from jaxdiff.config.serialization import to_json
+from jaxdiff.config.serialization import accepted_types, to_json
+from jaxdiff.distributed.compilation_cache import trace_settings
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json, read_json
@@ -23,17 +25,21 @@ from jaxdiff.training.recipe import Config
 MOST = 1000
 """Plans that are kept; the oldest go first."""
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
 
 def plan_file(
     config: Config, topology: Topology, flags: tuple[str, ...], quick: bool
 ) -> epath.Path | None:
-    """Return the file of a plan, there or not; None without a cache."""
+    """Return the file of a plan, there or not; None without a cache, or with other code."""
     folder = user_cache("plans")
-    if folder is None:
+    if folder is None or accepted_types():
         return None
     # `local` names other devices on other machines, which may share the cache.
     devices = [len(topology.devices), topology.devices[0].device_kind]
-    key = [to_json(config), topology.name, devices, flags, quick, *_versions(), package_digest()]
+    settings = [*trace_settings(), *(os.environ.get(name) for name in _FLAGS)]
+    made_by = [*_versions(), package_digest()]
+    key = [to_json(config), topology.name, devices, flags, quick, *settings, *made_by]
     return folder / f"{hashlib.sha256(format_json(key).encode()).hexdigest()}.json"
 
 

@@ -41,9 +41,10 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
 
     Meshes are powers of two along all four axes, and the recipe's own; micro-batches powers of two.
     """
-    devices //= config.mesh.slices
+    total, devices = devices, devices // config.mesh.slices
     powers = [2**i for i in range(devices.bit_length())]
-    meshes = [config.mesh] if min(dataclasses.astuple(config.mesh)) > 0 else []
+    own = dataclasses.astuple(config.mesh)
+    meshes = [config.mesh] if min(own) > 0 and math.prod(own) == total else []
     for tensor, context in itertools.product(powers, powers):
         if tensor * context > _MOST_SPLITS or devices % (tensor * context):
             continue
@@ -163,7 +164,8 @@ def search(
     def fill(count: int) -> None:
         for candidate in ordered:
             best = made.best
-            if best is None or estimate.products(candidate) < (best[0].step_s or math.inf):
+            least = estimate.products(candidate) / candidate.train.batch_size
+            if best is None or least < _seconds_per_image(best[0]):
                 made.make(candidate)
             if len(made.plans) >= count:
                 return
@@ -198,7 +200,7 @@ class _Made:
     plans: list[tuple[Plan, Config]] = dataclasses.field(default_factory=list)
     too_large: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     states: dict[MeshConfig, bool] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
+    compiled: list[float] = dataclasses.field(default_factory=list)  # seconds
 
     @property
     def best(self) -> tuple[Plan, Config] | None:
@@ -212,21 +214,26 @@ class _Made:
             return
         start = time.perf_counter()
         plan = make_plan(config, self.topology, quick=self.quick)
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if seconds >= plan.compile_s:  # otherwise it was kept
+            self.compiled.append(seconds)
         self.plans.append((plan, config))
         if not plan.fits:
             self.too_large.append(_kept(config))
         count = len(self.plans)
-        left = self.seconds / count * (self.most - count)
-        self.log(SearchProgress(plan, count, self.most, left))
+        each = sum(self.compiled) / max(len(self.compiled), 1)
+        self.log(SearchProgress(plan, count, self.most, each * (self.most - count)))
 
     def _is_slower(self, config: Config) -> bool:
-        """Whether a recipe that fits has fewer micro-batches, and is the same otherwise."""
+        """Whether a recipe that fits has fewer micro-batches, and is the same otherwise.
+
+        One micro-batch is another program: its gradients are reduced as they are computed.
+        """
         parts = config.train.accumulate
         for plan, made in self.plans:
             train = dataclasses.replace(made.train, accumulate=parts)
             same = dataclasses.replace(made, train=train) == config
-            if plan.fits and made.train.accumulate < parts and same:
+            if plan.fits and 1 < made.train.accumulate < parts and same:
                 return True
         return False
 
@@ -258,4 +265,8 @@ def _rank(plan: Plan) -> tuple[bool, float]:
     """Sort key: plans that fit by time per image, then the others by memory."""
     if not plan.fits:
         return True, plan.memory_needed
-    return False, (plan.step_s or 0.0) / plan.batch_size
+    return False, _seconds_per_image(plan)
+
+
+def _seconds_per_image(plan: Plan) -> float:
+    return math.inf if plan.step_s is None else plan.step_s / plan.batch_size

@@ -24,7 +24,7 @@ def plan_table(plan: Plan) -> Table:
         *_memory_rows(plan),
         *_collective_rows(plan),
         *_time_rows(plan),
-        ("compiled in", f"{plan.compile_s:.0f} s on this machine", "compile_s"),
+        ("compiled in", f"{plan.compile_s:.0f} s", "compile_s"),
         ("XLA flags", "\n".join(plan.flags) or "none", ""),
     ]
     for name, value, origin in rows:

@@ -52,7 +52,7 @@ class StepTrace:
     ):
         self._path, self._log = folder / TRACE, log
         self._begin, self._end = (None, None) if first is None else (first, first + steps)
-        self._running = ExitStack()
+        self._running, self._began = ExitStack(), False
 
     def before(self, step: int, state: Any) -> None:
         """Begin or end the trace if it is due before this step; `state` is that of the last."""
@@ -61,11 +61,14 @@ class StepTrace:
         jax.block_until_ready(state)  # the trace has whole steps
         self._running.close()
         if step == self._begin:
+            self._began = True
             self._running.callback(self._log, f"Trace: {self._path}")
             self._running.enter_context(traced(self._path))
 
     def __enter__(self) -> "StepTrace":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._running.close()
+        if self._begin is not None and not self._began and kind is None:
+            self._log(f"No trace: this run did not take step {self._begin} (train.profile_at).")

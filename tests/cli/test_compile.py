@@ -1,10 +1,14 @@
 """`jaxdiff compile`, and `jaxdiff sample --compiled`."""
 
+import dataclasses
+
 import pytest
 
+from jaxdiff.cli import compile as compile_cli
 from jaxdiff.cli import main as cli
 from jaxdiff.pipelines import exported
 from jaxdiff.pipelines.compiled import CompiledFolder
+from jaxdiff.planning.topology import find_topology
 from jaxdiff.pretrained.bundle import write_bundle
 
 
@@ -44,12 +48,20 @@ def test_mistakes_are_answered_in_one_sentence(model, tmp_path, refused):
     assert "--solver" in refused("compile", model, "--solver", "pea")
 
 
+def test_programs_for_gpus_are_not_made_elsewhere(model, refused, monkeypatch):
+    topology = dataclasses.replace(find_topology("cpu:1"), proxy_topology="v5p:2x2x2")
+    monkeypatch.setattr(compile_cli, "find_topology", lambda _: topology)
+    assert "only where there is one" in refused("compile", model, "--topology", "h100:8")
+
+
 @pytest.mark.nightly
 def test_a_tpu_slice_is_compiled_for_without_a_tpu(model, tmp_path, monkeypatch, jax_cache):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    words = ["compile", model, "--topology", "v5e:2x4", "--out", str(tmp_path)]
-    assert cli.main(words) == 0
-    (program,) = CompiledFolder(tmp_path).programs
-    assert (program.platform, program.devices, program.batch_size) == ("tpu", 8, 64)
-    assert len(list((tmp_path / "executables" / "any").iterdir())) == 1
+    for name in ("v5e:2x4", "v6e:2x4"):
+        words = ["compile", model, "--topology", name, "--out", str(tmp_path)]
+        assert cli.main(words) == 0
+    programs = CompiledFolder(tmp_path).programs
+    found = {(p.device_kind, p.devices, p.batch_size) for p in programs}
+    assert found == {("TPU v5 lite", 8, 64), ("TPU v6 lite", 8, 64)}
+    assert len(list((tmp_path / "executables" / "any").iterdir())) == 2

@@ -1,5 +1,6 @@
 """The search for a mesh: its candidates and their ranking."""
 
+import collections
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ def test_the_mesh_of_the_recipe_is_tried(tiny_recipe):
     assert config.mesh in [c.mesh for c in candidates(config, 6)]
 
 
+def test_a_mesh_of_other_devices_is_not_tried(tiny_recipe):
+    config = dataclasses.replace(tiny_recipe(batch_size=16), mesh=MeshConfig(data=2, fsdp=4))
+    assert {math.prod(dataclasses.astuple(c.mesh)) for c in candidates(config, 4)} == {4}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plain(Denoiser):
     """A denoiser without remat policies."""
@@ -97,6 +103,7 @@ def quick(some_plan, monkeypatch):
             remat=remat,
             accumulate=parts,
             mesh=vars(mesh),
+            compile_s=0.0,
         )
 
     monkeypatch.setattr(plan_search, "make_plan", planned)
@@ -139,11 +146,46 @@ def test_what_needs_more_than_a_plan_that_did_not_fit_is_not_made(tiny_recipe):
 @pytest.mark.usefixtures("quick")
 def test_no_more_micro_batches_than_fit_are_planned(tiny_recipe):
     plans = search(tiny_recipe(batch_size=16), EIGHT, most=999, log=lambda _: None)
-    fitting = [
-        (plan.remat, plan.batch_size, tuple(plan.mesh.values())) for plan in plans if plan.fits
-    ]
-    assert len(set(fitting)) == len(fitting) > 0
-    assert max(plan.accumulate for plan in plans) > 1
+    parts = collections.defaultdict(list)
+    for plan in plans:
+        if plan.fits:
+            kind = plan.remat, plan.batch_size, tuple(plan.mesh.values())
+            parts[kind].append(plan.accumulate)
+    # One micro-batch is another program than several.
+    assert all(len([n for n in counts if n > 1]) <= 1 for counts in parts.values())
+    assert [1, 2] in map(sorted, parts.values())
+
+
+def test_a_batch_of_half_the_size_does_not_end_the_search(tiny_recipe, some_plan, monkeypatch):
+    config = tiny_recipe(batch_size=16)
+    products = plan_search._Estimate(config, EIGHT).products(config)
+
+    def planned(candidate, _topology, **_):
+        size = candidate.train.batch_size
+        step = {16: 2.5, 8: 1.2}[size] * products  # per image half of the batch is the fastest
+        return dataclasses.replace(some_plan, memory_needed=1.0, step_s=step, batch_size=size)
+
+    monkeypatch.setattr(plan_search, "make_plan", planned)
+    monkeypatch.setattr(
+        plan_search._Made, "_may_fit", lambda _, config: config.train.batch_size <= 16
+    )
+    assert len(search(config, EIGHT, most=5, log=lambda _: None)) == 5
+
+
+@pytest.mark.usefixtures("quick")
+def test_plans_that_were_kept_do_not_shorten_the_estimate(tiny_recipe, monkeypatch):
+    made, planned = [], plan_search.make_plan
+    kept = iter([False, True, True, True, True])
+
+    def of_cache(*arguments, **options):
+        plan = planned(*arguments, **options)
+        return dataclasses.replace(plan, compile_s=1e9 if next(kept) else 0.0)
+
+    monkeypatch.setattr(plan_search, "make_plan", of_cache)
+    search(tiny_recipe(batch_size=16), EIGHT, most=5, log=made.append)
+    times = [progress.seconds_left / (5 - progress.made) for progress in made[:4]]
+    assert times == pytest.approx(4 * times[:1])
+    assert times[0] > 0
 
 
 @pytest.mark.usefixtures("quick")

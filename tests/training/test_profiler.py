@@ -44,6 +44,13 @@ def test_a_trace_has_the_steps_that_were_asked_for(profiled):
     assert phases == ["data", "device wait"] * 2  # a step's results are read during the next
 
 
+def test_a_step_that_the_run_does_not_take_is_said(tmp_path):
+    logged = []
+    with StepTrace(epath.Path(tmp_path), first=9, steps=3, log=logged.append) as trace:
+        trace.before(1, None)
+    assert logged == ["No trace: this run did not take step 9 (train.profile_at)."]
+
+
 def test_a_trace_does_not_change_the_fingerprint(profiled, tiny_recipe, tmp_path):
     result = train(tiny_recipe(steps=4, checkpoint_every=4), tmp_path, log=quiet)
     assert result.summary["fingerprint"] == profiled[0].summary["fingerprint"]
