@@ -118,35 +118,48 @@ def test_its_step_is_lowered_for_eight_tpus(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("topology", SLICES)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        (name, planned.topology)
+        for name, config in (RECIPES | FINE_TUNING).items()
+        for planned in config.slices
+    ],
+)
 def test_it_fits_its_slices(name, topology):
     pytest.importorskip("libtpu")
-    plan = make_plan(on_topology(RECIPES[name], topology), find_topology(topology), quick=True)
+    config = on_topology((RECIPES | FINE_TUNING)[name], topology)
+    plan = make_plan(config, find_topology(topology), quick=True)
     assert plan.fits
     assert plan.collectives
 
 
 @pytest.mark.nightly
 def test_work_per_chip_is_the_same_on_more_chips():
-    """Weak scaling: eight images a chip on 16 and on 256 chips, 16 of which share the weights."""
+    """Weak scaling: eight images a chip on 16, 256 and 512 chips, 16 of which share the weights."""
     pytest.importorskip("libtpu")
+    config = on_topology(RECIPES["dit_xl2_imagenet256"], "v5e:16x16")
     plans = [
         make_plan(
             dataclasses.replace(
-                RECIPES["dit_xl2_imagenet256"],
-                mesh=MeshConfig(data=-1, fsdp=16),
-                train=dataclasses.replace(
-                    RECIPES["dit_xl2_imagenet256"].train, batch_size=8 * chips
-                ),
+                config,
+                mesh=MeshConfig(slices=slices, data=-1, fsdp=16),
+                train=dataclasses.replace(config.train, batch_size=8 * chips),
             ),
             find_topology(name),
         )
-        for name, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
+        for name, slices, chips in (
+            ("v5e:4x4", 1, 16),
+            ("v5e:16x16", 1, 256),
+            ("2xv5e:16x16", 2, 512),
+        )
     ]
-    few, many = plans
-    assert few.flops_per_step / 16 == many.flops_per_step / 256
+    few, many, two = plans
+    assert few.flops_per_step / 16 == many.flops_per_step / 256 == two.flops_per_step / 512
     assert many.memory_needed == pytest.approx(few.memory_needed, rel=0.05)
+    assert two.memory_needed == pytest.approx(many.memory_needed, rel=0.05)
+    assert many.step_s < 1.05 * few.step_s
+    assert two.step_s < 1.1 * many.step_s
 
 
 @pytest.mark.nightly

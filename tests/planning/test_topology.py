@@ -1,12 +1,17 @@
 """The devices that can be planned for, and the errors for others."""
 
+import dataclasses
 import importlib.util
+import io
 
 import jax
 import pytest
+from rich.console import Console
 
 from jaxdiff.distributed.mesh import MeshConfig, make_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.planning.plan import make_plan
+from jaxdiff.planning.table import plan_table
 from jaxdiff.planning.topology import find_topology, parse_slices
 
 
@@ -74,6 +79,19 @@ def test_several_slices_are_named_by_their_number():
     assert parse_slices("2xv5e:16x16") == (2, "v5e:16x16")
     for name in ("v5p:4x4x4", "cpu:8", "0xv5e:16x16"):
         assert parse_slices(name) == (1, name)
+
+
+def test_slices_exchange_gradients_over_the_network(tiny_recipe):
+    pytest.importorskip("libtpu")
+    mesh = MeshConfig(slices=2, data=2, fsdp=2)
+    config = dataclasses.replace(tiny_recipe(batch_size=16), mesh=mesh)
+    plan = make_plan(config, find_topology("2xv5e:2x2"))
+    # Each device of `data` sends a part, in float32 or less.
+    assert 0 < plan.network < 8 * plan.parameters
+    assert 0 < plan.network_s < plan.step_s
+    console = Console(width=300, file=io.StringIO())
+    console.print(plan_table(plan))
+    assert ", between slices " in console.file.getvalue()
 
 
 def test_simulated_slices_share_the_devices_of_this_process():
