@@ -16,6 +16,17 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 # Products over all pairs of queries and keys in each kernel of JAX's splash attention, by name.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Libraries of GPUs by the start of their calls' targets. Of convolutions, the places of input,
+# kernel and output among operands, -1 for the result.
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
+_CUDNN_CONVOLUTIONS = {
+    "__cudnn$convForward": (0, 1, -1),
+    "__cudnn$convBiasActivationForward": (0, 1, -1),
+    "__cudnn$convBackwardInput": (-1, 1, 0),
+    "__cudnn$convBackwardFilter": (0, -1, 1),
+}
+_CUDNN_ATTENTION = "__cudnn$fmha"
 
 
 class Product(NamedTuple):
@@ -52,7 +63,7 @@ def padded_flops(
 ) -> float:
     """Return the FLOPs of all products of an instruction, or in its fusion, on whole tiles.
 
-    Of kernels, those of splash attention count.
+    Of kernels, those of splash attention, cuBLAS and cuDNN count.
     """
     if instruction.opcode in ("dot", "convolution"):
         shapes = [arrays(types[name])[0].shape for name in instruction.operands[:2]]
@@ -60,6 +71,9 @@ def padded_flops(
         product = make(instruction, shapes[0], shapes[1], arrays(instruction.result)[0].shape)
         return product.padded_flops(side)
     if instruction.opcode == "custom-call":
+        product = _library_product(instruction, types)
+        if product is not None:
+            return product.padded_flops(side)
         count = next((n for k, n in _KERNELS.items() if instruction.name.startswith(k)), 0)
         given = [types[name] for name in instruction.operands if name in types]
         shapes = [arrays(type_)[0].shape for type_ in given if type_.startswith(("bf16", "f"))]
@@ -72,14 +86,34 @@ def padded_flops(
     return sum(padded_flops(program, i, types, side) for i in inside)
 
 
+def _library_product(instruction: Instruction, types: Mapping[str, str]) -> Product | None:
+    """Return the product of a call of cuBLAS or cuDNN; None for other calls."""
+    found = _TARGET.search(instruction.attributes)
+    target = found[1] if found else ""
+    if not target.startswith((*_CUBLAS, *_CUDNN_CONVOLUTIONS, _CUDNN_ATTENTION)):
+        return None
+    shapes = [arrays(types[name])[0].shape for name in instruction.operands]
+    shapes.append(arrays(instruction.result)[0].shape)
+    if target.startswith(_CUBLAS):
+        return _dot(instruction, shapes[0], shapes[1], shapes[-1])
+    for start, places in _CUDNN_CONVOLUTIONS.items():
+        if target.startswith(start):
+            return _convolution(instruction, *(shapes[place] for place in places))
+    (images, length, heads, width), keys = shapes[0], shapes[1][1]
+    count = 5 if "Backward" in target else 2  # products over all pairs
+    return Product(count * images * heads, length, keys, width)
+
+
 def _dot(
     instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...]
 ) -> Product:
     def sizes(shape: tuple[int, ...], name: str) -> int:
-        found = re.search(rf"{name}=\{{([\d,]*)\}}", instruction.attributes)
-        return math.prod(shape[int(i)] for i in found[1].split(",") if i) if found else 1
+        # XLA's own, or in the JSON that cuBLAS is called with.
+        pattern = rf'{name}_dim(?:s=\{{|ensions":\[)([\d,"]*)[\]}}]'
+        found = re.search(pattern, instruction.attributes)
+        return math.prod(shape[int(i)] for i in re.findall(r"\d+", found[1])) if found else 1
 
-    batch, k = sizes(lhs, "lhs_batch_dims"), sizes(lhs, "lhs_contracting_dims")
+    batch, k = sizes(lhs, "lhs_batch"), sizes(lhs, "lhs_contracting")
     return Product(batch, math.prod(lhs) // (batch * k), math.prod(rhs) // (batch * k), k)
 
 

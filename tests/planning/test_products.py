@@ -36,6 +36,58 @@ def test_a_product_in_a_loop_counts_as_often_as_it_runs():
     assert flops_of(compiled(step, (64, 128), (5, 128, 128))) == 5 * 2 * 64 * 128 * 128
 
 
+def called(result: str, operands: tuple[str, ...], attributes: str) -> Program:
+    names = [f"p{i}" for i in range(len(operands))]
+    given = "".join(
+        f"  %{name} = {type_} parameter({i})\n"
+        for i, (name, type_) in enumerate(zip(names, operands, strict=True))
+    )
+    call = f"custom-call({', '.join('%' + name for name in names)}), {attributes}"
+    return read_program(f"ENTRY %main () -> f32[] {{\n{given}  ROOT %c = {result} {call}\n}}\n")
+
+
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_of_cublas_count(target):
+    numbers = (
+        '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]'
+    )
+    config = f'{{"gemm_backend_config":{{"dot_dimension_numbers":{{{numbers}}}}}}}'
+    program = called(
+        "(bf16[3,8,16]{2,1,0}, s8[4194304]{0})",
+        ("bf16[3,32,8]{2,1,0}", "bf16[3,32,16]{2,1,0}"),
+        f'custom_call_target="{target}", backend_config={config}',
+    )
+    assert flops_of(program) == 2 * 3 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("target", "result", "operands"),
+    [
+        ("__cudnn$convForward", "2,8,8,6", ("2,8,8,4", "6,1,1,4")),
+        ("__cudnn$convBackwardInput", "2,8,8,4", ("2,8,8,6", "6,1,1,4")),
+        ("__cudnn$convBackwardFilter", "6,1,1,4", ("2,8,8,4", "2,8,8,6")),
+    ],
+)
+def test_convolutions_of_cudnn_count(target, result, operands):
+    program = called(
+        f"(f32[{result}]{{3,2,1,0}}, u8[0]{{0}})",
+        tuple(f"f32[{shape}]{{3,2,1,0}}" for shape in operands),
+        f'window={{size=1x1}}, dim_labels=b01f_o01i->b01f, custom_call_target="{target}"',
+    )
+    assert flops_of(program) == 2 * 2 * 64 * 4 * 6
+
+
+@pytest.mark.parametrize(("target", "products"), [("Softmax", 2), ("SoftmaxBackward", 5)])
+def test_attention_of_cudnn_counts(target, products):
+    program = called(
+        "(bf16[2,8,16,64]{3,1,2,0}, u8[0]{0})",
+        ("bf16[2,128,16,64]{3,2,1,0}", *2 * ("bf16[2,77,16,64]{3,2,1,0}",)),
+        f'custom_call_target="__cudnn$fmha{target}"',
+    )
+    assert flops_of(program) == products * 2 * 2 * 16 * 128 * 77 * 64
+
+
 def test_remat_counts_a_second_forward_pass():
     def loss(w, x):
         def body(x, w):
