@@ -6,8 +6,10 @@ from jaxdiff.distributed.mesh import make_mesh
 
 
 def test_saves_are_timed_until_on_disk_and_removed(tiny_recipe, tmp_path):
-    config = tiny_recipe()
-    found = time_checkpoints(config, warmup=0, repeats=3, folder=str(tmp_path))
+    config, folder, trace = tiny_recipe(), tmp_path / "checkpoints", tmp_path / "trace"
+    folder.mkdir()
+    found = time_checkpoints(config, warmup=0, repeats=3, folder=str(folder), trace=str(trace))
+    assert list(trace.glob("plugins/profile/*/*.trace.json.gz"))
     assert len(found.seconds) == 3
     metrics = found.metrics
     assert 0 < metrics["training_blocked_s"] <= max(found.seconds)
@@ -17,4 +19,4 @@ def test_saves_are_timed_until_on_disk_and_removed(tiny_recipe, tmp_path):
     assert metrics["parameter_bytes"] == parameters
     # Parameters, EMA and two moments.
     assert metrics["disk_bytes"] > 3.5 * parameters
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []

@@ -6,8 +6,9 @@ from jaxdiff.benchmark.data import interval_seconds, time_batches
 from jaxdiff.errors import UserError
 
 
-def test_batches_are_timed(tiny_recipe):
-    found = time_batches(tiny_recipe(), warmup=1, repeats=4)
+def test_batches_are_timed_and_traced(tiny_recipe, tmp_path):
+    found = time_batches(tiny_recipe(), warmup=1, repeats=4, trace=str(tmp_path))
+    assert list(tmp_path.glob("plugins/profile/*/*.trace.json.gz"))
     assert len(found.seconds) == 4
     assert found.images == 8
     assert found.metrics["workers"] == 0
