@@ -110,7 +110,8 @@ def run_sweep(
     saved = SavedFigures(folder / SWEEP, fixed)
     costs, figures, log = [], [], on_host0(write_line)
     for number, point in enumerate(points, 1):
-        costs.append(_flops(context.spec, point, context.generation.best_of))
+        arguments = {**context.generation.arguments, **point}
+        costs.append(_flops(context.spec, arguments, context.generation.best_of))
         figures.append(saved.measure(point, lambda at=point: _measure(at, evaluators, context)))
         log(f"{number} of {len(points)}: {_label(point)}")
     selection = Selection(scalar=scalar or next(iter(figures[0])))
@@ -150,9 +151,11 @@ def _sampler(point: Mapping[str, Any]) -> Sampler:
     return Sampler(solver=solver, num_steps=point.get("num_steps"))
 
 
-def _flops(spec: TextToImage, point: Mapping[str, Any], best_of: int) -> float:
-    """Return the model FLOPs of one image."""
-    sampler = _sampler(point).inherit(spec.sampler).resolve()
+def _flops(spec: TextToImage, arguments: Mapping[str, Any], best_of: int) -> float:
+    """Return the model FLOPs of one image; guidance costs a second prediction."""
+    scale = arguments.get("guidance_scale")
+    sampler = dataclasses.replace(_sampler(arguments), guidance_scale=scale)
+    sampler = sampler.inherit(spec.sampler).resolve()
     size = (spec.image_size, spec.image_size)
     return best_of * sampling_flops(spec, sampler, size, num_steps=sampler.num_steps)
 

@@ -133,3 +133,11 @@ def test_mistakes_are_one_sentence(model, capsys):
     ):
         assert cli.main(["evaluate", str(model), *words]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_guidance_costs_a_second_prediction(tiny_bundle):
+    alone, guided, more = (
+        evaluate_sweep._flops(tiny_bundle.spec, {"guidance_scale": scale}, 1)
+        for scale in (1.0, 2.0, 4.0)
+    )
+    assert alone < guided == more
