@@ -1,7 +1,8 @@
 """Samplers as stored programs, which are called without being traced.
 
-A program belongs to a model without its weights, to a size and to a batch size; its key also holds
-the versions, jaxdiff's own code and JAX's settings. A program is code, but nothing is unpickled.
+A program belongs to a model without its weights, to a size, a batch size and a kind of device; its
+key also holds the versions, jaxdiff's own code and JAX's settings. A program is code, but nothing
+is unpickled.
 """
 
 import contextlib

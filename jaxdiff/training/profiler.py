@@ -52,7 +52,7 @@ class StepTrace:
     ):
         self._path, self._log = folder / TRACE, log
         self._begin, self._end = (None, None) if first is None else (first, first + steps)
-        self._running, self._began = ExitStack(), False
+        self._running = ExitStack()
 
     def before(self, step: int, state: Any) -> None:
         """Begin or end the trace if it is due before this step; `state` is that of the last."""
@@ -61,7 +61,7 @@ class StepTrace:
         jax.block_until_ready(state)  # the trace has whole steps
         self._running.close()
         if step == self._begin:
-            self._began = True
+            self._begin = None
             self._running.callback(self._log, f"Trace: {self._path}")
             self._running.enter_context(traced(self._path))
 
@@ -70,5 +70,5 @@ class StepTrace:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._running.close()
-        if self._begin is not None and not self._began and kind is None:
+        if self._begin is not None and kind is None:
             self._log(f"No trace: this run did not take step {self._begin} (train.profile_at).")

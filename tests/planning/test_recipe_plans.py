@@ -136,7 +136,7 @@ def test_it_fits_its_slices(name, topology):
 
 @pytest.mark.nightly
 def test_work_per_chip_is_the_same_on_more_chips():
-    """Weak scaling: eight images a chip on 16, 256 and 512 chips, 16 of which share the weights."""
+    """Weak scaling: eight images a chip on 16, 256 and 512 chips; groups of 16 share weights."""
     pytest.importorskip("libtpu")
     config = on_topology(RECIPES["dit_xl2_imagenet256"], "v5e:16x16")
     plans = [
