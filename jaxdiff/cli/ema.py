@@ -22,7 +22,13 @@ from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, format_json
 from jaxdiff.pretrained.bundle import Bundle, write_bundle
-from jaxdiff.pretrained.model_card import check_destination, folder_card, write_card
+from jaxdiff.pretrained.model_card import (
+    ORIGIN,
+    check_destination,
+    folder_card,
+    remove_export,
+    write_card,
+)
 from jaxdiff.pretrained.run_folder import read_run
 from jaxdiff.pretrained.safetensors_io import to_device
 from jaxdiff.training.held_out import bundle_metrics
@@ -143,7 +149,8 @@ def _write(
     out: str, options: EmaOptions, config: Config, averages: StoredAverages, width: float
 ) -> None:
     bundle = _bundle(options, config, averages, width)
+    remove_export(out)
     write_bundle(out, bundle, options.dtype, recipe=to_json(config))
     origin = {"run": options.run, "width": width, "step": averages.last_step}
-    write_whole(epath.Path(out) / "ema.json", f"{format_json(origin, indent=2)}\n".encode())
+    write_whole(epath.Path(out) / ORIGIN, f"{format_json(origin, indent=2)}\n".encode())
     write_card(out, folder_card(out))

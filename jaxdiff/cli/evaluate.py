@@ -107,14 +107,18 @@ def evaluate_command(arguments: list[str]) -> None:
 def evaluate_model(options: EvaluateOptions) -> None:
     """Run the evaluators, print their tables, and write `evaluation.json`.
 
-    The figures of a model that comes with jaxdiff are only printed, and so are those of a model
-    whose folder cannot be written to.
+    The figures of a model without a folder here, shipped or of the hub, are only printed, and so
+    are those of a model whose folder cannot be written to.
 
     Raises:
       UserError: there is no model, no recipe, or nothing to evaluate.
     """
     assert options.run is not None
     config = load_recipe(options.recipe) if options.recipe else read_config(options.run)
+    if options.sweep and _folder(options) is None:
+        raise UserError(
+            f"--sweep writes files and {options.run} is no folder here: expected --out; name it."
+        )
     with held_on_host0(_held(options)):
         _evaluate(options, config)
 
@@ -126,7 +130,7 @@ def _held(options: EvaluateOptions) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if options.out is not None:
             stack.enter_context(output_folder(options.out))
-        elif not options.run.startswith("shipped:"):
+        elif _folder(options) is not None:
             try:
                 make_folder(options.run)
             except UserError:  # saving says why
@@ -134,6 +138,17 @@ def _held(options: EvaluateOptions) -> Iterator[None]:
             else:
                 stack.enter_context(lock_folder(options.run))
         yield
+
+
+def _folder(options: EvaluateOptions) -> epath.Path | None:
+    """Return the folder that the figures go to; None for a model without one here.
+
+    A folder made for a model of the hub would hide it from then on.
+    """
+    if options.out is not None:
+        return epath.Path(options.out)
+    run = epath.Path(str(options.run))
+    return run if run.is_dir() else None
 
 
 def _evaluate(options: EvaluateOptions, config: Config) -> None:
@@ -144,14 +159,14 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     for evaluator in evaluators:
         evaluator.check(spec, config.data)
     generation = _generation(options)
-    is_saved = options.out is not None or not options.run.startswith("shipped:")
-    folder = epath.Path(options.out or options.run)
-    parts = folder / PARTS if is_saved else None
+    folder = _folder(options)
+    parts = None if folder is None else folder / PARTS
     bundle = Bundle(spec, params, tokenizers)
     loss = functools.partial(bundle_metrics, config, bundle, batch_size=options.batch_size)
     context = EvalContext(0, *bundle, config.data, generation, loss=loss, parts=parts)
     settings = _settings(options, spec)
     if options.sweep:
+        assert folder is not None
         run_sweep(points, evaluators, context, settings, folder=folder, scalar=options.scalar)
         if is_host0():
             remove_parts(folder / PARTS)
@@ -160,7 +175,7 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     if not is_host0():
         return
     write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if parts is None:
+    if folder is None or parts is None:
         return
     path = folder / FIGURES
     seeds = f"0 to {options.samples * options.best_of - 1}"
@@ -223,10 +238,6 @@ def _generation(options: EvaluateOptions) -> Generation:
 
 
 def _check(options: EvaluateOptions) -> None:
-    if options.sweep and options.out is None and str(options.run).startswith("shipped:"):
-        raise UserError(
-            "--sweep writes files: expected --out for a model that is shipped; name it."
-        )
     if options.scalar is not None and not options.sweep:
         raise UserError("--scalar has no effect alone: give --sweep as well.")
     if options.clip_scale and options.best_of > 1:

@@ -101,9 +101,11 @@ def run_sweep(
             "a recipe that has one in --recipe."
         )
     if scalar is not None:
-        evaluators = (Selection(scalar=scalar).evaluator(evaluators),)
+        Selection(scalar=scalar).evaluator(evaluators)  # raises before anything is measured
     fixed = {
         **settings,
+        "data": to_json(context.data),
+        "spec": to_json(context.spec),
         "evaluators": [to_json(evaluator) for evaluator in evaluators],
         "weights": weights_fingerprint(context.params),
     }

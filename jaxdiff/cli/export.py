@@ -1,10 +1,11 @@
 """`jaxdiff export`: write a trained model as one folder."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import tyro
 from etils import epath
 
@@ -30,8 +31,10 @@ from jaxdiff.pretrained.model_card import (
     check_destination,
     folder_card,
     model_card,
+    remove_export,
     write_card,
 )
+from jaxdiff.pretrained.pipeline_folder import INDEX
 from jaxdiff.pretrained.run_folder import read_word
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.workdir import find_recipe_of
@@ -95,15 +98,20 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
         _export_bundle(options, bundle, recipe)
         return
     if options.dtype:
-        cast = functools.partial(jax.tree.map, lambda x: x.astype(options.dtype))
-        bundle = bundle._replace(params=cast(bundle.params))
+        bundle = bundle._replace(params=jax.tree.map(_cast_to(options.dtype), bundle.params))
     if options.format == "diffusers":
         merged = merge(detach(bundle), adapters_of(bundle))
         write_diffusers(epath.Path(options.out), merged, original=_original(options, config))
+        remove_export(options.out, keep=INDEX)
         write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
     else:
         _export_lora(options, bundle)
         write_card(options.out, bundle_card(bundle, options.out, "lora", recipe))
+
+
+def _cast_to(dtype: str) -> Callable[[Any], Any]:
+    """Return a function that casts floats; a counter would overflow in float16."""
+    return lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _original(options: ExportOptions, config: Config | None) -> epath.Path | None:
@@ -119,16 +127,17 @@ def _original(options: ExportOptions, config: Config | None) -> epath.Path | Non
 
 
 def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:
-    folder, dtype = epath.Path(options.out), options.dtype or "bfloat16"
+    folder, base = epath.Path(options.out), None
+    figures = model_folder(options.run) / EVALUATION
+    evaluation = figures.read_bytes() if figures.exists() else None
     if options.format == "adapters":
         _check_adapters(options, bundle)
-        alone = bundle._replace(params={"adapters": bundle.params["adapters"]}, tokenizers={})
-        write_bundle(folder, alone, dtype, recipe, base=base_of(recipe, options.run))
-    else:
-        write_bundle(folder, bundle, dtype, recipe)
-    figures = model_folder(options.run) / EVALUATION
-    if figures.exists() and figures != folder / EVALUATION:
-        write_whole(folder / EVALUATION, figures.read_bytes())
+        bundle = bundle._replace(params={"adapters": bundle.params["adapters"]}, tokenizers={})
+        base = base_of(recipe, options.run)
+    remove_export(folder)
+    write_bundle(folder, bundle, options.dtype or "bfloat16", recipe, base=base)
+    if evaluation is not None:
+        write_whole(folder / EVALUATION, evaluation)
     write_card(folder, folder_card(folder))
 
 
@@ -145,12 +154,14 @@ def _export_embedding(options: ExportOptions) -> None:
     )
     with output_folder(options.out) as out:
         write_embedding(out, word)
+        remove_export(out)
         write_card(out, model_card(card))
 
 
 def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
     _check_adapters(options, bundle)
     write_lora(options.out, adapters_of(bundle), bundle.spec)
+    remove_export(options.out)
 
 
 def _check_adapters(options: ExportOptions, bundle: Bundle) -> None:

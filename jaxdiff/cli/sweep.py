@@ -1,8 +1,10 @@
 """Measure a model at several values of its settings; figures are saved after each."""
 
 import decimal
+import math
 import re
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 from etils import epath
@@ -83,10 +85,13 @@ def _points_of(earlier: dict[str, Any], path: epath.Path) -> list[dict[str, Any]
         isinstance(point, dict)
         and isinstance(point.get("point"), dict)
         and isinstance(point.get("figures"), dict)
-        and all(type(figure) in (int, float) for figure in point["figures"].values())
+        and all(type(figure) in (int, float, NoneType) for figure in point["figures"].values())
         for point in points
     ):
         raise UserError(f"{path} is damaged: expected points with figures; remove it.")
+    for point in points:  # NaN is written as null
+        found = point["figures"].items()
+        point["figures"] = {name: math.nan if x is None else x for name, x in found}
     return points
 
 

@@ -1,6 +1,7 @@
 """What figures depend on, written beside them, and the comparison of two files of figures."""
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,9 +67,11 @@ def compare_figures(ours: epath.PathLike, theirs: epath.PathLike) -> str:
 
 
 def _read(path: epath.PathLike) -> dict[str, Any]:
-    data = read_json(epath.Path(path), "a file that jaxdiff evaluate wrote")
+    data, figures = read_json(epath.Path(path), "a file that jaxdiff evaluate wrote"), {}
     try:
-        figures, known = data["figures"], data["provenance"]["figures"]
+        # NaN is written as null.
+        figures = {name: math.nan if x is None else x for name, x in data["figures"].items()}
+        known = data["provenance"]["figures"]
         usable = set(known) == set(figures)
         usable &= all(isinstance(about, dict) for about in known.values())
         usable &= all(type(figure) in (int, float) for figure in figures.values())
@@ -79,7 +82,7 @@ def _read(path: epath.PathLike) -> dict[str, Any]:
             f"{path} does not state what its figures depend on: expected an evaluation.json of "
             "this version; evaluate again."
         )
-    return data
+    return {**data, "figures": figures}
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

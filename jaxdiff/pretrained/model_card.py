@@ -24,10 +24,21 @@ from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import parse_json, read_json, read_text
 from jaxdiff.models.text_encoders.clip import ClipConfig
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import BASE, CHECKPOINTS, CONFIG, MODEL, RECIPE, Bundle
+from jaxdiff.pretrained.bundle import (
+    BASE,
+    CHECKPOINTS,
+    CONFIG,
+    MODEL,
+    RECIPE,
+    TOKENIZERS,
+    Bundle,
+)
+from jaxdiff.pretrained.pipeline_folder import INDEX
 
 CARD, EVALUATION = "README.md", "evaluation.json"
+ORIGIN = "ema.json"
 _LIBRARY = "library_name: jaxdiff"
+_MODEL_FILES = (INDEX, CONFIG, MODEL, RECIPE, BASE, EVALUATION, ORIGIN)
 
 
 class DataCard(NamedTuple):
@@ -180,15 +191,32 @@ def folder_card(folder: epath.PathLike, *, name: str | None = None, shown_as: st
 def check_destination(folder: epath.PathLike) -> None:
     """Raise `UserError` for a folder where the files of an export would replace others."""
     root = epath.Path(folder)
+    has_card = (root / CARD).exists()
+    others = [root / name for name in _MODEL_FILES if not has_card and (root / name).exists()]
     if (root / CHECKPOINTS).exists():
         holds = "a run, whose config.json the export would replace"
-    elif (root / CARD).exists() and _LIBRARY not in read_text(root / CARD):
+    elif has_card and _LIBRARY not in read_text(root / CARD):
         holds = f"a {CARD} that no export wrote"
+    elif others:
+        holds = f"a {others[0].name} that no export wrote, as it has no {CARD}"
     else:
         return
     raise UserError(
         f"{folder} holds {holds}: expected a new folder, or one of an earlier export; name another."
     )
+
+
+def remove_export(folder: epath.PathLike, *, keep: str | None = None) -> None:
+    """Remove what an earlier export left that says how a folder is read, but for the file `keep`.
+
+    The next model would be read with another's index or tokenizers, and shown with its figures.
+    """
+    root = epath.Path(folder)
+    for name in _MODEL_FILES:
+        if name != keep:
+            (root / name).unlink(missing_ok=True)
+    if (root / TOKENIZERS).exists():
+        (root / TOKENIZERS).rmtree()
 
 
 def write_card(folder: epath.PathLike, card: str) -> None:

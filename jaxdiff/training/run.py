@@ -43,7 +43,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
     evaluators = config.evaluators if config.train.evaluate else ()
     for evaluator in evaluators:
         evaluator.check(config.task.model, config.data)
-    if config.best is not None:
+    if config.best is not None and config.train.evaluate:
         config.best.check(evaluators)
 
     def evaluate(

@@ -175,6 +175,22 @@ def test_the_figures_of_a_shipped_model_are_only_printed(calls, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["owner/name", "runs/typo"])
+def test_no_folder_is_made_for_a_model_that_is_not_here(name, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "load_bundle", lambda _: pytest.fail("it was loaded"))
+    assert f"{name} is no folder here" in refused(
+        "evaluate", name, "--recipe", "produce", "--sweep", "num_steps=1,2"
+    )
+
+    def absent(_):
+        raise UserError("There is no such model: name another.")
+
+    monkeypatch.setattr(module, "load_bundle", absent)
+    assert "no such model" in refused("evaluate", name, "--recipe", "produce")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()

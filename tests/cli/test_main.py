@@ -14,6 +14,7 @@ from etils import epath
 import jaxdiff
 from jaxdiff.cli import main as cli
 from jaxdiff.cli import train
+from jaxdiff.cli.export import _cast_to
 from jaxdiff.errors import UserError
 from jaxdiff.io import files
 from jaxdiff.pretrained.bundle import write_bundle
@@ -257,6 +258,38 @@ def test_export_replaces_only_files_of_an_export(tmp_path, refused):
         assert holds in refused("export", "shipped:produce", str(tmp_path / folder))
     assert card.read_text() == "# My notes\n"
     assert len(list(tmp_path.rglob("*"))) == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "model.safetensors"])
+def test_export_replaces_no_file_of_another_model(tmp_path, refused, name):
+    (tmp_path / name).write_text("mine")
+    said = refused("export", "shipped:produce_clip", str(tmp_path))
+    assert f"a {name} that no export wrote" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_export_in_another_type_keeps_counters():
+    cast = _cast_to("float16")
+    assert cast(np.array(200_000, np.int32)) == 200_000
+    assert cast(np.ones(2, np.float32)).dtype == np.float16
+
+
+def test_an_export_leaves_nothing_of_the_one_before(tmp_path, tiny_bundle, capsys):
+    run, folder, fresh = tmp_path / "run", tmp_path / "folder", tmp_path / "fresh"
+    write_bundle(run, tiny_bundle)
+    for name in ("model_index.json", "ema.json", "evaluation.json", "base.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "tokenizers" / "old").mkdir(parents=True)
+    (folder / "README.md").write_text("library_name: jaxdiff\n")
+    for out in (folder, fresh):
+        assert cli.main(["export", str(run), str(out)]) == 0
+    found, expected = (
+        {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+        for out in (folder, fresh)
+    )
+    assert found == expected
+    assert not (folder / "tokenizers" / "old").exists()
 
 
 def test_a_user_error_of_a_command_is_one_line(refused, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def test_figures_are_measured_once_for_the_same_settings(tmp_path):
     assert SavedFigures(path, {"n": 2}).measure({"x": 1}, lambda: {"y": 3.0}) == {"y": 3.0}
 
 
+def test_a_figure_that_is_no_number_is_saved_and_read(tmp_path):
+    path = epath.Path(tmp_path) / "figures.json"
+    SavedFigures(path, {}).measure({"x": 1}, lambda: {"y": math.nan})
+    assert math.isnan(SavedFigures(path, {}).measure({"x": 1}, pytest.fail)["y"])
+
+
 def test_the_front_has_the_best_quality_at_each_cost():
     assert pareto_front(POINTS, "max") == [0, 2]
     assert pareto_front(POINTS, "min") == [0, 1]
@@ -114,6 +121,8 @@ def test_a_sweep_writes_figures_table_and_plot_and_resumes(model, monkeypatch, c
     assert Image.open(model / "evaluation_sweep.png").size == (960, 640)
     assert not (model / "evaluation.json").exists()
     assert cli.main([*words[:-1], "solver=ddim,heun,euler"]) == 0
+    assert len(calls) == 9
+    assert cli.main([*words, "--scalar", "clip_score/data"]) == 0  # shows another figure
     assert len(calls) == 9
     assert cli.main([*words, "--samples", "20", "--scalar", "clip_score/data"]) == 0
     assert len(calls) == 15

@@ -69,6 +69,14 @@ def run(recipe, tmp_path_factory):
     return folder, result, said
 
 
+def test_a_run_without_evaluations_has_no_best_step(recipe, tmp_path):
+    config = recipe(steps=1)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate=False))
+    assert run_recipe(config, str(tmp_path), log=lambda _: None).finished
+    assert SEEN == []
+    assert not (tmp_path / "best").exists()
+
+
 def test_training_ends_where_patience_does_and_says_why(run):
     folder, result, said = run
     assert result.finished
