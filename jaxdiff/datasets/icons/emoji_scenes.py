@@ -123,7 +123,7 @@ class EmojiScenes(PickledFields):
     @property
     def related_words(self) -> dict[str, tuple[str, ...]]:
         """Names of things by words that are in no caption, such as cat and dog by pet."""
-        return {"gray": ("grey",)} | self.drawings.related_words(self.vocabulary)
+        return {"gray": ("grey",)} | self.drawings.related_to(self.vocabulary)
 
     def check(self) -> None:
         """Render the drawings unless cached; raise `UserError` for wrong fields or packages."""

@@ -2,10 +2,12 @@
 
 The format (https://iconify.design/docs/types/iconify-json.html): `icons` maps names to bodies,
 whose size and origin default to those of the set; `aliases` are other names, or transformed copies.
+Beside it `chars.json` maps characters to names, `metadata.json` has categories of icons, and
+`info.json` the category of the set.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from jaxdiff.errors import UserError
 
 _DEFAULTS = {"left": 0, "top": 0, "width": 16, "height": 16}
 _DEEPEST_ALIAS = 8
+_TRANSFORMS = {*_DEFAULTS, "hFlip", "vFlip", "rotate"}
 
 
 class IconData(NamedTuple):
@@ -54,18 +57,44 @@ class IconSet:
       name: of the set.
       data: its `icons.json`.
       codes: icon names by the characters of the emoji that they draw, in hexadecimal.
+      categories: icon names by category.
     """
 
     name: str
     data: Mapping[str, Any]
     codes: Mapping[str, str]
+    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def names(self) -> Iterator[str]:
         """Return the names of the icons, without aliases that draw the same, in order."""
         yield from self.data["icons"]
         for name, alias in self.data.get("aliases", {}).items():
-            if len(alias) > 1:
+            if _TRANSFORMS & alias.keys():
                 yield name
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Return the further names of icons: aliases that draw the same."""
+        aliases, found = self.data.get("aliases", {}), {}
+        for name in aliases:
+            same, depth = name, 0
+            while (
+                same in aliases
+                and not _TRANSFORMS & aliases[same].keys()
+                and depth < _DEEPEST_ALIAS
+            ):
+                same, depth = aliases[same]["parent"], depth + 1
+            if same != name:
+                found.setdefault(same, []).append(name)
+        return {name: tuple(names) for name, names in found.items()}
+
+    def tags(self) -> dict[str, tuple[str, ...]]:
+        """Return the words of the categories of icons: "account" and "user" of "Account / User"."""
+        found: dict[str, dict[str, None]] = {}
+        for category, names in self.categories.items():
+            for name in names:
+                words = (word.strip().lower() for word in category.split("/"))
+                found.setdefault(name, {}).update(dict.fromkeys(words))
+        return {name: tuple(words) for name, words in found.items()}
 
     def icon(self, name: str) -> IconData:
         """Return an icon, or the one that an alias stands for.
@@ -106,4 +135,14 @@ def read_set(name: str, place: Path) -> IconSet:
     data = read_object(place, "icons.json")
     if not isinstance(data.get("icons"), dict) or not isinstance(data.get("aliases", {}), dict):
         raise UserError(f"icons.json of {place} has no icons: expected an icon set of Iconify.")
-    return IconSet(name, data, read_object(place, "chars.json", required=False))
+    codes, more = (
+        read_object(place, file, required=False) for file in ("chars.json", "metadata.json")
+    )
+    return IconSet(name, data, codes, more.get("categories", {}))
+
+
+def draws_emoji(name: str, place: Path) -> bool:
+    """Return whether the icons of a package are emoji, by the set's name or its category."""
+    if "emoji" in name:
+        return True
+    return read_object(place, "info.json", required=False).get("category") == "Emoji"

@@ -23,6 +23,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import PickledFields, Record
+from jaxdiff.data.text_tokenizer import words_of
 from jaxdiff.datasets.emoji_names import captions, plain_words, with_article
 from jaxdiff.datasets.icons import names as naming
 from jaxdiff.datasets.icons import packages
@@ -35,7 +36,7 @@ from jaxdiff.datasets.icons.names import (
     normal_code,
 )
 from jaxdiff.datasets.icons.related import related_words
-from jaxdiff.datasets.icons.sets import IconSet, read_set
+from jaxdiff.datasets.icons.sets import IconSet, draws_emoji, read_set
 from jaxdiff.datasets.rendered import (
     cache_errors,
     image_cache,
@@ -53,11 +54,22 @@ LEAST_STYLES = 3
 
 
 class Icon(NamedTuple):
-    """One icon: its row in the rendered images, set, name there, and the emoji that it draws."""
+    """One icon.
+
+    Attributes:
+      row: in the rendered images.
+      set: the icon set.
+      name: in the set.
+      aliases: further names in the set.
+      tags: words of its categories in the set.
+      emoji: that it draws; None for other icons.
+    """
 
     row: int
     set: str
     name: str
+    aliases: tuple[str, ...]
+    tags: tuple[str, ...]
     emoji: NamedEmoji | None
 
     @property
@@ -67,6 +79,7 @@ class Icon(NamedTuple):
         return thing is not None and held_out_style(thing) == self.set
 
 
+_FILES = ("icons.json", "chars.json", "metadata.json", "info.json", "en/data.json")
 _FILE = re.compile(r"""href\s*=\s*["'](?!#)""")
 
 
@@ -76,6 +89,8 @@ class _Row(NamedTuple):
     set: str
     name: str
     code: str | None
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 @checked
@@ -83,6 +98,8 @@ class _Row(NamedTuple):
 class Iconify(PickledFields):
     """Drawings of icon sets with captions, as {"image", "captions", "name"}.
 
+    Emoji have emojibase's names. Icons of other sets have the names, aliases and categories that
+    their set states, and need no emojibase, except for the subset "things".
     Images are uint8 [size, size, 3] over white; `rgba` has the alpha too. The subset "things" has
     the everyday things that at least three of the sets have. The split "train" excludes one style
     of every second thing (`jaxdiff.datasets.icons.names`), "held_out" has only those, "all" has
@@ -137,9 +154,16 @@ class Iconify(PickledFields):
     @cached_property
     def icons(self) -> list[Icon]:
         """The icons of this split, in the order of the records."""
-        emoji = {one.code: one for one in self._emoji()}
+        emoji = {one.code: one for one in self._emoji}
         icons = [
-            Icon(row, entry.set, entry.name, emoji.get(entry.code or ""))
+            Icon(
+                row,
+                entry.set,
+                entry.name,
+                tuple(entry.aliases),
+                tuple(entry.tags),
+                emoji.get(entry.code or ""),
+            )
             for row, entry in enumerate(self._file[0])
         ]
         return [
@@ -162,13 +186,38 @@ class Iconify(PickledFields):
             opened = safetensors.safe_open(path, "np").__enter__()
         return [_Row(*row) for row in json.loads(opened.metadata()["icons"])], opened
 
+    @cached_property
+    def vocabulary(self) -> frozenset[str]:
+        """The words of the captions, in lower case."""
+        texts = (text for icon in self.icons for text in icon_captions(icon))
+        return frozenset(word for text in texts for word in words_of(text))
+
+    @property
+    def related_words(self) -> dict[str, tuple[str, ...]]:
+        """Names of things by words that are in no caption, such as cat and dog by pet."""
+        return self.related_to(self.vocabulary)
+
+    @cached_property
+    def _named_sets(self) -> frozenset[str]:
+        """The sets whose icons have the names of emojibase."""
+        if self.subset == "things":
+            return frozenset(self.sets)
+        places = {name: self._place(packages.package_of(name)) for name in self.sets}
+        return frozenset(name for name, place in places.items() if draws_emoji(name, place))
+
+    @cached_property
     def _emoji(self) -> list[NamedEmoji]:
+        """The emoji that the sets can draw; [] where none does."""
+        if not self._named_sets:
+            return []
         place = self._place(packages.NAMES)
         with packages.damaged_package_as_user_error(place):
             return naming.read_emoji(place)
 
-    def related_words(self, known: frozenset[str]) -> dict[str, tuple[str, ...]]:
+    def related_to(self, known: frozenset[str]) -> dict[str, tuple[str, ...]]:
         """Return the names of things by words that are not known; see `related`."""
+        if not self._named_sets:
+            return {}
         emoji = (icon.emoji for icon in self.icons)
         things = {one.code: one.thing for one in emoji if one and one.thing}
         place = self._place(packages.NAMES)
@@ -188,16 +237,19 @@ class Iconify(PickledFields):
         """Return a digest of all that the rendered rows depend on, but for their size."""
         parts = [json.dumps([self.sets, self.subset])]
         parts += [Path(str(module.__file__)).read_text() for module in (naming, formats)]
-        for package in (packages.NAMES, *map(packages.package_of, self.sets)):
+        names = (packages.NAMES,) if self._named_sets else ()
+        for package in (*names, *map(packages.package_of, self.sets)):
             place = self._place(package)
-            parts.append(packages.content_digest(place, "icons.json", "chars.json", "en/data.json"))
+            parts.append(packages.content_digest(place, *_FILES))
         return packages.text_digest(parts)
 
     def _select(self) -> Iterator[tuple[_Row, str]]:
         """Yield the icons of the subset, as rows and SVG."""
-        emoji = self._emoji()
+        emoji = self._emoji
         read = [read_set(name, self._place(packages.package_of(name))) for name in self.sets]
-        rows = [_Row(one.name, *row) for one in read for row in _codes(one, emoji)]
+        rows = [
+            row for one in read for row in _rows(one, emoji if one.name in self._named_sets else [])
+        ]
         if self.subset == "things":
             rows = _things(rows, emoji, min(LEAST_STYLES, len(read)))
         of = {one.name: one for one in read}
@@ -210,8 +262,11 @@ def icon_captions(icon: Icon) -> list[str]:
     emoji = icon.emoji
     label = (emoji and (emoji.thing or emoji.label)) or plain_words(icon.name.replace("-", " "))
     texts = captions(label, flag=emoji is not None and emoji.flag)
-    further = [with_article(name) for name in emoji.names[1:]] if emoji else []
+    aliases = [alias.replace("-", " ") for alias in icon.aliases if "tone" not in alias]
+    further = [with_article(name) for name in (*(emoji.names[1:] if emoji else ()), *aliases)]
     texts += further
+    if icon.tags and not emoji:
+        texts.append(f"{texts[1]}, {', '.join(icon.tags)}")
     style = STYLES.get(icon.set)
     if style is not None:
         texts += [f"a {style} drawing of {text}" for text in (texts[1], *further)]
@@ -227,12 +282,17 @@ def over(
     return mixed.round().astype(np.uint8)
 
 
-def _codes(icons: IconSet, emoji: list[NamedEmoji]) -> Iterator[tuple[str, str | None]]:
-    """Yield each icon's name, and the emoji that it draws, by the set's table or by its name."""
+def _rows(icons: IconSet, emoji: list[NamedEmoji]) -> Iterator[_Row]:
+    """Yield each icon's names, and the emoji that it draws, by the set's table or by its name."""
     table = {name: normal_code(code) for code, name in icons.codes.items()}
+    known = {one.code for one in emoji}
     by_spelling = {icon_spelling(one.label): one.code for one in reversed(emoji)}
+    aliases, tags = icons.aliases(), icons.tags()
     for name in icons.names():
-        yield name, table.get(name) or by_spelling.get(name) or by_spelling.get(f"{name}-skin-tone")
+        code = table.get(name)
+        if code not in known:  # characters of icon fonts are no emoji
+            code = by_spelling.get(name) or by_spelling.get(f"{name}-skin-tone")
+        yield _Row(icons.name, name, code, aliases.get(name, ()), tags.get(name, ()))
 
 
 def _things(rows: list[_Row], emoji: list[NamedEmoji], least: int) -> list[_Row]:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.datasets.icons import source as icons
 from jaxdiff.datasets.icons.names import STYLES, held_out_style
+from jaxdiff.datasets.icons.packages import package_of
 from jaxdiff.datasets.icons.sets import IconData, IconSet
 from jaxdiff.datasets.icons.source import Iconify, over, rasterise
 from jaxdiff.errors import UserError
-from tests.datasets.icons.tiny import THINGS, write_sets
+from tests.datasets.icons.tiny import THINGS, write_package, write_sets
 
 SIZE = 32
 
@@ -83,24 +85,72 @@ def test_things_have_three_sets_and_no_people(places, tmp_path):
     assert len(fewer.icons) == 4 * (len(THINGS) - 1)
 
 
-def test_other_sets_are_named_by_their_icons(folder, tmp_path, places):
-    place = folder / "@iconify-json" / "lines"
-    place.mkdir(exist_ok=True)
-    (place / "package.json").write_text("{}")
+def test_other_sets_need_no_emojibase_and_are_named_by_their_icons(tmp_path):
     icons = {
+        "cat": {"body": "<path/>"},
         "arrow-up": {"body": '<path fill="currentColor" d="M0 0h12v6H0z"/>', "height": 6},
         "flag": {"body": "<path/>"},
     }
-    turned = {"arrow-right": {"parent": "arrow-up", "rotate": 1}, "up": {"parent": "arrow-up"}}
-    data = {"prefix": "lines", "icons": icons, "aliases": turned, "width": 12, "height": 12}
-    (place / "icons.json").write_text(json.dumps(data))
-    source = Iconify(sets=("lines",), split="all", size=12, folder=str(folder), cache=str(tmp_path))
-    assert [icon.name for icon in source.icons] == ["arrow-up", "flag", "arrow-right"]
-    assert source[0]["captions"] == ["arrow up", "an arrow up", "a drawing of an arrow up"]
-    up, right = (source.rgba(index)[..., 3] == 255 for index in (0, 2))
+    aliases = {
+        "arrow-right": {"parent": "arrow-up", "rotate": 1},
+        "up": {"parent": "arrow-up"},
+        "north": {"parent": "up"},
+        "banner": {"parent": "flag", "hidden": True},
+        "east": {"parent": "arrow-right"},
+    }
+    files = {
+        "icons.json": {"icons": icons, "aliases": aliases, "width": 12, "height": 12},
+        "chars.json": {"f0001": "cat"},
+        "metadata.json": {"categories": {"Account / User": ["flag"], "Signs": ["flag", "cat"]}},
+    }
+    write_package(tmp_path, package_of("lines"), files)
+    source = Iconify(
+        sets=("lines",), split="all", size=12, folder=str(tmp_path), cache=str(tmp_path)
+    )
+    found = {icon.name: source[row]["captions"] for row, icon in enumerate(source.icons)}
+    assert found == {
+        "cat": ["cat", "a cat", "a drawing of a cat", "a cat, signs"],
+        "arrow-up": [
+            *("arrow up", "an arrow up", "a drawing of an arrow up"),
+            *("an up", "a north"),
+        ],
+        "flag": [
+            *("flag", "a flag", "a drawing of a flag"),
+            *("a banner", "a flag, account, user, signs"),
+        ],
+        "arrow-right": [
+            *("arrow right", "an arrow right", "a drawing of an arrow right", "an east"),
+        ],
+    }
+    assert {"cat", "banner", "signs", "north"} <= source.vocabulary
+    assert source.related_words == {}
+    up, right = (source.rgba(index)[..., 3] == 255 for index in (1, 3))
     assert up[3:9].all()
     assert up.sum() == 72
     np.testing.assert_array_equal(right, up.T)
+
+
+def test_emoji_have_the_aliases_of_their_set_too(tmp_path):
+    write_sets(tmp_path)
+    path = tmp_path / package_of("noto") / "icons.json"
+    data = json.loads(path.read_text())
+    aliases = {"tom-cat": {"parent": "cat"}, "judge-tone1": {"parent": "woman-judge-dark"}}
+    path.write_text(json.dumps(data | {"aliases": aliases}))
+    source = Iconify(
+        sets=("noto",), split="all", size=8, folder=str(tmp_path), cache=str(tmp_path / "cache")
+    )
+    captions = source[find(source, "noto", "cat")]["captions"]
+    assert {"a kitten", "a tom cat", "a cartoon drawing of a tom cat"} <= set(captions)
+    captions = source[find(source, "noto", "woman-judge-dark")]["captions"]
+    assert not any("tone" in text for text in captions)
+
+
+def test_words_of_drawings_reach_a_tokenizer(everything):
+    """As a run with pretrained text encoders passes them."""
+    tokenizer = Tokenizer.train(["a cat"], vocab_size=530, length=16)
+    tokenizer = tokenizer.with_words(everything.vocabulary, everything.related_words)
+    assert {"kitten", "rocket", "judge"} <= tokenizer.words
+    assert tokenizer.related["pet"] == ("cat", "dog")
 
 
 def test_aliases_flip():

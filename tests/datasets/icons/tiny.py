@@ -80,6 +80,7 @@ def write_sets(folder: Path) -> Path:
         chars = {code.lower(): name for name, (_, code, _) in THINGS.items()}
         files = {
             "icons.json": {"prefix": icon_set, "icons": icons, "width": 16, "height": 16},
+            "info.json": {"category": "Emoji"} if icon_set == "noto" else {},
             "chars.json": {} if icon_set == "fluent-emoji" else chars,
         }
         write_package(folder, package_of(icon_set), files)
