@@ -122,8 +122,8 @@ class EmojiScenes(PickledFields):
 
     @property
     def related_words(self) -> dict[str, tuple[str, ...]]:
-        """Names of things by words that are in no caption, such as cat and dog by pet."""
-        return {"gray": ("grey",)} | self.drawings.related_to(self.vocabulary)
+        """Names in captions by words that are in none, such as cat and dog by pet."""
+        return self.drawings.related_to(self.vocabulary)
 
     def check(self) -> None:
         """Render the drawings unless cached; raise `UserError` for wrong fields or packages."""

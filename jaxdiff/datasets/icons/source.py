@@ -194,7 +194,7 @@ class Iconify(PickledFields):
 
     @property
     def related_words(self) -> dict[str, tuple[str, ...]]:
-        """Names of things by words that are in no caption, such as cat and dog by pet."""
+        """Names in captions by words that are in none, such as cat and dog by pet."""
         return self.related_to(self.vocabulary)
 
     @cached_property
@@ -215,7 +215,7 @@ class Iconify(PickledFields):
             return naming.read_emoji(place)
 
     def related_to(self, known: frozenset[str]) -> dict[str, tuple[str, ...]]:
-        """Return the names of things by words that are not known; see `related`."""
+        """Return names in captions by words that are not known; see `related`."""
         if not self._named_sets:
             return {}
         emoji = (icon.emoji for icon in self.icons)

@@ -132,7 +132,12 @@ def test_plurals(name, expected):
 
 def test_the_vocabulary_has_the_words_of_captions(source):
     assert {"cat", "kitten", "flat", "two", "left", "blue"} <= source.vocabulary
-    assert source.related_words == {"gray": ("grey",), "pet": ("cat", "dog")}
+    related = source.related_words
+    assert not source.vocabulary & related.keys()
+    assert related["pet"] == ("cat", "dog")
+    assert related["puppy"] == ("dog",)
+    assert related["beneath"] == ("below", "under")
+    assert "lorry" not in related  # there is no vehicle but a rocket
 
 
 @pytest.mark.parametrize(
