@@ -28,7 +28,7 @@ from jaxdiff.io.lock import lock_folder, output_folder
 from jaxdiff.io.terminal import write_line, write_text
 from jaxdiff.io.text import format_json
 from jaxdiff.models.text_to_image import TextToImage
-from jaxdiff.pretrained.bundle import AnySpec, Bundle
+from jaxdiff.pretrained.bundle import AnySpec, Bundle, exported_fingerprint
 from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 from jaxdiff.sampling.guidance.guidance import Guidance
@@ -180,7 +180,9 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     path = folder / FIGURES
     seeds = f"0 to {options.samples * options.best_of - 1}"
     sampler = to_json(getattr(spec, "sampler", None))
-    content = figures_json(report, settings, seeds=seeds, sampler=sampler, model=options.run)
+    weights = exported_fingerprint(params)
+    about = {"seeds": seeds, "sampler": sampler, "model": options.run, "weights": weights}
+    content = figures_json(report, settings, **about)
     try:
         write_whole(path, (format_json(content, indent=2) + "\n").encode())
         remove_parts(parts)

@@ -1,7 +1,7 @@
 """`jaxdiff export`: write a trained model as one folder."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -19,18 +19,21 @@ from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, read_json
 from jaxdiff.pipelines.lora import adapters_of, detach, merge
 from jaxdiff.pretrained.adapted_folder import base_of
-from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
+from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle, write_json
 from jaxdiff.pretrained.diffusers_folder import is_diffusers_folder, write_diffusers
 from jaxdiff.pretrained.embeddings import write_embedding
 from jaxdiff.pretrained.load import base_folder, load_bundle, model_folder
 from jaxdiff.pretrained.lora import write_lora
 from jaxdiff.pretrained.model_card import (
     EVALUATION,
+    HISTORY,
     CardInputs,
     bundle_card,
     check_destination,
     folder_card,
     model_card,
+    read_figures,
+    read_history,
     remove_export,
     write_card,
 )
@@ -94,8 +97,9 @@ def export_model(options: ExportOptions) -> None:
 
 def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
     recipe = None if config is None else to_json(config)
+    history = read_history(model_folder(options.run))
     if options.format in ("jaxdiff", "adapters"):
-        _export_bundle(options, bundle, recipe)
+        _export_bundle(options, bundle, recipe, history)
         return
     if options.dtype:
         bundle = bundle._replace(params=jax.tree.map(_cast_to(options.dtype), bundle.params))
@@ -103,10 +107,10 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
         merged = merge(detach(bundle), adapters_of(bundle))
         write_diffusers(epath.Path(options.out), merged, original=_original(options, config))
         remove_export(options.out, keep=INDEX)
-        write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe))
+        write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe, history))
     else:
         _export_lora(options, bundle)
-        write_card(options.out, bundle_card(bundle, options.out, "lora", recipe))
+        write_card(options.out, bundle_card(bundle, options.out, "lora", recipe, history))
 
 
 def _cast_to(dtype: str) -> Callable[[Any], Any]:
@@ -126,19 +130,36 @@ def _original(options: ExportOptions, config: Config | None) -> epath.Path | Non
     return folder if is_diffusers_folder(folder) else None
 
 
-def _export_bundle(options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None) -> None:
+def _export_bundle(
+    options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None, history: str
+) -> None:
     folder, base = epath.Path(options.out), None
-    figures = model_folder(options.run) / EVALUATION
-    evaluation = figures.read_bytes() if figures.exists() else None
+    figures = _figures(options, bundle)
     if options.format == "adapters":
         _check_adapters(options, bundle)
         bundle = bundle._replace(params={"adapters": bundle.params["adapters"]}, tokenizers={})
         base = base_of(recipe, options.run)
     remove_export(folder)
     write_bundle(folder, bundle, options.dtype or "bfloat16", recipe, base=base)
-    if evaluation is not None:
-        write_whole(folder / EVALUATION, evaluation)
+    if history:
+        write_whole(folder / HISTORY, f"{history}\n".encode())
+    if figures is not None:
+        write_json(folder / EVALUATION, figures)
     write_card(folder, folder_card(folder))
+
+
+def _figures(options: ExportOptions, bundle: Bundle) -> Mapping[str, Any] | None:
+    """Return the figures beside a model; those of other weights are named and left out."""
+    folder = model_folder(options.run)
+    figures = read_figures(folder, bundle.params)
+    if figures is None and (folder / EVALUATION).exists():
+        write_line(
+            f"jaxdiff: {folder / EVALUATION} has figures of other weights, which the model card "
+            f"leaves out: expected those of the exported ones; run jaxdiff evaluate {options.run}, "
+            "and export again.",
+            stderr=True,
+        )
+    return figures
 
 
 def _export_embedding(options: ExportOptions) -> None:

@@ -1,5 +1,6 @@
 """What figures depend on, written beside them, and the comparison of two files of figures."""
 
+import datetime
 import importlib.metadata
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ _PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
 
 
 def figures_json(report: Report, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
-    """Return the content of `evaluation.json`.
+    """Return the content of `evaluation.json`, with today's date, versions and devices.
 
     Args:
       report: of all evaluators.
@@ -27,8 +28,9 @@ def figures_json(report: Report, settings: Mapping[str, Any], **about: Any) -> d
     of_figures = {name: dict(report.provenance.get(name, others)) for name in report.scalars}
     versions = {name: _version(name) for name in _PACKAGES}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    about = {"figures": of_figures, "versions": versions, "devices": device, **about}
-    return {**settings, "figures": dict(report.scalars), "provenance": about}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    known = {"figures": of_figures, "versions": versions, "devices": device, "date": today}
+    return {**settings, "figures": dict(report.scalars), "provenance": known | about}
 
 
 def _version(package: str) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import PyTree
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
@@ -302,12 +303,18 @@ def part_of(bundle: Bundle, path: tuple[str, ...], folder: str) -> Any:
     return node
 
 
-def weights_fingerprint(params: PyTree, *, widen: bool = False) -> str:
-    """SHA-256, in hex, over names and bytes of a model's weights, or of them in float32."""
+def exported_fingerprint(params: PyTree) -> str:
+    """Return the fingerprint of weights in bfloat16, which a run shares with its exports."""
+    return weights_fingerprint(params, dtype=ml_dtypes.bfloat16)
+
+
+def weights_fingerprint(params: PyTree, *, dtype: DTypeLike | None = None) -> str:
+    """SHA-256, in hex, over names and bytes of a model's weights, or of them in a float type."""
     digest = hashlib.sha256()
     for key, leaf in sorted(_flatten(params).items()):
         digest.update(key.encode())
         for array in jax.tree.leaves(jax.device_get(leaf)):
-            array = np.asarray(array, np.float32) if widen and array.dtype != np.int32 else array
+            if dtype is not None and array.dtype != np.int32:
+                array = np.asarray(array, dtype)
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The model card of an exported model: README.md beside its weights.
 
-Its sources are the specification, the recipe (`recipe.json`) and the figures of `jaxdiff evaluate`
-(`evaluation.json`).
+Its sources are the specification, the recipe (`recipe.json`), the history of training in words
+(`history.txt`), which people write where the recipe is not the whole of it, such as after several
+runs, and the figures of `jaxdiff evaluate` (`evaluation.json`).
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jaxtyping import PyTree
 
 from jaxdiff.config.recipe_files import recipe_names
 from jaxdiff.config.serialization import to_json
@@ -32,13 +34,14 @@ from jaxdiff.pretrained.bundle import (
     RECIPE,
     TOKENIZERS,
     Bundle,
+    exported_fingerprint,
 )
 from jaxdiff.pretrained.pipeline_folder import INDEX
 
-CARD, EVALUATION = "README.md", "evaluation.json"
+CARD, EVALUATION, HISTORY = "README.md", "evaluation.json", "history.txt"
 ORIGIN = "ema.json"
 _LIBRARY = "library_name: jaxdiff"
-_MODEL_FILES = (INDEX, CONFIG, MODEL, RECIPE, BASE, EVALUATION, ORIGIN)
+_MODEL_FILES = (INDEX, CONFIG, MODEL, RECIPE, BASE, EVALUATION, HISTORY, ORIGIN)
 
 
 class DataCard(NamedTuple):
@@ -126,6 +129,7 @@ class CardInputs:
       spec: JSON of the specification; None for an added token.
       parameters: number of parameters; None omits it.
       recipe: JSON of the recipe, if known.
+      history: how the weights were trained, in Markdown; "" where the recipe says all.
       evaluation: JSON of the figures, if any.
     """
 
@@ -135,6 +139,7 @@ class CardInputs:
     spec: Mapping[str, Any] | None = None
     parameters: int | None = None
     recipe: Mapping[str, Any] | None = None
+    history: str = ""
     evaluation: Mapping[str, Any] | None = None
 
 
@@ -151,7 +156,7 @@ def model_card(inputs: CardInputs) -> str:
         "## Use",
         f"```python\n{_USE[inputs.kind].format(folder=inputs.folder)}\n```",
         *_model(inputs.spec),
-        *_training(inputs.recipe),
+        *_training(inputs.recipe, inputs.history),
         *_figures(inputs.evaluation),
         "## License",
         license_text,
@@ -183,9 +188,29 @@ def folder_card(folder: epath.PathLike, *, name: str | None = None, shown_as: st
             spec=spec,
             parameters=_stored_parameters(root / MODEL),
             recipe=recipe,
+            history=read_history(root),
             evaluation=evaluation,
         )
     )
+
+
+def read_history(folder: epath.PathLike) -> str:
+    """Return what people wrote in a model's folder on how it was trained; "" for nothing."""
+    path = epath.Path(folder) / HISTORY
+    return read_text(path).strip() if path.exists() else ""
+
+
+def read_figures(folder: epath.PathLike, params: PyTree) -> Mapping[str, Any] | None:
+    """Return what `jaxdiff evaluate` wrote into a model's folder, if it measured these weights.
+
+    Raises:
+      UserError: its JSON cannot be read.
+    """
+    path = epath.Path(folder) / EVALUATION
+    evaluation = read_json(path) if path.exists() else None
+    about = evaluation.get("provenance") if isinstance(evaluation, Mapping) else None
+    measured = about.get("weights") if isinstance(about, Mapping) else None
+    return evaluation if measured and measured == exported_fingerprint(params) else None
 
 
 def check_destination(folder: epath.PathLike) -> None:
@@ -225,7 +250,11 @@ def write_card(folder: epath.PathLike, card: str) -> None:
 
 
 def bundle_card(
-    bundle: Bundle, folder: epath.PathLike, kind: str, recipe: Mapping[str, Any] | None
+    bundle: Bundle,
+    folder: epath.PathLike,
+    kind: str,
+    recipe: Mapping[str, Any] | None,
+    history: str = "",
 ) -> str:
     """Return the card of a model in another library's layout.
 
@@ -234,6 +263,7 @@ def bundle_card(
       folder: that it is written to.
       kind: "diffusers" or "lora", whose card counts only the adapters.
       recipe: JSON of the recipe, if known.
+      history: how the weights were trained; "" where the recipe says all.
     """
     spec, params = bundle.spec, bundle.params
     if kind == "lora":
@@ -246,6 +276,7 @@ def bundle_card(
             spec=to_json(spec),
             parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
             recipe=recipe,
+            history=history,
         )
     )
 
@@ -277,10 +308,11 @@ def _model(spec: Mapping[str, Any] | None) -> list[str]:
     return ["## Model", _table(("part", "value"), rows)]
 
 
-def _training(recipe: Mapping[str, Any] | None) -> list[str]:
-    """Return the section on training; [] without a recipe."""
+def _training(recipe: Mapping[str, Any] | None, history: str) -> list[str]:
+    """Return the section on training; [] where nothing is known of it."""
+    paragraphs = [history] if history else []
     if recipe is None:
-        return []
+        return ["## Training", *paragraphs] if paragraphs else []
     name, train = recipe["name"], recipe["train"]
     optimizer = recipe["optimizer"]
     rows = {
@@ -294,8 +326,9 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
     }
     text = f"The recipe is `{name}`."
     if name in recipe_names():
-        text = f"`jaxdiff train {name}` trains it; `jaxdiff recipes {name}` states what it costs."
-    return ["## Training", text, _table(("setting", "value"), rows)]
+        trains = "is one such run, with these settings" if history else "trains it"
+        text = f"`jaxdiff train {name}` {trains}; `jaxdiff recipes {name}` states what it costs."
+    return ["## Training", *paragraphs, text, _table(("setting", "value"), rows)]
 
 
 def _source(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -359,7 +392,11 @@ def _figures(evaluation: Mapping[str, Any] | None) -> list[str]:
     for name, row in rows.items():
         cells = ["" if row.get(column) is None else f"{row[column]:.4g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    settings = {key: value for key, value in evaluation.items() if key != "figures"}
+    about = evaluation.get("provenance") or {}
+    versions = about.get("versions") or {}
+    settings = {key: x for key, x in evaluation.items() if key not in ("figures", "provenance")}
+    settings |= {key: about.get(key) for key in ("model", "seeds", "devices", "date")}
+    settings |= {key: versions.get(key) for key in ("jaxdiff", "jax")}
     return ["## Figures", "\n".join(lines), _table(("measured with", "value"), settings)]
 
 

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
 from jaxdiff.data.text_tokenizer import TextTokenizer
@@ -94,7 +96,7 @@ def encoder_fingerprint(task: DiffusionTask, params: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hex, of the weights of an autoencoder's encoder."""
     assert task.model.autoencoder is not None
     encoder = task.model.autoencoder.fingerprinted(params["autoencoder"])
-    return weights_fingerprint(encoder, widen=True)
+    return weights_fingerprint(encoder, dtype=np.float32)
 
 
 def text_fingerprint(
@@ -102,6 +104,6 @@ def text_fingerprint(
 ) -> str:
     """Return the SHA-256, in hex, of everything that text features depend on."""
     conditioner = task.model.conditioner
-    weights = weights_fingerprint(params["text_encoders"], widen=True)
+    weights = weights_fingerprint(params["text_encoders"], dtype=np.float32)
     made_by = [conditioner.fingerprint(tokenizers), weights, conditioner.packed_size]
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()

@@ -77,6 +77,7 @@ _RUN_FILES = (
     STARTS,
     SUMMARY,
     "evaluation.json",
+    "history.txt",
     "ema_search.json",
     TOKENIZERS,
     CONFIG,

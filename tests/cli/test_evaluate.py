@@ -1,6 +1,7 @@
 """`jaxdiff evaluate`."""
 
 import dataclasses
+import datetime
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +24,8 @@ from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.io.images import save_png
 from jaxdiff.io.lock import lock_folder
-from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
+from jaxdiff.pretrained.bundle import RECIPE, exported_fingerprint, write_bundle, write_json
+from jaxdiff.pretrained.load import load_bundle
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 
 GRID = SampleGrid(prompts=("a pea",))
@@ -86,6 +88,8 @@ def test_figures_are_printed_and_saved_in_the_folder_of_the_model(model, calls, 
     assert about["figures"] == {"clip_score/score": {"samples": 500}}
     assert about["sampler"] == to_json(context.spec.sampler)
     assert about["seeds"] == "0 to 499"
+    assert about["weights"] == exported_fingerprint(load_bundle(folder).params)
+    assert datetime.date.fromisoformat(about["date"])
     assert {"jax", "numpy"} <= set(about["versions"])
     table, settings, where = capsys.readouterr().out.splitlines()
     assert (table, where) == ("the table", f"Saved {folder / 'evaluation.json'}")

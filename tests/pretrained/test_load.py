@@ -22,6 +22,7 @@ from jaxdiff.pretrained.bundle import (
     abstract_of,
     check_fit,
     check_params,
+    exported_fingerprint,
     part_of,
     read_weights,
     weights_fingerprint,
@@ -375,6 +376,17 @@ def test_the_fingerprint_sees_names_and_values():
         {"a": np.nextafter(np.ones(2, np.float32), 2), "b": {"c": np.zeros(2, np.float32)}},
     ):
         assert weights_fingerprint(other) != weights_fingerprint(weights)
+        assert weights_fingerprint(other, dtype=np.float32) == weights_fingerprint(other)
+
+
+def test_a_model_shares_a_fingerprint_with_its_exports(small_bundle, tmp_path):
+    params = jax.tree.map(lambda x: np.asarray(x) * np.float32(1.001), small_bundle.params)
+    for dtype in ("float32", "bfloat16"):
+        write_bundle(tmp_path / dtype, small_bundle._replace(params=params), dtype)
+        stored = load_bundle(tmp_path / dtype).params
+        assert exported_fingerprint(stored) == exported_fingerprint(params)
+    assert weights_fingerprint(stored) != weights_fingerprint(params)
+    assert exported_fingerprint(small_bundle.params) != exported_fingerprint(params)
 
 
 def test_a_model_that_ships_is_found_by_name():

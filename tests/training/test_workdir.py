@@ -224,7 +224,8 @@ def test_checkpoints_of_no_known_recipe_are_refused(open_in, tmp_path, tiny_reci
 def test_fresh_removes_the_run_and_nothing_else(open_in, tmp_path, tiny_recipe):
     open_in(tiny_recipe())
     taken(tmp_path, 4)
-    of_the_run = ["metrics.jsonl", "summary.json", "evaluation.json", "frozen.safetensors"]
+    of_the_run = ["metrics.jsonl", "summary.json", "evaluation.json", "history.txt"]
+    of_the_run += ["frozen.safetensors"]
     for name in (*of_the_run, "samples/step_4.png", "tensorboard/events", "notes.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
