@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from jaxdiff.data.text_tokenizer import words_of
+from jaxdiff.data.tokenizer import Tokenizer
 from jaxdiff.datasets.icons.names import (
+    _SPOKEN,
+    _THINGS,
     STYLES,
     held_out_pair,
     held_out_style,
     icon_spelling,
     read_emoji,
 )
-from jaxdiff.datasets.icons.source import Iconify
+from jaxdiff.datasets.icons.source import LEAST_STYLES, Iconify
+from jaxdiff.pretrained.load import SHIPPED
+from jaxdiff.training.recipe import load_recipe
 
 NAMES = [f"{first} {second}" for first in "abcdefghij" for second in "klmnopqrst"]
 
@@ -56,6 +62,23 @@ def test_the_rules_are_stable():
 
 
 HELD_OUT = [None, "fluent-emoji-flat", None, "twemoji"]
+
+
+def test_the_shipped_model_knows_250_things_in_three_styles():
+    """Of the things of this package; whether the sets draw them all is for the next test."""
+    sets = load_recipe("icons").data.source.sets
+    words = Tokenizer.load(str(SHIPPED / "icons" / "tokenizers" / "text")).words
+    assert words
+    labels = [part.strip().replace("\\", "") for part in _THINGS.pattern.split("|")]
+    things = {_SPOKEN.get(label, label).replace("-", " ") for label in labels}
+    assert all(_THINGS.fullmatch(label) for label in labels)
+    assert len([thing for thing in things if words.issuperset(words_of(thing))]) >= 250
+    assert {STYLES[name] for name in sets} == {"flat", "shaded", "cartoon"}
+    assert words >= {"flat", "shaded", "cartoon"}
+    assert len(sets) == LEAST_STYLES == 3
+    for thing in ("cat", "rocket", "snowman", "crystal ball", "pizza", "house", "car"):
+        assert thing in things
+        assert words.issuperset(words_of(thing))
 
 
 @pytest.mark.skipif("JAXDIFF_ICONS" not in os.environ, reason="JAXDIFF_ICONS names no icon sets")
