@@ -21,10 +21,11 @@ THINGS = (
     ),
     ("cartoon", ("fox", "cherries", "bus", "key", "sunflower", "octopus", "crown", "hamburger")),
 )
+# The colours of the things differ from those of their backgrounds.
 PAIRS = (
     "a cat to the left of a rocket on blue",
-    "a flat drawing of an apple above a banana on yellow",
-    "a shaded drawing of a dog to the right of a cake",
+    "a flat drawing of a whale above a strawberry on yellow",
+    "a shaded drawing of a dog to the right of a cupcake",
     "a cartoon drawing of a fish below a sailboat",
     "two strawberries on pink",
     "three stars on black",
