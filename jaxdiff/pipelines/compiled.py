@@ -20,7 +20,14 @@ from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.errors import UserError
 from jaxdiff.io.files import read_bytes
 from jaxdiff.io.text import read_json
-from jaxdiff.pipelines.exported import CompiledProgram, LoadedProgram, describe_program
+from jaxdiff.models.text_to_image import Params, TextToImage
+from jaxdiff.pipelines.batching import default_batch_size
+from jaxdiff.pipelines.exported import (
+    CompiledProgram,
+    LoadedProgram,
+    describe_program,
+    model_key,
+)
 from jaxdiff.pipelines.program import SamplerSpec
 
 MANIFEST = "programs.json"
@@ -40,14 +47,23 @@ class CompiledFolder:
         self.programs = read_programs(self._folder)
         read_executables(self._folder / EXECUTABLES)
 
-    def batch_size(self, width: int, height: int, mesh: Mesh) -> int | None:
-        """Return the batch size of the programs for a size on these devices; None without any."""
-        kind = mesh.devices.flat[0].device_kind
-        wanted = width, height, kind, mesh.size, num_replicas(mesh)
-        for p in self.programs:
-            if (p.width, p.height, p.device_kind, p.devices, p.replicas) == wanted:
-                return p.batch_size
-        return None
+    def batch_size(
+        self, model: TextToImage, params: Params, size: tuple[int, int], mesh: Mesh
+    ) -> int | None:
+        """Return the batch size of a model's programs for a size on these devices.
+
+        Of several it is the default one, or else the largest; None without any.
+        """
+        device = mesh.devices.flat[0]
+        here = device.device_kind, mesh.size, num_replicas(mesh)
+        wanted = model_key(model, params), *size, *here
+        sizes = {
+            p.batch_size
+            for p in self.programs
+            if (p.model_key, p.width, p.height, p.device_kind, p.devices, p.replicas) == wanted
+        }
+        usual = default_batch_size(*size, device.platform)
+        return usual if usual in sizes else max(sizes, default=None)
 
     def load(self, spec: SamplerSpec, arguments: PyTree) -> LoadedProgram | None:
         """Return the program for arguments of these shapes; None if the folder has none."""

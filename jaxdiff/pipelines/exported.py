@@ -8,7 +8,7 @@ is unpickled.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
@@ -16,13 +16,21 @@ from typing import Any, Protocol, runtime_checkable
 import flax
 import jax
 from jax._src.lax import linalg
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdiff.distributed.compilation_cache import trace_settings
 from jaxdiff.distributed.mesh import num_replicas
 from jaxdiff.errors import UserError
 from jaxdiff.io.user_cache import package_digest
-from jaxdiff.pipelines.program import SampleInputs, SamplerSpec, Steps, compiled_sampler
+from jaxdiff.models.text_to_image import Params, TextToImage
+from jaxdiff.pipelines.program import (
+    SampleInputs,
+    SamplerSpec,
+    Steps,
+    anonymous,
+    compiled_sampler,
+)
 
 _CUDNN = "__cudnn$fmhaSoftmax"  # the kernel of `models.attention` on GPUs
 
@@ -34,6 +42,7 @@ class CompiledProgram:
     Attributes:
       key: SHA-256 of all that decides on it, in hex.
       model: its name.
+      model_key: SHA-256 of its specification and the shapes of its weights, in hex.
       width: of the images.
       height: of the images.
       batch_size: images that each replica samples at a time.
@@ -44,6 +53,7 @@ class CompiledProgram:
 
     key: str
     model: str
+    model_key: str
     width: int
     height: int
     batch_size: int
@@ -63,7 +73,8 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     # The representation of a model holds all that its hash does.
     models = [repr(spec.model), repr(spec.guide)]
     device, sizes = spec.mesh.devices.flat[0], tuple(spec.mesh.shape.values())
-    shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
+    shapes = _shapes(leaves)
+    own = {name: part for name, part in arguments[0].items() if name not in ("clip", "guide")}
     made_by = [jax.__version__, flax.__version__, package_digest(), *trace_settings()]
     # Attention's blocks depend on the kind of TPU.
     parts = [*made_by, device.platform, device.device_kind, sizes, *static, *models, tree, shapes]
@@ -71,6 +82,7 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
     return CompiledProgram(
         key=hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest(),
         model=spec.model.name,
+        model_key=model_key(spec.model, own),
         width=width,
         height=height,
         batch_size=len(arguments[1].seeds) // num_replicas(spec.mesh),
@@ -78,6 +90,17 @@ def describe_program(spec: SamplerSpec, arguments: PyTree) -> CompiledProgram:
         devices=spec.mesh.size,
         replicas=num_replicas(spec.mesh),
     )
+
+
+def model_key(model: TextToImage, params: Params) -> str:
+    """Return the SHA-256, in hex, of what programs depend on in a model and its parameters."""
+    leaves, tree = jax.tree.flatten(params)
+    parts = [repr(anonymous(model)), tree, _shapes(leaves)]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def _shapes(leaves: Iterable[Any]) -> list[tuple[tuple[int, ...], str]]:
+    return [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
 
 
 def export_program(spec: SamplerSpec, arguments: PyTree) -> bytes:
@@ -138,8 +161,10 @@ class LoadedProgram:
 class Programs(Protocol):
     """Stored programs, such as those of a folder."""
 
-    def batch_size(self, width: int, height: int, mesh: jax.sharding.Mesh) -> int | None:
-        """Return the batch size of the programs for a size on these devices; None without any."""
+    def batch_size(
+        self, model: TextToImage, params: Params, size: tuple[int, int], mesh: Mesh
+    ) -> int | None:
+        """Return the batch size for a model's images of a size; None where any will do."""
         ...
 
     def load(self, spec: SamplerSpec, arguments: PyTree) -> LoadedProgram | None:

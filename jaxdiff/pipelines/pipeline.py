@@ -187,7 +187,7 @@ class Pipeline:
     def batch_size(self, width: int, height: int) -> int:
         """Return how many images of a size each replica samples at a time by default."""
         stored, size = self._programs, (width, height)
-        known = None if stored is None else stored.batch_size(*size, self._mesh)
+        known = stored and stored.batch_size(self.spec, self.params, size, self._mesh)
         return known or default_batch_size(*size)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":

@@ -151,9 +151,9 @@ class SamplerSpec:
             denoising_interval=(float(self.sampler.denoising_interval[0] > 0), 1.0),
         )
         object.__setattr__(self, "sampler", sampler)
-        object.__setattr__(self, "model", _anonymous(self.model))
+        object.__setattr__(self, "model", anonymous(self.model))
         if self.guide is not None:
-            object.__setattr__(self, "guide", _anonymous(self.guide))
+            object.__setattr__(self, "guide", anonymous(self.guide))
 
     @property
     def network_shape(self) -> tuple[int, int]:
@@ -180,7 +180,8 @@ class SamplerSpec:
         return self._hash
 
 
-def _anonymous(model: TextToImage) -> TextToImage:
+def anonymous(model: TextToImage) -> TextToImage:
+    """Return a model without what its programs do not depend on: name and default sampler."""
     return dataclasses.replace(model, name="", sampler=Sampler())
 
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxdiff.config.serialization import accepted_types
 from jaxdiff.distributed.compilation_cache import FolderCache, cache_folder
 from jaxdiff.errors import UserError
+from jaxdiff.models.text_to_image import Params, TextToImage
 from jaxdiff.pipelines.exported import LoadedProgram, describe_program, export_program
 from jaxdiff.pipelines.program import SamplerSpec
 
@@ -33,7 +34,9 @@ class ProgramCache:
         self._files = files
         self._loaded: dict[str, LoadedProgram | None] = {}
 
-    def batch_size(self, width: int, height: int, mesh: Mesh) -> None:
+    def batch_size(
+        self, model: TextToImage, params: Params, size: tuple[int, int], mesh: Mesh
+    ) -> None:
         """Return None: programs are made for any batch size."""
 
     def load(self, spec: SamplerSpec, arguments: PyTree) -> LoadedProgram | None:

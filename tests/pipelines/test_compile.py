@@ -1,5 +1,6 @@
 """Programs that are compiled ahead of time, and what a pipeline does with them."""
 
+import dataclasses
 import json
 
 import jax
@@ -72,6 +73,20 @@ def test_a_program_that_is_not_there_is_compiled_and_named(folder, pipeline, jax
         image = stored([PEA], sampler=Sampler(solver=Euler()))
     expected = pipeline([PEA], sampler=Sampler(solver=Euler()), batch_size=3)
     np.testing.assert_array_equal(image, expected)
+
+
+def test_the_batch_size_is_that_of_the_models_own_programs(folder, pipeline, tiny_bundle, tmp_path):
+    spec = dataclasses.replace(tiny_bundle.spec, prediction="eps")
+    others = Pipeline(tiny_bundle._replace(spec=spec)), Pipeline(tiny_bundle, quantize="int8")
+    for other in others:
+        assert other.with_programs(CompiledFolder(folder)).batch_size(32, 32) == 4
+    program = CompiledFolder(folder).programs[0]
+    for sizes, expected in (((2, 3, 1), 3), ((3, 4, 8), 4), ((8, 2), 8)):
+        programs = [dataclasses.replace(program, batch_size=size) for size in sizes]
+        manifest = {"programs": [dataclasses.asdict(p) for p in programs]}
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+        stored = pipeline.with_programs(CompiledFolder(tmp_path))
+        assert stored.batch_size(32, 32) == expected
 
 
 def test_executables_are_found_again(tmp_path, pipeline, jax_cache):
