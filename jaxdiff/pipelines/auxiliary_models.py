@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicas import local_mesh, replicate, shard
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
-from jaxdiff.models.quantized import is_quantized
 from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
+from jaxdiff.pipelines.latent_spaces import have_same_latents
 from jaxdiff.pipelines.prompt_weights import plain
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.load import load_bundle
@@ -131,7 +131,7 @@ def load_guide(
     differs = {
         "another tokenizer": _tokenizers(bundle) != _tokenizers(own),
         "another schedule": theirs.schedule != spec.schedule,
-        "other latents": not _same_latents(bundle, own),
+        "other latents": not have_same_latents(bundle, own),
         "a network of other inputs": _channels(theirs) != _channels(spec),
     }
     for what, is_other in differs.items():
@@ -150,23 +150,3 @@ def _tokenizers(bundle: Bundle) -> dict[str, str]:
 
 def _channels(spec: TextToImage) -> tuple[int, int]:
     return spec.denoiser.channels, spec.denoiser.extra_channels
-
-
-def _same_latents(other: Bundle, own: Bundle) -> bool:
-    """Whether two models have the same latents; weights may be rounded, `own` to 8 bits."""
-    if other.spec.autoencoder != own.spec.autoencoder:
-        return False
-    if own.spec.autoencoder is None:
-        return True
-    theirs, ours = (
-        jax.tree.leaves(bundle.params["autoencoder"], is_leaf=is_quantized)
-        for bundle in (other, own)
-    )
-    return all(_is_close(np.asarray(x, np.float32), y) for x, y in zip(theirs, ours, strict=True))
-
-
-def _is_close(exact: np.ndarray, rounded: Any) -> bool:
-    if is_quantized(rounded):  # one step of int8, or the last bit of fp8
-        bound = np.asarray(rounded.scale) + 0.07 * np.abs(exact)
-        return bool((np.abs(exact - np.asarray(rounded[...], np.float32)) <= bound).all())
-    return np.allclose(exact, np.asarray(rounded, np.float32), rtol=0.01, atol=1e-4)

@@ -1,22 +1,20 @@
 """Generate the images of resolved settings with one call of a pipeline."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxdiff.errors import UserError
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.batching import Preview
 from jaxdiff.pipelines.input_images import InitImage, References
 from jaxdiff.pipelines.inputs import Mix, Prompt
 from jaxdiff.pipelines.pipeline import Pipeline
+from jaxdiff.pipelines.refiner import load_refiner
 from jaxdiff.pipelines.rerank import rank
 from jaxdiff.pipelines.resolve import ResolvedSettings
-from jaxdiff.pretrained.load import load_bundle
 
 
 class Generated(NamedTuple):
@@ -112,25 +110,16 @@ def _refined(
     start = first.settings.refiner_start
     assert start is not None
     assert first.refiner_model is not None
+    # Both visit the times of one grid, and pass on latents at one of them.
+    own = first.sampler.inherit(pipe.spec.sampler).resolve()
+    sampler = dataclasses.replace(first.sampler, solver=own.solver, grid=own.grid)
     parts = [
-        dataclasses.replace(first.sampler, denoising_interval=part)
+        dataclasses.replace(sampler, denoising_interval=part)
         for part in ((0.0, start), (start, 1.0))
     ]
-    refiner = _load_refiner(pipe, first.refiner_model)
+    refiner = load_refiner(pipe, first.refiner_model)
     latents = pipe(prompts, **call | {"sampler": parts[0], "output": "latents"})
     return refiner(prompts, **call | {"sampler": parts[1], "latents": latents})
-
-
-@functools.lru_cache(maxsize=2)
-def _load_refiner(pipe: Pipeline, model: str) -> Pipeline:
-    refiner = pipe.with_bundle(load_bundle(model, types=pipe.types))
-    ours, theirs = (p.spec.latent_shape(512, 512) for p in (pipe, refiner))
-    if ours != theirs:
-        raise UserError(
-            f"{model} has other latents than {pipe.spec.name}: expected its refiner; give that as "
-            "--refiner-model."
-        )
-    return refiner
 
 
 def _arguments(settings: Sequence[ResolvedSettings], preview: Preview | None) -> dict[str, Any]:
