@@ -62,13 +62,13 @@ _FREE = (
     "train.profile_steps",
 )
 # Files of a run. Checkpoints come first: an interrupted removal leaves a run without checkpoints,
-# which starts again with the same recipe.
+# which starts again with the same recipe. Cached latents stay: they took hours, and a recipe that
+# needs others is refused.
 _RUN_FILES = (
     CHECKPOINTS,
     SNAPSHOTS,
     BEST,
     FROZEN,
-    CACHE,
     "samples",
     TENSORBOARD,
     TRACE,

@@ -187,9 +187,7 @@ def test_a_run_without_a_step_may_be_replaced_by_another_recipe(open_in, tmp_pat
     assert read_config(tmp_path) == other
 
 
-def test_a_run_without_a_step_keeps_its_latents_if_it_computes_the_same(
-    open_in, tmp_path, tiny_recipe
-):
+def test_a_run_keeps_its_latents(open_in, tmp_path, tiny_recipe):
     open_in(tiny_recipe(steps=100))
     latents = tmp_path / CACHE / "manifest.json"
     latents.parent.mkdir()
@@ -197,7 +195,8 @@ def test_a_run_without_a_step_keeps_its_latents_if_it_computes_the_same(
     open_in(tiny_recipe(steps=200, log_every=3, checkpoint_every=7))
     assert latents.exists()
     open_in(tiny_recipe(seed=1))
-    assert not latents.exists()
+    open_in(tiny_recipe(seed=2), fresh=True)
+    assert latents.exists()
 
 
 def test_an_unusable_folder_for_a_run_is_refused(open_in, tmp_path, tiny_recipe):
@@ -247,7 +246,9 @@ def test_an_edited_recipe_names_the_key_that_is_not_one(open_in, tmp_path, tiny_
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("name", ["samples/mine.png", "config.json", "summary.json", "latents/a"])
+@pytest.mark.parametrize(
+    "name", ["samples/mine.png", "config.json", "summary.json", "frozen.safetensors"]
+)
 def test_files_of_others_with_the_names_of_a_run_are_kept(
     open_in, tmp_path, tiny_recipe, fresh, name
 ):
