@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from etils import epath
 
+from jaxdiff.config.serialization import flatten
 from jaxdiff.data.bad_records import RecordError, Reject
 from jaxdiff.data.buckets import nearest_shape
 from jaxdiff.data.shards import Shard, shard_from_json
@@ -139,11 +140,10 @@ class ShardProgress:
 
 def check_same(there: dict[str, Any], provenance: dict[str, Any], folder: epath.Path) -> None:
     """Raise `UserError` if a folder has another source or other settings."""
-    keys = [key for key in {**there, **provenance} if there.get(key) != provenance.get(key)]
+    old, new = flatten(there), flatten(provenance)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if keys:
-        changes = "; ".join(
-            f"{key} is {there.get(key)}, now {provenance.get(key)}" for key in keys[:2]
-        )
+        changes = "; ".join(f"{key} is {old.get(key)}, now {new.get(key)}" for key in keys[:3])
         raise UserError(
             f"{folder} contains shards made with other settings ({changes}): choose another "
             "folder, or remove that one."

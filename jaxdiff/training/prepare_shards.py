@@ -127,6 +127,10 @@ def write_records(
         "shards": count,
         "latents": cache and dataclasses.asdict(cache.space),
     }
+    if cache:
+        assert config is not None
+        # A batch size changes the last bits alone: it may change where memory ran out.
+        provenance["train"] = {"compute": config.train.compute}
     share = f"host{sharing.host}" if sharing.hosts > 1 else None
     with output_folder(out, share=share) as folder:
         job = _ShardJob(source, data.transforms, folder, cache, provenance, sharing, config)

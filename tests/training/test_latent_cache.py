@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from PIL import Image
 
@@ -39,10 +40,10 @@ from jaxdiff.training.abstract import (
 from jaxdiff.training.cached_latents import check_cache, check_encoders
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.prepare_shards import Sharing, write_records
+from jaxdiff.training.prepare_shards import Sharing, with_cache, write_records
 from jaxdiff.training.recipe import Config, TrainConfig
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Pretrained, Trainable
-from jaxdiff.training.workdir import CACHE
+from jaxdiff.training.workdir import CACHE, open_run
 
 MODEL = AutoencoderConfig(
     latent_channels=4,
@@ -289,6 +290,26 @@ def test_the_same_preparation_ends_in_the_same_bytes_after_a_loss(config, cached
     assert {path.name: path.read_bytes() for path in (folder / "cached").iterdir()} == there
 
 
+def test_a_preparation_goes_on_in_its_own_compute_type_alone(config, folder):
+    """Batches of another size, which memory may ask for, change the last bits alone."""
+    out = folder / "resumed"
+    _cache(config, out)
+    whole = CachedLatents(path=str(out))
+    there = [whole[i]["moments"] for i in range(len(whole))]
+    (out / "records-00001-of-00002.array_record").unlink()
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, compute="bfloat16"))
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(
+        UserError, match=r"\(train.compute is float32, now bfloat16\): choose another"
+    ):
+        _cache(half, out)
+    assert sorted(path.name for path in out.iterdir()) == before
+    _cache(config, out, batch_size=3)
+    resumed = CachedLatents(path=str(out))
+    for i, moments in enumerate(there):
+        np.testing.assert_allclose(resumed[i]["moments"], moments, atol=1e-4)
+
+
 def test_every_second_view_is_mirrored(config, folder, tokenizer):
     images = folder / "wide"
     images.mkdir()
@@ -395,6 +416,30 @@ def test_held_out_images_are_encoded_though_the_recipe_caches_text(
     ((parts, columns),) = seen
     assert parts == {"text_encoders"}
     assert columns == {"image", "text", "size_crop"}
+
+
+def test_a_changed_recipe_keeps_cached_latents_and_asks_where_it_needs_others(config, folder):
+    out = epath.Path(folder / "changed")
+    cached = with_cache_of(config)
+    open_run(cached, out, fresh=False, log=lambda _: None)
+    with_cache(cached, out / CACHE)
+    there = {path.name: path.read_bytes() for path in (out / CACHE).iterdir()}
+    other = with_cache_of(dataclasses.replace(config, optimizer=AdamW(learning_rate=1e-3)))
+    for fresh in (False, True):
+        open_run(other, out, fresh=fresh, log=lambda _: None)
+        with_cache(other, out / CACHE)
+    crops = dataclasses.replace(config.data, transforms=Transforms(size=32, flip=True))
+    flipped = with_cache_of(dataclasses.replace(config, data=crops))
+    open_run(flipped, out, fresh=True, log=lambda _: None)
+    with pytest.raises(UserError, match=r"changed/latents contains .*flip is False, now True"):
+        with_cache(flipped, out / CACHE)
+    assert {path.name: path.read_bytes() for path in (out / CACHE).iterdir()} == there
+
+
+def with_cache_of(config):
+    """Return a recipe that caches its latents."""
+    options = LatentOptions(views=1, dtype="float32", batch_size=2)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=options))
 
 
 @pytest.mark.slow
