@@ -1,7 +1,8 @@
 """`jaxdiff export`: write a trained model as one folder."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.config.checked import checked
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
-from jaxdiff.io.files import write_whole
+from jaxdiff.io.files import make_folder, write_whole
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line
 from jaxdiff.io.text import check_text, read_json
@@ -40,6 +41,7 @@ from jaxdiff.pretrained.model_card import (
 from jaxdiff.pretrained.pipeline_folder import INDEX
 from jaxdiff.pretrained.run_folder import read_word
 from jaxdiff.training.recipe import Config
+from jaxdiff.training.tasks.diffusion import DiffusionTask
 from jaxdiff.training.workdir import find_recipe_of
 
 FORMATS = ("jaxdiff", "adapters", "diffusers", "lora", "embedding")
@@ -54,7 +56,7 @@ class ExportOptions:
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a run or of a model; with --base, the file of a FLUX or Z-Image transformer."""
     out: Annotated[str, tyro.conf.Positional]
-    """Folder to write."""
+    """Folder to write; with --format lora or embedding also a new file, NAME.safetensors."""
     format: str = "jaxdiff"
     """jaxdiff; adapters: the adapters alone, for jaxdiff, with the name of the model that the run
     started from; diffusers: a folder for DiffusionPipeline.from_pretrained, with adapters and added
@@ -75,13 +77,31 @@ def export_command(arguments: list[str]) -> None:
     if options.format not in FORMATS:
         raise UserError(f"--format {options.format}: expected {', '.join(FORMATS)}.")
     check_text(options.out, "The output folder")
-    check_destination(options.out)
+    _check_out(options)
     export_model(options)
     write_line(f"Wrote {options.out}")
 
 
+def _check_out(options: ExportOptions) -> None:
+    """Raise `UserError` where the export would replace other files, or be no file."""
+    out = epath.Path(options.out)
+    if not _is_file(options):
+        check_destination(out)
+    elif options.format not in ("lora", "embedding"):
+        raise UserError(
+            f"{out} is the name of a file, but --format {options.format} writes a folder: expected "
+            "a name without .safetensors; give one."
+        )
+    elif out.exists():
+        raise UserError(f"{out} exists: expected a new file; name another, or remove that one.")
+
+
+def _is_file(options: ExportOptions) -> bool:
+    return epath.Path(options.out).suffix == ".safetensors"
+
+
 def export_model(options: ExportOptions) -> None:
-    """Write the folder.
+    """Write the folder, or the file.
 
     Raises:
       UserError: there is no such model, or the format cannot represent it.
@@ -91,14 +111,48 @@ def export_model(options: ExportOptions) -> None:
         return
     bundle = load_bundle(options.run, base=options.base)
     config = find_recipe_of(options.run)
-    with output_folder(options.out):
+    with _output(options):
         _export(options, bundle, config)
+
+
+@contextlib.contextmanager
+def _output(options: ExportOptions) -> Iterator[None]:
+    """Create the folder, and hold its lock, or create that of the file."""
+    if _is_file(options):
+        make_folder(epath.Path(options.out).parent)
+        yield
+    else:
+        with output_folder(options.out):
+            yield
+
+
+def _other_parts(config: Config | None, held: str) -> list[str]:
+    """Name what a run trained beside what a format holds, adapters or added tokens."""
+    task = config and config.task
+    if not isinstance(task, DiffusionTask):
+        return []
+    trainable = task.trainable
+    has_adapters = trainable.lora is not None or trainable.text_lora is not None
+    trained = {"adapters": has_adapters, "added tokens": trainable.inversion is not None}
+    trained |= {".".join(p.path): trainable.includes(p.path) for p in task.model.parts}
+    return [name for name, is_trained in trained.items() if is_trained and name != held]
+
+
+def _say_what_is_left_out(options: ExportOptions, config: Config | None, held: str) -> None:
+    if others := _other_parts(config, held):
+        write_line(
+            f"{options.run} has also trained {', '.join(others)}, which --format {options.format} "
+            "leaves out: export those too, or all weights with --format jaxdiff.",
+            stderr=True,
+        )
 
 
 def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
     recipe = None if config is None else to_json(config)
     history = read_history(model_folder(options.run))
     if options.format in ("jaxdiff", "adapters"):
+        if options.format == "adapters":
+            _check_adapters_alone(options, bundle, config)
         _export_bundle(options, bundle, recipe, history)
         return
     if options.dtype:
@@ -109,8 +163,8 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
         remove_export(options.out, keep=INDEX)
         write_card(options.out, bundle_card(merged, options.out, "diffusers", recipe, history))
     else:
-        _export_lora(options, bundle)
-        write_card(options.out, bundle_card(bundle, options.out, "lora", recipe, history))
+        _say_what_is_left_out(options, config, "adapters")
+        _export_lora(options, bundle, recipe, history)
 
 
 def _cast_to(dtype: str) -> Callable[[Any], Any]:
@@ -136,7 +190,6 @@ def _export_bundle(
     folder, base = epath.Path(options.out), None
     figures = _figures(options, bundle)
     if options.format == "adapters":
-        _check_adapters(options, bundle)
         bundle = bundle._replace(params={"adapters": bundle.params["adapters"]}, tokenizers={})
         base = base_of(recipe, options.run)
     remove_export(folder)
@@ -173,16 +226,35 @@ def _export_embedding(options: ExportOptions) -> None:
     card = CardInputs(
         name=word.word, folder=options.out, kind="embedding", recipe=read_json(folder / CONFIG)
     )
-    with output_folder(options.out) as out:
-        write_embedding(out, word)
-        remove_export(out)
-        write_card(out, model_card(card))
+    if options.dtype:
+        word = word._replace(rows={k: x.astype(options.dtype) for k, x in word.rows.items()})
+    _say_what_is_left_out(options, find_recipe_of(options.run), "added tokens")
+    with _output(options):
+        write_embedding(options.out, word)
+        if not _is_file(options):
+            remove_export(options.out)
+            write_card(options.out, model_card(card))
 
 
-def _export_lora(options: ExportOptions, bundle: Bundle) -> None:
+def _export_lora(
+    options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None, history: str
+) -> None:
     _check_adapters(options, bundle)
     write_lora(options.out, adapters_of(bundle), bundle.spec)
-    remove_export(options.out)
+    if not _is_file(options):
+        remove_export(options.out)
+        write_card(options.out, bundle_card(bundle, options.out, "lora", recipe, history))
+
+
+def _check_adapters_alone(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
+    """Raise `UserError` for a model that differs from its base in more than adapters."""
+    _check_adapters(options, bundle)
+    if others := _other_parts(config, "adapters"):
+        raise UserError(
+            f"{options.run} has also trained {', '.join(others)}, which --format adapters leaves "
+            "out: expected a run of adapters alone; export it with --format jaxdiff, which writes "
+            "all weights."
+        )
 
 
 def _check_adapters(options: ExportOptions, bundle: Bundle) -> None:

@@ -187,8 +187,8 @@ class Pipeline:
     def batch_size(self, width: int, height: int) -> int:
         """Return how many images of a size each replica samples at a time by default."""
         stored, size = self._programs, (width, height)
-        known = stored and stored.batch_size(self.spec, self.params, size, self._mesh)
-        return known or default_batch_size(*size)
+        own = stored.batch_size(self.spec, self.params, size, self._mesh) if stored else None
+        return own or default_batch_size(*size)
 
     def with_autoencoder(self, model: epath.PathLike) -> "Pipeline":
         """Return a pipeline with another autoencoder, such as a tiny one for previews.

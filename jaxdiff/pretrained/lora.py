@@ -190,11 +190,23 @@ def write_lora(file: epath.PathLike, adapters: Adapters, spec: TextToImage) -> N
       file: safetensors, or a folder to write `pytorch_lora_weights.safetensors` into.
       adapters: by part and path, with their scale in `up`.
       spec: of the model.
+
+    Raises:
+      UserError: such files have no names for an adapted layer, such as one of T5's.
     """
     path = epath.Path(file)
     path = path / FILE if path.suffix != ".safetensors" else path
-    tensors = {}
-    for theirs, layer in layers_of(spec).items():
+    tensors, layers = {}, layers_of(spec)
+    named = {(layer.part, layer.path) for layer in layers.values()}
+    for part, pairs in adapters.items():
+        if lost := [x for x in pairs if (part, x) not in named]:
+            name = ".".join(map(str, (part, *lost[0])))
+            raise UserError(
+                f"LoRA files have no name for {name}, which has an adapter in {spec.name}: "
+                "expected adapters of the denoiser or of CLIP's text encoders; export them with "
+                "--format jaxdiff."
+            )
+    for theirs, layer in layers.items():
         pair = adapters.get(layer.part, {}).get(layer.path)
         if pair is None:
             continue
