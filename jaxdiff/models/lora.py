@@ -266,15 +266,24 @@ def merge_adapters(
 ) -> dict[str, Any]:
     """Add adapters to a network's parameters, summed in float32, and apply changes."""
     flat = cast(dict[Path, Any], traverse_util.flatten_dict(params))
-    for path, pair in adapters.items():
-        if isinstance(pair, Change):
-            old = flat[path][...]
-            new = pair.apply(np.asarray(old, np.float32), pair.scale).astype(old.dtype)
-            flat[path] = jax.device_put(new, getattr(old, "sharding", None))
-            continue
-        kernel = flat[*path, "kernel"]
-        # On the host, as JAX would compile each shape.
-        product = np.matmul if isinstance(kernel, np.ndarray) else jnp.matmul
-        change = product(*(x.astype(np.float32) for x in pair))
-        flat[*path, "kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+    for path, adapter in adapters.items():
+        adapted = adapted_path(path, adapter)
+        flat[adapted] = with_adapter(flat[adapted], adapter)
     return traverse_util.unflatten_dict(flat)
+
+
+def adapted_path(path: Path, adapter: Factors | Change) -> Path:
+    """Return the path of the parameter that an adapter changes."""
+    return path if isinstance(adapter, Change) else (*path, "kernel")
+
+
+def with_adapter(old: Any, adapter: Factors | Change) -> Any:
+    """Add an adapter to a parameter, summed in float32, or apply its change."""
+    if isinstance(adapter, Change):
+        value = old[...]
+        new = adapter.apply(np.asarray(value, np.float32), adapter.scale).astype(value.dtype)
+        return jax.device_put(new, value.sharding) if isinstance(value, jax.Array) else new
+    # On the host, as JAX would compile each shape.
+    product = np.matmul if isinstance(old, np.ndarray) else jnp.matmul
+    change = product(*(x.astype(np.float32) for x in adapter))
+    return (old.astype(jnp.float32) + change).astype(old.dtype)

@@ -196,13 +196,18 @@ class TextToImage:
         Embeddings, norms, biases and adapters keep their type; quantised kernels stay as they are.
         """
         flat: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
-        for part in self.parts:
-            for path, layer in nnx.iter_modules(abstract_module(part.build)):
-                if isinstance(layer, Dense | Conv):
-                    key = (*part.path, *path, "kernel")
-                    axes = 4 if isinstance(layer, Conv) else 2
-                    flat[key] = quantize_kernel(flat[key], axes, kind)
+        for path, axes in self.kernel_axes().items():
+            flat[path] = quantize_kernel(flat[path], axes, kind)
         return traverse_util.unflatten_dict(flat)
+
+    def kernel_axes(self) -> dict[tuple[Any, ...], int]:
+        """Return the paths of the kernels of all Dense and Conv layers, and one layer's axes."""
+        return {
+            (*part.path, *path, "kernel"): 4 if isinstance(layer, Conv) else 2
+            for part in self.parts
+            for path, layer in nnx.iter_modules(abstract_module(part.build))
+            if isinstance(layer, Dense | Conv)
+        }
 
     @jax.named_scope("text_encoder")
     def encode_text(self, params: Params, inputs: TextInputs) -> Conditioning:

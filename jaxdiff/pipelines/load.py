@@ -1,5 +1,6 @@
 """Load a model for sampling, each parameter to the devices that hold it."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from jaxdiff.distributed.replicas import local_mesh, to_devices
 from jaxdiff.distributed.sharding import bytes_per_device, leaf_sharding
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, cast
-from jaxdiff.models.quantized import QuantizedType
+from jaxdiff.models.lora import Change, Factors, adapted_path, with_adapter
+from jaxdiff.models.quantized import QuantizedType, quantize_kernel
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.compiled import CompiledFolder
+from jaxdiff.pipelines.lora import apply_lora, read_scaled
 from jaxdiff.pipelines.pipeline import Pipeline, compute_type
 from jaxdiff.pretrained.load import load_bundle, read_spec
 from jaxdiff.pretrained.placement import Place, Placement
@@ -38,6 +41,7 @@ def load(
     offload_text: bool = False,
     types: Sequence[type] = (),
     compiled: epath.PathLike | None = None,
+    lora: Sequence[tuple[epath.PathLike, float]] = (),
 ) -> Pipeline:
     """Load a text-to-image model for sampling.
 
@@ -57,6 +61,7 @@ def load(
         the prompts of a call.
       types: dataclasses, such as a network of yours, that the specification may name.
       compiled: folder of `jaxdiff compile`, whose programs are used where they fit.
+      lora: LoRA files and their scales, merged into the weights; before those are quantised.
 
     Raises:
       UserError: there is no such model, or it is no text-to-image model, or it does not fit the
@@ -70,8 +75,9 @@ def load(
         size = 1 if quantize else 4 if dtype == "float32" else 2
         check_memory(spec, devices_mesh, size, offload_text=offload_text)
         place = _placement(spec, devices_mesh, dtype, offload_text=offload_text)
-    # Quantised on the host: a device holds the 8 bits alone.
-    bundle = load_bundle(model, base=base, place=np.asarray if quantize else place, types=types)
+        if quantize:
+            place = _quantized(spec, dtype, quantize, lora)
+    bundle = load_bundle(model, base=base, place=place, types=types)
     pipe = Pipeline(
         bundle,
         dtype=dtype,
@@ -81,6 +87,8 @@ def load(
         offload_text=offload_text,
         types=types,
     )
+    for file, scale in () if quantize else lora:
+        pipe = apply_lora(pipe, file, scale=scale, merge=True)
     return pipe.with_programs(programs)
 
 
@@ -98,6 +106,33 @@ def _placement(
         placed = to_devices(value, sharding(path, value))
         # Wait, for the next parameter is read while this one is in memory in two types.
         return placed if dtype is None else jax.block_until_ready(cast(placed, dtype))
+
+    return Placement(put)
+
+
+def _quantized(
+    spec: TextToImage,
+    dtype: ComputeType | None,
+    kind: QuantizedType,
+    lora: Sequence[tuple[epath.PathLike, float]],
+) -> Placement:
+    """Return how adapters are merged and kernels quantised, on the host, as each is read.
+
+    One kernel alone is in memory as it was stored, and a device holds the 8 bits alone.
+    """
+    kernels = spec.kernel_axes()
+    adapters: dict[tuple[Any, ...], list[Factors | Change]] = defaultdict(list)
+    for file, scale in lora:
+        for part, found in read_scaled(file, spec, scale).items():
+            root = (part,) if part == "denoiser" else (TEXT, part)
+            for path, adapter in found.items():
+                adapters[*root, *adapted_path(path, adapter)].append(adapter)
+
+    def put(path: tuple[Any, ...], value: np.ndarray | jax.Array) -> Any:
+        value = np.asarray(value if dtype is None else cast(value, dtype))
+        for adapter in adapters.get(path, ()):
+            value = np.asarray(with_adapter(value, adapter))
+        return quantize_kernel(value, kernels[path], kind) if path in kernels else value
 
     return Placement(put)
 

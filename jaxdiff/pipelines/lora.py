@@ -15,7 +15,7 @@ from etils import epath
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Adapters, Change, Changes, Factors, Path, tree
 from jaxdiff.models.quantized import is_quantized
-from jaxdiff.models.text_to_image import Params
+from jaxdiff.models.text_to_image import Params, TextToImage
 from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.pretrained.lora import read_lora
@@ -32,15 +32,14 @@ def apply_lora(
       file: of diffusers, PEFT, kohya or LyCORIS, safetensors, or the folder of one file.
       scale: factor on the adapters' effect; for DoRA of PEFT, on the change of the direction.
       merge: add them to the weights, for the speed of the plain model; `remove_lora` then has no
-        effect. Needed for other kinds than plain LoRA, such as DoRA, LoHa and LoKr.
+        effect. Needed for other kinds than plain LoRA, such as DoRA, LoHa and LoKr. Kernels in 8
+        bits are rounded again; `jaxdiff.load(lora=...)` rounds them once.
 
     Raises:
       UserError: the file is damaged, of another kind, or for another model, or the scale is not
         finite.
     """
-    if not math.isfinite(scale):
-        raise UserError(f"The scale of {file} is {scale}: expected a finite number.")
-    bundle, adapters = pipe.bundle, scaled(read_lora(file, pipe.spec), scale)
+    bundle, adapters = pipe.bundle, read_scaled(file, pipe.spec, scale)
     if merge:
         return pipe.with_bundle(bundle._replace(params=merge_into(bundle.params, adapters)))
     kinds = {x.kind for found in adapters.values() for x in found.values() if isinstance(x, Change)}
@@ -54,6 +53,19 @@ def apply_lora(
 def remove_lora(pipe: Pipeline) -> Pipeline:
     """Return a pipeline without the unmerged adapters of `apply_lora`."""
     return pipe.with_bundle(detach(pipe.bundle))
+
+
+def read_scaled(
+    file: epath.PathLike, spec: TextToImage, scale: float
+) -> dict[str, dict[Path, Factors | Change]]:
+    """Read the adapters of a LoRA file for a model, with a factor on their effect.
+
+    Raises:
+      UserError: as `apply_lora` raises.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"The scale of {file} is {scale}: expected a finite number.")
+    return scaled(read_lora(file, spec), scale)
 
 
 def scaled(adapters: Changes, scale: float) -> dict[str, dict[Path, Factors | Change]]:

@@ -12,7 +12,7 @@ from jaxdiff.cli import export
 from jaxdiff.cli import main as cli
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
-from jaxdiff.models.lora import Factors, LoraConfig, Path
+from jaxdiff.models.lora import Adapters, Factors, LoraConfig
 from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
 from jaxdiff.pretrained.embeddings import Word, read_embedding
 from jaxdiff.pretrained.lora import read_lora, write_lora
@@ -90,8 +90,8 @@ def test_a_file_replaces_no_other_and_holds_no_whole_model(recipe, of_run, tmp_p
 
 
 def test_a_lora_file_leaves_out_no_adapter(tmp_path):
-    query: Path = ("blocks", "attention", "q")
-    adapters = {"text_2": {query: Factors(PAIR["down"], PAIR["up"])}}
+    pair = Factors(PAIR["down"], PAIR["up"])
+    adapters: Adapters = {"text_2": {("blocks", "attention", "q"): pair}}
     with pytest.raises(UserError, match=r"no name for text_2\.blocks\.attention\.q, which has"):
         write_lora(tmp_path, adapters, SPECS["FLUX.1 schnell"])
     assert not list(tmp_path.iterdir())

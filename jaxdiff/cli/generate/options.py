@@ -22,7 +22,7 @@ from jaxdiff.io import images as pictures
 from jaxdiff.io.image_files import Format
 from jaxdiff.models.layers import ComputeType
 from jaxdiff.models.quantized import QuantizedType
-from jaxdiff.pipelines import lora, textual_inversion
+from jaxdiff.pipelines import textual_inversion
 from jaxdiff.pipelines.batching import Preview
 from jaxdiff.pipelines.compiled import CompiledFolder
 from jaxdiff.pipelines.inputs import check_prompt
@@ -364,22 +364,13 @@ def open_pipeline(
             options.model,
             base=options.base,
             dtype=dtype,
-            quantize=None if files else quantize,
+            quantize=quantize,
             mesh=options.mesh,
             offload_text=options.offload_text,
+            lora=files,
         )
         if options.autoencoder is not None:
             pipe = pipe.with_autoencoder(options.autoencoder)
-        for file, scale in files:
-            pipe = lora.apply_lora(pipe, file, scale=scale, merge=True)
-        if files and quantize:  # once, after merging
-            pipe = Pipeline(
-                pipe.bundle,
-                dtype=dtype,
-                quantize=quantize,
-                mesh=options.mesh,
-                offload_text=options.offload_text,
-            )
         for file in options.embedding:
             pipe = textual_inversion.apply_embedding(pipe, file)
     return pipe.with_programs(programs)
