@@ -443,10 +443,10 @@ class Pipeline:
         each = zip(own, other, fractions.tolist(), strict=True)
         return np.stack([slerp(*one) for one in each])
 
-    def truncated(self, prompt: Prompt) -> bool:
-        """Whether a prompt is longer than the text encoder's length, and is cut off."""
-        texts = plain_texts(prompt)
-        return any(one.truncated(text) for one in self.tokenizers.values() for text in texts)
+    def truncated(self, prompt: Prompt) -> list[str]:
+        """Return the names of the text encoders for which a prompt is too long, and is cut off."""
+        texts, pairs = plain_texts(prompt), self.tokenizers.items()
+        return [name for name, one in pairs if any(one.truncated(text) for text in texts)]
 
     @property
     def vocabulary(self) -> frozenset[str] | None:

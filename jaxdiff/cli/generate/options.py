@@ -139,8 +139,8 @@ class SampleOptions:
     dtype: Annotated[
         ComputeType | None,
         Doc(
-            "Type to compute in: float32, bfloat16 or float16. By default that of the weights, but "
-            "float32 on a CPU.",
+            "Type to compute in: float32 or bfloat16. By default that of the weights, but float32 "
+            "on a CPU.",
             MODEL,
             metavar="NAME",
         ),
@@ -404,11 +404,13 @@ def prompt_warnings(pipe: Pipeline, prompt: str, where: str, said: set[str]) -> 
       said: unknown words that need no further warning; those of this prompt are added.
     """
     warnings = []
-    if pipe.truncated(prompt):
-        length = min(encoder.length for encoder in pipe.spec.conditioner.encoders.values())
-        warnings.append(
-            f"{where} is longer than the {length} tokens of the text encoder: its end is cut off."
-        )
+    if names := pipe.truncated(prompt):
+        encoders = pipe.spec.conditioner.encoders
+        if len(encoders) == 1:
+            lengths = f"{encoders[names[0]].length} tokens of the text encoder"
+        else:
+            lengths = " and the ".join(f"{encoders[x].length} tokens of {x}" for x in names)
+        warnings.append(f"{where} is longer than the {lengths}: its end is cut off there.")
     unknown = pipe.unknown_words(prompt)
     if new := {word: nearest for word, nearest in unknown.items() if word not in said}:
         said.update(new)

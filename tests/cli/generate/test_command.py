@@ -11,14 +11,16 @@ from PIL import Image
 
 from jaxdiff.cli import main as cli
 from jaxdiff.cli.generate import command
-from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale
+from jaxdiff.cli.generate.options import GROUPS, SampleFlags, file_and_scale, prompt_warnings
 from jaxdiff.cli.parsing import _flags
 from jaxdiff.errors import UserError
 from jaxdiff.io import terminal
 from jaxdiff.io.image_files import read_image_text
 from jaxdiff.pipelines import edit
 from jaxdiff.pipelines.load import load
+from jaxdiff.pipelines.pipeline import Pipeline
 from jaxdiff.pipelines.program import compiled_sampler
+from tests.pretrained.families import random_bundle
 
 PEA, TOMATO = "a small red pea", "a green tomato with a stem"
 
@@ -369,3 +371,14 @@ def test_names_that_are_not_utf_8_are_read_and_written(sample, tmp_path, capsys)
     (epath.Path(folder) / "0000-a-small-red-pea.png").rename(image)
     assert sample("--again", image, "--out", folder) == 0
     assert r"out\xe9/again\xe9-again.png" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_said_with_the_encoders_that_cut_it_off(tmp_path):
+    pipe = Pipeline(random_bundle("FLUX.1 schnell", tmp_path))
+    lengths = {name: one.length for name, one in pipe.spec.conditioner.encoders.items()}
+    assert lengths == {"text": 77, "text_2": 256}
+    assert prompt_warnings(pipe, "pea " * 20, "The prompt", set()) == []
+    (one,) = prompt_warnings(pipe, "pea " * 80, "The prompt", set())
+    assert one == "The prompt is longer than the 77 tokens of text: its end is cut off there."
+    (both,) = prompt_warnings(pipe, "pea " * 300, "The prompt", set())
+    assert "the 77 tokens of text and the 256 tokens of text_2: its end" in both
