@@ -6,7 +6,6 @@ from typing import Annotated
 
 import jax
 import tyro
-from etils import epath
 
 from jaxdiff.cli.parsing import parse_flags
 from jaxdiff.cli.progress import show_progress
@@ -15,6 +14,7 @@ from jaxdiff.config.fields import Count, flag
 from jaxdiff.distributed.compilation_cache import keep_executables
 from jaxdiff.distributed.replicas import local_mesh
 from jaxdiff.errors import UserError
+from jaxdiff.io.files import make_folder
 from jaxdiff.io.terminal import write_line
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pipelines.batching import default_batch_size
@@ -80,6 +80,7 @@ def compile_model(options: CompileOptions) -> None:
 
 
 def _compile(options: CompileOptions) -> CompiledProgram:
+    folder = make_folder(options.out)  # before minutes of compilation
     values = {"size": options.size, "solver": options.solver}
     asked = dataclasses.replace(GenerationSettings.read(values, flag), prompt="a prompt")
     bundle = load_bundle(options.model)
@@ -102,7 +103,6 @@ def _compile(options: CompileOptions) -> CompiledProgram:
     batch_size = options.batch_size
     if batch_size is None and mesh is not None:
         batch_size = default_batch_size(*settings.size, mesh.devices.flat[0].platform)
-    folder = epath.Path(options.out)
     # Programs for the CPU need this host's instructions.
     is_here = mesh is None or mesh.devices.flat[0].platform == "cpu"
     keep_executables(folder / EXECUTABLES, attached=is_here)

@@ -111,6 +111,8 @@ def export_model(options: ExportOptions) -> None:
         return
     bundle = load_bundle(options.run, base=options.base)
     config = find_recipe_of(options.run)
+    if options.format in ("adapters", "lora"):
+        _check_adapters(options, bundle, config)
     with _output(options):
         _export(options, bundle, config)
 
@@ -151,8 +153,6 @@ def _export(options: ExportOptions, bundle: Bundle, config: Config | None) -> No
     recipe = None if config is None else to_json(config)
     history = read_history(model_folder(options.run))
     if options.format in ("jaxdiff", "adapters"):
-        if options.format == "adapters":
-            _check_adapters_alone(options, bundle, config)
         _export_bundle(options, bundle, recipe, history)
         return
     if options.dtype:
@@ -239,27 +239,23 @@ def _export_embedding(options: ExportOptions) -> None:
 def _export_lora(
     options: ExportOptions, bundle: Bundle, recipe: dict[str, Any] | None, history: str
 ) -> None:
-    _check_adapters(options, bundle)
     write_lora(options.out, adapters_of(bundle), bundle.spec)
     if not _is_file(options):
         remove_export(options.out)
         write_card(options.out, bundle_card(bundle, options.out, "lora", recipe, history))
 
 
-def _check_adapters_alone(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
-    """Raise `UserError` for a model that differs from its base in more than adapters."""
-    _check_adapters(options, bundle)
-    if others := _other_parts(config, "adapters"):
-        raise UserError(
-            f"{options.run} has also trained {', '.join(others)}, which --format adapters leaves "
-            "out: expected a run of adapters alone; export it with --format jaxdiff, which writes "
-            "all weights."
-        )
-
-
-def _check_adapters(options: ExportOptions, bundle: Bundle) -> None:
+def _check_adapters(options: ExportOptions, bundle: Bundle, config: Config | None) -> None:
+    """Raise `UserError` for a model without adapters, or a folder of adapters that lacks more."""
     if not adapters_of(bundle):
         raise UserError(
             f"{options.run} has no adapters: expected a run of a recipe with task.trainable.lora, "
             "such as configs/sd15_lora.py."
+        )
+    others = _other_parts(config, "adapters")
+    if others and options.format == "adapters":
+        raise UserError(
+            f"{options.run} has also trained {', '.join(others)}, which --format adapters leaves "
+            "out: expected a run of adapters alone; export it with --format jaxdiff, which writes "
+            "all weights."
         )

@@ -110,28 +110,36 @@ class Crops(NamedTuple):
 class ShardProgress:
     """Entries of the shards that are complete, kept until the manifest is written.
 
+    Args:
+      folder: of the shards.
+      provenance: their source and settings.
+      alone: whether no other machine writes shards, so that settings of which there is no complete
+        shard may be replaced.
+
     Raises:
       UserError: the folder contains shards of another source or other settings.
     """
 
-    def __init__(self, folder: epath.Path, provenance: dict[str, Any]):
+    def __init__(self, folder: epath.Path, provenance: dict[str, Any], *, alone: bool):
         self._folder = folder / _PROGRESS
         path = self._folder / _PROVENANCE
-        if path.exists():
+        if path.exists() and not (alone and not self._entries()):
             check_same(read_json(path, "another folder"), provenance, folder)
         write_whole(path, (format_json(provenance, indent=1) + "\n").encode())
 
     def read(self) -> dict[str, Shard]:
         """Return the complete shards by file name."""
-        entries = [path for path in self._folder.iterdir() if path.name.startswith("records-")]
         try:
-            shards = [shard_from_json(read_json(path, "another folder")) for path in entries]
+            shards = [shard_from_json(read_json(x, "another folder")) for x in self._entries()]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{self._folder} holds an entry of another version of jaxdiff ({error}): choose "
                 "another output folder."
             ) from error
         return {shard.file: shard for shard in shards}
+
+    def _entries(self) -> list[epath.Path]:
+        return [path for path in self._folder.iterdir() if path.name.startswith("records-")]
 
     def remove(self) -> None:
         """Delete all entries, once the manifest contains them."""

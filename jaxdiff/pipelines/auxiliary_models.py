@@ -125,7 +125,7 @@ def load_guide(
     if not isinstance(bundle.spec, TextToImage):
         raise UserError(
             f"{model} is of type {type(bundle.spec).__name__}: expected a text-to-image model in "
-            "guide.model."
+            "guide.model (--guide-model)."
         )
     theirs = bundle.spec
     differs = {
@@ -138,7 +138,7 @@ def load_guide(
         if is_other:
             raise UserError(
                 f"{model} has {what} than {spec.name}: expected a model of the same kind in "
-                "guide.model, such as an earlier or shorter run of the same recipe."
+                "guide.model (--guide-model), such as an earlier or shorter run of its recipe."
             )
     params = bundle.params if dtype is None else cast(bundle.params, dtype)
     return LoadedGuide(theirs, shard(params, mesh, theirs.param_axes()))

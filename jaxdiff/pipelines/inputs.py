@@ -297,17 +297,17 @@ def image_size(
     return check_size(size or (spec.image_size, spec.image_size), spec)
 
 
-def check_size(size: tuple[int, int], spec: TextToImage) -> tuple[int, int]:
-    """Return width and height.
+def check_size(size: tuple[int, int], spec: TextToImage, name: str = "size") -> tuple[int, int]:
+    """Return width and height; `name` is that of the argument in messages.
 
     Raises:
       UserError: they are no two multiples of the model's `size_multiple`.
     """
-    width, height = check_value("size", size, tuple[Natural, Natural])
+    width, height = check_value(name, size, tuple[Natural, Natural])
     multiple = spec.size_multiple
     if width % multiple or height % multiple or min(width, height) < multiple:
         raise UserError(
-            f"size is {width}x{height}: expected multiples of {multiple}; the training size is "
+            f"{name} is {width}x{height}: expected multiples of {multiple}; the training size is "
             f"{spec.image_size}x{spec.image_size}."
         )
     return width, height

@@ -247,7 +247,7 @@ def resolve_settings(
         for name, paths in given.items()
         if paths
     }
-    asked = _with_defaults(asked, model, _size(asked, files, pipe))
+    asked = _with_defaults(asked, model, _size(asked, files, pipe, called))
     asked = _without_inherited(asked, pipe.spec.sampler, command)
     resolved = ResolvedSettings(
         settings=asked,
@@ -268,12 +268,18 @@ def resolve_settings(
 
 
 def _size(
-    asked: GenerationSettings, files: Mapping[str, tuple[InputFile, ...]], pipe: Pipeline
+    asked: GenerationSettings,
+    files: Mapping[str, tuple[InputFile, ...]],
+    pipe: Pipeline,
+    called: Callable[[str], str],
 ) -> tuple[int, int]:
     size = pipe.size_of(asked.size) if isinstance(asked.size, str) else asked.size
     multiple = pipe.spec.size_multiple
     sizes = [file.size for file in files.get("init_image", ())]
     sizes += [reference_size(file.size, multiple).cropped for file in files.get("reference", ())]
+    given = called("size")
+    if size is None and "init_image" in files:
+        given = f"{called('init_image')} {files['init_image'][0].path.name}"
     size = size or (sizes[0] if sizes else (pipe.image_size, pipe.image_size))
     for name, (file, *_) in files.items():
         if name != "reference" and file.size != size:
@@ -282,7 +288,7 @@ def _size(
                 f"{file.size[0]}x{file.size[1]}, not {size[0]}x{size[1]} as the result: resize it, "
                 "or set another size."
             )
-    return check_size(size, pipe.spec)
+    return check_size(size, pipe.spec, given)
 
 
 def _with_defaults(

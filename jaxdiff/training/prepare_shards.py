@@ -178,7 +178,7 @@ class _ShardJob:
         manifest = read_manifest(self.folder)
         if manifest is not None:
             check_same(manifest.provenance, self.provenance, self.folder)
-        progress = ShardProgress(self.folder, self.provenance)
+        progress = ShardProgress(self.folder, self.provenance, alone=self.sharing.hosts == 1)
         known = {shard.file: shard for shard in manifest.shards} if manifest else {}
         parts = shard_ranges(len(self.source), count)
         done = self._complete(parts, {**known, **progress.read()})
@@ -263,7 +263,7 @@ class _ShardJob:
             folder=str(self.folder), reader=reader, config=config, latents=self.sharing.latents
         )
         total = sum(part.stop - part.start for part in todo)
-        entries = ShardProgress(self.folder, self.provenance)
+        entries = ShardProgress(self.folder, self.provenance, alone=True)
         with Progress(total, unit="record", console=console(stderr=True)) as progress:
 
             def look() -> None:

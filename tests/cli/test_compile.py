@@ -40,8 +40,13 @@ def test_the_command_writes_what_sample_reads(
     assert [p.batch_size for p in CompiledFolder(folder).programs] == [2]
 
 
-def test_mistakes_are_answered_in_one_sentence(model, tmp_path, refused):
+def test_mistakes_are_answered_in_one_sentence(model, tmp_path, refused, monkeypatch):
     assert "no compiled programs" in refused("sample", "a pea", "--compiled", str(tmp_path))
+    (tmp_path / "file").touch()
+    words = ["compile", model, "--out", str(tmp_path / "file")]
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_cli, "compile_sampler", None)  # it is not called
+        assert "file cannot be written to as a folder" in refused(*words)
     assert "batch-size" in refused("compile", model, "--batch-size", "0")
     assert "no topology 'v5'" in refused("compile", model, "--topology", "v5")
     assert "33x32" in refused("compile", model, "--size", "33x32")

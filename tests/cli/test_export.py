@@ -13,7 +13,7 @@ from jaxdiff.cli import main as cli
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
 from jaxdiff.models.lora import Adapters, Factors, LoraConfig
-from jaxdiff.pretrained.bundle import CONFIG, Bundle, write_bundle
+from jaxdiff.pretrained.bundle import Bundle, write_bundle
 from jaxdiff.pretrained.embeddings import Word, read_embedding
 from jaxdiff.pretrained.lora import read_lora, write_lora
 from jaxdiff.training.tasks.diffusion import Pretrained, TextualInversion, Trainable
@@ -97,6 +97,14 @@ def test_a_lora_file_leaves_out_no_adapter(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_without_adapters_is_refused_before_anything_is_written(tmp_path, refused):
+    for kind in ("adapters", "lora"):
+        said = refused("export", "shipped:produce", str(tmp_path / "out"), "--format", kind)
+        assert said.count("\n") == 1
+        assert "shipped:produce has no adapters" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("trainable", "others"),
     [
@@ -116,7 +124,7 @@ def test_a_folder_of_adapters_leaves_nothing_out(
     write_bundle(run, tiny_bundle._replace(params=params), "float32", trained)
     said = refused("export", run, str(tmp_path / "out"), "--format", "adapters")
     assert f"has also trained {others}, which --format adapters" in said
-    assert not (tmp_path / "out" / CONFIG).exists()
+    assert not (tmp_path / "out").exists()
     alone = to_json(recipe(lora=LoraConfig()))
     write_bundle(run, tiny_bundle._replace(params=params), "float32", alone)
     assert cli.main(["export", run, str(tmp_path / "out"), "--format", "adapters"]) == 0

@@ -192,6 +192,15 @@ def test_settings_that_exclude_each_other_are_refused_by_the_names_of_the_file(
         resolve_settings(settings(variation=0.5), pipeline, called=flag)
 
 
+def test_a_size_that_does_not_fit_is_named_as_it_was_given(pipeline, tmp_path):
+    Image.new("RGB", (1, 3)).save(tmp_path / "odd.png")
+    asked = settings(init_image=epath.Path(tmp_path / "odd.png"))
+    with pytest.raises(UserError, match=r"--init-image odd\.png is 1x3: expected multiples of 8"):
+        resolve_settings(asked, pipeline, called=flag)
+    with pytest.raises(UserError, match=r"--size is 33x32: expected multiples of 8"):
+        resolve_settings(settings(size=(33, 32)), pipeline, called=flag)
+
+
 def test_copies_use_no_seed_twice(pipeline):
     resolved = resolve_settings(settings(seed=5, best_of=3), pipeline)
     assert [copy.seed for copy in resolved.copies(3)] == [5, 8, 11]

@@ -93,6 +93,19 @@ def test_machines_divide_the_shards_and_the_last_one_lists_all(tmp_path):
     assert {name: (tmp_path / "shared" / name).read_bytes() for name in alone} == alone
 
 
+def test_settings_without_a_complete_shard_are_replaced_by_one_machine_alone(tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("No.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Produce, "__getitem__", fail)
+        with pytest.raises(UserError, match="No"):
+            _write(tmp_path, length=9)
+    with pytest.raises(UserError, match=r"source\.length is 9, now 10"):
+        _write(tmp_path, hosts=2)
+    assert _write(tmp_path).records == 10
+
+
 def test_a_folder_of_other_records_is_left_alone(tmp_path):
     _write(tmp_path)
     before = _files(tmp_path)
