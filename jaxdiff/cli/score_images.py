@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from jaxdiff.config.fields import flag
+from jaxdiff.config.recipe_files import find_recipe
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.extraction import remove_parts
-from jaxdiff.evaluation.feature_distance import (
-    measure,
-    reference_statistics,
-    set_statistics,
-)
-from jaxdiff.evaluation.features import FeatureNetwork, features_of
+from jaxdiff.evaluation.feature_distance import check_measures, measure
+from jaxdiff.evaluation.features import features_of
 from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles, ImageSet
 from jaxdiff.evaluation.provenance import compare_figures, figures_json
+from jaxdiff.evaluation.reference import Reference, open_reference, set_statistics
 from jaxdiff.evaluation.self_test import self_test
-from jaxdiff.evaluation.statistics import Statistics, read_npz, write_statistics
+from jaxdiff.evaluation.statistics import read_npz, write_statistics
 from jaxdiff.io.files import make_folder, write_whole
 from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_line, write_text
@@ -108,10 +106,14 @@ def _score(options: "EvaluateOptions", folder: epath.Path | None) -> None:
     """Score a set of images, and save the figures in a folder, if there is one."""
     assert options.images is not None
     assert options.reference is not None
-    network = features_of(options.features, options.resize).load()
+    features = features_of(options.features, options.resize)
+    reference, images = _reference(options.reference), _images(options.images)
+    network = features.load()
     parts = None if folder is None else folder / PARTS
-    theirs = _reference(network, options.reference, parts)
-    ours = set_statistics(network, _images(options.images), parts)
+    reference.check(network)
+    check_measures(network, len(images), reference, options.measures, few=options.few)
+    theirs = reference.statistics(network, parts)
+    ours = set_statistics(network, images, parts)
     report = measure(network, ours, theirs, options.measures, few=options.few)
     if not is_host0():
         return
@@ -133,14 +135,15 @@ def _write_reference(options: "EvaluateOptions") -> None:
     assert options.reference is not None
     assert options.out is not None
     path = epath.Path(options.out)
-    network = features_of(options.features, options.resize).load()
-    parts = make_folder(path.parent) / f".{path.stem}_{PARTS}"
-    found = _reference(network, options.reference, parts)
-    if found.features is None:
+    reference = _reference(options.reference)
+    if not reference.has_features:
         raise UserError(
             f"{options.reference} holds mean and covariance alone, which are read as they are: "
             "expected images; give a folder of them."
         )
+    network = features_of(options.features, options.resize).load()
+    parts = make_folder(path.parent) / f".{path.stem}_{PARTS}"
+    found = reference.statistics(network, parts)
     if not is_host0():
         return
     write_statistics(path, found)
@@ -148,11 +151,18 @@ def _write_reference(options: "EvaluateOptions") -> None:
     write_line(f"Saved {path}: statistics of {found.count} images of {found.data}")
 
 
-def _reference(network: FeatureNetwork, name: str, parts: epath.Path | None) -> Statistics:
-    """Return the statistics of a file, a folder, or the data of a recipe."""
+def _reference(name: str) -> Reference:
+    """Open the reference in a file or a folder, or the data of a recipe."""
     if epath.Path(name).exists() and not name.endswith(".py"):
-        return reference_statistics(network, name, parts)
-    return set_statistics(network, DataImages(load_recipe(name).data), parts)
+        return open_reference(name)
+    try:
+        find_recipe(name)
+    except UserError as error:
+        raise UserError(
+            f"--reference {name} does not exist and is no recipe: expected a folder of images, an "
+            ".npz file, statistics that jaxdiff evaluate wrote, or a recipe; give its path or name."
+        ) from error
+    return Reference(name=name, images=DataImages(load_recipe(name).data))
 
 
 def _images(path: str) -> ImageSet:

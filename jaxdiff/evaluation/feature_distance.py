@@ -21,7 +21,7 @@ from jaxdiff.evaluation.evaluator import (
     digest_of_texts,
     image_source,
 )
-from jaxdiff.evaluation.extraction import generated_features, image_features
+from jaxdiff.evaluation.extraction import generated_features
 from jaxdiff.evaluation.features import (
     AnyFeatures,
     ClipFeatures,
@@ -29,15 +29,9 @@ from jaxdiff.evaluation.features import (
     Features,
     Measure,
 )
-from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles, ImageSet
-from jaxdiff.evaluation.statistics import (
-    Statistics,
-    collect,
-    moments_of_npz,
-    network_fits,
-    read_npz,
-    read_statistics,
-)
+from jaxdiff.evaluation.image_sets import DataImages
+from jaxdiff.evaluation.reference import Reference, open_reference
+from jaxdiff.evaluation.statistics import Statistics, collect
 from jaxdiff.pretrained.bundle import AnySpec
 
 UNBIASED = 50_000
@@ -77,18 +71,13 @@ def measure(
         with moments alone lacks.
     """
     assert ours.features is not None
+    reference = Reference(name=theirs.data, stored=theirs)
     found: dict[str, float] = {}
-    for kind in measures or network.usual:
+    for kind in check_measures(network, ours.count, reference, measures, few=few):
         if kind == "frechet":
-            found |= _frechet(network, ours, theirs, few=few)
+            found |= _frechet(network, ours, theirs)
             continue
-        if theirs.features is None:
-            if not measures:
-                continue
-            raise UserError(
-                f"{theirs.data} holds mean and covariance alone, and {kind} needs features: "
-                "expected images, or statistics of jaxdiff evaluate --reference; leave it out."
-            )
+        assert theirs.features is not None
         if kind == "kernel":
             found["kernel"] = distances.kernel_distance(ours.features, theirs.features)
         elif kind == "mmd":
@@ -107,17 +96,49 @@ def measure(
     return Report(scalars=scalars, text=_table(scalars, ours, theirs), provenance=provenance)
 
 
-def _frechet(
-    network: FeatureNetwork, ours: Statistics, theirs: Statistics, *, few: bool
-) -> dict[str, float]:
-    """Return the Frechet distance, and its extrapolation for less than `UNBIASED` images."""
-    least = min(ours.count, theirs.count or ours.count)
-    if least <= network.width and not few:
+def check_measures(
+    network: FeatureNetwork,
+    images: int,
+    reference: Reference,
+    measures: Sequence[Measure] = (),
+    *,
+    few: bool = False,
+) -> tuple[Measure, ...]:
+    """Return the measures to compute, which is known before any feature is.
+
+    Args:
+      network: of the features.
+      images: number of images to compare with the reference.
+      reference: the reference.
+      measures: as for `measure`.
+      few: as for `measure`.
+
+    Raises:
+      UserError: as `measure`.
+    """
+    wanted: tuple[Measure, ...] = tuple(measures) or network.usual
+    if not reference.has_features:
+        needing = [kind for kind in wanted if kind != "frechet"]
+        wanted = ("frechet",) if "frechet" in wanted else ()
+        if needing and (measures or not wanted):
+            raise UserError(
+                f"{reference.name} holds mean and covariance alone, and {needing[0]} needs "
+                "features: expected images, or statistics of jaxdiff evaluate --reference; give "
+                "them, or measure frechet alone."
+            )
+    least = min(images, reference.count or images)
+    if "frechet" in wanted and least <= network.width and not few:
         raise UserError(
             f"{network.name_of('frechet')} of {least} images says little, as its bias grows with "
             f"1 / images and the covariance of {network.width} numbers is singular: expected more "
-            f"than {network.width}; generate more (--samples), or give --few."
+            f"than {network.width}; compare more images (samples, --samples), or allow few ones "
+            "(few, --few)."
         )
+    return wanted
+
+
+def _frechet(network: FeatureNetwork, ours: Statistics, theirs: Statistics) -> dict[str, float]:
+    """Return the Frechet distance, and its extrapolation for less than `UNBIASED` images."""
     root = root_factor(theirs.moments.covariance)
     found = {"frechet": distances.frechet(ours.moments, theirs.moments, root)}
     if 2 * network.width < ours.count < UNBIASED:
@@ -131,60 +152,6 @@ def _table(scalars: dict[str, float], ours: Statistics, theirs: Statistics) -> s
     lines = [f"{name:<40}{value:>12.5g}" for name, value in scalars.items()]
     return "\n".join(
         [*lines, f"{ours.data}: {ours.count}; reference {theirs.data}: {theirs.count or 'unknown'}"]
-    )
-
-
-def set_statistics(
-    network: FeatureNetwork, images: ImageSet, folder: epath.Path | None = None
-) -> Statistics:
-    """Return the statistics of a set of images."""
-    parts = image_features(network, images, folder)
-    return collect(parts, network.provenance, images.name, len(images))
-
-
-def reference_statistics(
-    network: FeatureNetwork, path: str, folder: epath.Path | None = None
-) -> Statistics:
-    """Return the statistics of a reference.
-
-    Args:
-      network: of the features.
-      path: statistics (.safetensors); an .npz file of ADM or pytorch-fid; or a folder of images.
-      folder: for features in progress; None keeps none.
-
-    Raises:
-      UserError: it cannot be read, or was computed with another network.
-    """
-    suffix = epath.Path(path).suffix.lower()
-    if suffix == ".safetensors":
-        found = read_statistics(path)
-    elif suffix == ".npz":
-        found = _npz_statistics(network, path, folder)
-    else:
-        return set_statistics(network, ImageFiles(path), folder)
-    if difference := network_fits(found, network.provenance, network.width):
-        raise UserError(
-            f"{path} {difference}: expected statistics of the network in use; write them again "
-            "with jaxdiff evaluate --reference, or name their network."
-        )
-    return found
-
-
-def _npz_statistics(network: FeatureNetwork, path: str, folder: epath.Path | None) -> Statistics:
-    """Return moments and images of an .npz file; images alone give their moments."""
-    arrays = read_npz(path)
-    moments = moments_of_npz(path, arrays)
-    images = arrays.get("arr_0")
-    own = None if images is None else set_statistics(network, ImageArray(images, path), folder)
-    if moments is None:
-        assert own is not None
-        return own
-    return Statistics(
-        count=0,  # the file does not say
-        moments=moments,
-        features=None if own is None else own.features,
-        network={},
-        data=path,
     )
 
 
@@ -223,7 +190,17 @@ class FeatureDistance(Evaluator):
         return "max" if scalar.startswith(("precision", "recall")) else self.goal
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
-        """Raise `UserError` for a model without text, or cached latents of unknown images."""
+        """Raise `UserError` for a model or data without text, or before an impossible comparison.
+
+        The network is loaded, and the reference is opened.
+        """
+        self._check_data(spec, data)
+        network, images = self.network.load(), DataImages(data, self.samples)
+        reference = self._reference(images)
+        reference.check(network)
+        check_measures(network, len(images), reference, self.measures, few=self.few)
+
+    def _check_data(self, spec: AnySpec, data: DataConfig) -> None:
         check_text_to_image(spec, self)
         if image_source(data) is None:
             raise UserError(
@@ -233,9 +210,9 @@ class FeatureDistance(Evaluator):
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate images, and compare their features with those of the reference."""
-        self.check(context.spec, context.data)
+        self._check_data(context.spec, context.data)
         network, images = self.network.load(), DataImages(context.data, self.samples)
-        theirs = self._reference(network, images, context.parts)
+        theirs = self._statistics(network, images, context.parts)
         prompts = images.captions()
         if len(prompts) < 2:
             raise UserError(
@@ -249,7 +226,12 @@ class FeatureDistance(Evaluator):
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
         return report._replace(provenance=about)
 
-    def _reference(
+    def _reference(self, images: DataImages) -> Reference:
+        if self.reference is None:
+            return Reference(name=images.name, images=images)
+        return open_reference(self.reference)
+
+    def _statistics(
         self, network: FeatureNetwork, images: DataImages, folder: epath.Path | None
     ) -> Statistics:
         """Return the statistics of the reference, computed once for all evaluations of a run."""
@@ -257,10 +239,7 @@ class FeatureDistance(Evaluator):
         if key not in _references:
             if len(_references) >= _MOST_REFERENCES:
                 del _references[next(iter(_references))]
-            if self.reference is None:
-                _references[key] = set_statistics(network, images, folder)
-            else:
-                _references[key] = reference_statistics(network, self.reference, folder)
+            _references[key] = self._reference(images).statistics(network, folder)
         return _references[key]
 
 

@@ -13,9 +13,10 @@ from flax import traverse_util
 from jaxtyping import UInt8
 
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.feature_distance import measure, set_statistics
+from jaxdiff.evaluation.feature_distance import measure
 from jaxdiff.evaluation.features import ClipFeatures, inception_network
 from jaxdiff.evaluation.image_sets import ImageArray
+from jaxdiff.evaluation.reference import set_statistics
 from jaxdiff.models.image_encoders.inception import InceptionV3
 from jaxdiff.models.layers import abstract_params, bind_init
 from jaxdiff.pretrained.key_mapping import Path, flatten_params

@@ -20,6 +20,7 @@ from jaxdiff.evaluation import clip_score, self_test
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.feature_distance import FeatureDistance
+from jaxdiff.evaluation.features import FeatureNetwork
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.io.images import save_png
@@ -299,6 +300,15 @@ def test_images_of_any_generator_are_scored_against_a_reference_and_compared(
     assert "not comparable (images is 12 in the first and 8 in the second)" in message
 
 
+def test_too_few_images_are_refused_before_their_features_are_computed(
+    one_device, tmp_path, monkeypatch, refused
+):
+    made = squares(tmp_path / "made", 3)
+    monkeypatch.setattr(FeatureNetwork, "__call__", lambda *_: pytest.fail("an image was read"))
+    words = ("--images", made, "--reference", made, "--measures", "frechet")
+    assert "of 3 images says little" in refused("evaluate", *words)
+
+
 def test_a_recipe_is_a_reference(one_device, recipe, tmp_path, capsys):
     made = squares(tmp_path / "made", 8)
     words = ("--images", made, "--reference", recipe, "--few", "--measures", "mmd")
@@ -339,7 +349,10 @@ def test_images_in_an_archive_are_scored(one_device, tmp_path, capsys, refused):
         (("--images", "a", "--best-of", "4"), "--best-of has no effect without a model"),
         (("--images", "a", "--clip-scale", "2"), "--clip-scale has no effect without a model"),
         (("--images", "a", "--reference", "b", "--resize", "pytorch"), "--resize has no effect on"),
-        (("--images", "a", "--reference", "none"), "none"),
+        (
+            ("--images", "a", "--reference", "none"),
+            "--reference none does not exist and is no recipe: expected a folder of images",
+        ),
     ],
 )
 def test_images_without_what_they_need_are_refused(refused, words, message):
@@ -353,11 +366,11 @@ def test_figures_that_do_not_state_what_they_depend_on_are_refused(refused, tmp_
 
 
 def test_a_reference_makes_an_evaluator_of_its_features(model, calls, tmp_path):
-    folder = model(ClipScore())
-    words = ("--reference", "real", "--samples", "7", "--measures", "mmd", "kernel")
+    folder, real = model(ClipScore()), squares(tmp_path / "real", 3)
+    words = ("--reference", real, "--samples", "7", "--measures", "mmd", "kernel")
     assert cli.main(["evaluate", str(folder), *words]) == 0
     [(evaluators, context)] = calls
-    expected = FeatureDistance(reference="real", samples=7, measures=("mmd", "kernel"))
+    expected = FeatureDistance(reference=real, samples=7, measures=("mmd", "kernel"))
     assert evaluators == (expected,)
     assert context.parts == epath.Path(folder) / "evaluation_parts"
 

@@ -16,14 +16,10 @@ from jaxdiff.evaluation import extraction, feature_distance, features, statistic
 from jaxdiff.evaluation.distances import moments_of
 from jaxdiff.evaluation.evaluator import EvalContext
 from jaxdiff.evaluation.extraction import image_features
-from jaxdiff.evaluation.feature_distance import (
-    FeatureDistance,
-    measure,
-    reference_statistics,
-    set_statistics,
-)
+from jaxdiff.evaluation.feature_distance import FeatureDistance, measure
 from jaxdiff.evaluation.features import ClipFeatures, clip_network
 from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles
+from jaxdiff.evaluation.reference import open_reference, set_statistics
 from jaxdiff.evaluation.statistics import collect, write_statistics
 from jaxdiff.io.images import save_png
 from jaxdiff.models.layers import any_rngs, init_params
@@ -140,19 +136,21 @@ def test_features_that_cannot_be_saved_are_computed(network, tmp_path):
 def test_statistics_are_the_same_from_a_file_a_folder_and_an_archive(network, tmp_path):
     pixels = images(12)
     expected = set_statistics(network, ImageArray(pixels, "squares"))
+
+    def read(name):
+        return open_reference(str(tmp_path / name)).statistics(network)
+
     write_statistics(tmp_path / "a.safetensors", expected)
-    read = reference_statistics(network, str(tmp_path / "a.safetensors"))
-    assert (read.fingerprint, read.data) == (expected.fingerprint, "squares")
+    stored = read("a.safetensors")
+    assert (stored.fingerprint, stored.data) == (expected.fingerprint, "squares")
     for i, image in enumerate(pixels):
         save_png(tmp_path / "folder" / "below" / f"{i:02d}.png", image)
-    assert reference_statistics(network, str(tmp_path / "folder")).fingerprint == read.fingerprint
+    assert read("folder").fingerprint == expected.fingerprint
     np.savez(tmp_path / "images.npz", arr_0=pixels)
-    assert reference_statistics(network, str(tmp_path / "images.npz")).fingerprint == (
-        read.fingerprint
-    )
+    assert read("images.npz").fingerprint == expected.fingerprint
     mean, covariance = expected.moments
     np.savez(tmp_path / "moments.npz", mu=mean, sigma=covariance)
-    moments = reference_statistics(network, str(tmp_path / "moments.npz"))
+    moments = read("moments.npz")
     assert moments.features is None
     report = measure(network, expected, moments)
     assert report.scalars == pytest.approx({"frechet_tiny": 0}, abs=1e-9)
@@ -173,7 +171,7 @@ def test_statistics_are_the_same_from_a_file_a_folder_and_an_archive(network, tm
 def test_archives_that_cannot_be_used_are_refused(network, tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        reference_statistics(network, str(tmp_path / "a.npz"))
+        open_reference(str(tmp_path / "a.npz")).statistics(network)
 
 
 def test_statistics_of_another_network_are_refused(network, tmp_path):
@@ -181,10 +179,10 @@ def test_statistics_of_another_network_are_refused(network, tmp_path):
     other = dataclasses.replace(found, network={**found.network, "weights": "others"})
     write_statistics(tmp_path / "a.safetensors", other)
     with pytest.raises(UserError, match="was computed with the weights others and not"):
-        reference_statistics(network, str(tmp_path / "a.safetensors"))
+        open_reference(str(tmp_path / "a.safetensors")).statistics(network)
     save_png(tmp_path / "b.safetensors", images(1)[0])
     with pytest.raises(UserError, match="is damaged"):
-        reference_statistics(network, str(tmp_path / "b.safetensors"))
+        open_reference(str(tmp_path / "b.safetensors")).statistics(network)
 
 
 def test_few_images_have_a_frechet_distance_only_if_asked_for(network):
@@ -236,6 +234,41 @@ def test_generated_images_do_not_depend_on_parts_and_resume(context, network, mo
     assert evaluator.evaluate(context).scalars == whole.scalars
     assert len(generated) <= 4
     assert whole.provenance["mmd_tiny"]["prompts"] == parts.provenance["mmd_tiny"]["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 50}, "frechet_tiny of 7 images says little"),  # the reference has 7
+        ({"reference": "moments.npz"}, "has features of 3 numbers and not 8"),
+        ({"reference": "fit.npz", "measures": ("mmd",)}, "mmd needs features"),
+        ({"reference": "none"}, "The reference .*none does not exist: expected a folder"),
+        ({"reference": "notes.txt"}, "another kind of file: expected a folder"),
+    ],
+)
+def test_comparisons_that_are_impossible_are_refused_before_any_image_is_generated(
+    changes, message, context, network, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ClipFeatures, "load", lambda _: network)
+    for i, image in enumerate(images(7)):
+        save_png(tmp_path / "real" / f"{i}.png", image)
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "fit.npz", mu=np.zeros(8), sigma=np.eye(8))
+    (tmp_path / "notes.txt").write_text("no images")
+    reference = str(tmp_path / changes.get("reference", "real"))
+    evaluator = FeatureDistance(**{**changes, "reference": reference})
+    source = Produce(size=32, length=60)
+    with pytest.raises(UserError, match=message):
+        evaluator.check(context.spec, dataclasses.replace(context.data, source=source))
+
+
+def test_the_size_of_the_data_limits_the_images(context, network, monkeypatch):
+    monkeypatch.setattr(ClipFeatures, "load", lambda _: network)
+    small = dataclasses.replace(context.data, source=Produce(size=32, length=8))
+    with pytest.raises(UserError, match="frechet_tiny of 8 images says little"):
+        FeatureDistance(samples=5000).check(context.spec, small)
+    FeatureDistance(samples=5000, few=True).check(context.spec, small)
+    FeatureDistance(samples=5000).check(context.spec, context.data)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
