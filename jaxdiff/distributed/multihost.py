@@ -4,6 +4,7 @@ Every host must call these functions, and in the same order. With one host they 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -91,6 +92,24 @@ def sum_over_hosts(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).sum())
+
+
+def rows_of_host(count: int) -> slice:
+    """Return the share of this host of `count` rows."""
+    share = math.ceil(count / jax.process_count())
+    start = min(count, share * jax.process_index())
+    return slice(start, min(count, start + share))
+
+
+def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` rows of all hosts, in the order of `rows_of_host`."""
+    if jax.process_count() == 1:
+        return rows
+    share = math.ceil(count / jax.process_count())
+    padded = np.zeros((share, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    return gathered.reshape(-1, *rows.shape[1:])[:count]
 
 
 class AnyHost:

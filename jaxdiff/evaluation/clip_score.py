@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int
 
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Natural, Range
@@ -19,10 +19,14 @@ from jaxdiff.evaluation.evaluator import (
     digest_of_texts,
     image_source,
 )
+from jaxdiff.evaluation.extraction import generated_features, image_features
+from jaxdiff.evaluation.features import clip_score_network
 from jaxdiff.evaluation.image_sets import DataImages
-from jaxdiff.pipelines.auxiliary_models import clip_embeddings
+from jaxdiff.pipelines.auxiliary_models import clip_text_vectors
 from jaxdiff.pretrained.bundle import AnySpec
 from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+
+_BLOCK = 1024  # vectors that are compared with all others at a time
 
 
 @checked
@@ -30,11 +34,11 @@ from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 class ClipScore(Evaluator):
     """Mean cosine of images and captions in a CLIP (Hessel et al. 2021), times 100.
 
-    Captions are those of records spread over the data. "data" is the score of their own images,
-    "chance" that of the generated images with the captions shifted by half of their number.
-    "retrieval" is the fraction of images whose caption is the nearest of all, and "text_retrieval"
-    that of captions whose image is; equal captions count as one. "retrieval_data" and
-    "text_retrieval_data" are those of the data's own images.
+    Captions are those of records spread over the data; image i has seed i. "data" is the score of
+    their own images, "chance" that of the generated images with the captions shifted by half of
+    their number. "retrieval" is the fraction of images whose caption is the nearest of all, and
+    "text_retrieval" that of captions whose image is; equal captions count as one. "retrieval_data"
+    and "text_retrieval_data" are those of the data's own images.
 
     Attributes:
       samples: captions.
@@ -51,7 +55,11 @@ class ClipScore(Evaluator):
     every: Natural = 0
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
-        """Raise `UserError` for a model without text, or cached latents of unknown images."""
+        """Raise `UserError` for a model without text, unknown images, or without the CLIP."""
+        self._check_data(spec, data)
+        clip_score_network(self.clip_model)
+
+    def _check_data(self, spec: AnySpec, data: DataConfig) -> None:
         check_text_to_image(spec, self)
         if image_source(data) is None:
             raise UserError(
@@ -61,11 +69,20 @@ class ClipScore(Evaluator):
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate and score images."""
-        self.check(context.spec, context.data)
-        captions, true = self._records(context.data)
-        images = context.generate(captions)
-        image, text = clip_embeddings(self.clip_model, images, captions)
-        own, _ = clip_embeddings(self.clip_model, true, captions)
+        self._check_data(context.spec, context.data)
+        network, records = (
+            clip_score_network(self.clip_model),
+            DataImages(context.data, self.samples),
+        )
+        captions = records.captions()
+        if len(captions) < 2:
+            raise UserError(
+                f"evaluator {self.name!r} found {len(captions)} usable records with a caption: "
+                "expected at least 2; repair the data, or leave the evaluator out."
+            )
+        text = clip_text_vectors(self.clip_model, captions)
+        image = np.concatenate(list(generated_features(context, network, captions)))
+        own = np.concatenate(list(image_features(network, records, context.parts)))
         shifted = np.roll(text, max(1, len(captions) // 2), axis=0)
         pairs = {"score": (image, text), "data": (own, text), "chance": (image, shifted)}
         scalars = {
@@ -79,8 +96,8 @@ class ClipScore(Evaluator):
         scalars |= found
         summary += "; " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
         about = {
-            "clip_model": self.clip_model,
-            "images": len(images),
+            **network.provenance,
+            "images": len(image),
             "prompts": digest_of_texts(captions),
         }
         return Report(
@@ -88,16 +105,6 @@ class ClipScore(Evaluator):
             text=f"CLIP score ({self.clip_model}): {summary}",
             provenance=dict.fromkeys(scalars, about),
         )
-
-    def _records(self, data: DataConfig) -> tuple[list[str], UInt8[np.ndarray, "n h w 3"]]:
-        """Return captions and images of records spread over the data, unusable ones left out."""
-        examples = list(DataImages(data, self.samples).examples())
-        if len(examples) < 2:
-            raise UserError(
-                f"evaluator {self.name!r} found {len(examples)} usable records with a caption: "
-                "expected at least 2; repair the data, or leave the evaluator out."
-            )
-        return [one.caption for one in examples], np.stack([one.image for one in examples])
 
 
 def retrieval(
@@ -110,6 +117,15 @@ def retrieval(
       texts: unit vectors of the captions.
       captions: of the images; equal ones are the same.
     """
-    cosines, names = images @ texts.T, np.array(captions)
-    by_image, by_text = names[cosines.argmax(axis=1)], names[cosines.argmax(axis=0)]
+    names = np.array(captions)
+    by_image, by_text = names[_nearest(images, texts)], names[_nearest(texts, images)]
     return float((by_image == names).mean()), float((by_text == names).mean())
+
+
+def _nearest(
+    vectors: Float32[np.ndarray, "n e"], others: Float32[np.ndarray, "m e"]
+) -> Int[np.ndarray, " n"]:
+    """Return the index of the nearest of the others, comparing some vectors with all at a time."""
+    starts = range(0, len(vectors), _BLOCK)
+    found = [(vectors[start : start + _BLOCK] @ others.T).argmax(axis=1) for start in starts]
+    return np.concatenate(found)

@@ -23,6 +23,7 @@ from jaxdiff.config.fields import Count
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.distributed.mesh import MeshConfig
+from jaxdiff.distributed.multihost import gather_rows, rows_of_host
 from jaxdiff.errors import UserError
 from jaxdiff.models.text_to_image import TextToImage
 from jaxdiff.pipelines.pipeline import Pipeline
@@ -120,7 +121,26 @@ class EvalContext:
         """Generate an image for each prompt.
 
         Image i has seed `first` + i; or it is the best of n, whose first has seed n times that.
+        Where each host has the model, it generates its share, and all return all images.
         """
+        if self.mesh is not None:
+            return self._sample(prompts, first)
+        return gather_rows(self.generate_share(prompts, first), len(prompts))
+
+    def generate_share(
+        self, prompts: Sequence[str], first: int = 0
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Generate the images of `generate`, and return this host's share, `rows_of_host`."""
+        rows = rows_of_host(len(prompts))
+        if self.mesh is not None:  # over hosts, which sample together
+            return self._sample(prompts, first)[rows]
+        if not prompts[rows]:  # fewer prompts than hosts
+            assert isinstance(self.spec, TextToImage)
+            return np.zeros((0, self.spec.image_size, self.spec.image_size, 3), np.uint8)
+        return self._sample(prompts[rows], first + rows.start)
+
+    def _sample(self, prompts: Sequence[str], first: int) -> UInt8[np.ndarray, "n h w 3"]:
+        """Sample on all devices of the context."""
         how, count = self.generation, self.generation.best_of
         arguments = dict(how.arguments)
         if first:

@@ -7,7 +7,6 @@ part is saved, and read by a later run of the same images, network and settings.
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,11 @@ from jaxtyping import Float32
 
 from jaxdiff.config.serialization import to_json
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.distributed.multihost import is_host0
+from jaxdiff.distributed.multihost import gather_rows, is_host0, rows_of_host
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext
 from jaxdiff.evaluation.features import FeatureNetwork
-from jaxdiff.evaluation.image_sets import ImageSet
+from jaxdiff.evaluation.image_sets import ImageSet, Pixels
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.pretrained.safetensors_io import TensorFiles, write_tensors
 
@@ -98,22 +97,30 @@ def image_features(
         count = min(PART, len(images) - start)
 
         def compute(start: int = start, count: int = count) -> Part:
-            rows = _host_rows(count)
-            read = [_usable(images, start + i) for i in range(count)[rows]]
-            features = np.full((len(read), network.width), np.nan, np.float32)
-            usable = [i for i, image in enumerate(read) if image is not None]
-            features[usable] = network(image for image in read if image is not None)
-            return _gather_rows(features, count)
+            indices = range(start, start + count)[rows_of_host(count)]
+            return gather_rows(_features_or_nan(network, images, indices), count)
 
         part = cache.part(index, (count, network.width), compute)
         yield part[~np.isnan(part[:, 0])]
 
 
-def _usable(images: ImageSet, index: int) -> np.ndarray | None:
-    try:
-        return images[index]
-    except RecordError:
-        return None
+def _features_or_nan(network: FeatureNetwork, images: ImageSet, indices: range) -> Part:
+    """Return a row for each image, NaN for an unusable one; images are read as they are needed."""
+    usable: list[int] = []
+
+    def read() -> Iterator[Pixels]:
+        for row, index in enumerate(indices):
+            try:
+                image = images[index]
+            except RecordError:
+                continue
+            usable.append(row)
+            yield image
+
+    found = network(read())
+    features = np.full((len(indices), network.width), np.nan, np.float32)
+    features[usable] = found
+    return features
 
 
 def generated_features(
@@ -134,34 +141,9 @@ def generated_features(
         texts = prompts[start : start + PART]
 
         def compute(start: int = start, texts: Sequence[str] = texts) -> Part:
-            rows = _host_rows(len(texts))
-            if context.mesh is not None:
-                features = network(context.generate(texts, start)[rows])
-            elif texts[rows]:
-                features = network(context.generate(texts[rows], start + rows.start))
-            else:
-                features = network([])
-            return _gather_rows(features, len(texts))
+            return gather_rows(network(context.generate_share(texts, start)), len(texts))
 
         yield cache.part(index, (len(texts), network.width), compute)
-
-
-def _host_rows(count: int) -> slice:
-    """Return the rows of this host."""
-    share = math.ceil(count / jax.process_count())
-    start = min(count, share * jax.process_index())
-    return slice(start, min(count, start + share))
-
-
-def _gather_rows(features: Part, count: int) -> Part:
-    """Return the rows of all hosts, in their order."""
-    if jax.process_count() == 1:
-        return features
-    share = math.ceil(count / jax.process_count())
-    padded = np.zeros((share, features.shape[1]), np.float32)
-    padded[: len(features)] = features
-    gathered = multihost_utils.process_allgather(padded).reshape(-1, features.shape[1])
-    return np.asarray(gathered)[:count]
 
 
 def _on_all_hosts(value: np.ndarray | np.int32) -> Any:

@@ -29,6 +29,7 @@ from jaxdiff.models.image_encoders.inception import FEATURES, IMAGE_SIZE, Incept
 from jaxdiff.models.layers import bind_build, bind_init, bind_params, cast
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVision
 from jaxdiff.models.text_to_image import from_uint8
+from jaxdiff.pipelines.auxiliary_models import clip_image_vectors, load_clip
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.pretrained.dinov2_folder import is_dinov2_config, read_dinov2_folder
 from jaxdiff.pretrained.inception_file import inception_from_torch, open_tensors
@@ -68,12 +69,12 @@ class FeatureNetwork(NamedTuple):
     batch_size: int
 
     def __call__(self, images: Iterable[Pixels]) -> Float32[np.ndarray, "n d"]:
-        """Return the features of images of any sizes; images are read as they are needed."""
+        """Return the features of images of any sizes; a few of them are in memory at a time."""
         made: list[tuple[jax.Array, int]] = []
         with ThreadPoolExecutor(_THREADS) as pool:
-            for batch in _batches(images, self.batch_size):
-                inputs = np.stack(list(pool.map(self.prepare, batch)))
-                full = np.resize(inputs, (self.batch_size, *inputs.shape[1:]))
+            inputs = (x for few in _batches(images, _THREADS) for x in pool.map(self.prepare, few))
+            for batch in _batches(inputs, self.batch_size):
+                full = np.resize(np.stack(batch), (self.batch_size, *batch[0].shape))
                 made.append((self.embed(full), len(batch)))
         features = [np.asarray(x, np.float32)[:count] for x, count in made]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])
@@ -83,8 +84,8 @@ class FeatureNetwork(NamedTuple):
         return self.published.get(measure, f"{measure}_{self.label}")
 
 
-def _batches(images: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
-    batch: list[Pixels] = []
+def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    batch: list[np.ndarray] = []
     for image in images:
         batch.append(image)
         if len(batch) == size:
@@ -264,6 +265,34 @@ def clip_network(spec: ClipConfig, params: PyTree, model: str) -> FeatureNetwork
             "resizing": f"bicubic as Pillow to {config.image_size}, centre crop",
         },
         prepare=lambda x: pillow_bicubic(x, config.image_size, crop=True),
+        embed=embed,
+        batch_size=batch_size,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def clip_score_network(model: str) -> FeatureNetwork:
+    """Load the image encoder of a CLIP, with unit vectors of images resized as for guidance.
+
+    Raises:
+      UserError: there is no such CLIP.
+    """
+    clip = load_clip(model, local_mesh())
+    config = clip.config.vision
+    embed, batch_size = _on_devices(
+        functools.partial(clip_image_vectors, clip.config), clip.params["vision"]
+    )
+    return FeatureNetwork(
+        label="clip",
+        published={},
+        usual=(),
+        width=config.projection_dim or config.width,
+        provenance={
+            "network": f"CLIP, width {config.width}, depth {config.depth}",
+            "weights": weights_fingerprint(clip.params),
+            "resizing": f"bilinear as JAX to {config.image_size}",
+        },
+        prepare=lambda x: x,
         embed=embed,
         batch_size=batch_size,
     )

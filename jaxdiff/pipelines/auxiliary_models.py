@@ -14,7 +14,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.replicas import local_mesh, replicate, shard
 from jaxdiff.errors import UserError
 from jaxdiff.models.layers import ComputeType, bind_init, bind_params, cast
-from jaxdiff.models.text_encoders.clip import Clip, ClipConfig
+from jaxdiff.models.text_encoders.clip import ClipConfig, ClipText, ClipVision, unit_vectors
 from jaxdiff.models.text_to_image import TextToImage, from_uint8
 from jaxdiff.pipelines.batching import in_full_batches
 from jaxdiff.pipelines.latent_spaces import have_same_latents
@@ -60,36 +60,47 @@ def clip_scores(
     Raises:
       UserError: as `load_clip`.
     """
-    image, text = clip_embeddings(model, images, prompts)
-    return np.sum(image * text, axis=1)
+    clip = load_clip(model, local_mesh())
+    embed = functools.partial(_compiled_images(clip.config), clip.params["vision"])
+    vectors = in_full_batches(embed, _BATCH_SIZE, images)
+    return np.sum(vectors * clip_text_vectors(model, prompts), axis=1)
 
 
-def clip_embeddings(
-    model: str, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
-) -> tuple[Float32[np.ndarray, "n e"], Float32[np.ndarray, "n e"]]:
-    """Return the unit vectors of images and of prompts.
+def clip_text_vectors(model: str, prompts: Sequence[str]) -> Float32[np.ndarray, "n e"]:
+    """Return the unit vectors of prompts.
 
     Raises:
       UserError: as `load_clip`.
     """
     clip = load_clip(model, local_mesh())
     ids = clip.tokenizer([plain(prompt) for prompt in prompts])
-    embed = functools.partial(_compiled_embeddings(clip.config), clip.params)
-    both = in_full_batches(embed, _BATCH_SIZE, images, ids)
-    image, text = np.split(both, 2, axis=1)
-    return image, text
+    embed = functools.partial(_compiled_texts(clip.config), clip.params["text"])
+    return in_full_batches(embed, _BATCH_SIZE, ids)
+
+
+def clip_image_vectors(
+    config: ClipConfig, params: PyTree, images: UInt8[Array, "b h w 3"]
+) -> Float32[Array, "b e"]:
+    """Return the unit vectors of images, given the parameters of the image encoder."""
+    vision = bind_params(bind_init(ClipVision, config.vision), params)
+    views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
+    # TPUs and GPUs would round, so that scores would depend on the device.
+    with jax.default_matmul_precision("highest"):
+        return unit_vectors(vision(views).pooled)
 
 
 @functools.lru_cache(maxsize=2)
-def _compiled_embeddings(config: ClipConfig):
+def _compiled_images(config: ClipConfig):
+    return jax.jit(functools.partial(clip_image_vectors, config))
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled_texts(config: ClipConfig):
     @jax.jit
-    def embed(params: PyTree, images: UInt8[Array, "b h w 3"], ids: Int[Array, "b n"]):
-        clip = bind_params(bind_init(Clip, config), params)
-        views = clip_views(from_uint8(images), config.vision.image_size, 0, jnp.zeros(()))
-        # TPUs and GPUs would round, so that scores would depend on the device.
+    def embed(params: PyTree, ids: Int[Array, "b n"]):
+        text = bind_params(bind_init(ClipText, config.text), params)
         with jax.default_matmul_precision("highest"):
-            embeddings = clip(views, ids)
-        return jnp.concatenate([embeddings.image, embeddings.text], axis=1)
+            return unit_vectors(text(ids).pooled)
 
     return embed
 

@@ -1,11 +1,14 @@
 """Evaluators: figures of true images and of noise, what they show, and what they refuse."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.loader import DataConfig
@@ -25,6 +28,7 @@ from jaxdiff.evaluation import clip_score, samples
 from jaxdiff.evaluation import evaluator as interface
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import EvalContext, Generation
+from jaxdiff.evaluation.features import FeatureNetwork
 from jaxdiff.evaluation.openmoji import OpenMojiAccuracy
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import Reconstructions, SampleGrid
@@ -41,7 +45,7 @@ class Perfect(EvalContext):
 
     images: dict = dataclasses.field(default_factory=dict)
 
-    def generate(self, prompts):
+    def generate_share(self, prompts, first=0):
         return np.stack([self.images[prompt] for prompt in prompts])
 
 
@@ -187,12 +191,29 @@ def matching(monkeypatch):
     """In the place of CLIP, vectors that are equal if image and caption are of one record."""
     calls = []
 
-    def embeddings(model, images, texts):
-        calls.append((model, [int(image[0, 0, 0]) for image in images], list(texts)))
-        numbers = [image[0, 0, 0] for image in images], [int(text.split()[-1]) for text in texts]
-        return tuple(np.eye(64, dtype=np.float32)[n] for n in numbers)
+    def embed(model, images):
+        numbers = images[:, 0, 0, 0].tolist()
+        calls.append((model, numbers))
+        return jnp.eye(64)[np.array(numbers)]
 
-    monkeypatch.setattr(clip_score, "clip_embeddings", embeddings)
+    def network(model):
+        return FeatureNetwork(
+            label="clip",
+            published={},
+            usual=(),
+            width=64,
+            provenance={"weights": f"of {model}"},
+            prepare=lambda image: image,
+            embed=functools.partial(embed, model),
+            batch_size=4,
+        )
+
+    def texts(model, prompts):
+        calls.append((model, list(prompts)))
+        return np.eye(64, dtype=np.float32)[[int(prompt.split()[-1]) for prompt in prompts]]
+
+    monkeypatch.setattr(clip_score, "clip_score_network", network)
+    monkeypatch.setattr(clip_score, "clip_text_vectors", texts)
     return calls
 
 
@@ -232,10 +253,27 @@ def test_the_clip_score_compares_images_with_their_and_other_captions(context, m
     assert report.scalars == cosines | ranks | of_data
     assert report.text.startswith("CLIP score (mine): score 75.0, data 100.0, chance 0.0; retriev")
     about = report.provenance["retrieval"]
-    assert (about["clip_model"], about["images"]) == ("mine", 4)
+    assert (about["weights"], about["images"]) == ("of mine", 4)
     captions = [f"a pea {n}" for n in (11, 22, 33, 44)]
-    true = ("mine", [11, 22, 33, 44], captions)
-    assert matching == [("mine", [11, 22, 33, 0], captions), true]  # each image once
+    images = [[11, 22, 33, 0], [11, 22, 33, 44]]  # each once
+    assert matching == [("mine", found) for found in (captions, *images)]
+
+
+def test_blocks_do_not_change_retrieval(monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(2, 50, 3)).astype(np.float32)
+    names = [str(i // 2) for i in range(50)]
+    cosines = vectors[0] @ vectors[1].T
+    same = np.array(names)
+    expected = tuple((same[cosines.argmax(axis)] == same).mean() for axis in (1, 0))
+    assert clip_score.retrieval(*vectors, names) == expected
+    monkeypatch.setattr(clip_score, "_BLOCK", 7)
+    assert clip_score.retrieval(*vectors, names) == expected
+
+
+def test_a_clip_that_does_not_exist_is_refused_before_any_image_is_generated(context, tmp_path):
+    place = context(Produce())
+    with pytest.raises(UserError, match="none"):
+        ClipScore(clip_model=str(tmp_path / "none")).check(place.spec, place.data)
 
 
 def test_data_without_captions_have_no_clip_score(context, matching):
@@ -324,6 +362,32 @@ def test_images_are_generated_with_the_arguments_of_the_generation(context, monk
     ]
     with pytest.raises(UserError, match="best_of is 0"):
         Generation(best_of=0)
+
+
+def test_hosts_generate_a_share_each_and_return_all(context, monkeypatch):
+    calls = []
+
+    class Numbered(EvalContext):
+        @staticmethod
+        def pipeline(prompts, seeds=range(5)):
+            calls.append((list(prompts), list(seeds)[: len(prompts)]))
+            return np.stack([np.full((64, 64, 3), int(prompt), np.uint8) for prompt in prompts])
+
+    base = context(Produce())
+    place, prompts = Numbered(0, base.spec, {}, {}, base.data), ["0", "1", "2", "3"]
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    shares = []
+    for host in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        shares.append(place.generate_share(prompts))
+    assert calls == [(["0", "1"], [0, 1]), (["2", "3"], [2, 3])]  # two each, none for the last
+
+    def gather(rows):
+        assert rows.shape == (2, 64, 64, 3)
+        return np.stack([shares[0], shares[1], np.zeros_like(rows)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    assert place.generate(prompts)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_a_context_builds_the_pipeline_of_its_model(tiny_bundle, tiny_recipe):

@@ -1,6 +1,7 @@
 """Features and their statistics: equal on any devices, read from files, and scored."""
 
 import dataclasses
+import weakref
 
 import jax
 import numpy as np
@@ -51,6 +52,13 @@ _mesh = features.local_mesh
 @pytest.fixture(scope="module")
 def network():
     return tiny_network(jax.devices()[:1])
+
+
+class Weak(np.ndarray):
+    """An array that weak references may refer to, and that is equal to itself alone."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -124,6 +132,28 @@ def test_a_stopped_extraction_resumes(network, monkeypatch, tmp_path):
     np.testing.assert_array_equal(found, expected)
     extraction.remove_parts(folder)
     assert not folder.exists()
+
+
+def test_few_images_of_a_set_are_in_memory_at_a_time(network):
+    alive, most = weakref.WeakSet(), []
+
+    class Counted:
+        name = fingerprint = "counted"
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index, /):
+            if index == 3:
+                raise RecordError("unreadable")
+            image = images(1)[0].view(Weak)
+            alive.add(image)
+            most.append(len(alive))
+            return image
+
+    [found] = image_features(network, Counted())
+    assert found.shape == (99, 8)
+    assert max(most) <= 3 * features._THREADS
 
 
 def test_features_that_cannot_be_saved_are_computed(network, tmp_path):
@@ -221,10 +251,10 @@ def test_generated_images_do_not_depend_on_parts_and_resume(context, network, mo
     whole = evaluator.evaluate(dataclasses.replace(context, parts=None))
     monkeypatch.setattr(extraction, "PART", 5)
     generated = []
-    generate = EvalContext.generate
+    generate = EvalContext.generate_share
     monkeypatch.setattr(
         EvalContext,
-        "generate",
+        "generate_share",
         lambda self, prompts, first: generated.append(first) or generate(self, prompts, first),
     )
     parts = evaluator.evaluate(context)
