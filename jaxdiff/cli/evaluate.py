@@ -18,7 +18,13 @@ from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.distributed_init import Hosts, join_hosts
 from jaxdiff.distributed.multihost import held_on_host0, is_host0
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Generation, with_samples
+from jaxdiff.evaluation.evaluator import (
+    EvalContext,
+    Evaluator,
+    Generation,
+    check_evaluators,
+    with_samples,
+)
 from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.features import ClipFeatures, Measure, features_of
@@ -156,8 +162,7 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     points = parse_sweep(options.sweep)
     evaluators = _evaluators(config, options)
     spec, params, tokenizers = load_bundle(options.run)
-    for evaluator in evaluators:
-        evaluator.check(spec, config.data)
+    check_evaluators(evaluators, spec, config.data)
     generation = _generation(options)
     folder = _folder(options)
     parts = None if folder is None else folder / PARTS

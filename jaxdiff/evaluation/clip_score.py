@@ -14,6 +14,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Label,
     Report,
     check_text_to_image,
     digest_of_texts,
@@ -44,6 +45,7 @@ class ClipScore(Evaluator):
       samples: captions.
       clip_model: the CLIP; scores of different ones cannot be compared.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
 
     Raises:
       UserError: fewer than two samples.
@@ -53,6 +55,7 @@ class ClipScore(Evaluator):
     samples: Annotated[int, Range(2)] = 64
     clip_model: str = ClipGuidance.model
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, unknown images, or without the CLIP."""
@@ -63,7 +66,7 @@ class ClipScore(Evaluator):
         check_text_to_image(spec, self)
         if image_source(data) is None:
             raise UserError(
-                f"evaluator {self.name!r} needs images but data.source is cached latents: set "
+                f"evaluator {self.prefix!r} needs images but data.source is cached latents: set "
                 "data.source.of to the original data, or leave the evaluator out."
             )
 
@@ -77,7 +80,7 @@ class ClipScore(Evaluator):
         captions = records.captions()
         if len(captions) < 2:
             raise UserError(
-                f"evaluator {self.name!r} found {len(captions)} usable records with a caption: "
+                f"evaluator {self.prefix!r} found {len(captions)} usable records with a caption: "
                 "expected at least 2; repair the data, or leave the evaluator out."
             )
         text = clip_text_vectors(self.clip_model, captions)

@@ -8,9 +8,10 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxdiff.config.checked import checked
-from jaxdiff.config.fields import Count
+from jaxdiff.config.fields import Count, unexpected
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.data.sources.cached_latents import CachedLatents
 from jaxdiff.distributed.mesh import MeshConfig
@@ -34,6 +35,19 @@ from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
 Goal = Literal["min", "max"]
 """Which value of a scalar is best."""
 
+
+@dataclass(frozen=True)
+class FigureName:
+    """A name that metrics and files may have."""
+
+    def check(self, name: str, value: Any, kind: Any) -> str:
+        """Raise `UserError` for other characters than letters, digits, `_`, `-` and `.`."""
+        if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+", value):
+            raise unexpected(name, value, "a name of letters, digits, _, - and .")
+        return value
+
+
+Label = Annotated[str | None, FigureName()]
 
 T = TypeVar("T")
 
@@ -154,11 +168,12 @@ class Evaluator(abc.ABC):
     """Interface of evaluators; one's own is a frozen dataclass that inherits it.
 
     Attributes:
-      name: of its figures in metrics.
+      name: of its figures in metrics, for a kind of evaluator.
       has_figures: whether it reports scalars; `jaxdiff evaluate` leaves out those of images alone.
       generates: whether its figures depend on how images are sampled, which a sweep varies.
       goal: which values of its scalars are best.
       every: steps from one evaluation to the next; 0 evaluates at the end alone.
+      label: names its figures in the place of `name`, for a second evaluator of a kind.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of those that inherit it
@@ -168,6 +183,12 @@ class Evaluator(abc.ABC):
     generates: ClassVar[bool] = True
     goal: ClassVar[Goal] = "max"
     every: int = 0
+    label: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its figures and images begin with, before a slash."""
+        return self.label or self.name
 
     @abc.abstractmethod
     def evaluate(self, context: EvalContext) -> Report:
@@ -179,6 +200,27 @@ class Evaluator(abc.ABC):
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
+
+
+def check_evaluators(evaluators: Sequence[Evaluator], spec: AnySpec, data: DataConfig) -> None:
+    """Check evaluators before any of them runs.
+
+    Raises:
+      UserError: two have one name, or one does not fit the model or the data.
+    """
+    check_names(evaluators)
+    for evaluator in evaluators:
+        evaluator.check(spec, data)
+
+
+def check_names(evaluators: Sequence[Evaluator]) -> None:
+    """Raise `UserError` for evaluators whose figures would overwrite each other's."""
+    names = [evaluator.prefix for evaluator in evaluators]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"evaluators has {len(repeated)} of the name {repeated[0]!r}, whose figures would "
+            "overwrite each other: expected different names; set `label` of all but one."
+        )
 
 
 def with_samples(evaluator: Evaluator, samples: int | None) -> Evaluator:
@@ -204,7 +246,7 @@ def check_text_to_image(spec: AnySpec, evaluator: Evaluator) -> TextToImage:
     """Return the specification if it is a text-to-image model's; else raise `UserError`."""
     if not isinstance(spec, TextToImage):
         raise UserError(
-            f"evaluator {evaluator.name!r} needs a text-to-image model but the recipe trains a "
+            f"evaluator {evaluator.prefix!r} needs a text-to-image model but the recipe trains a "
             f"{type(spec).__name__}: leave the evaluator out."
         )
     return spec
@@ -228,7 +270,7 @@ def check_drawings(
     size, source = check_text_to_image(spec, evaluator).image_size, image_source(data)
     if not isinstance(source, kind) or size != getattr(source, "size", None):
         raise UserError(
-            f"evaluator {evaluator.name!r} compares images with {drawings}: expected data.source "
+            f"evaluator {evaluator.prefix!r} compares images with {drawings}: expected data.source "
             f"to be {kind.__name__}, of the size of the model's images; leave the evaluator out."
         )
     return source

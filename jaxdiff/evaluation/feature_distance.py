@@ -16,6 +16,7 @@ from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Goal,
+    Label,
     Report,
     check_text_to_image,
     digest_of_texts,
@@ -171,6 +172,7 @@ class FeatureDistance(Evaluator):
       measures: to compute; none computes those that the network is known for.
       few: whether a Frechet distance of no more images than a feature has numbers is reported.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
 
     Raises:
       UserError: fewer than two samples.
@@ -184,6 +186,7 @@ class FeatureDistance(Evaluator):
     measures: tuple[Measure, ...] = ()
     few: bool = False
     every: Natural = 0
+    label: Label = None
 
     def goal_of(self, scalar: str) -> Goal:
         """Return "max" for precision and recall, "min" for distances."""
@@ -204,7 +207,7 @@ class FeatureDistance(Evaluator):
         check_text_to_image(spec, self)
         if image_source(data) is None:
             raise UserError(
-                f"evaluator {self.name!r} needs captions but data.source is cached latents: set "
+                f"evaluator {self.prefix!r} needs captions but data.source is cached latents: set "
                 "data.source.of to the original data, or leave the evaluator out."
             )
 
@@ -216,7 +219,7 @@ class FeatureDistance(Evaluator):
         prompts = images.captions()
         if len(prompts) < 2:
             raise UserError(
-                f"evaluator {self.name!r} found {len(prompts)} usable records with a caption: "
+                f"evaluator {self.prefix!r} found {len(prompts)} usable records with a caption: "
                 "expected at least 2; repair the data, or leave the evaluator out."
             )
         parts = generated_features(context, network, prompts)

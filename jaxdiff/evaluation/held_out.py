@@ -9,7 +9,7 @@ from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, Natural
 from jaxdiff.data.loader import DataConfig
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Goal, Report
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Goal, Label, Report
 from jaxdiff.pretrained.bundle import AnySpec
 
 
@@ -26,6 +26,7 @@ class HeldOutLoss(Evaluator):
     Attributes:
       samples: records, rounded down to whole batches, but at least one batch.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
     """
 
     name: ClassVar[str] = "held_out"
@@ -33,13 +34,14 @@ class HeldOutLoss(Evaluator):
     goal: ClassVar[Goal] = "min"
     samples: Count = 1024
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for data without held-out records."""
         if data.held_out == 0:
             raise UserError(
-                f"evaluator {self.name!r} needs records that are not trained on but data.held_out "
-                "is 0: set it to a share such as 0.01, or leave the evaluator out."
+                f"evaluator {self.prefix!r} needs records that are not trained on but "
+                "data.held_out is 0: set it to a share such as 0.01, or leave the evaluator out."
             )
 
     def evaluate(self, context: EvalContext) -> Report:
@@ -47,8 +49,8 @@ class HeldOutLoss(Evaluator):
         self.check(context.spec, context.data)
         if context.loss is None:
             raise UserError(
-                f"evaluator {self.name!r} needs the loss of a recipe's task: expected a recipe of "
-                "this model; leave the evaluator out."
+                f"evaluator {self.prefix!r} needs the loss of a recipe's task: expected a recipe "
+                "of this model; leave the evaluator out."
             )
         scalars: dict[str, float] = {}
         for name, value in context.loss(self.samples).items():

@@ -16,6 +16,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Label,
     Report,
     check_drawings,
     check_text_to_image,
@@ -42,6 +43,7 @@ class IconAccuracy(Evaluator):
     Attributes:
       samples: prompts of each of four sets.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
 
     Raises:
       UserError: fewer than two samples.
@@ -50,13 +52,14 @@ class IconAccuracy(Evaluator):
     name: ClassVar[str] = "icons"
     samples: Annotated[int, Range(2)] = 500
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for other data than EmojiScenes, another size, or no held-out style."""
         source = check_drawings(spec, data, self, EmojiScenes, "drawings of things")
         if STYLES.keys().isdisjoint(source.sets):
             raise UserError(
-                f"evaluator {self.name!r} scores held-out styles but data.source.sets has none: "
+                f"evaluator {self.prefix!r} scores held-out styles but data.source.sets has none: "
                 f"expected one of {', '.join(STYLES)}; add it, or leave the evaluator out."
             )
 

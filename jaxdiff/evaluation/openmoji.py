@@ -11,6 +11,7 @@ from jaxdiff.datasets.openmoji.source import OpenMoji
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Label,
     Report,
     check_drawings,
     table,
@@ -26,6 +27,7 @@ class OpenMojiAccuracy(Evaluator):
     Attributes:
       samples: prompts.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
 
     Raises:
       UserError: fewer than two samples.
@@ -34,6 +36,7 @@ class OpenMojiAccuracy(Evaluator):
     name: ClassVar[str] = "openmoji"
     samples: Annotated[int, Range(2)] = 500
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for other data than OpenMoji, or another size."""

@@ -13,6 +13,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Label,
     Report,
     check_text_to_image,
     table,
@@ -32,6 +33,7 @@ class ProduceAccuracy(Evaluator):
     Attributes:
       samples: prompts of each set.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
 
     Raises:
       UserError: fewer than two samples.
@@ -40,13 +42,14 @@ class ProduceAccuracy(Evaluator):
     name: ClassVar[str] = "produce"
     samples: Annotated[int, Range(2)] = 500
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for images of another size than the detector's."""
         size = check_text_to_image(spec, self).image_size
         if size != scoring.SIZE:
             raise UserError(
-                f"evaluator {self.name!r} cannot score images of {size} pixels: expected "
+                f"evaluator {self.prefix!r} cannot score images of {size} pixels: expected "
                 f"{scoring.SIZE}; leave the evaluator out."
             )
 

@@ -18,6 +18,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
+    Label,
     Report,
     check_text_to_image,
     image_source,
@@ -38,6 +39,7 @@ class SampleGrid(Evaluator):
       prompts: one image each, with seeds from 0.
       snapshots: estimates in the strip.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
     """
 
     name: ClassVar[str] = "samples"
@@ -45,12 +47,15 @@ class SampleGrid(Evaluator):
     prompts: tuple[str, ...]
     snapshots: Count = 8
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model without text, or no prompts."""
         check_text_to_image(spec, self)
         if not self.prompts:
-            raise UserError(f"evaluator {self.name!r} has no prompts: give some, or leave it out.")
+            raise UserError(
+                f"evaluator {self.prefix!r} has no prompts: give some, or leave it out."
+            )
 
     def evaluate(self, context: EvalContext) -> Report:
         """Generate the images."""
@@ -72,18 +77,20 @@ class Reconstructions(Evaluator):
     Attributes:
       count: of the images.
       every: steps between evaluations; 0 evaluates at the end alone.
+      label: names its figures and images in the place of `name`.
     """
 
     name: ClassVar[str] = "reconstructions"
     has_figures: ClassVar[bool] = False
     count: Count = 16
     every: Natural = 0
+    label: Label = None
 
     def check(self, spec: AnySpec, data: DataConfig) -> None:
         """Raise `UserError` for a model other than an autoencoder."""
         if not isinstance(spec, AutoencoderSpec):
             raise UserError(
-                f"evaluator {self.name!r} needs an autoencoder but the recipe trains a "
+                f"evaluator {self.prefix!r} needs an autoencoder but the recipe trains a "
                 f"{type(spec).__name__}: leave the evaluator out."
             )
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Text
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import Evaluator, Goal
+from jaxdiff.evaluation.evaluator import Evaluator, Goal, check_names
 
 
 @checked
@@ -28,13 +28,14 @@ class Selection:
         """Return the evaluator that reports the scalar.
 
         Raises:
-          UserError: none does.
+          UserError: none does, or two have one name.
         """
         found = [e for e in evaluators if e.has_figures]
+        check_names(found)
         for evaluator in found:
-            if self.scalar.startswith(f"{evaluator.name}/"):
+            if self.scalar.startswith(f"{evaluator.prefix}/"):
                 return evaluator
-        names = ", ".join(f"{e.name}/..." for e in found) or "none, as it has no such evaluators"
+        names = ", ".join(f"{e.prefix}/..." for e in found) or "none, as it has no such evaluators"
         raise UserError(
             f"no evaluator of the recipe reports {self.scalar!r}: expected one of {names}; name "
             "the scalar as metrics.jsonl does, or add its evaluator to the recipe."
@@ -65,4 +66,4 @@ class Selection:
 
     def goal_of(self, evaluator: Evaluator) -> Goal:
         """Return which value of the scalar is best."""
-        return self.goal or evaluator.goal_of(self.scalar.removeprefix(f"{evaluator.name}/"))
+        return self.goal or evaluator.goal_of(self.scalar.removeprefix(f"{evaluator.prefix}/"))

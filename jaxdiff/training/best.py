@@ -147,7 +147,7 @@ class BestModel:
           UserError: the evaluator did not report the scalar.
         """
         settings = self._settings
-        if settings is None or not any(k.startswith(f"{self._evaluator.name}/") for k in scalars):
+        if settings is None or not any(k.startswith(f"{self._evaluator.prefix}/") for k in scalars):
             return
         if step == self._now.at:  # training ended early: evaluated at its interval, and at the end
             return

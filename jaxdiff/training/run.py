@@ -12,7 +12,7 @@ from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report, check_evaluators
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import file_errors_as_user_errors, write_whole
 from jaxdiff.io.lock import output_folder
@@ -41,8 +41,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
     folder = epath.Path(out)
     log = on_host0(log)
     evaluators = config.evaluators if config.train.evaluate else ()
-    for evaluator in evaluators:
-        evaluator.check(config.task.model, config.data)
+    check_evaluators(evaluators, config.task.model, config.data)
     if config.best is not None and config.train.evaluate:
         config.best.check(evaluators)
 
@@ -113,7 +112,8 @@ def run_evaluators(
     Args:
       evaluators: in this order.
       context: of the model.
-      images: folder of the images, `step_N.png` and `step_N_NAME.png`; None saves none.
+      images: folder of the images, `step_N.png` and `step_N_NAME.png`, with the
+        evaluator's label before NAME; None saves none.
       log: called with a table or a path.
 
     Returns:
@@ -125,15 +125,16 @@ def run_evaluators(
     provenance: dict[str, Mapping[str, Any]] = {}
     for evaluator in evaluators:
         report = evaluator.evaluate(context)
-        scalars |= {f"{evaluator.name}/{name}": x for name, x in report.scalars.items()}
-        shown |= {f"{evaluator.name}/{name}": x for name, x in report.images.items()}
-        provenance |= {f"{evaluator.name}/{name}": x for name, x in report.provenance.items()}
+        scalars |= {f"{evaluator.prefix}/{name}": x for name, x in report.scalars.items()}
+        shown |= {f"{evaluator.prefix}/{name}": x for name, x in report.images.items()}
+        provenance |= {f"{evaluator.prefix}/{name}": x for name, x in report.provenance.items()}
         if report.text:
             log(report.text)
         if images is None or not is_host0():
             continue
         for name, image in report.images.items():
-            end = "" if name == "samples" else f"_{name}"
+            ends = (evaluator.label, None if name == "samples" else name)
+            end = "".join(f"_{one}" for one in ends if one)
             path = images / f"step_{context.step:06d}{end}.png"
             image_io.save_png(path, image)
             log(f"{name.capitalize()}: {path}")

@@ -150,6 +150,12 @@ def test_a_recipe_without_figures_asks_for_another_one(model, calls, refused):
     assert calls == []
 
 
+def test_evaluators_of_one_name_are_refused(model, refused, calls):
+    message = refused("evaluate", str(model(ClipScore(), ClipScore(samples=9))))
+    assert "evaluators has 2 of the name 'clip_score'" in message
+    assert calls == []
+
+
 def test_an_evaluator_that_does_not_fit_the_model_is_refused(model, refused):
     message = refused("evaluate", str(model(ProduceAccuracy())))
     assert "cannot score images of 32 pixels: expected 64" in message

@@ -186,6 +186,14 @@ def test_fewer_than_two_samples_are_refused(kind):
         kind(samples=1)
 
 
+def test_a_label_is_a_name_that_files_may_have():
+    assert ClipScore(label="clip_b-32").prefix == "clip_b-32"
+    assert ClipScore().prefix == "clip_score"
+    for label in ("", "a/b", "a b"):
+        with pytest.raises(UserError, match=r"ClipScore\.label is .*: expected a name of letters"):
+            ClipScore(label=label)
+
+
 @pytest.fixture
 def matching(monkeypatch):
     """In the place of CLIP, vectors that are equal if image and caption are of one record."""

@@ -32,10 +32,12 @@ class Scripted(Evaluator):
     name: ClassVar[str] = "scripted"
     goal: ClassVar = "min"
     every: int = 1
+    label: str | None = None
+    figure: str = "score"
 
     def evaluate(self, context):
         SEEN.append(context.step)
-        return Report(scalars={"score": SCORES[context.step]})
+        return Report(scalars={self.figure: SCORES[context.step]})
 
 
 def summary(folder) -> dict:
@@ -157,9 +159,23 @@ def test_a_value_is_better_in_the_direction_of_its_evaluator_by_the_least_change
     assert not Selection(scalar="scripted/score", goal="max").is_better(1.0, 2.0, evaluator)
 
 
+def test_the_best_step_is_that_of_the_labelled_evaluator(recipe, tmp_path):
+    """Two evaluators of a kind; the first has another interval, and lacks the figure."""
+    evaluators = (Scripted(every=1, figure="other"), Scripted(every=2, label="second"))
+    best = BestCheckpoint(scalar="second/score")
+    config = dataclasses.replace(recipe(steps=4), evaluators=evaluators, best=best)
+    run_recipe(config, str(tmp_path), log=lambda _: None)
+    assert summary(tmp_path)["best"] == {"scalar": "second/score", "step": 2, "value": 2.0}
+    assert summary(tmp_path)["evaluation"] == {"scripted/other": 2.5, "second/score": 2.5}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        (
+            {"evaluators": (Scripted(), Scripted(every=2))},
+            "evaluators has 2 of the name 'scripted', .*: expected different names; set `label`",
+        ),
         (
             {"best": BestCheckpoint(scalar="fid/fid")},
             "no evaluator of the recipe reports 'fid/fid'",

@@ -35,6 +35,7 @@ class Counting(Evaluator):
 
     name: ClassVar[str] = "counting"
     every: int = 0
+    label: str | None = None
     fails: list = field(default_factory=list, hash=False)
 
     def check(self, spec, data):
@@ -113,6 +114,14 @@ def test_evaluators_get_the_average_of_the_parameters(trained, recipe, tmp_path,
     assert context.tokenizers == tiny_bundle.tokenizers
     assert context.data == recipe.data
     jax.tree.map(np.testing.assert_array_equal, context.params, trained["params"])
+
+
+def test_images_of_a_labelled_evaluator_have_files_of_their_own(trained, recipe, tmp_path):
+    both = dataclasses.replace(recipe, evaluators=(Counting(), Counting(label="more")))
+    run_recipe(both, str(tmp_path), log=quiet)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    ends = ("", "_more", "_more_strip", "_strip")
+    assert names == [f"step_000006{end}.png" for end in ends]
 
 
 def test_images_are_saved_under_their_step(trained, recipe, tmp_path):
