@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,8 +45,25 @@ class ImageSet(Protocol):
         ...
 
 
+_SAMPLE = re.compile(r"\d{4,}-.*|manifest\.jsonl")
+_SHEET = re.compile(r"(grid(-\d+x\d+)?|strip|preview(\.\d+)?|interpolation)\.(png|webp)")
+
+
+def without_sheets(files: Sequence[str]) -> list[str]:
+    """Leave out the grids, strips and previews that `jaxdiff sample` writes beside its images."""
+    split = [posixpath.split(file) for file in files]
+    sampled = {folder for folder, name in split if _SAMPLE.fullmatch(name)}
+    return [
+        file
+        for file, (folder, name) in zip(files, split, strict=True)
+        if folder not in sampled or not _SHEET.fullmatch(name)
+    ]
+
+
 class ImageFiles:
     """The image files of a folder and below it, in the order of their names.
+
+    Grids, strips and previews of `jaxdiff sample` are left out.
 
     Raises:
       UserError: there is no folder, or no image in it; and on access, an image is unreadable.
@@ -54,7 +73,7 @@ class ImageFiles:
         root = epath.Path(folder)
         if not root.is_dir():
             raise UserError(f"The folder {folder} does not exist: give a folder of images.")
-        files = sorted(file for file in list_files(root).files if is_image(file))
+        files = sorted(file for file in without_sheets(list_files(root).files) if is_image(file))
         if not files:
             raise UserError(
                 f"The folder {folder} contains no images: expected files ending in "
