@@ -24,7 +24,7 @@ from jaxdiff.evaluation.resizing import (
     tensorflow_bilinear,
 )
 from jaxdiff.io.text import read_json
-from jaxdiff.models.image_encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from jaxdiff.models.image_encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD, Dinov2Config
 from jaxdiff.models.image_encoders.inception import FEATURES, IMAGE_SIZE, InceptionV3
 from jaxdiff.models.layers import bind_build, bind_init, bind_params, cast
 from jaxdiff.models.text_encoders.clip import ClipConfig, ClipVision
@@ -182,6 +182,9 @@ def inception_network(params: PyTree, resize: str) -> FeatureNetwork:
 class Dinov2Features(Features):
     """DINOv2: figures `fd_dinov2` (Stein et al. 2023), and others of the same features.
 
+    The published figures are of ViT-L/14; those of other sizes have width and depth in their names,
+    such as `fd_dinov2_384x12` of ViT-S/14.
+
     Attributes:
       model: a folder of transformers, or OWNER/NAME.
     """
@@ -195,13 +198,19 @@ class Dinov2Features(Features):
 
 @functools.lru_cache(maxsize=2)
 def _load_dinov2(model: str) -> FeatureNetwork:
-    config, params = read_dinov2_folder(model_folder(model))
+    return dinov2_network(*read_dinov2_folder(model_folder(model)))
+
+
+def dinov2_network(config: Dinov2Config, params: PyTree) -> FeatureNetwork:
+    """Return a DINOv2 with these parameters; figures of another than ViT-L/14 have its size."""
+    is_published = (config.width, config.depth, config.patch_size) == (1024, 24, 14)
+    label = "dinov2" if is_published else f"dinov2_{config.width}x{config.depth}"
     build = bind_build(config)
     embed, batch_size = _on_devices(lambda p, x: bind_params(build, p)(x), params)
     mean, std = (255 * np.array(x, np.float32) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return FeatureNetwork(
-        label="dinov2",
-        published={"frechet": "fd_dinov2", "kernel": "kd_dinov2"},
+        label=label,
+        published={"frechet": f"fd_{label}", "kernel": f"kd_{label}"},
         usual=("frechet", "kernel", "precision_recall"),
         width=config.width,
         provenance={

@@ -18,9 +18,9 @@ from jaxdiff.evaluation.features import clip_network
 from jaxdiff.evaluation.resizing import pytorch_bilinear, tensorflow_bilinear
 from jaxdiff.evaluation.self_test import (
     STORED,
+    feature_values,
     fixed_images,
     fixed_inception,
-    inception_values,
 )
 from jaxdiff.models.image_encoders.dinov2 import cubic_weights
 from jaxdiff.models.image_encoders.inception import InceptionV3
@@ -93,7 +93,7 @@ def test_inception_and_the_stored_values_of_the_self_test(inception):
     assert set(flatten_params(params)) == set(flatten_params(abstract_params(build)))
     ours = jax.jit(lambda p, x: bind_params(build, p)(x))(params, (resized - 128) / 128)
     assert relative(ours, expected) < 1e-5
-    for name, value in inception_values(expected).items():
+    for name, value in feature_values("inception", expected).items():
         assert value == pytest.approx(STORED[name], rel=1e-4)
 
 
