@@ -65,7 +65,8 @@ def measure(
       ours: of the images, with features.
       theirs: of the reference.
       measures: to compute; none computes those that the network is known for.
-      few: whether a Frechet distance of no more images than a feature has numbers is reported.
+      few: whether to report a Frechet distance of at most 2 d images, for features of d numbers,
+        which is too few to extrapolate.
 
     Raises:
       UserError: too few images; or a measure that needs the reference's features, which a file
@@ -127,13 +128,13 @@ def check_measures(
                 "features: expected images, or statistics of jaxdiff evaluate --reference; give "
                 "them, or measure frechet alone."
             )
-    least = min(images, reference.count or images)
-    if "frechet" in wanted and least <= network.width and not few:
+    least, enough = min(images, reference.count or images), 2 * network.width
+    if "frechet" in wanted and least <= enough and not few:
         raise UserError(
             f"{network.name_of('frechet')} of {least} images says little, as its bias grows with "
-            f"1 / images and the covariance of {network.width} numbers is singular: expected more "
-            f"than {network.width}; compare more images (samples, --samples), or allow few ones "
-            "(few, --few)."
+            f"1 / images and {network.width} numbers of features need more to extrapolate it: "
+            f"expected more than {enough}; compare more images (samples, --samples), or allow few "
+            "ones (few, --few)."
         )
     return wanted
 
@@ -170,7 +171,8 @@ class FeatureDistance(Evaluator):
         or a folder of images; None takes the images whose captions are the prompts.
       samples: images; published figures are of 50,000.
       measures: to compute; none computes those that the network is known for.
-      few: whether a Frechet distance of no more images than a feature has numbers is reported.
+      few: whether to report a Frechet distance of at most 2 d images, for features of d numbers,
+        which is too few to extrapolate.
       every: steps between evaluations; 0 evaluates at the end alone.
       label: names its figures and images in the place of `name`.
 

@@ -164,7 +164,7 @@ def test_features_that_cannot_be_saved_are_computed(network, tmp_path):
 
 
 def test_statistics_are_the_same_from_a_file_a_folder_and_an_archive(network, tmp_path):
-    pixels = images(12)
+    pixels = images(17)
     expected = set_statistics(network, ImageArray(pixels, "squares"))
 
     def read(name):
@@ -183,7 +183,8 @@ def test_statistics_are_the_same_from_a_file_a_folder_and_an_archive(network, tm
     moments = read("moments.npz")
     assert moments.features is None
     report = measure(network, expected, moments)
-    assert report.scalars == pytest.approx({"frechet_tiny": 0}, abs=1e-9)
+    assert report.scalars.keys() == {"frechet_tiny", "frechet_infinity_tiny"}
+    assert report.scalars["frechet_tiny"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="holds mean and covariance alone, and mmd needs features"):
         measure(network, expected, moments, ("mmd",))
 
@@ -236,6 +237,16 @@ def test_more_different_images_are_further_away(network):
     about = like.provenance["mmd_tiny"]
     assert (about["images"], about["sigma"]) == (60, 10.0)
     assert about["reference"] == reference.fingerprint
+
+
+def test_a_frechet_distance_is_extrapolated_or_refused(network):
+    """Of 8 numbers: at least 17 images."""
+    for count in (9, 16):
+        found = set_statistics(network, ImageArray(images(count), "some"))
+        with pytest.raises(UserError, match=f"of {count} images says little, .*more than 16"):
+            measure(network, found, found, ("frechet",))
+    found = set_statistics(network, ImageArray(images(17), "enough"))
+    assert "frechet_infinity_tiny" in measure(network, found, found, ("frechet",)).scalars
 
 
 @pytest.fixture
@@ -298,7 +309,8 @@ def test_the_size_of_the_data_limits_the_images(context, network, monkeypatch):
     with pytest.raises(UserError, match="frechet_tiny of 8 images says little"):
         FeatureDistance(samples=5000).check(context.spec, small)
     FeatureDistance(samples=5000, few=True).check(context.spec, small)
-    FeatureDistance(samples=5000).check(context.spec, context.data)
+    large = dataclasses.replace(context.data, source=Produce(size=32, length=17))
+    FeatureDistance(samples=5000).check(context.spec, large)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
