@@ -551,7 +551,7 @@ def test_a_command_evaluates_the_run(run, capsys):
     assert cli.main(words) == 0
     assert "colour: " in capsys.readouterr().out
     stored = json.loads((run / "evaluation.json").read_text())
-    assert stored["samples"] == 6
+    assert stored["provenance"]["figures"]["colour/accuracy"]["evaluator"]["samples"] == 6
     assert 0 <= stored["figures"]["colour/accuracy"] <= 1
 
 

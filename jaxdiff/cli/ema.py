@@ -15,7 +15,7 @@ from jaxdiff.config.checked import check_value, checked
 from jaxdiff.config.fields import Choices, Range
 from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Goal, with_samples
+from jaxdiff.evaluation.evaluator import EvalContext, Goal, Report, with_samples
 from jaxdiff.evaluation.selection import Selection
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.lock import lock_folder, output_folder
@@ -112,15 +112,19 @@ def search_width(
     assert options.search is not None
     selection = Selection(scalar=options.search, goal=options.goal)
     evaluator = with_samples(selection.evaluator(config.evaluators), options.samples)
-    settings = {"evaluator": to_json(evaluator), "step": averages.last_step}
+    settings = {
+        "evaluator": to_json(evaluator),
+        "inputs": dict(evaluator.fingerprints(config.data)),
+        "step": averages.last_step,
+    }
     saved = SavedFigures(epath.Path(options.run) / SEARCH, settings)
 
-    def measure(width: float) -> dict[str, float]:
+    def measure(width: float) -> Report:
         bundle = _bundle(options, config, averages, width)
         evaluator.check(bundle.spec, config.data)
         loss = functools.partial(bundle_metrics, config, bundle)
         context = EvalContext(averages.last_step, *bundle, config.data, loss=loss)
-        return dict(run_evaluators((evaluator,), context, None, lambda _: None).scalars)
+        return run_evaluators((evaluator,), context, None, lambda _: None)
 
     best, best_width = None, None
     for width in widths:

@@ -14,7 +14,7 @@ from jaxdiff.cli.sweep_plot import SweepPoint, pareto_front, render_sweep
 from jaxdiff.config.serialization import to_json
 from jaxdiff.distributed.multihost import is_host0
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import EvalContext, Evaluator
+from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report
 from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.selection import Selection
 from jaxdiff.io import images as image_io
@@ -107,6 +107,7 @@ def run_sweep(
         "data": to_json(context.data),
         "spec": to_json(context.spec),
         "evaluators": [to_json(evaluator) for evaluator in evaluators],
+        "inputs": [dict(evaluator.fingerprints(context.data)) for evaluator in evaluators],
         "weights": weights_fingerprint(context.params),
     }
     saved = SavedFigures(folder / SWEEP, fixed)
@@ -138,13 +139,13 @@ def run_sweep(
 
 def _measure(
     point: Mapping[str, Any], evaluators: tuple[Evaluator, ...], context: EvalContext
-) -> dict[str, float]:
+) -> Report:
     arguments = {**context.generation.arguments, "sampler": _sampler(point)}
     if "guidance_scale" in point:
         arguments["guidance_scale"] = point["guidance_scale"]
     generation = dataclasses.replace(context.generation, arguments=arguments)
     at = dataclasses.replace(context, generation=generation)
-    return dict(run_evaluators(evaluators, at, None, lambda _: None).scalars)
+    return run_evaluators(evaluators, at, None, lambda _: None)
 
 
 def _sampler(point: Mapping[str, Any]) -> Sampler:

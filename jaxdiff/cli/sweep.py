@@ -11,6 +11,8 @@ from etils import epath
 
 from jaxdiff.distributed.multihost import broadcast_text, is_host0
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Report
+from jaxdiff.evaluation.provenance import provenance_of
 from jaxdiff.io.files import write_whole
 from jaxdiff.io.text import format_json, parse_json, read_json
 
@@ -50,29 +52,35 @@ class SavedFigures:
     Args:
       path: of the file.
       settings: all that the figures depend on beside the point; a file of other settings is
-        replaced. Hosts call with the same points, and the first one's file counts.
+        replaced. Hosts call with the same points, and the first one's file and
+        settings count.
 
     Raises:
       UserError: the file is no JSON.
     """
 
     def __init__(self, path: epath.Path, settings: Mapping[str, Any]):
-        self._path, self._settings = path, _as_read(settings)
+        self._path = path
+        self._settings = parse_json(broadcast_text(format_json(settings)), "settings")
         read = read_json(path) if is_host0() and path.exists() else {}
         earlier = parse_json(broadcast_text(format_json(read)), path)
         self._points: list[dict[str, Any]] = []
         if isinstance(earlier, dict) and earlier.get("settings") == self._settings:
             self._points = _points_of(earlier, path)
 
-    def measure(
-        self, point: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
-    ) -> dict[str, float]:
-        """Return the figures of a point, measured unless they are saved."""
+    def measure(self, point: Mapping[str, Any], measure: Callable[[], Report]) -> dict[str, float]:
+        """Return the figures of a point, measured unless they are saved.
+
+        The file states what each figure depends on, too.
+        """
         wanted = _as_read(point)
         for saved in self._points:
             if saved["point"] == wanted:
                 return saved["figures"]
-        self._points.append({"point": wanted, "figures": dict(measure())})
+        report = measure()
+        about = provenance_of(report)
+        figures = dict(report.scalars)
+        self._points.append({"point": wanted, "figures": figures, "provenance": about})
         text = format_json({"settings": self._settings, "points": self._points}, indent=2)
         if is_host0():
             write_whole(self._path, f"{text}\n".encode())

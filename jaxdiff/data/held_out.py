@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import rich.progress
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 
 from jaxdiff.data.bad_records import RecordError
 from jaxdiff.data.sources.base import digest_of
@@ -25,12 +25,17 @@ def split_records(source: Any, held_out: float) -> tuple[Indices, Indices]:
     order of their digests: a part from the start is stable too. Records that cannot be read are
     left to training, which reports them.
     """
-    try:
-        values = _cached_hashes(source)
-    except TypeError:  # a source that cannot be hashed itself
-        values = _hashes(source)
+    values = record_hashes(source)
     out = np.flatnonzero(values < held_out)
     return np.flatnonzero(values >= held_out), out[np.argsort(values[out], kind="stable")]
+
+
+def record_hashes(source: Any) -> Float64[np.ndarray, " n"]:
+    """Return the digest of each record's identity as a number in [0, 1), 1 for unreadable ones."""
+    try:
+        return _cached_hashes(source)
+    except TypeError:  # a source that cannot be hashed itself
+        return _hashes(source)
 
 
 def read_all(

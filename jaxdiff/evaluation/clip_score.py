@@ -1,6 +1,6 @@
 """CLIP score and retrieval: how well images match their captions, for any data with captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,6 +19,7 @@ from jaxdiff.evaluation.evaluator import (
     check_text_to_image,
     digest_of_texts,
     image_source,
+    shortage_text,
 )
 from jaxdiff.evaluation.extraction import generated_features, image_features
 from jaxdiff.evaluation.features import clip_score_network
@@ -62,6 +63,11 @@ class ClipScore(Evaluator):
         self._check_data(spec, data)
         clip_score_network(self.clip_model)
 
+    def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
+        """Return those of the CLIP and of the records."""
+        records = DataImages(data, self.samples).fingerprint
+        return {**clip_score_network(self.clip_model).provenance, "records": records}
+
     def _check_data(self, spec: AnySpec, data: DataConfig) -> None:
         check_text_to_image(spec, self)
         if image_source(data) is None:
@@ -98,6 +104,7 @@ class ClipScore(Evaluator):
             found |= {f"retrieval{end}": both[0], f"text_retrieval{end}": both[1]}
         scalars |= found
         summary += "; " + ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        images = f"{len(image)} images{shortage_text(len(image), self.samples)}"
         about = {
             **network.provenance,
             "images": len(image),
@@ -105,7 +112,7 @@ class ClipScore(Evaluator):
         }
         return Report(
             scalars=scalars,
-            text=f"CLIP score ({self.clip_model}): {summary}",
+            text=f"CLIP score ({self.clip_model}), {images}: {summary}",
             provenance=dict.fromkeys(scalars, about),
         )
 

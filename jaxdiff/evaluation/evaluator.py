@@ -52,6 +52,18 @@ Label = Annotated[str | None, FigureName()]
 T = TypeVar("T")
 
 
+class Losses(NamedTuple):
+    """Metrics of a task.
+
+    Attributes:
+      metrics: means over records, by name.
+      provenance: what they depend on.
+    """
+
+    metrics: Mapping[str, np.ndarray]
+    provenance: Mapping[str, Any]
+
+
 class Report(NamedTuple):
     """The result of an evaluator.
 
@@ -111,7 +123,7 @@ class EvalContext:
     data: DataConfig
     generation: Generation = Generation()
     mesh: Mesh | None = None
-    loss: Callable[[int], Mapping[str, np.ndarray]] | None = None
+    loss: Callable[[int], Losses] | None = None
     parts: epath.Path | None = None
 
     @functools.cached_property
@@ -198,6 +210,13 @@ class Evaluator(abc.ABC):
         """Return which value of one of its scalars is best; by default `goal` for all."""
         return self.goal
 
+    def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
+        """Return what identifies the networks and images that figures depend on, by name.
+
+        Saved figures of other ones are measured again.
+        """
+        return {}
+
     def check(self, spec: AnySpec, data: DataConfig) -> None:  # noqa: B027 - may do nothing
         """Raise `UserError` for a model or data that cannot be evaluated, before any training."""
 
@@ -208,12 +227,12 @@ def check_evaluators(evaluators: Sequence[Evaluator], spec: AnySpec, data: DataC
     Raises:
       UserError: two have one name, or one does not fit the model or the data.
     """
-    check_names(evaluators)
+    check_prefixes(evaluators)
     for evaluator in evaluators:
         evaluator.check(spec, data)
 
 
-def check_names(evaluators: Sequence[Evaluator]) -> None:
+def check_prefixes(evaluators: Sequence[Evaluator]) -> None:
     """Raise `UserError` for evaluators whose figures would overwrite each other's."""
     names = [evaluator.prefix for evaluator in evaluators]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -234,6 +253,11 @@ def with_samples(evaluator: Evaluator, samples: int | None) -> Evaluator:
 def digest_of_texts(texts: Sequence[str]) -> str:
     """Return SHA-256, in hex, of texts in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def shortage_text(images: int, samples: int) -> str:
+    """Return why there are fewer images than `samples`, for people to read; "" where not."""
+    return f" (too few usable records for {samples} samples)" * (images < samples)
 
 
 def image_source(data: DataConfig) -> Any:
@@ -279,14 +303,20 @@ def check_drawings(
 Columns = Mapping[str, Mapping[str, float]]  # {"score": {attribute: fraction}, "ceiling": ...}
 
 
-def table(columns_of: Mapping[str, Columns]) -> Report:
+def table(columns_of: Mapping[str, Columns], prompts: Mapping[str, Sequence[str]]) -> Report:
     """Report fractions of several sets of prompts by attribute and column.
 
     A scalar is named SET/ATTRIBUTE for the column "score", and SET/ATTRIBUTE/COLUMN for others.
+
+    Args:
+      columns_of: the fractions of each set.
+      prompts: of each set, an image each.
     """
     scalars: dict[str, float] = {}
+    provenance: dict[str, dict[str, Any]] = {}
     lines = []
     for name, columns in columns_of.items():
+        about = {"images": len(prompts[name]), "prompts": digest_of_texts(prompts[name])}
         lines.append(f"{name:<40}" + "".join(f"{column:>9}" for column in columns))
         for attribute in columns["score"]:
             row = {column: values[attribute] for column, values in columns.items()}
@@ -294,4 +324,5 @@ def table(columns_of: Mapping[str, Columns]) -> Report:
             for column, value in row.items():
                 end = "" if column == "score" else f"/{column}"
                 scalars[f"{name}/{attribute}{end}"] = value
-    return Report(scalars=scalars, text="\n".join(lines))
+                provenance[f"{name}/{attribute}{end}"] = about
+    return Report(scalars=scalars, text="\n".join(lines), provenance=provenance)

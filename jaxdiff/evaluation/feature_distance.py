@@ -1,6 +1,6 @@
 """Distances of generated images from a reference in the features of a network, such as FID."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -21,6 +21,7 @@ from jaxdiff.evaluation.evaluator import (
     check_text_to_image,
     digest_of_texts,
     image_source,
+    shortage_text,
 )
 from jaxdiff.evaluation.extraction import generated_features
 from jaxdiff.evaluation.features import (
@@ -205,6 +206,15 @@ class FeatureDistance(Evaluator):
         reference.check(network)
         check_measures(network, len(images), reference, self.measures, few=self.few)
 
+    def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
+        """Return those of the network, of the records and of the reference."""
+        images = DataImages(data, self.samples)
+        return {
+            **self.network.load().provenance,
+            "records": images.fingerprint,
+            "reference": self._reference(images).fingerprint,
+        }
+
     def _check_data(self, spec: AnySpec, data: DataConfig) -> None:
         check_text_to_image(spec, self)
         if image_source(data) is None:
@@ -229,7 +239,8 @@ class FeatureDistance(Evaluator):
         report = measure(network, ours, theirs, self.measures, few=self.few)
         texts = {"prompts": digest_of_texts(prompts)}
         about = {name: {**known, **texts} for name, known in report.provenance.items()}
-        return report._replace(provenance=about)
+        text = report.text + shortage_text(len(prompts), self.samples)
+        return report._replace(provenance=about, text=text)
 
     def _reference(self, images: DataImages) -> Reference:
         if self.reference is None:

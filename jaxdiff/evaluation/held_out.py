@@ -52,8 +52,9 @@ class HeldOutLoss(Evaluator):
                 f"evaluator {self.prefix!r} needs the loss of a recipe's task: expected a recipe "
                 "of this model; leave the evaluator out."
             )
+        metrics, about = context.loss(self.samples)
         scalars: dict[str, float] = {}
-        for name, value in context.loss(self.samples).items():
+        for name, value in metrics.items():
             if value.ndim:
                 parts = {f"{name}/{i}": float(x) for i, x in enumerate(value)}
                 scalars |= {key: x for key, x in parts.items() if np.isfinite(x)}
@@ -61,7 +62,7 @@ class HeldOutLoss(Evaluator):
                 scalars[name] = float(value)
         figures = ", ".join(f"{name} {x:.4g}" for name, x in scalars.items() if "/" not in name)
         levels = " ".join(f"{x:.4g}" for name, x in scalars.items() if "/" in name)
-        text = f"held out: {figures}" + (
+        text = f"held out, {about['records']} records: {figures}" + (
             f"\n  by noise level, low to high: {levels}" * bool(levels)
         )
-        return Report(scalars=scalars, text=text)
+        return Report(scalars=scalars, text=text, provenance=dict.fromkeys(scalars, about))

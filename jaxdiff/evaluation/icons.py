@@ -68,13 +68,14 @@ class IconAccuracy(Evaluator):
         spec = check_text_to_image(context.spec, self)
         source = check_drawings(spec, context.data, self, EmojiScenes, "drawings of things")
         judge = IconJudge(source)
-        results = {}
+        results, prompts = {}, {}
         for (kind, share), name in _NAMES.items():
             scenes = icon_scenes(source, self.samples, share, kind)
-            images = context.generate(icon_prompts(scenes))
+            prompts[name] = icon_prompts(scenes)
+            images = context.generate(prompts[name])
             columns = judge.score(images, scenes)._asdict()
             if spec.autoencoder is not None:
                 true = np.stack([source.compose(scene) for scene in scenes])
                 columns["latents"] = judge.fractions(context.pipeline.autoencode(true), scenes)
             results[name] = columns
-        return table(results)
+        return table(results, prompts)

@@ -46,7 +46,9 @@ class OpenMojiAccuracy(Evaluator):
         """Generate and score images."""
         source = check_drawings(context.spec, context.data, self, OpenMoji, "OpenMoji's emoji")
         prompts = scoring.held_out_prompts(self.samples)
-        images = context.generate([prompt.text for prompt in prompts])
+        texts = [prompt.text for prompt in prompts]
+        images = context.generate(texts)
         emoji = OpenMoji(split="all", size=source.size, cache=source.cache)
         result = scoring.score_workers(images, [prompt.target for prompt in prompts], emoji)
-        return table({"people at work, held-out combinations": result._asdict()})
+        name = "people at work, held-out combinations"
+        return table({name: result._asdict()}, {name: texts})

@@ -63,9 +63,10 @@ class ProduceAccuracy(Evaluator):
             "single objects, trained combinations": scenes_of("train", "single"),
             "two objects": scenes_of("train", "two"),
         }
-        results = {}
+        results, prompts = {}, {}
         for name, scenes in sets.items():
-            images = context.generate([full_caption(scene) for scene in scenes])
+            prompts[name] = [full_caption(scene) for scene in scenes]
+            images = context.generate(prompts[name])
             true = scoring.render_scenes(scenes)
             columns = {
                 "score": scoring.score_scenes(images, scenes),
@@ -75,4 +76,4 @@ class ProduceAccuracy(Evaluator):
             if spec.autoencoder is not None:
                 columns["latents"] = scoring.score_scenes(context.pipeline.autoencode(true), scenes)
             results[name] = columns
-        return table(results)
+        return table(results, prompts)

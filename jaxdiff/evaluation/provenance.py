@@ -17,20 +17,25 @@ _PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
 
 
 def figures_json(report: Report, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
-    """Return the content of `evaluation.json`, with today's date, versions and devices.
+    """Return the content of `evaluation.json`.
 
     Args:
       report: of all evaluators.
-      settings: of the evaluation, such as the number of samples.
+      settings: of the evaluation, such as the guidance scale.
       about: what is stated but does not decide whether figures are comparable, such as the sampler.
     """
-    others = {key: settings[key] for key in ("samples",) if key in settings}
-    of_figures = {name: dict(report.provenance.get(name, others)) for name in report.scalars}
-    versions = {name: _version(name) for name in _PACKAGES}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    known = {"figures": of_figures, "versions": versions, "devices": device, "date": today}
-    return {**settings, "figures": dict(report.scalars), "provenance": known | about}
+    about = {**provenance_of(report), **about}
+    return {**settings, "figures": dict(report.scalars), "provenance": about}
+
+
+def provenance_of(report: Report) -> dict[str, Any]:
+    """Return what each figure depends on, and the versions, devices and day of its computation."""
+    return {
+        "figures": {name: dict(report.provenance.get(name, {})) for name in report.scalars},
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def _version(package: str) -> str | None:

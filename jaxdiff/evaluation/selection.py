@@ -8,7 +8,7 @@ from typing import Annotated
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Text
 from jaxdiff.errors import UserError
-from jaxdiff.evaluation.evaluator import Evaluator, Goal, check_names
+from jaxdiff.evaluation.evaluator import Evaluator, Goal, check_prefixes
 
 
 @checked
@@ -31,7 +31,7 @@ class Selection:
           UserError: none does, or two have one name.
         """
         found = [e for e in evaluators if e.has_figures]
-        check_names(found)
+        check_prefixes(found)
         for evaluator in found:
             if self.scalar.startswith(f"{evaluator.prefix}/"):
                 return evaluator

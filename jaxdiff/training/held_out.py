@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdiff.config.serialization import types_in
+from jaxdiff.config.serialization import to_json, types_in
 from jaxdiff.data.bad_records import RecordError
-from jaxdiff.data.held_out import split_records
+from jaxdiff.data.held_out import record_hashes, split_records
 from jaxdiff.data.loader import DataConfig, device_batches, host_rows, make_evaluation_dataset
 from jaxdiff.data.sources.base import images_of
 from jaxdiff.data.sources.cached_latents import CachedLatents, LatentOptions
@@ -20,12 +21,14 @@ from jaxdiff.diffusion.row_keys import RowKeys
 from jaxdiff.distributed.mesh import MeshConfig, batch_sharding, make_mesh
 from jaxdiff.distributed.sharding import replicated
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.evaluator import Losses
 from jaxdiff.models.layers import ComputeType, cast
 from jaxdiff.pretrained.bundle import Bundle
 from jaxdiff.training.abstract import host_parts
 from jaxdiff.training.initial_weights import load_parts
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.tasks.base import Batch, Task, means
+from jaxdiff.training.tasks.clip import ClipTask
 from jaxdiff.training.tasks.diffusion import DiffusionTask, Trainable
 
 _LARGEST_BATCH = 64  # of a model that is not in training, whose device is unknown
@@ -40,7 +43,7 @@ def held_out_metrics(
     samples: int,
     *,
     batch_size: int | None = None,
-) -> dict[str, np.ndarray]:
+) -> Losses:
     """Return the task's metrics, means over held-out records, with trained and frozen parameters.
 
     Args:
@@ -67,16 +70,17 @@ def held_out_metrics(
             f"at least a batch, {batch_size}; raise it, or lower the batch size."
         )
     batches = max(1, min(samples, len(records)) // batch_size)
+    records = records[: batches * batch_size]
     sharding = batch_sharding(mesh)
     dataset = make_evaluation_dataset(
         data,
         task.tokenize(tokenizers),
-        [int(index) for index in records[: batches * batch_size]],
+        [int(index) for index in records],
         batch_size=batch_size,
         rows=host_rows(sharding, batch_size),
     )
     frozen = {name: part for name, part in frozen.items() if name not in host_parts(config)}
-    metrics = _jitted(task, train.compute, mesh, batches * batch_size)
+    metrics = _jitted(task, train.compute, mesh, len(records))
     totals: dict[str, Any] = {}
     for number, batch in enumerate(device_batches(dataset, sharding, batch_size=batch_size)):
         inputs = {name: x for name, x in batch.items() if name not in ("skipped", "bad")}
@@ -84,12 +88,29 @@ def held_out_metrics(
         rows = number * batch_size + np.arange(batch_size)
         found = jax.device_get(metrics(params, frozen, inputs, key, rows.astype(np.int32)))
         totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in found.items()}
-    return means(totals, batches)
+    return Losses(means(totals, batches), _provenance(config, records, batch_size))
+
+
+def _provenance(config: Config, records: np.ndarray, batch_size: int) -> dict[str, Any]:
+    """Return what a loss depends on: the records, the task and the noise."""
+    task, hashes = config.task, record_hashes(config.data.source)[records]
+    about: dict[str, Any] = {
+        "records": len(records),
+        "records_sha256": hashlib.sha256(hashes.tobytes()).hexdigest(),
+        "transforms": to_json(config.data.transforms),
+        "task": type(task).__name__,
+        "seed": config.train.seed,
+    }
+    if isinstance(task, DiffusionTask):
+        about["objective"] = to_json(task.objective)
+    if isinstance(task, ClipTask):  # whose loss compares the records of a batch
+        about["batch_size"] = batch_size
+    return about
 
 
 def bundle_metrics(
     config: Config, bundle: Bundle, samples: int, *, batch_size: int | None = None
-) -> dict[str, np.ndarray]:
+) -> Losses:
     """Return the metrics of a model that is not in training, as `held_out_metrics` does.
 
     All its parameters count as trained ones, with adapters scaled already. Parts that the loss

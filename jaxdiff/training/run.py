@@ -8,11 +8,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree, UInt8
 
+from jaxdiff.config.serialization import to_json
 from jaxdiff.data.text_tokenizer import TextTokenizer
 from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report, check_evaluators
+from jaxdiff.evaluation.provenance import provenance_of
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import file_errors_as_user_errors, write_whole
 from jaxdiff.io.lock import output_folder
@@ -67,6 +69,7 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
             return Report()
         report = evaluate(result.state, result.frozen, result.tokenizers, evaluators)
         result.summary["evaluation"] = dict(report.scalars)
+        result.summary["provenance"] = provenance_of(report)
         _write_summary(folder, result)
         return report
 
@@ -127,7 +130,11 @@ def run_evaluators(
         report = evaluator.evaluate(context)
         scalars |= {f"{evaluator.prefix}/{name}": x for name, x in report.scalars.items()}
         shown |= {f"{evaluator.prefix}/{name}": x for name, x in report.images.items()}
-        provenance |= {f"{evaluator.prefix}/{name}": x for name, x in report.provenance.items()}
+        other = {"evaluator": to_json(evaluator)}  # of one's own, which states no provenance
+        provenance |= {
+            f"{evaluator.prefix}/{name}": report.provenance.get(name, other)
+            for name in report.scalars
+        }
         if report.text:
             log(report.text)
         if images is None or not is_host0():

@@ -16,11 +16,13 @@ from jaxdiff.cli.sweep import SavedFigures, parse_values
 from jaxdiff.cli.sweep_plot import FRONT, SweepPoint, pareto_front, render_sweep
 from jaxdiff.config.serialization import to_json
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation import clip_score
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.evaluation.selection import Selection
+from jaxdiff.io.images import save_png
 from jaxdiff.pretrained.bundle import RECIPE, write_bundle, write_json
 from jaxdiff.sampling.solvers_ode import Heun
 
@@ -60,14 +62,17 @@ def test_other_sweeps_are_refused(words, says):
 
 def test_figures_are_measured_once_for_the_same_settings(tmp_path):
     path = epath.Path(tmp_path) / "figures.json"
-    assert SavedFigures(path, {"n": 1}).measure({"x": 1}, lambda: {"y": 2.0}) == {"y": 2.0}
+    two, three = (Report(scalars={"y": y}, provenance={"y": {"images": 4}}) for y in (2.0, 3.0))
+    assert SavedFigures(path, {"n": 1}).measure({"x": 1}, lambda: two) == {"y": 2.0}
     assert SavedFigures(path, {"n": 1}).measure({"x": 1}, pytest.fail) == {"y": 2.0}
-    assert SavedFigures(path, {"n": 2}).measure({"x": 1}, lambda: {"y": 3.0}) == {"y": 3.0}
+    [point] = json.loads(path.read_text())["points"]
+    assert point["provenance"]["figures"] == {"y": {"images": 4}}
+    assert SavedFigures(path, {"n": 2}).measure({"x": 1}, lambda: three) == {"y": 3.0}
 
 
 def test_a_figure_that_is_no_number_is_saved_and_read(tmp_path):
     path = epath.Path(tmp_path) / "figures.json"
-    SavedFigures(path, {}).measure({"x": 1}, lambda: {"y": math.nan})
+    SavedFigures(path, {}).measure({"x": 1}, lambda: Report(scalars={"y": math.nan}))
     assert math.isnan(SavedFigures(path, {}).measure({"x": 1}, pytest.fail)["y"])
 
 
@@ -126,6 +131,27 @@ def test_a_sweep_writes_figures_table_and_plot_and_resumes(model, monkeypatch, c
     assert len(calls) == 9
     assert cli.main([*words, "--samples", "20", "--scalar", "clip_score/data"]) == 0
     assert len(calls) == 15
+    other = clip_score.clip_score_network("shipped:produce_clip")
+    other = other._replace(provenance={**other.provenance, "weights": "others"})
+    monkeypatch.setattr(clip_score, "clip_score_network", lambda _: other)
+    assert cli.main(words) == 0  # another CLIP in the same place
+    assert len(calls) == 21
+
+
+def test_another_reference_in_the_same_place_is_another_fingerprint(tiny_recipe, tmp_path):
+    data = tiny_recipe().data
+    evaluator = FeatureDistance(reference=str(tmp_path))
+    image = np.zeros((8, 8, 3), np.uint8)
+    save_png(tmp_path / "0.png", image)
+    first = evaluator.fingerprints(data)
+    assert evaluator.fingerprints(data) == first
+    save_png(tmp_path / "1.png", image)
+    assert evaluator.fingerprints(data)["reference"] != first["reference"]
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    files = FeatureDistance(reference=str(tmp_path / "a.npz"))
+    before = files.fingerprints(data)["reference"]
+    np.savez(tmp_path / "a.npz", mu=np.ones(3), sigma=np.eye(3))
+    assert files.fingerprints(data)["reference"] != before
 
 
 def test_a_sweep_shows_distances_as_lower_is_better():

@@ -91,6 +91,13 @@ def test_true_renderings_score_nearly_all_and_by_chance_nothing(report):
         assert report.scalars[f"{name}/joint/chance"] <= 0.2
 
 
+def test_every_figure_states_its_images_and_prompts(report):
+    assert report.provenance.keys() == report.scalars.keys()
+    about = [report.provenance[f"{name}/joint"] for name in SETS]
+    assert [one["images"] for one in about] == [COUNT] * 3
+    assert len({one["prompts"] for one in about}) == 3
+
+
 def test_every_attribute_has_a_line_of_three_figures(report):
     lines = report.text.splitlines()
     attributes = [line for line in lines if line.startswith("  ")]
@@ -259,7 +266,10 @@ def test_the_clip_score_compares_images_with_their_and_other_captions(context, m
     ranks = {"retrieval": 0.75, "text_retrieval": 0.75}
     of_data = {"retrieval_data": 1.0, "text_retrieval_data": 1.0}
     assert report.scalars == cosines | ranks | of_data
-    assert report.text.startswith("CLIP score (mine): score 75.0, data 100.0, chance 0.0; retriev")
+    assert report.text.startswith(
+        "CLIP score (mine), 4 images (too few usable records for 6 samples): "
+        "score 75.0, data 100.0, chance 0.0; retriev"
+    )
     about = report.provenance["retrieval"]
     assert (about["weights"], about["images"]) == ("of mine", 4)
     captions = [f"a pea {n}" for n in (11, 22, 33, 44)]

@@ -54,14 +54,20 @@ def test_a_run_logs_the_loss_by_noise_level(run):
 
 def test_afterwards_the_model_has_the_loss_of_its_sharded_training(run, tmp_path):
     assert cli.main(["evaluate", str(run), "--samples", "32", "--out", str(tmp_path)]) == 0
-    figures = json.loads((tmp_path / "evaluation.json").read_text())["figures"]
-    trained = json.loads((run / "summary.json").read_text())["evaluation"]
-    assert figures == pytest.approx(trained, rel=1e-4)
+    after = json.loads((tmp_path / "evaluation.json").read_text())
+    trained = json.loads((run / "summary.json").read_text())
+    assert after["figures"] == pytest.approx(trained["evaluation"], rel=1e-4)
+    assert after["provenance"]["figures"] == trained["provenance"]["figures"]
 
 
 def test_the_loss_does_not_depend_on_the_size_of_the_batch(run, recipe):
     bundle = load_bundle(str(run))
-    whole, parts = (bundle_metrics(recipe, bundle, 32, batch_size=b) for b in (32, 8))
+    (whole, about), (parts, same) = (
+        bundle_metrics(recipe, bundle, 32, batch_size=b) for b in (32, 8)
+    )
+    assert about == same
+    assert (about["records"], about["task"]) == (32, "DiffusionTask")
+    assert bundle_metrics(recipe, bundle, 8).provenance["records_sha256"] != about["records_sha256"]
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-5)
     np.testing.assert_allclose(whole["loss_by_level"], parts["loss_by_level"], rtol=1e-4)
 
@@ -75,11 +81,12 @@ def test_an_autoencoder_has_its_own_loss(tiny_recipe):
     config = dataclasses.replace(config, task=AutoencoderTask(model=model), data=data)
     params = config.task.init_params(nnx.Rngs(0))
     found = bundle_metrics(config, Bundle(model, params, {}), 8)
-    assert {"loss", "psnr", "kl"} <= found.keys()
+    assert {"loss", "psnr", "kl"} <= found.metrics.keys()
     report = HeldOutLoss(samples=8).evaluate(
         EvalContext(0, model, params, {}, data, loss=lambda samples: found)
     )
-    assert report.scalars["loss"] == pytest.approx(float(found["loss"]))
+    assert report.scalars["loss"] == pytest.approx(float(found.metrics["loss"]))
+    assert report.provenance["loss"] == found.provenance
 
 
 def test_a_clip_has_its_contrastive_loss(tiny_recipe, tiny_bundle):
@@ -90,7 +97,8 @@ def test_a_clip_has_its_contrastive_loss(tiny_recipe, tiny_bundle):
     data = dataclasses.replace(config.data, held_out=0.1)
     config = dataclasses.replace(config, task=ClipTask(model=model), data=data)
     params = config.task.init_params(nnx.Rngs(0))
-    found = bundle_metrics(config, Bundle(model, params, tiny_bundle.tokenizers), 8)
+    found, about = bundle_metrics(config, Bundle(model, params, tiny_bundle.tokenizers), 8)
+    assert about["batch_size"] == 4
     assert 0.5 < float(found["loss"]) < 4  # about log 4, chance in a batch of 4
     assert 0 <= float(found["accuracy_image_to_text"]) <= 1
 

@@ -230,5 +230,5 @@ def test_held_out_records_have_one_number_of_references(root):
     frozen, params = (jax.tree.map(jnp.asarray, load_parts(one)) for one in parts)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tokenizers = load_bundle(root / NAME).tokenizers
-    metrics = held_out_metrics(config, params, frozen, tokenizers, mesh, 4 * BATCH)
+    metrics, _ = held_out_metrics(config, params, frozen, tokenizers, mesh, 4 * BATCH)
     assert np.isfinite(metrics["loss"])
