@@ -11,7 +11,14 @@ from etils import epath
 
 from jaxdiff.cli.evaluate_sweep import parse_sweep, run_sweep
 from jaxdiff.cli.parsing import parse_flags
-from jaxdiff.cli.score_images import FIGURES, PARTS, compare_command, has_model, score_images
+from jaxdiff.cli.score_images import (
+    FIGURES,
+    PARTS,
+    chosen_features,
+    compare_command,
+    has_model,
+    score_images,
+)
 from jaxdiff.config.checked import checked
 from jaxdiff.config.fields import Count, NotNegative, Range
 from jaxdiff.config.serialization import to_json
@@ -22,12 +29,13 @@ from jaxdiff.evaluation.evaluator import (
     EvalContext,
     Evaluator,
     Generation,
+    Report,
     check_evaluators,
     with_samples,
 )
 from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.feature_distance import FeatureDistance
-from jaxdiff.evaluation.features import ClipFeatures, Measure, features_of
+from jaxdiff.evaluation.features import Measure, clip_score_network
 from jaxdiff.evaluation.provenance import figures_json
 from jaxdiff.io.files import make_folder, write_whole
 from jaxdiff.io.lock import lock_folder, output_folder
@@ -42,6 +50,9 @@ from jaxdiff.training.held_out import bundle_metrics
 from jaxdiff.training.recipe import Config, load_recipe
 from jaxdiff.training.run import on_host0, run_evaluators
 from jaxdiff.training.workdir import read_config
+
+SAMPLES = 500
+"""Images for a distance of features that flags ask for."""
 
 
 @checked
@@ -62,9 +73,9 @@ class EvaluateOptions:
     reference: str | None = None
     """Images to compare with: a folder, .npz of ADM or pytorch-fid, statistics that jaxdiff wrote,
     or for --images a recipe. Alone it writes its statistics to --out."""
-    features: str = ClipFeatures.model
+    features: str | None = None
     """Network of the compared features: weights of the FID Inception as safetensors, or a DINOv2
-    or CLIP (folder, `shipped:NAME` or OWNER/NAME)."""
+    or CLIP (folder, `shipped:NAME` or OWNER/NAME); `shipped:produce_clip` by default."""
     resize: Literal["tensorflow", "pytorch"] | None = None
     """Resizing before the FID Inception: as torch-fidelity and ADM (tensorflow, the default), or as
     pytorch-fid."""
@@ -76,8 +87,9 @@ class EvaluateOptions:
     """Check the installed metrics against stored values."""
     recipe: str | None = None
     """Recipe whose evaluators and data are used; by default the one that trained the model."""
-    samples: Annotated[int, Range(2)] = 500
-    """Prompts of each evaluator that counts samples."""
+    samples: Annotated[int | None, Range(2)] = None
+    """Prompts of each evaluator that counts samples; by default those of the recipe, and 500 for
+    the distance of features that --reference and its like ask for."""
     batch_size: Count | None = None
     """Images generated at a time; chosen for the device by default."""
     guidance_scale: float | None = None
@@ -86,9 +98,9 @@ class EvaluateOptions:
     """Images generated for each prompt; the one that CLIP ranks closest to it is scored."""
     clip_scale: NotNegative = 0.0
     """Strength of CLIP guidance; 0 is without."""
-    clip_model: str = ClipGuidance.model
+    clip_model: str | None = None
     """CLIP for --best-of and --clip-scale: a folder (a run, exported, or of transformers),
-    `shipped:NAME` or OWNER/NAME."""
+    `shipped:NAME` or OWNER/NAME; `shipped:produce_clip` by default."""
     sweep: tuple[str, ...] = ()
     """Settings of sampling to compare, all combinations: guidance_scale=1:4:0.25 num_steps=8,12,20
     solver=ddim,heun. Writes a table, `evaluation_sweep.json` and a plot of quality over cost; the
@@ -179,11 +191,15 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     report = run_evaluators(evaluators, context, None, on_host0(write_text))
     if not is_host0():
         return
-    write_line(", ".join(f"{name} {value}" for name, value in settings.items()))
+    images = _images(report)
+    if images:
+        counts = ", ".join(f"{count} of {name}" for name, count in images.items())
+        settings = {"images": counts, **settings}
+    write_line("; ".join(f"{name} {value}" for name, value in settings.items()))
     if folder is None or parts is None:
         return
     path = folder / FIGURES
-    seeds = f"0 to {options.samples * options.best_of - 1}"
+    seeds = f"0 to {max(images.values()) * options.best_of - 1}" if images else None
     sampler = to_json(getattr(spec, "sampler", None))
     weights = exported_fingerprint(params)
     about = {"seeds": seeds, "sampler": sampler, "model": options.run, "weights": weights}
@@ -202,12 +218,12 @@ def _evaluators(config: Config, options: EvaluateOptions) -> tuple[Evaluator, ..
 
     With options of features it is the distance of features alone.
     """
-    others = (options.reference, options.resize, options.measures, options.few)
-    if options.features != ClipFeatures.model or any(others):
+    asked = (options.features, options.reference, options.resize, options.measures, options.few)
+    if any(asked):
         distance = FeatureDistance(
-            network=features_of(options.features, options.resize),
+            network=chosen_features(options),
             reference=options.reference,
-            samples=options.samples,
+            samples=options.samples or SAMPLES,
             measures=options.measures,
             few=options.few,
         )
@@ -221,27 +237,43 @@ def _evaluators(config: Config, options: EvaluateOptions) -> tuple[Evaluator, ..
     return tuple(with_samples(e, options.samples) for e in found)
 
 
+def _images(report: Report) -> dict[str, int]:
+    """Return the number of generated images by evaluator, for those that count images."""
+    return {
+        name.split("/")[0]: about["images"]
+        for name, about in report.provenance.items()
+        if "images" in about
+    }
+
+
 def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
     """Return how the images were generated, to be printed and saved with the figures."""
-    settings: dict[str, Any] = {"samples": options.samples}
+    settings: dict[str, Any] = {}
     if isinstance(spec, TextToImage):
         scale = options.guidance_scale
         settings["guidance_scale"] = spec.sampler.guidance_scale if scale is None else scale
     settings["best_of"] = options.best_of
     if options.clip_scale or options.best_of > 1:
-        settings |= {"clip_scale": options.clip_scale, "clip_model": options.clip_model}
+        model = options.clip_model or ClipGuidance.model
+        weights = clip_score_network(model).provenance["weights"]
+        settings |= {
+            "clip_scale": options.clip_scale,
+            "clip_model": model,
+            "clip_weights": weights,
+        }
     return settings
 
 
 def _generation(options: EvaluateOptions) -> Generation:
+    model = options.clip_model or ClipGuidance.model
     arguments: dict[str, Any] = {
         "batch_size": options.batch_size,
         "guidance_scale": options.guidance_scale,
     }
     if options.clip_scale:
-        clip = ClipGuidance(scale=options.clip_scale, model=options.clip_model)
+        clip = ClipGuidance(scale=options.clip_scale, model=model)
         arguments["guidance"] = Guidance(clip=clip)
-    return Generation(best_of=options.best_of, clip_model=options.clip_model, arguments=arguments)
+    return Generation(best_of=options.best_of, clip_model=model, arguments=arguments)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -250,5 +282,5 @@ def _check(options: EvaluateOptions) -> None:
     if options.clip_scale and options.best_of > 1:
         raise UserError("--clip-scale and --best-of exclude each other: leave one of them out.")
     with_clip = options.clip_scale != 0 or options.best_of > 1
-    if options.clip_model != ClipGuidance.model and not with_clip:
+    if options.clip_model is not None and not with_clip:
         raise UserError("--clip-model has no effect alone: give --clip-scale or --best-of as well.")

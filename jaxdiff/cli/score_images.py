@@ -12,7 +12,7 @@ from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Report
 from jaxdiff.evaluation.extraction import remove_parts
 from jaxdiff.evaluation.feature_distance import check_measures, measure
-from jaxdiff.evaluation.features import features_of
+from jaxdiff.evaluation.features import AnyFeatures, ClipFeatures, features_of
 from jaxdiff.evaluation.image_sets import DataImages, ImageArray, ImageFiles, ImageSet
 from jaxdiff.evaluation.provenance import compare_figures, figures_json
 from jaxdiff.evaluation.reference import Reference, open_reference, set_statistics
@@ -42,6 +42,11 @@ _OF_MODELS = (
     "scalar",
 )
 _OF_IMAGES = ("images", "reference", "features", "resize", "measures", "few", "out")
+
+
+def chosen_features(options: "EvaluateOptions") -> AnyFeatures:
+    """Return the feature network that --features and --resize name."""
+    return features_of(options.features or ClipFeatures.model, options.resize)
 
 
 def compare_command(files: list[str]) -> None:
@@ -106,7 +111,7 @@ def _score(options: "EvaluateOptions", folder: epath.Path | None) -> None:
     """Score a set of images, and save the figures in a folder, if there is one."""
     assert options.images is not None
     assert options.reference is not None
-    features = features_of(options.features, options.resize)
+    features = chosen_features(options)
     reference, images = _reference(options.reference), _images(options.images)
     network = features.load()
     parts = None if folder is None else folder / PARTS
@@ -141,7 +146,7 @@ def _write_reference(options: "EvaluateOptions") -> None:
             f"{options.reference} holds mean and covariance alone, which are read as they are: "
             "expected images; give a folder of them."
         )
-    network = features_of(options.features, options.resize).load()
+    network = chosen_features(options).load()
     parts = make_folder(path.parent) / f".{path.stem}_{PARTS}"
     found = reference.statistics(network, parts)
     if not is_host0():

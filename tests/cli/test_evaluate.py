@@ -20,7 +20,7 @@ from jaxdiff.evaluation import self_test
 from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.evaluation.feature_distance import FeatureDistance
-from jaxdiff.evaluation.features import FeatureNetwork
+from jaxdiff.evaluation.features import FeatureNetwork, clip_score_network
 from jaxdiff.evaluation.produce import ProduceAccuracy
 from jaxdiff.evaluation.samples import SampleGrid
 from jaxdiff.io.images import save_png
@@ -57,7 +57,8 @@ def calls(monkeypatch):
         assert images is None
         found.append((evaluators, context))
         log("the table")
-        return Report(scalars={"clip_score/score": 20.0})
+        name = "clip_score/score"
+        return Report(scalars={name: 20.0}, provenance={name: {"images": 8}})
 
     monkeypatch.setattr(module, "run_evaluators", run)
     return found
@@ -73,48 +74,56 @@ def saved(folder):
 
 
 def test_figures_are_printed_and_saved_in_the_folder_of_the_model(model, calls, capsys):
-    folder = model(GRID, ClipScore())
+    folder = model(GRID, ClipScore(samples=9))
     assert cli.main(["evaluate", str(folder)]) == 0
     [(evaluators, context)] = calls
-    assert evaluators == (ClipScore(samples=500),)
+    assert evaluators == (ClipScore(samples=9),)
     assert (context.generation.best_of, context.generation.arguments["batch_size"]) == (1, None)
     about = saved(folder).pop("provenance")
     assert saved(folder) == {
-        "samples": 500,
+        "images": "8 of clip_score",
         "guidance_scale": context.spec.sampler.guidance_scale,
         "best_of": 1,
         "figures": {"clip_score/score": 20.0},
         "provenance": about,
     }
-    assert about["figures"] == {"clip_score/score": {"samples": 500}}
+    assert about["figures"] == {"clip_score/score": {"images": 8}}
     assert about["sampler"] == to_json(context.spec.sampler)
-    assert about["seeds"] == "0 to 499"
+    assert about["seeds"] == "0 to 7"
     assert about["weights"] == exported_fingerprint(load_bundle(folder).params)
     assert datetime.date.fromisoformat(about["date"])
     assert {"jax", "numpy"} <= set(about["versions"])
     table, settings, where = capsys.readouterr().out.splitlines()
     assert (table, where) == ("the table", f"Saved {folder / 'evaluation.json'}")
-    assert settings.startswith("samples 500, guidance_scale ")
+    assert settings.startswith("images 8 of clip_score; guidance_scale ")
 
 
 @pytest.mark.parametrize(
     ("words", "arguments", "settings"),
     [
         (("--guidance-scale", "1.5"), {"guidance_scale": 1.5}, {"guidance_scale": 1.5}),
-        (("--batch-size", "3", "--samples", "2"), {"batch_size": 3}, {"samples": 2}),
+        (("--batch-size", "3", "--samples", "2"), {"batch_size": 3}, {}),
         (
             ("--clip-scale", "3", "--clip-model", "mine"),
             {"clip": ClipGuidance(scale=3.0, model="mine")},
-            {"clip_scale": 3.0, "clip_model": "mine"},
+            {"clip_scale": 3.0, "clip_model": "mine", "clip_weights": "of mine"},
         ),
         (
-            ("--best-of", "3", "--clip-model", "mine"),
-            {"best_of": 3, "clip_model": "mine"},
-            {"best_of": 3, "clip_scale": 0.0, "clip_model": "mine"},
+            ("--best-of", "3"),
+            {"best_of": 3, "clip_model": ClipGuidance.model},
+            {"best_of": 3, "clip_scale": 0.0, "clip_weights": f"of {ClipGuidance.model}"},
         ),
     ],
 )
-def test_options_say_how_images_are_generated(model, calls, words, arguments, settings):
+def test_options_say_how_images_are_generated(
+    model, calls, words, arguments, settings, monkeypatch
+):
+    network = clip_score_network(ClipGuidance.model)
+    monkeypatch.setattr(
+        module,
+        "clip_score_network",
+        lambda name: network._replace(provenance={"weights": f"of {name}"}),
+    )
     folder = model(ClipScore())
     assert cli.main(["evaluate", str(folder), *words]) == 0
     [(_, context)] = calls
@@ -133,6 +142,7 @@ def test_options_say_how_images_are_generated(model, calls, words, arguments, se
         (("--best-of", "0"), "--best-of is 0"),
         (("--best-of", "2", "--clip-scale", "1"), "--clip-scale and --best-of exclude each other"),
         (("--clip-model", "mine"), "--clip-model has no effect alone"),
+        (("--clip-model", ClipGuidance.model), "--clip-model has no effect alone"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(refused, calls, words, message):
@@ -175,7 +185,7 @@ def test_the_evaluators_and_the_data_of_another_recipe_are_used(model, calls, tm
     (folder / RECIPE).rename(recipe.with_suffix(".json"))
     assert cli.main(["evaluate", str(folder), "--recipe", str(recipe)]) == 0
     [(evaluators, context)] = calls
-    assert evaluators == (ClipScore(samples=500),)
+    assert evaluators == (ClipScore(samples=9),)
     assert context.data.source == source
 
 
@@ -202,7 +212,7 @@ def test_no_folder_is_made_for_a_model_that_is_not_here(name, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_path):
+def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(3):
@@ -210,7 +220,9 @@ def test_a_model_of_any_data_with_captions_has_a_score(one_device, model, tmp_pa
         (photos / f"{i}.txt").write_text(f"a pea {i}")
 
     folder = model(ClipScore(), source=ImageFolder(path=str(photos)))
-    assert cli.main(["evaluate", str(folder), "--samples", "3"]) == 0
+    assert cli.main(["evaluate", str(folder), "--samples", "9"]) == 0
+    assert "3 images (too few usable records for 9 samples)" in capsys.readouterr().out
+    assert saved(folder)["images"] == "3 of clip_score"
     figures = saved(folder)["figures"]
     assert all(-100 < figures[f"clip_score/{name}"] < 100 for name in ("score", "data", "chance"))
     assert 0 <= figures["clip_score/retrieval"] <= 1
@@ -376,6 +388,14 @@ def test_a_reference_makes_an_evaluator_of_its_features(model, calls, tmp_path):
     assert context.parts == epath.Path(folder) / "evaluation_parts"
 
 
+def test_features_that_are_the_default_make_an_evaluator_too(model, calls):
+    folder = model(ClipScore())
+    words = ("--features", "shipped:produce_clip")
+    assert cli.main(["evaluate", str(folder), *words, "--measures", "mmd"]) == 0
+    [(evaluators, _)] = calls
+    assert evaluators == (FeatureDistance(samples=500, measures=("mmd",)),)
+
+
 def test_the_self_test_compares_with_stored_values(monkeypatch, capsys):
     found = dict(self_test.STORED)
     monkeypatch.setattr(self_test, "_values", lambda: found)
@@ -389,9 +409,9 @@ def test_the_self_test_compares_with_stored_values(monkeypatch, capsys):
 
 
 @pytest.mark.optimized
-def test_the_shipped_clip_has_the_stored_values(monkeypatch):
+def test_the_shipped_clip_and_the_small_dinov2_have_the_stored_values(monkeypatch):
     monkeypatch.setattr(self_test, "inception_network", lambda *_: lambda _: np.ones((3, 8)))
     found = self_test._values()
     for name, stored in self_test.STORED.items():
-        if name.endswith("shipped_produce_clip"):
+        if not name.startswith("inception"):
             assert found[name] == pytest.approx(stored, rel=1e-4)
