@@ -251,7 +251,8 @@ def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if isinstance(spec, TextToImage):
         scale = options.guidance_scale
-        settings["guidance_scale"] = spec.sampler.guidance_scale if scale is None else scale
+        default = spec.sampler.resolve().guidance_scale
+        settings["guidance_scale"] = default if scale is None else scale
     settings["best_of"] = options.best_of
     if options.clip_scale or options.best_of > 1:
         model = options.clip_model or ClipGuidance.model
