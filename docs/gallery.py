@@ -25,8 +25,8 @@ THINGS = (
 PAIRS = (
     "a cat to the left of a rocket on blue",
     "a flat drawing of a whale above a strawberry on yellow",
-    "a shaded drawing of a dog to the right of a cupcake",
-    "a cartoon drawing of a fish below a sailboat",
+    "a shaded drawing of a dog to the right of a cupcake on green",
+    "a cartoon drawing of a fish below a sailboat on yellow",
     "two strawberries on pink",
     "three stars on black",
     "a small owl at the top on purple",
