@@ -1,11 +1,13 @@
 """Search for the fastest mesh, remat policy, micro-batches and batch size on a topology.
 
-All combinations are estimated by formulas; those that promise most are compiled. The formulas order
-candidates and exclude only what cannot win: states that are larger than the memory, programs that
-keep more than one that did not fit, more micro-batches than a program that fits otherwise has, and
-products that alone take longer than the best step so far.
+All combinations are estimated by formulas. The recipe's own setting is compiled first, then those
+that promise most; each plan corrects the formulas for its kind, such as remat "dots" with
+micro-batches. The formulas order candidates and exclude only what cannot win: states that are
+larger than the memory, programs that keep more than one that did not fit, more micro-batches than a
+program that fits otherwise has, and products that alone take longer than the best step so far.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -158,17 +160,21 @@ def search(
       UserError: no candidate's batch divides among the devices, or none can fit.
     """
     estimate = _Estimate(config, topology)
-    ordered = iter(sorted(candidates(config, len(topology.devices)), key=estimate.step))
-    made = _Made(topology, most, log, quick)
+    made = _Made(topology, most, log, quick, estimate)
+    tried = candidates(config, len(topology.devices))
+    pool = [(not _is_own(one, config), estimate.step(one), one) for one in tried]
+
+    def promise(entry: tuple[bool, float, Config]) -> tuple[bool, float]:
+        is_other, seconds, candidate = entry
+        return is_other, seconds * made.correction(candidate)
 
     def fill(count: int) -> None:
-        for candidate in ordered:
+        while pool and len(made.plans) < count:
+            _, _, candidate = pool.pop(pool.index(min(pool, key=promise)))
             best = made.best
             least = estimate.products(candidate) / candidate.train.batch_size
             if best is None or least < _seconds_per_image(best[0]):
                 made.make(candidate)
-            if len(made.plans) >= count:
-                return
 
     fill(max(most - 2, 1))
     if made.best is not None:
@@ -197,16 +203,25 @@ class _Made:
     most: int
     log: Callable[[SearchProgress], None]
     quick: bool
+    estimate: _Estimate
     plans: list[tuple[Plan, Config]] = dataclasses.field(default_factory=list)
     too_large: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     states: dict[MeshConfig, bool] = dataclasses.field(default_factory=dict)
     compiled: list[float] = dataclasses.field(default_factory=list)  # seconds
+    errors: dict[tuple[Any, ...], list[float]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
+    )  # logarithms of plan over estimate, by kind
 
     @property
     def best(self) -> tuple[Plan, Config] | None:
         """The fastest plan that fits, with its recipe."""
         fitting = [made for made in self.plans if made[0].fits]
         return min(fitting, key=lambda made: _rank(made[0]), default=None)
+
+    def correction(self, config: Config) -> float:
+        """Return the geometric mean of plan over estimate, of the plans of its kind."""
+        errors = self.errors[_kind(config)]
+        return math.exp(sum(errors) / max(len(errors), 1))
 
     def make(self, config: Config) -> None:
         """Compile a recipe unless it cannot win, or the search has made all its plans."""
@@ -218,6 +233,8 @@ class _Made:
         if seconds >= plan.compile_s:  # otherwise it was kept
             self.compiled.append(seconds)
         self.plans.append((plan, config))
+        if plan.step_s:
+            self.errors[_kind(config)].append(math.log(plan.step_s / self.estimate.step(config)))
         if not plan.fits:
             self.too_large.append(_kept(config))
         count = len(self.plans)
@@ -251,6 +268,19 @@ class _Made:
                 size = state_bytes_per_device(config, mesh)
                 self.states[config.mesh] = size <= self.topology.chip.memory
         return self.states[config.mesh]
+
+
+def _is_own(candidate: Config, config: Config) -> bool:
+    """Whether a candidate is the recipe's own setting; -1 is any number of devices."""
+    sizes = zip(dataclasses.astuple(candidate.mesh), dataclasses.astuple(config.mesh), strict=True)
+    same_mesh = all(size in (-1, found) for found, size in sizes)
+    return same_mesh and dataclasses.replace(candidate, mesh=config.mesh) == config
+
+
+def _kind(config: Config) -> tuple[Any, ...]:
+    """Return what the formulas' errors depend on most."""
+    mesh = config.mesh
+    return remat_of(config), config.train.accumulate > 1, mesh.tensor > 1, mesh.context > 1
 
 
 def _kept(config: Config) -> tuple[float, ...]:

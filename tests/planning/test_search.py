@@ -127,6 +127,44 @@ def test_the_fastest_that_fits_comes_first(tiny_recipe):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fsdp", [4, -1])
+def test_the_recipes_own_setting_is_planned_first(fsdp, tiny_recipe):
+    config = dataclasses.replace(tiny_recipe(batch_size=16), mesh=MeshConfig(data=2, fsdp=fsdp))
+    made = []
+    search(config, EIGHT, most=3, log=made.append)
+    first = made[0].plan
+    assert (first.mesh["data"], first.mesh["fsdp"], first.accumulate) == (2, 4, 1)
+    assert first.remat == config.task.model.denoiser.remat
+
+
+def test_plans_correct_the_estimates_of_their_kind(tiny_recipe, some_plan, monkeypatch):
+    """The formulas put "none" first; XLA needs a thousand times as long for it."""
+
+    def planned(candidate, _topology, **_):
+        remat = candidate.task.model.denoiser.remat
+        seconds = plan_search._Estimate(candidate, EIGHT).step(candidate)
+        return dataclasses.replace(
+            some_plan,
+            memory_needed=1.0,
+            step_s=seconds * (1000 if remat == "none" else 1),
+            batch_size=candidate.train.batch_size,
+            remat=remat,
+            accumulate=candidate.train.accumulate,
+            compile_s=0.0,
+        )
+
+    monkeypatch.setattr(plan_search, "make_plan", planned)
+    monkeypatch.setattr(plan_search, "check_axes", lambda *_: None)
+    monkeypatch.setattr(plan_search, "state_bytes_per_device", lambda *_: 1)
+    made = []
+    search(tiny_recipe(batch_size=16), EIGHT, most=30, log=made.append)
+    policies = [m.plan.remat for m in made if m.plan.batch_size == 16]
+    # One of each kind, with micro-batches or without, with `tensor`, `context`, both or none.
+    assert policies.count("none") <= 8
+    assert policies.count("dots") > 8
+
+
+@pytest.mark.usefixtures("quick")
 def test_what_needs_more_than_a_plan_that_did_not_fit_is_not_made(tiny_recipe):
     plans = search(tiny_recipe(batch_size=16), EIGHT, most=999, log=lambda _: None)
     too_large = [plan for plan in plans if not plan.fits and plan.remat == "none"]
