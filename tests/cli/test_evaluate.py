@@ -82,7 +82,7 @@ def test_figures_are_printed_and_saved_in_the_folder_of_the_model(model, calls, 
     about = saved(folder).pop("provenance")
     assert saved(folder) == {
         "images": "8 of clip_score",
-        "guidance_scale": context.spec.sampler.guidance_scale,
+        "guidance_scale": context.spec.sampler.resolve().guidance_scale,
         "best_of": 1,
         "figures": {"clip_score/score": 20.0},
         "provenance": about,
