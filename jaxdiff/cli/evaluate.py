@@ -181,7 +181,7 @@ def _evaluate(options: EvaluateOptions, config: Config) -> None:
     bundle = Bundle(spec, params, tokenizers)
     loss = functools.partial(bundle_metrics, config, bundle, batch_size=options.batch_size)
     context = EvalContext(0, *bundle, config.data, generation, loss=loss, parts=parts)
-    settings = _settings(options, spec)
+    settings = _settings(options, spec, generation)
     if options.sweep:
         assert folder is not None
         run_sweep(points, evaluators, context, settings, folder=folder, scalar=options.scalar)
@@ -246,7 +246,7 @@ def _images(report: Report) -> dict[str, int]:
     }
 
 
-def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
+def _settings(options: EvaluateOptions, spec: AnySpec, generation: Generation) -> dict[str, Any]:
     """Return how the images were generated, to be printed and saved with the figures."""
     settings: dict[str, Any] = {}
     if isinstance(spec, TextToImage):
@@ -254,13 +254,11 @@ def _settings(options: EvaluateOptions, spec: AnySpec) -> dict[str, Any]:
         default = spec.sampler.resolve().guidance_scale
         settings["guidance_scale"] = default if scale is None else scale
     settings["best_of"] = options.best_of
-    if options.clip_scale or options.best_of > 1:
-        model = options.clip_model or ClipGuidance.model
-        weights = clip_score_network(model).provenance["weights"]
+    if clip := generation.used_clip:
         settings |= {
             "clip_scale": options.clip_scale,
-            "clip_model": model,
-            "clip_weights": weights,
+            "clip_model": clip,
+            "clip_weights": clip_score_network(clip).provenance["weights"],
         }
     return settings
 

@@ -22,7 +22,7 @@ from jaxdiff.data.bad_records import RecordError
 from jaxdiff.distributed.multihost import gather_rows, is_host0, rows_of_host
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext
-from jaxdiff.evaluation.features import FeatureNetwork
+from jaxdiff.evaluation.features import FeatureNetwork, clip_score_network
 from jaxdiff.evaluation.image_sets import ImageSet, Pixels
 from jaxdiff.pretrained.bundle import weights_fingerprint
 from jaxdiff.pretrained.safetensors_io import TensorFiles, write_tensors
@@ -135,7 +135,9 @@ def generated_features(
     if context.parts is not None:
         weights = weights_fingerprint(context.params)
         how = to_json(context.spec), vars(context.generation), weights
-        key = _key(network.provenance, list(prompts), how)
+        clip = context.generation.used_clip
+        clip_weights = clip and clip_score_network(clip).provenance["weights"]
+        key = _key(network.provenance, list(prompts), how, clip_weights)
     cache = _PartCache(context.parts, key)
     for index, start in enumerate(range(0, len(prompts), PART)):
         texts = prompts[start : start + PART]

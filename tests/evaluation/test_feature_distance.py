@@ -15,7 +15,7 @@ from jaxdiff.datasets.produce.source import Produce
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation import extraction, feature_distance, features, statistics
 from jaxdiff.evaluation.distances import moments_of
-from jaxdiff.evaluation.evaluator import EvalContext
+from jaxdiff.evaluation.evaluator import EvalContext, Generation
 from jaxdiff.evaluation.extraction import image_features
 from jaxdiff.evaluation.feature_distance import FeatureDistance, measure
 from jaxdiff.evaluation.features import ClipFeatures, clip_network
@@ -30,6 +30,8 @@ from jaxdiff.models.text_encoders.clip import (
     ClipVision,
     ClipVisionConfig,
 )
+from jaxdiff.sampling.guidance.clip_guidance import ClipGuidance
+from jaxdiff.sampling.guidance.guidance import Guidance
 
 SIZES = {"width": 16, "depth": 1, "heads": 2, "projection_dim": 8}
 SPEC = ClipConfig(
@@ -270,11 +272,30 @@ def test_generated_images_do_not_depend_on_parts_and_resume(context, network, mo
     )
     parts = evaluator.evaluate(context)
     assert generated == [0, 5, 10]
+    assert parts.scalars.keys() == evaluator.figure_names()
     assert parts.scalars == whole.scalars
     sorted(context.parts.glob("part_*"))[0].unlink()
     assert evaluator.evaluate(context).scalars == whole.scalars
     assert len(generated) <= 4
     assert whole.provenance["mmd_tiny"]["prompts"] == parts.provenance["mmd_tiny"]["prompts"]
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        Generation(best_of=2, clip_model="mine"),
+        Generation(arguments={"guidance": Guidance(clip=ClipGuidance(scale=1.0, model="mine"))}),
+    ],
+)
+def test_saved_features_are_of_the_weights_of_the_clip(generation, context, network, monkeypatch):
+    """Not of its name, under which there may be another one."""
+    monkeypatch.setattr(EvalContext, "generate_share", lambda *_: images(2))
+    context = dataclasses.replace(context, generation=generation)
+    for weights in ("first", "second", "second"):
+        clip = network._replace(provenance={"weights": weights})
+        monkeypatch.setattr(extraction, "clip_score_network", lambda _, clip=clip: clip)
+        list(extraction.generated_features(context, network, ["a", "b"]))
+    assert len(list(context.parts.glob("part_*"))) == 2
 
 
 @pytest.mark.parametrize(
