@@ -63,12 +63,7 @@ def held_out_metrics(
     config = dataclasses.replace(config, data=data)
     task, train = _all_levels(config.task), config.train
     batch_size = batch_size or train.batch_size // train.accumulate
-    records = _of_one_shape(data, split_records(data.source, data.held_out)[1])
-    if len(records) < batch_size:
-        raise UserError(
-            f"data.held_out {data.held_out:g} holds out {len(records)} records: expected "
-            f"at least a batch, {batch_size}; raise it, or lower the batch size."
-        )
+    records = held_out_records(data, batch_size)
     batches = max(1, min(samples, len(records)) // batch_size)
     records = records[: batches * batch_size]
     sharding = batch_sharding(mesh)
@@ -89,6 +84,21 @@ def held_out_metrics(
         found = jax.device_get(metrics(params, frozen, inputs, key, rows.astype(np.int32)))
         totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in found.items()}
     return Losses(means(totals, batches), _provenance(config, records, batch_size))
+
+
+def held_out_records(data: DataConfig, batch_size: int) -> np.ndarray:
+    """Return the held-out records of one shape.
+
+    Raises:
+      UserError: they are fewer than a batch.
+    """
+    records = _of_one_shape(data, split_records(data.source, data.held_out)[1])
+    if len(records) < batch_size:
+        raise UserError(
+            f"data.held_out {data.held_out:g} holds out {len(records)} records: expected "
+            f"at least a batch, {batch_size}; raise it, or lower the batch size."
+        )
+    return records
 
 
 def _provenance(config: Config, records: np.ndarray, batch_size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree, UInt8
@@ -14,6 +15,7 @@ from jaxdiff.distributed.mesh import make_mesh
 from jaxdiff.distributed.multihost import broadcast_text, held_on_host0, is_host0
 from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import EvalContext, Evaluator, Report, check_evaluators
+from jaxdiff.evaluation.held_out import HeldOutLoss
 from jaxdiff.evaluation.provenance import provenance_of
 from jaxdiff.io import images as image_io
 from jaxdiff.io.files import file_errors_as_user_errors, write_whole
@@ -21,7 +23,7 @@ from jaxdiff.io.lock import output_folder
 from jaxdiff.io.terminal import write_text
 from jaxdiff.io.text import format_json, parse_json, read_json
 from jaxdiff.training.best import BEST
-from jaxdiff.training.held_out import held_out_metrics
+from jaxdiff.training.held_out import held_out_metrics, held_out_records
 from jaxdiff.training.loop import Result, train
 from jaxdiff.training.recipe import Config
 from jaxdiff.training.state import TrainState
@@ -38,12 +40,15 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
 
     Raises:
       UserError: as `jaxdiff.training.loop.train`; or, before training, for a model or data that an
-        evaluator does not support.
+        evaluator does not support, or a scalar of `best` that none reports.
     """
     folder = epath.Path(out)
     log = on_host0(log)
     evaluators = config.evaluators if config.train.evaluate else ()
     check_evaluators(evaluators, config.task.model, config.data)
+    if any(isinstance(evaluator, HeldOutLoss) for evaluator in evaluators):
+        config.data.source.check()
+        held_out_records(config.data, config.train.batch_size // config.train.accumulate)
     if config.best is not None and config.train.evaluate:
         config.best.check(evaluators)
 
@@ -52,9 +57,10 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
         frozen: PyTree,
         tokenizers: Mapping[str, TextTokenizer],
         due: tuple[Evaluator, ...],
+        failed: Log | None = None,
     ) -> Report:
         context = eval_context(config, state, frozen, tokenizers)
-        return run_evaluators(due, context, folder / "samples", log)
+        return run_evaluators(due, context, folder / "samples", log, failed)
 
     def finish(result: Result) -> Report:
         earlier = parse_json(broadcast_text(format_json(_read_summary(folder))), folder / SUMMARY)
@@ -73,12 +79,16 @@ def run_recipe(config: Config, out: str, *, fresh: bool = False, log: Log = writ
         _write_summary(folder, result)
         return report
 
+    # During training a failing evaluator is reported. On many hosts it ends the run, as the others
+    # would wait for a host that fails alone.
+    failed = log if jax.process_count() == 1 else None
+    in_training = functools.partial(evaluate, failed=failed)
     with held_on_host0(output_folder(folder)), file_errors_as_user_errors(folder):
         result = train(
             config,
             folder,
             fresh=fresh,
-            evaluate=evaluate if evaluators else None,
+            evaluate=in_training if evaluators else None,
             finish=finish,
             log=log,
         )
@@ -108,7 +118,11 @@ def eval_context(
 
 
 def run_evaluators(
-    evaluators: tuple[Evaluator, ...], context: EvalContext, images: epath.Path | None, log: Log
+    evaluators: tuple[Evaluator, ...],
+    context: EvalContext,
+    images: epath.Path | None,
+    log: Log,
+    failed: Log | None = None,
 ) -> Report:
     """Run evaluators, log their tables and save their images.
 
@@ -118,6 +132,8 @@ def run_evaluators(
       images: folder of the images, `step_N.png` and `step_N_NAME.png`, with the
         evaluator's label before NAME; None saves none.
       log: called with a table or a path.
+      failed: called with a sentence for each evaluator that raises a `UserError`, whose figures
+        are left out; None raises the error.
 
     Returns:
       All scalars, named EVALUATOR/SCALAR, with their provenance, and all images, named
@@ -127,7 +143,13 @@ def run_evaluators(
     shown: dict[str, UInt8[np.ndarray, "h w 3"]] = {}
     provenance: dict[str, Mapping[str, Any]] = {}
     for evaluator in evaluators:
-        report = evaluator.evaluate(context)
+        try:
+            report = evaluator.evaluate(context)
+        except UserError as error:
+            if failed is None:
+                raise
+            failed(f"No figures of {evaluator.prefix!r} at step {context.step}: {error}")
+            continue
         scalars |= {f"{evaluator.prefix}/{name}": x for name, x in report.scalars.items()}
         shown |= {f"{evaluator.prefix}/{name}": x for name, x in report.images.items()}
         other = {"evaluator": to_json(evaluator)}  # of one's own, which states no provenance

@@ -111,6 +111,14 @@ def test_a_share_of_no_batch_is_a_mistake(recipe, run):
         held_out_metrics(config, {}, {}, {}, mesh, 8)
 
 
+def test_a_share_of_no_batch_is_refused_before_training(recipe, tmp_path):
+    data = dataclasses.replace(recipe.data, held_out=0.001)
+    config = dataclasses.replace(recipe, data=data)
+    with pytest.raises(UserError, match=r"holds out \d records: expected at least a batch, 8"):
+        run_recipe(config, str(tmp_path), log=lambda _: None)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_recipe_without_held_out_records_is_refused_before_training(tiny_recipe, tmp_path):
     config = dataclasses.replace(tiny_recipe(), evaluators=(HeldOutLoss(),))
     with pytest.raises(UserError, match=r"data\.held_out is 0: set it to a share such as 0\.01"):

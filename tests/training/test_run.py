@@ -228,6 +228,28 @@ def test_an_evaluator_of_ones_own_runs_at_its_intervals_and_at_the_end(tmp_path,
     assert not np.array_equal(leaves[0], leaves[1])
 
 
+def test_an_evaluator_that_fails_in_training_is_reported_and_the_others_run(
+    tmp_path, tiny_recipe, monkeypatch
+):
+    def evaluate(self, context):
+        if self.label == "failing" and context.step < 3:
+            raise UserError("There are too few records: lower data.held_out.")
+        return Report(scalars={"mean": 0.5})
+
+    monkeypatch.setattr(Counting, "evaluate", evaluate)
+    evaluators = (Counting(every=1, label="failing"), Counting(every=1))
+    config = dataclasses.replace(tiny_recipe(steps=3), evaluators=evaluators)
+    logged = []
+    assert run_recipe(config, str(tmp_path), log=logged.append).finished
+    end = ": There are too few records: lower data.held_out."
+    assert [x for x in logged if x.endswith(end)] == [
+        f"No figures of 'failing' at step {step}{end}" for step in (1, 2)
+    ]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "counting/mean" in r] == [1, 2, 3]
+    assert [r["step"] for r in records if "failing/mean" in r] == [3]
+
+
 def test_a_run_that_is_extended_has_no_summary_until_it_ends(tmp_path, tiny_recipe, monkeypatch):
     config = dataclasses.replace(tiny_recipe(steps=2), evaluators=(Counting(every=1),))
     run_recipe(config, str(tmp_path), log=quiet)
