@@ -112,6 +112,7 @@ def search_width(
     assert options.search is not None
     selection = Selection(scalar=options.search, goal=options.goal)
     evaluator = with_samples(selection.evaluator(config.evaluators), options.samples)
+    evaluator.check(config.task.model, config.data)
     settings = {
         "evaluator": to_json(evaluator),
         "inputs": dict(evaluator.fingerprints(config.data)),
@@ -121,7 +122,6 @@ def search_width(
 
     def measure(width: float) -> Report:
         bundle = _bundle(options, config, averages, width)
-        evaluator.check(bundle.spec, config.data)
         loss = functools.partial(bundle_metrics, config, bundle)
         context = EvalContext(averages.last_step, *bundle, config.data, loss=loss)
         return run_evaluators((evaluator,), context, None, lambda _: None)

@@ -63,6 +63,11 @@ class ClipScore(Evaluator):
         self._check_data(spec, data)
         clip_score_network(self.clip_model)
 
+    def figure_names(self) -> frozenset[str]:
+        """Return the names of its scalars."""
+        ends = ("retrieval", "retrieval_data")
+        return frozenset(("score", "data", "chance", *ends, *(f"text_{end}" for end in ends)))
+
     def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
         """Return those of the CLIP and of the records."""
         records = DataImages(data, self.samples).fingerprint

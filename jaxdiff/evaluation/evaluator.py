@@ -98,6 +98,14 @@ class Generation:
     clip_model: str = ClipGuidance.model
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def used_clip(self) -> str | None:
+        """The CLIP that ranks images or guides them; None for none."""
+        if self.best_of > 1:
+            return self.clip_model
+        guidance = self.arguments.get("guidance")
+        return guidance.clip.model if guidance and guidance.clip else None
+
 
 @dataclass(frozen=True)
 class EvalContext:
@@ -209,6 +217,10 @@ class Evaluator(abc.ABC):
     def goal_of(self, scalar: str) -> Goal:
         """Return which value of one of its scalars is best; by default `goal` for all."""
         return self.goal
+
+    def figure_names(self) -> frozenset[str] | None:
+        """Return the names of all scalars that it can report; None where they are not known."""
+        return None
 
     def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
         """Return what identifies the networks and images that figures depend on, by name.

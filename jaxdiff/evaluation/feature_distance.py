@@ -36,6 +36,13 @@ from jaxdiff.evaluation.reference import Reference, open_reference
 from jaxdiff.evaluation.statistics import Statistics, collect
 from jaxdiff.pretrained.bundle import AnySpec
 
+_FIGURES: dict[Measure, tuple[str, ...]] = {
+    "frechet": ("frechet", "frechet_infinity"),
+    "kernel": ("kernel",),
+    "mmd": ("mmd",),
+    "precision_recall": ("precision", "recall"),
+}
+
 UNBIASED = 50_000
 """Images from which on the Frechet distance is not extrapolated."""
 
@@ -205,6 +212,12 @@ class FeatureDistance(Evaluator):
         reference = self._reference(images)
         reference.check(network)
         check_measures(network, len(images), reference, self.measures, few=self.few)
+
+    def figure_names(self) -> frozenset[str]:
+        """Return the names of the figures of its measures; the network is loaded."""
+        network = self.network.load()
+        found = (name for kind in self.measures or network.usual for name in _FIGURES[kind])
+        return frozenset(map(network.name_of, found))
 
     def fingerprints(self, data: DataConfig) -> Mapping[str, str]:
         """Return those of the network, of the records and of the reference."""

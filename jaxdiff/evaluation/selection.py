@@ -1,7 +1,7 @@
 """Choose among models by one scalar of an evaluator: which is best, and when to stop looking."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -34,6 +34,9 @@ class Selection:
         check_prefixes(found)
         for evaluator in found:
             if self.scalar.startswith(f"{evaluator.prefix}/"):
+                names = evaluator.figure_names()
+                if names is not None:
+                    self._check(sorted(f"{evaluator.prefix}/{name}" for name in names))
                 return evaluator
         names = ", ".join(f"{e.prefix}/..." for e in found) or "none, as it has no such evaluators"
         raise UserError(
@@ -47,11 +50,15 @@ class Selection:
         Raises:
           UserError: the report lacks it.
         """
-        if self.scalar not in scalars:
-            raise UserError(
-                f"the evaluator reports no {self.scalar!r}: expected one of {', '.join(scalars)}."
-            )
+        self._check(scalars)
         return float(scalars[self.scalar])
+
+    def _check(self, names: Collection[str]) -> None:
+        if self.scalar not in names:
+            raise UserError(
+                f"the evaluator reports no {self.scalar!r}: expected one of {', '.join(names)}; "
+                "name one of them."
+            )
 
     def is_better(
         self, value: float, than: float | None, evaluator: Evaluator, by: float = 0.0

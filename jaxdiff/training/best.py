@@ -105,6 +105,7 @@ class BestModel:
         if settings is None:
             return
         self._evaluator = settings.check(evaluators)
+        self._report = report
         self._folder, self._config, self._tokenizers = folder / BEST, config, tokenizers
         self._store = Checkpoints(self._folder / CHECKPOINTS, keep=1, report=report)
         self._now = BestSoFar(scalar=settings.scalar)
@@ -143,16 +144,20 @@ class BestModel:
     def after(self, step: int, scalars: Mapping[str, float], average: PyTree) -> None:
         """Take the figures of an evaluation; where they are the best ones, write the average.
 
-        Raises:
-          UserError: the evaluator did not report the scalar.
+        An evaluation without the scalar is reported, and does not count.
         """
         settings = self._settings
         if settings is None or not any(k.startswith(f"{self._evaluator.prefix}/") for k in scalars):
             return
         if step == self._now.at:  # training ended early: evaluated at its interval, and at the end
             return
+        try:
+            reported = settings.value(dict(scalars))
+        except UserError as error:
+            self._report(f"best.scalar keeps no model at step {step}: {error}")
+            return
         # Hosts may differ in the last bits of a figure, but not in what they decide.
-        found = broadcast_text(format_json(settings.value(dict(scalars))))
+        found = broadcast_text(format_json(reported))
         value, now = parse_json(found, settings.scalar), self._now
         if value is None or not settings.is_better(
             value, now.value, self._evaluator, settings.min_change

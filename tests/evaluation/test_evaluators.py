@@ -266,6 +266,7 @@ def test_the_clip_score_compares_images_with_their_and_other_captions(context, m
     ranks = {"retrieval": 0.75, "text_retrieval": 0.75}
     of_data = {"retrieval_data": 1.0, "text_retrieval_data": 1.0}
     assert report.scalars == cosines | ranks | of_data
+    assert report.scalars.keys() == ClipScore().figure_names()
     assert report.text.startswith(
         "CLIP score (mine), 4 images (too few usable records for 6 samples): "
         "score 75.0, data 100.0, chance 0.0; retriev"

@@ -13,7 +13,9 @@ from etils import epath
 
 from jaxdiff.config.serialization import accept_types
 from jaxdiff.errors import UserError
+from jaxdiff.evaluation.clip_score import ClipScore
 from jaxdiff.evaluation.evaluator import Evaluator, Report
+from jaxdiff.evaluation.feature_distance import FeatureDistance
 from jaxdiff.evaluation.selection import Selection
 from jaxdiff.pretrained import checkpoint_folder
 from jaxdiff.pretrained.checkpoint_folder import load_params
@@ -167,6 +169,29 @@ def test_the_best_step_is_that_of_the_labelled_evaluator(recipe, tmp_path):
     run_recipe(config, str(tmp_path), log=lambda _: None)
     assert summary(tmp_path)["best"] == {"scalar": "second/score", "step": 2, "value": 2.0}
     assert summary(tmp_path)["evaluation"] == {"scripted/other": 2.5, "second/score": 2.5}
+
+
+def test_a_scalar_that_is_not_reported_costs_the_best_model_and_not_the_training(recipe, tmp_path):
+    said = []
+    config = dataclasses.replace(recipe(steps=2, patience=1), evaluators=(Scripted(figure="mean"),))
+    assert run_recipe(config, str(tmp_path), log=said.append).finished
+    assert summary(tmp_path)["step"] == 2
+    assert "best" not in summary(tmp_path)
+    warnings = [line for line in said if line.startswith("best.scalar keeps no model at step 1: ")]
+    assert warnings[0].endswith(
+        "reports no 'scripted/score': expected one of scripted/mean; name one of them."
+    )
+
+
+def test_a_scalar_that_an_evaluator_is_known_not_to_report_is_refused():
+    best = BestCheckpoint(scalar="clip_score/scores")
+    with pytest.raises(
+        UserError, match=r"no 'clip_score/scores': expected one of clip_score/chanc"
+    ):
+        best.check((ClipScore(every=1),))
+    best = BestCheckpoint(scalar="features/fid")
+    with pytest.raises(UserError, match=r"expected one of features/kernel_shipped_produce_clip; "):
+        best.check((FeatureDistance(every=1, measures=("kernel",)),))
 
 
 @pytest.mark.parametrize(
