@@ -53,6 +53,10 @@ def test_the_figures_of_a_shipped_model_are_of_its_weights(name):
     assert figures is not None, "run jaxdiff evaluate, with --out, for the new weights"
     assert figures["provenance"]["model"] == f"shipped:{name}"
     assert {key.partition("/")[0] for key in figures["figures"]} == {name.partition("_")[0]}
+    about = figures["provenance"]["figures"]
+    assert about.keys() == figures["figures"].keys()
+    assert all(one.keys() == {"images", "prompts"} for one in about.values())
+    assert figures["images"] == f"{figures['images'].split()[0]} of {name.partition('_')[0]}"
 
 
 def test_the_card_of_the_default_model_states_its_runs():
