@@ -143,8 +143,8 @@ def _other_parts(config: Config | None, held: str) -> list[str]:
 def _say_what_is_left_out(options: ExportOptions, config: Config | None, held: str) -> None:
     if others := _other_parts(config, held):
         write_line(
-            f"{options.run} has also trained {', '.join(others)}, which --format {options.format} "
-            "leaves out: export those too, or all weights with --format jaxdiff.",
+            f"jaxdiff: {options.run} has also trained {', '.join(others)}, which --format "
+            f"{options.format} leaves out: export those too, or all weights with --format jaxdiff.",
             stderr=True,
         )
 
