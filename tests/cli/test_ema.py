@@ -13,6 +13,7 @@ from etils import epath
 
 from jaxdiff.cli import main as cli
 from jaxdiff.config.serialization import accept_types
+from jaxdiff.errors import UserError
 from jaxdiff.evaluation.evaluator import Evaluator, Report
 from jaxdiff.pretrained.bundle import write_tokenizers
 from jaxdiff.pretrained.load import load_bundle
@@ -94,6 +95,16 @@ def test_a_search_writes_the_best_width_and_resumes(run, capsys):
     assert cli.main([*words[:-1], "0.05,0.08,0.1,0.15"]) == 0
     assert len(MEASURED) == 4
     assert "width 0.08" in capsys.readouterr().out
+
+
+def test_a_search_checks_the_data_before_it_identifies_them(run, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("evaluator 'distance' needs images: leave it out.")
+
+    monkeypatch.setattr(Distance, "check", refuse)
+    monkeypatch.setattr(Distance, "fingerprints", lambda *_: pytest.fail("not checked"))
+    assert cli.main(["ema", str(run), "--search", "distance/to"]) == 2
+    assert "needs images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
