@@ -41,7 +41,7 @@ def parse_flags(target: Any, arguments: list[str], *, prog: str, default: Any = 
         except SystemExit as end:
             if not end.code:
                 raise
-            raise UserError(f"{_sentence(box.getvalue())} See {prog} --help.") from None
+            raise UserError(_message(_sentence(box.getvalue()), prog)) from None
         except FieldError as error:
             raise _called_by_flag(error, arguments) from None
     if unknown:
@@ -76,6 +76,37 @@ def _nearest(flag: str, known: list[str]) -> str | None:
     ending = [name for name in known if name.endswith(flag.removeprefix("-"))]
     like = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     return next(iter(typo + ending + like), None)
+
+
+_NO_NUMBER = (
+    re.compile(
+        r"Error parsing (?P<flag>\S+): no type .*(?P<kind>INT|FLOAT) .*\[(?P<value>'.*')\]\."
+    ),
+    re.compile(
+        r"Error parsing (?P<flag>\S+): invalid literal for (?P<kind>int).*: (?P<value>'.*')\."
+    ),
+    re.compile(r"Error parsing (?P<flag>\S+): could .* to (?P<kind>float): (?P<value>'.*')\."),
+)
+_NO_CHOICE = re.compile(
+    r"Invalid choice (?P<value>'.*') for argument '(?P<flag>\S+)'\. "
+    r"Expected one of \((?P<choices>.*)\)\."
+)
+_NO_VALUE = re.compile(r"Missing value for argument '(?P<flag>\S+)'\..*")
+_KINDS = {"int": "a whole number", "float": "a number"}
+
+
+def _message(text: str, prog: str) -> str:
+    """Return tyro's message, in this package's words where it is about the value of a flag."""
+    if found := _NO_VALUE.fullmatch(text):
+        return f"{found['flag']} has no value: expected one; see {prog} --help."
+    if found := _NO_CHOICE.fullmatch(text):
+        choices = sorted(set(re.findall(r"'(.*?)'", found["choices"])) - {"None"})
+        return f"{found['flag']} is {found['value']}: expected one of {', '.join(choices)}."
+    for pattern in _NO_NUMBER:
+        if found := pattern.fullmatch(text):
+            kind = _KINDS[found["kind"].lower()]
+            return f"{found['flag']} is {found['value']}: expected {kind}."
+    return f"{text} See {prog} --help."
 
 
 def _sentence(box: str) -> str:
