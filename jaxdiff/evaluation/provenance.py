@@ -56,13 +56,14 @@ def compare_figures(ours: epath.PathLike, theirs: epath.PathLike) -> str:
     """
     a, b = _read(ours), _read(theirs)
     shared = [name for name in a["figures"] if name in b["figures"]]
-    lines, refused = [f"{'':<44}{'first':>12}{'second':>12}{'difference':>13}"], {}
+    width = max([43, *map(len, shared)]) + 1
+    lines, refused = [f"{'':<{width}}{'first':>12}{'second':>12}{'difference':>13}"], {}
     for name in shared:
         x, y = (data["figures"][name] for data in (a, b))
         reason = _difference(*(data["provenance"]["figures"][name] for data in (a, b)))
         if reason:
             refused[name] = reason
-        both = f"{name:<44}{x:>12.5g}{y:>12.5g}"
+        both = f"{name:<{width}}{x:>12.5g}{y:>12.5g}"
         lines.append(f"{both}  not comparable: {reason}" if reason else f"{both}{y - x:>+13.5g}")
     if len(refused) == len(shared):
         reason = next(iter(refused.values()), "they share no figure")
