@@ -12,7 +12,7 @@ Batch 2048, 800 million parameters. `--topology` chooses the settings of one of 
 
     topology   mesh             remat  micro-batches  state/chip  days at 40 %
     v5e:16x16  data=16 fsdp=16  dots               1    0.78 GiB          0.20
-    v6e:16x16  data=32 fsdp=8   full               1    1.55 GiB          0.04
+    v6e:16x16  data=1 fsdp=256  dots               1    3.41 GiB          0.04
     v5p:4x4x4  data=8 fsdp=8    dots               1    1.55 GiB          0.35
     h100:8     data=1 fsdp=8    full               1    1.55 GiB          1.30
 
@@ -86,7 +86,7 @@ def get_config() -> Config:
         mesh=MeshConfig(data=-1),
         slices=(
             PlannedTopology(topology="v5e:16x16", mesh=MeshConfig(data=16, fsdp=16), remat="dots"),
-            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=32, fsdp=8)),
+            PlannedTopology(topology="v6e:16x16", mesh=MeshConfig(data=1, fsdp=256), remat="dots"),
             PlannedTopology(topology="v5p:4x4x4", mesh=MeshConfig(data=8, fsdp=8), remat="dots"),
             PlannedTopology(topology="h100:8", mesh=MeshConfig(data=1, fsdp=8)),
         ),
